@@ -1,0 +1,76 @@
+"""Runs one program: `python -m tasks WORK/request.json`, in the runtime's Python, from its own work folder.
+
+Ends with result.json, or with failure.json and exit status 1. What went wrong is sorted into failure classes here, once,
+so that programs raise `StageFailed` only for what they themselves can name.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events, Failure, Request
+
+PROGRAMS = {
+    "model": "tasks.model",
+    "dataset": "tasks.dataset",
+    "sft": "tasks.sft",
+    "evaluate": "tasks.evaluation",
+    "merge": "tasks.merge",
+    "quantize": "tasks.quantize",
+}
+NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError", "DistNetworkError")
+AUTH = ("GatedRepoError", "RepositoryNotFoundError")
+
+
+def main() -> int:
+    request_file = Path(sys.argv[1])
+    request = Request.read(request_file)
+    folder = request_file.parent
+    events = Events(folder / "events.jsonl")
+    for path in (request.payload, request.meta):
+        path.mkdir(parents=True, exist_ok=True)
+    try:
+        program = importlib.import_module(PROGRAMS[request.kind])
+        result = program.run(request, request.stage(), events)
+        if is_first_process():
+            result.write(folder / "result.json")
+        return 0
+    except BaseException as error:
+        failure = classify(error)
+        print(failure.details or failure.message, file=sys.stderr, flush=True)
+        failure.write(folder / "failure.json")
+        return 1
+
+
+def is_first_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def classify(error: BaseException) -> Failure:
+    """Sorts an exception into a failure class, by type name where importing the library to compare would cost seconds."""
+    if isinstance(error, StageFailed):
+        return Failure(failure_class=error.failure_class, message=error.message, hint=error.hint, details=error.details)
+    names = {cls.__name__ for cls in type(error).__mro__}
+    text = f"{type(error).__name__}: {error}"
+    details = "".join(traceback.format_exception(error))
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "can't allocate memory" in str(error):
+        return Failure(failure_class="oom", message=text, hint="the stage is tried again with half the micro-batch", details=details)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Failure(failure_class="disk", message=text, hint="free some space and run again: finished work is kept", details=details)
+    if names & set(AUTH):
+        hint = "check the name, ask for access on the hub, and set HF_TOKEN"
+        return Failure(failure_class="auth", message=str(error).strip().splitlines()[0], hint=hint, details=details)
+    if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError) or "NCCL" in str(error):
+        return Failure(failure_class="transient", message=text, hint="the stage is tried again", details=details)
+    return Failure(failure_class="bug", message=text, hint="the log has the whole traceback", details=details)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

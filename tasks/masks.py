@@ -1,0 +1,87 @@
+"""Which tokens of a row are trained on, decided once for training, samples, calibration and scoring.
+
+A turn's span is found by tokenizing the conversation up to it with the generation prompt, as a server would, and *checking*
+that this is a prefix of the whole; where a template breaks that, the row is refused instead of being trained on the wrong
+tokens. TRL's own masks are not used: `assistant_only_loss` needs `{% generation %}` marks that few templates have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tasks.rows import Row
+from tuneline.errors import StageFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a row, and for each whether it counts in the loss."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        return [token if trained else IGNORED for token, trained in zip(self.input_ids, self.trained, strict=True)]
+
+
+def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> Tokens:
+    """`train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
+
+    Raises StageFailed(data) where the template renders a conversation so that an answer's beginning cannot be told.
+    """
+    if row.text is not None:
+        ids = with_eos(tokenizer(row.text)["input_ids"], tokenizer)
+        return Tokens(ids, [True] * len(ids))
+    if row.messages is None:
+        prompt = tokenizer(row.prompt)["input_ids"]
+        completion = with_eos(tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer)
+        return Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))
+
+    ids = render(row.messages, row, tokenizer)
+    trained = [train_on == "all"] * len(ids)
+    turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    for turn in turns if train_on == "assistant" else turns[-1:] if train_on == "completion" else []:
+        start = render(row.messages[:turn], row, tokenizer, add_generation_prompt=True)
+        end = render(row.messages[: turn + 1], row, tokenizer)
+        if ids[: len(start)] != start or ids[: len(end)] != end:
+            raise StageFailed(
+                "data",
+                f"the chat template renders row {row.id} so that the beginning of message {turn} changes with what follows it",
+                "train on the last answer alone (`train_on: completion`), or split the conversation into rows",
+            )
+        trained[len(start) : len(end)] = [True] * (len(end) - len(start))
+    return Tokens(ids, trained)
+
+
+def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the row's prompt as a server would send it to the model; empty for plain text."""
+    messages = row.prompt_messages()
+    if messages is not None:
+        return render(messages, row, tokenizer, add_generation_prompt=True)
+    return list(tokenizer(row.prompt)["input_ids"]) if row.prompt is not None else []
+
+
+def render(messages: Any, row: Row, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise StageFailed("data", "the model has no chat template, but rows are conversations", "use an instruct model, or rows of plain text")
+    # TemplateError is the template's own refusal, as of a system prompt; jinja2 comes with transformers.
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=row.extra.get("tools"), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise StageFailed("data", f"the chat template refuses row {row.id}: {error}", "change the rows, or take another model") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(ids) if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]

@@ -1,0 +1,64 @@
+"""Everything tuneline raises on purpose.
+
+    TunelineError            a message for people, with a hint
+    ├── ConfigError          the file or the call is wrong: every problem at once (exit code 2)
+    ├── StoreError           the store cannot be read or written
+    └── StageFailed          a stage's program failed; its class decides whether it is tried again (exit code 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+FailureClass = Literal["config", "data", "auth", "disk", "bug", "oom", "transient"]
+RETRIED: frozenset[str] = frozenset({"oom", "transient"})
+
+
+class TunelineError(Exception):
+    """Raised for anything that a person can put right; `str()` is what they see."""
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `place` is FILE:LINE:COL or a flag, `path` the dotted field, may be empty."""
+
+    place: str
+    path: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.place}: {self.path}: " if self.path else f"{self.place}: "
+        return where + self.message + (f"\n\nhint: {self.hint}" if self.hint else "")
+
+
+class ConfigError(TunelineError):
+    """All problems of one configuration or call."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        super().__init__("\n\n".join(str(problem) for problem in self.problems))
+
+
+class StoreError(TunelineError):
+    """The store is unreadable, read-only, full or of a newer schema."""
+
+
+class StageFailed(TunelineError):
+    """A stage's program ended without an artifact. `failure_class` is one of `FailureClass`."""
+
+    def __init__(self, failure_class: FailureClass, message: str, hint: str = "", details: str = ""):
+        super().__init__(message, hint)
+        self.failure_class, self.details = failure_class, details
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return StageFailed, (self.failure_class, self.message, self.hint, self.details)

@@ -1,0 +1,494 @@
+"""pipelines.yaml as types: the whole file format, one model a stage kind.
+
+A field's description says its effect. `Reference` marks a field that names another stage; `OutsideFile` one that names a
+file or folder beside pipelines.yaml. Everything in `Stage` (the base class) only changes how a stage runs and is never in
+its key; everything a kind adds changes the result and is. Checks that need more than one field are `findings()`; those that
+need more than one stage are in `tuneline.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ArtifactType = Literal["Model", "Adapter", "Dataset", "Report", "Verdict"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The field holds the name of a stage that gives one of these artifact types (empty: any stage)."""
+
+    types: tuple[ArtifactType, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutsideFile:
+    """The field holds a path relative to pipelines.yaml; its content, never the path, is in the key."""
+
+
+ModelRef = Annotated[str, Reference(("Model",))]
+AdapterRef = Annotated[str, Reference(("Adapter",))]
+ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]
+DatasetRef = Annotated[str, Reference(("Dataset",))]
+StageRef = Annotated[str, Reference()]
+Path = Annotated[str, OutsideFile()]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a stage beyond its types. `field` is dotted, relative to the stage."""
+
+    field: str
+    message: str
+    hint: str = ""
+
+
+# --- how a stage runs -------------------------------------------------------------------------------------------------
+
+
+class Resources(Strict):
+    """Only how a stage runs: none of it is in the key."""
+
+    gpus: int = Field(0, ge=0)
+    """Devices used; with more than one, one process each."""
+    processes: int | None = Field(None, ge=1)
+    """Processes of a training; by default one for each GPU, or one."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: less memory, about a third more time."""
+    checkpoint_steps: int = Field(50, ge=1)
+    """Steps between the checkpoints from which a killed training resumes."""
+
+    @property
+    def world_size(self) -> int:
+        return self.processes or max(1, self.gpus)
+
+
+class Stage(Strict):
+    """Fields that every stage has; none of them is in the key."""
+
+    kind: str
+    description: str = ""
+    """Shown in tables and reports."""
+    needs: tuple[StageRef, ...] = ()
+    """Stages that must succeed first, without being an input."""
+    retries: int = Field(2, ge=0, le=20)
+    """Further attempts after an out-of-memory or a passing failure; other failures are never tried again."""
+    timeout: int | None = Field(None, ge=1)
+    """Seconds after which the stage is ended."""
+
+    gives: ClassVar[ArtifactType]
+
+    def findings(self) -> Iterator[Finding]:
+        return iter(())
+
+
+class ProgramStage(Stage):
+    """A stage that a program in `tasks/` carries out."""
+
+    runtime: Name = "torch"
+    """The Python environment it runs in."""
+    resources: Resources = Resources()
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of everything random in the stage."""
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+class ModelStage(ProgramStage):
+    """A base model: fetched, pinned and checked."""
+
+    kind: Literal["model"]
+    hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository of the model hub, `owner/name`."""
+    revision: str = Field("main", pattern=r"^[\w./-]+$")
+    """Branch, tag or commit of the hub repository; its commit is in the key."""
+    path: Path | None = None
+    """Local model folder; kept by reference, not copied."""
+    gguf: Path | None = None
+    """Local GGUF file; converted to safetensors in float32."""
+
+    gives: ClassVar[ArtifactType] = "Model"
+
+    def findings(self) -> Iterator[Finding]:
+        given = [name for name in ("hub", "path", "gguf") if getattr(self, name) is not None]
+        if len(given) != 1:
+            yield Finding("", f"found {' and '.join(given) or 'no source'}, allowed exactly one of hub, path, gguf")
+        if self.hub is None and self.revision != "main":
+            yield Finding("revision", "found a revision without hub", "only hub repositories have revisions")
+
+
+# --- dataset ----------------------------------------------------------------------------------------------------------
+
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+class FilesSource(Strict):
+    """Rows from local files: .jsonl, .json, .parquet or .csv."""
+
+    type: Literal["files"]
+    path: Path
+    """File or glob, relative to pipelines.yaml; matches are read in sorted order."""
+    format: Format = "auto"
+    """How a row is read; `auto` goes by the columns found."""
+    columns: dict[str, str] = {}
+    """Renames columns before reading: our name to the file's, as `{prompt: question, completion: solution}`."""
+
+
+class HubSource(Strict):
+    """Rows of a dataset on the hub."""
+
+    type: Literal["hub"]
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Dataset repository, `owner/name`."""
+    revision: str = Field("main", pattern=r"^[\w./-]+$")
+    """Branch, tag or commit; the commit is in the key."""
+    subset: str | None = None
+    """Configuration name of the repository."""
+    split: str = "train"
+    """Split of the repository to read; tuneline makes its own splits from it."""
+    format: Format = "auto"
+    """How a row is read; `auto` goes by the columns found."""
+    columns: dict[str, str] = {}
+    """Renames columns before reading: our name to theirs."""
+
+
+class ReasoningGymSource(Strict):
+    """Generated rows with a verifiable answer, from the library reasoning-gym."""
+
+    type: Literal["reasoning_gym"]
+    task: str
+    """Name of the reasoning-gym dataset, such as `chain_sum`."""
+    size: int = Field(500, ge=1)
+    """Rows generated, before duplicates are removed."""
+    config: dict[str, bool | int | float | str | tuple[int, ...]] = {}
+    """Settings of that dataset, as reasoning-gym names them."""
+
+
+Source = Annotated[FilesSource | HubSource | ReasoningGymSource, Field(discriminator="type")]
+
+
+class Split(Strict):
+    validation: Share = 0.0
+    """Share of the groups held out to watch a training."""
+    test: Share = 0.1
+    """Share of the groups held out for evaluation."""
+
+
+class DatasetStage(ProgramStage):
+    """Rows from one or more sources: cleaned, deduplicated, split by group and reported on."""
+
+    kind: Literal["dataset"]
+    model: ModelRef | None = None
+    """Model whose tokenizer and template count tokens and render samples."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """Where rows come from, in order."""
+    system: str | None = None
+    """System prompt put before conversations that have none."""
+    split: Split = Split()
+    max_length: int | None = Field(None, ge=8)
+    """Tokens a rendered row may have."""
+    over_long: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a row over max_length; only plain text can be truncated. Counted in the report."""
+
+    gives: ClassVar[ArtifactType] = "Dataset"
+
+    def findings(self) -> Iterator[Finding]:
+        if self.max_length is not None and self.model is None:
+            yield Finding("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
+        if self.split.validation + self.split.test >= 1:
+            yield Finding("split", f"found {self.split.validation} + {self.split.test}, allowed a sum below 1")
+
+
+# --- sft --------------------------------------------------------------------------------------------------------------
+
+
+class Lora(Strict):
+    """Low-rank adapters, in PEFT's words."""
+
+    r: int = Field(16, ge=1, le=1024)
+    """Rank: more can learn more, and takes more memory."""
+    lora_alpha: float = Field(32, gt=0)
+    """Strength: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of adapter inputs dropped while training."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Layers that get an adapter: names of linear layers, or all of them but the head."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (arXiv:2402.09353): often better, slower."""
+
+
+class EarlyStopping(Strict):
+    patience: int = Field(3, ge=1)
+    """Evaluations without a better validation loss after which training ends; the best adapter is kept."""
+    threshold: float = Field(0.0, ge=0)
+    """Least improvement that counts."""
+
+
+class SftStage(ProgramStage):
+    """Supervised fine-tuning of a LoRA adapter, by TRL and PEFT."""
+
+    kind: Literal["sft"]
+    model: ModelRef
+    """Base model, frozen."""
+    dataset: DatasetRef
+    """Rows to train on: its train split; its validation split is watched."""
+    adapter: AdapterRef | None = None
+    """Adapter of the same base to go on from."""
+    lora: Lora = Lora()
+    train_on: Literal["completion", "assistant", "all"] = "assistant"
+    """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: float = Field(0, ge=0)
+    """Steps of warm-up; below 1, a share of all steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the data, unless max_steps is given."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(16, ge=1)
+    """Sequences per optimizer step over all devices; packed ones when packing."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens a sequence may have, and the length of a packed one. A longer row is an error: cut it in the dataset stage."""
+    packing: bool = False
+    """Fills sequences with several rows: fewer, fuller steps."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between losses on the validation split."""
+    early_stopping: EarlyStopping | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
+
+    gives: ClassVar[ArtifactType] = "Adapter"
+
+    def micro_batch_size(self) -> int:
+        """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
+        share = max(1, self.global_batch_size // self.resources.world_size)
+        return self.resources.micro_batch_size or max(n for n in range(1, min(8, share) + 1) if share % n == 0)
+
+    def findings(self) -> Iterator[Finding]:
+        world, micro = self.resources.world_size, self.micro_batch_size()
+        if self.global_batch_size % (micro * world):
+            yield Finding(
+                "global_batch_size",
+                f"found {self.global_batch_size}, allowed multiples of {micro * world} "
+                f"(micro_batch_size {micro} x {world} {'process' if world == 1 else 'processes'})",
+                "change resources.micro_batch_size: it does not change the result",
+            )
+        if self.early_stopping and self.eval_steps is None:
+            yield Finding("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
+        if self.early_stopping and self.eval_steps and self.resources.checkpoint_steps % self.eval_steps:
+            yield Finding(
+                "resources.checkpoint_steps",
+                f"found {self.resources.checkpoint_steps}, allowed multiples of eval_steps ({self.eval_steps}) with early_stopping",
+                f"set `resources: {{checkpoint_steps: {self.eval_steps}}}`",
+            )
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+class EvaluateStage(ProgramStage):
+    """Benchmarks of lm-eval and test splits of datasets, on a model or an adapter."""
+
+    kind: Literal["evaluate"]
+    model: ModelOrAdapterRef
+    """What is evaluated."""
+    datasets: tuple[DatasetRef, ...] = ()
+    """Datasets whose test split is scored: exact match, answer recall, bits per byte."""
+    benchmarks: tuple[str, ...] = ()
+    """lm-eval tasks by name."""
+    include_path: Path | None = None
+    """Folder with lm-eval task files of your own."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples put before each benchmark question; by default as the benchmark says."""
+    limit: int | None = Field(None, ge=1)
+    """Rows scored at most, of each benchmark and dataset."""
+    apply_chat_template: bool = True
+    """Renders prompts through the chat template, as in training."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer to a dataset's prompt."""
+
+    gives: ClassVar[ArtifactType] = "Report"
+
+    def findings(self) -> Iterator[Finding]:
+        if not self.datasets and not self.benchmarks:
+            yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
+
+
+# --- merge, quantize --------------------------------------------------------------------------------------------------
+
+
+class MergeStage(ProgramStage):
+    """An adapter folded into its base, shard by shard."""
+
+    kind: Literal["merge"]
+    adapters: tuple[AdapterRef, ...] = Field(min_length=1, max_length=1)
+    """The adapter; its base is found by itself."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights written; `auto` keeps the base's."""
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(MB|GB)$")
+    """Largest weight file."""
+
+    gives: ClassVar[ArtifactType] = "Model"
+
+
+class QuantizeStage(ProgramStage):
+    """Weights of fewer bits by GPTQ (arXiv:2210.17323), through gptqmodel."""
+
+    kind: Literal["quantize"]
+    method: Literal["gptq"] = "gptq"
+    model: ModelRef
+    """Model to quantize, in full precision."""
+    calibration: DatasetRef
+    """Dataset whose train split calibrates, rendered as in training; its test split measures perplexity."""
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
+    """Weights that share a scale; must divide the model's width. Smaller is better and larger on disk."""
+    desc_act: bool = False
+    """Quantizes important columns first: better, slower to serve."""
+    sym: bool = True
+    """Symmetric around zero."""
+    samples: int = Field(128, ge=1)
+    """Calibration rows, drawn with the seed."""
+    max_length: int = Field(2048, ge=8)
+    """Tokens of a calibration row; longer ones are cut."""
+    max_perplexity_ratio: float = Field(1.5, gt=1)
+    """The stage fails where perplexity rises by more than this factor."""
+
+    gives: ClassVar[ArtifactType] = "Model"
+
+
+# --- gate -------------------------------------------------------------------------------------------------------------
+
+
+class Requirement(Strict):
+    """A condition on one metric: at_least, at_most, improves_on (by), or not_below (tolerance)."""
+
+    metric: str
+    """`<dataset stage or benchmark>/<metric>`, or a metric of the stage itself."""
+    of: StageRef
+    """Stage whose metric it is."""
+    at_least: float | None = None
+    at_most: float | None = None
+    improves_on: StageRef | None = None
+    """Stage whose same metric must be exceeded by `by`."""
+    by: float = Field(0.0, ge=0)
+    not_below: StageRef | None = None
+    """Stage whose same metric, less `tolerance`, is the least allowed."""
+    tolerance: float = Field(0.0, ge=0)
+
+
+class GateStage(Stage):
+    """Lets the pipeline pass only if every requirement holds. Never cached."""
+
+    kind: Literal["gate"]
+    require: tuple[Requirement, ...] = Field(min_length=1)
+
+    gives: ClassVar[ArtifactType] = "Verdict"
+
+    def findings(self) -> Iterator[Finding]:
+        choices = ("at_least", "at_most", "improves_on", "not_below")
+        for i, requirement in enumerate(self.require):
+            given = [name for name in choices if getattr(requirement, name) is not None]
+            if len(given) != 1:
+                yield Finding(f"require.{i}", f"found {' and '.join(given) or 'no condition'}, allowed exactly one of {', '.join(choices)}")
+            for extra, owner in (("by", "improves_on"), ("tolerance", "not_below")):
+                if extra in requirement.model_fields_set and owner not in given:
+                    yield Finding(f"require.{i}.{extra}", f"found {extra} without {owner}")
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+AnyStage = Annotated[
+    ModelStage | DatasetStage | SftStage | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
+]
+STAGES: dict[str, type[Stage]] = {
+    "model": ModelStage,
+    "dataset": DatasetStage,
+    "sft": SftStage,
+    "evaluate": EvaluateStage,
+    "merge": MergeStage,
+    "quantize": QuantizeStage,
+    "gate": GateStage,
+}
+
+
+class Runtime(Strict):
+    """A Python environment: a lock file that tuneline installs, or a Python that is there already."""
+
+    lock: str | None = None
+    """Lock file, relative to pipelines.yaml."""
+    python: str | None = None
+    """Python of an environment of your own."""
+
+
+class Pipeline(Strict):
+    description: str = ""
+    """Shown in tables and reports."""
+    salt: str = ""
+    """Changing it disowns every earlier artifact of this pipeline."""
+    parallel: int | None = Field(None, ge=1)
+    """Stages that may run at the same time; by default one for each GPU of the machine, or one."""
+    stages: dict[Name, AnyStage] = Field(min_length=1)
+
+
+class Spec(Strict):
+    """A whole pipelines.yaml."""
+
+    version: Literal[1]
+    """Version of this file format."""
+    store: str = ".tuneline/store"
+    """Folder of artifacts."""
+    vars: dict[str, bool | int | float | str] = {}
+    """Values for `${name}` anywhere in the file."""
+    runtimes: dict[Name, Runtime] = {}
+    """Environments beside the built-in ones."""
+    pipelines: dict[Name, Pipeline] = Field(min_length=1)
+
+
+def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yields (dotted path, marker instance, value) for every set field of `model`, nested ones too, that carries `marker`."""
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        path = f"{prefix}{name}"
+        mark = _marker_in(info.metadata, info.annotation, marker)
+        for suffix, item in _items(value):
+            if isinstance(item, BaseModel):
+                yield from annotated_values(item, marker, f"{path}{suffix}.")
+            elif mark is not None and isinstance(item, str):
+                yield f"{path}{suffix}", mark, item
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, tuple):
+        yield from ((f".{i}", item) for i, item in enumerate(value))
+    elif value is not None:
+        yield "", value
+
+
+def _marker_in(metadata: list[Any], annotation: Any, marker: type) -> Any:
+    """The marker in `Annotated[...]`, also inside a tuple or an optional."""
+    for item in metadata:
+        if isinstance(item, marker):
+            return item
+    for argument in getattr(annotation, "__args__", ()):
+        found = _marker_in(list(getattr(argument, "__metadata__", ())), argument, marker)
+        if found is not None:
+            return found
+    return None
