@@ -56,8 +56,8 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: Input, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on the first device."""
+def load_model(source: Input, dtype: torch.dtype, place: str | None = None, **options: Any) -> PreTrainedModel:
+    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device."""
     from transformers import AutoModelForCausalLM
 
     base = source.base if source.type == "Adapter" else source
@@ -69,7 +69,7 @@ def load_model(source: Input, dtype: torch.dtype, **options: Any) -> PreTrainedM
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source.path)
-    return model.to(device()).eval()  # type: ignore[no-any-return]
+    return model.to(place or device()).eval()  # type: ignore[no-any-return]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:

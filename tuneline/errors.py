@@ -1,9 +1,9 @@
 """Everything tuneline raises on purpose.
 
-    TunelineError            a message for people, with a hint
-    ├── ConfigError          the file or the call is wrong: every problem at once (exit code 2)
-    ├── StoreError           the store cannot be read or written
-    └── StageFailed          a stage's program failed; its class decides whether it is tried again (exit code 1)
+TunelineError            a message for people, with a hint
+├── ConfigError          the file or the call is wrong: every problem at once (exit code 2)
+├── StoreError           the store cannot be read or written
+└── StageFailed          a stage's program failed; its class decides whether it is tried again (exit code 1)
 """
 
 from __future__ import annotations

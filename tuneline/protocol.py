@@ -1,9 +1,9 @@
 """What the orchestrator and a program say to each other: files in a work folder, nothing else.
 
-    request.json    written by flows, read by tasks
-    events.jsonl    appended by tasks while they work, followed by flows
-    result.json     written last by a program that succeeded, or
-    failure.json    by one that knows why it did not
+request.json    written by flows, read by tasks
+events.jsonl    appended by tasks while they work, followed by flows
+result.json     written last by a program that succeeded, or
+failure.json    by one that knows why it did not
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Resources(Strict):
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: int = Field(50, ge=1)
-    """Steps between the checkpoints from which a killed training resumes."""
+    """Steps between the checkpoints from which a killed training resumes; early stopping saves at each evaluation instead."""
 
     @property
     def world_size(self) -> int:
@@ -292,11 +292,11 @@ class SftStage(ProgramStage):
             )
         if self.early_stopping and self.eval_steps is None:
             yield Finding("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
-        if self.early_stopping and self.eval_steps and self.resources.checkpoint_steps % self.eval_steps:
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
             yield Finding(
-                "resources.checkpoint_steps",
-                f"found {self.resources.checkpoint_steps}, allowed multiples of eval_steps ({self.eval_steps}) with early_stopping",
-                f"set `resources: {{checkpoint_steps: {self.eval_steps}}}`",
+                "lr_scheduler_type",
+                "found constant with warmup_steps, which it ignores",
+                "set `lr_scheduler_type: constant_with_warmup`",
             )
 
 

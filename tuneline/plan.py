@@ -1,0 +1,231 @@
+"""What a run would do, and why: for every stage its key, whether its artifact is there, and the reasons where it is not.
+
+Planning reads the store and the run records, touches neither network nor clock, and changes nothing. The same
+`document_of` is used by a run, when every input is there, so a plan and a run can never disagree about a key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+from tuneline.errors import ConfigError, Problem
+from tuneline.keys import LIBRARIES, key_document, key_of
+from tuneline.load import Loaded, in_order, with_ancestors
+from tuneline.messages import nearest
+from tuneline.runs import StageRecord
+from tuneline.runtimes import PACKAGES_ROOT, find_runtime
+from tuneline.source import dotted
+from tuneline.spec import HubSource, ModelStage, OutsideFile, ProgramStage, Reference, Stage, annotated_values
+from tuneline.store import Artifact
+from tuneline.workspace import Workspace
+
+Status = Literal["cached", "run", "unknown"]
+ReasonCode = Literal["config", "input", "code", "library", "file", "missing", "corrupt", "forced", "never_ran"]
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+ResolveCommit = Callable[[str, str, str], str | None]
+"""(repository type `model` or `dataset`, repository, revision) -> commit, or None where it is not known."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    code: ReasonCode
+    text: str
+    path: str = ""
+    old: Any = None
+    new: Any = None
+
+
+@dataclass
+class PlanRow:
+    stage: str
+    kind: str
+    status: Status
+    reasons: list[Reason] = field(default_factory=list)
+    key: str | None = None
+    document: dict[str, Any] | None = None
+    artifact: Artifact | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def pinned_only(repository_type: str, repository: str, revision: str) -> str | None:
+    """A full commit is one already; what a branch or tag means is looked up only when a run starts."""
+    return revision if COMMIT.match(revision) else None
+
+
+def plan(workspace: Workspace, pipeline_name: str, only: str | None = None, force: tuple[str, ...] = ()) -> list[PlanRow]:
+    """Rows in execution order. Raises ConfigError for an unknown pipeline or stage name."""
+    loaded = workspace.loaded
+    pipeline = loaded.pipeline(pipeline_name)
+    for flag, name in [("--only", only), *(("--force", name) for name in force)]:
+        if name is not None and name not in pipeline.stages:
+            found = f"found no stage `{name}` in {pipeline_name}, allowed {', '.join(pipeline.stages)}"
+            raise ConfigError([Problem(flag, "", found, nearest(name, pipeline.stages))])
+    wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
+    earlier = workspace.runs.last_success(pipeline_name, wanted)
+    rows: dict[str, PlanRow] = {}
+    for name in in_order(pipeline):
+        if name in wanted:
+            rows[name] = _row(workspace, pipeline_name, name, rows, earlier.get(name), name in force)
+    return list(rows.values())
+
+
+def _row(
+    workspace: Workspace, pipeline_name: str, name: str, rows: Mapping[str, PlanRow], earlier: StageRecord | None, forced: bool
+) -> PlanRow:
+    pipeline = workspace.loaded.spec.pipelines[pipeline_name]
+    stage = pipeline.stages[name]
+    row = PlanRow(name, stage.kind, "run")
+    if not isinstance(stage, ProgramStage):
+        return row
+    slots = input_slots(stage)
+    inputs = {slot: rows[other].artifact for slot, other in slots.items()}
+    known = {slot: artifact for slot, artifact in inputs.items() if artifact is not None}
+    try:
+        document, unresolved = document_of(workspace, stage, known, pipeline.salt, pinned_only)
+    except ConfigError as error:
+        row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in error.problems]
+        row.status, row.reasons = "unknown", [Reason("file", problem.message, problem.path) for problem in row.problems]
+        return row
+    if forced:
+        row.reasons.append(Reason("forced", "asked for by --force"))
+    waiting = [slot for slot in slots if slot not in known]
+    row.reasons += [Reason("input", f"{slots[slot]} is built first", slot) for slot in waiting]
+    if waiting or unresolved:
+        what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(unresolved)
+        row.status = "unknown" if what_is_unknown else "run"
+        row.reasons += [Reason("input", f"{repository} is looked up on the hub when a run starts", path) for path, repository in unresolved]
+        row.reasons += list(_compared(earlier, document, slots, set(waiting))) if earlier else [_never(stage)]
+        return row
+    row.key, row.document = key_of(document), document
+    if forced:
+        return row
+    folder = workspace.store.folder(stage.kind, row.key)
+    problem, row.artifact = workspace.store.inspect(folder) if folder.is_dir() else (None, None)
+    if row.artifact:
+        row.status = "cached"
+    elif problem:
+        row.reasons.append(Reason("corrupt", f"its artifact is broken: {problem}"))
+    elif earlier and earlier.key == row.key:
+        row.reasons.append(Reason("missing", "its artifact is no longer in the store"))
+    else:
+        row.reasons += list(_compared(earlier, document, slots, set())) if earlier else [_never(stage)]
+    return row
+
+
+def input_slots(stage: Stage) -> dict[str, str]:
+    """Slot to stage name, for every reference that is an input; `needs` is order only."""
+    return {path: target for path, reference, target in annotated_values(stage, Reference) if not path.startswith("needs.")}
+
+
+def document_of(
+    workspace: Workspace, stage: ProgramStage, inputs: Mapping[str, Artifact], salt: str, resolve: ResolveCommit
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The key document, and the (field, repository) pairs whose commit `resolve` did not know.
+
+    Raises ConfigError for outside files or a runtime that are not there.
+    """
+    files: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for path, _, named in annotated_values(stage, OutsideFile):
+        try:
+            files[path] = workspace.outside(named)[1]
+        except FileNotFoundError as error:
+            problems.append(Problem("", path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
+        except OSError as error:
+            problems.append(Problem("", path, f"{error.filename} cannot be read: {error.strerror}"))
+    commits: dict[str, str] = {}
+    unresolved: list[tuple[str, str]] = []
+    for path, repository_type, repository, revision in hub_inputs(stage):
+        commit = resolve(repository_type, repository, revision)
+        if commit:
+            commits[path] = commit
+        else:
+            unresolved.append((path, repository))
+    try:
+        runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    libraries = runtime.versions(LIBRARIES[stage.kind])
+    return key_document(stage, program_version(stage.kind), inputs, files, commits, libraries, salt), unresolved
+
+
+def hub_inputs(stage: Stage) -> Iterator[tuple[str, str, str, str]]:
+    """(field, repository type, repository, revision) of everything that a stage takes from the hub."""
+    if isinstance(stage, ModelStage) and stage.hub:
+        yield "hub", "model", stage.hub, stage.revision
+    for i, source in enumerate(getattr(stage, "sources", ())):
+        if isinstance(source, HubSource):
+            yield f"sources.{i}.repo", "dataset", source.repo, source.revision
+
+
+@lru_cache
+def _program_versions() -> dict[str, dict[str, Any]]:
+    return dict(json.loads((PACKAGES_ROOT / "tasks" / "versions.json").read_bytes()))
+
+
+def program_version(kind: str) -> int:
+    return int(_program_versions()[kind]["version"])
+
+
+# --- reasons ----------------------------------------------------------------------------------------------------------
+
+_SECTIONS: dict[str, ReasonCode] = {"libraries": "library", "files": "file", "commits": "input", "inputs": "input"}
+
+
+def _compared(earlier: StageRecord, new: Mapping[str, Any], slots: Mapping[str, str], waiting: set[str]) -> Iterator[Reason]:
+    """Why the key is another one than the stage's last time."""
+    old = earlier.document or {}
+    for path, before, after in _differences(old.get("config", {}), new["config"]):
+        yield Reason("config", f"{path} {_shown(before)} -> {_shown(after)}", path, before, after)
+    if old.get("salt") != new["salt"]:
+        yield Reason("config", "the pipeline's salt changed", "salt", old.get("salt"), new["salt"])
+    if (old.get("program"), old.get("schema")) != (new["program"], new["schema"]):
+        text = f"tuneline's {earlier.kind} program changed"
+        yield Reason("code", text, "program", old.get("program"), new["program"])
+    for section, code in _SECTIONS.items():
+        before_all, after_all = old.get(section, {}), new[section]
+        for name in sorted((before_all.keys() | after_all.keys()) - (waiting if section == "inputs" else set())):
+            before, after = before_all.get(name), after_all.get(name)
+            if before == after:
+                continue
+            if section == "inputs":
+                text = f"{slots.get(name, name)} changed"
+            elif section == "libraries":
+                text = f"{name} {before or 'absent'} -> {after or 'absent'}"
+            else:
+                text = f"the {'file' if code == 'file' else 'hub repository'} of {name} changed"
+            yield Reason(code, text, name, before, after)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(old, dict) and new is None or isinstance(new, dict) and old is None:
+        yield from _differences(old or {}, new or {}, path)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, f"{path}.{i}")
+    elif old != new:
+        yield path, old, new
+
+
+def _shown(value: Any) -> str:
+    return "(default)" if value is None else json.dumps(value) if not isinstance(value, str) else value
+
+
+def _never(stage: Stage) -> Reason:
+    return Reason("never_ran", "it has not run yet")
+
+
+def _placed(problem: Problem, loaded: Loaded, pipeline: str, stage: str) -> Problem:
+    keys = tuple(int(part) if part.isdigit() else part for part in problem.path.split("."))
+    path = ("pipelines", pipeline, "stages", stage, *keys)
+    return Problem(loaded.source.place(path), dotted(path), problem.message, problem.hint)

@@ -1,0 +1,74 @@
+"""The folder `.tuneline/` beside pipelines.yaml, and what is known about files outside it.
+
+.tuneline/runtimes/   environments        .tuneline/store/         artifacts (unless `store:` names another place)
+.tuneline/work/<key>/ unfinished stages   .tuneline/digests.json   sha256 of outside files, by path, size, mtime, inode
+.tuneline/runs/       run records         .tuneline/prefect/       the embedded server's database
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tuneline.load import Loaded
+from tuneline.runs import Runs
+from tuneline.store import Store, sha256
+
+
+class Workspace:
+    def __init__(self, loaded: Loaded, warn: Callable[[str], None] = lambda message: None):
+        self.loaded, self.root = loaded, loaded.root
+        self.home = self.root / ".tuneline"
+        self.store = Store(self.root / Path(loaded.spec.store).expanduser(), warn)
+        self.runs = Runs(self.home / "runs")
+        self._digests = FileDigests(self.home / "digests.json")
+
+    def work(self, key: str) -> Path:
+        return self.home / "work" / key
+
+    def outside(self, named: str) -> tuple[list[Path], list[dict[str, Any]]]:
+        """Files or the folder that a stage names, and what of them enters its key: content, and names inside a folder.
+
+        Raises FileNotFoundError where nothing is there.
+        """
+        path = self.root / Path(named).expanduser()
+        if path.is_dir():
+            files = sorted(
+                file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.parts[len(path.parts) :])
+            )
+            return [path], [{"name": file.relative_to(path).as_posix(), "sha256": self._digests.of(file)} for file in files]
+        matches = (
+            [path] if path.is_file() else sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        )
+        if not matches:
+            raise FileNotFoundError(str(path))
+        return matches, [{"suffix": file.suffix, "sha256": self._digests.of(file)} for file in matches]
+
+
+class FileDigests:
+    """sha256 of files, remembered so that a file of many GB is read once. Losing or damaging the memory costs only time."""
+
+    def __init__(self, memory: Path):
+        self._memory = memory
+        self._known: dict[str, list[Any]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._known = json.loads(memory.read_bytes())
+
+    def of(self, path: Path) -> str:
+        status = path.stat()
+        facts = [status.st_size, status.st_mtime_ns, status.st_ino]
+        known = self._known.get(str(path))
+        if known is not None and known[:3] == facts:
+            return str(known[3])
+        digest = sha256(path)
+        self._known[str(path)] = [*facts, digest]
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self._known), encoding="utf-8")
+        temporary.replace(self._memory)
+        return digest
