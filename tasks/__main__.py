@@ -24,7 +24,7 @@ PROGRAMS = {
     "quantize": "tasks.quantize",
 }
 NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError", "DistNetworkError")
-AUTH = ("GatedRepoError", "RepositoryNotFoundError")
+AUTH = ("GatedRepoError", "RepositoryNotFoundError", "DatasetNotFoundError")
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ tokens. TRL's own masks are not used: `assistant_only_loss` needs `{% generation
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,19 +69,47 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(row.prompt)["input_ids"]) if row.prompt is not None else []
 
 
+def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """len(tokenize(row).input_ids) of every row, several times as fast: tokenized together, and no turn is looked for."""
+
+    def batch(texts: list[str | None], add_special_tokens: bool) -> Iterator[list[int]]:
+        return iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
+
+    plain = [row for row in rows if row.messages is None]
+    conversations = batch([render_text(row.messages, row, tokenizer) for row in rows if row.messages is not None], False)
+    beginnings = batch([row.prompt if row.text is None else row.text for row in plain], True)
+    completions = batch([row.completion for row in plain if row.text is None], False)
+    counts = []
+    for row in rows:
+        if row.messages is not None:
+            counts.append(len(next(conversations)))
+        elif row.text is not None:
+            counts.append(len(with_eos(next(beginnings), tokenizer)))
+        else:
+            counts.append(len(next(beginnings)) + len(with_eos(next(completions), tokenizer)))
+    return counts
+
+
 def render(messages: Any, row: Row, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:
+    text = render_text(messages, row, tokenizer, add_generation_prompt)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_text(messages: Any, row: Row, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
     if tokenizer.chat_template is None:
-        raise StageFailed("data", "the model has no chat template, but rows are conversations", "use an instruct model, or rows of plain text")
+        hint = "use an instruct model, or rows of plain text"
+        raise StageFailed("data", "the model has no chat template, but rows are conversations", hint)
     # TemplateError is the template's own refusal, as of a system prompt; jinja2 comes with transformers.
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tools=row.extra.get("tools"), tokenize=False, add_generation_prompt=add_generation_prompt
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tools=row.extra.get("tools"), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         )
     except TemplateError as error:
         raise StageFailed("data", f"the chat template refuses row {row.id}: {error}", "change the rows, or take another model") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -54,11 +54,15 @@ class StoreError(TunelineError):
 
 
 class StageFailed(TunelineError):
-    """A stage's program ended without an artifact. `failure_class` is one of `FailureClass`."""
+    """A stage's program ended without an artifact. `failure_class` decides whether it is tried again, unless it is `final`."""
 
-    def __init__(self, failure_class: FailureClass, message: str, hint: str = "", details: str = ""):
+    def __init__(self, failure_class: FailureClass, message: str, hint: str = "", details: str = "", final: bool = False):
         super().__init__(message, hint)
-        self.failure_class, self.details = failure_class, details
+        self.failure_class, self.details, self.final = failure_class, details, final
 
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
-        return StageFailed, (self.failure_class, self.message, self.hint, self.details)
+    @property
+    def retryable(self) -> bool:
+        return self.failure_class in RETRIED and not self.final
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str, bool]]:
+        return StageFailed, (self.failure_class, self.message, self.hint, self.details, self.final)

@@ -210,9 +210,11 @@ class _Checker:
         if name.startswith("env:"):
             name = name.removeprefix("env:")
             if path[0] not in FROM_ENVIRONMENT:
+                self.unresolved.add(path)
                 hint = "a pipeline must not depend on the shell it is started from; use vars and --var"
                 self.problem(path, f"found ${{env:{name}}}, allowed only in {' and '.join(FROM_ENVIRONMENT)}", hint)
             elif name not in self.environment:
+                self.unresolved.add(path)
                 self.problem(path, f"found ${{env:{name}}}, but {name} is not set", f"export {name}=...")
             return self.environment.get(name, "")
         if name not in declared:

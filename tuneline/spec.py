@@ -63,7 +63,7 @@ class Resources(Strict):
     processes: int | None = Field(None, ge=1)
     """Processes of a training; by default one for each GPU, or one."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8."""
+    """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8, one when packing."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: int = Field(50, ge=1)
@@ -99,8 +99,17 @@ class ProgramStage(Stage):
     runtime: Name = "torch"
     """The Python environment it runs in."""
     resources: Resources = Resources()
+    """Devices and batches."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the stage."""
+
+    def micro_batch_size(self) -> int | None:
+        """Rows a device takes at once; None for a kind that does not work in batches."""
+        return self.resources.micro_batch_size
+
+    def smaller_micro_batch(self, size: int) -> int | None:
+        """What to try after an out-of-memory at `size`: about half; None where nothing is smaller."""
+        return size // 2 or None
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -197,6 +206,7 @@ class DatasetStage(ProgramStage):
     system: str | None = None
     """System prompt put before conversations that have none."""
     split: Split = Split()
+    """Shares held out."""
     max_length: int | None = Field(None, ge=8)
     """Tokens a rendered row may have."""
     over_long: Literal["drop", "truncate", "error"] = "drop"
@@ -249,13 +259,17 @@ class SftStage(ProgramStage):
     adapter: AdapterRef | None = None
     """Adapter of the same base to go on from."""
     lora: Lora = Lora()
+    """Shape of the adapter."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
     """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
+    """Highest step size, reached after the warm-up."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate goes on after the warm-up."""
     warmup_steps: float = Field(0, ge=0)
     """Steps of warm-up; below 1, a share of all steps."""
     weight_decay: float = Field(0.0, ge=0)
+    """Pull of the weights towards zero (AdamW's)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     num_train_epochs: float = Field(1.0, gt=0)
@@ -271,15 +285,24 @@ class SftStage(ProgramStage):
     eval_steps: int | None = Field(None, ge=1)
     """Steps between losses on the validation split."""
     early_stopping: EarlyStopping | None = None
+    """Ends training when the validation loss no longer falls."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
 
     gives: ClassVar[ArtifactType] = "Adapter"
 
     def micro_batch_size(self) -> int:
-        """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
+        """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8.
+
+        Packed sequences are full already, and are joined into one: attention would cost the square of their number.
+        """
         share = max(1, self.global_batch_size // self.resources.world_size)
-        return self.resources.micro_batch_size or max(n for n in range(1, min(8, share) + 1) if share % n == 0)
+        most = 1 if self.packing else min(8, share)
+        return self.resources.micro_batch_size or max(n for n in range(1, most + 1) if share % n == 0)
+
+    def smaller_micro_batch(self, size: int) -> int | None:
+        share = self.global_batch_size // self.resources.world_size
+        return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
     def findings(self) -> Iterator[Finding]:
         world, micro = self.resources.world_size, self.micro_batch_size()
@@ -326,6 +349,9 @@ class EvaluateStage(ProgramStage):
 
     gives: ClassVar[ArtifactType] = "Report"
 
+    def micro_batch_size(self) -> int:
+        return self.resources.micro_batch_size or 16
+
     def findings(self) -> Iterator[Finding]:
         if not self.datasets and not self.benchmarks:
             yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
@@ -353,6 +379,7 @@ class QuantizeStage(ProgramStage):
 
     kind: Literal["quantize"]
     method: Literal["gptq"] = "gptq"
+    """How weights are rounded."""
     model: ModelRef
     """Model to quantize, in full precision."""
     calibration: DatasetRef
@@ -385,13 +412,17 @@ class Requirement(Strict):
     of: StageRef
     """Stage whose metric it is."""
     at_least: float | None = None
+    """Least value allowed."""
     at_most: float | None = None
+    """Greatest value allowed."""
     improves_on: StageRef | None = None
     """Stage whose same metric must be exceeded by `by`."""
     by: float = Field(0.0, ge=0)
+    """Least improvement."""
     not_below: StageRef | None = None
     """Stage whose same metric, less `tolerance`, is the least allowed."""
     tolerance: float = Field(0.0, ge=0)
+    """Loss allowed."""
 
 
 class GateStage(Stage):
@@ -399,6 +430,7 @@ class GateStage(Stage):
 
     kind: Literal["gate"]
     require: tuple[Requirement, ...] = Field(min_length=1)
+    """All of them must hold."""
 
     gives: ClassVar[ArtifactType] = "Verdict"
 
@@ -446,6 +478,7 @@ class Pipeline(Strict):
     parallel: int | None = Field(None, ge=1)
     """Stages that may run at the same time; by default one for each GPU of the machine, or one."""
     stages: dict[Name, AnyStage] = Field(min_length=1)
+    """By name; order is free."""
 
 
 class Spec(Strict):
@@ -460,6 +493,7 @@ class Spec(Strict):
     runtimes: dict[Name, Runtime] = {}
     """Environments beside the built-in ones."""
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
+    """By name."""
 
 
 def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

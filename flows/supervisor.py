@@ -1,0 +1,157 @@
+"""Runs programs under the watchdog: log lines and events as they come, timeout, stop, and what can be known of a death.
+
+Signals reach only the flow's main thread, while stages run in pool threads, so no `finally` of a stage is relied on: the
+flow calls `Supervisor.stop()`, and if the flow itself is killed, the closing of its pipes does the same.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from pydantic import ValidationError
+
+from tuneline.protocol import Event
+
+WATCHDOG = Path(__file__).with_name("watchdog.py")
+POLL = 0.2  # seconds between looks at events and the clock
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended. `stopped` says that we ended it, `oom_killed` that the kernel did."""
+
+    status: int
+    stopped: Literal["timeout", "cancelled"] | None
+    oom_killed: bool
+
+
+class Supervisor:
+    """The programs of one flow process."""
+
+    def __init__(self) -> None:
+        self._live: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Ends every program, with all their descendants; returns when they are gone."""
+        with self._lock:
+            self.stopping = True
+            live = list(self._live)
+        for process in live:
+            _close(process)
+        for process in live:
+            process.wait()
+
+    def run(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        timeout: float | None,
+        held: int,
+        on_line: Callable[[str], None],
+        on_event: Callable[[Event], None],
+    ) -> Outcome:
+        """Runs `command` in `folder` until it ends. The watchdog inherits `held` (the key's lock), so that the lock is free only
+        when the last process is gone. Lines of stdout and stderr go to `on_line` and to folder/log.txt."""
+        oom_kills = _oom_kills()
+        events = _EventTail(folder / "events.jsonl")
+        with self._lock:
+            if self.stopping:
+                return Outcome(143, "cancelled", False)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(WATCHDOG), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=dict(environment),
+                start_new_session=True,
+                pass_fds=(held,),
+            )
+            self._live.add(process)
+        assert process.stdout is not None
+        reader = threading.Thread(target=_pump, args=(process.stdout, folder / "log.txt", on_line), daemon=True)
+        reader.start()
+        deadline = time.monotonic() + timeout if timeout else None
+        stopped: Literal["timeout", "cancelled"] | None = None
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(POLL)
+                except subprocess.TimeoutExpired:
+                    pass
+                for event in events.new():
+                    on_event(event)
+                if deadline and time.monotonic() > deadline and stopped is None:
+                    stopped = "timeout"
+                    _close(process)
+        finally:
+            _close(process)
+            process.wait()
+            with self._lock:
+                self._live.discard(process)
+        reader.join()
+        for event in events.new():
+            on_event(event)
+        if self.stopping:
+            stopped = "cancelled"
+        return Outcome(process.returncode, stopped, _oom_kills() > oom_kills)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+
+
+def _pump(stream: IO[bytes], log: Path, on_line: Callable[[str], None]) -> None:
+    """Copies output to the log and hands on whole lines. A progress bar, redrawn by carriage returns, is one line: its last state."""
+    with log.open("ab") as file:
+        for raw in stream:
+            file.write(raw)
+            file.flush()
+            line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
+            if line.strip():
+                on_line(line)
+
+
+class _EventTail:
+    """Whole lines appended to events.jsonl since the last look. What a killed program left half-written is passed over."""
+
+    def __init__(self, path: Path):
+        self._path, self._position = path, path.stat().st_size if path.exists() else 0
+
+    def new(self) -> Iterator[Event]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._position += len(line)
+                try:
+                    yield Event.model_validate_json(line)
+                except ValidationError:
+                    continue
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for memory in this control group (v2); 0 where it does not say."""
+    try:
+        group = next(line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        lines = Path(f"/sys/fs/cgroup{group}/memory.events").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    except (OSError, StopIteration):
+        return 0

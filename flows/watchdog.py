@@ -1,0 +1,104 @@
+"""Stands between a flow and a program, and sees to it that no process outlives the flow.
+
+    python -I -S watchdog.py ARGV...
+
+Standard library only, no imports of ours: it must start in milliseconds and never fail. Its stdin is a pipe that the flow
+process holds open; when it closes, for whatever reason (cancel, timeout, SIGKILL of the flow), every descendant is ended:
+SIGTERM, a grace period, SIGKILL. As child sub-reaper it inherits orphaned grandchildren, so none escapes by losing its parent.
+Signals meant for the terminal's group are ignored: the flow decides. Ends with the program's exit status, 128 + n for signal n.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_CHILD_SUBREAPER = 36
+GRACE = float(os.environ.get("TUNELINE_GRACE", "3"))
+
+
+def descendants(root):
+    """Process ids below `root`, from /proc."""
+    children = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    state, parent = file.read().rpartition(b")")[2].split()[:2]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if state != b"Z":
+                children.setdefault(int(parent), []).append(int(name))
+    found, waiting = [], [root]
+    while waiting:
+        for child in children.get(waiting.pop(), ()):
+            found.append(child)
+            waiting.append(child)
+    return found
+
+
+def signal_all(number):
+    """Sends a signal to every descendant; False if there was none."""
+    found = descendants(os.getpid())
+    for process in found:
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            pass
+    return bool(found)
+
+
+def reap(program):
+    """Collects dead descendants; the program's status if it is among them."""
+    status = None
+    while True:
+        try:
+            pid, raw = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if pid == 0:
+            return status
+        if pid == program:
+            status = os.waitstatus_to_exitcode(raw)
+
+
+def end_descendants(program):
+    """SIGTERM, then SIGKILL after the grace period, until nothing is left; the program's status if it was still running."""
+    status, deadline = None, time.monotonic() + GRACE
+    signal_all(signal.SIGTERM)
+    while descendants(os.getpid()):
+        status = reap(program) if status is None else (reap(program), status)[1]
+        if time.monotonic() > deadline:
+            signal_all(signal.SIGKILL)
+        time.sleep(0.05)
+    last = reap(program)
+    return last if status is None else status
+
+
+def main():
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    program = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=restore_signals).pid
+    status, poll = None, 0.02
+    while status is None:
+        readable, _, _ = select.select([0], [], [], poll)
+        if readable and not os.read(0, 1):
+            status = end_descendants(program)
+            break
+        status = reap(program)
+        poll = min(0.2, poll * 1.5)
+    end_descendants(program)  # what the program left behind
+    sys.exit(143 if status is None else 128 - status if status < 0 else status)
+
+
+def restore_signals():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    main()

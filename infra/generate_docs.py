@@ -1,0 +1,135 @@
+"""Writes what is generated from the code: docs/pipelines.md, docs/pipelines.schema.json and the yaml in the README.
+
+    python infra/generate_docs.py            writes them
+    python infra/generate_docs.py --check    fails where a file is not what would be written (make lint)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from tuneline import spec
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = (spec.Resources, spec.FilesSource, spec.HubSource, spec.ReasoningGymSource, spec.Split, spec.Lora, spec.EarlyStopping, spec.Requirement)
+
+HEAD = """\
+# pipelines.yaml: every kind and field
+
+Generated from `tuneline/spec.py` by `make docs`; `make lint` checks it. The same as a JSON Schema: `tuneline schema`.
+
+A file has `version: 1` and `pipelines:`; each pipeline has `stages:`, each stage a `kind`. A field that takes a *stage* holds
+the name of another stage of the same pipeline. `${name}` takes a value from `vars:`, a whole value keeps its type;
+`${env:NAME}` is allowed in `store` and `runtimes` alone; `$${` is a plain `${`. Paths are relative to the file.
+Fields under *every stage* and under `resources` only change how a stage runs: they are not in its key, and changing them
+rebuilds nothing. Everything else is in the key, unless it has its default value.
+"""
+
+
+def pipelines_page() -> str:
+    parts = [HEAD]
+    for title, model in (("The file", spec.Spec), ("pipelines.NAME", spec.Pipeline), ("runtimes.NAME", spec.Runtime)):
+        parts.append(section(title, model, set()))
+    parts.append(section("Every stage", spec.ProgramStage, {"kind"}, "A gate, which has no program, has none of the last three fields."))
+    base = set(spec.ProgramStage.model_fields)
+    for kind, model in spec.STAGES.items():
+        parts.append(section(f"kind: {kind}", model, base, f"Gives {'an' if model.gives == 'Adapter' else 'a'} {model.gives}."))
+    for model in PARTS:
+        name = re.sub(r"(?<!^)(?=[A-Z])", " ", model.__name__).lower()
+        parts.append(section(name[0].upper() + name[1:], model, set()))
+    return "\n".join(parts)
+
+
+def section(title: str, model: type[BaseModel], left_out: set[str], extra: str = "") -> str:
+    text = " ".join(part for part in ((model.__doc__ or "").strip(), extra) if part)
+    rows = [row(name, field) for name, field in model.model_fields.items() if name not in left_out]
+    table = ["| field | takes | default | effect |", "|---|---|---|---|", *rows]
+    return "\n".join([f"## {title}\n", *([text, ""] if text else []), *table, ""])
+
+
+def row(name: str, field: Any) -> str:
+    default = "required" if field.default is PydanticUndefined else shown(field.default)
+    cells = (f"`{name}`", takes(field), default, (field.description or "").replace("\n", " "))
+    return f"| {' | '.join(cell.replace('|', 'or') for cell in cells)} |"
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "as below"
+    if value is None or value == () or value == {} or value == "":
+        return "none"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def takes(field: Any) -> str:
+    for item in field.metadata:
+        if isinstance(item, spec.Reference | spec.OutsideFile):
+            return marked(item)
+    bounds = [f"{sign} {getattr(item, name):g}" for item in field.metadata for name, sign in SIGNS.items() if hasattr(item, name)]
+    return type_name(field.annotation) + (f", {', '.join(bounds)}" if bounds else "")
+
+
+def marked(marker: spec.Reference | spec.OutsideFile) -> str:
+    if isinstance(marker, spec.OutsideFile):
+        return "path"
+    return f"stage giving {' or '.join(marker.types)}" if marker.types else "stage"
+
+
+SIGNS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+NAMES = {int: "whole number", float: "number", bool: "true, false", str: "text"}
+
+
+def type_name(annotation: Any) -> str:
+    if annotation in NAMES:
+        return NAMES[annotation]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if origin is tuple:
+        return f"list of {type_name(arguments[0]).replace('stage giving', 'stages giving')}"
+    if origin is dict:
+        return f"mapping of {type_name(arguments[1])}"
+    markers = [item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, spec.Reference | spec.OutsideFile)]
+    if markers:
+        return marked(markers[0])
+    if arguments:
+        names = [type_name(argument) for argument in arguments if argument is not type(None) and not isinstance(argument, spec.Strict)]
+        return " or ".join(dict.fromkeys(name for name in names if name))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "fields below"
+    return ""
+
+
+def readme() -> str:
+    """The README with the demo's yaml as it stands in pipelines.yaml."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pipelines = (ROOT / "pipelines.yaml").read_text(encoding="utf-8")
+    demo = re.search(r"^  demo:\n(?:    .*\n|\n)+", pipelines, re.MULTILINE)
+    assert demo, "pipelines.yaml has no pipeline `demo`"
+    block = f"```yaml\npipelines:\n{demo[0].rstrip()}\n```"
+    return re.sub(r"```yaml\npipelines:\n.*?```", lambda _: block, text, count=1, flags=re.DOTALL)
+
+
+def main() -> int:
+    schema = json.dumps(spec.Spec.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+    files = {"docs/pipelines.md": pipelines_page(), "docs/pipelines.schema.json": schema, "README.md": readme()}
+    stale = [name for name, text in files.items() if not (ROOT / name).exists() or (ROOT / name).read_text(encoding="utf-8") != text]
+    if sys.argv[1:] == ["--check"]:
+        for name in stale:
+            print(f"{name} is not what the code says; `make docs` writes it")
+        return 1 if stale else 0
+    for name in stale:
+        (ROOT / name).write_text(files[name], encoding="utf-8")
+        print(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Builds a Dataset: reads every source, drops what is too long or there twice, splits by group, and reports on all of it.
+
+    read -> measure (drop, cut or refuse what is over max_length) -> deduplicate -> split -> check -> write -> report
+
+A row goes to the split that its *group* falls into: the bucket of hash(seed, group), so more rows never move a group, and
+rows with the same prompt are never on both sides. Left out on purpose: fuzzy deduplication and shuffling (the trainer's
+sampler shuffles); rows keep the order in which they were read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tasks.dataset_report import Counts, write_report
+from tasks.loading import load_tokenizer
+from tasks.masks import token_counts
+from tasks.rows import SPLITS, Row, content_hash, write_rows
+from tasks.sources import Item, read_source
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events, Request, Result
+from tuneline.spec import DatasetStage, Split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 2000  # rows tokenized together, and between two signs of life
+
+
+def run(request: Request, stage: DatasetStage, events: Events) -> Result:
+    tokenizer = load_tokenizer(request.inputs["model"]) if stage.model is not None else None
+    counts = Counts()
+    steps = len(stage.sources) + 3
+
+    items = list(read(request, stage, counts, events))
+    if tokenizer is not None:
+        items = list(measured(items, stage, tokenizer, counts, events))
+    events.progress(steps - 2, steps, "splitting")
+    items = list(deduplicated(items, counts))
+    splits = split(items, stage.split, request.seed)
+    check(splits, stage.split, counts)
+    events.progress(steps - 1, steps, "writing")
+    for name in SPLITS:
+        write_rows([item.row for item in splits[name]], request.payload / f"{name}.parquet")
+    for message in warnings(items, stage, counts):
+        events.warning(message)
+    figures = write_report(request.meta, stage, splits, counts, tokenizer, events)
+    events.progress(steps, steps, f"wrote {len(items):,} rows")
+    return Result(
+        metrics={
+            "rows_read": counts.read.total(),
+            **{f"rows_{name}": len(splits[name]) for name in SPLITS},
+            **{fate: counts.total(fate) for fate in ("duplicates", "over_long", "truncated")},
+            "groups": len({item.row.group for item in items}),
+            **figures,
+        }
+    )
+
+
+# --- read and measure -------------------------------------------------------------------------------------------------
+
+
+def read(request: Request, stage: DatasetStage, counts: Counts, events: Events) -> Iterator[Item]:
+    for index, source in enumerate(stage.sources):
+        events.progress(index, len(stage.sources) + 3, f"reading sources.{index}")
+        for number, item in enumerate(read_source(request, index, source, counts.ignored), 1):
+            row = item.row
+            if stage.system is not None and row.messages is not None and row.messages[0]["role"] != "system":
+                row = replace(row, messages=({"role": "system", "content": stage.system}, *row.messages))
+            counts.read[row.source] += 1
+            yield replace(item, row=identified(row))
+            if number % (10 * BATCH) == 0:
+                events.progress(index, len(stage.sources) + 3, f"read {number:,} rows of sources.{index}")
+
+
+def identified(row: Row) -> Row:
+    return replace(row, id=content_hash(row.content()), group=group_of(row))
+
+
+def group_of(row: Row) -> str:
+    """Hash of the prompt: what stands before the last answer. System prompts do not count: the same question is the same."""
+    if row.text is not None:
+        return content_hash(row.text)
+    prompt = row.prompt_messages() or ({"role": "user", "content": row.prompt},)
+    return content_hash([message for message in prompt if message["role"] != "system"])
+
+
+def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, counts: Counts, events: Events) -> Iterator[Item]:
+    """Counts tokens; what is over max_length is dropped, cut or refused, as the stage says."""
+    steps = len(stage.sources) + 3
+    for start in range(0, len(items), BATCH):
+        batch = items[start : start + BATCH]
+        events.progress(steps - 3, steps, f"counted tokens of {start:,} of {len(items):,} rows")
+        for item, tokens in zip(batch, counted(batch, tokenizer), strict=True):
+            if stage.max_length is None or tokens <= stage.max_length:
+                yield replace(item, tokens=tokens)
+            elif stage.over_long == "drop":
+                counts.fates["over_long", item.row.source] += 1
+            elif stage.over_long == "truncate" and item.row.text is not None:
+                counts.fates["truncated", item.row.source] += 1
+                yield truncated(item, tokenizer, stage.max_length)
+            else:
+                why = ": only plain text can be truncated" if stage.over_long == "truncate" else ""
+                message = f"{item.place}: found a row of {tokens} tokens, allowed {stage.max_length}{why}"
+                raise StageFailed("data", message, "shorten it, raise max_length, or set `over_long: drop`")
+
+
+def counted(batch: list[Item], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        return token_counts([item.row for item in batch], tokenizer)
+    except StageFailed:
+        for item in batch:  # one by one, to name the row that the template refuses
+            try:
+                token_counts([item.row], tokenizer)
+            except StageFailed as error:
+                raise StageFailed(error.failure_class, f"{item.place}: {error.message}", error.hint) from error
+        raise
+
+
+def truncated(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Item:
+    """Cuts the text before the first token that is too many; again where the shorter text happens to take more tokens."""
+    text = item.row.text or ""
+    tokens = token_counts([item.row], tokenizer)[0]
+    row = item.row
+    while tokens > max_length:
+        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        text = text[: offsets[len(offsets) - (tokens - max_length)][0]]
+        row = replace(row, text=text)
+        tokens = token_counts([row], tokenizer)[0]
+    if not text.strip():
+        raise StageFailed("data", f"{item.place}: nothing is left of the text within {max_length} tokens", "raise max_length")
+    return Item(item.place, identified(row), tokens)
+
+
+# --- deduplicate and split --------------------------------------------------------------------------------------------
+
+
+def deduplicated(items: list[Item], counts: Counts) -> Iterator[Item]:
+    """Keeps the first of rows that say the same."""
+    seen: set[str] = set()
+    for item in items:
+        if item.row.id in seen:
+            counts.fates["duplicates", item.row.source] += 1
+        else:
+            seen.add(item.row.id)
+            yield item
+
+
+def bucket(seed: int, group: str) -> float:
+    """Where in [0, 1) a group falls: a matter of seed and group alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{group}".encode()).digest()[:6], "big") / 2**48
+
+
+def split(items: list[Item], shares: Split, seed: int) -> dict[str, list[Item]]:
+    splits: dict[str, list[Item]] = {name: [] for name in SPLITS}
+    for item in items:
+        place = bucket(seed, item.row.group)
+        name = "test" if place < shares.test else "validation" if place < shares.test + shares.validation else "train"
+        splits[name].append(item)
+    return splits
+
+
+def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
+    """No group on two sides, no row lost, nothing empty that was asked for."""
+    home: dict[str, str] = {}
+    for name, items in splits.items():
+        for item in items:
+            if home.setdefault(item.row.group, name) != name:
+                raise StageFailed("bug", f"group {item.row.group} is in {home[item.row.group]} and in {name}", "please report this")
+    kept = sum(map(len, splits.values()))
+    if counts.read.total() != kept + counts.total("duplicates") + counts.total("over_long"):
+        raise StageFailed("bug", f"rows were lost: {kept} are left of {counts}", "please report this")
+    for name, share in (("train", 1.0), ("validation", shares.validation), ("test", shares.test)):
+        if share > 0 and not splits[name]:
+            message = f"the {name} split is empty: {kept} rows in {len(home)} groups are left"
+            hint = "add rows; meta/report.md says what was dropped" if name == "train" else f"add rows, raise split.{name}, or set it to 0"
+            raise StageFailed("data", message, hint)
+
+
+def warnings(items: list[Item], stage: DatasetStage, counts: Counts) -> Iterator[str]:
+    answers: dict[str, set[str | None]] = defaultdict(set)
+    for item in items:
+        answers[item.row.group].add(item.row.reference())
+    unclear = [group for group, given in answers.items() if len(given) > 1]
+    if unclear:
+        first = next(item.place for item in items if item.row.group == unclear[0])
+        yield f"{len(unclear)} prompts have differing answers, the first at {first}"
+    different = set().union(*answers.values())
+    if len(items) > 1 and len(different) == 1 and different != {None}:
+        yield f"all {len(items)} rows have the same answer: {str(different.pop())[:80]!r}"
+    for fate in ("duplicates", "over_long"):
+        if 2 * counts.total(fate) > counts.read.total():
+            yield f"more than half of the rows were dropped ({fate}): {counts.total(fate)} of {counts.read.total()}"
+    others = sum(item.row.messages is None for item in items)
+    if stage.system is not None and others:
+        yield f"the system prompt is for conversations: {others} rows of another format go without"
+    fields = sorted(name for name in counts.ignored if "." in name)  # parts of messages; other columns are only in the report
+    if fields:
+        yield f"parts of messages are not read: {', '.join(fields)}"

@@ -1,0 +1,153 @@
+"""What a person looks at before training on a Dataset: counts, token lengths, and three rows as the model will see them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.masks import Tokens, tokenize
+from tasks.rows import SPLITS, Row
+from tasks.sources import AnySource, Item
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events
+from tuneline.spec import DatasetStage, FilesSource, HubSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_SAMPLE = 4000  # characters shown
+BINS = 12
+BAR = 40  # characters of the longest bar
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened to rows on their way."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    """By source."""
+    fates: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By fate (`duplicates`, `over_long`: dropped; `truncated`: kept) and source."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Values that no format reads, by column."""
+
+    def total(self, fate: str) -> int:
+        return sum(count for (name, _), count in self.fates.items() if name == fate)
+
+
+def write_report(
+    meta: Path,
+    stage: DatasetStage,
+    splits: dict[str, list[Item]],
+    counts: Counts,
+    tokenizer: PreTrainedTokenizerBase | None,
+    events: Events,
+) -> dict[str, float]:
+    """Writes report.md (and lengths.png); emits the samples as events. Returns the token figures, as metrics."""
+    parts = ["# Dataset\n", source_table(stage, splits, counts)]
+    if counts.ignored:
+        columns = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.ignored.items()))
+        parts.append(f"Not read: {columns}.\n")
+    figures: dict[str, float] = {}
+    if tokenizer is not None:
+        lengths = sorted(item.tokens for items in splits.values() for item in items)
+        quantiles = {f"tokens_p{share}": quantile(lengths, share / 100) for share in (50, 90, 99)}
+        figures = {"tokens_train": sum(item.tokens for item in splits["train"]), **quantiles, "tokens_max": lengths[-1]}
+        told = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in figures.items())
+        bars = "\n".join(histogram(lengths))
+        parts.append(f"## Tokens\n\nOf a row; train: of the whole split. {told}\n\n```\n{bars}\n```\n")
+        plot(lengths, stage.max_length, meta / "lengths.png")
+    trained = "What is trained on stands between ⟦ and ⟧ (`train_on: assistant`)."
+    parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not as a model sees them.'}\n")
+    train = [item.row for item in splits["train"]]
+    for row in (train[position] for position in sorted({0, len(train) // 2, len(train) - 1})):
+        text = rendered(row, tokenizer, events) if tokenizer is not None else plain(row)
+        text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
+        events.sample(text, {"id": row.id, "source": row.source})
+        parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
+    (meta / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    return figures
+
+
+def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
+    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    lines = [f"| source | read | over long | duplicates | {' | '.join(SPLITS)} | truncated |", "|---|" + "---:|" * 7]
+    for index, source in enumerate(stage.sources):
+        name = f"sources.{index}"
+        figures = [counts.read[name], counts.fates["over_long", name], counts.fates["duplicates", name]]
+        figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
+        lines.append(f"| {title(source)} | {' | '.join(f'{figure:,}' for figure in figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def title(source: AnySource) -> str:
+    return source.path if isinstance(source, FilesSource) else source.repo if isinstance(source, HubSource) else source.task
+
+
+# --- token lengths ----------------------------------------------------------------------------------------------------
+
+
+def quantile(ordered: list[int], share: float) -> int:
+    """The least length that at least `share` of the rows do not exceed."""
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+def histogram(ordered: list[int]) -> list[str]:
+    width = ordered[-1] // BINS + 1
+    counts = Counter(length // width for length in ordered)
+    scale = BAR / max(counts.values())
+    digits = len(str(ordered[-1]))
+    return [
+        f"{place * width:>{digits}} - {place * width + width - 1:<{digits}} {'#' * round(counts[place] * scale):<{BAR}} {counts[place]:,}"
+        for place in range(ordered[0] // width, ordered[-1] // width + 1)
+    ]
+
+
+def plot(lengths: list[int], max_length: int | None, file: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: it picks a window system
+
+    figure = Figure(figsize=(6, 3), layout="tight")
+    axes = figure.add_subplot()
+    axes.hist(lengths, bins=50)
+    axes.set(xlabel="tokens of a row", ylabel="rows")
+    if max_length is not None:
+        axes.axvline(max_length, color="black", linestyle="--")
+    figure.savefig(file, dpi=100)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def rendered(row: Row, tokenizer: PreTrainedTokenizerBase, events: Events) -> str:
+    """The row as the model sees it, what is trained on between ⟦ and ⟧."""
+    try:
+        tokens = tokenize(row, tokenizer, "assistant")
+    except StageFailed as error:
+        events.warning(f"{error.message}; {error.hint}")
+        tokens = tokenize(row, tokenizer, "completion")
+    return marked(tokens, tokenizer)
+
+
+def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = ""
+    for trained, run in groupby(zip(tokens.input_ids, tokens.trained, strict=True), key=lambda pair: pair[1]):
+        part = str(tokenizer.decode([token for token, _ in run]))
+        text += f"⟦{part}⟧" if trained else part
+    return text
+
+
+def plain(row: Row) -> str:
+    if row.messages is not None:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in row.messages)
+    return row.text if row.text is not None else f"{row.prompt}{row.completion}"
+
+
+def fenced(text: str) -> str:
+    """As a code block, also where the text holds fences of its own."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,229 @@
+"""Scores a model, or an adapter on its base: the test splits of datasets, and lm-eval's benchmarks by name.
+
+lm-eval does the scoring of both: `tasks.harness` is its Hugging Face model. A dataset's rows are asked as they were trained
+on: the prompt through the template saved on the trained side, checked token by token against `tasks.masks`. An adapter that
+changes nothing, or another template than the one that was trained with, ends the stage.
+
+Left out: benchmarks that run code the model writes (they need a sandbox), images and sound, several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from tasks.benchmarks import first_question, load_benchmarks, run_benchmarks
+from tasks.loading import compute_dtype, load_model, load_tokenizer, template_hash
+from tasks.masks import prompt_ids, render_text, tokenize
+from tasks.rows import Row, read_split
+from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events, Input, Request, Result
+from tuneline.spec import EvaluateStage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tasks.harness import LanguageModel
+
+SHOWN = 3  # samples among the events
+
+
+def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
+    be_quiet()
+    source = request.inputs["model"]
+    tokenizer = load_tokenizer(source)
+    check_template(tokenizer, source)
+    datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
+    benchmarks = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else None
+
+    from tasks.harness import LanguageModel
+
+    model = load_model(source, compute_dtype("auto"))
+    lm = LanguageModel(model, tokenizer, stage.micro_batch_size(), events)
+    check_logits(model, first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer), source)
+
+    report = Report()
+    for i, rows in enumerate(datasets):
+        score_dataset(f"dataset{i}", rows, stage, lm, report, events)
+    if benchmarks:
+        run_benchmarks(benchmarks, stage, request.seed, lm, report, events)
+    write(request, report)
+    for sample in report.samples[:SHOWN]:
+        events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
+    return Result(metrics=report.metrics, info={"rows": report.rows})
+
+
+def be_quiet() -> None:
+    """No progress bars in the log, no pool of processes for standard errors; to be set before lm-eval is imported."""
+    os.environ |= {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, source: Input) -> None:
+    if template_hash(tokenizer) != source.template:
+        raise StageFailed(
+            "data",
+            f"the chat template beside the {source.type.lower()} is not the one recorded when it was made "
+            f"(sha256 {str(template_hash(tokenizer))[:12]}, recorded {str(source.template)[:12]})",
+            "run `tuneline verify`, and build the stage that gives it again",
+        )
+
+
+def test_rows(dataset: Input, stage: EvaluateStage, name: str) -> list[Row]:
+    rows = read_split(dataset.path, "test")
+    if not rows:
+        raise StageFailed("data", f"the test split of {name} is empty", f"hold rows out: `split: {{test: 0.1}}` in {name}")
+    return rows[: stage.limit]
+
+
+def first_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return prompt_ids(row, tokenizer) or list(tokenizer(row.text)["input_ids"])
+
+
+def check_logits(model: PreTrainedModel, prompt: list[int], source: Input) -> None:
+    """On a real prompt the logits must be numbers, and an adapter must change them."""
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([prompt], device=model.device)
+        logits = model(input_ids=ids).logits
+        if not logits.isfinite().all():
+            raise StageFailed("bug", "the model's logits are not finite", "the training diverged, or the weights overflow their type")
+        if source.type == "Adapter":
+            with model.disable_adapter():
+                base = model(input_ids=ids).logits
+            if torch.equal(logits, base):
+                hint = "it was not trained, or was not loaded: look at the loss of its training"
+                raise StageFailed("bug", "the adapter changes nothing: logits with and without it are the same", hint)
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: LanguageModel, report: Report, events: Events) -> None:
+    samples = [Sample(name, row.id, prompt_text(row, lm.tokenizer)[-TAIL:], "", row.reference() or row.text or "") for row in rows]
+    asked = [i for i, row in enumerate(rows) if row.reference() is not None]
+    lm.phase = f"{name}: answers"
+    for i, answer in zip(asked, answers([rows[i] for i in asked], stage.max_new_tokens, lm), strict=True):
+        samples[i].answer = answer
+        samples[i].scores |= {"exact_match": exact_match(answer, samples[i].reference)}
+        samples[i].scores |= {"answer_recall": answer_recall(answer, samples[i].reference)}
+        if "scorer" in rows[i].extra:
+            samples[i].scores["score"] = task_score(answer, rows[i].extra["scorer"])
+    lm.phase = f"{name}: bits per byte"
+    for i, (bits, size) in bits_and_bytes(rows, lm).items():
+        samples[i].scores |= {"bits": bits, "bytes": size}
+
+    scored = [sample for sample in samples if sample.scores]
+    if not scored:
+        raise StageFailed("data", f"no test row of {name} has an answer to compare with", "rows need an answer, a completion or text")
+    if len(scored) < len(rows):
+        events.warning(f"{name}: {len(rows) - len(scored)} of {len(rows)} test rows have no answer to compare with and are left out")
+    for metric in ("exact_match", "answer_recall", "score"):
+        if values := [sample.scores[metric] for sample in scored if metric in sample.scores]:
+            report.add(f"{name}/{metric}", mean(values))
+    if measured := [sample.scores for sample in scored if "bits" in sample.scores]:
+        report.add(f"{name}/bits_per_byte", ratio([scores["bits"] for scores in measured], [scores["bytes"] for scores in measured]))
+    report.rows[name] = len(scored)
+    report.samples += scored
+
+
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = row.prompt_messages()
+    return render_text(messages, row, tokenizer, add_generation_prompt=True) if messages is not None else row.prompt or ""
+
+
+def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> list[str]:
+    """Greedy answers, in order. What lm-eval makes of each prompt's text is compared with the ids that training saw."""
+    from lm_eval.api.instance import Instance
+
+    found: dict[int, str] = {}
+    for templated in (True, False):
+        lm.add_bos_token = False if templated else None  # a template writes its own; before plain text the tokenizer's habit holds
+        chosen = [i for i, row in enumerate(rows) if (row.messages is not None) == templated]
+        texts = [prompt_text(rows[i], lm.tokenizer) for i in chosen]
+        for i, text in zip(chosen, texts, strict=True):
+            ids = prompt_ids(rows[i], lm.tokenizer)
+            if lm.tok_batch_encode([text])[0][0].tolist() != ids:
+                raise StageFailed("bug", f"the prompt of row {rows[i].id} is not tokenized as in training", "report it with the template")
+            check_length(rows[i], len(ids) + max_new_tokens, lm, "shorten the dataset's max_length, or max_new_tokens")
+        options = {"do_sample": False, "max_gen_toks": max_new_tokens}
+        requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
+        if requests:
+            found |= dict(zip(chosen, lm.generate_until(requests), strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def check_length(row: Row, tokens: int, lm: LanguageModel, hint: str) -> None:
+    """lm-eval would cut the prompt's beginning off."""
+    if tokens > lm.max_length:
+        raise StageFailed("config", f"row {row.id} and its answer need {tokens} tokens, the model takes {lm.max_length}", hint)
+
+
+def task_score(answer: str, scorer: dict[str, Any]) -> float:
+    from reasoning_gym.factory import get_score_answer_fn
+
+    return float(get_score_answer_fn(scorer["dataset"])(answer.strip(), scorer["entry"]))
+
+
+def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[float, int]]:
+    """By row: bits that the model needs for the completion after its prompt, or for the text, and its UTF-8 bytes.
+
+    The tokens are those that training counts, less the end of turn, which is no part of the bytes. Text that is longer than
+    the model's context is scored in windows, as lm-eval does.
+    """
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    requests: list[tuple[None, list[int], list[int]]] = []
+    owners: list[int] = []
+    sizes: dict[int, int] = {}
+    for i, row in enumerate(rows):
+        text = row.text if row.text is not None else completion(row)
+        if not text:
+            continue
+        if row.text is not None:
+            ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            windows = list(map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1)))
+        else:
+            tokens = tokenize(row, lm.tokenizer, "completion")
+            start = tokens.trained.index(True)
+            end = max(i for i, trained in enumerate(tokens.trained) if trained) + 1
+            end = max((i for i in range(start, end) if tokens.input_ids[i] in lm.ends), default=end)
+            check_length(row, end, lm, "shorten the dataset's max_length")
+            windows = [(tokens.input_ids[:start], tokens.input_ids[start:end])]
+        requests += [(None, context, continuation) for context, continuation in windows]
+        owners += [i] * len(windows)
+        sizes[i] = len(text.encode())
+    bits = dict.fromkeys(sizes, 0.0)
+    for i, (log_probability, _) in zip(owners, lm._loglikelihood_tokens(requests) if requests else [], strict=True):
+        bits[i] -= log_probability / math.log(2)
+    return {i: (bits[i], sizes[i]) for i in sizes}
+
+
+def completion(row: Row) -> str | None:
+    """The text of the last answer in the row, if it has one."""
+    prompt = row.prompt_messages()
+    if row.messages is None or prompt is None:
+        return row.completion
+    return row.messages[len(prompt)]["content"] if len(prompt) < len(row.messages) else None
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def write(request: Request, report: Report) -> None:
+    document = json.dumps({"metrics": report.metrics, "rows": report.rows}, sort_keys=True, indent=1, allow_nan=False)
+    (request.payload / "results.json").write_text(document + "\n", encoding="utf-8")
+    with (request.meta / "samples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(sample), ensure_ascii=False, default=str) + "\n" for sample in report.samples)
+    lines = ["| metric | value | rows |", "|---|---:|---:|"]
+    for name, value in sorted(report.metrics.items()):
+        if not name.endswith("_stderr"):
+            error = report.metrics.get(f"{name}_stderr")
+            rows = report.rows.get(name.split("/")[0], "")
+            lines.append(f"| {name} | {value:.4f}{'' if error is None else f' ± {error:.4f}'} | {rows} |")
+    (request.meta / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,99 @@
+"""lm-eval's Hugging Face model, made to report progress, to stay within memory, and to stop where answers end.
+
+Imported only by what scores a model: it needs torch and lm-eval, which take seconds. lm-eval's own tasks and ours ask it the
+same two things, `generate_until` and `_loglikelihood_tokens`; both sort requests by length, longest first, and batch them.
+
+Greedy generation is ours: transformers' goes on computing rows that have ended until the last of a batch has; here a row
+leaves the batch with its end token. Anything else (sampling, stop words) is left to transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
+
+from tuneline.protocol import Events
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOGITS_BYTES = 2**31  # of one batch's logits and log-probabilities, float32, over the whole vocabulary
+
+
+class LanguageModel(HFLM):  # type: ignore[misc]
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, events: Events):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        self.events, self.largest_batch, self.phase = events, batch_size, ""
+        self.done = self.total = 0
+        listed = model.generation_config.eos_token_id
+        self.ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+        # Only the ends are kept of what the model suggests: its penalties and temperature would make greedy something else.
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=tokenizer.pad_token_id)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._begin(len(requests))
+        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._begin(len(requests))
+        longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+        fitting = LOGITS_BYTES // (2 * 4 * longest * self.model.config.vocab_size)
+        self.batch_size_per_gpu = max(1, min(self.largest_batch, fitting))
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        self.batch_size_per_gpu = self.largest_batch
+        self._advance(self.total - self.done)  # requests that share a context were scored in one go
+        return scores
+
+    def _begin(self, total: int) -> None:
+        self.done, self.total = 0, total
+
+    def _advance(self, rows: int) -> None:
+        if rows:
+            self.done += rows
+            self.events.progress(self.done, self.total, self.phase)
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        logits: torch.Tensor = super()._model_call(inps, attn_mask, labels)
+        self._advance(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        """Token ids of contexts and answers, shape [batch, up to max_length]."""
+        mask = options["attention_mask"]
+        only_ends = stop == [self.tok_decode([self.eot_token_id], skip_special_tokens=False)]
+        if only_ends and options.keys() <= {"attention_mask", "do_sample", "temperature"} and not options.get("do_sample"):
+            tokens = self._greedy(context, mask, max_length - context.shape[1])
+        else:
+            tokens = super()._model_generate(context, max_length, stop, **options)
+        self._advance(len(context))
+        return tokens
+
+    @torch.inference_mode()
+    def _greedy(self, context: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Contexts, padded on the left, followed by their most likely continuations, padded with the end token."""
+        answers = context.new_full((len(context), max_new_tokens), self.eot_token_id)
+        rows = torch.arange(len(context), device=context.device)  # which answers are still being written
+        ends = torch.tensor(sorted(self.ends), device=context.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        tokens, cache = context, None
+        for step in range(max_new_tokens):
+            output = self.model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            chosen, cache = output.logits[:, -1].argmax(-1), output.past_key_values
+            kept = (~torch.isin(chosen, ends)).nonzero()[:, 0]
+            if len(kept) == 0:
+                break
+            if len(kept) < len(rows):
+                cache.batch_select_indices(kept)
+                rows, mask, positions, chosen = rows[kept], mask[kept], positions[kept], chosen[kept]
+            answers[rows, step] = chosen
+            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return torch.cat([context, answers], dim=1)

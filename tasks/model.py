@@ -1,0 +1,238 @@
+"""Fetches a base model and checks it, so that no later stage finds out after an hour that it is broken.
+
+    hub   the commit that the orchestrator pinned, through the hub's own cache: a killed download goes on, and a model that
+          is already on the machine is not fetched again. Linked or copied into the payload.
+    path  by reference: the payload names the files with size, time and sha256; nothing is copied.
+    gguf  converted by transformers to safetensors in float32.
+
+Left out on purpose: pickled weights and code of a repository (both run whatever their author wrote), sub-folders, and every
+file that transformers does not need. The check reads the headers of weight files and never a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.loading import save_tokenizer, template_hash
+from tasks.weights import PICKLES, WEIGHTS, Weights, read_weights
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events, Request, Result
+from tuneline.spec import ModelStage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+FILES = (
+    *(WEIGHTS, "model.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the check found."""
+
+    architecture: str
+    weights: Weights
+    vocabulary: int
+    context: int | None
+    eos_token: str
+    template: str | None
+    template_text: str
+
+
+def run(request: Request, stage: ModelStage, events: Events) -> Result:
+    if stage.hub is not None:
+        commit = request.commits["hub"]
+        source = f"{stage.hub} at commit {commit}"
+        events.progress(0, 2, f"fetching {stage.hub}")
+        folder = request.payload
+        from_hub(stage.hub, commit, folder)
+    elif stage.gguf is not None:
+        file = request.files["gguf"][0]
+        source = f"GGUF file {file.name}"
+        events.progress(0, 2, f"converting {file.name}")
+        folder = request.payload
+        from_gguf(file, folder)
+    else:
+        folder = request.files["path"][0]
+        source = f"folder {folder.name}, by reference"
+    events.progress(1, 2, "checking")
+    facts = check(folder, source, events)
+    if stage.path is not None:
+        write_reference(folder, request.payload)
+    (request.meta / "report.md").write_text(report(source, facts), encoding="utf-8")
+    events.progress(2, 2, "checked")
+    metrics = {"parameters": float(facts.weights.parameters), "bytes": float(facts.weights.bytes)}
+    return Result(metrics=metrics, info={"template": facts.template, "architecture": facts.architecture, "source": source})
+
+
+# --- the three sources ------------------------------------------------------------------------------------------------
+
+
+def from_hub(repository: str, commit: str, payload: Path) -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=list(FILES), ignore_patterns=["*/*"]))
+    for file in kept_files(snapshot):
+        target = payload / file.name
+        try:
+            os.link(file.resolve(), target)
+        except OSError:  # another file system than the cache's
+            shutil.copyfile(file, target)
+
+
+def from_gguf(file: Path, payload: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
+    # The weights are plain float32 by now; with these marks transformers would refuse to save them.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(payload)
+    save_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True), payload)
+
+
+def write_reference(folder: Path, payload: Path) -> None:
+    """reference.json, as `loading.model_folder` reads it. The absolute path is what a reference is."""
+    entries = []
+    for file in kept_files(folder):
+        stat = file.stat()
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        entries.append({"path": file.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest})
+    document = {"path": str(folder), "files": entries}
+    (payload / "reference.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def kept_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in FILES))
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def check(folder: Path, source: str, events: Events) -> Facts:
+    """Everything that a training would trip over; raises StageFailed(data) with the first thing that is wrong."""
+    if not (folder / "config.json").is_file():
+        hint = "this is an adapter: name the model that it was trained on" if (folder / "adapter_config.json").is_file() else ""
+        raise StageFailed("data", f"{source} has no config.json", hint or "a model folder holds config.json, weights and tokenizer")
+    if not any(folder.glob(WEIGHTS)):
+        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        raise StageFailed(
+            "data",
+            f"{source} has no {WEIGHTS}, found {', '.join(pickles) or 'no weights that may be read'}",
+            "pickled weights can run code when they are read and are refused: save the model with safetensors, "
+            "or take a revision that has them",
+        )
+    weights = read_weights(folder)
+    config, tokenizer = load_config(folder, source), load_check_tokenizer(folder, source)
+    vocabulary = config.get_text_config().vocab_size
+    if tokenizer.eos_token_id is None:
+        hint = "without one no answer ends: set eos_token in tokenizer_config.json"
+        raise StageFailed("data", f"the tokenizer of {source} has no eos token", hint)
+    if len(tokenizer) > vocabulary:
+        raise StageFailed(
+            "data",
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, the model has embeddings for {vocabulary}",
+            "tokenizer and weights are of different models, or tokens were added without resizing the embedding",
+        )
+    check_names(folder, source, config)
+    for warning in warnings(folder, tokenizer):
+        events.warning(warning)
+    return Facts(
+        architecture=(config.architectures or [config.model_type])[0],
+        weights=weights,
+        vocabulary=vocabulary,
+        context=config.get_text_config().to_dict().get("max_position_embeddings"),
+        eos_token=str(tokenizer.eos_token),
+        template=template_hash(tokenizer),
+        template_text=str(tokenizer.chat_template or ""),
+    )
+
+
+def load_config(folder: Path, source: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+    except (ValueError, OSError, KeyError) as error:
+        hint = "tuneline reads models that transformers knows by itself; code of a repository is never run"
+        raise StageFailed("data", f"config.json of {source} does not load: {first_line(error)}", hint) from error
+
+
+def load_check_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust side raises bare Exception for a broken tokenizer.json
+        hint = "a model folder holds tokenizer.json (or tokenizer.model) and tokenizer_config.json"
+        raise StageFailed("data", f"the tokenizer of {source} does not load: {first_line(error)}", hint) from error
+    if len(tokenizer) == 0:
+        raise StageFailed("data", f"the tokenizer of {source} is empty", "a model folder holds tokenizer.json or tokenizer.model")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def check_names(folder: Path, source: str, config: PreTrainedConfig) -> None:
+    """Loads the model onto the meta device (names and shapes, no weights): transformers would fill what is missing with noise.
+
+    Quantized models are left out: their libraries do not load onto the meta device.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if "quantization_config" in config.to_dict():
+        return
+    try:
+        _, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        hint = "weights and config.json must be of the same causal language model"
+        raise StageFailed("data", f"{source} does not load: {first_line(error)}", hint) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise StageFailed("data", f"the weights of {source} lack {named}", "take the complete model: missing weights would be random")
+
+
+def warnings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    found = []
+    if tokenizer.chat_template is None:
+        found.append("the model has no chat template: it can learn from plain text and prompt/completion rows, not from conversations")
+    generation = folder / "generation_config.json"
+    ends: Any = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    ends = ends if isinstance(ends, list) else [ends]
+    if ends != [None] and tokenizer.eos_token_id not in ends:
+        eos = f"{tokenizer.eos_token!r} is {tokenizer.eos_token_id}"
+        found.append(f"generation_config.json ends at tokens {ends}, the tokenizer's eos token {eos}")
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def report(source: str, facts: Facts) -> str:
+    rows = {
+        "source": source,
+        "architecture": facts.architecture,
+        "parameters": f"{facts.weights.parameters:,}",
+        "weights": f"{facts.weights.bytes:,} bytes in {facts.weights.files} file(s), {facts.weights.types}",
+        "vocabulary": f"{facts.vocabulary:,}",
+        "context": f"{facts.context:,} tokens" if facts.context else "not given",
+        "eos token": f"`{facts.eos_token}`",
+        "chat template": f"sha256 {facts.template}" if facts.template else "none",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    template = f"\n## Chat template\n\n```jinja\n{facts.template_text}\n```\n" if facts.template else ""
+    return f"# Model\n\n| | |\n|---|---|\n{table}\n{template}"

@@ -1,0 +1,214 @@
+"""Supervised fine-tuning of a LoRA adapter on a Dataset's train split, by TRL and PEFT.
+
+Rows are tokenized and masked by `tasks.masks` and given to TRL ready made; that TRL has dropped or cut nothing is checked.
+A killed training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot see one another: their
+position ids start anew, and transformers masks attention by them (torch's sdpa is enough); each training checks it on its model.
+
+Left out: quantized bases (QLoRA), grouping by length, adapters on the head or the embeddings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.loading import compute_dtype, load_model, load_tokenizer, save_tokenizer, template_hash
+from tasks.masks import tokenize
+from tasks.rows import read_split
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events, Request, Result
+from tuneline.spec import SftStage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+    from tasks.sft_trainer import TokenWeightedTrainer
+
+
+def run(request: Request, stage: SftStage, events: Events) -> Result:
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    from tasks import training
+    from tasks.sft_trainer import TokenWeightedTrainer
+
+    arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
+    base, earlier = request.inputs["model"], request.inputs.get("adapter")
+    tokenizer = load_tokenizer(earlier or base)
+    train = tokenized(request, stage, tokenizer, "train")
+    validation = tokenized(request, stage, tokenizer, "validation") if stage.eval_steps else None
+    prepared = packed(train, stage.max_length) if stage.packing else train
+
+    model = load_model(base, compute_dtype(stage.dtype))
+    layers = training.targeted_layers(model, stage.lora.target_modules)
+    training.score_only_trained_tokens()
+    report = training.Report(events)
+    callbacks = [report, training.MarkComplete()]
+    if stage.early_stopping:
+        callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
+    trainer = TokenWeightedTrainer(
+        model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
+        args=arguments,
+        train_dataset=prepared,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=None if earlier else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # events say the same
+    check_nothing_lost(train, trainer.train_dataset)
+    if stage.packing:
+        check_rows_apart(trainer)
+    before = training.adapter_tensors(trainer.model)
+    trainable, parameters = trainer.model.get_nb_trainable_parameters()
+    if arguments.process_index == 0:
+        events.metric("trainable_parameters", trainable)
+        events.metric("all_parameters", parameters)
+
+    checkpoint = training.newest_checkpoint(arguments)
+    state = training.ended_at(checkpoint) if checkpoint else None
+    if checkpoint and state:
+        training.load_adapter(trainer.model, Path(state.best_model_checkpoint or checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+
+    history = state.log_history
+    metrics = {
+        "loss": training.recent_loss(history),
+        "steps": state.global_step,
+        "trained_tokens": sum(entry.get("trained_tokens", 0) for entry in history),
+        "trainable_parameters": trainable,
+        "all_parameters": parameters,
+    }
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    if stage.early_stopping:
+        metrics |= {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
+    elif evaluated:
+        metrics["eval_loss"] = evaluated[max(evaluated)]
+    if arguments.process_index == 0:
+        training.save_history(history, request.meta)
+        training.save_adapter(trainer.model, request.payload, base)
+        save_tokenizer(tokenizer, request.payload)
+        training.check_adapter(request.payload, stage.lora, layers, before)
+    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
+    return Result(metrics=metrics, info=info)
+
+
+def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
+    import torch
+    from trl import SFTConfig
+
+    resources = stage.resources
+    micro = stage.micro_batch_size()
+    return SFTConfig(
+        output_dir=str(request.work / "checkpoints"),
+        seed=request.seed,
+        data_seed=request.seed,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.lr_scheduler_type,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        num_train_epochs=stage.num_train_epochs,
+        max_steps=stage.max_steps or -1,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=stage.global_batch_size // (micro * resources.world_size),
+        activation_checkpointing=resources.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        bf16=compute_dtype(stage.dtype) == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        # Rows come tokenized, masked and packed; TRL only pads them, or joins them with position ids where packed.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=stage.max_length,
+        packing=stage.packing,
+        eval_packing=False,
+        eval_strategy="steps" if stage.eval_steps else "no",
+        eval_steps=stage.eval_steps,
+        # With early stopping every evaluation is saved: which adapter is the best must not depend on resources.
+        save_strategy="steps",
+        save_steps=stage.eval_steps if stage.early_stopping else resources.checkpoint_steps,
+        save_total_limit=2,
+        load_best_model_at_end=stage.early_stopping is not None,
+        metric_for_best_model="eval_loss" if stage.early_stopping else None,
+        greater_is_better=False if stage.early_stopping else None,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
+    """A split as input ids and labels; refuses rows that TRL would cut or drop."""
+    from datasets import Dataset
+
+    rows = read_split(request.inputs["dataset"].path, split)
+    if not rows:
+        hint = (
+            "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "look at its report"
+        )
+        raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
+    tokens = [tokenize(row, tokenizer, stage.train_on) for row in rows]
+    long = [(row.id, len(token.input_ids)) for row, token in zip(rows, tokens, strict=True) if len(token.input_ids) > stage.max_length]
+    if long:
+        longest = max(length for _, length in long)
+        raise StageFailed(
+            "data",
+            f"{len(long)} of {len(rows)} {split} rows are longer than max_length {stage.max_length}: "
+            f"row {long[0][0]} has {long[0][1]} tokens, the longest {longest}",
+            f"set `max_length: {longest}` here, or `max_length: {stage.max_length}` in the dataset stage, which drops or cuts them",
+        )
+    # The first token of a row is never predicted, so one that is trained on alone counts for nothing.
+    masked = [row.id for row, token in zip(rows, tokens, strict=True) if not any(token.trained[1:])]
+    if masked:
+        raise StageFailed(
+            "data",
+            f"{len(masked)} of {len(rows)} {split} rows have no token to train on with `train_on: {stage.train_on}`: row {masked[0]}, say",
+            "leave rows without an answer out of the dataset, or set `train_on: all`",
+        )
+    return Dataset.from_dict({"input_ids": [token.input_ids for token in tokens], "labels": [token.labels for token in tokens]})
+
+
+def packed(dataset: Dataset, length: int) -> Dataset:
+    """Rows joined into sequences of up to `length` tokens, none of them cut."""
+    from datasets import disable_progress_bars
+    from trl import pack_dataset
+
+    disable_progress_bars()
+    return pack_dataset(dataset, length, strategy="bfd")
+
+
+def check_nothing_lost(given: Dataset, used: Dataset) -> None:
+    """Rows, tokens and trained tokens are as many in what the trainer holds as in what it was given."""
+    if _counts(given) != _counts(used):
+        raise StageFailed("bug", f"rows, tokens and trained tokens were {_counts(given)}, but the trainer holds {_counts(used)}")
+
+
+def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
+    """The rows of a packed sequence give the same hidden states without the row before them."""
+    import torch
+
+    sequence = next((sequence for sequence in trainer.train_dataset if len(sequence["seq_lengths"]) > 1), None)
+    if sequence is None:
+        return
+    first = sequence["seq_lengths"][0]
+    trainer.model.eval()
+    hidden = []
+    for rows in (sequence, {"seq_lengths": sequence["seq_lengths"][1:], "input_ids": sequence["input_ids"][first:]}):
+        batch = trainer.data_collator([rows])
+        del batch["labels"]
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            hidden.append(trainer.model.get_base_model().base_model(**trainer._prepare_inputs(batch)).last_hidden_state.float())
+    packed, alone = hidden[0][:, first:], hidden[1]
+    if (packed - alone).abs().mean() > 0.05 * alone.abs().mean():  # bfloat16 rounds by less
+        raise StageFailed("config", "packing: found a base model in which packed rows see one another", "set `packing: false`")
+
+
+def _counts(dataset: Any) -> tuple[int, int, int]:
+    rows = sum(map(len, dataset["seq_lengths"])) if "seq_lengths" in dataset.column_names else len(dataset)
+    return rows, sum(map(len, dataset["input_ids"])), sum(sum(label != -100 for label in labels) for labels in dataset["labels"])

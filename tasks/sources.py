@@ -1,0 +1,213 @@
+"""Reads the sources of a Dataset: every row with the place it came from, so that an error names file and line.
+
+Left out on purpose: loading scripts of hub repositories (they run code), and any repair of broken rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.formats import KNOWN, BadRow, describe, detect, to_row
+from tasks.rows import Row
+from tuneline.errors import StageFailed
+from tuneline.protocol import Request
+from tuneline.spec import FilesSource, HubSource, ReasoningGymSource
+
+AnySource = FilesSource | HubSource | ReasoningGymSource
+Records = Iterator[tuple[str, Any]]  # (place, what stands there)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row, where it was read, and its tokens (0 where no model counts them)."""
+
+    place: str
+    row: Row
+    tokens: int = 0
+
+
+def read_source(request: Request, index: int, source: AnySource, ignored: Counter[str]) -> Iterator[Item]:
+    """Yields rows in the order of the source; counts in `ignored` the columns that are not read.
+
+    A row's `source` is the position in the stage: a file's name may change without changing the key.
+    """
+    name = f"sources.{index}"
+    if isinstance(source, ReasoningGymSource):
+        yield from gym_rows(name, source, request.seed + 1_000_000 * index)  # the library draws row i with seed + i
+        return
+    unknown = sorted(source.columns.keys() - KNOWN)
+    if unknown:
+        message = f"{name}.columns: found {', '.join(unknown)}, allowed {', '.join(sorted(KNOWN))}"
+        raise StageFailed("config", message, "our name comes first, then the file's")
+    if isinstance(source, HubSource):
+        yield from rows_of(hub_records(name, source, request.commits[f"{name}.repo"]), name, source, ignored)
+        return
+    files = request.files[f"{name}.path"]
+    if not files:
+        raise StageFailed("data", f"{name}.path: no file matches {source.path}", "paths are relative to pipelines.yaml")
+    for file in files:
+        yield from rows_of(file_records(file), name, source, ignored)
+
+
+def rows_of(records: Records, name: str, source: FilesSource | HubSource, ignored: Counter[str]) -> Iterator[Item]:
+    """The format is told from the first row and holds for all of one file."""
+    row_format: str = source.format
+    for position, (place, record) in enumerate(records):
+        try:
+            if not isinstance(record, dict):
+                raise BadRow(f"found {describe(record)}, allowed an object")
+            if position == 0:
+                absent = sorted(set(source.columns.values()) - record.keys())
+                if absent:
+                    message = f"found columns {', '.join(record)}, but {name}.columns names {', '.join(absent)}"
+                    raise BadRow(message, "our name comes first, then the file's")
+            record = {column: value for column, value in renamed(record, source.columns).items() if value is not None}
+            if row_format == "auto":
+                row_format = detect(record)
+            yield Item(place, to_row(record, row_format, name, ignored))
+        except BadRow as error:
+            raise StageFailed("data", f"{place}: {error.message}", error.hint or "mend or remove the row, and run again") from error
+
+
+def renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    moved = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+    return {name: value for name, value in record.items() if name not in columns and name not in columns.values()} | moved
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def file_records(file: Path) -> Records:
+    readers = {".jsonl": jsonl_records, ".json": json_records, ".parquet": parquet_records, ".csv": csv_records}
+    if file.suffix not in readers:
+        raise StageFailed("config", f"{file}: found ending {file.suffix or 'none'}, allowed {', '.join(readers)}")
+    try:
+        yield from readers[file.suffix](file)
+    except UnicodeDecodeError as error:
+        raise StageFailed("data", f"{file}: found bytes that are not UTF-8 ({error})", "convert the file to UTF-8") from error
+
+
+def jsonl_records(file: Path) -> Records:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{file}:{number}"
+            if line.strip():
+                try:
+                    yield place, json.loads(line)
+                except ValueError as error:
+                    raise StageFailed("data", f"{place}: found no JSON ({error})", "a .jsonl file holds one object a line") from error
+
+
+def json_records(file: Path) -> Records:
+    """Elements of one list, decoded one by one, so that each is known by its line."""
+    text = file.read_text(encoding="utf-8-sig")
+    decoder = json.JSONDecoder()
+    position, line, counted = skip_space(text, 0), 1, 0
+    if text[position : position + 1] != "[":
+        raise StageFailed("data", f"{file}:1: found no list, allowed a list of objects", "one object a line? name the file .jsonl")
+    position, first = skip_space(text, position + 1), True
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            if not first:
+                if text[position : position + 1] != ",":
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+                position = skip_space(text, position + 1)
+                line, counted = line + text.count("\n", counted, position), position
+            record, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            message = f"{file}:{error.lineno}: found no JSON ({error})"
+            raise StageFailed("data", message, "check the file with `python -m json.tool`") from error
+        yield f"{file}:{line}", record
+        position, first = skip_space(text, position), False
+
+
+def skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def parquet_records(file: Path) -> Records:
+    try:
+        table = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise StageFailed("data", f"{file}: found no parquet ({error})", "fetch or write it again") from error
+    number = 0
+    for batch in table.iter_batches(batch_size=1000):
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{file}: row {number}", record
+
+
+def csv_records(file: Path) -> Records:
+    """An empty cell is no value. A row may span lines; its place is the first."""
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", newline="") as content:
+        reader = csv.reader(content, strict=True)
+        try:
+            header = next(reader, [])
+            if not header:
+                raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
+            for cells in filter(None, reader):
+                place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
+                if len(cells) != len(header):
+                    message = f"{place}: found {len(cells)} cells, allowed {len(header)}, as in the header"
+                    raise StageFailed("data", message, "quote cells that hold commas or line ends")
+                yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+        except csv.Error as error:
+            message = f"{file}:{reader.line_num}: found no CSV ({error})"
+            raise StageFailed("data", message, "quote cells that hold quotes or line ends") from error
+
+
+# --- hub and generator ------------------------------------------------------------------------------------------------
+
+
+def hub_records(name: str, source: HubSource, commit: str) -> Records:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    try:
+        data = load_dataset(source.repo, name=source.subset, split=source.split, revision=commit)
+    except DatasetNotFoundError:  # or no access: sorted into its class with the hub's other errors
+        raise
+    except (ValueError, RuntimeError, DatasetsError) as error:  # unknown subset or split, a loading script, broken files
+        raise StageFailed("data", f"{name}: {source.repo}: {error}", "check subset and split; loading scripts are never run") from error
+    for number, record in enumerate(data, 1):
+        yield f"{source.repo}: row {number}", record
+
+
+def gym_rows(name: str, source: ReasoningGymSource, seed: int) -> Iterator[Item]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if source.task not in DATASETS:
+        near = difflib.get_close_matches(source.task, DATASETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(DATASETS))}"
+        raise StageFailed("config", f"{name}.task: found {source.task}, allowed a dataset of reasoning-gym", hint)
+    try:
+        data = reasoning_gym.create_dataset(source.task, seed=seed, size=source.size, **source.config)
+    except (TypeError, AssertionError, ValueError) as error:
+        known = ", ".join(field for field in DATASETS[source.task][1].__dataclass_fields__ if field not in ("seed", "size"))
+        raise StageFailed("config", f"{name}.config: {source.task}: {error}", f"it knows {known}") from error
+    for number in range(source.size):
+        entry = data[number]
+        if not isinstance(entry["answer"], str):
+            raise StageFailed("config", f"{name}.task: {source.task} gives no answer to learn from", "take a task with one right answer")
+        written = json.loads(json.dumps(entry, sort_keys=True))
+        if number == 0 and data.score_answer(entry["answer"], written) != data.score_answer(entry["answer"], entry):
+            raise StageFailed("config", f"{name}.task: {source.task} cannot be scored once its rows are written", "take another task")
+        messages = ({"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]})
+        extra = {"scorer": {"dataset": source.task, "entry": written}}
+        yield Item(f"{source.task}: row {number + 1}", Row(name, messages=messages, answer=entry["answer"], extra=extra))

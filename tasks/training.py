@@ -1,0 +1,264 @@
+"""What every training of an adapter shares: its LoRA configuration, checkpoints, events, and the checks of its hand-over.
+
+Imports torch, transformers and peft at the top because it subclasses them; programs import it inside `run`. It leaves out the
+trainers themselves: what a row is and what the loss is differ between kinds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events, Input
+from tuneline.spec import Lora
+
+MARKER = "complete"
+RECENT = 10  # steps whose mean is a training's final loss
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def targeted_layers(model: PreTrainedModel, target_modules: tuple[str, ...] | str) -> set[str]:
+    """Full names of the linear layers that get an adapter, matched by the end of their name as PEFT does.
+
+    The head is never one: TRL computes the loss from its weight directly, so an adapter on it would not be trained.
+    """
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D) and module is not head]
+    if target_modules == "all-linear":
+        return set(linear)
+    found = {target: {name for name in linear if name == target or name.endswith(f".{target}")} for target in target_modules}
+    unknown = [target for target, names in found.items() if not names]
+    if unknown:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        near = [match for target in unknown for match in difflib.get_close_matches(target, known, 1)]
+        raise StageFailed(
+            "config",
+            f"lora.target_modules: found {', '.join(unknown)}, allowed all-linear or some of {', '.join(known)}",
+            f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, less its head",
+        )
+    return set().union(*found.values())
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=_plain(lora.lora_alpha),
+        lora_dropout=float(lora.lora_dropout),
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules)),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+
+
+def _plain(number: float) -> int | float:
+    """32, not 32.0: one way to write a number, so that equal configurations give equal bytes."""
+    return int(number) if float(number).is_integer() else number
+
+
+def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lora: Lora) -> PeftModel:
+    """The adapter, trainable, on the model; only its dropout may change on the way.
+
+    Raises StageFailed(config) where it is an adapter of another base, or of another shape than the stage asks for.
+    """
+    if source.base is None or source.base.digest != base.digest:
+        raise StageFailed("config", "adapter: found an adapter of another base model", "give `model:` the base that it was trained on")
+    config = LoraConfig.from_pretrained(source.path)
+    wanted = lora_config(lora)
+    differences = [
+        f"{name} {getattr(config, name)} instead of {getattr(wanted, name)}"
+        for name in ("r", "lora_alpha", "use_rslora", "use_dora")
+        if getattr(config, name) != getattr(wanted, name)
+    ]
+    layers, wanted_layers = targeted_layers(model, tuple(config.target_modules)), targeted_layers(model, lora.target_modules)
+    if layers != wanted_layers:
+        differences.append(f"target_modules that mean {len(layers)} layers instead of {len(wanted_layers)}")
+    if differences:
+        raise StageFailed(
+            "config", f"adapter: found {'; '.join(differences)}", "give this stage the same `lora:` as the one that made the adapter"
+        )
+    config.lora_dropout = wanted.lora_dropout
+    config.base_model_name_or_path = model.name_or_path  # PEFT looks there, else on the hub, for the size of the vocabulary
+    return PeftModel.from_pretrained(model, source.path, config=config, is_trainable=True)
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of the adapter's weights on the CPU, by their saved names."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sorted(state.items())}
+
+
+def save_adapter(model: PeftModel, payload: Path, base: Input) -> None:
+    """Writes the adapter the same way everywhere: sorted lists, and the base's digest instead of its path.
+
+    PEFT's own `save_pretrained` writes sets in hash order, the base's path, and a README.
+    """
+    config = model.peft_config["default"].to_dict()
+    del config["peft_version"]
+    config |= {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
+    (payload / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    save_file(adapter_tensors(model), payload / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def check_adapter(payload: Path, lora: Lora, layers: set[str], before: dict[str, torch.Tensor]) -> None:
+    """Reads the saved adapter back: whole, finite, as configured, and changed by the training (`before` are its first weights)."""
+    config = json.loads((payload / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(payload / "adapter_model.safetensors")
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if config[name] != getattr(lora, name):
+            raise StageFailed("bug", f"the adapter was saved with {name} {config[name]}, configured was {getattr(lora, name)}")
+    expected = len(layers) * (3 if lora.use_dora else 2)
+    if len(tensors) != expected:
+        raise StageFailed("bug", f"the adapter was saved with {len(tensors)} tensors, expected were {expected} for {len(layers)} layers")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise StageFailed("data", f"{len(broken)} tensors of the adapter are not finite, the first {broken[0]}", "lower learning_rate")
+    if all(torch.equal(tensor, before[name]) for name, tensor in tensors.items() if ".lora_B." in name):
+        raise StageFailed(
+            "data",
+            "the training changed nothing: every lora_B of the adapter is as it was before",
+            "raise learning_rate, or train for more steps",
+        )
+
+
+def score_only_trained_tokens() -> None:
+    """Leaves the head's work on prompts and padding out on every device, as TRL does by itself on GPUs with Triton.
+
+    TRL fears a recompilation for each new shape on accelerators that we do not serve. The same loss and gradients; on a CPU
+    SmolLM2-135M with short answers takes 2.6 s a step instead of 3.6 s.
+    """
+    from trl.trainer import utils
+
+    utils._use_triton = lambda device: True  # in this module it only decides on that
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class MarkComplete(TrainerCallback):  # type: ignore[misc]
+    """Writes a marker into each checkpoint once all of it, from every process, has reached the disk."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        args.distributed_state.wait_for_everyone()
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in checkpoint.iterdir():
+            _sync(file)
+        (checkpoint / MARKER).touch()
+        for path in (checkpoint / MARKER, checkpoint, checkpoint.parent):
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def newest_checkpoint(arguments: TrainingArguments) -> Path | None:
+    """The checkpoint to resume from; those that a kill left unfinished are deleted."""
+    folder = Path(arguments.output_dir)
+    if arguments.process_index == 0:
+        for checkpoint in folder.glob("checkpoint-*"):
+            if not (checkpoint / MARKER).exists():
+                shutil.rmtree(checkpoint)
+    arguments.distributed_state.wait_for_everyone()
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+
+
+def ended_at(checkpoint: Path) -> TrainerState | None:
+    """The trainer's state if the training had ended by this checkpoint, else None.
+
+    transformers must not resume from such a checkpoint: it would always take one more step.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] else None
+
+
+def load_adapter(model: PeftModel, checkpoint: Path) -> None:
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+
+
+# --- events and history -----------------------------------------------------------------------------------------------
+
+
+class Report(TrainerCallback):  # type: ignore[misc]
+    """Sends what the trainer logs as events, and ends a training whose loss is no longer a number.
+
+    Every process looks at the loss (it is the same everywhere), the first one reports.
+    """
+
+    def __init__(self, events: Events):
+        self.events = events
+        self.seconds, self.tokens = 0.0, 0.0  # of training steps in this process, without evaluations and checkpoints
+        self._since = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise StageFailed(
+                    "data",
+                    f"{name} is {logs[name]} at step {state.global_step} of {state.max_steps}",
+                    f"lower learning_rate (it is {args.learning_rate}), or warm up for longer"
+                    if state.global_step > 1
+                    else "nothing had been learned yet: look at the base model's weights, the dtype and the rows",
+                )
+        seconds, tokens = time.perf_counter() - self._since, logs.get("num_tokens", 0.0) - self.tokens
+        if "loss" in logs:
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+        if not state.is_world_process_zero:
+            return
+        for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
+            if name in logs:
+                self.events.metric(name, logs[name], state.global_step)
+        if "loss" in logs:
+            self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
+            self.events.progress(state.global_step, state.max_steps, f"loss {logs['loss']:.4f}")
+
+
+def recent_loss(history: list[dict[str, float]]) -> float:
+    losses = [entry["loss"] for entry in history if "loss" in entry][-RECENT:]
+    return sum(losses) / len(losses)
+
+
+def save_history(history: list[dict[str, float]], meta: Path) -> None:
+    """meta/history.jsonl, an object for each log entry, and meta/loss.png."""
+    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
+    (meta / "history.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    from matplotlib.figure import Figure  # without pyplot: no display is looked for
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for name, style in (("loss", "-"), ("eval_loss", "o-")):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend()
+    figure.savefig(meta / "loss.png", dpi=120)

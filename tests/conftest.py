@@ -1,0 +1,96 @@
+"""Fixtures of the core's and the flows' tests. The programs' tests run under the runtime's Python and use none of these."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# No test reads a person's settings or a hub.
+os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"})
+for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Prefect server for the whole session; a test that uses it runs its flows in this process."""
+    from flows.server import embedded_server
+
+    with embedded_server(tmp_path_factory.mktemp("prefect")) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def runtime_python() -> Path:
+    """Python of the runtime `torch`, which `make setup` has built."""
+    from tuneline.load import load
+    from tuneline.runtimes import find_runtime
+
+    runtime = find_runtime("torch", load(ROOT / "pipelines.yaml").spec, ROOT)
+    assert runtime.ready, "the runtime `torch` is not set up: run `make setup`"
+    return runtime.python
+
+
+@pytest.fixture(scope="session")
+def pico_model(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path) -> Path:
+    """Folder of a pico model; see tests/pico.py."""
+    folder = tmp_path_factory.mktemp("models") / "pico"
+    subprocess.run([runtime_python, ROOT / "tests" / "pico.py", folder], check=True, capture_output=True)
+    return folder
+
+
+class Project:
+    """A folder with a pipelines.yaml, and `tuneline` on it as a user calls it."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def write(self, text: str, name: str = "pipelines.yaml") -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Starts the command line in a process of its own."""
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        return subprocess.Popen(command, cwd=self.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def tuneline(self, *arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, f"status {process.returncode} instead of {status}\n{out}\n{err}"
+        return subprocess.CompletedProcess(arguments, status, out, err)
+
+    def json(self, *arguments: str, status: int = 0, **environment: str) -> Any:
+        return json.loads(self.tuneline(*arguments, "--json", status=status, **environment).stdout)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path)
+
+
+@pytest.fixture
+def stand_in(project: Project) -> Callable[..., None]:
+    """Puts tests/stand_in.py in the place of a runtime's Python, to do what no real program does on demand: hang, die, run out
+    of memory. Each call of a stage takes its next action from the script; `ok` is done where none is left."""
+    shell = f'#!/bin/sh\nif [ "$1" = -I ]; then exec {sys.executable} "$@"; fi\nexec {sys.executable} {ROOT}/tests/stand_in.py "$3"\n'
+    python = project.write(shell, "bin/python")
+    python.chmod(0o755)
+
+    def script(**actions: list[Any]) -> None:
+        project.write(json.dumps(actions), "script.json")
+
+    script()
+    return script

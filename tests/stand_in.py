@@ -1,0 +1,49 @@
+"""A program that does as it is told, for faults that real programs do not make on demand. See the fixture `stand_in`.
+
+Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `die`,
+`oom` (class), `kill` (SIGKILL to itself), `data` (class), or a number: the value of its metric.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tuneline.protocol import Events, Failure, Request, Result
+
+request = Request.read(Path(sys.argv[1]))
+events = Events(request.work / "events.jsonl")
+project = request.work.parent.parent.parent
+source = request.files.get("sources.0.path")
+name = source[0].stem if source else request.kind
+calls = project / f"calls-{name}"
+number = len(calls.read_text().splitlines()) if calls.exists() else 0
+with calls.open("a") as file:
+    file.write(json.dumps({"pid": os.getpid(), "micro": request.resources["micro_batch_size"], "attempt": request.attempt}) + "\n")
+actions = json.loads((project / "script.json").read_text()).get(name, [])
+action = actions[number] if number < len(actions) else "ok"
+print(f"stand-in {name}: {action}", flush=True)
+events.progress(1, 2, "half")
+if action == "sleep":
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    (project / f"sleeping-{name}").write_text("")
+    time.sleep(1000)
+if action == "die":
+    sys.exit(9)
+if action == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if action in ("oom", "data", "transient", "config"):
+    Failure(failure_class=action, message=f"planted {action}", hint="none").write(request.work / "failure.json")
+    sys.exit(1)
+value = float(action) if isinstance(action, int | float) else 1.0
+request.payload.mkdir(parents=True, exist_ok=True)
+request.meta.mkdir(parents=True, exist_ok=True)
+upstream = {slot: entry.digest for slot, entry in request.inputs.items()}
+(request.payload / "data.json").write_text(json.dumps({"upstream": upstream, "name": name}))
+Result(metrics={"figure": value}).write(request.work / "result.json")
