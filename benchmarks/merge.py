@@ -58,6 +58,7 @@ def make_model(folder: Path, megabytes: int) -> None:
 
 def measured(way: str, folder: Path, shards: str) -> tuple[float, float]:
     """Runs in a process of its own: seconds and megabytes of one way."""
+    import gptqmodel  # noqa: F401  PEFT imports it late, within the time
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  the model class is imported late otherwise

@@ -117,7 +117,7 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 def _pump(stream: IO[bytes], log: Path, on_line: Callable[[str], None]) -> None:
     """Copies output to the log and hands on whole lines. A progress bar, redrawn by carriage returns, is one line: its last state."""
-    with log.open("ab") as file:
+    with stream, log.open("ab") as file:
         for raw in stream:
             file.write(raw)
             file.flush()

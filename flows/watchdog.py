@@ -82,7 +82,9 @@ def main():
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    program = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=restore_signals).pid
+    # Kept by name: a Popen that is dropped collects its child's status, and we would wait for it for ever.
+    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=restore_signals)
+    program = process.pid
     status, poll = None, 0.02
     while status is None:
         readable, _, _ = select.select([0], [], [], poll)

@@ -74,7 +74,6 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         self._advance(len(context))
         return tokens
 
-    @torch.inference_mode()
     def _greedy(self, context: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         """Contexts, padded on the left, followed by their most likely continuations, padded with the end token."""
         answers = context.new_full((len(context), max_new_tokens), self.eot_token_id)
@@ -83,9 +82,10 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         tokens, cache = context, None
         for step in range(max_new_tokens):
-            output = self.model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            with torch.inference_mode():
+                output = self.model(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
             chosen, cache = output.logits[:, -1].argmax(-1), output.past_key_values
             kept = (~torch.isin(chosen, ends)).nonzero()[:, 0]
             if len(kept) == 0:

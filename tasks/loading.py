@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tasks.gptq import is_gptq, load_dense
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input
 
@@ -56,15 +57,24 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: Input, dtype: torch.dtype, place: str | None = None, **options: Any) -> PreTrainedModel:
-    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device."""
+def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> PreTrainedModel:
+    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device.
+
+    A GPTQ model is decoded where there is no GPU, because its kernels are slow there (see `tasks.gptq`); on a GPU it is
+    transformers' own, through optimum, placed while it is loaded because its kernels are chosen for the device.
+    """
     from transformers import AutoModelForCausalLM
 
     base = source.base if source.type == "Adapter" else source
     assert base is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder(base.path), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, **options
-    )
+    folder = model_folder(base.path)
+    if is_gptq(folder) and device() == "cpu":
+        model = load_dense(folder, dtype)
+    else:
+        placed = {"": place or device()} if is_gptq(folder) else None
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     if source.type == "Adapter":
         from peft import PeftModel
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.loading import save_tokenizer, template_hash
-from tasks.weights import PICKLES, WEIGHTS, Weights, read_weights
+from tasks.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
 from tuneline.spec import ModelStage
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 FILES = (
-    *(WEIGHTS, "model.safetensors.index.json", "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *(*WEIGHTS, INDEX, "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
@@ -126,11 +126,11 @@ def check(folder: Path, source: str, events: Events) -> Facts:
     if not (folder / "config.json").is_file():
         hint = "this is an adapter: name the model that it was trained on" if (folder / "adapter_config.json").is_file() else ""
         raise StageFailed("data", f"{source} has no config.json", hint or "a model folder holds config.json, weights and tokenizer")
-    if not any(folder.glob(WEIGHTS)):
+    if not weight_files(folder):
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
         raise StageFailed(
             "data",
-            f"{source} has no {WEIGHTS}, found {', '.join(pickles) or 'no weights that may be read'}",
+            f"{source} has no {WEIGHTS[0]}, found {', '.join(pickles) or 'no weights that may be read'}",
             "pickled weights can run code when they are read and are refused: save the model with safetensors, "
             "or take a revision that has them",
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 from tuneline.errors import StageFailed
 
-WEIGHTS = "model*.safetensors"
+WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")  # not variants as model.fp16.safetensors
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes; the format's own bound
@@ -32,7 +32,7 @@ class Weights:
 
 def read_weights(folder: Path) -> Weights:
     """Reads every header; raises StageFailed(data) where a file is cut, or files and index disagree."""
-    files = sorted(folder.glob(WEIGHTS))
+    files = weight_files(folder)
     headers = {file.name: read_header(file) for file in files}
     check_index(folder, headers)
     tensors = [tensor for header in headers.values() for tensor in header.values()]
@@ -43,6 +43,10 @@ def read_weights(folder: Path) -> Weights:
         files=len(files),
         types="; ".join(f"{name}, {count} tensors" for name, count in sorted(types.items())),
     )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:

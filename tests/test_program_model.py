@@ -13,7 +13,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from pico import GGUF, save_pico
+from pico import save_pico, tokenizer
 from program_tools import make_request, payload_digest, run_process, run_program
 
 from tasks.loading import load_model, load_tokenizer, model_folder
@@ -174,7 +174,7 @@ def larger_vocabulary(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (pickled, r"has no model\*.safetensors, found pytorch_model.bin"),
+        (pickled, r"has no model\.safetensors, found pytorch_model.bin"),
         (cut, r"model.safetensors has \d+ bytes, its header tells of \d+"),
         (not_safetensors, r"model.safetensors is no safetensors file, or is cut"),
         (shard_missing, r"index.json names model-00002-of-00002.safetensors, which is not there"),
@@ -251,7 +251,7 @@ def test_hub_with_only_pickles_is_refused(copy: Path, tmp_path: Path, monkeypatc
     pickled(copy)
     hub_layout(tmp_path / "cache", copy)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(StageFailed, match=r"tests/pico at commit 0123\w+ has no model\*.safetensors") as failure:
+    with pytest.raises(StageFailed, match=r"tests/pico at commit 0123\w+ has no model\.safetensors") as failure:
         run_hub(tmp_path / "run")
     assert "safetensors" in failure.value.hint
     assert not list((tmp_path / "run" / "out" / "payload").glob("*.bin"))
@@ -294,7 +294,13 @@ def sha1(content: bytes) -> str:
 
 def test_hub_download(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {file.name: file.read_bytes() for file in pico.iterdir()}
-    unwanted = {"README.md": b"#", "pytorch_model.bin": b"pickle", "modeling_pico.py": b"code", "onnx/model.safetensors": b"other"}
+    unwanted = {
+        "README.md": b"#",
+        "pytorch_model.bin": b"pickle",
+        "modeling_pico.py": b"code",
+        "model-0/1-of-2.safetensors": b"other",
+        "model.fp16.safetensors": b"variant",
+    }
     handler = type("PicoHub", (Hub,), {"files": files | unwanted, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -322,18 +328,27 @@ def test_hub_download(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def save_pico_gguf(file: Path) -> Any:
-    """A pico Llama in GGUF, with the tokenizer of the demo's model. Returns the up projection of its first layer."""
+    """A pico Llama in GGUF, with the first tokens of SmolLM2's tokenizer. Returns the up projection of its first layer."""
     import numpy as np
-    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf import GGUFWriter
 
-    real = GGUFReader(GGUF)
+    words = tokenizer()
+    model = json.loads(words.backend_tokenizer.to_str())["model"]
+    vocabulary, width, heads, kv_heads, inner = 1000, 64, 4, 2, 128
+    tokens = sorted(model["vocab"], key=model["vocab"].get)[:vocabulary]
+    known = set(tokens)
+    merges = [" ".join(pair) for pair in model["merges"] if "".join(pair) in known]
     writer = GGUFWriter(file, "llama")
-    for name, field in real.fields.items():
-        if not name.startswith("tokenizer."):
-            continue
-        kind = field.types[0]
-        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
-    width, heads, kv_heads, inner, vocabulary = 64, 4, 2, 128, len(real.fields["tokenizer.ggml.tokens"].data)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in words.all_special_tokens else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(words.bos_token_id)
+    writer.add_eos_token_id(words.eos_token_id)
+    writer.add_unk_token_id(words.unk_token_id)
+    writer.add_pad_token_id(words.pad_token_id)
+    writer.add_chat_template(words.chat_template)
     writer.add_context_length(2048)
     writer.add_embedding_length(width)
     writer.add_block_count(2)

@@ -295,6 +295,18 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp
     assert again.metrics == expected.metrics
 
 
+def test_a_training_resumes_with_a_smaller_micro_batch(tmp_path: Path, base: Input) -> None:
+    """As after an out-of-memory: the same rows in the same steps."""
+    whole = request_for(tmp_path / "whole", base)
+    run_program(whole)
+    killed = request_for(tmp_path / "killed", base, resources={"checkpoint_steps": 2})
+    run_until(killed, 5)
+    killed = killed.model_copy(update={"resources": {**killed.resources, "micro_batch_size": 1}})
+    _, events = run_program(killed)
+    assert [e["step"] for e in events if e["type"] == "progress"] == [1, 2, 3, 4, 5, 6]
+    assert furthest(whole, killed) < 1e-4
+
+
 def test_early_stopping_keeps_the_best_adapter(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained on other answers than it is validated on, the loss must turn; a kill after the turn changes nothing."""
     wrong = [replace(chat(i), messages=(*chat(i).messages[:2], {"role": "assistant", "content": f"{i} + 2?"})) for i in range(3)]
@@ -383,6 +395,7 @@ def test_what_trl_might_drop_is_found() -> None:
             sft.check_nothing_lost(given, lossy)
 
 
+@pytest.mark.slow
 def test_another_process_and_folder_give_the_same_bytes(tmp_path: Path, base: Input) -> None:
     here = request_for(tmp_path / "here", base, lora={"r": 4, "lora_dropout": 0.1})
     result, _ = run_program(here)
@@ -393,6 +406,7 @@ def test_another_process_and_folder_give_the_same_bytes(tmp_path: Path, base: In
     assert payload_digest(there) == payload_digest(here)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one(tmp_path: Path, base: Input) -> None:
     fields = {"rows": ROWS[:8], "validation": ROWS[:4], "eval_steps": 3}
     one = request_for(tmp_path / "one", base, **fields)

@@ -343,7 +343,7 @@ class EvaluateStage(ProgramStage):
     limit: int | None = Field(None, ge=1)
     """Rows scored at most, of each benchmark and dataset."""
     apply_chat_template: bool = True
-    """Renders prompts through the chat template, as in training."""
+    """Renders benchmark questions through the chat template; a dataset's conversations always are, as in training."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer to a dataset's prompt."""
 

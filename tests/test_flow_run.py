@@ -1,0 +1,211 @@
+"""Runs through Prefect, with a stand-in for the programs that fails on demand: states, retries by class, gates, skips, records."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+
+from tuneline.runs import RunRecord
+
+PIPELINES = """\
+version: 1
+runtimes: {stand-in: {python: bin/python}}
+pipelines:
+  demo:
+    parallel: 2
+    stages:
+      one:   {kind: dataset, runtime: stand-in, sources: [{type: files, path: one.txt}]}
+      two:   {kind: dataset, runtime: stand-in, sources: [{type: files, path: two.txt}], needs: [one]}
+      other: {kind: dataset, runtime: stand-in, sources: [{type: files, path: other.txt}], timeout: 60}
+      gate:  {kind: gate, require: [{metric: figure, of: two, at_least: 0.5}]}
+      after: {kind: dataset, runtime: stand-in, sources: [{type: files, path: after.txt}], needs: [gate]}
+"""
+
+
+@pytest.fixture
+def demo(project: Project, stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Project:
+    project.write(PIPELINES)
+    for name in ("one", "two", "other", "after"):
+        project.write(name, f"{name}.txt")
+    return project
+
+
+@pytest.fixture
+def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RunRecord, Any]]:
+    """Runs the pipeline in this process; returns the record and Prefect's own view of the run."""
+    import flows.stage
+
+    monkeypatch.setattr(flows.stage, "RETRY_DELAYS", [0.1])
+
+    def go(*sets: str, **options: Any) -> tuple[RunRecord, Any]:
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+        from flows.pipeline import run_pipeline
+        from tuneline.load import load
+        from tuneline.workspace import Workspace
+
+        state = run_pipeline.with_options(name="demo")("demo", sets=list(sets), return_state=True, **options)
+        record = Workspace(load(demo.root / "pipelines.yaml")).runs.get("demo", None)
+        with get_client(sync_client=True) as client:
+            runs = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+            tasks = client.read_task_runs(flow_run_filter=runs)
+        return record, {"flow": state.name, **{task.name: task.state.name for task in tasks if task.state}}
+
+    return go
+
+
+def statuses(record: RunRecord) -> dict[str, str]:
+    return {stage.stage: stage.status for stage in record.stages}
+
+
+def calls(project: Project, name: str) -> list[dict[str, Any]]:
+    path = project.root / f"calls-{name}"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_then_everything_cached(demo: Project, run: Callable[..., Any]) -> None:
+    record, states = run()
+    assert record.state == "completed"
+    assert set(statuses(record).values()) == {"done"}
+    assert states == {**dict.fromkeys(["flow", "one", "two", "other", "gate", "after"], "Completed")}
+    record, states = run()
+    assert statuses(record) == {"one": "cached", "two": "cached", "other": "cached", "gate": "done", "after": "cached"}
+    assert {name: states[name] for name in ("one", "two", "gate", "flow")} == {"one": "Cached", "two": "Cached", "gate": "Completed", "flow": "Completed"}
+    assert len(calls(demo, "one")) == 1
+    work = demo.root / ".tuneline" / "work"
+    assert not any(work.iterdir())
+
+
+def test_a_failure_skips_what_needs_it_and_spares_the_rest(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(one=["data", "ok"])
+    record, states = run()
+    assert record.state == "failed"
+    assert statuses(record) == {"one": "failed", "two": "skipped", "other": "done", "gate": "skipped", "after": "skipped"}
+    assert states == {"flow": "Failed", "one": "Failed", "two": "Skipped", "other": "Completed", "gate": "Skipped", "after": "Skipped"}
+    assert record.stages[0].message == "planted data"
+    assert len(calls(demo, "one")) == 1  # class data is not tried again
+    assert run()[0].state == "completed"  # and a failure is never cached
+
+
+def test_a_gate_refuses_with_every_figure(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(two=[0.25])
+    record, states = run()
+    assert record.state == "refused"
+    assert (states["gate"], states["after"], states["flow"]) == ("Refused", "Skipped", "Refused")
+    gate = next(stage for stage in record.stages if stage.stage == "gate")
+    assert gate.message == "NOT met: figure of two is 0.25, required at least 0.5"
+
+
+def test_a_passing_failure_is_tried_again_within_the_budget(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(one=["transient", "transient", "ok"])
+    assert run()[0].state == "completed"
+    assert [call["attempt"] for call in calls(demo, "one")] == [1, 2, 3]
+
+
+def test_an_unexplained_death_is_tried_once_and_then_a_bug(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(one=["kill", "die"])
+    record, _ = run("one.retries=5")
+    assert len(calls(demo, "one")) == 2
+    assert "ended with status 9 without saying why, twice" in record.stages[0].message
+    assert "stand-in one: die" in record.stages[0].message  # the tail of its log
+    assert run()[0].state == "completed"
+
+
+def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(one=["oom", "oom", "oom", "oom"])
+    record, _ = run("one.resources.micro_batch_size=4", "one.retries=9")
+    assert [call["micro"] for call in calls(demo, "one")] == [4, 2, 1]
+    assert record.state == "failed"
+    record, _ = run("one.resources.micro_batch_size=4")  # what was learnt is kept
+    assert [call["micro"] for call in calls(demo, "one")][3:] == [1]
+    assert "planted oom" in record.stages[0].message
+
+
+def test_force_rebuilds_one_stage(demo: Project, run: Callable[..., Any]) -> None:
+    run()
+    record, _ = run(force=["one"])
+    assert statuses(record)["one"] == "done"
+    assert statuses(record)["two"] == "cached"  # the same bytes came out
+    assert len(calls(demo, "one")) == 2
+
+
+def test_a_timeout_ends_a_stage_without_another_try(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(other=["sleep"])
+    record, states = run("other.timeout=2")
+    assert states["other"] == "Failed"
+    assert "ended after its timeout of 2 s" in next(stage.message for stage in record.stages if stage.stage == "other")
+    assert len(calls(demo, "other")) == 1
+
+
+def test_a_broken_artifact_is_rebuilt_with_a_warning(demo: Project, run: Callable[..., Any]) -> None:
+    record, _ = run()
+    artifact = record.stages[0].artifact
+    assert artifact is not None
+    Path(artifact, "payload", "data.json").unlink()
+    record, _ = run()
+    assert statuses(record) == {"one": "done", "two": "cached", "other": "cached", "gate": "done", "after": "cached"}
+
+
+def test_the_program_sees_no_prefect_and_the_log_reaches_the_server(demo: Project, run: Callable[..., Any]) -> None:
+    record, _ = run()
+    folder = Path(record.stages[0].artifact or "")
+    assert "stand-in one: ok" in (folder / "meta" / "log.txt").read_text()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert str(demo.root) not in json.dumps({**manifest, "host": None})
+
+
+# --- the real command, in a process of its own ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None]) -> None:
+    stand_in(two=[0.25, 0.75])
+    out = demo.json("run", "demo", status=3)
+    assert out["state"] == "refused"
+    assert [stage["status"] for stage in out["stages"]] == ["done", "done", "done", "refused", "skipped"]
+    again = demo.tuneline("run", "demo", "--force", "two", "--verbose")
+    assert "stand-in two: 0.75" in again.stderr
+    assert "demo completed" in again.stderr
+    assert "figure 0.75" in again.stdout
+    cached = demo.tuneline("run", "demo")
+    assert "starting Prefect" not in cached.stderr
+    assert {stage["status"] for stage in demo.json("plan", "demo")["stages"] if stage["kind"] != "gate"} == {"cached"}
+    shown = demo.json("show", "demo")
+    assert shown["stages"]["two"]["metrics"] == {"figure": 0.75}
+    assert demo.json("show", "demo/two")["kind"] == "dataset"
+    assert demo.json("show", "demo", "--run", out["run_id"])["state"] == "refused"
+    assert demo.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"
+    Path(out["stages"][0]["artifact"], "payload", "data.json").write_text("x" * 48)
+    assert "payload/data.json" in demo.tuneline("verify", status=1).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_leaves_no_process_and_the_next_completes(demo: Project, stand_in: Callable[..., None], number: int) -> None:
+    from test_flow_supervisor import gone
+
+    stand_in(one=["sleep"])
+    mark = f"{demo.root.name}{os.getpid()}{number}"
+    process = demo.start("run", "demo", MARK=mark)
+    deadline = time.monotonic() + 120
+    while not (demo.root / "sleeping-one").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert gone(mark)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        assert demo.json("show", "demo")["state"] == "cancelled"
+    assert demo.json("run", "demo")["state"] == "completed"
