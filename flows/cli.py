@@ -41,7 +41,7 @@ force_option = click.option("--force", multiple=True, metavar="STAGE", help="Bui
 def main() -> None:
     """Entry point: every error a message, never a traceback."""
     try:
-        sys.exit(cli.main(standalone_mode=False))
+        sys.exit(cli.main(standalone_mode=False, prog_name="tuneline"))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "")
         sys.exit(0)

@@ -117,7 +117,12 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
     table = _table("stage", "kind", "status", "why")
     for row in rows:
         why = "; ".join(f"{reason.code}: {reason.text}" for reason in row.reasons)
-        table.add_row(row.stage, row.kind, Text(row.status, STYLES[row.status]), Text(why or ("judged every time" if row.kind == "gate" else f"{row.kind}/{(row.key or '')[:12]}")))
+        table.add_row(
+            row.stage,
+            row.kind,
+            Text(row.status, STYLES[row.status]),
+            Text(why or ("judged every time" if row.kind == "gate" else f"{row.kind}/{(row.key or '')[:12]}")),
+        )
     _print(table)
 
 

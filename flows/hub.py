@@ -31,6 +31,7 @@ def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return str(json.load(answer)["sha"])
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (401, 403):
             hint = "check the name, ask for access on the hub, and set HF_TOKEN"
             raise StageFailed("auth", f"the hub refuses {repository} (HTTP {error.code})", hint) from None

@@ -254,17 +254,21 @@ def _environment(stage: ProgramStage) -> dict[str, str]:
     """The flow's own, less what is Prefect's, so that no program can talk to the server."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     visible = kept.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(stage.resources.gpus)))).split(",")
-    return kept | {
-        "PYTHONPATH": str(PACKAGES_ROOT),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
-        "CUDA_VISIBLE_DEVICES": ",".join(visible[: stage.resources.gpus]),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DO_NOT_TRACK": "1",
-    }
+    return (
+        kept
+        | {
+            "PYTHONPATH": str(PACKAGES_ROOT),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONHASHSEED": "0",  # some generators of reasoning-gym go by set order
+            "CUDA_VISIBLE_DEVICES": ",".join(visible[: stage.resources.gpus]),
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "DO_NOT_TRACK": "1",
+        }
+    )
 
 
 def _publish(

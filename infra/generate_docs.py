@@ -1,7 +1,7 @@
 """Writes what is generated from the code: docs/pipelines.md, docs/pipelines.schema.json and the yaml in the README.
 
-    python infra/generate_docs.py            writes them
-    python infra/generate_docs.py --check    fails where a file is not what would be written (make lint)
+python infra/generate_docs.py            writes them
+python infra/generate_docs.py --check    fails where a file is not what would be written (make lint)
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from pydantic_core import PydanticUndefined
 from tuneline import spec
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = (spec.Resources, spec.FilesSource, spec.HubSource, spec.ReasoningGymSource, spec.Split, spec.Lora, spec.EarlyStopping, spec.Requirement)
+PARTS = (
+    spec.Resources,
+    spec.FilesSource,
+    spec.HubSource,
+    spec.ReasoningGymSource,
+    spec.Split,
+    spec.Lora,
+    spec.EarlyStopping,
+    spec.Requirement,
+)
 
 HEAD = """\
 # pipelines.yaml: every kind and field

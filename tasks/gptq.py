@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.weights import weight_files
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     layout = settings.get("checkpoint_format", "gptq")
     if layout not in FORMATS:
         raise StageFailed("data", f"cannot decode GPTQ weights of format {layout}", f"known: {', '.join(FORMATS)}")
-    state = {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
+    state = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
     for name in [name.removesuffix(".qweight") for name in state if name.endswith(".qweight")]:
         packed = {part: state.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
         state[f"{name}.weight"] = decode(**packed, bits=settings["bits"], zeros_less_one=layout == "gptq")

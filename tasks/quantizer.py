@@ -10,7 +10,10 @@ thread in each worker, no redrawing progress bar, no folder of finished layers o
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import math
 import os
 import threading
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.weights import INDEX, WEIGHTS
+from tasks.weights import INDEX, weight_files
 from tuneline.spec import QuantizeStage
 
 FALLBACK = "fallback"  # gptqmodel's word, in a layer's loss, for a layer that it rounded to nearest
@@ -28,8 +31,8 @@ def prepare() -> None:
     """Sets what torch, logbar and gptqmodel read once, when they are imported."""
     # OpenMP threads that spin while they wait take the cores from the workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The progress bar redraws from two threads of its own, even into a file.
-    os.environ |= {"LOGBAR_ANIMATION": "0", "LOGBAR_PROGRESS_OUTPUT_INTERVAL": "1000000", "TERM": "dumb"}
+    # Its progress bar redraws from two threads of its own, even into a file; the other bars are tqdm's.
+    os.environ |= {"LOGBAR_ANIMATION": "0", "LOGBAR_PROGRESS_OUTPUT_INTERVAL": "1000000", "TERM": "dumb", "TQDM_DISABLE": "1"}
     # Its C++ packer is compiled at first use, into the home folder; the Python one gives the same bytes, seconds later.
     os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
 
@@ -46,8 +49,6 @@ def quantize(
     source: Path, rows: list[list[int]], stage: QuantizeStage, payload: Path, meta: Path, layer_done: Callable[[], None]
 ) -> dict[str, str]:
     """Writes the weights and config.json into `payload`; returns each quantized layer's loss, as gptqmodel tells it."""
-    import logging
-
     import torch
     from logbar import LogBar
 
@@ -74,7 +75,8 @@ def quantize(
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
     # Rows of less than `calibration_data_min_length` tokens, 10 by default, would be dropped without a word.
     logs = model.quantize(calibration, batch_size=1, calibration_data_min_length=1)
-    model.save(str(payload))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints each file that it saves
+        model.save(str(payload))
     (payload / "quant_log.csv").rename(meta / "quant_log.csv")  # holds times
     make_canonical(payload)
     entries = [entry for part in logs.values() for entry in part]
@@ -114,11 +116,11 @@ def make_canonical(payload: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     size = 0
-    for file in sorted(payload.glob(WEIGHTS)):
+    for file in weight_files(payload):
         tensors = {name: narrowed(name, tensor) for name, tensor in sorted(load_file(file).items())}
         save_file(tensors, file, {"format": "pt"})
         size += sum(tensor.nbytes for tensor in tensors.values())
-    kept = {file.name for file in payload.glob(WEIGHTS)} | {"config.json", "quantize_config.json", INDEX}
+    kept = {file.name for file in weight_files(payload)} | {"config.json", "quantize_config.json", INDEX}
     for file in payload.iterdir():  # tokenizer files, which gptqmodel writes in another way than the source's
         if file.name not in kept:
             file.unlink()

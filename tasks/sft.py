@@ -71,6 +71,8 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     if checkpoint and state:
         training.load_adapter(trainer.model, Path(state.best_model_checkpoint or checkpoint))
     else:
+        if checkpoint:
+            print(f"resuming from {checkpoint.name}", flush=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
 

@@ -128,7 +128,9 @@ def test_a_bad_flag_is_refused_in_its_own_name(sets: list[str], variables: list[
 
 
 def test_overrides_change_what_they_name() -> None:
-    loaded = load_text(GOOD, pipeline="demo", sets=["sft.resources.gpus=1", "data.sources.0.path=b.csv", "sft.learning_rate=3e-5"], variables=["rank=4"])
+    loaded = load_text(
+        GOOD, pipeline="demo", sets=["sft.resources.gpus=1", "data.sources.0.path=b.csv", "sft.learning_rate=3e-5"], variables=["rank=4"]
+    )
     stages = loaded.spec.pipelines["demo"].stages  # type: ignore[attr-defined]
     assert (stages["sft"].lora.r, stages["sft"].resources.gpus, stages["sft"].learning_rate) == (4, 1, 3e-5)
     assert stages["data"].sources[0].path == "b.csv"
@@ -151,7 +153,9 @@ def test_a_mutated_file_loads_or_is_refused_with_a_place(data: st.DataObject) ->
         at = data.draw(st.integers(0, len(text) - 1))
         length = data.draw(st.integers(0, 12))
         text = text[:at] + data.draw(st.text("{}[]:,-&*!'\"$ \n\tabz019.~#%", max_size=4)) + text[at + length :]
+    places = []
     try:
         load_text(text)
     except ConfigError as error:
-        assert all(problem.place.startswith("p.yaml:") for problem in error.problems)
+        places = [problem.place for problem in error.problems]
+    assert all(place.startswith("p.yaml:") for place in places)

@@ -125,7 +125,12 @@ def test_what_changes_the_result_changes_the_key(folder: Path, change: str) -> N
 
 def test_renaming_stages_and_moving_the_folder_change_no_key(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     before = {name: row.key for name, row in build(folder).items()}
-    text = PIPELINES.replace("sft", "tuned").replace("kind: tuned", "kind: sft").replace("data:", "corpus:").replace("dataset: data", "dataset: corpus")
+    text = (
+        PIPELINES.replace("sft", "tuned")
+        .replace("kind: tuned", "kind: sft")
+        .replace("data:", "corpus:")
+        .replace("dataset: data", "dataset: corpus")
+    )
     text = text.replace("datasets: [data]", "datasets: [corpus]").replace("data/", "corpus/").replace('"rows/*.jsonl"', "moved.jsonl")
     (folder / "pipelines.yaml").write_text(text)
     (folder / "rows" / "a.jsonl").rename(folder / "moved.jsonl")

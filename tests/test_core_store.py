@@ -166,7 +166,9 @@ def test_the_lock_of_a_killed_holder_is_free(store: Store, tmp_path: Path) -> No
 
 
 @settings(max_examples=30)
-@given(st.dictionaries(st.text("abcXYZ-_.0", min_size=1, max_size=12).filter(lambda name: name.strip(".")), st.binary(max_size=64), min_size=1))
+@given(
+    st.dictionaries(st.text("abcXYZ-_.0", min_size=1, max_size=12).filter(lambda name: name.strip(".")), st.binary(max_size=64), min_size=1)
+)
 def test_the_digest_depends_on_paths_and_content_alone(files: dict[str, bytes]) -> None:
     import hashlib
 

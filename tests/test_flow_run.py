@@ -79,7 +79,12 @@ def test_a_run_then_everything_cached(demo: Project, run: Callable[..., Any]) ->
     assert states == {**dict.fromkeys(["flow", "one", "two", "other", "gate", "after"], "Completed")}
     record, states = run()
     assert statuses(record) == {"one": "cached", "two": "cached", "other": "cached", "gate": "done", "after": "cached"}
-    assert {name: states[name] for name in ("one", "two", "gate", "flow")} == {"one": "Cached", "two": "Cached", "gate": "Completed", "flow": "Completed"}
+    assert {name: states[name] for name in ("one", "two", "gate", "flow")} == {
+        "one": "Cached",
+        "two": "Cached",
+        "gate": "Completed",
+        "flow": "Completed",
+    }
     assert len(calls(demo, "one")) == 1
     work = demo.root / ".tuneline" / "work"
     assert not any(work.iterdir())

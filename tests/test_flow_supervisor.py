@@ -49,7 +49,9 @@ def mark(tmp_path: Path) -> str:
     return tmp_path.name + str(os.getpid())
 
 
-def run(folder: Path, mark: str, script: str, supervisor: Supervisor | None = None, timeout: float | None = None) -> tuple[Outcome, list[str], list[Event]]:
+def run(
+    folder: Path, mark: str, script: str, supervisor: Supervisor | None = None, timeout: float | None = None
+) -> tuple[Outcome, list[str], list[Event]]:
     lines: list[str] = []
     events: list[Event] = []
     environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "0.5"}
@@ -110,9 +112,10 @@ with Store(Path({str(tmp_path)!r})).locked("key") as held:
     environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "0.5"}
     process = subprocess.Popen([sys.executable, "-u", "-c", flow], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    process.send_signal(number)
-    process.wait()
+    with process.stdout as output:
+        assert output.readline() == "up\n"
+        process.send_signal(number)
+        process.wait()
     with subprocess.Popen(["flock", "--nonblock", str(tmp_path / ".locks" / "key"), "true"]) as taken:
         assert taken.wait() == 1  # the program may still be writing
     assert gone(mark)

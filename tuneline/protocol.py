@@ -110,15 +110,15 @@ class Event(BaseModel):
 
 
 class Events:
-    """Appends to events.jsonl; one line a call, flushed, so that a killed program leaves whole lines but the last."""
+    """Appends to events.jsonl, one line a call; a killed program leaves whole lines but perhaps the last."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def _write(self, **fields: Any) -> None:
         line = {"t": round(time.time(), 3), **{k: v for k, v in fields.items() if v is not None}}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
     def progress(self, step: int, total: int, message: str | None = None) -> None:
         self._write(type="progress", step=step, total=total, message=message)

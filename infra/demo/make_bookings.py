@@ -45,18 +45,36 @@ GREETINGS = ["Hi!", "Hello,", "Good evening.", "Hey there,", "Hi team,", "", "",
 
 # The request itself: {p} is how many ("for four"), {w} is when ("on Friday at 7pm"); either may be empty.
 REQUESTS = [
-    "Could you book a table{p}{w}?", "Can we get a table{p}{w}, please?", "I'd like to reserve a table{p}{w}.",
-    "Do you have a table{p}{w}?", "Table{p}{w}, please.", "We want to come for a meal{w}{p2}.",
-    "Is there any space{p}{w}?", "Please keep a table{p}{w}.", "We'd love to eat at your place{w}{p2}.",
-    "I need a booking{p}{w}.", "Would it be possible to have a table{w}{p}?", "Any chance of a table{w}{p}?",
-    "Looking for a table{p}{w} if you have one.", "Please reserve{w}{p}.", "Hoping to visit{w}{p2}.",
+    "Could you book a table{p}{w}?",
+    "Can we get a table{p}{w}, please?",
+    "I'd like to reserve a table{p}{w}.",
+    "Do you have a table{p}{w}?",
+    "Table{p}{w}, please.",
+    "We want to come for a meal{w}{p2}.",
+    "Is there any space{p}{w}?",
+    "Please keep a table{p}{w}.",
+    "We'd love to eat at your place{w}{p2}.",
+    "I need a booking{p}{w}.",
+    "Would it be possible to have a table{w}{p}?",
+    "Any chance of a table{w}{p}?",
+    "Looking for a table{p}{w} if you have one.",
+    "Please reserve{w}{p}.",
+    "Hoping to visit{w}{p2}.",
 ]
 # Remarks that hold a number, a day or a name, but are not part of the booking.
 REMARKS = [
-    "One of us is vegetarian.", "Last time we were {x} and it was lovely.", "We have a voucher for {x}0 euros.",
-    "My friend {f} told me about you.", "You were closed when I came by on {d}.", "We ate with you {x} years ago.",
-    "It is {f}'s birthday.", "I called on {d} but nobody answered.", "A table by the window would be nice.",
-    "We will bring a dog.", "Is the terrace open?", "Do you still have the {x}-course menu?",
+    "One of us is vegetarian.",
+    "Last time we were {x} and it was lovely.",
+    "We have a voucher for {x}0 euros.",
+    "My friend {f} told me about you.",
+    "You were closed when I came by on {d}.",
+    "We ate with you {x} years ago.",
+    "It is {f}'s birthday.",
+    "I called on {d} but nobody answered.",
+    "A table by the window would be nice.",
+    "We will bring a dog.",
+    "Is the terrace open?",
+    "Do you still have the {x}-course menu?",
 ]
 
 

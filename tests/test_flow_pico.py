@@ -1,0 +1,102 @@
+"""The whole pipeline with the real programs on a pico model, by the real command: killed in the middle of training and run
+again in one folder, undisturbed in another. Both must come to the same digests."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+from test_flow_supervisor import gone
+
+PIPELINES = """\
+version: 1
+runtimes: {here: {python: "%(python)s"}}
+pipelines:
+  pico:
+    stages:
+      base:     {kind: model, path: %(model)s, runtime: here}
+      words:    {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {validation: 0.1, test: 0.2}, runtime: here}
+      sft:      {kind: sft, model: base, dataset: words, lora: {r: 8, lora_dropout: 0.1}, learning_rate: 5e-3, max_steps: 60,
+                 global_batch_size: 4, runtime: here, resources: {checkpoint_steps: 5}}
+      merged:   {kind: merge, adapters: [sft], runtime: here}
+      gptq:     {kind: quantize, model: merged, calibration: words, group_size: 32, samples: 8, max_perplexity_ratio: 3, runtime: here}
+      eval:     {kind: evaluate, model: gptq, datasets: [words], max_new_tokens: 4, runtime: here}
+      eval-sft: {kind: evaluate, model: sft, datasets: [words], max_new_tokens: 4, runtime: here}
+      gate:     {kind: gate, require: [{metric: words/bits_per_byte, of: eval, at_most: 100}]}
+"""
+STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
+
+
+def make(root: Path, python: Path, model: Path) -> Project:
+    root.mkdir()
+    project = Project(root)
+    project.write(PIPELINES % {"python": python, "model": model})
+    rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
+    project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
+    return project
+
+
+def digests(project: Project) -> dict[str, Any]:
+    return {name: stage["digest"] for name, stage in project.json("show", "pico")["stages"].items() if stage}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path) -> Project:
+    """A project whose run was killed with -9 in the middle of training, and run again."""
+    project = make(tmp_path_factory.mktemp("killed") / "project", runtime_python, pico_model)
+    mark = f"pico-{os.getpid()}"
+    process = project.start("run", "pico", MARK=mark, PYTHONHASHSEED="1")
+    deadline = time.monotonic() + 300
+    while not list(project.root.glob(".tuneline/work/*/checkpoints/checkpoint-10/complete")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert gone(mark, 5.0)
+    assert not list(project.root.glob(".tuneline/store/sft/*/*"))  # nothing half-written is visible
+    again = project.tuneline("run", "pico", "--verbose")
+    assert "base: cached" in again.stderr
+    assert "sft: done" in again.stderr
+    assert "resuming from checkpoint-" in again.stderr
+    return project
+
+
+@pytest.mark.slow
+def test_a_killed_and_an_undisturbed_run_end_with_the_same_digests(
+    killed: Project, tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path
+) -> None:
+    other = make(tmp_path_factory.mktemp("other folder") / "püroject", runtime_python, pico_model)
+    other.tuneline("run", "pico", PYTHONHASHSEED="2")
+    assert set(digests(killed)) == set(STAGES)
+    assert digests(other) == digests(killed)
+
+
+@pytest.mark.slow
+def test_a_second_run_starts_no_process_and_plans_say_why(killed: Project) -> None:
+    again = killed.json("run", "pico")
+    assert [stage["status"] for stage in again["stages"]] == ["cached"] * len(STAGES) + ["done"]
+    plan = killed.json("plan", "pico", "--set", "sft.lora.r=4")["stages"]
+    assert {row["stage"]: row["status"] for row in plan} == {
+        "base": "cached", "words": "cached", "sft": "run", "merged": "run", "gptq": "run", "eval": "run", "eval-sft": "run", "gate": "run",
+    }  # fmt: skip
+    assert [reason["text"] for reason in plan[2]["reasons"]] == ["lora.r 8 -> 4"]
+    same = killed.json("plan", "pico", "--set", "sft.resources.micro_batch_size=1", "--set", "sft.retries=9")["stages"]
+    assert {row["status"] for row in same if row["kind"] != "gate"} == {"cached"}
+
+
+@pytest.mark.slow
+def test_templates_and_parents_travel_in_the_manifests(killed: Project) -> None:
+    stages = killed.json("show", "pico")["stages"]
+    templates = {stages[name]["template"] for name in ("base", "sft", "merged", "gptq")}
+    assert len(templates) == 1
+    assert None not in templates
+    assert stages["sft"]["base"]["digest"] == stages["base"]["digest"]
+    assert stages["merged"]["parents"]["adapters.0"] == f"sft/{stages['sft']['key']}"
+    assert stages["merged"]["metrics"]["max_logit_difference"] < 1e-3
+    assert killed.tuneline("verify").stderr == f"{len(STAGES)} artifacts, 0 damaged\n"
