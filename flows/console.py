@@ -128,8 +128,9 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
 
 def figures(record: StageRecord) -> str:
     """The few metrics of a stage that one looks at first, with standard errors."""
-    names = FIGURES.get(record.kind) or [name for name in record.metrics if not name.endswith("_stderr")]
-    found = [(name, record.metrics[name], record.metrics.get(f"{name}_stderr")) for name in names if name in record.metrics]
+    names = [name for name in FIGURES.get(record.kind, ()) if name in record.metrics]
+    names = names or [name for name in record.metrics if not name.endswith("_stderr")]
+    found = [(name, record.metrics[name], record.metrics.get(f"{name}_stderr")) for name in names]
     return ", ".join(f"{name} {_number(value)}" + (f" ± {_number(error)}" if error else "") for name, value, error in found)
 
 

@@ -4,6 +4,7 @@ where none is configured."""
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,6 +38,7 @@ def execute(
     if not to_run and not server_configured():
         return _all_cached(workspace, pipeline, rows)
     _require_runtimes(workspace, [stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)])
+    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C; Prefect hands the signal on once the flow has stopped its programs
     with ExitStack() as stack:
         reporter = stack.enter_context(ConsoleReporter(verbose))
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # the reporter speaks to the terminal; the server has the log
@@ -44,6 +46,10 @@ def execute(
             reporter.console.print("starting Prefect", style="dim")
             stack.enter_context(embedded_server(workspace.home / "prefect"))
         return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow]) -> RunRecord:

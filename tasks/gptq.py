@@ -57,7 +57,7 @@ def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:
         raise StageFailed("data", f"the quantized weights do not fit their config.json: {len(wrong)} tensors, first {wrong[0]}")
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def decode(

@@ -186,7 +186,7 @@ def prompt_logits(model: Any, ids: list[int]) -> torch.Tensor:
     import torch
 
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids[:PROMPT]], device=model.device)).logits[0].float().cpu()  # type: ignore[no-any-return]
+        return model(input_ids=torch.tensor([ids[:PROMPT]], device=model.device)).logits[0].float().cpu()
 
 
 def perplexity(loss: float) -> float:

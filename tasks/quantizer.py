@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.weights import INDEX, weight_files
+from tuneline.errors import StageFailed
 from tuneline.spec import QuantizeStage
 
 FALLBACK = "fallback"  # gptqmodel's word, in a layer's loss, for a layer that it rounded to nearest
@@ -145,5 +146,6 @@ def narrowed(name: str, tensor: Any) -> Any:
         return tensor.contiguous()
     narrow = tensor.to(torch.float16).contiguous()
     if not torch.isfinite(narrow).all():
-        raise ValueError(f"{name} holds values beyond float16's largest, 65504")
+        hint = "what GPTQ leaves alone is stored in 16 bits: quantize a bfloat16 model, on a GPU"
+        raise StageFailed("data", f"{name} holds values beyond float16's largest, 65504", hint)
     return narrow
