@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from flows.console import ConsoleReporter
-from flows.server import embedded_server, server_configured
+from flows.server import embedded_server, require_server, server_configured
 from tuneline.errors import ConfigError, Problem
 from tuneline.gate import judge, shown_metrics
 from tuneline.plan import PlanRow
@@ -42,7 +42,9 @@ def execute(
     with ExitStack() as stack:
         reporter = stack.enter_context(ConsoleReporter(verbose))
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # the reporter speaks to the terminal; the server has the log
-        if not server_configured():
+        if server_configured():
+            require_server()
+        else:
             reporter.console.print("starting Prefect", style="dim")
             stack.enter_context(embedded_server(workspace.home / "prefect"))
         return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.supervisor import WATCHDOG
-from tuneline.errors import StageFailed
+from tuneline.errors import ConfigError, Problem, StageFailed
 
 STARTUP_SECONDS = 180  # migrations of a new database took 22 s on two busy cores
 QUIET = {
@@ -32,6 +32,17 @@ QUIET = {
 
 def server_configured() -> bool:
     return bool(os.environ.get("PREFECT_API_URL"))
+
+
+def require_server() -> None:
+    """Raises ConfigError where PREFECT_API_URL names a server that does not answer: Prefect itself would end in a traceback."""
+    address = os.environ["PREFECT_API_URL"].rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=10):
+            return
+    except (OSError, ValueError) as error:
+        hint = "start it, or unset PREFECT_API_URL: each run then brings a server of its own"
+        raise ConfigError([Problem("PREFECT_API_URL", "", f"found no Prefect server at {address} ({error})", hint)]) from None
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
     needs succeeded? -> key -> in the store? -> lock -> in the store now? -> a slot -> program under the watchdog -> publish
 
-Prefect's own cache is off: there is one cache, the store. What a program's death means is decided in `_failure`; whether it
-is tried again in `_retryable`, by class and not by exception type.
+Prefect's own cache is off: there is one cache, the store. What a program's death means and whether it is tried again is decided by class, in
+`flows/attempts.py`, not by exception type.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -17,22 +16,23 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 from prefect import Task, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State, TaskRun
+from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
+from flows.attempts import Attempts
 from flows.hub import resolve_commit
 from flows.supervisor import Outcome, Supervisor
 from tuneline.errors import StageFailed, TunelineError
 from tuneline.gate import judge, shown_metrics
 from tuneline.keys import key_of
 from tuneline.plan import document_of, hub_inputs, input_slots
-from tuneline.protocol import Event, Failure, Input, Request, Result
+from tuneline.protocol import Event, Input, Request, Result
 from tuneline.runs import RunRecord, StageRecord, StageStatus
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
 from tuneline.spec import GateStage, OutsideFile, ProgramStage, Stage, annotated_values
@@ -42,7 +42,6 @@ from tuneline.workspace import Workspace
 PASSED = "passed"  # what a gate hands on
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
 PROGRESS_SECONDS = 2.0  # between two updates of a progress artifact: each is a request to the server
-LOG_TAIL = 30  # lines of the log shown with an unexplained death
 
 
 class Reporter(Protocol):
@@ -122,8 +121,15 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
         started = time.monotonic()
         try:
             return _carry_out(run, name, stage, needs, started)
+        except StageFailed as error:
+            if error.retryable and task_run.run_count <= stage.retries and not run.supervisor.stopping:
+                run.reporter.warning(name, f"{error.failure_class}: {error.message} ({error.hint})")
+            else:
+                details = f"\n{error.details}" if error.failure_class == "bug" else ""
+                run.note(name, "failed", time.monotonic() - started, message=f"{error.failure_class}: {error}{details}")
+            raise
         except Exception as error:
-            message = error.message if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
+            message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
             run.note(name, "failed", time.monotonic() - started, message=message)
             raise
 
@@ -180,7 +186,7 @@ def _build(
 ) -> Artifact:
     """Runs the program and publishes what it made. The caller holds the key's lock."""
     work, store = run.workspace.work(key), run.workspace.store
-    attempts = _Attempts(work / "attempts.json")
+    attempts = Attempts(work / "attempts.json")
     if name in run.forced and not attempts.of_run(run.record.run_id):
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -209,6 +215,8 @@ def _build(
         shutil.rmtree(work, ignore_errors=True)
         return artifact
     shutil.rmtree(request.out, ignore_errors=True)
+    if outcome.stopped != "cancelled":
+        run.reporter.warning(name, f"its log is {work / 'log.txt'}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
@@ -331,62 +339,3 @@ class _ProgressArtifact:
                 update_progress_artifact(self._id, percent, description=event.message or self._name)
         except Exception as error:
             get_run_logger().debug("the progress could not be reported: %s", error)
-
-
-# --- failures -----------------------------------------------------------------------------------------------------------
-
-
-class _Attempts:
-    """Failed attempts at a key, kept in its work folder: a halved micro-batch stays halved, also in a later run."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.all: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
-
-    def of_run(self, run_id: str) -> list[dict[str, Any]]:
-        return [attempt for attempt in self.all if attempt["run_id"] == run_id]
-
-    def micro_batch(self, stage: ProgramStage) -> int | None:
-        size = stage.micro_batch_size()
-        for attempt in self.all:
-            if attempt["class"] == "oom" and size is not None and attempt["micro_batch_size"] == size:
-                size = stage.smaller_micro_batch(size) or size
-        return size
-
-    def failed(self, run_id: str, stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path) -> StageFailed:
-        """Records the attempt and says what it died of."""
-        unexplained = any(attempt["unexplained"] for attempt in self.of_run(run_id))
-        failure = _failure(stage, micro_batch, outcome, work, unexplained)
-        explained = (work / "failure.json").exists() or outcome.oom_killed or outcome.stopped
-        entry = {"run_id": run_id, "class": failure.failure_class, "micro_batch_size": micro_batch, "unexplained": not explained}
-        self.all.append(entry)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.all, indent=1))
-        temporary.replace(self._path)
-        return failure
-
-
-def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path, unexplained_before: bool) -> StageFailed:
-    if outcome.stopped == "cancelled":
-        return StageFailed("transient", "stopped with the run", "run again: it goes on from its last checkpoint", final=True)
-    if outcome.stopped == "timeout":
-        hint = "raise `timeout`; run again and it goes on from its last checkpoint"
-        return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)
-    known: Failure | None = Failure.read(work / "failure.json") if (work / "failure.json").exists() else None
-    if outcome.oom_killed or known and known.failure_class == "oom":
-        what = "the kernel ended it for want of memory" if outcome.oom_killed else known.message if known else ""
-        smaller = stage.smaller_micro_batch(micro_batch) if micro_batch else None
-        hint = (
-            f"tried again with micro_batch_size {smaller}"
-            if smaller
-            else "no smaller micro-batch is left: use a smaller model or more memory"
-        )
-        return StageFailed("oom", what, hint, known.details if known else "", final=smaller is None)
-    if known:
-        return StageFailed(known.failure_class, known.message, known.hint, known.details)
-    tail = "\n".join((work / "log.txt").read_text(errors="replace").splitlines()[-LOG_TAIL:])
-    how = f"by signal {outcome.status - 128}" if outcome.status > 128 else f"with status {outcome.status}"
-    message = f"the program ended {how} without saying why"
-    if unexplained_before:
-        return StageFailed("bug", f"{message}, twice; the end of its log:\n{tail}", f"the whole log: {work / 'log.txt'}", details=tail)
-    return StageFailed("transient", message, "it is tried once more", details=tail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from tuneline.keys import canonical, key_of
 from tuneline.load import load
 from tuneline.plan import PlanRow, plan
 from tuneline.runs import StageRecord
-from tuneline.store import Base, Manifest
-from tuneline.workspace import Workspace
+from tuneline.store import Base, Manifest, sha256
+from tuneline.workspace import FileDigests, Workspace
 
 PIPELINES = """\
 version: 1
@@ -217,6 +218,17 @@ def test_a_plan_changes_nothing_on_disk_but_remembered_digests(folder: Path) -> 
     planned(folder)
     new = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {path.relative_to(folder).as_posix() for path in before}
     assert new == {".tuneline", ".tuneline/digests.json"}
+
+
+def test_digests_are_remembered_by_many_threads_at_once(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.txt" for i in range(200)]
+    for file in files:
+        file.write_text(file.name)
+    digests = FileDigests(tmp_path / "memory" / "digests.json")
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(digests.of, files))
+    assert found == [sha256(file) for file in files]
+    assert len(json.loads((tmp_path / "memory" / "digests.json").read_bytes())) == len(files)
 
 
 def test_a_key_is_the_hash_of_canonical_json() -> None:

@@ -96,7 +96,7 @@ def test_a_failure_skips_what_needs_it_and_spares_the_rest(demo: Project, stand_
     assert record.state == "failed"
     assert statuses(record) == {"one": "failed", "two": "skipped", "other": "done", "gate": "skipped", "after": "skipped"}
     assert states == {"flow": "Failed", "one": "Failed", "two": "Skipped", "other": "Completed", "gate": "Skipped", "after": "Skipped"}
-    assert record.stages[0].message == "planted data"
+    assert record.stages[0].message == "data: planted data\n\nhint: none"
     assert len(calls(demo, "one")) == 1  # class data is not tried again
     assert run()[0].state == "completed"  # and a failure is never cached
 
@@ -191,6 +191,12 @@ def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None
     assert demo.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"
     Path(out["stages"][0]["artifact"], "payload", "data.json").write_text("x" * 48)
     assert "payload/data.json" in demo.tuneline("verify", status=1).stdout
+
+
+def test_a_configured_server_that_is_away_is_said(demo: Project) -> None:
+    result = demo.tuneline("run", "demo", status=2, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert result.stderr.startswith("PREFECT_API_URL: found no Prefect server at http://127.0.0.1:9/api")
+    assert "hint: start it, or unset PREFECT_API_URL" in result.stderr
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class FileDigests:
 
     def __init__(self, memory: Path):
         self._memory = memory
+        self._lock = threading.Lock()  # stages that run at the same time ask at the same time
         self._known: dict[str, list[Any]] = {}
         with contextlib.suppress(OSError, ValueError):
             self._known = json.loads(memory.read_bytes())
@@ -66,9 +68,10 @@ class FileDigests:
         if known is not None and known[:3] == facts:
             return str(known[3])
         digest = sha256(path)
-        self._known[str(path)] = [*facts, digest]
-        self._memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self._known), encoding="utf-8")
-        temporary.replace(self._memory)
+        with self._lock:
+            self._known[str(path)] = [*facts, digest]
+            self._memory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            temporary.replace(self._memory)
         return digest
