@@ -2,8 +2,8 @@
 
     needs succeeded? -> key -> in the store? -> lock -> in the store now? -> a slot -> program under the watchdog -> publish
 
-Prefect's own cache is off: there is one cache, the store. What a program's death means and whether it is tried again is decided by class, in
-`flows/attempts.py`, not by exception type.
+Prefect's own cache is off: there is one cache, the store. What a program's death means, and whether it is tried again, is
+decided by failure class (`flows/attempts.py`), not by exception type.
 """
 
 from __future__ import annotations
