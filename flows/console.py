@@ -6,6 +6,7 @@ ten seconds. `--verbose` shows the programs' own output as well.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -110,7 +111,7 @@ def run_table(records: Sequence[StageRecord]) -> None:
     width = max((len(record.stage) for record in records), default=0)
     for record in records:
         if record.artifact:
-            print(f"{record.stage:<{width}}  {record.artifact}")
+            print(f"{record.stage:<{width}}  {os.path.relpath(record.artifact)}")
 
 
 def plan_table(rows: Iterable[PlanRow]) -> None:
@@ -131,11 +132,13 @@ def figures(record: StageRecord) -> str:
     names = [name for name in FIGURES.get(record.kind, ()) if name in record.metrics]
     names = names or [name for name in record.metrics if not name.endswith("_stderr")]
     found = [(name, record.metrics[name], record.metrics.get(f"{name}_stderr")) for name in names]
-    return ", ".join(f"{name} {_number(value)}" + (f" ± {_number(error)}" if error else "") for name, value, error in found)
+    subjects = {name.rpartition("/")[0] for name in names}
+    shown = {name: name.rpartition("/")[2] if len(subjects) == 1 else name for name in names}
+    return ", ".join(f"{shown[name]} {_number(value)}" + (f" ± {error:.2g}" if error else "") for name, value, error in found)
 
 
 def _number(value: float) -> str:
-    return f"{int(value):,}" if value == int(value) and abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:

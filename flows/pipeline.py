@@ -55,13 +55,19 @@ def run_pipeline(
     """Runs a pipeline of a pipelines.yaml. `sets` are `stage.field=value`, `variables` `name=value`."""
     logger = get_run_logger()
     loaded = load(Path(file), pipeline, sets, variables)
-    workspace = Workspace(loaded, warn=logger.warning)
+    reporter = REPORTER.get()
+
+    def warn(message: str) -> None:
+        logger.warning(message)
+        reporter.warning("store", message)
+
+    workspace = Workspace(loaded, warn)
     spec = loaded.pipeline(pipeline)
     record = workspace.runs.begin(pipeline, loaded.overrides)
     workspace.runs.save(record)
-    REPORTER.get().began(record.run_id)
+    reporter.began(record.run_id)
     slots = threading.Semaphore(spec.parallel or max(1, _gpus()))
-    run = Run(workspace, pipeline, record, Supervisor(), slots, REPORTER.get(), frozenset(force))
+    run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, frozenset(force))
     wanted = with_ancestors(spec, only) if only else set(spec.stages)
     futures: dict[str, Any] = {}
     try:

@@ -51,7 +51,8 @@ class Row:
         if self.answer is not None:
             return self.answer
         if self.messages is not None and self.messages[-1]["role"] == "assistant":
-            return str(self.messages[-1]["content"])
+            content: str | None = self.messages[-1]["content"]  # None where the turn only calls tools
+            return content
         return self.completion
 
 

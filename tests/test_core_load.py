@@ -80,6 +80,7 @@ BAD = [
     ('version: 1', 'version: 1\nversion: 1', 'p.yaml:2:1: version: found `version` twice, first in line 1\n\nhint: keep one of them'),
     ('version: 1', 'version: !!python/name:os.system 1', 'p.yaml:1:10: version: found the tag !!python/name:os.system, allowed plain YAML without tags\n\nhint: remove the tag'),
     ('vars:', '\tvars:', "p.yaml:2:1: this is not YAML: found character '\\t' that cannot start any token\n\nhint: YAML is indented with spaces, not tabs"),
+    ('adapters: [sft]', 'adapters: [sft], resources: {gpus: 2}', 'p.yaml:9:57: demo.merged.resources: found 2 processes for merge, allowed one\n\nhint: only trainings run in several processes: write `gpus: 1`'),
     (GOOD, '', 'p.yaml:1:1: the file is empty\n\nhint: `tuneline init` in an empty folder writes a file to start from'),
     (GOOD, '- a\n- b\n', 'p.yaml:1:1: found list, allowed a mapping with version, pipelines, ...'),
     (GOOD, 'a: &a [*a]\n', 'p.yaml:1:4: a.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0: found more than 40 levels\n\nhint: write the file with fewer aliases'),

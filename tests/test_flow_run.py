@@ -181,6 +181,8 @@ def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None
     assert "stand-in two: 0.75" in again.stderr
     assert "demo completed" in again.stderr
     assert "figure 0.75" in again.stdout
+    Path(out["stages"][0]["artifact"], "payload", "data.json").unlink()
+    assert "store: warning: dataset/" in demo.tuneline("run", "demo").stderr
     cached = demo.tuneline("run", "demo")
     assert "starting Prefect" not in cached.stderr
     assert {stage["status"] for stage in demo.json("plan", "demo")["stages"] if stage["kind"] != "gate"} == {"cached"}

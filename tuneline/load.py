@@ -257,6 +257,9 @@ class _Checker:
                 self._reference((*here, *_keys(field)), name, reference, target, raw, stages)
             if isinstance(stage, SftStage):
                 self._same_base(here, stage, stages)
+            elif isinstance(stage, ProgramStage) and stage.resources.world_size > 1:
+                found = f"found {stage.resources.world_size} processes for {stage.kind}, allowed one"
+                self.problem((*here, "resources"), found, "only trainings run in several processes: write `gpus: 1`")
             if isinstance(stage, GateStage):
                 self._metrics(here, stage, stages)
         self._cycles(at, stages)
