@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -25,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
 from tuneline.spec import Lora
+from tuneline.store import sync
 
 MARKER = "complete"
 RECENT = 10  # steps whose mean is a training's final loss
@@ -160,18 +160,10 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for file in checkpoint.iterdir():
-            _sync(file)
+            sync(file)
         (checkpoint / MARKER).touch()
         for path in (checkpoint / MARKER, checkpoint, checkpoint.parent):
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(path)
 
 
 def newest_checkpoint(arguments: TrainingArguments) -> Path | None:

@@ -192,8 +192,8 @@ class Store:
         _write_synced(built / "manifest.json", document.model_dump_json(by_alias=True, indent=1).encode())
         for folder, _, names in os.walk(built):
             for name in names:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+                sync(Path(folder, name))
+            sync(Path(folder))
         target = self.folder(document.kind, document.key)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():  # built again by force
@@ -203,7 +203,7 @@ class Store:
             shutil.rmtree(replaced)
         else:
             built.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         return Artifact(target, document)
 
     def _quarantine(self, folder: Path, problem: str) -> None:
@@ -246,7 +246,8 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Write the demo's dataset: table requests in free text, and the booking each one means as JSON.
+"""Writes the demo's dataset: table requests in free text, and the booking each one means as JSON.
 
 A guest's message ("Hi, could we get a table for four on Fri at half past seven? Maria Okafor") becomes
 
@@ -12,7 +12,7 @@ with a number, a day or a name that is not part of the booking.
 Every prompt is different, and no full name comes twice: however the rows are split by prompt, the test rows
 hold no message and no guest from the training rows. The same seed and count give the same bytes anywhere:
 
-    python make_requests.py --rows 1200 --seed 7 --out requests.jsonl
+    python infra/demo/make_bookings.py --out infra/demo/bookings.jsonl
 """
 
 import argparse
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("requests.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("bookings.jsonl"))
     args = parser.parse_args()
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows(args.rows, args.seed)]
     args.out.write_text("".join(lines), encoding="utf-8")
