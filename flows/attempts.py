@@ -6,7 +6,9 @@ judgement of an unexplained death starts afresh with each run.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ class Attempts:
 
     def __init__(self, path: Path):
         self._path = path
-        self.all: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+        self.all: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, ValueError):  # none yet, or torn by a power cut: what was learnt is learnt again
+            self.all = json.loads(path.read_bytes())
 
     def of_run(self, run_id: str) -> list[dict[str, Any]]:
         return [attempt for attempt in self.all if attempt["run_id"] == run_id]
@@ -39,13 +43,18 @@ class Attempts:
         """Records the attempt and says what it died of."""
         unexplained = any(attempt["unexplained"] for attempt in self.of_run(run_id))
         failure = _failure(stage, micro_batch, outcome, work, unexplained)
-        explained = (work / "failure.json").exists() or outcome.oom_killed or outcome.stopped
+        explained = (work / "failure.json").exists() or _killed_for_memory(outcome, work) or outcome.stopped
         entry = {"run_id": run_id, "class": failure.failure_class, "micro_batch_size": micro_batch, "unexplained": not explained}
         self.all.append(entry)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.all, indent=1))
         temporary.replace(self._path)
         return failure
+
+
+def _killed_for_memory(outcome: Outcome, work: Path) -> bool:
+    """The control group's count alone could be another stage's: the program must have died by SIGKILL and said nothing."""
+    return outcome.oom_killed and outcome.status == 128 + signal.SIGKILL and not (work / "failure.json").exists()
 
 
 def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path, unexplained_before: bool) -> StageFailed:
@@ -55,8 +64,9 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
         hint = "raise `timeout`; run again and it goes on from its last checkpoint"
         return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)
     known: Failure | None = Failure.read(work / "failure.json") if (work / "failure.json").exists() else None
-    if outcome.oom_killed or known and known.failure_class == "oom":
-        what = "the kernel ended it for want of memory" if outcome.oom_killed else known.message if known else ""
+    killed = _killed_for_memory(outcome, work)
+    if killed or known and known.failure_class == "oom":
+        what = known.message if known else "the kernel ended it for want of memory"
         smaller = stage.smaller_micro_batch(micro_batch) if micro_batch else None
         hint = (
             f"tried again with micro_batch_size {smaller}"

@@ -52,11 +52,13 @@ def main() -> None:
         _fail(error.format_message(), WRONG)
     except TunelineError as error:
         _fail(str(error), WRONG if isinstance(error, ConfigError | StoreError) else FAILED)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; run again and it goes on where it was", INTERRUPTED)
     except BrokenPipeError:  # the reader of our stdout, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror}", FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; run again and it goes on where it was", INTERRUPTED)
 
 
 def _fail(message: str, status: int) -> None:
@@ -102,6 +104,8 @@ def setup(names: tuple[str, ...], file: Path) -> None:
     for name in names or used:
         runtime = find_runtime(name, loaded.spec, loaded.root)
         build(runtime, lambda message: click.echo(message, err=True))
+        if runtime.versions(["pydantic"]) == {"pydantic": "absent"}:
+            raise ConfigError([Problem("runtimes", name, "found no pydantic in it, which every runtime needs", "install pydantic there")])
         click.echo(f"{name}  {runtime.python}")
 
 
@@ -198,7 +202,9 @@ def show(what: str, file: Path, run_id: str | None, as_json: bool) -> None:
 
     run_table(records)
     click.echo(f"run {record.run_id}, {record.started}, {record.state}", err=True)
-    if stage:
+    if stage and records[0].message:
+        click.echo(records[0].message)
+    if stage and manifests[stage]:
         click.echo(
             json.dumps({name: value for name, value in (manifests[stage] or {}).items() if name != "files"}, indent=1, ensure_ascii=False)
         )
@@ -264,6 +270,7 @@ def _run_json(record: RunRecord, rows: list[PlanRow]) -> dict[str, Any]:
             "artifact": entry.artifact,
             "seconds": entry.seconds,
             "metrics": entry.metrics,
+            "message": entry.message,
         }
         for entry in record.stages
     ]

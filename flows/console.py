@@ -105,7 +105,8 @@ def run_table(records: Sequence[StageRecord]) -> None:
     table = _table("stage", "kind", "status", "time", "figures")
     for record in records:
         seconds = _duration(record.seconds) if record.status in ("done", "failed") and record.seconds else ""
-        shown = figures(record) or (record.message.splitlines()[0] if record.message and record.status in ("failed", "skipped") else "")
+        lines = [line for line in record.message.splitlines() if not line.startswith("met: ")]
+        shown = figures(record) or (lines[0] if lines else "")
         table.add_row(record.stage, record.kind, Text(record.status, STYLES[record.status]), seconds, Text(shown))
     _print(table)
     width = max((len(record.stage) for record in records), default=0)

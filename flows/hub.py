@@ -38,6 +38,8 @@ def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
         if error.code == 404:
             raise StageFailed("config", f"the hub has no {repository_type} {repository} at {revision}", "check both names") from None
         raise StageFailed("transient", f"the hub answers HTTP {error.code} for {repository}", "the stage is tried again") from None
+    except (ValueError, KeyError):
+        raise StageFailed("transient", f"the hub's answer for {repository} is no hub's", "is there a portal to log in to?") from None
     except OSError as error:
         hint = "check the network; or write a full commit as `revision:`, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
         raise StageFailed("transient", f"the hub cannot be reached for {repository}: {error}", hint) from None

@@ -1,14 +1,13 @@
 """The flow: submits every stage of a pipeline as a task, waits, and says truly how it went.
 
 Every need is passed as an `allow_failure` future, so that Prefect draws the edge and a stage whose need failed runs just far
-enough to say `Skipped`. The task runner has a thread for each stage; how many programs run at once is the semaphore's business.
+enough to say `Skipped`. The task runner has a thread for each stage; how many programs run at once is the business of
+`flows/slots.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from prefect.client.schemas import State
 from prefect.futures import wait
 from prefect.states import Completed, Failed
 
+from flows.slots import Slots, visible_gpus
 from flows.stage import Reporter, Run, stage_task
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed, TunelineError
@@ -66,8 +66,7 @@ def run_pipeline(
     record = workspace.runs.begin(pipeline, loaded.overrides)
     workspace.runs.save(record)
     reporter.began(record.run_id)
-    slots = threading.Semaphore(spec.parallel or max(1, _gpus()))
-    run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, frozenset(force))
+    run = Run(workspace, pipeline, record, Supervisor(), Slots(spec.parallel, visible_gpus()), reporter, frozenset(force))
     wanted = with_ancestors(spec, only) if only else set(spec.stages)
     futures: dict[str, Any] = {}
     try:
@@ -95,14 +94,6 @@ def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
     if refused:
         return Failed(name="Refused", message=f"refused by {', '.join(refused)}", data=run_id)
     return Completed(message=f"run {run_id}", data=run_id)
-
-
-def _gpus() -> int:
-    """GPUs of this machine that the driver shows, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip()])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 class _OwnFailuresWithoutTraceback(logging.Filter):

@@ -10,11 +10,14 @@ from typing import Any
 
 from flows.console import ConsoleReporter
 from flows.server import embedded_server, require_server, server_configured
+from flows.slots import visible_gpus
 from tuneline.errors import ConfigError, Problem
 from tuneline.gate import judge, shown_metrics
+from tuneline.load import depends_on
 from tuneline.plan import PlanRow
 from tuneline.runs import RunRecord, StageRecord
 from tuneline.runtimes import find_runtime
+from tuneline.source import Keys, dotted
 from tuneline.spec import GateStage, ProgramStage
 from tuneline.workspace import Workspace
 
@@ -36,8 +39,8 @@ def execute(
     stages = workspace.loaded.spec.pipelines[pipeline].stages
     to_run = [row for row in rows if row.status != "cached" and row.kind != "gate"]
     if not to_run and not server_configured():
-        return _all_cached(workspace, pipeline, rows)
-    _require_runtimes(workspace, [stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)])
+        return _all_cached(workspace, pipeline, rows, ConsoleReporter(verbose))
+    _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
     signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C; Prefect hands the signal on once the flow has stopped its programs
     with ExitStack() as stack:
         reporter = stack.enter_context(ConsoleReporter(verbose))
@@ -54,33 +57,49 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow]) -> RunRecord:
+def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], reporter: ConsoleReporter) -> RunRecord:
+    """Judges the gates; a stage behind one that refuses is skipped, as it would be through Prefect."""
     record = workspace.runs.begin(pipeline, workspace.loaded.overrides)
     stages = workspace.loaded.spec.pipelines[pipeline].stages
     metrics: dict[str, dict[str, float]] = {}
+    stopped: set[str] = set()
     for row in rows:
-        stage = stages[row.stage]
-        if isinstance(stage, GateStage):
+        stage, entry = stages[row.stage], StageRecord(stage=row.stage, kind=row.kind, status="cached")
+        metrics[row.stage] = {}
+        if absent := [need for need in depends_on(stage) if need in stopped]:
+            entry.status, entry.message = "skipped", f"needs {', '.join(absent)}"
+        elif isinstance(stage, GateStage):
             passed, lines = judge(stage, metrics)
-            refused_before = any(entry.status == "refused" and entry.stage in stage.needs for entry in record.stages)
-            status = "skipped" if refused_before else "done" if passed else "refused"
-            record.stages.append(StageRecord(stage=row.stage, kind=row.kind, status=status, message="\n".join(lines)))
-            metrics[row.stage] = {}
-            continue
-        assert row.artifact is not None
-        manifest = row.artifact.manifest
-        metrics[row.stage] = shown_metrics(stage, manifest.metrics)
-        entry = StageRecord(stage=row.stage, kind=row.kind, status="cached", key=row.key, digest=manifest.digest, document=row.document)
-        record.stages.append(entry.model_copy(update={"artifact": str(row.artifact.path), "metrics": metrics[row.stage]}))
+            entry.status, entry.message = "done" if passed else "refused", "\n".join(lines)
+        elif row.artifact:
+            manifest = row.artifact.manifest
+            metrics[row.stage] = entry.metrics = shown_metrics(stage, manifest.metrics)
+            entry.key, entry.digest, entry.document, entry.artifact = row.key, manifest.digest, row.document, str(row.artifact.path)
+        if entry.status in ("skipped", "refused"):
+            stopped.add(row.stage)
+        record.stages.append(entry)
+        if entry.message:
+            reporter.finished(row.stage, entry)
     refused = any(entry.status == "refused" for entry in record.stages)
     workspace.runs.finish(record, "refused" if refused else "completed")
     return record
 
 
-def _require_runtimes(workspace: Workspace, stages: list[ProgramStage]) -> None:
-    for name in sorted({stage.runtime for stage in stages}):
+def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, ProgramStage]) -> None:
+    """What `validate` must not look at: that the runtimes are set up and the GPUs are there."""
+    problems = []
+    for name in sorted({stage.runtime for stage in stages.values()}):
         if not find_runtime(name, workspace.loaded.spec, workspace.root).ready:
-            raise ConfigError([Problem("runtimes", name, "found a runtime that is not set up", f"`tuneline setup {name}` builds it")])
+            problems.append(Problem("runtimes", name, "found a runtime that is not set up", f"`tuneline setup {name}` builds it"))
+    there = len(visible_gpus())
+    for name, stage in stages.items():
+        if stage.resources.gpus > there:
+            path: Keys = ("pipelines", pipeline, "stages", name, "resources", "gpus")
+            found = f"found {stage.resources.gpus}, but this machine shows {there}"
+            hint = f"`--set {name}.resources.gpus=0` runs it on the CPU, slowly"
+            problems.append(Problem(workspace.loaded.source.place(path), dotted(path), found, hint))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _through_prefect(

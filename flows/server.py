@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ def require_server() -> None:
     try:
         with urllib.request.urlopen(f"{address}/health", timeout=10):
             return
+    except urllib.error.HTTPError as error:
+        error.close()  # it answers; whether it lets us in is Prefect's to say
     except (OSError, ValueError) as error:
         hint = "start it, or unset PREFECT_API_URL: each run then brings a server of its own"
         raise ConfigError([Problem("PREFECT_API_URL", "", f"found no Prefect server at {address} ({error})", hint)]) from None
@@ -53,6 +56,8 @@ def embedded_server(home: Path) -> Iterator[str]:
     """
     home.mkdir(parents=True, exist_ok=True)
     os.environ.update({"PREFECT_HOME": str(home), **QUIET})
+    for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach our loopback
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     with _free_database(home) as (database, lock):
         port = _free_port()
         url = f"http://127.0.0.1:{port}/api"

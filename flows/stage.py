@@ -13,13 +13,13 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from prefect import Task, get_run_logger, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State, TaskRun
 from prefect.runtime import task_run
@@ -27,21 +27,24 @@ from prefect.states import Completed, Failed
 
 from flows.attempts import Attempts
 from flows.hub import resolve_commit
+from flows.progress import ProgressArtifact
+from flows.slots import Slots
 from flows.supervisor import Outcome, Supervisor
 from tuneline.errors import StageFailed, TunelineError
 from tuneline.gate import judge, shown_metrics
 from tuneline.keys import key_of
 from tuneline.plan import document_of, hub_inputs, input_slots
 from tuneline.protocol import Event, Input, Request, Result
+from tuneline.reference import REFERENCE, point
 from tuneline.runs import RunRecord, StageRecord, StageStatus
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
-from tuneline.spec import GateStage, OutsideFile, ProgramStage, Stage, annotated_values
+from tuneline.spec import GateStage, ModelStage, OutsideFile, ProgramStage, Stage, annotated_values
 from tuneline.store import Artifact, Base, File, Manifest
 from tuneline.workspace import Workspace
 
 PASSED = "passed"  # what a gate hands on
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
-PROGRESS_SECONDS = 2.0  # between two updates of a progress artifact: each is a request to the server
+CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
 
 
 class Reporter(Protocol):
@@ -63,13 +66,14 @@ class Run:
     pipeline: str
     record: RunRecord
     supervisor: Supervisor
-    slots: threading.Semaphore
+    slots: Slots
     reporter: Reporter
     forced: frozenset[str] = frozenset()
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """By stage, as people name them."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+    _commits_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def stages(self) -> Mapping[str, Stage]:
@@ -77,7 +81,7 @@ class Run:
 
     def commit(self, repository_type: str, repository: str, revision: str) -> str:
         """The same commit for every stage of the run."""
-        with self._lock:
+        with self._commits_lock:
             wanted = (repository_type, repository, revision)
             if wanted not in self._commits:
                 self._commits[wanted] = resolve_commit(*wanted)
@@ -101,7 +105,6 @@ class Run:
 def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
     """The Prefect task of one stage. Its parameter: what each stage that it depends on handed on."""
     stage = run.stages[name]
-    delays = [RETRY_DELAYS[min(i, len(RETRY_DELAYS) - 1)] for i in range(stage.retries)]
 
     def stopped_or_final(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
         return not run.supervisor.stopping and _retryable(state)
@@ -114,13 +117,15 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=stage.retries,
-        retry_delay_seconds=delays or None,
+        retry_delay_seconds=0,  # we wait ourselves, so that a stop ends the wait
         retry_condition_fn=stopped_or_final,
     )
     def supervise(needs: dict[str, Any]) -> Any:
         started = time.monotonic()
+        if task_run.run_count > 1:
+            run.supervisor.pause(RETRY_DELAYS[min(task_run.run_count - 2, len(RETRY_DELAYS) - 1)])
         try:
-            return _carry_out(run, name, stage, needs, started)
+            return _carry_out(run, name, stage, needs)
         except StageFailed as error:
             if error.retryable and task_run.run_count <= stage.retries and not run.supervisor.stopping:
                 run.reporter.warning(name, f"{error.failure_class}: {error.message} ({error.hint})")
@@ -128,6 +133,10 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
                 details = f"\n{error.details}" if error.failure_class == "bug" else ""
                 run.note(name, "failed", time.monotonic() - started, message=f"{error.failure_class}: {error}{details}")
             raise
+        except OSError as error:
+            message, hint = f"{error.filename or run.workspace.home}: {error.strerror}", "finished work is kept: put it right and run again"
+            run.note(name, "failed", time.monotonic() - started, message=f"disk: {message}\n\nhint: {hint}")
+            raise StageFailed("disk", message, hint) from error
         except Exception as error:
             message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
             run.note(name, "failed", time.monotonic() - started, message=message)
@@ -140,7 +149,7 @@ def _retryable(state: State[Any]) -> bool:
     return isinstance(state.data, StageFailed) and state.data.retryable
 
 
-def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any], started: float) -> Any:
+def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     absent = [need for need, value in needs.items() if value is None or isinstance(value, BaseException)]
     if absent:
         message = f"needs {', '.join(absent)}"
@@ -156,17 +165,32 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any], started
     store = run.workspace.store
     artifact = None if name in run.forced else store.find(stage.kind, key)
     if artifact is None:
-        wait = lambda: run.reporter.warning(name, "another run is building the same stage; waiting for it")  # noqa: E731
-        with store.locked(key, wait) as held:
-            waited_for = None if name in run.forced else store.find(stage.kind, key)
-            if waited_for is None:
-                with run.slots:
-                    artifact = _build(run, name, stage, inputs, document, key, held)
+        with _lock(run, name, key) as held:
+            artifact = None if name in run.forced else store.find(stage.kind, key)
+            if artifact is None:
+                with run.slots.taken(stage.resources.gpus) as gpus:
+                    started = time.monotonic()
+                    artifact = _build(run, name, stage, inputs, document, key, held, gpus)
                 run.note(name, "done", time.monotonic() - started, artifact)
                 return artifact
-            artifact = waited_for
-    run.note(name, "cached", time.monotonic() - started, artifact)
+    if (artifact.payload / REFERENCE).exists() and isinstance(stage, ModelStage) and stage.path:
+        point(artifact.path, run.workspace.outside(stage.path)[0][0])
+    run.note(name, "cached", artifact=artifact)
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
+
+
+@contextmanager
+def _lock(run: Run, name: str, key: str) -> Iterator[int]:
+    """The key's lock; whoever waits for another run says so, and stops waiting when its own run stops."""
+
+    def say() -> None:
+        run.reporter.warning(name, "another run is building the same stage; waiting for it")
+
+    try:
+        with run.workspace.store.locked(key, say, lambda: not run.supervisor.stopping) as held:
+            yield held
+    except BlockingIOError:
+        raise StageFailed("transient", "stopped with the run", final=True) from None
 
 
 def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
@@ -182,7 +206,14 @@ def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
 
 
 def _build(
-    run: Run, name: str, stage: ProgramStage, inputs: Mapping[str, Artifact], document: dict[str, Any], key: str, held: int
+    run: Run,
+    name: str,
+    stage: ProgramStage,
+    inputs: Mapping[str, Artifact],
+    document: dict[str, Any],
+    key: str,
+    held: int,
+    gpus: list[str],
 ) -> Artifact:
     """Runs the program and publishes what it made. The caller holds the key's lock."""
     work, store = run.workspace.work(key), run.workspace.store
@@ -207,10 +238,13 @@ def _build(
         resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
     )
     request.write(work / "request.json")
+    seen = _as_in_key(run, stage, document, request)
     run.reporter.started(name, f"{stage.kind}, attempt {request.attempt}" if attempts.of_run(run.record.run_id) else stage.kind)
     began = datetime.now(UTC)
-    outcome = _supervise(run, name, stage, request, held)
+    outcome = _supervise(run, name, stage, request, held, gpus)
     if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
+        if _as_in_key(run, stage, document, request) != seen:
+            raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
         artifact = _publish(run, stage, request, inputs, document, began)
         shutil.rmtree(work, ignore_errors=True)
         return artifact
@@ -218,6 +252,16 @@ def _build(
     if outcome.stopped != "cancelled":
         run.reporter.warning(name, f"its log is {work / 'log.txt'}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
+
+
+def _as_in_key(run: Run, stage: ProgramStage, document: dict[str, Any], request: Request) -> list[tuple[int, int, int]]:
+    """Size, time and inode of every outside file. Raises StageFailed(data) where its content is no longer what the key says."""
+    for path, _, named in annotated_values(stage, OutsideFile):
+        if run.workspace.outside(named)[1] != document["files"][path]:
+            raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
+    paths = [path for paths in request.files.values() for path in paths]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
+    return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in (file.stat() for file in files)]
 
 
 def _input(workspace: Workspace, artifact: Artifact) -> Input:
@@ -232,11 +276,11 @@ def _input(workspace: Workspace, artifact: Artifact) -> Input:
     return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
 
 
-def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int) -> Outcome:
+def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int, gpus: list[str]) -> Outcome:
     runtime = find_runtime(stage.runtime, run.workspace.loaded.spec, run.workspace.root)
     if not runtime.ready:
         raise StageFailed("config", f"the runtime {runtime.name} is not set up", f"`tuneline setup {runtime.name}` builds it")
-    logger, progress = get_run_logger(), _ProgressArtifact(name)
+    logger, progress = get_run_logger(), ProgressArtifact(name)
 
     def on_line(line: str) -> None:
         logger.info(line)
@@ -247,36 +291,34 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
             logger.warning(event.message)
             run.reporter.warning(name, event.message)
         elif event.type == "progress":
-            progress.update(event)
+            progress.show(event)
             run.reporter.progress(name, event)
 
     launcher = ["-m", "tasks"]
     if stage.resources.world_size > 1:  # only a training may have several, says the loader
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.resources.world_size}", *launcher]
     command = [str(runtime.python), *launcher, str(request.work / "request.json")]
-    environment = _environment(stage)
-    return run.supervisor.run(command, environment, request.work, stage.timeout, held, on_line, on_event)
+    try:
+        return run.supervisor.run(command, _environment(gpus), request.work, stage.timeout, held, on_line, on_event)
+    finally:
+        progress.close()
 
 
-def _environment(stage: ProgramStage) -> dict[str, str]:
+def _environment(gpus: list[str]) -> dict[str, str]:
     """The flow's own, less what is Prefect's, so that no program can talk to the server."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
-    visible = kept.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(stage.resources.gpus)))).split(",")
-    return (
-        kept
-        | {
-            "PYTHONPATH": str(PACKAGES_ROOT),
-            "PYTHONSAFEPATH": "1",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONHASHSEED": "0",  # some generators of reasoning-gym go by set order
-            "CUDA_VISIBLE_DEVICES": ",".join(visible[: stage.resources.gpus]),
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "DO_NOT_TRACK": "1",
-        }
-    )
+    return kept | {
+        "PYTHONPATH": str(PACKAGES_ROOT),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",  # some generators of reasoning-gym go by set order
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DO_NOT_TRACK": "1",
+    }
 
 
 def _publish(
@@ -319,23 +361,3 @@ def _base(stage: ProgramStage, inputs: Mapping[str, Artifact]) -> Base | None:
         return None
     model = inputs["model"].manifest
     return Base(kind=model.kind, key=model.key, digest=model.digest, template=model.template)
-
-
-class _ProgressArtifact:
-    """Prefect's progress bar of a stage. The server being away must not end a training: it is only tried again later."""
-
-    def __init__(self, name: str):
-        self._name, self._id, self._next = name, None, 0.0
-
-    def update(self, event: Event) -> None:
-        if not event.total or time.monotonic() < self._next and event.step != event.total:
-            return
-        self._next = time.monotonic() + PROGRESS_SECONDS
-        percent = min(100.0, 100.0 * (event.step or 0) / event.total)
-        try:
-            if self._id is None:
-                self._id = create_progress_artifact(percent, description=event.message or self._name)  # type: ignore[assignment]
-            else:
-                update_progress_artifact(self._id, percent, description=event.message or self._name)
-        except Exception as error:
-            get_run_logger().debug("the progress could not be reported: %s", error)

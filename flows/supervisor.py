@@ -38,12 +38,20 @@ class Supervisor:
     def __init__(self) -> None:
         self._live: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
-        self.stopping = False
+        self._stopping = threading.Event()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def pause(self, seconds: float) -> None:
+        """Waits, unless the run is stopped."""
+        self._stopping.wait(seconds)
 
     def stop(self) -> None:
         """Ends every program, with all their descendants; returns when they are gone."""
         with self._lock:
-            self.stopping = True
+            self._stopping.set()
             live = list(self._live)
         for process in live:
             _close(process)
@@ -99,7 +107,7 @@ class Supervisor:
             process.wait()
             with self._lock:
                 self._live.discard(process)
-        reader.join()
+        reader.join(5)  # a process that escaped could hold the pipe open
         for event in events.new():
             on_event(event)
         if self.stopping:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 GRACE = float(os.environ.get("TUNELINE_GRACE", "3"))
 
@@ -83,7 +84,8 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # Kept by name: a Popen that is dropped collects its child's status, and we would wait for it for ever.
-    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=restore_signals)
+    # It inherits the key's lock as well, in case we are killed ourselves.
+    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare_program, close_fds=False)
     program = process.pid
     status, poll = None, 0.02
     while status is None:
@@ -97,7 +99,8 @@ def main():
     sys.exit(143 if status is None else 128 - status if status < 0 else status)
 
 
-def restore_signals():
+def prepare_program():
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

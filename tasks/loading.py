@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.gptq import is_gptq, load_dense
-from tuneline.errors import StageFailed
 from tuneline.protocol import Input
+from tuneline.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def model_folder(payload: Path) -> Path:
-    """The Hugging Face folder of a Model's payload: itself, or what its reference.json names, if that has not changed since."""
-    reference = payload / "reference.json"
-    if not reference.exists():
-        return payload
-    document = json.loads(reference.read_text(encoding="utf-8"))
-    folder = Path(document["path"])
-    for entry in document["files"]:
-        file = folder / entry["path"]
-        if not file.is_file() or file.stat().st_size != entry["size"] or file.stat().st_mtime_ns != entry["mtime_ns"]:
-            raise StageFailed("data", f"{file} has changed since it was recorded as a base model", "run again: a new digest will be taken")
-    return folder
 
 
 def device() -> str:

@@ -2,7 +2,7 @@
 
     hub   the commit that the orchestrator pinned, through the hub's own cache: a killed download goes on, and a model that
           is already on the machine is not fetched again. Linked or copied into the payload.
-    path  by reference: the payload names the files with size, time and sha256; nothing is copied.
+    path  by reference: the payload names the files with size and sha256; nothing is copied.
     gguf  converted by transformers to safetensors in float32.
 
 Left out on purpose: pickled weights and code of a repository (both run whatever their author wrote), sub-folders, and every
@@ -24,6 +24,7 @@ from tasks.loading import save_tokenizer, template_hash
 from tasks.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
+from tuneline.reference import REFERENCE, point
 from tuneline.spec import ModelStage
 
 if TYPE_CHECKING:
@@ -103,15 +104,14 @@ def from_gguf(file: Path, payload: Path) -> None:
 
 
 def write_reference(folder: Path, payload: Path) -> None:
-    """reference.json, as `loading.model_folder` reads it. The absolute path is what a reference is."""
+    """reference.json says what the model is, location.json where it lies: see `tuneline.reference`."""
     entries = []
     for file in kept_files(folder):
-        stat = file.stat()
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-        entries.append({"path": file.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest})
-    document = {"path": str(folder), "files": entries}
-    (payload / "reference.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        entries.append({"path": file.name, "size": file.stat().st_size, "sha256": digest})
+    (payload / REFERENCE).write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    point(payload.parent, folder)
 
 
 def kept_files(folder: Path) -> list[Path]:

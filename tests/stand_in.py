@@ -41,6 +41,8 @@ if action == "kill":
 if action in ("oom", "data", "transient", "config"):
     Failure(failure_class=action, message=f"planted {action}", hint="none").write(request.work / "failure.json")
     sys.exit(1)
+if action == "edit":
+    source[0].write_text("edited while it was read")
 value = float(action) if isinstance(action, int | float) else 1.0
 request.payload.mkdir(parents=True, exist_ok=True)
 request.meta.mkdir(parents=True, exist_ok=True)

@@ -168,6 +168,18 @@ def test_the_program_sees_no_prefect_and_the_log_reaches_the_server(demo: Projec
     assert str(demo.root) not in json.dumps({**manifest, "host": None})
 
 
+def test_a_file_that_changes_while_it_is_read_is_never_stored(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]
+) -> None:
+    stand_in(one=["edit"])
+    record, _ = run()
+    assert statuses(record)["one"] == "failed"
+    assert "files that the stage reads have changed since the run began" in record.stages[0].message
+    demo.write("one", "one.txt")
+    record, _ = run()
+    assert statuses(record)["one"] == "done"
+
+
 # --- the real command, in a process of its own ----------------------------------------------------------------------------
 
 
@@ -181,6 +193,12 @@ def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None
     assert "stand-in two: 0.75" in again.stderr
     assert "demo completed" in again.stderr
     assert "figure 0.75" in again.stdout
+    refused = demo.tuneline("run", "demo", "--set", "gate.require.0.at_least=2", status=3)
+    assert "starting Prefect" not in refused.stderr
+    assert "NOT met: figure of two is 0.75, required at least 2" in refused.stdout
+    assert "after: skipped (needs gate)" in refused.stderr
+    no_gpu = demo.tuneline("run", "demo", "--set", "one.resources.gpus=1", "--force", "one", status=2, CUDA_VISIBLE_DEVICES="")
+    assert "demo.one.resources.gpus: found 1, but this machine shows 0" in no_gpu.stderr
     Path(out["stages"][0]["artifact"], "payload", "data.json").unlink()
     assert "store: warning: dataset/" in demo.tuneline("run", "demo").stderr
     cached = demo.tuneline("run", "demo")

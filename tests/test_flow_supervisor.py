@@ -128,5 +128,6 @@ def test_the_death_of_the_watchdog_is_noticed(tmp_path: Path, mark: str) -> None
         os.kill(watchdog, signal.SIGKILL)
 
     threading.Timer(0.7, kill).start()
-    outcome, _, _ = run(tmp_path, mark, "exec sleep 2")
+    outcome, _, _ = run(tmp_path, mark, "exec sleep 1000")
     assert outcome.status == -signal.SIGKILL
+    assert gone(mark, 1.0)  # the program goes with it

@@ -62,6 +62,7 @@ def test_path_is_kept_by_reference(copy: Path, tmp_path: Path) -> None:
     (copy / "README.md").write_text("not needed")
     run = run_path(tmp_path / "run", copy)
     assert [file.name for file in run.payload.iterdir()] == ["reference.json"]
+    assert str(copy) not in (run.payload / "reference.json").read_text()
     document = json.loads((run.payload / "reference.json").read_text())
     names = [entry["path"] for entry in document["files"]]
     assert names == sorted(names)

@@ -233,6 +233,8 @@ class _Checker:
                 self.problem(("runtimes", name), f"found `{name}`, which is built in", "choose another name", at_key=True)
             if isinstance(runtime, dict) and len(runtime) != 1:
                 self.problem(("runtimes", name), "found neither or both of lock and python, allowed exactly one", at_key=True)
+        if "://" in str(tree.get("store")):
+            self.problem(("store",), f"found `{tree['store']}`, allowed a folder", "mount shared storage and name its folder")
         pipelines = tree.get("pipelines")
         for name, pipeline in pipelines.items() if isinstance(pipelines, dict) else ():
             raw = pipeline.get("stages") if isinstance(pipeline, dict) else None

@@ -12,6 +12,7 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tuneline.errors import ConfigError, Problem
@@ -20,7 +21,7 @@ from tuneline.spec import Spec
 PACKAGES_ROOT = Path(__file__).resolve().parent.parent
 BUILT_IN_LOCKS = PACKAGES_ROOT / "infra" / "runtimes"
 MARKER = "tuneline-complete"
-_PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;]+)")
+_PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?\s*(?:(==)\s*([^\s;,]+))?")
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,26 @@ def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
 
 
 def _locked(lock: Path) -> dict[str, str]:
-    pins = (_PIN.match(line) for line in lock.read_text(encoding="utf-8").splitlines())
-    return {_normal(pin[1]): pin[2] for pin in pins if pin}
+    pins: dict[str, str] = {}
+    for number, line in enumerate(lock.read_text(encoding="utf-8").splitlines(), 1):
+        pin = _PIN.match(line)
+        if pin and not pin[2]:
+            found = f"found `{line.strip()}` in a lock, allowed name==version"
+            raise ConfigError([Problem(f"{lock}:{number}", "", found, "`uv pip compile` pins every package")])
+        if pin:
+            pins[_normal(pin[1])] = pin[3]
+    return pins
 
 
+@lru_cache
 def _installed(python: Path) -> dict[str, str]:
     program = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
-    found = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True, check=True)
-    return {_normal(name): version for name, version in json.loads(found.stdout).items()}
+    try:
+        found = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True, check=True)
+        return {_normal(name): version for name, version in json.loads(found.stdout).items()}
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        hint = "name the `bin/python` of the environment"
+        raise ConfigError([Problem("runtimes", "", f"found {python}, which does not run as a Python ({error})", hint)]) from None
 
 
 def _normal(name: str) -> str:

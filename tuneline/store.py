@@ -28,6 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from tuneline.errors import StageFailed, StoreError
 
 SCHEMA = 1
+CHANGED = "has changed since it was written"
+POLL = 0.2  # seconds between two tries to take a lock
 
 
 class File(BaseModel):
@@ -139,8 +141,11 @@ class Store:
             if there[path] != expected[path]:
                 return f"payload/{path} has {there[path]} bytes instead of {expected[path]}", None
         for file in manifest.files if full else ():
-            if sha256(folder / "payload" / file.path) != file.sha256:
-                return f"payload/{file.path} has changed since it was written", None
+            try:
+                if sha256(folder / "payload" / file.path) != file.sha256:
+                    return f"payload/{file.path} {CHANGED}", None
+            except OSError as error:
+                return f"payload/{file.path} cannot be read: {error.strerror}", None
         return None, Artifact(folder, manifest)
 
     def verify(self, folder: Path) -> str | None:
@@ -155,8 +160,13 @@ class Store:
         yield from sorted(path for path in self.root.glob("[a-z]*/??/*") if path.is_dir())
 
     @contextmanager
-    def locked(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """Holds the key's lock; yields its file descriptor, which a child may inherit to hold it on."""
+    def locked(
+        self, key: str, on_wait: Callable[[], None] = lambda: None, keep_waiting: Callable[[], bool] = lambda: True
+    ) -> Iterator[int]:
+        """Holds the key's lock; yields its file descriptor, which a child may inherit to hold it on.
+
+        Raises BlockingIOError once another holds it and `keep_waiting` says no.
+        """
         folder = self.root / ".locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,11 +174,18 @@ class Store:
         except OSError as error:
             raise _not_writable(self.root, error) from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            waiting = False
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not keep_waiting():
+                        raise
+                    if not waiting:
+                        on_wait()
+                    waiting = True
+                    time.sleep(POLL)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -207,6 +224,23 @@ class Store:
         return Artifact(target, document)
 
     def _quarantine(self, folder: Path, problem: str) -> None:
+        with self._locked_now(folder.name) as free:
+            if not free:
+                return  # somebody is building it anew this moment
+            problem_now, _ = self.inspect(folder)
+            if folder.is_dir() and (problem_now or problem.endswith(CHANGED)):
+                self._move_away(folder, problem)
+
+    @contextmanager
+    def _locked_now(self, key: str) -> Iterator[bool]:
+        """Whether the key's lock was free, and is held now."""
+        try:
+            with self.locked(key, keep_waiting=lambda: False):
+                yield True
+        except BlockingIOError:
+            yield False
+
+    def _move_away(self, folder: Path, problem: str) -> None:
         target = self.root / ".quarantine" / f"{folder.parent.parent.name}-{folder.name}-{time.time_ns()}"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ class FileDigests:
         if known is not None and known[:3] == facts:
             return str(known[3])
         digest = sha256(path)
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # a read-only folder only costs time
             self._known[str(path)] = [*facts, digest]
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")

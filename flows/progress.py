@@ -1,0 +1,56 @@
+"""Prefect's progress bar of a stage, kept up to date by a thread of its own.
+
+A request to a server that is away blocks for more than a minute, and the loop that supervises a program must not: it only
+leaves the latest event here. Losing one is fine, there will be another.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+from tuneline.protocol import Event
+
+SECONDS = 2.0  # between two updates: each is a request
+
+
+class ProgressArtifact:
+    def __init__(self, stage: str):
+        self._stage = stage
+        self._latest: Event | None = None
+        self._news, self._ended = threading.Event(), threading.Event()
+        context = contextvars.copy_context()  # Prefect finds the task run there
+        self._thread = threading.Thread(target=context.run, args=(self._publish,), daemon=True)
+        self._thread.start()
+
+    def show(self, event: Event) -> None:
+        if event.total:
+            self._latest = event
+            self._news.set()
+
+    def close(self) -> None:
+        """Publishes what is left, if the server answers at once."""
+        self._ended.set()
+        self._news.set()
+        self._thread.join(SECONDS)
+
+    def _publish(self) -> None:
+        artifact = None
+        while True:
+            self._news.wait()
+            self._news.clear()
+            event, ended = self._latest, self._ended.is_set()
+            if event and event.total:
+                percent, text = min(100.0, 100.0 * (event.step or 0) / event.total), event.message or self._stage
+                try:
+                    if artifact is None:
+                        artifact = create_progress_artifact(percent, description=text)
+                    else:
+                        update_progress_artifact(artifact, percent, description=text)  # type: ignore[arg-type]
+                except Exception:  # whatever Prefect's client raises: a training does not end for a progress bar
+                    pass
+            if ended:
+                return
+            self._ended.wait(SECONDS)

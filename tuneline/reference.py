@@ -1,0 +1,40 @@
+"""Local models, kept by reference: what they are (in the digest) apart from where they lie (not in it).
+
+    payload/reference.json    the files with size and sha256
+    meta/location.json        the folder, and the times of its files when they were last compared
+
+So the same model in two folders is one artifact. Whoever finds it in the store points it at the folder that the pipeline
+names, whose content has just been compared: it is in the key.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tuneline.errors import StageFailed
+
+REFERENCE, LOCATION = "reference.json", "location.json"
+
+
+def point(artifact: Path, folder: Path) -> None:
+    """Writes where the files of a reference lie now. `artifact` is the folder that holds payload/ and meta/."""
+    names = [entry["path"] for entry in json.loads((artifact / "payload" / REFERENCE).read_bytes())["files"]]
+    document = {"path": str(folder), "mtimes": {name: (folder / name).stat().st_mtime_ns for name in names}}
+    temporary = artifact / "meta" / f"{LOCATION}.tmp"
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(artifact / "meta" / LOCATION)
+
+
+def folder_of(payload: Path) -> Path:
+    """The Hugging Face folder of a Model's payload: itself, or what it refers to. Raises StageFailed where that has changed since."""
+    if not (payload / REFERENCE).exists():
+        return payload
+    location = json.loads((payload.parent / "meta" / LOCATION).read_bytes())
+    folder = Path(location["path"])
+    for entry in json.loads((payload / REFERENCE).read_bytes())["files"]:
+        file = folder / entry["path"]
+        facts = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+        if facts != (entry["size"], location["mtimes"][entry["path"]]):
+            raise StageFailed("data", f"{file} has changed since the run began", "run again: its content is compared anew")
+    return folder
