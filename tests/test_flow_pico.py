@@ -91,13 +91,6 @@ def test_a_second_run_starts_no_process_and_plans_say_why(killed: Project) -> No
 
 
 @pytest.mark.slow
-def test_a_touched_base_model_is_the_same_model(killed: Project, pico_model: Path) -> None:
-    os.utime(pico_model / "model.safetensors")
-    out = killed.json("run", "pico", "--only", "eval-sft", "--set", "eval-sft.max_new_tokens=3")
-    assert [stage["status"] for stage in out["stages"]] == ["cached", "cached", "cached", "done"]
-
-
-@pytest.mark.slow
 def test_templates_and_parents_travel_in_the_manifests(killed: Project) -> None:
     stages = killed.json("show", "pico")["stages"]
     templates = {stages[name]["template"] for name in ("base", "sft", "merged", "gptq")}
@@ -107,3 +100,10 @@ def test_templates_and_parents_travel_in_the_manifests(killed: Project) -> None:
     assert stages["merged"]["parents"]["adapters.0"] == f"sft/{stages['sft']['key']}"
     assert stages["merged"]["metrics"]["max_logit_difference"] < 1e-3
     assert killed.tuneline("verify").stderr == f"{len(STAGES)} artifacts, 0 damaged\n"
+
+
+@pytest.mark.slow
+def test_a_touched_base_model_is_the_same_model(killed: Project, pico_model: Path) -> None:
+    os.utime(pico_model / "model.safetensors")
+    out = killed.json("run", "pico", "--only", "eval-sft", "--set", "eval-sft.max_new_tokens=3")
+    assert [stage["status"] for stage in out["stages"]] == ["cached", "cached", "cached", "done"]
