@@ -31,6 +31,7 @@ from flows.progress import ProgressArtifact
 from flows.slots import Slots
 from flows.supervisor import Outcome, Supervisor
 from tuneline.errors import StageFailed, TunelineError
+from tuneline.fields import OutsideFile, annotated_values
 from tuneline.gate import judge, shown_metrics
 from tuneline.keys import key_of
 from tuneline.plan import document_of, hub_inputs, input_slots
@@ -38,7 +39,7 @@ from tuneline.protocol import Event, Input, Request, Result
 from tuneline.reference import REFERENCE, point
 from tuneline.runs import RunRecord, StageRecord, StageStatus
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
-from tuneline.spec import GateStage, ModelStage, OutsideFile, ProgramStage, Stage, annotated_values
+from tuneline.spec import GateStage, ModelStage, ProgramStage, Stage
 from tuneline.store import Artifact, Base, File, Manifest
 from tuneline.workspace import Workspace
 

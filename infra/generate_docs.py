@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneline import spec
+from tuneline import fields, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
@@ -79,14 +79,14 @@ def shown(value: Any) -> str:
 
 def takes(field: Any) -> str:
     for item in field.metadata:
-        if isinstance(item, spec.Reference | spec.OutsideFile):
+        if isinstance(item, fields.Reference | fields.OutsideFile):
             return marked(item)
     bounds = [f"{sign} {getattr(item, name):g}" for item in field.metadata for name, sign in SIGNS.items() if hasattr(item, name)]
     return type_name(field.annotation) + (f", {', '.join(bounds)}" if bounds else "")
 
 
-def marked(marker: spec.Reference | spec.OutsideFile) -> str:
-    if isinstance(marker, spec.OutsideFile):
+def marked(marker: fields.Reference | fields.OutsideFile) -> str:
+    if isinstance(marker, fields.OutsideFile):
         return "path"
     return f"stage giving {' or '.join(marker.types)}" if marker.types else "stage"
 
@@ -105,11 +105,11 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(arguments[0]).replace('stage giving', 'stages giving')}"
     if origin is dict:
         return f"mapping of {type_name(arguments[1])}"
-    markers = [item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, spec.Reference | spec.OutsideFile)]
+    markers = [item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, fields.Reference | fields.OutsideFile)]
     if markers:
         return marked(markers[0])
     if arguments:
-        names = [type_name(argument) for argument in arguments if argument is not type(None) and not isinstance(argument, spec.Strict)]
+        names = [type_name(argument) for argument in arguments if argument is not type(None) and not isinstance(argument, fields.Strict)]
         return " or ".join(dict.fromkeys(name for name in names if name))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "fields below"

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tuneline.spec import OutsideFile, ProgramStage, Reference, annotated_values
+from tuneline.fields import OutsideFile, Reference, annotated_values
+from tuneline.spec import ProgramStage
 from tuneline.store import Artifact
 
 SCHEMA = 1

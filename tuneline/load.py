@@ -20,9 +20,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tuneline.errors import ConfigError, Problem
+from tuneline.fields import Reference, annotated_values
 from tuneline.messages import nearest, translate
 from tuneline.source import Keys, Source, dotted, parse, read
-from tuneline.spec import AnyStage, EvaluateStage, GateStage, Pipeline, ProgramStage, Reference, SftStage, Spec, Stage, annotated_values
+from tuneline.spec import AnyStage, EvaluateStage, GateStage, Pipeline, ProgramStage, SftStage, Spec, Stage
 
 BUILT_IN_RUNTIMES = ("torch",)
 VARIABLE = re.compile(r"\$(\$?)\{([^{}]*)\}")

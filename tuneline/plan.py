@@ -14,13 +14,14 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from tuneline.errors import ConfigError, Problem
+from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.keys import LIBRARIES, key_document, key_of
 from tuneline.load import Loaded, in_order, with_ancestors
 from tuneline.messages import nearest
 from tuneline.runs import StageRecord
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
 from tuneline.source import dotted
-from tuneline.spec import HubSource, ModelStage, OutsideFile, ProgramStage, Reference, Stage, annotated_values
+from tuneline.spec import HubSource, ModelStage, ProgramStage, Stage
 from tuneline.store import Artifact
 from tuneline.workspace import Workspace
 

@@ -9,47 +9,14 @@ need more than one stage are in `tuneline.load`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-ArtifactType = Literal["Model", "Adapter", "Dataset", "Report", "Verdict"]
+from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelOrAdapterRef, ModelRef, Path, StageRef, Strict
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The field holds the name of a stage that gives one of these artifact types (empty: any stage)."""
-
-    types: tuple[ArtifactType, ...] = ()
-
-
-@dataclass(frozen=True)
-class OutsideFile:
-    """The field holds a path relative to pipelines.yaml; its content, never the path, is in the key."""
-
-
-ModelRef = Annotated[str, Reference(("Model",))]
-AdapterRef = Annotated[str, Reference(("Adapter",))]
-ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]
-DatasetRef = Annotated[str, Reference(("Dataset",))]
-StageRef = Annotated[str, Reference()]
-Path = Annotated[str, OutsideFile()]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong with a stage beyond its types. `field` is dotted, relative to the stage."""
-
-    field: str
-    message: str
-    hint: str = ""
 
 
 # --- how a stage runs -------------------------------------------------------------------------------------------------
@@ -494,35 +461,3 @@ class Spec(Strict):
     """Environments beside the built-in ones."""
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
     """By name."""
-
-
-def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yields (dotted path, marker instance, value) for every set field of `model`, nested ones too, that carries `marker`."""
-    for name, info in type(model).model_fields.items():
-        value = getattr(model, name)
-        path = f"{prefix}{name}"
-        mark = _marker_in(info.metadata, info.annotation, marker)
-        for suffix, item in _items(value):
-            if isinstance(item, BaseModel):
-                yield from annotated_values(item, marker, f"{path}{suffix}.")
-            elif mark is not None and isinstance(item, str):
-                yield f"{path}{suffix}", mark, item
-
-
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, tuple):
-        yield from ((f".{i}", item) for i, item in enumerate(value))
-    elif value is not None:
-        yield "", value
-
-
-def _marker_in(metadata: list[Any], annotation: Any, marker: type) -> Any:
-    """The marker in `Annotated[...]`, also inside a tuple or an optional."""
-    for item in metadata:
-        if isinstance(item, marker):
-            return item
-    for argument in getattr(annotation, "__args__", ()):
-        found = _marker_in(list(getattr(argument, "__metadata__", ())), argument, marker)
-        if found is not None:
-            return found
-    return None

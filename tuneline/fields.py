@@ -1,0 +1,80 @@
+"""What fields of pipelines.yaml can be besides plain values: the name of another stage, a path outside; and how to find them.
+
+A marker stands in the field's annotation. `annotated_values` walks a stage and yields what carries it, so that checks, keys
+and requests all go by the same marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+ArtifactType = Literal["Model", "Adapter", "Dataset", "Report", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The field holds the name of a stage that gives one of these artifact types (empty: any stage)."""
+
+    types: tuple[ArtifactType, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutsideFile:
+    """The field holds a path relative to pipelines.yaml; its content, never the path, is in the key."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a stage beyond its types. `field` is dotted, relative to the stage."""
+
+    field: str
+    message: str
+    hint: str = ""
+
+
+ModelRef = Annotated[str, Reference(("Model",))]
+AdapterRef = Annotated[str, Reference(("Adapter",))]
+ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]
+DatasetRef = Annotated[str, Reference(("Dataset",))]
+StageRef = Annotated[str, Reference()]
+Path = Annotated[str, OutsideFile()]
+
+
+def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yields (dotted path, marker instance, value) for every set field of `model`, nested ones too, that carries `marker`."""
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        path = f"{prefix}{name}"
+        mark = _marker_in(info.metadata, info.annotation, marker)
+        for suffix, item in _items(value):
+            if isinstance(item, BaseModel):
+                yield from annotated_values(item, marker, f"{path}{suffix}.")
+            elif mark is not None and isinstance(item, str):
+                yield f"{path}{suffix}", mark, item
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, tuple):
+        yield from ((f".{i}", item) for i, item in enumerate(value))
+    elif value is not None:
+        yield "", value
+
+
+def _marker_in(metadata: list[Any], annotation: Any, marker: type) -> Any:
+    """The marker in `Annotated[...]`, also inside a tuple or an optional."""
+    for item in metadata:
+        if isinstance(item, marker):
+            return item
+    for argument in getattr(annotation, "__args__", ()):
+        found = _marker_in(list(getattr(argument, "__metadata__", ())), argument, marker)
+        if found is not None:
+            return found
+    return None
