@@ -109,7 +109,7 @@ from pathlib import Path
 with Store(Path({str(tmp_path)!r})).locked("key") as held:
     Supervisor().run(["bash", "-c", {TREE!r}], os.environ, Path({str(tmp_path)!r}), None, held, print, print)
 """
-    environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "0.5"}
+    environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "2"}
     process = subprocess.Popen([sys.executable, "-u", "-c", flow], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as output:
