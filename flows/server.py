@@ -1,6 +1,6 @@
 """A Prefect server for one run, where nobody configured one.
 
-Prefect's own ephemeral server outlives a flow that is killed with -9, starts slowly and fails when two start on one database.
+Prefect's own ephemeral server outlives a flow that is killed with -9, and two of them on one database can lock each other out.
 Ours is the same server as a child under our watchdog, so it goes when the run goes, and each run at the same time has a
 database of its own: `.tuneline/prefect/0.db`, or the next that nobody holds. History and the UI need a lasting server.
 """

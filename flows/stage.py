@@ -8,6 +8,7 @@ decided by failure class (`flows/attempts.py`), not by exception type.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
@@ -45,6 +46,7 @@ from tuneline.workspace import Workspace
 
 PASSED = "passed"  # what a gate hands on
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
 
 
@@ -134,11 +136,12 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
                 details = f"\n{error.details}" if error.failure_class == "bug" else ""
                 run.note(name, "failed", time.monotonic() - started, message=f"{error.failure_class}: {error}{details}")
             raise
-        except OSError as error:
-            message, hint = f"{error.filename or run.workspace.home}: {error.strerror}", "finished work is kept: put it right and run again"
-            run.note(name, "failed", time.monotonic() - started, message=f"disk: {message}\n\nhint: {hint}")
-            raise StageFailed("disk", message, hint) from error
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK:
+                hint = "finished work is kept: put it right and run again"
+                failure = StageFailed("disk", f"{error.filename or run.workspace.home}: {error.strerror}", hint)
+                run.note(name, "failed", time.monotonic() - started, message=f"disk: {failure}")
+                raise failure from error
             message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
             run.note(name, "failed", time.monotonic() - started, message=message)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -194,6 +195,21 @@ def test_a_file_that_changes_while_it_is_read_is_never_stored(
     demo.write("one", "one.txt")
     record, _ = run()
     assert statuses(record)["one"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "disk: /store: No space left on device"), (errno.ENOENT, "FileNotFoundError: ")]
+)
+def test_a_full_disk_is_told_from_a_bug_of_ours(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number), "/store")
+
+    monkeypatch.setattr("tuneline.store.Store.publish", fail)
+    record, _ = run()
+    assert record.state == "failed"
+    assert record.stages[0].message.startswith(message)
 
 
 # --- the real command, in a process of its own ----------------------------------------------------------------------------
