@@ -15,14 +15,15 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneline import fields, spec
+from tuneline import data_sources, fields, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
     spec.Resources,
-    spec.FilesSource,
-    spec.HubSource,
-    spec.ReasoningGymSource,
+    data_sources.FilesSource,
+    data_sources.HubSource,
+    data_sources.ReasoningGymSource,
+    data_sources.CodeSource,
     spec.Split,
     spec.Lora,
     spec.EarlyStopping,
@@ -32,7 +33,7 @@ PARTS = (
 HEAD = """\
 # pipelines.yaml: every kind and field
 
-Generated from `tuneline/spec.py` by `make docs`; `make lint` checks it. The same as a JSON Schema: `tuneline schema`.
+Generated from `tuneline/spec.py` and `tuneline/data_sources.py` by `make docs`; `make lint` checks it. The same as a JSON Schema: `tuneline schema`.
 
 A file has `version: 1` and `pipelines:`; each pipeline has `stages:`, each stage a `kind`. A field that takes a *stage* holds
 the name of another stage of the same pipeline. `${name}` takes a value from `vars:`, a whole value keeps its type;

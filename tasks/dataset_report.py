@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from tasks.masks import Tokens, tokenize
 from tasks.rows import SPLITS, Row
 from tasks.sources import AnySource, Item
+from tuneline.data_sources import FilesSource, HubSource
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events
-from tuneline.spec import DatasetStage, FilesSource, HubSource
+from tuneline.spec import DatasetStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

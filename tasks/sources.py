@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from tasks.formats import KNOWN, BadRow, describe, detect, to_row
 from tasks.rows import Row
+from tuneline.data_sources import FilesSource, HubSource, ReasoningGymSource
 from tuneline.errors import StageFailed
 from tuneline.protocol import Request
-from tuneline.spec import FilesSource, HubSource, ReasoningGymSource
 
 AnySource = FilesSource | HubSource | ReasoningGymSource
 Records = Iterator[tuple[str, Any]]  # (place, what stands there)

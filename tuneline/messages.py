@@ -9,10 +9,11 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from tuneline.data_sources import FilesSource, HubSource, ReasoningGymSource
 from tuneline.source import Keys
-from tuneline.spec import STAGES, FilesSource, HubSource, ReasoningGymSource, Spec
+from tuneline.spec import STAGES, Spec
 
-SOURCES: dict[str, type[BaseModel]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource}
+SOURCES: dict[str, type[BaseModel]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource, "code": CodeSource}
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list", "dict": "a mapping"}
 BOUNDS = {
     "greater_than": ("gt", "above"),

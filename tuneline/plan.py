@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
+from tuneline.data_sources import HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.keys import LIBRARIES, key_document, key_of
@@ -21,7 +22,7 @@ from tuneline.messages import nearest
 from tuneline.runs import StageRecord
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
 from tuneline.source import dotted
-from tuneline.spec import HubSource, ModelStage, ProgramStage, Stage
+from tuneline.spec import ModelStage, ProgramStage, Stage
 from tuneline.store import Artifact
 from tuneline.workspace import Workspace
 

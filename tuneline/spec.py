@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tuneline.data_sources import CodeSource, Source
 from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelOrAdapterRef, ModelRef, Path, StageRef, Strict
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
@@ -59,6 +60,10 @@ class Stage(Strict):
     def findings(self) -> Iterator[Finding]:
         return iter(())
 
+    def warnings(self) -> Iterator[Finding]:
+        """What is allowed and all the same worth a word at every validate, plan and run."""
+        return iter(())
+
 
 class ProgramStage(Stage):
     """A stage that a program in `tasks/` carries out."""
@@ -94,6 +99,8 @@ class ModelStage(ProgramStage):
     """Local model folder; kept by reference, not copied."""
     gguf: Path | None = None
     """Local GGUF file; converted to safetensors in float32."""
+    trust_remote_code: bool = False
+    """Runs Python files that come with the model, here and in every later stage. Only for sources that you trust."""
 
     gives: ClassVar[ArtifactType] = "Model"
 
@@ -103,56 +110,15 @@ class ModelStage(ProgramStage):
             yield Finding("", f"found {' and '.join(given) or 'no source'}, allowed exactly one of hub, path, gguf")
         if self.hub is None and self.revision != "main":
             yield Finding("revision", "found a revision without hub", "only hub repositories have revisions")
+        if self.trust_remote_code and self.gguf is not None:
+            yield Finding("trust_remote_code", "found trust_remote_code with gguf, which holds no code")
+
+    def warnings(self) -> Iterator[Finding]:
+        if self.trust_remote_code:
+            yield Finding("trust_remote_code", "Python files that come with this model are run")
 
 
 # --- dataset ----------------------------------------------------------------------------------------------------------
-
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
-
-
-class FilesSource(Strict):
-    """Rows from local files: .jsonl, .json, .parquet or .csv."""
-
-    type: Literal["files"]
-    path: Path
-    """File or glob, relative to pipelines.yaml; matches are read in sorted order."""
-    format: Format = "auto"
-    """How a row is read; `auto` goes by the columns found."""
-    columns: dict[str, str] = {}
-    """Renames columns before reading: our name to the file's, as `{prompt: question, completion: solution}`."""
-
-
-class HubSource(Strict):
-    """Rows of a dataset on the hub."""
-
-    type: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    """Dataset repository, `owner/name`."""
-    revision: str = Field("main", pattern=r"^[\w./-]+$")
-    """Branch, tag or commit; the commit is in the key."""
-    subset: str | None = None
-    """Configuration name of the repository."""
-    split: str = "train"
-    """Split of the repository to read; tuneline makes its own splits from it."""
-    format: Format = "auto"
-    """How a row is read; `auto` goes by the columns found."""
-    columns: dict[str, str] = {}
-    """Renames columns before reading: our name to theirs."""
-
-
-class ReasoningGymSource(Strict):
-    """Generated rows with a verifiable answer, from the library reasoning-gym."""
-
-    type: Literal["reasoning_gym"]
-    task: str
-    """Name of the reasoning-gym dataset, such as `chain_sum`."""
-    size: int = Field(500, ge=1)
-    """Rows generated, before duplicates are removed."""
-    config: dict[str, bool | int | float | str | tuple[int, ...]] = {}
-    """Settings of that dataset, as reasoning-gym names them."""
-
-
-Source = Annotated[FilesSource | HubSource | ReasoningGymSource, Field(discriminator="type")]
 
 
 class Split(Strict):
@@ -184,6 +150,10 @@ class DatasetStage(ProgramStage):
     def findings(self) -> Iterator[Finding]:
         if self.max_length is not None and self.model is None:
             yield Finding("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
+        for i, source in enumerate(self.sources):
+            if isinstance(source, CodeSource) and self.model is None:
+                hint = "name the model whose tokenizer cuts the chunks: `model: base`"
+                yield Finding(f"sources.{i}", "found source code without model", hint)
         if self.split.validation + self.split.test >= 1:
             yield Finding("split", f"found {self.split.validation} + {self.split.test}, allowed a sum below 1")
 
@@ -313,6 +283,8 @@ class EvaluateStage(ProgramStage):
     """Renders benchmark questions through the chat template; a dataset's conversations always are, as in training."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer to a dataset's prompt."""
+    allow_code_execution: bool = False
+    """Lets a benchmark run the code that the model writes, in a sandbox: `human_eval` needs it."""
 
     gives: ClassVar[ArtifactType] = "Report"
 
@@ -322,6 +294,9 @@ class EvaluateStage(ProgramStage):
     def findings(self) -> Iterator[Finding]:
         if not self.datasets and not self.benchmarks:
             yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
+        if "human_eval" in self.benchmarks and not self.allow_code_execution:
+            hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
+            yield Finding(f"benchmarks.{self.benchmarks.index('human_eval')}", "found human_eval without allow_code_execution", hint)
 
 
 # --- merge, quantize --------------------------------------------------------------------------------------------------
@@ -455,6 +430,8 @@ class Spec(Strict):
     """Version of this file format."""
     store: str = ".tuneline/store"
     """Folder of artifacts."""
+    roots: tuple[str, ...] = ()
+    """Folders outside of this file's own that its paths may lead into, such as `/data/models`."""
     vars: dict[str, bool | int | float | str] = {}
     """Values for `${name}` anywhere in the file."""
     runtimes: dict[Name, Runtime] = {}
