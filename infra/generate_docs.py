@@ -33,7 +33,8 @@ PARTS = (
 HEAD = """\
 # pipelines.yaml: every kind and field
 
-Generated from `tuneline/spec.py` and `tuneline/data_sources.py` by `make docs`; `make lint` checks it. The same as a JSON Schema: `tuneline schema`.
+Generated from `tuneline/spec.py` and `tuneline/data_sources.py` by `make docs`; `make lint` checks it.
+The same as a JSON Schema: `tuneline schema`.
 
 A file has `version: 1` and `pipelines:`; each pipeline has `stages:`, each stage a `kind`. A field that takes a *stage* holds
 the name of another stage of the same pipeline. `${name}` takes a value from `vars:`, a whole value keeps its type;

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tuneline.data_sources import FilesSource, HubSource, ReasoningGymSource
+from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.source import Keys
 from tuneline.spec import STAGES, Spec
 
