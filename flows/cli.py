@@ -8,7 +8,6 @@ by a `run` that has something to do, torch never.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.__main__ import INTERRUPTED
+from flows.streams import Unbroken
 from tuneline import __version__
 from tuneline.errors import ConfigError, Problem, StoreError, TunelineError
 from tuneline.load import Loaded, load
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from tuneline.plan import PlanRow
     from tuneline.runs import RunRecord
 
-FAILED, WRONG, REFUSED, INTERRUPTED = 1, 2, 3, 130
-EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": INTERRUPTED}
+FAILED, WRONG, REFUSED = 1, 2, 3
+EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": 130}
 
 file_option = click.option(
     "--file", type=click.Path(path_type=Path), default=Path("pipelines.yaml"), show_default=True, help="The pipelines file."
@@ -39,7 +40,8 @@ force_option = click.option("--force", multiple=True, metavar="STAGE", help="Bui
 
 
 def main() -> None:
-    """Entry point: every error a message, never a traceback."""
+    """Every error a message, never a traceback."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)  # type: ignore[assignment]
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="tuneline"))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -52,13 +54,10 @@ def main() -> None:
         _fail(error.format_message(), WRONG)
     except TunelineError as error:
         _fail(str(error), WRONG if isinstance(error, ConfigError | StoreError) else FAILED)
-    except BrokenPipeError:  # the reader of our stdout, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror}", FAILED)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; run again and it goes on where it was", INTERRUPTED)
+        _fail(INTERRUPTED, EXIT["cancelled"])
 
 
 def _fail(message: str, status: int) -> None:
@@ -115,6 +114,7 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 def validate(path: Path | None, file: Path) -> None:
     """Checks a pipelines file: every problem at once, with its place."""
     loaded = load(path or file)
+    _warn_of(loaded)
     counts = [f"{name} ({len(pipeline.stages)} stages)" for name, pipeline in loaded.spec.pipelines.items()]
     click.echo(f"{loaded.source.name} is valid: {', '.join(counts)}")
 
@@ -133,7 +133,7 @@ def plan(
     """Shows what a run would do, and why. Changes nothing."""
     from tuneline.plan import plan as make_plan
 
-    workspace = Workspace(_load(file, pipeline, sets, variables), _warn)
+    workspace = Workspace(_load_with_warnings(file, pipeline, sets, variables), _warn)
     rows = make_plan(workspace, pipeline, only, force)
     if as_json:
         click.echo(json.dumps({"pipeline": pipeline, "stages": [_plan_json(row) for row in rows]}, indent=1, ensure_ascii=False))
@@ -166,9 +166,16 @@ def run(
     from flows.run import execute
     from tuneline.plan import plan as make_plan
 
-    workspace = Workspace(_load(file, pipeline, sets, variables), _warn)
+    workspace = Workspace(_load_with_warnings(file, pipeline, sets, variables), _warn)
     rows = make_plan(workspace, pipeline, only, force)
-    record = execute(workspace, pipeline, rows, sets, variables, only, force, verbose)
+    try:
+        record = execute(workspace, pipeline, rows, sets, variables, only, force, verbose)
+    except KeyboardInterrupt:  # before the run began
+        if as_json:
+            click.echo(json.dumps({"pipeline": pipeline, "run_id": None, "state": "cancelled", "stages": []}, indent=1))
+        raise
+    if record.state == "cancelled":
+        click.echo(INTERRUPTED, err=True)
     if as_json:
         click.echo(json.dumps(_run_json(record, rows), indent=1, ensure_ascii=False))
     else:
@@ -216,9 +223,9 @@ def show(what: str, file: Path, run_id: str | None, as_json: bool) -> None:
 @cli.command()
 def schema() -> None:
     """Prints the JSON Schema of pipelines.yaml, for editors."""
-    from tuneline.spec import Spec
+    from tuneline.json_schema import json_schema
 
-    click.echo(json.dumps(Spec.model_json_schema(), indent=1, ensure_ascii=False))
+    click.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
 
 
 @cli.command()
@@ -241,6 +248,17 @@ def _load(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str
     loaded = load(file, pipeline, sets, variables)
     loaded.pipeline(pipeline)
     return loaded
+
+
+def _load_with_warnings(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:
+    loaded = _load(file, pipeline, sets, variables)
+    _warn_of(loaded, pipeline)
+    return loaded
+
+
+def _warn_of(loaded: Loaded, pipeline: str | None = None) -> None:
+    for warning in loaded.warnings(pipeline):
+        _warn(str(warning))
 
 
 def _warn(message: str) -> None:
@@ -280,7 +298,3 @@ def _run_json(record: RunRecord, rows: list[PlanRow]) -> dict[str, Any]:
 def _manifest(artifact: str | None) -> dict[str, Any] | None:
     path = Path(artifact, "manifest.json") if artifact else None
     return dict(json.loads(path.read_bytes())) if path and path.is_file() else None
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,8 @@ from flows.slots import Slots, visible_gpus
 from flows.stage import Reporter, Run, stage_task
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed, TunelineError
-from tuneline.load import depends_on, in_order, load, with_ancestors
+from tuneline.load import load
+from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.protocol import Event
 from tuneline.runs import RunState, StageRecord
 from tuneline.workspace import Workspace
@@ -64,6 +65,7 @@ def run_pipeline(
     workspace = Workspace(loaded, warn)
     spec = loaded.pipeline(pipeline)
     record = workspace.runs.begin(pipeline, loaded.overrides)
+    record.planned, record.only, record.force = planned(spec, only), only, tuple(force)
     workspace.runs.save(record)
     reporter.began(record.run_id)
     run = Run(workspace, pipeline, record, Supervisor(), Slots(spec.parallel, visible_gpus()), reporter, frozenset(force))

@@ -13,7 +13,7 @@ from flows.server import embedded_server, require_server, server_configured
 from flows.slots import visible_gpus
 from tuneline.errors import ConfigError, Problem
 from tuneline.gate import judge, shown_metrics
-from tuneline.load import depends_on
+from tuneline.order import depends_on, planned
 from tuneline.plan import PlanRow
 from tuneline.runs import RunRecord, StageRecord
 from tuneline.runtimes import find_runtime
@@ -39,7 +39,7 @@ def execute(
     stages = workspace.loaded.spec.pipelines[pipeline].stages
     to_run = [row for row in rows if row.status != "cached" and row.kind != "gate"]
     if not to_run and not server_configured():
-        return _all_cached(workspace, pipeline, rows, ConsoleReporter(verbose))
+        return _all_cached(workspace, pipeline, rows, only, ConsoleReporter(verbose))
     _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
     signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C; Prefect hands the signal on once the flow has stopped its programs
     with ExitStack() as stack:
@@ -57,9 +57,10 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], reporter: ConsoleReporter) -> RunRecord:
+def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: str | None, reporter: ConsoleReporter) -> RunRecord:
     """Judges the gates; a stage behind one that refuses is skipped, as it would be through Prefect."""
     record = workspace.runs.begin(pipeline, workspace.loaded.overrides)
+    record.planned, record.only = planned(workspace.loaded.pipeline(pipeline), only), only
     stages = workspace.loaded.spec.pipelines[pipeline].stages
     metrics: dict[str, dict[str, float]] = {}
     stopped: set[str] = set()
@@ -120,6 +121,13 @@ def _through_prefect(
     parameters |= {"sets": list(sets), "variables": list(variables), "force": list(force)}
     try:
         state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+    except KeyboardInterrupt:
+        if reporter.run_id is None:
+            raise
+        record = workspace.runs.get(pipeline, reporter.run_id)  # the flow has ended its programs and said so there
+        if record.state == "running":  # unless it was interrupted in that as well
+            workspace.runs.finish(record, "cancelled")
+        return record
     finally:
         REPORTER.reset(token)
         APILogHandler().flush()

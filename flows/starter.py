@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tuneline.errors import ConfigError, Problem
-from tuneline.spec import Spec
+from tuneline.json_schema import json_schema
 
 STARTER = """\
 # yaml-language-server: $schema=.tuneline/schema.json
@@ -36,7 +36,7 @@ def write_starter(folder: Path) -> list[Path]:
             [Problem(str(file), "", "found a pipelines.yaml here already, allowed a folder without one", "nothing was changed")]
         )
     schema.parent.mkdir(exist_ok=True)
-    schema.write_text(json.dumps(Spec.model_json_schema(), indent=1, ensure_ascii=False), encoding="utf-8")
+    schema.write_text(json.dumps(json_schema(), indent=1, ensure_ascii=False), encoding="utf-8")
     file.write_text(STARTER, encoding="utf-8")
     written = [file, schema]
     if not ignore.exists():

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from tuneline import data_sources, fields, spec
+from tuneline.json_schema import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
@@ -129,7 +130,7 @@ def readme() -> str:
 
 
 def main() -> int:
-    schema = json.dumps(spec.Spec.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+    schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
     files = {"docs/pipelines.md": pipelines_page(), "docs/pipelines.schema.json": schema, "README.md": readme()}
     stale = [name for name, text in files.items() if not (ROOT / name).exists() or (ROOT / name).read_text(encoding="utf-8") != text]
     if sys.argv[1:] == ["--check"]:

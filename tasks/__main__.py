@@ -12,6 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from tasks.loading import check_inputs
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Failure, Request
 
@@ -35,6 +36,7 @@ def main() -> int:
     for path in (request.payload, request.meta):
         path.mkdir(parents=True, exist_ok=True)
     try:
+        check_inputs(request)
         program = importlib.import_module(PROGRAMS[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():

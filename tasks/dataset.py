@@ -10,15 +10,15 @@ sampler shuffles); rows keep the order in which they were read.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.dataset_report import Counts, write_report
 from tasks.loading import load_tokenizer
 from tasks.masks import token_counts
-from tasks.rows import SPLITS, Row, content_hash, write_rows
+from tasks.rows import SPLITS, Row, content_hash, row_count, write_rows
 from tasks.sources import Item, read_source
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
@@ -44,7 +44,10 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
     check(splits, stage.split, counts)
     events.progress(steps - 1, steps, "writing")
     for name in SPLITS:
-        write_rows([item.row for item in splits[name]], request.payload / f"{name}.parquet")
+        file = request.payload / f"{name}.parquet"
+        write_rows([item.row for item in splits[name]], file)
+        if (written := row_count(file)) != len(splits[name]):
+            raise StageFailed("bug", f"{file.name} holds {written} rows, but {len(splits[name])} were given", "please report this")
     for message in warnings(items, stage, counts):
         events.warning(message)
     figures = write_report(request.meta, stage, splits, counts, tokenizer, events)
@@ -81,11 +84,19 @@ def identified(row: Row) -> Row:
 
 
 def group_of(row: Row) -> str:
-    """Hash of the prompt: what stands before the last answer. System prompts do not count: the same question is the same."""
+    """Hash of the prompt: what stands before the first answer, so that a conversation and one that goes on from it stay together,
+    also where the other comes later. System prompts do not count: the same question is the same."""
     if row.text is not None:
         return content_hash(row.text)
-    prompt = row.prompt_messages() or ({"role": "user", "content": row.prompt},)
+    prompt = opening(row.messages) if row.messages is not None else ({"role": "user", "content": row.prompt},)
     return content_hash([message for message in prompt if message["role"] != "system"])
+
+
+def opening(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """The messages before the first answer to a user; some conversations begin with a greeting."""
+    roles = [message["role"] for message in messages]
+    asked = roles.index("user") if "user" in roles else 0
+    return messages[: roles.index("assistant", asked)] if "assistant" in roles[asked:] else messages
 
 
 def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, counts: Counts, events: Events) -> Iterator[Item]:
@@ -177,18 +188,25 @@ def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
         if share > 0 and not splits[name]:
             message = f"the {name} split is empty: {kept} rows in {len(home)} groups are left"
             hint = "add rows; meta/report.md says what was dropped" if name == "train" else f"add rows, raise split.{name}, or set it to 0"
+            if len(home) == 1 < kept:
+                hint = "rows with one first prompt stay together: put what all of them share into the system prompt"
             raise StageFailed("data", message, hint)
 
 
 def warnings(items: list[Item], stage: DatasetStage, counts: Counts) -> Iterator[str]:
+    groups = Counter(item.row.group for item in items)
+    largest = max(groups.values(), default=0)
+    if len(items) > 1 and 2 * largest > len(items):
+        yield f"{largest} of {len(items)} rows begin with the same prompt, and so are all in one split"
     answers: dict[str, set[str | None]] = defaultdict(set)
     for item in items:
-        answers[item.row.group].add(item.row.reference())
+        if item.row.messages is None or item.row.prompt_messages() == opening(item.row.messages):
+            answers[item.row.group].add(item.row.reference())
     unclear = [group for group, given in answers.items() if len(given) > 1]
     if unclear:
         first = next(item.place for item in items if item.row.group == unclear[0])
         yield f"{len(unclear)} prompts have differing answers, the first at {first}"
-    different = set().union(*answers.values())
+    different = {item.row.reference() for item in items}
     if len(items) > 1 and len(different) == 1 and different != {None}:
         yield f"all {len(items)} rows have the same answer: {str(different.pop())[:80]!r}"
     for fate in ("duplicates", "over_long"):

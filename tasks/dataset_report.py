@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.masks import Tokens, tokenize
 from tasks.rows import SPLITS, Row
@@ -47,12 +49,16 @@ def write_report(
     tokenizer: PreTrainedTokenizerBase | None,
     events: Events,
 ) -> dict[str, float]:
-    """Writes report.md (and lengths.png); emits the samples as events. Returns the token figures, as metrics."""
+    """Writes report.md (and lengths.png), and report.json for the run's report; emits the samples as events.
+
+    Returns the token figures, as metrics.
+    """
     parts = ["# Dataset\n", source_table(stage, splits, counts)]
     if counts.ignored:
         columns = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.ignored.items()))
         parts.append(f"Not read: {columns}.\n")
     figures: dict[str, float] = {}
+    lengths: list[int] = []
     if tokenizer is not None:
         lengths = sorted(item.tokens for items in splits.values() for item in items)
         quantiles = {f"tokens_p{share}": quantile(lengths, share / 100) for share in (50, 90, 99)}
@@ -70,7 +76,18 @@ def write_report(
         events.sample(text, {"id": row.id, "source": row.source})
         parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
     (meta / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    document = {"sources": list(by_source(stage, splits, counts)), "lengths": bins(lengths) if lengths else [], "ignored": counts.ignored}
+    (meta / "report.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return figures
+
+
+def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> Iterator[dict[str, Any]]:
+    """What report.json holds of each source: rows read, how many met which fate, and how many are in which split."""
+    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    for index, source in enumerate(stage.sources):
+        name = f"sources.{index}"
+        fates = {fate: count for (fate, of), count in sorted(counts.fates.items()) if of == name}
+        yield {"source": title(source), "read": counts.read[name], "fates": fates, "splits": {split: kept[split, name] for split in SPLITS}}
 
 
 def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
@@ -96,15 +113,18 @@ def quantile(ordered: list[int], share: float) -> int:
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
-def histogram(ordered: list[int]) -> list[str]:
+def bins(ordered: list[int]) -> list[tuple[int, int, int]]:
+    """(least, greatest, rows) of each of about BINS ranges of equal width."""
     width = ordered[-1] // BINS + 1
     counts = Counter(length // width for length in ordered)
-    scale = BAR / max(counts.values())
+    return [(i * width, i * width + width - 1, counts[i]) for i in range(ordered[0] // width, ordered[-1] // width + 1)]
+
+
+def histogram(ordered: list[int]) -> list[str]:
+    ranges = bins(ordered)
+    scale = BAR / max(rows for _, _, rows in ranges)
     digits = len(str(ordered[-1]))
-    return [
-        f"{place * width:>{digits}} - {place * width + width - 1:<{digits}} {'#' * round(counts[place] * scale):<{BAR}} {counts[place]:,}"
-        for place in range(ordered[0] // width, ordered[-1] // width + 1)
-    ]
+    return [f"{least:>{digits}} - {most:<{digits}} {'#' * round(rows * scale):<{BAR}} {rows:,}" for least, most, rows in ranges]
 
 
 def plot(lengths: list[int], max_length: int | None, file: Path) -> None:

@@ -2,7 +2,7 @@
 
 lm-eval does the scoring of both: `tasks.harness` is its Hugging Face model. A dataset's rows are asked as they were trained
 on: the prompt through the template saved on the trained side, checked token by token against `tasks.masks`. An adapter that
-changes nothing, or another template than the one that was trained with, ends the stage.
+changes nothing or is read in part, or another template than the one that was trained with, ends the stage.
 
 Left out: benchmarks that run code the model writes (they need a sandbox), images and sound, several processes.
 """
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tasks.benchmarks import first_question, load_benchmarks, run_benchmarks
-from tasks.loading import compute_dtype, load_model, load_tokenizer, template_hash
+from tasks.loading import compute_dtype, load_model, load_tokenizer
 from tasks.masks import prompt_ids, render_text, tokenize
 from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio
@@ -37,7 +37,6 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     be_quiet()
     source = request.inputs["model"]
     tokenizer = load_tokenizer(source)
-    check_template(tokenizer, source)
     datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
     benchmarks = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else None
 
@@ -45,7 +44,9 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
 
     model = load_model(source, compute_dtype("auto"))
     lm = LanguageModel(model, tokenizer, stage.micro_batch_size(), events)
-    check_logits(model, first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer), source)
+    check_logits(lm.model, model, first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer), source)
+    if stage.benchmarks and stage.apply_chat_template:
+        check_rendering(lm, tokenizer)
 
     report = Report()
     for i, rows in enumerate(datasets):
@@ -63,16 +64,6 @@ def be_quiet() -> None:
     os.environ |= {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, source: Input) -> None:
-    if template_hash(tokenizer) != source.template:
-        raise StageFailed(
-            "data",
-            f"the chat template beside the {source.type.lower()} is not the one recorded when it was made "
-            f"(sha256 {str(template_hash(tokenizer))[:12]}, recorded {str(source.template)[:12]})",
-            "run `tuneline verify`, and build the stage that gives it again",
-        )
-
-
 def test_rows(dataset: Input, stage: EvaluateStage, name: str) -> list[Row]:
     rows = read_split(dataset.path, "test")
     if not rows:
@@ -84,13 +75,13 @@ def first_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return prompt_ids(row, tokenizer) or list(tokenizer(row.text)["input_ids"])
 
 
-def check_logits(model: PreTrainedModel, prompt: list[int], source: Input) -> None:
-    """On a real prompt the logits must be numbers, and an adapter must change them."""
+def check_logits(scored: PreTrainedModel, model: PreTrainedModel, prompt: list[int], source: Input) -> None:
+    """On a real prompt the logits of what lm-eval holds must be numbers, and an adapter must change them."""
     import torch
 
     with torch.inference_mode():
         ids = torch.tensor([prompt], device=model.device)
-        logits = model(input_ids=ids).logits
+        logits = scored(input_ids=ids).logits
         if not logits.isfinite().all():
             raise StageFailed("bug", "the model's logits are not finite", "the training diverged, or the weights overflow their type")
         if source.type == "Adapter":
@@ -99,6 +90,13 @@ def check_logits(model: PreTrainedModel, prompt: list[int], source: Input) -> No
             if torch.equal(logits, base):
                 hint = "it was not trained, or was not loaded: look at the loss of its training"
                 raise StageFailed("bug", "the adapter changes nothing: logits with and without it are the same", hint)
+
+
+def check_rendering(lm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """lm-eval puts benchmark questions through the template that was trained with."""
+    question = [{"role": "user", "content": "Well?"}]
+    if lm.apply_chat_template(question) != render_text(question, Row("benchmark"), tokenizer, add_generation_prompt=True):
+        raise StageFailed("bug", "lm-eval renders questions through another chat template than the one beside the model")
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------

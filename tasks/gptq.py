@@ -10,6 +10,7 @@ Left out: layouts other than `gptq` and `gptq_v2`, and layers padded because the
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,39 @@ def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if wrong:
         raise StageFailed("data", f"the quantized weights do not fit their config.json: {len(wrong)} tensors, first {wrong[0]}")
     return model.eval()
+
+
+def cosines(source: Path, payload: Path, layers: Iterable[str], outputs: int = 64) -> Iterator[tuple[str, float]]:
+    """Of each quantized layer its name, and the cosine between its first outputs' weights, decoded, and those of the source.
+
+    Only these are read, so that a large model takes no more memory than a small one. GPT-2's weights lie transposed.
+    """
+    from torch.nn.functional import cosine_similarity
+
+    settings = quantization(payload) or {}
+    before, after = slices(source), slices(payload)
+    for name in layers:
+        if f"{name}.qweight" not in after:
+            continue
+        found = decode(
+            after[f"{name}.qweight"][:, :outputs],
+            after[f"{name}.qzeros"][:, : outputs * settings["bits"] // 32],
+            after[f"{name}.scales"][:, :outputs],
+            after[f"{name}.g_idx"][:],
+            bits=settings["bits"],
+            zeros_less_one=settings.get("checkpoint_format", "gptq") == "gptq",
+        )
+        weight = before[f"{name}.weight"]
+        wanted = [rows for rows in (weight[:outputs], weight[:, :outputs].t()) if rows.shape == found.shape]
+        yield name, max(float(cosine_similarity(found.float().flatten(), rows.float().flatten(), dim=0)) for rows in wanted)
+
+
+def slices(folder: Path) -> dict[str, Any]:
+    """Every tensor of a model folder, by name, of which parts can be read."""
+    from safetensors import safe_open
+
+    files = [safe_open(file, "pt") for file in weight_files(folder)]
+    return {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
 
 
 def decode(

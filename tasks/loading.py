@@ -7,12 +7,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.gptq import is_gptq, load_dense
-from tuneline.protocol import Input
+from tuneline.errors import StageFailed
+from tuneline.protocol import Input, Request
 from tuneline.reference import folder_of as model_folder
+from tuneline.store import CHANGED, Store, digest, sha256
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
+
+
+def check_inputs(request: Request) -> None:
+    """Every input is still what its manifest and the request say, whoever has been at the store in between.
+
+    Names and sizes are always compared. A file is read only where it was touched after the manifest, which is written last:
+    what nobody touched costs nothing. Bits that rot by themselves are found by `tuneline verify`. A folder without a manifest
+    is no artifact of a store: such come from tests and benchmarks alone.
+    """
+    for slot, source in request.inputs.items():
+        for name, given in ((slot, source), (f"{slot}'s base", source.base)):
+            if given is not None and (given.path.parent / "manifest.json").exists() and (problem := _problem(given)):
+                raise StageFailed("data", f"{name}: {given.path}: {problem}", REBUILD)
+
+
+def _problem(given: Input) -> str | None:
+    folder = given.path.parent
+    problem, artifact = Store(folder).inspect(folder)
+    if artifact is None:
+        return problem
+    manifest, written = artifact.manifest, (folder / "manifest.json").stat().st_mtime_ns
+    if manifest.digest != given.digest:
+        return f"found the artifact with digest {manifest.digest[:12]}, asked for {given.digest[:12]}"
+    if digest(manifest.files) != manifest.digest or manifest.template != given.template:
+        return "its manifest.json has been edited"
+    for file in manifest.files:
+        path = given.path / file.path
+        if path.stat().st_ctime_ns > written and sha256(path) != file.sha256:
+            return f"{file.path} {CHANGED}"
+    return None
 
 
 def device() -> str:
@@ -32,13 +68,23 @@ def compute_dtype(dtype: str = "auto") -> torch.dtype:
 
 
 def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a Model or an Adapter (the trained side's), with a padding token."""
+    """The tokenizer saved with a Model or an Adapter (the trained side's), with a padding token.
+
+    Raises StageFailed(data) where its chat template is not the one that was recorded when it was saved.
+    """
     from transformers import AutoTokenizer
 
     folder = model_folder(source.path) if source.type == "Model" else source.path
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if source.template is not None and template_hash(tokenizer) != source.template:
+        raise StageFailed(
+            "data",
+            f"the chat template beside the {source.type.lower()} is not the one recorded when it was made "
+            f"(sha256 {str(template_hash(tokenizer))[:12]}, recorded {source.template[:12]})",
+            REBUILD,
+        )
     return tokenizer
 
 
@@ -64,7 +110,23 @@ def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> P
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source.path)
+        check_loaded(model, source.path)
     return model.to(place or device()).eval()  # type: ignore[no-any-return]
+
+
+def check_loaded(model: PeftModel, adapter: Path) -> None:
+    """PEFT passes over a tensor that has no place in the model, and leaves one without a tensor as it was initialised."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    there = get_peft_model_state_dict(model, save_embedding_layers=False)
+    given = load_file(adapter / "adapter_model.safetensors")
+    if wrong := sorted((given.keys() - there.keys() - set(model.state_dict())) | (there.keys() - given.keys())):
+        raise StageFailed("bug", f"{len(wrong)} tensors of the adapter do not fit the base, first {wrong[0]}")
+    shared = sorted(given.keys() & there.keys())
+    if wrong := [name for name in shared if not torch.equal(there[name].cpu().float(), given[name].float())]:
+        raise StageFailed("bug", f"{len(wrong)} tensors of the adapter were not read into the model, first {wrong[0]}")
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -76,3 +138,13 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, payload: Path) -> None:
     """Saves tokenizer and chat_template.jinja into an artifact's payload."""
     tokenizer.save_pretrained(payload)
+
+
+def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTrainedTokenizerBase:
+    """The tokenizer in an artifact that was just written, which must be the one, with the template, that was trained with."""
+    if not any(saved.path.glob("tokenizer*")):
+        raise StageFailed("bug", f"the {saved.type.lower()} was saved without its tokenizer")
+    tokenizer = load_tokenizer(saved.model_copy(update={"template": template_hash(trained)}))
+    if template_hash(tokenizer) != template_hash(trained) or tokenizer.get_vocab() != trained.get_vocab():
+        raise StageFailed("bug", f"the {saved.type.lower()} was saved with another tokenizer than it was trained with")
+    return tokenizer

@@ -17,15 +17,17 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tasks.loading import load_model, load_tokenizer, model_folder, template_hash
+from tasks.loading import load_model, load_tokenizer, model_folder, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids
 from tasks.rows import Row
 from tuneline.errors import StageFailed
@@ -94,10 +96,11 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
         if not file.name.startswith("adapter_"):
             shutil.copyfile(file, payload / file.name)
     model = Input(path=payload, digest="", type="Model")
-    tokenizer = load_tokenizer(model)
+    tokenizer = saved_tokenizer(load_tokenizer(adapter), model)
     finish_configs(payload, None if stage.dtype == "auto" else stage.dtype, tokenizer.eos_token_id, events)
 
     written = stored_tensors(payload)
+    check_tensors(weights, written)
     difference = check_logits(adapter, model, tokenizer, main_dtype(written))
     metrics = {
         "bytes": sum(tensor.size for tensor in written.values()),
@@ -210,49 +213,65 @@ def merge_streamed(
     if plan.is_sharded:
         total = {**plan.metadata, "total_parameters": sum(math.prod(weight.shape) for weight in weights.values())}
         write_json(payload / "model.safetensors.index.json", {"metadata": total, "weight_map": plan.tensor_to_filename})
-    # On blocks this small torch's threads mostly wait for each other: two took twice as long as one. The check uses all again.
+    # On blocks this small torch's own threads mostly wait for each other, so each tensor has one thread, and several go at once.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for number, (file, names) in enumerate(plan.filename_to_tensors.items(), start=1):
-        # Wider types first, as safetensors has it: every tensor is aligned to its type.
-        names = sorted(names, key=lambda name: -sizes[name] // max(1, math.prod(weights[name].shape)))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            start, end = end, end + sizes[name]
-            header[name] = {"dtype": types[name], "shape": weights[name].shape, "data_offsets": (start, end)}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with (payload / file).open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
+    with ThreadPoolExecutor(threads) as pool:
+        for number, (file, names) in enumerate(plan.filename_to_tensors.items(), start=1):
+            # Wider types first, as safetensors has it: every tensor is aligned to its type.
+            names = sorted(names, key=lambda name: -sizes[name] // max(1, math.prod(weights[name].shape)))
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
             for name in names:
-                write_tensor(weights[name], types[name], parts.get(name.removesuffix(".weight"), {}), scaling, out)
-        events.progress(number, len(plan.filename_to_tensors), file)
+                start, end = end, end + sizes[name]
+                header[name] = {"dtype": types[name], "shape": weights[name].shape, "data_offsets": (start, end)}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            (payload / file).write_bytes(len(text).to_bytes(8, "little") + text)
+            written = [
+                pool.submit(
+                    write_tensor, weights[name], types[name], parts.get(name.removesuffix(".weight"), {}), scaling,
+                    payload / file, 8 + len(text) + header[name]["data_offsets"][0],
+                )
+                for name in names
+            ]  # fmt: skip
+            for future in written:
+                future.result()
+            events.progress(number, len(plan.filename_to_tensors), file)
     torch.set_num_threads(threads)
 
 
-def write_tensor(weight: Stored, dtype: str, part: dict[str, Stored], scaling: float, out: BinaryIO) -> None:
-    """Appends the weight to `out`, the adapter's part added: W + s B A, its rows set to their magnitude for DoRA."""
+def write_tensor(weight: Stored, dtype: str, part: dict[str, Stored], scaling: float, file: Path, start: int) -> None:
+    """Writes the weight into `file` at `start`, the adapter's part added: W + s B A, its rows set to their magnitude for DoRA."""
     import torch
 
-    with weight.file.open("rb") as stream:
+    with weight.file.open("rb", buffering=0) as stream, file.open("r+b", buffering=0) as out:
         stream.seek(weight.start)
+        out.seek(start)
         if not part and dtype == weight.dtype:
-            for done in range(0, weight.size, BLOCK):
-                out.write(stream.read(min(BLOCK, weight.size - done)))
+            copied = 0
+            while copied < weight.size:  # inside the kernel, at most 2 GiB a call
+                copied += os.sendfile(out.fileno(), stream.fileno(), weight.start + copied, weight.size - copied)
             return
         lora = {name: read_float(tensor) for name, tensor in part.items()}
         rows, width = weight.shape[0] if weight.shape else 1, math.prod(weight.shape[1:])
-        step = max(1, BLOCK // (4 * max(1, width)))
+        step = min(rows, max(1, BLOCK // (4 * max(1, width))))
+        # The same three blocks again and again: fresh memory would cost a page fault for every 4 kB.
+        before, sums, after = (
+            torch.empty(step, width, dtype=getattr(torch, kind)) for kind in (DTYPES[weight.dtype], "float32", DTYPES[dtype])
+        )
         for first in range(0, rows, step):
-            here = slice(first, min(first + step, rows))
-            block = read_rows(stream, weight.dtype, here.stop - here.start, width).float()
+            if first + step > rows:
+                before, sums, after = before[: rows - first], sums[: rows - first], after[: rows - first]
+            here = slice(first, first + len(sums))
+            stream.readinto(before.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+            sums.copy_(before)
             if lora:
-                block.addmm_(lora["lora_B.weight"][here], lora["lora_A.weight"], alpha=scaling)
+                sums.addmm_(lora["lora_B.weight"][here], lora["lora_A.weight"], alpha=scaling)
             if "lora_magnitude_vector" in lora:
-                norm = torch.linalg.vector_norm(block, dim=1)
-                block.mul_((lora["lora_magnitude_vector"][here] / norm).unsqueeze(1))
-            out.write(block.to(getattr(torch, DTYPES[dtype])).view(torch.uint8).numpy())
+                norm = torch.linalg.vector_norm(sums, dim=1)
+                sums.mul_((lora["lora_magnitude_vector"][here] / norm).unsqueeze(1))
+            out.write(after.copy_(sums).view(torch.uint8).numpy())
 
 
 def read_float(tensor: Stored) -> torch.Tensor:
@@ -272,16 +291,10 @@ def read_rows(stream: BinaryIO, dtype: str, rows: int, width: int) -> torch.Tens
 def merge_with_peft(adapter: Input, payload: Path, dtype: str, max_shard_size: str) -> int:
     """PEFT's own merge; returns how many modules it changed."""
     import torch
-    from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     model: Any = load_model(adapter, torch.float32, place="cpu")
-    # PEFT passes over a tensor that has no place in the model, and leaves one without a tensor as it was initialised.
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    given = {name for name, _ in tensors_in(adapter.path / "adapter_model.safetensors")}
-    if wrong := sorted((given - expected - set(model.state_dict())) | (expected - given)):
-        raise StageFailed("bug", f"{len(wrong)} tensors of the adapter do not fit the base, first {wrong[0]}")
     changed = sum(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
     merged = model.merge_and_unload().to(getattr(torch, dtype))
     merged.save_pretrained(payload, max_shard_size=max_shard_size)
@@ -311,6 +324,17 @@ def write_json(file: Path, document: Any) -> None:
 
 
 # --- the hand-over ----------------------------------------------------------------------------------------------------
+
+
+def check_tensors(base: dict[str, Stored], merged: dict[str, Stored]) -> None:
+    """No tensor has another shape, and none was added, such as a tied head written a second time. PEFT may name them otherwise."""
+    if wrong := sorted(name for name in merged.keys() & base.keys() if merged[name].shape != base[name].shape):
+        raise StageFailed("bug", f"{wrong[0]} of the merged model is {merged[wrong[0]].shape}, of the base {base[wrong[0]].shape}")
+    size, most = (sum(math.prod(tensor.shape) for tensor in tensors.values()) for tensors in (merged, base))
+    if size > most:
+        extra = ", ".join(sorted(merged.keys() - base.keys()))
+        message = f"the merged model has {size:,} parameters, the base {most:,}: {extra} was added, as if weights were no longer tied"
+        raise StageFailed("bug", message)
 
 
 def check_logits(adapter: Input, merged: Input, tokenizer: PreTrainedTokenizerBase, dtype: str) -> float:
@@ -344,6 +368,8 @@ def check_logits(adapter: Input, merged: Input, tokenizer: PreTrainedTokenizerBa
         raise StageFailed("data", f"the tokenizer has {len(tokenizer)} tokens, the model only {found.shape[1]}")
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     error, effect = float((found - expected).norm()), float((expected - base).norm())
+    if effect == 0:
+        raise StageFailed("bug", "the adapter changes nothing: logits with and without it are the same", "look at the loss of its training")
     hint = "" if dtype == "float32" else f"if rounding to {dtype} is the cause, `dtype: float32` keeps the adapter's changes"
     if not difference <= TOLERANCE[dtype] * scale:
         message = f"logits of the merged model differ from base + adapter by up to {difference:.3g}, the largest being {scale:.3g}"

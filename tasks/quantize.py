@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import quantizer
-from tasks.gptq import quantization
-from tasks.loading import compute_dtype, device, load_model, load_tokenizer, model_folder, template_hash
+from tasks.gptq import cosines, quantization
+from tasks.loading import compute_dtype, device, load_model, load_tokenizer, model_folder, saved_tokenizer, template_hash
 from tasks.masks import tokenize
 from tasks.model import kept_files
 from tasks.rows import Row, read_split
@@ -38,6 +38,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 MEASURED = 64  # rows that perplexity is measured on
 PROMPT = 16  # tokens of the first of them, for the check of what was written
 GENERATED = 4
+LEAST_COSINE = 0.4
 # What is quantized: matrices inside a numbered block.
 LAYER = re.compile(r"(?P<layer>.+\.\d+\..+)\.weight")
 HINT = "take more samples, a smaller group_size, or 8 bits"
@@ -69,6 +70,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
         events.warning(f"{len(rounded)} layers saw too few tokens and are rounded to nearest, first {rounded[0]}")
 
     quantized_layers = check_files(folder, payload, layers, stage)
+    check_weights(folder, payload, layers)
     model = Input(path=payload, digest="", type="Model")
     quantized_model = load_model(model, compute_dtype())
     loss, logits = mean_loss(quantized_model, measured), prompt_logits(quantized_model, measured[0])
@@ -89,7 +91,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
         "quantized_layers": quantized_layers,
     }
     info = {
-        "template": template_hash(load_tokenizer(model)),
+        "template": template_hash(saved_tokenizer(tokenizer, model)),
         "calibration": {"split": "train", "rows": len(calibration), "tokens": sum(map(len, calibration))},
         "perplexity": {"split": split, "rows": len(measured), "tokens": sum(len(ids) - 1 for ids in measured)},
         "rounded_to_nearest": len(rounded),
@@ -219,6 +221,18 @@ def check_files(source: Path, payload: Path, layers: dict[str, tuple[int, int]],
     if stored > expected:  # also where a tied output head was written a second time
         raise StageFailed("bug", f"the quantized model takes {stored:,} bytes, {stage.bits} bits and 16 for the rest are {expected:,}")
     return len(quantized)
+
+
+def check_weights(source: Path, payload: Path, layers: dict[str, tuple[int, int]]) -> None:
+    """The first outputs of each quantized layer decode to what points where the source's weights do.
+
+    Perplexity alone would pass a layer of noise in a deep model. The least cosines in SmolLM2-135M: 0.989 of 4 bits in groups
+    of 32, 0.74 of 2 bits in groups of 64; noise and zeros are near 0.
+    """
+    for name, cosine in cosines(source, payload, layers):
+        if not cosine > LEAST_COSINE:  # also where it is no number
+            message = f"what {name} was quantized to is not what it was: the cosine of the two is {cosine:.2f}"
+            raise StageFailed("bug", message, HINT)
 
 
 def tensor_bytes(tensor: dict[str, Any]) -> int:

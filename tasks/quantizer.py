@@ -18,6 +18,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,18 @@ def quantize(
     model = GPTQModel.load(str(source), config, dtype=torch.float32 if on_cpu else "auto")
     model.layer_callback = lambda layer_idx, submodule_finalized: layer_done() if submodule_finalized else None
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
-    # Rows of less than `calibration_data_min_length` tokens, 10 by default, would be dropped without a word.
-    logs = model.quantize(calibration, batch_size=1, calibration_data_min_length=1)
+    # Rows of up to 10 tokens would be dropped: gptqmodel 7.5 does not pass on `quantize(calibration_data_min_length=)`.
+    model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)
+    logs = model.quantize(calibration, batch_size=1)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints each file that it saves
         model.save(str(payload))
     (payload / "quant_log.csv").rename(meta / "quant_log.csv")  # holds times
     make_canonical(payload)
     entries = [entry for part in logs.values() for entry in part]
+    # A layer outside of any expert sees every token.
+    seen, given = max(int(entry["samples"]) for entry in entries), sum(map(len, rows))
+    if seen != given:
+        raise StageFailed("bug", f"gptqmodel calibrated on {seen:,} tokens, but was given {given:,}")
     return {f"{entry['layer']}.{entry['module']}": str(entry["loss"]) for entry in entries}
 
 

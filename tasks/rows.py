@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuneline.errors import StageFailed
+
 SPLITS = ("train", "validation", "test")
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())])  # tool_calls: JSON
 SCHEMA = pa.schema(
@@ -105,6 +107,22 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def row_count(path: Path) -> int:
+    """Rows in a parquet file, by its footer alone."""
+    return int(pq.read_metadata(path).num_rows)
+
+
 def read_split(payload: Path, split: str) -> list[Row]:
-    """Rows of one split of a Dataset's payload, in their stored order."""
-    return read_rows(payload / f"{split}.parquet")
+    """Rows of one split of a Dataset's payload, in their stored order.
+
+    Raises StageFailed(data) where a group stands in another split as well: what is measured on would have been trained on.
+    """
+    rows = read_rows(payload / f"{split}.parquet")
+    groups = {row.group for row in rows}
+    for other in SPLITS:
+        column = pq.read_table(payload / f"{other}.parquet", columns=["group"])["group"]
+        shared = groups & set(column.unique().to_pylist()) if other != split else set()
+        if shared:
+            message = f"{len(shared)} groups of rows are in the dataset's {split} split and in its {other} split, such as {min(shared)}"
+            raise StageFailed("data", message, "force the dataset's stage: its splits share no group")
+    return rows

@@ -9,19 +9,20 @@ Left out: quantized bases (QLoRA), grouping by length, adapters on the head or t
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import compute_dtype, load_model, load_tokenizer, save_tokenizer, template_hash
-from tasks.masks import tokenize
+from tasks.loading import compute_dtype, load_model, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.masks import IGNORED, tokenize
 from tasks.rows import read_split
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Request, Result
+from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import SftStage
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerState
     from trl import SFTConfig
 
     from tasks.sft_trainer import TokenWeightedTrainer
@@ -44,7 +45,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     layers = training.targeted_layers(model, stage.lora.target_modules)
     training.score_only_trained_tokens()
     report = training.Report(events)
-    callbacks = [report, training.MarkComplete()]
+    callbacks = [report, training.MarkComplete(request.key)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
@@ -57,7 +58,9 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # events say the same
-    check_nothing_lost(train, trainer.train_dataset)
+    check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
+    if validation:
+        check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
     if stage.packing:
         check_rows_apart(trainer)
     before = training.adapter_tensors(trainer.model)
@@ -66,7 +69,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         events.metric("trainable_parameters", trainable)
         events.metric("all_parameters", parameters)
 
-    checkpoint = training.newest_checkpoint(arguments)
+    checkpoint = training.newest_checkpoint(arguments, request.key, events)
     state = training.ended_at(checkpoint) if checkpoint else None
     if checkpoint and state:
         training.load_adapter(trainer.model, Path(state.best_model_checkpoint or checkpoint))
@@ -75,6 +78,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
             print(f"resuming from {checkpoint.name}", flush=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
+    check_every_row_trained(train, state)
 
     history = state.log_history
     metrics = {
@@ -94,6 +98,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         training.save_adapter(trainer.model, request.payload, base)
         save_tokenizer(tokenizer, request.payload)
         training.check_adapter(request.payload, stage.lora, layers, before)
+        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     return Result(metrics=metrics, info=info)
 
@@ -185,10 +190,25 @@ def packed(dataset: Dataset, length: int) -> Dataset:
     return pack_dataset(dataset, length, strategy="bfd")
 
 
-def check_nothing_lost(given: Dataset, used: Dataset) -> None:
-    """Rows, tokens and trained tokens are as many in what the trainer holds as in what it was given."""
+def check_nothing_lost(given: Dataset, used: Dataset, collator: Any) -> None:
+    """Rows, tokens and trained tokens are as many in what the trainer holds as in what it was given, and in a batch that it makes."""
     if _counts(given) != _counts(used):
         raise StageFailed("bug", f"rows, tokens and trained tokens were {_counts(given)}, but the trainer holds {_counts(used)}")
+    rows = [used[i] for i in range(min(len(used), 4))]
+    batch = collator(rows)
+    size = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+    expected = sum(len(row["input_ids"]) for row in rows), sum(_trained(row) for row in rows)
+    found = int(size), int((batch["labels"][:, 1:] != IGNORED).sum())
+    if found != expected:
+        raise StageFailed("bug", f"the first sequences hold {expected} tokens and trained tokens, but the batch made of them {found}")
+
+
+def check_every_row_trained(train: Dataset, state: TrainerState) -> None:
+    """Each whole pass over the data has trained on every row's tokens, but for its first, which nothing predicts."""
+    wanted = int(state.epoch + 1e-6) * sum(label != IGNORED for labels in train["labels"] for label in labels[1:])
+    trained = sum(entry.get("trained_tokens", 0) for entry in state.log_history)
+    if trained < wanted:
+        raise StageFailed("bug", f"{state.epoch:.2f} passes over the data trained on {trained:,} tokens, expected were {wanted:,} or more")
 
 
 def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
@@ -211,6 +231,12 @@ def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
         raise StageFailed("config", "packing: found a base model in which packed rows see one another", "set `packing: false`")
 
 
+def _trained(row: dict[str, Any]) -> int:
+    """Labels that count: the first token of a row has nothing before it to be predicted from."""
+    starts = {0, *accumulate(row.get("seq_lengths", ()))}
+    return sum(label != IGNORED and i not in starts for i, label in enumerate(row["labels"]))
+
+
 def _counts(dataset: Any) -> tuple[int, int, int]:
     rows = sum(map(len, dataset["seq_lengths"])) if "seq_lengths" in dataset.column_names else len(dataset)
-    return rows, sum(map(len, dataset["input_ids"])), sum(sum(label != -100 for label in labels) for labels in dataset["labels"])
+    return rows, sum(map(len, dataset["input_ids"])), sum(sum(label != IGNORED for label in labels) for labels in dataset["labels"])

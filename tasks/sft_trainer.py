@@ -1,24 +1,55 @@
-"""TRL's SFTTrainer with losses that do not depend on how the rows were spread over micro-batches.
+"""TRL's SFTTrainer with losses that do not depend on how the rows were spread over micro-batches and processes.
 
 TRL weighs the training loss by token over a whole step, but averages the validation loss over batches: halving the
-micro-batch would change which adapter early stopping keeps. Only `tasks.sft` imports this, inside `run`: it subclasses.
+micro-batch would change which adapter early stopping keeps. And where the rows of an epoch do not divide by the processes,
+accelerate fills up with rows from its beginning, which would be trained on twice. Only `tasks.sft` imports this, inside `run`:
+it subclasses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
 from trl import SFTTrainer
 
+from tuneline.errors import StageFailed
+
 
 class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
     step_tokens = 0
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        samples, label_tokens = super().get_batch_samples(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._collate, self.data_collator = self.data_collator, self._collate_and_remember
+        self._ends: dict[bool, list[int]] = {}  # where the sequences of the last batch end, by whether they are packed ones
+
+    def _collate_and_remember(self, rows: list[dict[str, Any]]) -> Any:
+        self._ends["seq_lengths" in rows[0]] = [0, *accumulate(len(row["input_ids"]) for row in rows)]
+        return self._collate(rows)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        batches = (self._without_repeats(batch, self.train_dataset) for batch in epoch_iterator)
+        samples, label_tokens = super().get_batch_samples(batches, *args, **kwargs)
         self.step_tokens = int(label_tokens)  # of all processes
+        if self.step_tokens == 0:
+            raise StageFailed("bug", f"every label is masked in the batch of step {self.state.global_step + 1}")
         return samples, label_tokens
+
+    def _without_repeats(self, batch: Any, dataset: Any) -> Any:
+        """Masks the rows with which accelerate filled up an epoch's last batches."""
+        if self.accelerator.gradient_state.end_of_dataloader:  # this batch is the last that was collated
+            micro = self.args.per_device_train_batch_size
+            new = len(dataset) % (micro * self.args.world_size) or micro * self.args.world_size
+            mine = min(max(0, new - micro * self.args.process_index), micro)
+            if "attention_mask" in batch:
+                batch["labels"][mine:] = -100
+            else:  # joined into one
+                ends = self._ends["seq_lengths" in dataset.column_names]
+                batch["labels"][:, ends[min(mine, len(ends) - 1)] :] = -100
+        return batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the step's label tokens, so that a resumed training can sum them over its restored history."""
@@ -27,6 +58,7 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._without_repeats(inputs, self.eval_dataset)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = (inputs["labels"][:, 1:] != -100).sum().to(loss.device)
         self._evaluated += torch.stack([loss * tokens, tokens]).double()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from tasks.loading import check_loaded
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
 from tuneline.spec import Lora
@@ -94,7 +95,9 @@ def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lo
         )
     config.lora_dropout = wanted.lora_dropout
     config.base_model_name_or_path = model.name_or_path  # PEFT looks there, else on the hub, for the size of the vocabulary
-    return PeftModel.from_pretrained(model, source.path, config=config, is_trainable=True)
+    adapted = PeftModel.from_pretrained(model, source.path, config=config, is_trainable=True)
+    check_loaded(adapted, source.path)
+    return adapted
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -120,12 +123,18 @@ def check_adapter(payload: Path, lora: Lora, layers: set[str], before: dict[str,
     """Reads the saved adapter back: whole, finite, as configured, and changed by the training (`before` are its first weights)."""
     config = json.loads((payload / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(payload / "adapter_model.safetensors")
-    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
-        if config[name] != getattr(lora, name):
-            raise StageFailed("bug", f"the adapter was saved with {name} {config[name]}, configured was {getattr(lora, name)}")
+    wanted = lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora"}) | {"rank_pattern": {}, "alpha_pattern": {}}
+    for name, value in wanted.items():
+        if config[name] != value:
+            raise StageFailed("bug", f"the adapter was saved with {name} {config[name]}, configured was {value}")
     expected = len(layers) * (3 if lora.use_dora else 2)
     if len(tensors) != expected:
         raise StageFailed("bug", f"the adapter was saved with {len(tensors)} tensors, expected were {expected} for {len(layers)} layers")
+    ranks = {"lora_A": 0, "lora_B": 1}  # part: which side of it is the rank
+    for name, tensor in tensors.items():
+        part = name.split(".")[-2]
+        if part in ranks and tensor.shape[ranks[part]] != lora.r:
+            raise StageFailed("bug", f"{name} of the adapter was saved with rank {tensor.shape[ranks[part]]}, configured was {lora.r}")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise StageFailed("data", f"{len(broken)} tensors of the adapter are not finite, the first {broken[0]}", "lower learning_rate")
@@ -152,29 +161,60 @@ def score_only_trained_tokens() -> None:
 
 
 class MarkComplete(TrainerCallback):  # type: ignore[misc]
-    """Writes a marker into each checkpoint once all of it, from every process, has reached the disk."""
+    """Marks each checkpoint once all of it, from every process, has reached the disk, with the stage's key and its files' sizes."""
+
+    def __init__(self, key: str):
+        self.key = key
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         args.distributed_state.wait_for_everyone()
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in checkpoint.iterdir():
-            sync(file)
-        (checkpoint / MARKER).touch()
+        sizes = _sizes(checkpoint)
+        for name in sizes:
+            sync(checkpoint / name)
+        (checkpoint / MARKER).write_text(json.dumps({"key": self.key, "files": sizes}, indent=1), encoding="utf-8")
         for path in (checkpoint / MARKER, checkpoint, checkpoint.parent):
             sync(path)
 
 
-def newest_checkpoint(arguments: TrainingArguments) -> Path | None:
-    """The checkpoint to resume from; those that a kill left unfinished are deleted."""
+def newest_checkpoint(arguments: TrainingArguments, key: str, events: Events) -> Path | None:
+    """The checkpoint to resume from; those that a kill left unfinished, or that are of no use here, are deleted with a warning."""
     folder = Path(arguments.output_dir)
+
+    def in_order() -> list[Path]:
+        return sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name)))
+
     if arguments.process_index == 0:
-        for checkpoint in folder.glob("checkpoint-*"):
-            if not (checkpoint / MARKER).exists():
+        for checkpoint in in_order():  # the best adapter, of the same step or an earlier one, has been looked at before
+            if problem := _problem(checkpoint, key):
+                events.warning(f"{checkpoint.name} {problem}: it is not used")
                 shutil.rmtree(checkpoint)
     arguments.distributed_state.wait_for_everyone()
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+    return next(reversed(in_order()), None)
+
+
+def _problem(checkpoint: Path, key: str) -> str | None:
+    """Why the checkpoint cannot be resumed from."""
+    try:
+        marker = json.loads((checkpoint / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return "was left half-written"
+    if marker["key"] != key:
+        return f"is of another stage, {marker['key'][:12]}"
+    sizes = _sizes(checkpoint)
+    if damaged := sorted(name for name, size in marker["files"].items() if sizes.get(name) != size):
+        return f"is damaged ({damaged[0]} has {sizes.get(damaged[0], 'no')} bytes instead of {marker['files'][damaged[0]]})"
+    best = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
+    if best and not Path(best).exists():  # transformers would only warn, and keep the last adapter
+        return f"needs the best adapter so far, that of {Path(best).name}, which is gone"
+    return None
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
 
 
 def ended_at(checkpoint: Path) -> TrainerState | None:

@@ -61,7 +61,7 @@ class Project:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Starts the command line in a process of its own."""
-        command = [sys.executable, "-m", "flows.cli", *arguments]
+        command = [sys.executable, "-m", "flows", *arguments]
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         return subprocess.Popen(command, cwd=self.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

@@ -1,7 +1,7 @@
 """A program that does as it is told, for faults that real programs do not make on demand. See the fixture `stand_in`.
 
 Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `die`,
-`oom` (class), `kill` (SIGKILL to itself), `data` (class), or a number: the value of its metric.
+`oom` (class), `kill` (SIGKILL to itself), `data` (class), `slow` (a second, file by file), or a number: the value of its metric.
 """
 
 from __future__ import annotations
@@ -47,5 +47,9 @@ value = float(action) if isinstance(action, int | float) else 1.0
 request.payload.mkdir(parents=True, exist_ok=True)
 request.meta.mkdir(parents=True, exist_ok=True)
 upstream = {slot: entry.digest for slot, entry in request.inputs.items()}
+if action == "slow":
+    for i in range(20):
+        (request.payload / f"{i}.bin").write_bytes(bytes([i]) * 100_000)
+        time.sleep(0.05)
 (request.payload / "data.json").write_text(json.dumps({"upstream": upstream, "name": name}))
 Result(metrics={"figure": value}).write(request.work / "result.json")

@@ -1,40 +1,26 @@
-"""Loading pipelines.yaml: good files, and for each bad one the exact message, place and hint."""
+"""Loading good pipelines files: types, variables, overrides, merge keys, places outside, warnings, and files of a thousand stages."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from test_core_bad_files import GOOD, load_text
 
 from tuneline.errors import ConfigError
-from tuneline.load import check, in_order, load, with_ancestors
+from tuneline.keys import key_document, key_of
+from tuneline.load import check, load
+from tuneline.order import in_order, with_ancestors
+from tuneline.plan import plan
 from tuneline.source import parse
+from tuneline.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
-GOOD = """\
-version: 1
-vars: {rank: 16}
-pipelines:
-  demo:
-    stages:
-      base:   {kind: model, path: models/base}
-      data:   {kind: dataset, sources: [{type: files, path: rows.jsonl}], split: {test: 0.1}}
-      sft:    {kind: sft, model: base, dataset: data, lora: {r: "${rank}"}, global_batch_size: 8}
-      merged: {kind: merge, adapters: [sft]}
-      gptq:   {kind: quantize, model: merged, calibration: data}
-      eval:   {kind: evaluate, model: sft, datasets: [data]}
-      gate:   {kind: gate, require: [{metric: data/exact_match, of: eval, at_least: 0.5}]}
-"""
-
-
-def load_text(text: str, **options: object) -> object:
-    return check(parse(text, "p.yaml"), Path("/project/p.yaml"), **options)  # type: ignore[arg-type]
 
 
 def test_a_good_file_loads_with_types_kept() -> None:
-    pipeline = load_text(GOOD).spec.pipelines["demo"]  # type: ignore[attr-defined]
+    pipeline = load_text(GOOD).spec.pipelines["demo"]
     assert pipeline.stages["sft"].lora.r == 16
     assert in_order(pipeline) == ["base", "data", "sft", "merged", "gptq", "eval", "gate"]
     assert with_ancestors(pipeline, "merged") == {"merged", "sft", "base", "data"}
@@ -45,118 +31,144 @@ def test_the_shipped_pipelines_are_valid(name: str) -> None:
     assert load(ROOT / "pipelines.yaml").pipeline(name).stages
 
 
-# (what to replace, with what, the whole message)
-BAD = [
-    ('adapters: [sft]', 'adaptors: [sft]', 'p.yaml:9:7: demo.merged.adapters: found nothing, allowed a value (The adapter; its base is found by itself)\n\nhint: add `adapters: ...`\n\np.yaml:9:29: demo.merged.adaptors: found the unknown field `adaptors`, allowed kind, description, needs, retries, timeout, runtime, resources, seed, adapters, dtype, max_shard_size\n\nhint: did you mean `adapters`?'),
-    ('kind: merge', 'kind: merg', 'p.yaml:9:7: demo.merged: found `merg`, allowed model, dataset, sft, evaluate, merge, quantize, gate\n\nhint: did you mean `merge`?'),
-    ('kind: merge, ', '', 'p.yaml:9:7: demo.merged: found no `kind`, allowed model, dataset, sft, evaluate, merge, quantize, gate\n\nhint: add `kind: ...`'),
-    ('r: "${rank}"', 'r: "${rang}"', 'p.yaml:8:65: demo.sft.lora.r: found the unknown variable ${rang}, allowed rank\n\nhint: did you mean `rank`?'),
-    ('r: "${rank}"', 'r: 0, lora_alpha: "${rank}"', 'p.yaml:8:65: demo.sft.lora.r: found 0, allowed at least 1'),
-    ('r: "${rank}"', 'r: "${rank}", use_dora: yes', "p.yaml:8:86: demo.sft.lora.use_dora: found 'yes', allowed true or false"),
-    ('r: "${rank}"', 'r: "${env:RANK}"', 'p.yaml:8:65: demo.sft.lora.r: found ${env:RANK}, allowed only in store and runtimes\n\nhint: a pipeline must not depend on the shell it is started from; use vars and --var'),
-    ('of: eval', 'of: evil', 'p.yaml:12:69: demo.gate.require.0.of: found the unknown stage `evil`, allowed another stage: base, data, sft, merged, gptq, eval\n\nhint: did you mean `eval`?'),
-    ('model: merged', 'model: data', 'p.yaml:10:39: demo.gptq.model: found `data`, which gives a Dataset, allowed a stage that gives a Model: base, merged'),
-    ('model: base', 'model: merged', 'p.yaml:8:7: demo.sft: found a cycle: sft -> merged -> sft\n\nhint: a stage cannot wait for itself'),
-    ('model: base', 'model: sft', 'p.yaml:8:34: demo.sft.model: found the stage itself, allowed a stage that gives a Model: base, merged, gptq'),
-    ('metric: data/exact_match', 'metric: dita/exact_match', 'p.yaml:12:47: demo.gate.require.0.metric: found `dita/exact_match`, but `eval` scores only data\n\nhint: write `data/exact_match`, say'),
-    (', at_least: 0.5', '', 'p.yaml:12:38: demo.gate.require.0: found no condition, allowed exactly one of at_least, at_most, improves_on, not_below'),
-    ('at_least: 0.5', 'at_least: 0.5, by: 0.1', 'p.yaml:12:94: demo.gate.require.0.by: found by without improves_on'),
-    ('global_batch_size: 8', 'global_batch_size: 9, resources: {micro_batch_size: 4}', 'p.yaml:8:96: demo.sft.global_batch_size: found 9, allowed multiples of 4 (micro_batch_size 4 x 1 process)\n\nhint: change resources.micro_batch_size: it does not change the result'),
-    ('split: {test: 0.1}', 'split: {test: 0.6, validation: 0.5}', 'p.yaml:7:82: demo.data.split: found 0.5 + 0.6, allowed a sum below 1'),
-    ('split: {test: 0.1}', 'max_length: 64', 'p.yaml:7:87: demo.data.max_length: found max_length without model\n\nhint: name the model whose tokenizer counts: `model: base`'),
-    ('path: models/base', 'path: models/base, gguf: x.gguf', 'p.yaml:6:7: demo.base: found path and gguf, allowed exactly one of hub, path, gguf'),
-    ('kind: model', 'kind: model, runtime: torhc', 'p.yaml:6:38: demo.base.runtime: found `torhc`, allowed torch\n\nhint: did you mean `torch`?'),
-    ('  demo:', '  My Demo:', 'p.yaml:4:3: My Demo: found the name `My Demo`, allowed lower-case letters, digits and dashes, at most 63'),
-    ('vars: {rank: 16}', 'vars: {rank: 16, spare: 1}', 'p.yaml:2:18: vars.spare: found the variable `spare`, used nowhere\n\nhint: remove it, or write ${spare}'),
-    ('version: 1', 'version: 7', 'p.yaml:1:10: version: found 7, allowed 1'),
-    ('version: 1\n', '', 'p.yaml:1:1: version: found nothing, allowed a value (Version of this file format)\n\nhint: add `version: ...`'),
-    ('type: files', 'type: fils', 'p.yaml:7:41: demo.data.sources.0: found `fils`, allowed files, hub, reasoning_gym, code\n\nhint: did you mean `files`?'),
-    ('adapters: [sft]', 'adapters: []', 'p.yaml:9:39: demo.merged.adapters: found nothing in it, allowed at least 1'),
-    ('adapters: [sft]', 'adapters: [sft], max_shard_size: 5 GB', "p.yaml:9:62: demo.merged.max_shard_size: found '5 GB', allowed text of the form ^\\d+(\\.\\d+)?(MB|GB)$"),
-    ('calibration: data', 'calibration: data, bits: 5', 'p.yaml:10:72: demo.gptq.bits: found 5, allowed 2, 3, 4, 8'),
-    ('global_batch_size: 8', 'learning_rate: fast', "p.yaml:8:92: demo.sft.learning_rate: found 'fast', allowed a number"),
-    ('global_batch_size: 8', 'max_steps: 4.5', 'p.yaml:8:88: demo.sft.max_steps: found 4.5, allowed a whole number'),
-    ('rows.jsonl', 'rows.jsonl, kolumns: {}', 'p.yaml:7:73: demo.data.sources.0.kolumns: found the unknown field `kolumns`, allowed type, path, format, columns, on_bad_row\n\nhint: did you mean `columns`?'),
-    ('version: 1', 'version: 1\nversion: 1', 'p.yaml:2:1: version: found `version` twice, first in line 1\n\nhint: keep one of them'),
-    ('version: 1', 'version: !!python/name:os.system 1', 'p.yaml:1:10: version: found the tag !!python/name:os.system, allowed plain YAML without tags\n\nhint: remove the tag'),
-    ('vars:', '\tvars:', "p.yaml:2:1: this is not YAML: found character '\\t' that cannot start any token\n\nhint: YAML is indented with spaces, not tabs"),
-    ('adapters: [sft]', 'adapters: [sft], resources: {gpus: 2}', 'p.yaml:9:57: demo.merged.resources: found 2 processes for merge, allowed one\n\nhint: only trainings run in several processes: write `gpus: 1`'),
-    (GOOD, '', 'p.yaml:1:1: the file is empty\n\nhint: `tuneline init` in an empty folder writes a file to start from'),
-    (GOOD, '- a\n- b\n', 'p.yaml:1:1: found list, allowed a mapping with version, pipelines, ...'),
-    (GOOD, 'a: &a [*a]\n', 'p.yaml:1:4: a.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0: found more than 40 levels\n\nhint: write the file with fewer aliases'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("old", "new", "message"), BAD, ids=[f"{i}-{new[:20]!r}" for i, (_, new, _) in enumerate(BAD)])
-def test_a_bad_file_is_refused_with_place_and_hint(old: str, new: str, message: str | None) -> None:
-    text = GOOD.replace(old, new, 1)
-    assert text != GOOD
-    with pytest.raises(ConfigError, match=r"p\.yaml:\d+:\d+: ") as caught:
-        load_text(text)
-    if message is not None:
-        assert str(caught.value) == message
-
-
-def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
-    text = GOOD.replace("kind: model", "kind: modle").replace("model: merged", "model: mergd").replace("at_least: 0.5", "at_lest: 0.5")
-    with pytest.raises(ConfigError, match="modle") as caught:
-        load_text(text)
-    places = [problem.place for problem in caught.value.problems]
-    assert [place.rsplit(":", 1)[0] for place in places] == ["p.yaml:6", "p.yaml:10", "p.yaml:12"]
-
-
-def test_an_alias_bomb_is_refused_at_once() -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    with pytest.raises(ConfigError, match="values once aliases are expanded"):
-        parse("\n".join(lines), "p.yaml")
-
-
-FLAGS = [
-    (["sft.lora.r=x"], [], "--set sft.lora.r: demo.sft.lora.r: found 'x', allowed a whole number"),
-    (["stf.lora.r=8"], [], "--set stf.lora.r: found an unknown stage `stf`, allowed base, data, sft, merged, gptq, eval, gate\n\nhint: did you mean `sft`?"),
-    (["sft.lora"], [], "--set sft.lora: found no value to set, allowed stage.field=value"),
-    (["data.sources.7.path=x"], [], "--set data.sources.7.path: found `7` for a place in a list of 1\n\nhint: places count from 0"),
-    ([], ["rang=8"], "--var rang: found an unknown variable, allowed rank\n\nhint: did you mean `rank`?"),
-    ([], ["rank"], "--var rank: found no `=`, allowed name=value"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("sets", "variables", "message"), FLAGS, ids=[str(flag[:2]) for flag in FLAGS])
-def test_a_bad_flag_is_refused_in_its_own_name(sets: list[str], variables: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match="--") as caught:
-        load_text(GOOD, pipeline="demo", sets=sets, variables=variables)
-    assert str(caught.value) == message
-
-
 def test_overrides_change_what_they_name() -> None:
-    loaded = load_text(
-        GOOD, pipeline="demo", sets=["sft.resources.gpus=1", "data.sources.0.path=b.csv", "sft.learning_rate=3e-5"], variables=["rank=4"]
-    )
-    stages = loaded.spec.pipelines["demo"].stages  # type: ignore[attr-defined]
+    sets = ("sft.resources.gpus=1", "data.sources.0.path=b.csv", "sft.learning_rate=3e-5", "gate.needs=[gptq]")
+    stages = load_text(GOOD, "demo", sets, ("rank=4",)).spec.pipelines["demo"].stages
     assert (stages["sft"].lora.r, stages["sft"].resources.gpus, stages["sft"].learning_rate) == (4, 1, 3e-5)
     assert stages["data"].sources[0].path == "b.csv"
+    assert stages["gate"].needs == ("gptq",)
 
 
 def test_env_is_for_the_store_and_a_dollar_can_be_escaped() -> None:
-    text = GOOD.replace("version: 1", 'version: 1\nstore: "${env:PLACE}/store"').replace("split: {test: 0.1}", 'system: "say $${x}"')
-    loaded = load_text(text, environment={"PLACE": "/big"})
-    assert loaded.spec.store == "/big/store"  # type: ignore[attr-defined]
-    assert loaded.spec.pipelines["demo"].stages["data"].system == "say ${x}"  # type: ignore[attr-defined]
+    text = GOOD.replace("version: 1", 'version: 1\nstore: "${env:PLACE}/store"').replace("split: {test: 0.1}", 'system: "say $${x} $$${y}"')
+    loaded = check(parse(text, "p.yaml"), Path("/project/p.yaml"), environment={"PLACE": "/big"})
+    assert loaded.spec.store == "/big/store"
+    assert loaded.spec.pipelines["demo"].stages["data"].system == "say ${x} $${y}"
     with pytest.raises(ConfigError, match="but PLACE is not set"):
-        load_text(text, environment={})
-
-
-@given(st.data())
-def test_a_mutated_file_loads_or_is_refused_with_a_place(data: st.DataObject) -> None:
-    """Characters cut out, doubled or replaced: never a traceback, never an error without a place."""
-    text = GOOD
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(text) - 1))
-        length = data.draw(st.integers(0, 12))
-        text = text[:at] + data.draw(st.text("{}[]:,-&*!'\"$ \n\tabz019.~#%", max_size=4)) + text[at + length :]
-    places = []
-    try:
         load_text(text)
-    except ConfigError as error:
-        places = [problem.place for problem in error.problems]
-    assert all(place.startswith("p.yaml:") for place in places)
+
+
+def test_a_variable_inside_text_is_written_as_yaml_writes_it() -> None:
+    text = GOOD.replace("rank: 16", "rank: 16, fast: true, rate: 1e-4").replace("split: {test: 0.1}", 'system: "${fast} ${rate} ${rank}"')
+    assert load_text(text).spec.pipelines["demo"].stages["data"].system == "true 0.0001 16"
+
+
+def test_merge_keys_give_way_to_what_stands_in_the_stage_and_to_its_places() -> None:
+    text = GOOD.replace("merged: {kind: merge,", "merged: &m {kind: merge, dtype: float16, seed: 1,") + "      other: {<<: *m, seed: -2}\n"
+    with pytest.raises(ConfigError, match=r"^p\.yaml:13:29: demo\.other\.seed: found -2, allowed at least 0$"):
+        load_text(text)
+    other = load_text(text.replace("-2", "2")).spec.pipelines["demo"].stages["other"]
+    assert (other.seed, other.dtype) == (2, "float16")
+
+
+# --- places outside ---------------------------------------------------------------------------------------------------
+
+INSIDE = [
+    ("", "models/base"), ("", "./models/../base"), ("", "/project/base"), ("", "."), ("", "rows/*.jsonl"), ("", "..base"),
+    ("roots: [/data]", "/data/base"), ("roots: [/data/]", "/data"), ("roots: [../shared]", "../shared/a/../base"),
+    ("roots: [~/models]", "~/models/base"), ("roots: [/]", "/anywhere"), ('roots: ["."]', "base"), ("roots: [..]", "../x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("roots", "path"), INSIDE)
+def test_paths_inside_the_folder_or_a_root_are_allowed(roots: str, path: str) -> None:
+    text = GOOD.replace("version: 1", f"version: 1\n{roots}").replace("models/base", f'"{path}"')
+    assert load_text(text).spec.pipelines["demo"].stages["base"].path == path
+
+
+def test_the_store_and_a_python_of_ones_own_may_be_anywhere() -> None:
+    places = "version: 1\nstore: /big/store\nruntimes: {own: {python: ~/venv/bin/python}}"
+    assert load_text(GOOD.replace("version: 1", places)).spec.store == "/big/store"
+
+
+def test_roots_are_in_no_key() -> None:
+    stages = [
+        load_text(GOOD.replace("version: 1", head)).spec.pipelines["demo"].stages["base"]
+        for head in ("version: 1", "version: 1\nroots: [/a]")
+    ]
+    assert len({key_of(key_document(stage, 1, {}, {}, {}, {}, "")) for stage in stages}) == 1
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "project" / "base").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("x")
+    (tmp_path / "project" / "p.yaml").write_text(
+        "version: 1\npipelines: {p: {stages: {base: {kind: model, path: base}, d: {kind: dataset, sources: [{type: files, path: 'r*.jsonl'}]}}}}\n"
+    )
+    (tmp_path / "project" / "base" / "config.json").write_text("{}")
+    (tmp_path / "project" / "rows.jsonl").write_text("{}\n")
+    return tmp_path / "project"
+
+
+def problems_of(file: Path) -> list[str]:
+    return [str(problem) for row in plan(Workspace(load(file)), "p") for problem in row.problems]
+
+
+@pytest.mark.parametrize("kind", ["file in a folder", "the folder", "a match of a glob"])
+def test_a_link_that_leads_out_is_refused_unless_a_root_allows_it(project: Path, kind: str) -> None:
+    link, target = {
+        "file in a folder": (project / "base" / "weights", "../../elsewhere/secret"),
+        "the folder": (project / "base", "../elsewhere"),
+        "a match of a glob": (project / "rest.jsonl", project.parent / "elsewhere" / "secret"),
+    }[kind]
+    assert problems_of(project / "p.yaml") == []
+    if link.is_dir():
+        (link / "config.json").unlink()
+        link.rmdir()
+    link.symlink_to(target)
+    elsewhere = project.parent / "elsewhere"
+    (problem,) = problems_of(project / "p.yaml")
+    leads_to = elsewhere if kind == "the folder" else elsewhere / "secret"
+    assert f"found a link that leads out of the folder of the file: {link} -> {leads_to}\n" in problem
+    assert problem.split(": ")[1] in ("p.base.path", "p.d.sources.0.path")
+    hint = f"hint: if that is meant, add `roots: [{leads_to.parent}]` at the top of the file"
+    assert problem.endswith(hint)
+    file = project / "p.yaml"
+    file.write_text(file.read_text().replace("version: 1", f"version: 1\nroots: [{leads_to.parent}]"))
+    assert problems_of(file) == []
+
+
+def test_links_that_stay_inside_are_followed(project: Path) -> None:
+    """As in the cache of the hub, where a snapshot's files are links into blobs/ beside it."""
+    (project / "blobs").mkdir()
+    (project / "base" / "config.json").rename(project / "blobs" / "abc")
+    (project / "base" / "config.json").symlink_to("../blobs/abc")
+    assert problems_of(project / "p.yaml") == []
+    (project.parent / "way").symlink_to(project, target_is_directory=True)
+    assert problems_of(project.parent / "way" / "p.yaml") == []  # the project's own folder reached through a link
+    (project.parent / "elsewhere" / "linked.yaml").symlink_to(project / "p.yaml")
+    text = "\n".join(problems_of(project.parent / "elsewhere" / "linked.yaml"))
+    assert f"found no file at {project.parent / 'elsewhere' / 'base'}" in text  # paths start from where the link lies
+
+
+def test_a_folder_with_glob_characters_in_its_name_works(project: Path) -> None:
+    moved = project.rename(project.parent / "run [1] *")
+    assert problems_of(moved / "p.yaml") == []
+
+
+# --- warnings, size ---------------------------------------------------------------------------------------------------
+
+
+def test_what_runs_foreign_code_is_warned_of_in_its_pipeline() -> None:
+    text = GOOD.replace("path: models/base", "path: models/base, trust_remote_code: true") + GOOD.split("pipelines:\n")[1].replace(
+        "demo", "other"
+    )
+    loaded = load_text(text)
+    message = "p.yaml:6:67: demo.base.trust_remote_code: Python files that come with this model are run"
+    assert [str(warning) for warning in loaded.warnings()] == [message]
+    assert [str(warning) for warning in loaded.warnings("demo")] == [message]
+    assert loaded.warnings("other") == []
+    by_flag = load_text(GOOD, "demo", ("base.trust_remote_code=true",)).warnings()
+    assert [warning.place for warning in by_flag] == ["--set base.trust_remote_code"]
+
+
+def test_a_chain_of_a_thousand_stages_loads_at_once() -> None:
+    stages = {f"s{i}": f"{{kind: model, path: m{i}, needs: [{f's{i + 1}' if i < 999 else ''}]}}" for i in range(1000)}
+    text = "version: 1\npipelines:\n  long:\n    stages:\n" + "".join(f"      {name}: {stage}\n" for name, stage in stages.items())
+    start = time.process_time()
+    pipeline = load_text(text).spec.pipelines["long"]
+    assert in_order(pipeline) == list(reversed(stages))
+    assert len(with_ancestors(pipeline, "s0")) == 1000
+    assert time.process_time() - start < 20

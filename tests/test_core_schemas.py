@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from tuneline import keys, protocol, runs, store
-from tuneline.load import in_order, load
+from tuneline.load import load
+from tuneline.order import in_order
 from tuneline.plan import input_slots
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,7 @@ def print_of(model: type[BaseModel]) -> str:
 
 SHAPES = [
     (store.Manifest, store.SCHEMA, (1, "c85a7ee3")),
-    (runs.RunRecord, runs.SCHEMA, (1, "4f6a7dbb")),
+    (runs.RunRecord, runs.SCHEMA, (2, "dfc38ca8")),
     (protocol.Request, protocol.SCHEMA, (1, "652025f0")),
     (protocol.Result, protocol.SCHEMA, (1, "8be8d4e8")),
     (protocol.Failure, protocol.SCHEMA, (1, "f330c8b1")),

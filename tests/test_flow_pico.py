@@ -15,6 +15,7 @@ from test_flow_supervisor import gone
 
 PIPELINES = """\
 version: 1
+roots: ["%(models)s"]
 runtimes: {here: {python: "%(python)s"}}
 pipelines:
   pico:
@@ -35,7 +36,7 @@ STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
 def make(root: Path, python: Path, model: Path) -> Project:
     root.mkdir()
     project = Project(root)
-    project.write(PIPELINES % {"python": python, "model": model})
+    project.write(PIPELINES % {"python": python, "model": model, "models": model.parent})
     rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
     project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
     return project

@@ -262,6 +262,15 @@ def test_rows_are_drawn_with_the_seed_and_cut(tmp_path: Path, base: Path) -> Non
     assert json.loads(warning)["message"] == "data has 40 rows to calibrate with, fewer than samples: 100"
 
 
+@pytest.mark.slow
+def test_short_rows_calibrate_too(tmp_path: Path, base: Path) -> None:
+    """gptqmodel itself leaves out rows of up to 10 tokens."""
+    short = [Row(source="s", text=f"{i} plus {i}", id=f"short{i}", group=f"short{i}") for i in range(4)]
+    assert all(len(ids(row)) <= 10 for row in short)
+    result, _ = run_program(request_for(tmp_path, base, [*TRAIN[:4], *short]))
+    assert result.info["calibration"] == {"split": "train", "rows": 8, "tokens": sum(len(ids(row)) for row in [*TRAIN[:4], *short])}
+
+
 def test_measures_on_rows_held_out(tmp_path: Path, base: Path) -> None:
     held_out = request_for(tmp_path / "a", base, validation=TEST[:3], test=[]).inputs["calibration"]
     split, rows = quantize.measured_rows(held_out, words(), stage_of())

@@ -41,6 +41,12 @@ def chat(i: int, turns: int = 1) -> Row:
 
 
 ROWS = [chat(i, 1 + i % 3) for i in range(10)]
+OTHERS = [chat(i, 1 + i % 3) for i in range(50, 55)]
+# Trained on other answers than it is validated on, the loss must turn.
+WRONG = [replace(row, messages=(*row.messages[:2], {"role": "assistant", "content": f"{row.id} + 2?"}), group=f"wrong{row.id}") for row in map(chat, range(3))]  # fmt: skip
+TURNING: dict[str, Any] = {
+    "early_stopping": {"patience": 2}, "eval_steps": 2, "max_steps": 60, "learning_rate": 3e-2, "validation": WRONG,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +219,7 @@ def test_variants(tmp_path: Path, base: Input, fields: dict[str, Any], tensors: 
 
 def test_gradient_checkpointing_and_micro_batches_change_nothing(tmp_path: Path, base: Input) -> None:
     """Rows of unequal length, and a last step of fewer rows: a loss averaged by batch and not by token would differ."""
-    fields = {"max_steps": None, "num_train_epochs": 2, "validation": ROWS[:5], "eval_steps": 2}
+    fields = {"max_steps": None, "num_train_epochs": 2, "validation": OTHERS[:5], "eval_steps": 2}
     runs = {}
     for name, resources in {"4": {}, "2": {"micro_batch_size": 2}, "1": {"micro_batch_size": 1, "gradient_checkpointing": True}}.items():
         request = request_for(tmp_path / name, base, resources=resources, **fields)
@@ -268,7 +274,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp
     """Dropout on, three steps an epoch: killed in the second epoch, and again in the third and after the last step."""
     fields = {
         "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}, "max_steps": 11, "eval_steps": 3,
-        "resources": {"checkpoint_steps": 2, "micro_batch_size": 2}, "validation": ROWS[:3],
+        "resources": {"checkpoint_steps": 2, "micro_batch_size": 2}, "validation": OTHERS[:3],
     }  # fmt: skip
     whole = request_for(tmp_path / "whole", base, **fields)
     expected, _ = run_program(whole)
@@ -308,9 +314,8 @@ def test_a_training_resumes_with_a_smaller_micro_batch(tmp_path: Path, base: Inp
 
 
 def test_early_stopping_keeps_the_best_adapter(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trained on other answers than it is validated on, the loss must turn; a kill after the turn changes nothing."""
-    wrong = [replace(chat(i), messages=(*chat(i).messages[:2], {"role": "assistant", "content": f"{i} + 2?"})) for i in range(3)]
-    fields = {"early_stopping": {"patience": 2}, "eval_steps": 2, "max_steps": 60, "learning_rate": 3e-2, "validation": wrong}
+    """A kill after the turn changes nothing."""
+    fields = TURNING
     whole = request_for(tmp_path / "whole", base, **fields)
     result, events = run_program(whole)
     evaluated = {e["step"]: e["value"] for e in events if e.get("name") == "eval_loss"}
@@ -389,10 +394,14 @@ def test_what_trl_might_drop_is_found() -> None:
     from datasets import Dataset
 
     given = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[-100, 2, 3], [-100, 5]]})
-    sft.check_nothing_lost(given, sft.packed(given, 8))
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    plain, flat = DataCollatorForLanguageModeling(0), DataCollatorForLanguageModeling(0, padding_free=True)
+    sft.check_nothing_lost(given, given, plain)
+    sft.check_nothing_lost(given, sft.packed(given, 8), flat)
     for lossy in (given.select([0]), sft.packed(given, 2), given.map(lambda row: {"labels": [-100] * len(row["labels"])})):
         with pytest.raises(StageFailed, match="rows, tokens and trained tokens were"):
-            sft.check_nothing_lost(given, lossy)
+            sft.check_nothing_lost(given, lossy, plain)
 
 
 @pytest.mark.slow
@@ -408,7 +417,7 @@ def test_another_process_and_folder_give_the_same_bytes(tmp_path: Path, base: In
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one(tmp_path: Path, base: Input) -> None:
-    fields = {"rows": ROWS[:8], "validation": ROWS[:4], "eval_steps": 3}
+    fields = {"rows": ROWS, "validation": OTHERS[:3], "eval_steps": 3}  # neither divides by the processes
     one = request_for(tmp_path / "one", base, **fields)
     expected, _ = run_program(one)
     two = request_for(tmp_path / "two", base, **fields, resources={"processes": 2})

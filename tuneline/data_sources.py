@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tuneline.fields import Path, Strict
+from tuneline.fields import Path, Repository, Revision, Strict
 
 OnBadRow = Literal["error", "drop"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -30,9 +30,9 @@ class HubSource(Strict):
     """Rows of a dataset on the hub."""
 
     type: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    repo: Repository
     """Dataset repository, `owner/name`."""
-    revision: str = Field("main", pattern=r"^[\w./-]+$")
+    revision: Revision = "main"
     """Branch, tag or commit; the commit is in the key."""
     subset: str | None = None
     """Configuration name of the repository."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 ArtifactType = Literal["Model", "Adapter", "Dataset", "Report", "Verdict"]
 
@@ -46,6 +46,12 @@ ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]
 DatasetRef = Annotated[str, Reference(("Dataset",))]
 StageRef = Annotated[str, Reference()]
 Path = Annotated[str, OutsideFile()]
+# Names are parts of paths and addresses: none can climb out of one.
+NAME, REPOSITORY, REVISION = r"^[a-z0-9][a-z0-9-]*$", r"^\w[\w.-]*/\w[\w.-]*$", r"^[\w-]+([./][\w-]+)*$"
+MAX_NAME = 63
+Name = Annotated[str, Field(pattern=NAME, max_length=MAX_NAME)]
+Repository = Annotated[str, Field(pattern=REPOSITORY)]
+Revision = Annotated[str, Field(pattern=REVISION)]
 
 
 def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
@@ -10,11 +11,20 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
-from tuneline.source import Keys
+from tuneline.fields import MAX_NAME, NAME, REPOSITORY, REVISION
+from tuneline.source import Keys, short, yaml_value
 from tuneline.spec import STAGES, Spec
 
 SOURCES: dict[str, type[BaseModel]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource, "code": CodeSource}
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list", "dict": "a mapping"}
+FORMS = {  # by pattern; a test holds them against the types
+    NAME: "lower-case letters, digits and dashes, at most 63",
+    REPOSITORY: "owner/name, as on the hub",
+    REVISION: "a branch, tag or commit",
+    r"^\d+(\.\d+)?(MB|GB)$": "a size such as 500MB or 5GB",
+}
+UNQUOTED = "write it without quotes"
+MOST_LISTED = 30
 BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -29,14 +39,20 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean `{matches[0]}`?" if matches else ""
 
 
+def listed(names: Iterable[str]) -> str:
+    shown_names = [short(name) for name in names]
+    more = f", ... ({len(shown_names)} in all)" if len(shown_names) > MOST_LISTED else ""
+    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (there is none)"
+
+
 def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, str, str]]:
     """Yields (path, whether its key is at fault, message, hint). The branches of a union that failed become one `a or b`."""
-    by_path: dict[tuple[Keys, bool], tuple[Any, list[str], str]] = {}
+    by_path: dict[tuple[Keys, bool], tuple[str, list[str], str]] = {}
     for detail in error.errors(include_url=False):
-        path, found = _in_tree(detail, tree)
-        if detail["type"] == "too_short" and found:
+        path, node = _in_tree(detail, tree)
+        if detail["type"] == "too_short" and node:
             continue  # its items are wrong, and are reported themselves
-        at_key, found, allowed, hint = _words(detail, path, found, tree)
+        at_key, found, allowed, hint = _words(detail, path, node, tree)
         known = by_path.setdefault((path, at_key), (found, [], hint))
         if allowed not in known[1]:
             known[1].append(allowed)
@@ -47,64 +63,100 @@ def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, s
 def _in_tree(detail: ErrorDetails, tree: Any) -> tuple[Keys, Any]:
     """The error's path without the names of union branches that pydantic puts in, and the value there."""
     path: list[str | int] = []
-    node = tree
-    parts = [part for part in detail["loc"] if part != "[key]"]
+    node: Any = tree
+    branch = None
+    parts: list[str | int] = [part for part in detail["loc"] if part != "[key]"]
+    if detail["type"] == "union_tag_invalid":
+        parts.append(_discriminator(detail))
     for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        if isinstance(node, dict) and part in node:
+        if branch is not None and part == branch:
+            branch = None
+        elif part in (range(len(node)) if isinstance(node, list) else node if isinstance(node, dict) else ()):
             node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        elif last and detail["type"] == "missing":
-            node = None
-        else:
-            continue
-        path.append(part)
+            path.append(part)
+            branch = _branch(path, node)
+        elif i == len(parts) - 1 and detail["type"] == "missing":
+            return (*path, part), None
     return tuple(path), node
 
 
-def _words(detail: ErrorDetails, path: Keys, found: Any, tree: Any) -> tuple[bool, str, str, str]:
+def _branch(path: list[str | int], node: Any) -> Any:
+    """What pydantic puts into a path behind a stage or a source: its kind or type."""
+    if not isinstance(node, dict):
+        return None
+    if len(path) == 4 and (path[0], path[2]) == ("pipelines", "stages"):
+        return node.get("kind")
+    return node.get("type") if path[-2:-1] == ["sources"] else None
+
+
+def _discriminator(detail: ErrorDetails) -> str:
+    return str(detail["ctx"]["discriminator"]).strip("'")
+
+
+def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool, str, str, str]:
     """(at key, found, allowed, hint) of one pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         names = _fields_at(path[:-1], tree)
-        return True, f"the unknown field `{path[-1]}`", ", ".join(names), nearest(path[-1], names)
+        hint = nearest(path[-1], names) or _elsewhere(str(path[-1]), path[:-1], tree)
+        return True, f"the unknown field `{short(str(path[-1]))}`", ", ".join(names), hint
     if kind == "missing":
         return True, "nothing", _described(path, tree), f"add `{path[-1]}: ...`"
-    if kind == "union_tag_not_found":
-        tag = str(context["discriminator"]).strip("'")
-        return True, f"no `{tag}`", ", ".join(STAGES if tag == "kind" else SOURCES), f"add `{tag}: ...`"
-    if kind == "union_tag_invalid":
-        names = list(STAGES if context["discriminator"] == "'kind'" else SOURCES)
-        return True, f"`{context['tag']}`", ", ".join(names), nearest(context["tag"], names)
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = _discriminator(detail)
+        names = list(STAGES if tag == "kind" else SOURCES)
+        if kind == "union_tag_not_found":
+            return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
+        return False, shown(node), ", ".join(names), nearest(node, names) if isinstance(node, str) else ""
     if "[key]" in detail["loc"]:
-        return True, f"the name `{path[-1]}`", "lower-case letters, digits and dashes, at most 63", ""
+        return True, f"the name `{short(str(path[-1]))}`", FORMS[NAME], _slug(str(path[-1]))
     if kind == "literal_error":
         names = [name.strip("'") for name in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        return False, _shown(found), ", ".join(names), nearest(found, names)
+        return False, shown(node), ", ".join(names), UNQUOTED if node in names else nearest(node, names)
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
-        return False, _shown(found), f"{words} {context[name]}", ""
+        return False, shown(node), f"{words} {_plain(context[name])}", ""
     if kind == "string_pattern_mismatch":
-        return False, _shown(found), f"text of the form {context['pattern']}", ""
-    if kind == "too_short":
-        return False, "nothing in it", f"at least {context['min_length']}", ""
-    if kind == "too_long":
-        return False, f"{context['actual_length']} of them", f"at most {context['max_length']}", ""
-    if kind == "finite_number":
-        return False, _shown(found), "a finite number", ""
+        return False, shown(node), FORMS[context["pattern"]], ""
+    if kind in ("too_short", "too_long"):
+        found = f"{shown(node)} of {len(node)}" if node else shown(node).replace("a ", "an empty ")
+        return False, found, f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}", ""
     name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float").removesuffix("_attributes")
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        name = "dict"
-    return False, _shown(found), TYPES.get(name, detail["msg"]), ""
+    name = "dict" if name == "model" else name
+    return False, shown(node), TYPES.get(name, detail["msg"]), _as_meant(node, name)
 
 
-def _shown(value: Any) -> str:
+def _as_meant(node: Any, wanted: str) -> str:
+    """How the value is written if it is meant as what is wanted."""
+    if wanted == "string" and isinstance(node, int | float):
+        return "put quotes around it"
+    if wanted == "tuple" and isinstance(node, str | int | float):
+        return f"write `[{short(str(node))}]`"
+    if wanted == "bool" and str(node).lower() in ("yes", "on", "no", "off"):
+        return f"write `{'true' if str(node).lower() in ('yes', 'on') else 'false'}`"
+    if not isinstance(node, str) or wanted not in ("int", "float", "bool"):
+        return ""
+    if not isinstance(yaml_value(node), str):
+        return UNQUOTED
+    return "write plain decimals, such as 1000 or 1e-4" if node[:1].isdigit() and wanted != "bool" else ""
+
+
+def _plain(number: float) -> str:
+    return str(int(number) if number == int(number) else number)
+
+
+def _slug(name: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].rstrip("-")
+    return f"did you mean `{slug}`?" if slug else ""
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: as it would be written, containers by their kind."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     if value is None:
         return "nothing"
-    return f"{value!r}"[:80] if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"'{short(value)}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _model_at(path: Keys, tree: Any) -> type[BaseModel] | None:
@@ -140,6 +192,17 @@ def _inside(annotation: Any) -> Iterator[Any]:
 def _fields_at(path: Keys, tree: Any) -> list[str]:
     model = _model_at(path, tree)
     return list(model.model_fields) if model else []
+
+
+def _elsewhere(name: str, path: Keys, tree: Any) -> str:
+    """Where a field stands that is not one of the model at `path`: deeper in it, or in another kind."""
+    model = _model_at(path, tree)
+    fields = model.model_fields if model else {}
+    for outer, info in fields.items():
+        if any(isinstance(item, type) and issubclass(item, BaseModel) and name in item.model_fields for item in _inside(info.annotation)):
+            return f"it stands under `{outer}:`"
+    kinds = [kind for kind, other in STAGES.items() if model in STAGES.values() and name in other.model_fields]
+    return f"it is a field of {' and '.join(kinds)}" if kinds else ""
 
 
 def _described(path: Keys, tree: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from tuneline.data_sources import HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.keys import LIBRARIES, key_document, key_of
-from tuneline.load import Loaded, in_order, with_ancestors
-from tuneline.messages import nearest
+from tuneline.load import Loaded
+from tuneline.messages import listed, nearest
+from tuneline.order import in_order, with_ancestors
 from tuneline.runs import StageRecord
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
 from tuneline.source import dotted
@@ -63,10 +64,13 @@ def plan(workspace: Workspace, pipeline_name: str, only: str | None = None, forc
     """Rows in execution order. Raises ConfigError for an unknown pipeline or stage name."""
     loaded = workspace.loaded
     pipeline = loaded.pipeline(pipeline_name)
+    problems = []
     for flag, name in [("--only", only), *(("--force", name) for name in force)]:
         if name is not None and name not in pipeline.stages:
-            found = f"found no stage `{name}` in {pipeline_name}, allowed {', '.join(pipeline.stages)}"
-            raise ConfigError([Problem(flag, "", found, nearest(name, pipeline.stages))])
+            found = f"found no stage `{name}` in {pipeline_name}, allowed {listed(pipeline.stages)}"
+            problems.append(Problem(flag, "", found, nearest(name, pipeline.stages)))
+    if problems:
+        raise ConfigError(problems)
     wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
     earlier = workspace.runs.last_success(pipeline_name, wanted)
     rows: dict[str, PlanRow] = {}
@@ -138,6 +142,8 @@ def document_of(
             files[path] = workspace.outside(named)[1]
         except FileNotFoundError as error:
             problems.append(Problem("", path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
+        except ConfigError as error:  # a link that leads too far
+            problems += [replace(problem, path=path) for problem in error.problems]
         except OSError as error:
             problems.append(Problem("", path, f"{error.filename} cannot be read: {error.strerror}"))
     commits: dict[str, str] = {}

@@ -1,7 +1,16 @@
-"""Run records: one JSON file a run, written anew whenever a stage ends, so that a killed run leaves what it did."""
+"""Run records: one JSON file a run, written anew whenever a stage ends, so that a killed run leaves what it did.
+
+    <run>.json    the record          <run>.lock    an flock, held while the run lives: the kernel frees it when its process dies
+
+A record that says `running` with nobody holding its lock is of a run that was killed; it is read as `killed`, and the next
+run writes that down.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import secrets
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneline.errors import ConfigError, Problem
 
-SCHEMA = 1
+SCHEMA = 2
 StageStatus = Literal["done", "cached", "failed", "skipped", "refused"]
-RunState = Literal["running", "completed", "failed", "refused", "cancelled"]
+RunState = Literal["running", "completed", "failed", "refused", "cancelled", "killed"]
 
 
 class StageRecord(BaseModel):
@@ -32,12 +41,24 @@ class StageRecord(BaseModel):
     message: str = ""
 
 
+class PlannedStage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    stage: str
+    kind: str
+    names: dict[str, str] = {}
+    """By field: the stage that it names. What draws the graph of a run whose pipelines.yaml has changed since."""
+
+
 class RunRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     schema_number: int = Field(SCHEMA, alias="schema")
     run_id: str
     pipeline: str
     overrides: tuple[str, ...] = ()
+    only: str | None = None
+    force: tuple[str, ...] = ()
+    planned: list[PlannedStage] = []
+    """In execution order."""
     started: str
     finished: str | None = None
     state: RunState = "running"
@@ -47,14 +68,23 @@ class RunRecord(BaseModel):
 class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
+        self._locks: dict[str, int] = {}  # descriptors of the runs that began here
 
     def begin(self, pipeline: str, overrides: tuple[str, ...]) -> RunRecord:
+        """A new record, saved, of a run that lives until `finish` or the end of this process."""
+        self._settle()
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-        return RunRecord(run_id=run_id, pipeline=pipeline, overrides=overrides, started=now.isoformat(timespec="seconds"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unlocked = self.folder / f".{run_id}.new"
+        self._locks[run_id] = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._locks[run_id], fcntl.LOCK_EX)
+        unlocked.rename(self._lock(run_id))  # nobody ever sees it free while we live
+        record = RunRecord(run_id=run_id, pipeline=pipeline, overrides=overrides, started=now.isoformat(timespec="seconds"))
+        self.save(record)
+        return record
 
     def save(self, record: RunRecord) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{record.run_id}"
         temporary.write_text(record.model_dump_json(by_alias=True, indent=1), encoding="utf-8")
         temporary.replace(self.folder / f"{record.run_id}.json")
@@ -63,12 +93,41 @@ class Runs:
         record.state = state
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         self.save(record)
+        self._lock(record.run_id).unlink(missing_ok=True)
+        if record.run_id in self._locks:
+            os.close(self._locks.pop(record.run_id))
+
+    def alive(self, record: RunRecord) -> bool:
+        """Whether the run of a record has neither ended nor been killed."""
+        return record.state == "running" and _held(self._lock(record.run_id))
+
+    def _lock(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.lock"
+
+    def _settle(self) -> None:
+        """Writes down what became of runs that were killed."""
+        for lock in self.folder.glob("*.lock"):
+            if not _held(lock):
+                with contextlib.suppress(OSError, ValidationError):
+                    record = self._read(lock.with_suffix(".json"))
+                    if record.state == "killed":
+                        self.save(record)
+                lock.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> RunRecord:
+        """Raises OSError, ValidationError."""
+        record = RunRecord.model_validate_json(path.read_bytes())
+        if record.state == "running" and not self.alive(record):
+            record = RunRecord.model_validate_json(path.read_bytes())  # it may have ended since
+            if record.state == "running":
+                record.state = "killed"
+        return record
 
     def newest_first(self, pipeline: str) -> Iterator[RunRecord]:
         """Records that can be read; a damaged one tells nothing and is passed over."""
         for path in sorted(self.folder.glob("*.json"), reverse=True):
             try:
-                record = RunRecord.model_validate_json(path.read_bytes())
+                record = self._read(path)
             except (OSError, ValidationError):
                 continue
             if record.pipeline == pipeline:
@@ -92,3 +151,17 @@ class Runs:
             if stages <= found.keys():
                 break
         return found
+
+
+def _held(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tuneline.errors import ConfigError, Problem
+from tuneline.paths import placed
 from tuneline.spec import Spec
 
 PACKAGES_ROOT = Path(__file__).resolve().parent.parent
@@ -47,11 +48,11 @@ def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
     """`root` is the folder of pipelines.yaml. Raises ConfigError where the lock or the Python is not there."""
     declared = spec.runtimes.get(name)
     if declared and declared.python:
-        python = root / Path(declared.python).expanduser()
+        python = placed(root, declared.python)
         if not python.exists():
             raise ConfigError([Problem("runtimes", name, f"found no Python at {python}", "name the `bin/python` of the environment")])
         return RuntimeEnvironment(name, python)
-    lock = root / declared.lock if declared and declared.lock else BUILT_IN_LOCKS / f"{name}.txt"
+    lock = placed(root, declared.lock) if declared and declared.lock else BUILT_IN_LOCKS / f"{name}.txt"
     if not lock.is_file():
         raise ConfigError([Problem("runtimes", name, f"found no lock file at {lock}", "write one with `uv pip compile`")])
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]

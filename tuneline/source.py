@@ -1,12 +1,13 @@
 """YAML with places: `read` gives the plain tree of a file and where each key and value of it stands.
 
-Only what JSON could say is accepted (strings, numbers, true/false, null, lists, mappings with string keys), plus anchors,
-aliases and merge keys within bounds. Numbers and booleans are read as YAML 1.2 has them, so that `1e-4` is a number and
-`on` a string. Python tags, duplicate keys, timestamps and alias bombs are errors with a line.
+Only what JSON could say is accepted (strings, finite numbers, true/false, null, lists, mappings with string keys), plus
+anchors, aliases and merge keys within bounds. Numbers and booleans are read as YAML 1.2 has them, so that `1e-4` is a number
+and `on` a string. Tags, duplicate keys, control characters and alias bombs are errors with a line.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,26 +18,51 @@ import yaml
 from tuneline.errors import ConfigError, Problem
 
 Keys = tuple[str | int, ...]
+MAX_BYTES = 1_000_000  # a 1,000-stage file has about 150,000
 MAX_NODES = 50_000  # after aliases are expanded; a 1,000-stage file has about 15,000
 MAX_DEPTH = 40
+MAX_DIGITS = 18  # what every reader of JSON keeps exactly
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+_TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
-_TAG = "tag:yaml.org,2002:"
-for _name, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("null", r"null|Null|NULL|~|", "nN~\0"),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first) + ([""] if _name == "null" else []))
-# The first resolver that matches wins; an int also looks like a float.
-for _resolvers in _Loader.yaml_implicit_resolvers.values():
-    _resolvers.sort(key=lambda pair: pair[0] == _TAG + "float")
+_PLAIN = {
+    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+    "int": re.compile(r"^[-+]?[0-9]+$"),
+    "float": re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    "null": re.compile(r"^(?:null|Null|NULL|~|)$"),
+    "merge": re.compile(r"^<<$"),
+}
+# The first that matches wins: an int also looks like a float.
+for _name, _first in (("bool", "tTfF"), ("int", "-+0123456789"), ("float", "-+.0123456789"), ("null", "nN~"), ("merge", "<")):
+    _Loader.add_implicit_resolver(_TAG + _name, _PLAIN[_name], list(_first) + ([""] if _name == "null" else []))
+
+# What PyYAML says, where it says it to its own developers: (part of its words, ours, hint).
+_SYNTAX = (
+    ("\\t", "found a tab at the start of a word", "YAML is indented with spaces, not tabs"),
+    ("another document", "found a second document after `---`, allowed one", "write every pipeline under one `pipelines:`"),
+    ("second occurrence", "found an anchor (`&name`) twice", "give each anchor a name of its own"),
+    (
+        "mapping values are not allowed",
+        "found a `:` that ends no key here",
+        "put quotes around text that holds `: `; check the indentation",
+    ),
+    ("could not find expected ':'", "found a key without `:`", "write `key: value`; check quotes and indentation near this line"),
+    ("unexpected end of stream", "found the end of the file inside quotes", "close the quote that was opened"),
+    ("expected <block end>", "found text that does not fit into the block around it", "fields of one mapping start in the same column"),
+    ("'<stream end>'", "found the end of the text where a value is wanted", "close the bracket, brace or quote that was opened"),
+    ("expected the node content", "found a comma, bracket or brace where a value is wanted", "write the value, or quotes around it"),
+    ("'<document start>'", "found text after the end of the document", "check brackets, quotes and indentation in and above this line"),
+    ("unknown escape character", "found a backslash that escapes nothing", "in single quotes a backslash is only a backslash"),
+    ("cannot start any token", "found a character that starts no word of YAML", "put quotes around text that starts with @, ` or %"),
+    ("found undefined alias", "found an alias (`*name`) without its anchor", "write `&name` before it; put quotes around text with a `*`"),
+)
+_UNCLOSED = re.compile(r"expected ',' or '(.)', but got '(.*)'")
+_TOKENS = {"<stream end>": "the end of the text", "<scalar>": "text"}
 
 
 @dataclass
@@ -47,9 +73,18 @@ class Source:
     tree: Any = None
     keys: dict[Keys, tuple[int, int]] = field(default_factory=dict)
     values: dict[Keys, tuple[int, int]] = field(default_factory=dict)
+    flags: dict[Keys, str] = field(default_factory=dict)
+    """What came from the command line stands there, not in the file."""
 
     def place(self, path: Keys, at_key: bool = False) -> str:
-        """FILE:LINE:COL of a key or value; of the nearest thing around it where it does not exist."""
+        """FILE:LINE:COL of a key or value, or its flag; of the nearest thing around it where it does not exist."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.flags:
+                return self.flags[path[:end]]
+        if path not in self.keys and path not in self.values:  # a flag may have made the mappings around its field
+            for flagged, flag in self.flags.items():
+                if flagged[: len(path)] == path:
+                    return flag
         marks = self.keys if at_key else self.values
         for end in range(len(path), -1, -1):
             mark = marks.get(path[:end]) or self.keys.get(path[:end]) or self.values.get(path[:end])
@@ -61,91 +96,124 @@ class Source:
 
 def read(path: Path, name: str) -> Source:
     """Reads a YAML file. Raises ConfigError, with a place, for anything that is not plain data."""
+
+    def wrong(place: str, message: str, hint: str) -> ConfigError:
+        return ConfigError([Problem(place, "", message, hint)])
+
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError([Problem(name, "", "no such file", "`tuneline init` writes one; `--file` names another")]) from None
+        raise wrong(name, "found no such file", "`tuneline init` writes one; `--file` names another") from None
     except IsADirectoryError:
-        raise ConfigError([Problem(name, "", "found a folder, allowed a file", "name the file in it")]) from None
-    except PermissionError:
-        raise ConfigError([Problem(name, "", "the file may not be read", "check its permissions")]) from None
+        raise wrong(name, "found a folder, allowed a file", "name the file in it") from None
+    except OSError as error:
+        raise wrong(name, f"the file cannot be read: {error.strerror}", "check its name and its permissions") from None
+    if len(data) > MAX_BYTES:
+        raise wrong(name, f"found more than {MAX_BYTES // 1_000_000} MB", "is that the pipelines file? `--file` names another")
+    try:
+        return parse(data.decode("utf-8-sig"), name)
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError([Problem(f"{name}:{line}:1", "", "found bytes that are not UTF-8", "save the file as UTF-8")]) from None
-    return parse(text, name)
+        line = data[: error.start].count(b"\n") + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"the byte {data[error.start]:#04x}, which is not UTF-8"
+        raise wrong(f"{name}:{line}:{column}", f"found {found}, allowed a file in UTF-8", "save the file as UTF-8") from None
 
 
 def parse(text: str, name: str) -> Source:
-    source = Source(name)
+    """The tree of a text, None where nothing is in it. Raises ConfigError with places for anything that is not plain data."""
+    source, problems = Source(name), list[Problem]()
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else f"{name}:1:1"
-        tab = "\\t" in str(error.problem)
-        hint = "YAML is indented with spaces, not tabs" if tab else "check brackets, quotes and indentation near this line"
-        raise ConfigError([Problem(place, "", f"this is not YAML: {error.problem}", hint)]) from None
+        raise ConfigError([Problem(place, "", *_syntax(error))]) from None
     except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        raise ConfigError([Problem(f"{name}:{line}:1", "", "found a control character", "remove it: YAML is plain text")]) from None
+        start = text.rfind("\n", 0, error.position)
+        place = f"{name}:{text.count(chr(10), 0, error.position) + 1}:{error.position - start}"
+        raise ConfigError([_control_character(place, "", chr(error.character))]) from None
     except RecursionError:
         raise ConfigError([Problem(f"{name}:1:1", "", f"found more than {MAX_DEPTH} levels", "nest less")]) from None
-    if node is None:
-        raise ConfigError(
-            [Problem(f"{name}:1:1", "", "the file is empty", "`tuneline init` in an empty folder writes a file to start from")]
-        )
-    problems: list[Problem] = []
-    source.tree = _Builder(source, problems).build(node, (), 0)
+    try:
+        source.tree = None if node is None else _Builder(source, problems).build(node, (), 0)
+    except _Stop:
+        pass
     if problems:
         raise ConfigError(problems)
     return source
 
 
+def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """(message, hint) in the words of people who write YAML, not of those who parse it."""
+    unclosed = _UNCLOSED.match(str(error.problem))
+    if unclosed and error.context_mark:
+        where = f"in the {'list' if unclosed[1] == ']' else 'mapping'} that begins in line {error.context_mark.line + 1}"
+        found = f"found {_TOKENS.get(unclosed[2], f'`{unclosed[2]}`')} where `,` or `{unclosed[1]}` is wanted, {where}"
+        return found, "check brackets, commas and quotes from there on"
+    for part, message, hint in _SYNTAX:
+        if part in str(error.problem):
+            return message, hint
+    return f"this is not YAML: {error.problem}", "check brackets, quotes and indentation near this line"
+
+
+def _control_character(place: str, path: str, character: str) -> Problem:
+    return Problem(place, path, f"found the control character U+{ord(character):04X}", "remove it: the file is plain text")
+
+
 class _Stop(Exception):
-    pass
+    """Enough was found: the rest of the file is not looked at."""
 
 
 class _Builder:
     def __init__(self, source: Source, problems: list[Problem]):
         self.source, self.problems, self.nodes = source, problems, 0
-        self.scalars = yaml.constructor.SafeConstructor()
-
-    def build(self, node: yaml.Node, path: Keys, depth: int) -> Any:
-        try:
-            return self._build(node, path, depth)
-        except _Stop:
-            return None
 
     def _problem(self, node: yaml.Node, path: Keys, message: str, hint: str) -> None:
         place = f"{self.source.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
         self.problems.append(Problem(place, dotted(path), message, hint))
 
-    def _build(self, node: yaml.Node, path: Keys, depth: int) -> Any:
+    def build(self, node: yaml.Node, path: Keys, depth: int) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or depth > MAX_DEPTH:
             what = f"more than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {MAX_NODES} values once aliases are expanded"
-            self._problem(node, path, f"found {what}", "write the file with fewer aliases")
+            self._problem(node, path[:6], f"found {what}", "nest less, and write fewer aliases; one inside its own anchor never ends")
             raise _Stop
         self.source.values.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            return [self._build(item, (*path, i), depth + 1) for i, item in enumerate(node.value)]
+            return [self.build(item, (*path, i), depth + 1) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, path, depth)
-        self._problem(node, path, f"found the tag {node.tag.replace(_TAG, '!!')}, allowed plain YAML without tags", "remove the tag")
-        return None
+        if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_TAG):
+            return self._scalar(node, path, node.tag.removeprefix(_TAG))
+        return self._tag(node, path)
 
-    def _scalar(self, node: yaml.ScalarNode, path: Keys) -> Any:
-        kind = node.tag.removeprefix(_TAG)
-        if kind == "str":
-            return node.value
-        if kind == "int":
-            return int(node.value)
-        if kind in ("bool", "null", "float"):
-            return self.scalars.construct_object(node)
-        self._problem(node, path, f"found the tag {node.tag.replace(_TAG, '!!')}, allowed plain YAML without tags", "remove the tag")
-        return None
+    def _scalar(self, node: yaml.ScalarNode, path: Keys, kind: str) -> Any:
+        text = str(node.value)
+        if kind in ("str", "merge"):  # `<<` as a value is text
+            return self._text(node, path)
+        if kind not in _PLAIN or not _PLAIN[kind].match(text):  # a tag that was written out
+            return self._tag(node, path)
+        value = yaml_value(text)
+        if kind == "int" and value is None:
+            return self._no_number(node, path, f"a whole number of {len(text.lstrip('+-0'))} digits", f"at most {MAX_DIGITS}")
+        if kind == "float" and value is None:
+            return self._no_number(node, path, short(text), "finite numbers")
+        return value
+
+    def _no_number(self, node: yaml.Node, path: Keys, found: str, allowed: str) -> None:
+        self._problem(node, path, f"found {found}, allowed {allowed}", "put quotes around it if it is meant as text")
+
+    def _text(self, node: yaml.ScalarNode, path: Keys) -> str:
+        control = _CONTROL.search(node.value)
+        if control:
+            place = f"{self.source.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+            self.problems.append(_control_character(place, dotted(path), control[0]))
+        return str(node.value)
+
+    def _tag(self, node: yaml.Node, path: Keys) -> None:
+        found = f"found the tag {node.tag.replace(_TAG, '!!')}, allowed plain YAML without tags"
+        self._problem(node, path, found, "remove the tag")
 
     def _mapping(self, node: yaml.MappingNode, path: Keys, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -155,18 +223,18 @@ class _Builder:
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
-                found = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                self._problem(key_node, path, f"found the key {found}, allowed text", "put quotes around it if it is meant as a name")
+                found = f"`{key_node.value}`" if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                self._problem(key_node, path, f"found {found} as a key, allowed text", "put quotes around it if it is meant as a name")
                 continue
-            key = key_node.value
+            key = self._text(key_node, path)
             if key in result:
                 first = self.source.keys[(*path, key)][0]
                 self._problem(key_node, (*path, key), f"found `{key}` twice, first in line {first}", "keep one of them")
                 continue
-            self.source.keys[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-            result[key] = self._build(value_node, (*path, key), depth + 1)
+            self.source.keys.setdefault((*path, key), (key_node.start_mark.line + 1, key_node.start_mark.column + 1))
+            result[key] = self.build(value_node, (*path, key), depth + 1)
         for other in merged:
-            inherited = self._build(other, path, depth + 1)
+            inherited = self.build(other, path, depth + 1)
             if not isinstance(inherited, dict):
                 self._problem(other, path, "found a merge key `<<` without a mapping", "write `<<: *anchor`")
                 continue
@@ -174,11 +242,27 @@ class _Builder:
         return result
 
 
+def yaml_value(text: str) -> Any:
+    """What a plain scalar means; None for null and for numbers that JSON could not keep."""
+    kind = next((kind for kind in ("null", "bool", "int", "float") if _PLAIN[kind].match(text)), "str")
+    if kind == "int":
+        return int(text) if len(text.lstrip("+-0")) <= MAX_DIGITS else None
+    if kind == "float":
+        return float(text) if text[-1].lower() not in "nf" and math.isfinite(float(text)) else None
+    return None if kind == "null" else text[0] in "tT" if kind == "bool" else text
+
+
 def dotted(path: Keys) -> str:
     """`demo.sft.lora.r` for a field of a stage, the path in the file otherwise."""
     shown = list(path)
     if len(shown) >= 2 and shown[0] == "pipelines":
         shown = shown[1:]
-        if len(shown) >= 2 and shown[1] == "stages":
+        if len(shown) > 2 and shown[1] == "stages":
             del shown[1]
-    return ".".join(str(part) for part in shown)
+    return ".".join(short(str(part)) for part in shown)
+
+
+def short(name: str) -> str:
+    """A name from the file as a message shows it: one line, not the whole of a novel."""
+    name = name if name.isprintable() else repr(name)[1:-1]
+    return name if len(name) <= 70 else f"{name[:60]}... ({len(name)} characters)"

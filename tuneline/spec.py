@@ -14,9 +14,21 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tuneline.data_sources import CodeSource, Source
-from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelOrAdapterRef, ModelRef, Path, StageRef, Strict
+from tuneline.fields import (
+    AdapterRef,
+    ArtifactType,
+    DatasetRef,
+    Finding,
+    ModelOrAdapterRef,
+    ModelRef,
+    Name,
+    Path,
+    Repository,
+    Revision,
+    StageRef,
+    Strict,
+)
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -91,9 +103,9 @@ class ModelStage(ProgramStage):
     """A base model: fetched, pinned and checked."""
 
     kind: Literal["model"]
-    hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    hub: Repository | None = None
     """Repository of the model hub, `owner/name`."""
-    revision: str = Field("main", pattern=r"^[\w./-]+$")
+    revision: Revision = "main"
     """Branch, tag or commit of the hub repository; its commit is in the key."""
     path: Path | None = None
     """Local model folder; kept by reference, not copied."""
@@ -111,7 +123,7 @@ class ModelStage(ProgramStage):
         if self.hub is None and self.revision != "main":
             yield Finding("revision", "found a revision without hub", "only hub repositories have revisions")
         if self.trust_remote_code and self.gguf is not None:
-            yield Finding("trust_remote_code", "found trust_remote_code with gguf, which holds no code")
+            yield Finding("trust_remote_code", "found trust_remote_code with gguf, which holds no code", "remove it")
 
     def warnings(self) -> Iterator[Finding]:
         if self.trust_remote_code:
@@ -406,7 +418,7 @@ STAGES: dict[str, type[Stage]] = {
 class Runtime(Strict):
     """A Python environment: a lock file that tuneline installs, or a Python that is there already."""
 
-    lock: str | None = None
+    lock: Path | None = None
     """Lock file, relative to pipelines.yaml."""
     python: str | None = None
     """Python of an environment of your own."""
@@ -420,7 +432,7 @@ class Pipeline(Strict):
     parallel: int | None = Field(None, ge=1)
     """Stages that may run at the same time; by default one for each GPU of the machine, or one."""
     stages: dict[Name, AnyStage] = Field(min_length=1)
-    """By name; order is free."""
+    """Stages by name; order is free."""
 
 
 class Spec(Strict):
@@ -437,4 +449,4 @@ class Spec(Strict):
     runtimes: dict[Name, Runtime] = {}
     """Environments beside the built-in ones."""
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
-    """By name."""
+    """Pipelines by name."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.load import Loaded
+from tuneline.paths import placed, refuse_escape
 from tuneline.runs import Runs
 from tuneline.store import Store, sha256
 
@@ -25,7 +26,7 @@ class Workspace:
     def __init__(self, loaded: Loaded, warn: Callable[[str], None] = lambda message: None):
         self.loaded, self.root = loaded, loaded.root
         self.home = self.root / ".tuneline"
-        self.store = Store(self.root / Path(loaded.spec.store).expanduser(), warn)
+        self.store = Store(placed(self.root, loaded.spec.store), warn)
         self.runs = Runs(self.home / "runs")
         self._digests = FileDigests(self.home / "digests.json")
 
@@ -35,20 +36,25 @@ class Workspace:
     def outside(self, named: str) -> tuple[list[Path], list[dict[str, Any]]]:
         """Files or the folder that a stage names, and what of them enters its key: content, and names inside a folder.
 
-        Raises FileNotFoundError where nothing is there.
+        Raises FileNotFoundError where nothing is there, ConfigError where a link leads out of the folders that the file may name.
         """
-        path = self.root / Path(named).expanduser()
+        path = placed(self.root, named)
         if path.is_dir():
             files = sorted(
                 file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.parts[len(path.parts) :])
             )
+            self._refuse_escape([path, *files])
             return [path], [{"name": file.relative_to(path).as_posix(), "sha256": self._digests.of(file)} for file in files]
-        matches = (
-            [path] if path.is_file() else sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
-        )
+        pattern = placed(Path(glob.escape(str(self.root))), named)  # of what surrounds the file, no character is a wildcard
+        found = [Path(match) for match in glob.glob(str(pattern), recursive=True)]
+        matches = [path] if path.is_file() else sorted(match for match in found if match.is_file())
         if not matches:
             raise FileNotFoundError(str(path))
+        self._refuse_escape(matches)
         return matches, [{"suffix": file.suffix, "sha256": self._digests.of(file)} for file in matches]
+
+    def _refuse_escape(self, paths: list[Path]) -> None:
+        refuse_escape(paths, self.root, self.loaded.spec.roots)
 
 
 class FileDigests:

@@ -1,0 +1,155 @@
+"""How long one waits for an answer: `validate` and `plan` on the demo, and on a chain of 1,000 stages beside DVC on as many.
+
+    .venv/bin/python benchmarks/plan.py [--stages 1000] [--rounds 3] [--dvc .cache/bench-dvc/bin/dvc]      (make bench-plan)
+
+The chain: a base model, a dataset, and trainings that each go on from the adapter before; in dvc.yaml the same three
+dependencies a stage. Cold: nothing is built. Built: every artifact is in the store (written and published as a run does it,
+only without the hours of training) and in DVC's cache (`dvc commit`); `dvc repro --dry` is left out of the cold ones, as it
+needs the files of earlier stages. Each command is a process of its own, the
+commands by turns; the best of the rounds counts, since other work on the machine only ever adds. CPU is user and system
+time, children included; files are read from the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tuneline.keys import key_of  # noqa: E402
+from tuneline.load import load  # noqa: E402
+from tuneline.order import in_order  # noqa: E402
+from tuneline.plan import document_of, input_slots, pinned_only  # noqa: E402
+from tuneline.runs import StageRecord  # noqa: E402
+from tuneline.spec import ProgramStage  # noqa: E402
+from tuneline.store import Artifact, Base, File, Manifest  # noqa: E402
+from tuneline.workspace import Workspace  # noqa: E402
+
+TUNELINE = (sys.executable, "-m", "flows")
+FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+
+
+def chain(folder: Path, stages: int) -> None:
+    """pipelines.yaml and dvc.yaml with the same chain, and the two inputs of both."""
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    ours = ["version: 1", "pipelines:", "  chain:", "    stages:", "      base: {kind: model, path: model}"]
+    ours.append("      data: {kind: dataset, model: base, sources: [{type: files, path: rows.jsonl}]}")
+    theirs = ["stages:"]
+    for name, inputs, source in (("base", ["model"], "model"), ("data", ["base", "rows.jsonl"], "base")):
+        theirs += _dvc_stage(name, inputs, source)
+    for i in range(stages - 2):
+        adapter = f", adapter: s{i - 1}" if i else ""
+        ours.append(f"      s{i}: {{kind: sft, model: base, dataset: data{adapter}, seed: {i}, max_steps: 100}}")
+        theirs += _dvc_stage(f"s{i}", ["base", "data", *([f"s{i - 1}"] if i else [])], "base")
+    (folder / "pipelines.yaml").write_text("\n".join(ours) + "\n")
+    (folder / "dvc.yaml").write_text("\n".join(theirs) + "\n")
+
+
+def _dvc_stage(name: str, inputs: list[str], source: str) -> list[str]:
+    command = f"cp -r {source} {name} && echo {name} > {name}/{FILES[0]}"
+    return [f"  {name}:", f"    cmd: {command}", f"    deps: [{', '.join(inputs)}]", f"    outs: [{name}]"]
+
+
+def build(folder: Path) -> None:
+    """Puts every artifact of the chain into the store, and a record of the run into its place."""
+    workspace = Workspace(load(folder / "pipelines.yaml"))
+    pipeline = workspace.loaded.pipeline("chain")
+    record = workspace.runs.begin("chain", ())
+    artifacts: dict[str, Artifact] = {}
+    for name in in_order(pipeline):
+        stage = pipeline.stages[name]
+        assert isinstance(stage, ProgramStage)
+        inputs = {slot: artifacts[other] for slot, other in input_slots(stage).items()}
+        document, _ = document_of(workspace, stage, inputs, pipeline.salt, pinned_only)
+        key = key_of(document)
+        model = inputs["model"].manifest if stage.kind == "sft" else None
+        base = Base(kind=model.kind, key=model.key, digest=model.digest, template=None) if model else None
+
+        def manifest(digest: str, files: tuple[File, ...], stage=stage, key=key, document=document, inputs=inputs, base=base) -> Manifest:
+            parents = {slot: f"{artifact.manifest.kind}/{artifact.key}" for slot, artifact in inputs.items()}
+            return Manifest(
+                kind=stage.kind, type=stage.gives, key=key, document=document, digest=digest, files=files, parents=parents, base=base,
+                metrics={"loss": 1.0}, info={}, host={},
+            )  # fmt: skip
+
+        with workspace.store.locked(key):
+            built = workspace.store.building(key)
+            (built / "meta").mkdir()
+            (built / "payload").mkdir()
+            for file in FILES:
+                (built / "payload" / file).write_text(f"{name} {file}")
+            artifacts[name] = artifact = workspace.store.publish(built, manifest)
+        fields = {"key": key, "digest": artifact.digest, "document": document, "artifact": str(artifact.path)}
+        record.stages.append(StageRecord(stage=name, kind=stage.kind, status="done", **fields))
+    workspace.runs.finish(record, "completed")
+
+
+def build_dvc(folder: Path, dvc: str) -> None:
+    """Runs the commands of dvc.yaml, and has DVC take in what came out."""
+    for stage in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"].values():
+        subprocess.run(stage["cmd"], shell=True, cwd=folder, check=True)
+    cost((dvc, "commit", "--force", "--quiet"), folder)
+
+
+def cost(command: tuple[str, ...], folder: Path) -> tuple[float, float]:
+    """(CPU seconds, seconds) of one process and its children."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, seconds
+
+
+def table(title: str, commands: list[tuple[str, tuple[str, ...]]], folder: Path, rounds: int, peer: str | None) -> None:
+    best: dict[str, tuple[float, float]] = {}
+    for _ in range(rounds):
+        for name, command in commands:
+            best[name] = min(cost(command, folder), best.get(name, (float("inf"), 0.0)))
+    print(f"\n{title}, best of {rounds}\n{'command':<24}{'CPU s':>8}{'wall s':>8}" + (f"{'of ' + peer:>16}" if peer else ""))
+    for name, (cpu, seconds) in best.items():
+        print(f"{name:<24}{cpu:>8.2f}{seconds:>8.2f}" + (f"{cpu / best[peer][0]:>16.2f}" if peer else ""), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stages", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dvc", type=Path, help="its command, in an environment of its own; without it tuneline is measured alone")
+    arguments = parser.parse_args()
+    ours = [(f"tuneline {what}", (*TUNELINE, *what.split())) for what in ("validate", "plan demo")]
+    table("The demo", ours, ROOT, arguments.rounds, None)
+    validate, plan = ("tuneline validate", (*TUNELINE, "validate")), ("tuneline plan", (*TUNELINE, "plan", "chain"))
+    run = ("tuneline run", (*TUNELINE, "run", "chain"))
+    dvc = str(arguments.dvc.absolute()) if arguments.dvc else ""
+    status, dry, repro = (("dvc " + name, (dvc, *name.split())) for name in ("status", "repro --dry", "repro"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chain(folder, arguments.stages)
+        if dvc:
+            subprocess.run([dvc, "init", "--no-scm", "--quiet"], cwd=folder, check=True, env={**os.environ, "DVC_NO_ANALYTICS": "1"})
+        peer = "dvc status" if dvc else None
+        table(f"{arguments.stages} stages, cold", [validate, plan, *([status] if dvc else [])], folder, arguments.rounds, peer)
+        build(folder)
+        if dvc:
+            build_dvc(folder, dvc)
+        table(f"{arguments.stages} stages, built", [plan, run, *([status, dry, repro] if dvc else [])], folder, arguments.rounds, peer)
+        (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
+        table(f"{arguments.stages} stages, the data edited", [plan, *([status, dry] if dvc else [])], folder, arguments.rounds, peer)
+
+
+if __name__ == "__main__":
+    main()

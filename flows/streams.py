@@ -1,0 +1,34 @@
+"""stdout and stderr that outlive their reader: `tuneline run ... | head` must not end a run once `head` has seen enough."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TextIO
+
+
+class Unbroken:
+    """A stream as it is, but what nobody reads any more is dropped."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())  # also for what is still buffered, and for children
+        os.close(nothing)

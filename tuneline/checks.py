@@ -1,0 +1,147 @@
+"""What the types of pipelines.yaml cannot say: references name a stage that gives the right artifact, nothing waits for itself,
+numbers divide, paths stay inside the folders that the file may name.
+
+Works on the raw tree beside the types, so that one wrong stage does not hide what is wrong with the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from tuneline.fields import OutsideFile, Reference, annotated_values
+from tuneline.messages import listed, nearest
+from tuneline.order import cycles, depends_on
+from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
+from tuneline.source import Keys
+from tuneline.spec import AnyStage, EvaluateStage, GateStage, ProgramStage, Runtime, SftStage, Spec, Stage
+
+BUILT_IN_RUNTIMES = ("torch",)
+_STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
+Report = Callable[[Keys, str, str, bool], None]
+"""(path in the file, message, hint, whether its key is at fault)."""
+
+
+def keys_of(field: str) -> Keys:
+    return tuple(int(part) if part.isdecimal() else part for part in field.split(".")) if field else ()
+
+
+class Checks:
+    def __init__(self, root: Path, tree: Mapping[str, Any], spec: Spec | None, report: Report):
+        """`spec` is None where types are wrong; `tree` has its variables put in."""
+        self.root, self.tree, self.spec, self._report = root, tree, spec, report
+        self.roots = [named for named in _list(tree.get("roots")) if isinstance(named, str)]
+
+    def problem(self, path: Keys, message: str, hint: str = "", at_key: bool = False) -> None:
+        self._report(path, message, hint, at_key)
+
+    def run(self) -> None:
+        runtimes = _mapping(self.tree.get("runtimes"))
+        for name, raw in runtimes.items():
+            self._runtime(("runtimes", name), name, raw)
+        if "://" in str(self.tree.get("store")):
+            self.problem(("store",), f"found `{self.tree['store']}`, allowed a folder", "mount shared storage and name its folder")
+        for name, pipeline in _mapping(self.tree.get("pipelines")).items():
+            raw_stages = _mapping(_mapping(pipeline).get("stages"))
+            stages = self.spec.pipelines[name].stages if self.spec else dict(_valid(raw_stages))
+            self._stages(("pipelines", name, "stages"), raw_stages, stages, {*BUILT_IN_RUNTIMES, *runtimes})
+
+    def _runtime(self, here: Keys, name: str, raw: Any) -> None:
+        if name in BUILT_IN_RUNTIMES:
+            self.problem(here, f"found `{name}`, which is built in", "choose another name", at_key=True)
+        given = [field for field in ("lock", "python") if _mapping(raw).get(field) is not None]
+        if isinstance(raw, dict) and len(given) != 1:
+            self.problem(here, f"found {' and '.join(given) or 'nothing'}, allowed exactly one of lock, python", at_key=True)
+        if isinstance(_mapping(raw).get("lock"), str):
+            self._paths(here, Runtime(lock=raw["lock"]))
+
+    def _paths(self, here: Keys, model: BaseModel) -> None:
+        for field, _, named in annotated_values(model, OutsideFile):
+            path = (*here, *keys_of(field))
+            if not named:
+                self.problem(path, "found an empty path, allowed a path", "the folder of the file itself is `.`")
+            elif outside(placed(self.root, named), allowed_folders(self.root, self.roots)):
+                places = ", ".join(["the folder of the file", *self.roots])
+                folder = folder_to_allow(named)
+                hint = f"add `{folder}` to `roots:`" if self.roots else f"add `roots: [{folder}]` at the top of the file"
+                self.problem(path, f"found '{named}', allowed paths inside {places}", hint)
+
+    def _stages(self, at: Keys, raw: Mapping[str, Any], stages: Mapping[str, Stage], runtimes: set[str]) -> None:
+        for name, stage in stages.items():
+            here = (*at, name)
+            for finding in stage.findings():
+                self.problem((*here, *keys_of(finding.field)), finding.message, finding.hint, at_key=not finding.field)
+            if isinstance(stage, ProgramStage) and stage.runtime not in runtimes:
+                found = f"found `{stage.runtime}`, allowed {listed(sorted(runtimes))}"
+                self.problem((*here, "runtime"), found, nearest(stage.runtime, runtimes) or "declare it under `runtimes:`")
+            for field, reference, target in annotated_values(stage, Reference):
+                self._reference((*here, *keys_of(field)), name, reference, target, raw, stages)
+            self._paths(here, stage)
+            if isinstance(stage, SftStage):
+                self._same_base(here, stage, stages)
+            elif isinstance(stage, ProgramStage) and stage.resources.world_size > 1:
+                found = f"found {stage.resources.world_size} processes for {stage.kind}, allowed one"
+                self.problem((*here, "resources"), found, "only trainings run in several processes: write `gpus: 1`")
+            if isinstance(stage, GateStage):
+                self._metrics(here, stage, stages)
+        needs = {name: [need for need in depends_on(stage) if need in stages and need != name] for name, stage in stages.items()}
+        for ring in cycles(needs):
+            self.problem((*at, ring[0]), f"found a cycle: {' -> '.join(ring)}", "a stage cannot wait for itself", at_key=True)
+
+    def _reference(
+        self, path: Keys, name: str, reference: Reference, target: str, raw: Mapping[str, Any], stages: Mapping[str, Stage]
+    ) -> None:
+        given = stages[target].gives if target in stages else None
+        if target != name and target in raw and (given is None or not reference.types or given in reference.types):
+            if given and stages[name].kind in ("quantize", "sft") and stages[target].kind == "quantize":
+                found = f"found `{target}`, which is quantized, allowed a model in full precision"
+                self.problem(path, found, "name the model it was made from")
+            return
+        fitting = [other for other, stage in stages.items() if other != name and (not reference.types or stage.gives in reference.types)]
+        wanted = f"a stage that gives {' or '.join(with_article(kind) for kind in reference.types)}" if reference.types else "another stage"
+        allowed = f"{wanted}: {listed(fitting)}"
+        if target == name:
+            self.problem(path, f"found the stage itself, allowed {allowed}")
+        elif given is None:
+            self.problem(path, f"found the unknown stage `{target}`, allowed {allowed}", nearest(target, fitting))
+        else:
+            self.problem(path, f"found `{target}`, which gives {with_article(given)}, allowed {allowed}")
+
+    def _same_base(self, here: Keys, stage: SftStage, stages: Mapping[str, Stage]) -> None:
+        other = stages.get(stage.adapter or "")
+        if isinstance(other, SftStage) and other.model != stage.model:
+            self.problem((*here, "adapter"), f"found `{stage.adapter}`, trained on `{other.model}`, allowed adapters of `{stage.model}`")
+
+    def _metrics(self, here: Keys, gate: GateStage, stages: Mapping[str, Stage]) -> None:
+        """A metric of a Report must be of something that the evaluation scores; what a benchmark measures only lm-eval knows."""
+        for i, requirement in enumerate(gate.require):
+            for other in (requirement.of, requirement.improves_on, requirement.not_below):
+                stage = stages.get(other or "")
+                subject = requirement.metric.partition("/")[0]
+                if isinstance(stage, EvaluateStage) and stage.datasets and not stage.benchmarks and subject not in stage.datasets:
+                    found = f"found `{requirement.metric}`, but `{other}` scores only {listed(stage.datasets)}"
+                    self.problem((*here, "require", i, "metric"), found, f"write `{stage.datasets[0]}/exact_match`, say")
+
+
+def with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
+
+
+def _valid(raw: Mapping[str, Any]) -> Iterable[tuple[str, Stage]]:
+    for name, fields in raw.items():
+        try:
+            yield name, _STAGE.validate_json(json.dumps(fields), strict=True)
+        except ValidationError:
+            continue  # reported with the types
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,47 @@
+"""Which places outside a pipelines.yaml may name: its own folder and those under `roots:`.
+
+Two checks, because only one of them may look at the machine. When the file is loaded, paths are compared as text (`outside`),
+so that a file is valid everywhere or nowhere. When something is opened, links are followed (`refuse_escape`), so that no
+link in a data folder leads further than the file says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tuneline.errors import ConfigError, Problem
+
+GLOB = frozenset("*?[")
+
+
+def placed(root: Path, named: str) -> Path:
+    """The place that `named` means in a file in the folder `root`: `~` is the home, `..` is taken out as text."""
+    return Path(os.path.normpath(root / os.path.expanduser(named)))
+
+
+def allowed_folders(root: Path, roots: Iterable[str]) -> list[Path]:
+    return [placed(root, named) for named in (".", *roots)]
+
+
+def outside(path: Path, allowed: Iterable[Path]) -> bool:
+    return not any(path.is_relative_to(folder) for folder in allowed)
+
+
+def refuse_escape(paths: Iterable[Path], root: Path, roots: Sequence[str]) -> None:
+    """Raises ConfigError where one of `paths`, once its links are followed, is outside of what the file in `root` may name."""
+    allowed = [Path(os.path.realpath(folder)) for folder in allowed_folders(root, roots)]
+    for path in paths:
+        target = Path(os.path.realpath(path))
+        if outside(target, allowed):
+            found = f"found a link that leads out of the folder of the file: {path} -> {target}"
+            raise ConfigError([Problem("", "", found, f"if that is meant, add `roots: [{target.parent}]` at the top of the file")])
+
+
+def folder_to_allow(named: str) -> str:
+    """What to write under `roots:` so that `named` is inside: the folder around it, as the user wrote it."""
+    parts = Path(os.path.normpath(named)).parts
+    plain = next((i for i, part in enumerate(parts) if GLOB & set(part)), len(parts))
+    around = Path(*parts[: min(plain, len(parts) - 1)])
+    return str(around) if around.parts not in ((), ("/",)) else str(Path(*parts))
