@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # The environment of the programs' tests: the runtime itself stays as its lock says.
 RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
 
-.PHONY: help setup demo test test-fast lint format docs locks bench clean
+.PHONY: help setup demo test test-fast torture lint format docs locks bench clean
 
 help:  ## lists what one can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -29,6 +29,9 @@ test: setup $(VENV)/dev-ready .cache/test-tools/ready  ## every test; what CI ru
 test-fast: setup $(VENV)/dev-ready .cache/test-tools/ready  ## leaves out what is slow
 	$(BIN)/pytest tests -m "not slow"
 	$(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir . -m "not slow"
+
+torture: setup $(VENV)/dev-ready  ## kills runs at random, for hours if you like: make torture KILLS=500 SEED=7
+	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/test_flow_torture.py -q -s -k at_random
 
 lint: $(VENV)/dev-ready  ## ruff, mypy, import-linter, generated docs, program versions
 	$(BIN)/ruff check .

@@ -79,6 +79,8 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
     tail = "\n".join((work / "log.txt").read_text(errors="replace").splitlines()[-LOG_TAIL:])
     how = f"by signal {outcome.status - 128}" if outcome.status > 128 else f"with status {outcome.status}"
     message = f"the program ended {how} without saying why"
+    if outcome.status < 0:
+        message = f"the program's watchdog was ended by signal {-outcome.status}"
     if unexplained_before:
         return StageFailed("bug", f"{message}, twice; the end of its log:\n{tail}", f"the whole log: {work / 'log.txt'}", details=tail)
     return StageFailed("transient", message, "it is tried once more", details=tail)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import webbrowser
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,6 +184,7 @@ def run(
 
         run_table(record.stages)
         click.echo(f"{pipeline} {record.state} (run {record.run_id})", err=True)
+    _report(workspace, record)
     sys.exit(EXIT[record.state])
 
 
@@ -190,25 +192,30 @@ def run(
 @click.argument("what", metavar="PIPELINE[/STAGE]")
 @file_option
 @click.option("--run", "run_id", metavar="ID", help="Another run than the last one.")
+@click.option("--open", "in_browser", is_flag=True, help="Opens the run's report in a browser.")
 @json_option
-def show(what: str, file: Path, run_id: str | None, as_json: bool) -> None:
-    """Shows what the last run of a pipeline, or of one of its stages, came to."""
+def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
+    """Shows what the last run of a pipeline, or of one of its stages, came to, and where its report lies."""
     pipeline, _, stage = what.partition("/")
     workspace = Workspace(_load(file, pipeline, (), ()), _warn)
     record = workspace.runs.get(pipeline, run_id)
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
-    if not records:
-        found = f"found no stage `{stage}` in run {record.run_id}, allowed {', '.join(entry.stage for entry in record.stages)}"
+    if stage and not records:
+        ended = ", ".join(entry.stage for entry in record.stages) or "none, as none has ended"
+        found = f"found no stage `{stage}` in run {record.run_id}, allowed {ended}"
         raise ConfigError([Problem("show", "", found)])
     manifests = {entry.stage: _manifest(entry.artifact) for entry in records}
     if as_json:
         document = {"pipeline": pipeline, "run_id": record.run_id, "state": record.state, "stages": manifests}
         click.echo(json.dumps(manifests[stage] if stage else document, indent=1, ensure_ascii=False))
+        if in_browser:
+            _report(workspace, record, in_browser)
         return
     from flows.console import run_table
 
     run_table(records)
     click.echo(f"run {record.run_id}, {record.started}, {record.state}", err=True)
+    _report(workspace, record, in_browser)
     if stage and records[0].message:
         click.echo(records[0].message)
     if stage and manifests[stage]:
@@ -242,6 +249,28 @@ def verify(file: Path) -> None:
             click.echo(f"{folder}: {problem}")
     click.echo(f"{checked} artifacts, {damaged} damaged", err=True)
     sys.exit(FAILED if damaged else 0)
+
+
+@cli.command()
+@file_option
+@click.option("--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Runs of each pipeline to keep.")
+@click.option("--older-than", metavar="AGE", help="Keeps what younger runs need as well: 30d, 12h, 2w.")
+@click.option("--all", "everything", is_flag=True, help="Removes also what no run of this workspace names.")
+@click.option("--dry-run", is_flag=True, help="Shows what would go. Changes nothing.")
+@json_option
+def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
+    """Removes from the store what no kept run needs, and what killed runs left behind."""
+    from tuneline import gc as collection
+
+    policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)
+    items = collection.collect(Workspace(load(file), _warn), policy, dry_run, _warn)
+    freed = sum(item.size for item in items if item.removed)
+    if as_json:
+        click.echo(json.dumps({"dry_run": dry_run, "freed": freed, "items": collection.as_json(items)}, indent=1, ensure_ascii=False))
+    else:
+        from flows.console import gc_table
+
+        gc_table(items, dry_run)
 
 
 def _load(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:
@@ -293,6 +322,19 @@ def _run_json(record: RunRecord, rows: list[PlanRow]) -> dict[str, Any]:
         for entry in record.stages
     ]
     return {"pipeline": record.pipeline, "run_id": record.run_id, "state": record.state, "stages": stages}
+
+
+def _report(workspace: Workspace, record: RunRecord, in_browser: bool = False) -> None:
+    from flows.report import report_of
+
+    try:
+        path = report_of(workspace.runs, record)
+    except OSError as error:  # what the run came to stands all the same
+        _warn(f"the report cannot be written: {error.filename}: {error.strerror}")
+        return
+    click.echo(f"report: {path}", err=True)
+    if in_browser:
+        webbrowser.open(path.as_uri())
 
 
 def _manifest(artifact: str | None) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from tuneline.disk import human
+from tuneline.gc import Item
 from tuneline.plan import PlanRow
 from tuneline.protocol import Event
 from tuneline.runs import StageRecord
@@ -112,7 +114,8 @@ def run_table(records: Sequence[StageRecord]) -> None:
     width = max((len(record.stage) for record in records), default=0)
     for record in records:
         if record.artifact:
-            print(f"{record.stage:<{width}}  {os.path.relpath(record.artifact)}")
+            gone = "" if os.path.isdir(record.artifact) else "  (no longer in the store)"
+            print(f"{record.stage:<{width}}  {os.path.relpath(record.artifact)}{gone}")
 
 
 def plan_table(rows: Iterable[PlanRow]) -> None:
@@ -128,6 +131,21 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
     _print(table)
 
 
+def gc_table(items: Sequence[Item], dry_run: bool) -> None:
+    """What goes first, then what stays; the sum on stderr."""
+    table = _table("kind", "key", "size", "age", "stage", "", "why")
+    for item in sorted(items, key=lambda item: not item.removed):
+        verb = Text("would go" if dry_run else "removed", "yellow") if item.removed else Text("kept", "dim")
+        table.add_row(item.kind, item.key[:12], human(item.size), _age(item.age.total_seconds()), item.used_by, verb, Text(item.why))
+    _print(table)
+    gone = [item for item in items if item.removed]
+    size = human(sum(item.size for item in gone))
+    told = (
+        f"{size} would be freed, {len(gone)} of {len(items)} would go" if dry_run else f"{size} freed, {len(gone)} of {len(items)} removed"
+    )
+    print(told, file=sys.stderr)
+
+
 def figures(record: StageRecord) -> str:
     """The few metrics of a stage that one looks at first, with standard errors."""
     names = [name for name in FIGURES.get(record.kind, ()) if name in record.metrics]
@@ -140,6 +158,13 @@ def figures(record: StageRecord) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _duration(seconds: float) -> str:

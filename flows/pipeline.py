@@ -63,6 +63,7 @@ def run_pipeline(
         reporter.warning("store", message)
 
     workspace = Workspace(loaded, warn)
+    workspace.prepare_store()
     spec = loaded.pipeline(pipeline)
     record = workspace.runs.begin(pipeline, loaded.overrides)
     record.planned, record.only, record.force = planned(spec, only), only, tuple(force)
@@ -77,9 +78,9 @@ def run_pipeline(
                 needs = {need: allow_failure(futures[need]) for need in depends_on(spec.stages[name])}
                 futures[name] = stage_task(run, name).submit(needs)
         wait(list(futures.values()))
-    except BaseException:  # a signal reaches only this thread
+    except BaseException as error:  # a signal reaches only this thread
         run.supervisor.stop()
-        workspace.runs.finish(record, "cancelled")
+        workspace.runs.finish(record, "failed" if isinstance(error, Exception) else "cancelled")
         raise
     record.stages.sort(key=lambda stage: list(futures).index(stage.stage))
     state = _state({name: future.state for name, future in futures.items()}, record.run_id)

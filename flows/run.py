@@ -3,6 +3,8 @@ where none is configured."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 from contextlib import ExitStack
@@ -11,7 +13,7 @@ from typing import Any
 from flows.console import ConsoleReporter
 from flows.server import embedded_server, require_server, server_configured
 from flows.slots import visible_gpus
-from tuneline.errors import ConfigError, Problem
+from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
 from tuneline.gate import judge, shown_metrics
 from tuneline.order import depends_on, planned
 from tuneline.plan import PlanRow
@@ -20,6 +22,8 @@ from tuneline.runtimes import find_runtime
 from tuneline.source import Keys, dotted
 from tuneline.spec import GateStage, ProgramStage
 from tuneline.workspace import Workspace
+
+RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone
 
 
 def execute(
@@ -41,24 +45,51 @@ def execute(
     if not to_run and not server_configured():
         return _all_cached(workspace, pipeline, rows, only, ConsoleReporter(verbose))
     _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
-    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C; Prefect hands the signal on once the flow has stopped its programs
+    workspace.prepare_store()
     with ExitStack() as stack:
         reporter = stack.enter_context(ConsoleReporter(verbose))
-        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # the reporter speaks to the terminal; the server has the log
+        _on_signals(workspace, pipeline, reporter)
+        for name in ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):
+            os.environ[name] = "CRITICAL"  # the reporter speaks to the terminal; the server has the log
+        logging.raiseExceptions = False  # that log lines do not reach a server is said once, by us
         if server_configured():
+            os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
             require_server()
         else:
             reporter.console.print("starting Prefect", style="dim")
-            stack.enter_context(embedded_server(workspace.home / "prefect"))
+            stack.enter_context(embedded_server(workspace.home / "prefect", lambda message: reporter.warning("Prefect", message)))
         return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _on_signals(workspace: Workspace, pipeline: str, reporter: ConsoleReporter) -> None:
+    """Ctrl-C, a SIGTERM and a closed terminal end the run in order (Prefect hands SIGTERM on once the flow has stopped its programs).
+    A second Ctrl-C ends it at once: our pipes close with us, and the watchdogs kill what is left."""
+    interrupted = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping; Ctrl-C again ends it at once\n")
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            with contextlib.suppress(ConfigError):
+                record = workspace.runs.get(pipeline, reporter.run_id or "none")
+                if record.state == "running":
+                    workspace.runs.finish(record, "cancelled")
+            reporter.console.show_cursor()
+            os._exit(128 + signal.SIGINT)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, on_signal)
 
 
 def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: str | None, reporter: ConsoleReporter) -> RunRecord:
     """Judges the gates; a stage behind one that refuses is skipped, as it would be through Prefect."""
+    with contextlib.suppress(StoreError):  # a store that is only read will do
+        workspace.prepare_store()
     record = workspace.runs.begin(pipeline, workspace.loaded.overrides)
     record.planned, record.only = planned(workspace.loaded.pipeline(pipeline), only), only
     stages = workspace.loaded.spec.pipelines[pipeline].stages
@@ -112,6 +143,7 @@ def _through_prefect(
     only: str | None,
     force: tuple[str, ...],
 ) -> RunRecord:
+    import httpx
     from prefect.logging.handlers import APILogHandler
 
     from flows.pipeline import REPORTER, run_pipeline
@@ -128,9 +160,18 @@ def _through_prefect(
         if record.state == "running":  # unless it was interrupted in that as well
             workspace.runs.finish(record, "cancelled")
         return record
+    except httpx.TransportError as error:
+        address = os.environ["PREFECT_API_URL"]
+        if reporter.run_id is None:
+            raise StageFailed("transient", f"the Prefect server at {address} does not answer: {error}", "run again") from None
+        reporter.warning("Prefect", f"the server at {address} does not answer and has not heard how this run ended")
+        return workspace.runs.get(pipeline, reporter.run_id)
     finally:
         REPORTER.reset(token)
         APILogHandler().flush()
     if reporter.run_id is None:  # the flow itself broke before any stage could start
         state.result()
-    return workspace.runs.get(pipeline, reporter.run_id)
+    record = workspace.runs.get(pipeline, reporter.run_id)
+    if record.state == "running":  # how it ended could not be written down
+        state.result()
+    return record

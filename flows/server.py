@@ -12,10 +12,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,13 +50,15 @@ def require_server() -> None:
 
 
 @contextmanager
-def embedded_server(home: Path) -> Iterator[str]:
+def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message: None) -> Iterator[str]:
     """Starts a server on loopback and yields its API address, also set as PREFECT_API_URL. `home` is `.tuneline/prefect`.
+    `on_death` is called, from another thread, should it end before we do.
 
     Must be entered before prefect is imported, which reads its settings once.
     """
     home.mkdir(parents=True, exist_ok=True)
     os.environ.update({"PREFECT_HOME": str(home), **QUIET})
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")  # if it has gone, it does not come back
     for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach our loopback
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     with _free_database(home) as (database, lock):
@@ -79,12 +82,21 @@ def embedded_server(home: Path) -> Iterator[str]:
                 start_new_session=True,
                 pass_fds=(lock,),
             )
+        ended = threading.Event()
+
+        def watch() -> None:
+            process.wait()
+            if not ended.is_set():
+                on_death(f"the Prefect server has ended; the stages go on without it (its log: {log})")
+
         try:
             import prefect  # noqa: F401  (3 s of imports, while the server starts)
 
             _wait_for_health(url, process, log)
+            threading.Thread(target=watch, daemon=True).start()
             yield url
         finally:
+            ended.set()
             assert process.stdin is not None
             process.stdin.close()
             process.wait()

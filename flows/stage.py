@@ -8,7 +8,6 @@ decided by failure class (`flows/attempts.py`), not by exception type.
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import shutil
@@ -31,7 +30,8 @@ from flows.hub import resolve_commit
 from flows.progress import ProgressArtifact
 from flows.slots import Slots
 from flows.supervisor import Outcome, Supervisor
-from tuneline.errors import StageFailed, TunelineError
+from tuneline import disk
+from tuneline.errors import StageFailed, StoreError, TunelineError
 from tuneline.fields import OutsideFile, annotated_values
 from tuneline.gate import judge, shown_metrics
 from tuneline.keys import key_of
@@ -46,7 +46,6 @@ from tuneline.workspace import Workspace
 
 PASSED = "passed"  # what a gate hands on
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
 
 
@@ -116,7 +115,6 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
         name=name,
         task_run_name=name,
         description=stage.description or f"{stage.kind} of {run.pipeline}",
-        tags=[run.pipeline, stage.kind],
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=stage.retries,
@@ -137,16 +135,24 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
                 run.note(name, "failed", time.monotonic() - started, message=f"{error.failure_class}: {error}{details}")
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK:
-                hint = "finished work is kept: put it right and run again"
-                failure = StageFailed("disk", f"{error.filename or run.workspace.home}: {error.strerror}", hint)
-                run.note(name, "failed", time.monotonic() - started, message=f"disk: {failure}")
+            failure = _of_store(run, error)
+            if failure:
+                run.note(name, "failed", time.monotonic() - started, message=f"{failure.failure_class}: {failure}")
                 raise failure from error
             message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
             run.note(name, "failed", time.monotonic() - started, message=message)
             raise
 
     return supervise
+
+
+def _of_store(run: Run, error: Exception) -> StageFailed | None:
+    """What a full or broken disk, or a store that cannot be used, means to the stage."""
+    if isinstance(error, StoreError):
+        return StageFailed("disk" if disk.is_of_disk(error) else "config", error.message, error.hint)
+    if isinstance(error, OSError) and error.errno in disk.NUMBERS:
+        return disk.of_flow(error, run.workspace.home)
+    return None
 
 
 def _retryable(state: State[Any]) -> bool:
@@ -166,21 +172,30 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
     document, _ = document_of(run.workspace, stage, inputs, salt, run.commit)
     key = key_of(document)
-    store = run.workspace.store
-    artifact = None if name in run.forced else store.find(stage.kind, key)
+    artifact = _cached(run, name, stage, key)
     if artifact is None:
         with _lock(run, name, key) as held:
-            artifact = None if name in run.forced else store.find(stage.kind, key)
+            artifact = _cached(run, name, stage, key)
             if artifact is None:
                 with run.slots.taken(stage.resources.gpus) as gpus:
                     started = time.monotonic()
                     artifact = _build(run, name, stage, inputs, document, key, held, gpus)
                 run.note(name, "done", time.monotonic() - started, artifact)
                 return artifact
-    if (artifact.payload / REFERENCE).exists() and isinstance(stage, ModelStage) and stage.path:
-        point(artifact.path, run.workspace.outside(stage.path)[0][0])
-    run.note(name, "cached", artifact=artifact)
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
+
+
+def _cached(run: Run, name: str, stage: ProgramStage, key: str) -> Artifact | None:
+    """What the store has, unless the stage is forced; it is in the run's record before `tuneline gc` can look there."""
+    if name in run.forced:
+        return None
+    with run.workspace.store.steady():
+        artifact = run.workspace.store.find(stage.kind, key)
+        if artifact is not None:
+            if (artifact.payload / REFERENCE).exists() and isinstance(stage, ModelStage) and stage.path:
+                point(artifact.path, run.workspace.outside(stage.path)[0][0])
+            run.note(name, "cached", artifact=artifact)
+    return artifact
 
 
 @contextmanager
@@ -249,10 +264,21 @@ def _build(
     if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
         if _as_in_key(run, stage, document, request) != seen:
             raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
-        artifact = _publish(run, stage, request, inputs, document, began)
+        try:
+            artifact = _publish(run, stage, request, inputs, document, began)
+        except OSError as error:
+            if error.errno in disk.NUMBERS:
+                raise disk.of_flow(error, request.out) from error  # what is free is looked at before what was written is gone
+            raise
+        finally:
+            shutil.rmtree(request.out, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
         return artifact
+    # A full disk can keep a program from saying so. It is looked at before what the program wrote is gone.
+    unsaid = disk.full(request.out, work) if disk.is_full(request.out, work) else None
     shutil.rmtree(request.out, ignore_errors=True)
+    if unsaid and not outcome.stopped and not (work / "failure.json").exists():
+        raise unsaid
     if outcome.stopped != "cancelled":
         run.reporter.warning(name, f"its log is {work / 'log.txt'}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)

@@ -1,7 +1,9 @@
-"""stdout and stderr that outlive their reader: `tuneline run ... | head` must not end a run once `head` has seen enough."""
+"""stdout and stderr that outlive their reader: `tuneline run ... | head` must not end a run once `head` has seen enough, and a run
+whose terminal was closed ends in order."""
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any, TextIO
 
@@ -18,17 +20,19 @@ class Unbroken:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
 
-    def _drop(self) -> None:
+    def _drop(self, error: OSError) -> None:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # what a closed pipe and a closed terminal answer
+            raise error
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())  # also for what is still buffered, and for children
         os.close(nothing)

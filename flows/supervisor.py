@@ -1,11 +1,15 @@
 """Runs programs under the watchdog: log lines and events as they come, timeout, stop, and what can be known of a death.
 
 Signals reach only the flow's main thread, while stages run in pool threads, so no `finally` of a stage is relied on: the
-flow calls `Supervisor.stop()`, and if the flow itself is killed, the closing of its pipes does the same.
+flow calls `Supervisor.stop()`, and if the flow itself is killed, the closing of its pipes does the same. If a watchdog is
+killed, its program dies with it, but not what that had started: those are found by WORK in their environment.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,10 +21,13 @@ from typing import IO, Literal
 
 from pydantic import ValidationError
 
+from tuneline.errors import StageFailed
 from tuneline.protocol import Event
 
 WATCHDOG = Path(__file__).with_name("watchdog.py")
 POLL = 0.2  # seconds between looks at events and the clock
+WORK = "TUNELINE_WORK"  # in the environment of all that works in a folder, as Jenkins marks the processes of a build
+STRAY_SECONDS = 10  # until a killed process must be gone
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Supervisor:
             self._stopping.set()
             live = list(self._live)
         for process in live:
-            _close(process)
+            _ask_to_end(process)
         for process in live:
             process.wait()
 
@@ -70,6 +77,7 @@ class Supervisor:
     ) -> Outcome:
         """Runs `command` in `folder` until it ends. The watchdog inherits `held` (the key's lock), so that the lock is free only
         when the last process is gone. Lines of stdout and stderr go to `on_line` and to folder/log.txt."""
+        end_strays(folder)
         oom_kills = _oom_kills()
         events = _EventTail(folder / "events.jsonl")
         with self._lock:
@@ -81,7 +89,7 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=dict(environment),
+                env={**environment, WORK: str(folder)},
                 start_new_session=True,
                 pass_fds=(held,),
             )
@@ -101,12 +109,14 @@ class Supervisor:
                     on_event(event)
                 if deadline and time.monotonic() > deadline and stopped is None:
                     stopped = "timeout"
-                    _close(process)
+                    _ask_to_end(process)
         finally:
             _close(process)
             process.wait()
             with self._lock:
                 self._live.discard(process)
+        if process.returncode < 0:  # the watchdog itself was killed
+            end_strays(folder)
         reader.join(5)  # a process that escaped could hold the pipe open
         for event in events.new():
             on_event(event)
@@ -115,20 +125,47 @@ class Supervisor:
         return Outcome(process.returncode, stopped, _oom_kills() > oom_kills)
 
 
+def end_strays(folder: Path) -> None:
+    """Kills what still works in a folder without a watchdog. Raises StageFailed where it cannot be killed."""
+    deadline = time.monotonic() + STRAY_SECONDS
+    while strays := _working_in(folder):
+        if time.monotonic() > deadline:
+            numbers = ", ".join(str(pid) for pid in strays)
+            raise StageFailed("transient", f"processes of an earlier attempt cannot be ended: {numbers}", "end them, then run again")
+        for pid in strays:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _working_in(folder: Path) -> list[int]:
+    mark, found = f"{WORK}={folder}".encode(), []
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):  # gone, or another user's; a zombie has no environment
+            if name.isdigit() and mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                found.append(int(name))
+    return found
+
+
+def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended by itself
+        process.stdin.write(b"e")
+        process.stdin.flush()
+
+
 def _close(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-    except BrokenPipeError:
-        pass
 
 
 def _pump(stream: IO[bytes], log: Path, on_line: Callable[[str], None]) -> None:
     """Copies output to the log and hands on whole lines. A progress bar, redrawn by carriage returns, is one line: its last state."""
-    with stream, log.open("ab") as file:
+    with stream, log.open("ab", buffering=0) as file:
         for raw in stream:
-            file.write(raw)
-            file.flush()
+            with contextlib.suppress(OSError):  # on a full disk the log ends here, the program goes on until it meets it, too
+                file.write(raw)
             line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
             if line.strip():
                 on_line(line)

@@ -3,12 +3,14 @@
     python -I -S watchdog.py ARGV...
 
 Standard library only, no imports of ours: it must start in milliseconds and never fail. Its stdin is a pipe that the flow
-process holds open; when it closes, for whatever reason (cancel, timeout, SIGKILL of the flow), every descendant is ended:
-SIGTERM, a grace period, SIGKILL. As child sub-reaper it inherits orphaned grandchildren, so none escapes by losing its parent.
+process holds open; when a byte comes (cancel, timeout) or it closes (SIGKILL of the flow), every descendant is ended: SIGTERM,
+a grace period, SIGKILL. When it closes after the byte, nobody waits for the grace: SIGKILL at once.
+As child sub-reaper it inherits orphaned grandchildren, so none escapes by losing its parent.
 Signals meant for the terminal's group are ignored: the flow decides. Ends with the program's exit status, 128 + n for signal n.
 """
 
 import ctypes
+import functools
 import os
 import select
 import signal
@@ -66,13 +68,26 @@ def reap(program):
             status = os.waitstatus_to_exitcode(raw)
 
 
+asked = False  # to end, by a byte
+
+
+def heard():
+    """What came on stdin: None if nothing, b"" once it is closed."""
+    global asked
+    if not select.select([0], [], [], 0)[0]:
+        return None
+    byte = os.read(0, 1)
+    asked = asked or bool(byte)
+    return byte
+
+
 def end_descendants(program):
     """SIGTERM, then SIGKILL after the grace period, until nothing is left; the program's status if it was still running."""
     status, deadline = None, time.monotonic() + GRACE
     signal_all(signal.SIGTERM)
     while descendants(os.getpid()):
         status = reap(program) if status is None else (reap(program), status)[1]
-        if time.monotonic() > deadline:
+        if heard() == b"" and asked or time.monotonic() > deadline:
             signal_all(signal.SIGKILL)
         time.sleep(0.05)
     last = reap(program)
@@ -83,24 +98,30 @@ def main():
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    deaths, told = os.pipe()  # gets a byte with each death of a child
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
     # Kept by name: a Popen that is dropped collects its child's status, and we would wait for it for ever.
     # It inherits the key's lock as well, in case we are killed ourselves.
-    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare_program, close_fds=False)
-    program = process.pid
-    status, poll = None, 0.02
+    prepare = functools.partial(prepare_program, os.getpid())
+    process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare, close_fds=False)
+    program, status = process.pid, None
     while status is None:
-        readable, _, _ = select.select([0], [], [], poll)
-        if readable and not os.read(0, 1):
+        if deaths in select.select([0, deaths], [], [])[0]:
+            os.read(deaths, 4096)
+        if heard() is not None:
             status = end_descendants(program)
             break
         status = reap(program)
-        poll = min(0.2, poll * 1.5)
     end_descendants(program)  # what the program left behind
     sys.exit(143 if status is None else 128 - status if status < 0 else status)
 
 
-def prepare_program():
+def prepare_program(watchdog):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != watchdog:  # killed before that call: no signal will come
+        os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 

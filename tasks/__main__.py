@@ -6,13 +6,14 @@ so that programs raise `StageFailed` only for what they themselves can name.
 
 from __future__ import annotations
 
-import errno
 import importlib
+import shutil
 import sys
 import traceback
 from pathlib import Path
 
 from tasks.loading import check_inputs
+from tuneline import disk
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Failure, Request
 
@@ -43,7 +44,9 @@ def main() -> int:
             result.write(folder / "result.json")
         return 0
     except BaseException as error:
-        failure = classify(error)
+        failure = classify(error, request)
+        if failure.failure_class == "disk":
+            shutil.rmtree(request.out, ignore_errors=True)  # room to say so
         print(failure.details or failure.message, file=sys.stderr, flush=True)
         failure.write(folder / "failure.json")
         return 1
@@ -55,7 +58,7 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def classify(error: BaseException) -> Failure:
+def classify(error: BaseException, request: Request) -> Failure:
     """Sorts an exception into a failure class, by type name where importing the library to compare would cost seconds."""
     if isinstance(error, StageFailed):
         return Failure(failure_class=error.failure_class, message=error.message, hint=error.hint, details=error.details)
@@ -64,8 +67,9 @@ def classify(error: BaseException) -> Failure:
     details = "".join(traceback.format_exception(error))
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or "can't allocate memory" in str(error):
         return Failure(failure_class="oom", message=text, hint="the stage is tried again with half the micro-batch", details=details)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Failure(failure_class="disk", message=text, hint="free some space and run again: finished work is kept", details=details)
+    if disk.is_of_disk(error):
+        failed = disk.of_program(error, request.out, request.work)
+        return Failure(failure_class="disk", message=failed.message, hint=failed.hint, details=details)
     if names & set(AUTH):
         hint = "check the name, ask for access on the hub, and set HF_TOKEN"
         return Failure(failure_class="auth", message=str(error).strip().splitlines()[0], hint=hint, details=details)

@@ -1,11 +1,13 @@
 """A program that does as it is told, for faults that real programs do not make on demand. See the fixture `stand_in`.
 
-Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `die`,
-`oom` (class), `kill` (SIGKILL to itself), `data` (class), `slow` (a second, file by file), or a number: the value of its metric.
+Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `deaf` (to SIGTERM), `die`,
+`oom` (class), `kill` (SIGKILL to itself), `data` (class), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;
+`fill` fills the disk and dies without a word, `hoard` does so with checkpoints, `brim` fills it and ends well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,7 +32,9 @@ actions = json.loads((project / "script.json").read_text()).get(name, [])
 action = actions[number] if number < len(actions) else "ok"
 print(f"stand-in {name}: {action}", flush=True)
 events.progress(1, 2, "half")
-if action == "sleep":
+if action == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if action in ("sleep", "deaf"):
     subprocess.Popen(["sleep", "1000"], start_new_session=True)
     (project / f"sleeping-{name}").write_text("")
     time.sleep(1000)
@@ -43,13 +47,25 @@ if action in ("oom", "data", "transient", "config"):
     sys.exit(1)
 if action == "edit":
     source[0].write_text("edited while it was read")
+if action == "wait":
+    (project / f"waiting-{name}").write_text("")
+    while not (project / "go").exists():
+        time.sleep(0.05)
 value = float(action) if isinstance(action, int | float) else 1.0
 request.payload.mkdir(parents=True, exist_ok=True)
 request.meta.mkdir(parents=True, exist_ok=True)
 upstream = {slot: entry.digest for slot, entry in request.inputs.items()}
 if action == "slow":
-    for i in range(20):
+    for i in range(10):
         (request.payload / f"{i}.bin").write_bytes(bytes([i]) * 100_000)
         time.sleep(0.05)
+if action in ("fill", "hoard", "brim"):
+    with contextlib.suppress(OSError), ((request.work if action == "hoard" else request.payload) / "big").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    if action != "brim":
+        os._exit(9)
+    Result().write(request.work / "result.json")
+    os._exit(0)
 (request.payload / "data.json").write_text(json.dumps({"upstream": upstream, "name": name}))
 Result(metrics={"figure": value}).write(request.work / "result.json")

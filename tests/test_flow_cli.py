@@ -203,7 +203,9 @@ def test_an_interrupted_run_prints_its_json(two_stages: Project, stand_in: Calla
     told = json.loads(out)
     assert told["state"] == "cancelled"
     assert {stage["stage"]: stage["status"] for stage in told["stages"]}["one"] == "done"
-    assert err.endswith("interrupted; run again and it goes on where it was\n")
+    assert "interrupted; run again and it goes on where it was\n" in err
+    report = Path(err.splitlines()[-1].removeprefix("report: ")).read_text(encoding="utf-8")
+    assert '<span class="state cancelled">' in report
     early = two_stages.start("run", "p", "--json")
     assert early.stderr is not None
     assert early.stderr.readline() == "starting Prefect\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Project
+from test_flow_report import Page
 from test_flow_supervisor import gone
 
 PIPELINES = """\
@@ -101,6 +102,23 @@ def test_templates_and_parents_travel_in_the_manifests(killed: Project) -> None:
     assert stages["merged"]["parents"]["adapters.0"] == f"sft/{stages['sft']['key']}"
     assert stages["merged"]["metrics"]["max_logit_difference"] < 1e-3
     assert killed.tuneline("verify").stderr == f"{len(STAGES)} artifacts, 0 damaged\n"
+
+
+@pytest.mark.slow
+def test_the_report_holds_the_figures_of_the_manifests(killed: Project) -> None:
+    shown = killed.json("show", "pico")
+    page = Page((killed.root / ".tuneline" / "runs" / f"{shown['run_id']}.html").read_text(encoding="utf-8"))
+    assert page.self_contained()
+    for name in STAGES:
+        for metric, value in shown["stages"][name]["metrics"].items():
+            assert page.figures[name, metric.replace("dataset0/", "words/")] == value
+        assert shown["stages"][name]["digest"] in page.text
+    said = " ".join(page.text.split())
+    for heading in ("gate done met: words/bits_per_byte of eval", "Training of sft", "adapter sft", "quantized gptq", "words.jsonl 60"):
+        assert heading in said
+    rows = shown["stages"]["words"]["metrics"]["rows_test"]
+    assert f"6 of {rows:.0f} shown." in said
+    assert page.figures["gptq", "words/bits_per_byte"] == shown["stages"]["eval"]["metrics"]["dataset0/bits_per_byte"]
 
 
 @pytest.mark.slow

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Project
+from conftest import ROOT, Project
+from test_flow_supervisor import gone, marked
 
 from tuneline.runs import RunRecord
 
@@ -251,24 +256,122 @@ def test_a_configured_server_that_is_away_is_said(demo: Project) -> None:
     assert "hint: start it, or unset PREFECT_API_URL" in result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_leaves_no_process_and_the_next_completes(demo: Project, stand_in: Callable[..., None], number: int) -> None:
-    from test_flow_supervisor import gone
-
-    stand_in(one=["sleep"])
-    mark = f"{demo.root.name}{os.getpid()}{number}"
-    process = demo.start("run", "demo", MARK=mark)
+def asleep(project: Project, process: subprocess.Popen[str], name: str = "one") -> None:
+    """Waits until the stage sleeps."""
     deadline = time.monotonic() + 120
-    while not (demo.root / "sleeping-one").exists():
+    while not (project.root / f"sleeping-{name}").exists():
         assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def mark(demo: Project) -> str:
+    return f"{demo.root.name}{os.getpid()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_killed_run_leaves_no_process_and_the_next_completes(
+    demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str, number: signal.Signals
+) -> None:
+    stand_in(one=["sleep"])
+    own_server = {"PREFECT_API_URL": ""} if number == signal.SIGKILL else {}
+    process = demo.start("run", "demo", MARK=mark, **own_server)
+    asleep(demo, process)
+    assert demo.json("show", "demo")["state"] == "running"
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert gone(mark)
-    if number != signal.SIGKILL:
+    assert "Traceback" not in err
+    if number == signal.SIGKILL:
+        assert demo.json("show", "demo")["state"] == "killed"
+    else:
         assert process.returncode == 130, err
-        assert "Traceback" not in err
         assert demo.json("show", "demo")["state"] == "cancelled"
     assert demo.json("run", "demo")["state"] == "completed"
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_the_run_in_order_but_not_under_nohup(
+    demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str
+) -> None:
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    stand_in(one=["sleep"])
+    ours, theirs = os.openpty()
+    command, env = [sys.executable, "-m", "flows", "run", "demo"], {**os.environ, "PYTHONPATH": str(ROOT), "MARK": mark}
+    process = subprocess.Popen(
+        command, cwd=demo.root, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=own_terminal
+    )
+    os.close(theirs)
+    while not (demo.root / "sleeping-one").exists():
+        os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(30) == 130
+    assert gone(mark)
+    assert demo.json("show", "demo")["state"] == "cancelled"
+    stand_in(one=["ok", "slow"])
+    with subprocess.Popen(["nohup", *command], cwd=demo.root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(calls(demo, "one")) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_the_run_at_once(demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str) -> None:
+    stand_in(one=["deaf"])
+    process = demo.start("run", "demo", MARK=mark, TUNELINE_GRACE="60")
+    asleep(demo, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # it gives its program the grace
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=2)
+    assert process.returncode == 130
+    assert "stopping; Ctrl-C again ends it at once" in err
+    assert gone(mark)
+    assert demo.json("show", "demo")["state"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: Callable[..., None], mark: str) -> None:
+    stand_in(one=["slow"], other=["slow"])
+    process = demo.start("run", "demo", MARK=mark, PREFECT_API_URL="")
+    while not calls(demo, "one"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    for pid in marked(mark):
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"uvicorn" in line and b"watchdog" not in line:
+            os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert "Prefect: warning: the Prefect server has ended; the stages go on without it" in err
+    assert "does not answer and has not heard how this run ended" in err
+    assert "Traceback" not in err
+    assert "Error logging to API" not in err
+    shown = demo.json("show", "demo")
+    assert shown["state"] == "completed"
+    assert all(shown["stages"][name] for name in ("one", "two", "other", "after"))
+
+
+@pytest.mark.slow
+def test_eight_runs_at_once_build_each_stage_once(demo: Project, stand_in: Callable[..., None], prefect_server: str) -> None:
+    stand_in(**{name: ["slow"] for name in ("one", "two", "other", "after")})
+    own_server = {"PREFECT_API_URL": ""}
+    runs = [demo.start("run", "demo", "--json", **(own_server if i < 2 else {})) for i in range(8)]
+    documents = []
+    for process in runs:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        documents.append(json.loads(out))
+    assert len({document["run_id"] for document in documents}) == 8
+    for i, name in enumerate(("one", "two", "other", "gate", "after")):
+        statuses = sorted(document["stages"][i]["status"] for document in documents)
+        assert [document["stages"][i]["stage"] for document in documents] == [name] * 8
+        assert statuses == ["done"] * 8 if name == "gate" else ["cached"] * 7 + ["done"]
+        assert len(calls(demo, name)) == (name != "gate")
+    assert demo.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.supervisor import WATCHDOG, Outcome, Supervisor
+from flows.supervisor import WATCHDOG, WORK, Outcome, Supervisor
 from tuneline.protocol import Event, Events
 
 # Marks our processes in /proc, so that a test looks at its own alone.
@@ -128,6 +128,35 @@ def test_the_death_of_the_watchdog_is_noticed(tmp_path: Path, mark: str) -> None
         os.kill(watchdog, signal.SIGKILL)
 
     threading.Timer(0.7, kill).start()
-    outcome, _, _ = run(tmp_path, mark, "exec sleep 1000")
+    outcome, _, _ = run(tmp_path, mark, TREE)
     assert outcome.status == -signal.SIGKILL
-    assert gone(mark, 1.0)  # the program goes with it
+    assert not marked(mark)  # the program goes with it, and what that had started
+
+
+def test_what_an_earlier_attempt_left_is_ended_before_the_next_starts(tmp_path: Path, mark: str) -> None:
+    environment = {**os.environ, "MARK": mark, WORK: str(tmp_path)}
+    stray = subprocess.Popen(["sleep", "1000"], env=environment)
+    other = subprocess.Popen(["sleep", "1000"], env={**environment, WORK: f"{tmp_path}-other"})
+    try:
+        assert run(tmp_path, mark, "exit 0")[0].status == 0
+        assert stray.wait(5) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_stop_in_a_hurry_leaves_no_time_to_a_tree_that_ignores_sigterm(tmp_path: Path, mark: str) -> None:
+    command = [sys.executable, "-I", "-S", str(WATCHDOG), "bash", "-c", TREE]
+    environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "60"}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.stdin.write(b"e")
+        process.stdin.flush()
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(2) == 128 + signal.SIGKILL
+    assert gone(mark, 1.0)

@@ -325,6 +325,10 @@ def test_duplicates_are_dropped_across_sources_and_counted(tmp_path: Path) -> No
     assert (metrics["rows_read"], metrics["duplicates"], metrics["rows_train"], metrics["groups"]) == (5, 2, 3, 3)
     assert "| a.jsonl | 3 | 0 | 1 | 2 | 0 | 0 | 0 |" in run.report()
     assert "| b.jsonl | 2 | 0 | 1 | 1 | 0 | 0 | 0 |" in run.report()
+    document = json.loads((run.request.meta / "report.json").read_text())
+    first, second = ({"source": name, "read": read, "fates": {"duplicates": 1}} for name, read in (("a.jsonl", 3), ("b.jsonl", 2)))
+    splits = [{"train": rows, "validation": 0, "test": 0} for rows in (2, 1)]
+    assert document == {"sources": [first | {"splits": splits[0]}, second | {"splits": splits[1]}], "lengths": [], "ignored": {}}
 
 
 def test_rows_with_one_prompt_stay_together(tmp_path: Path) -> None:
@@ -414,6 +418,9 @@ def test_over_long_rows_are_dropped_and_counted(tmp_path: Path, pico: Input, tok
     assert (metrics["rows_read"], metrics["over_long"], metrics["rows_train"]) == (4, 2, 2)
     assert (metrics["tokens_train"], metrics["tokens_max"], metrics["tokens_p50"]) == (sum(counts), max(counts), min(counts))
     assert "| data.jsonl | 4 | 2 | 0 | 2 | 0 | 0 | 0 |" in run.report()
+    lengths = json.loads((run.request.meta / "report.json").read_text())["lengths"]
+    assert sum(rows for _, _, rows in lengths) == 2
+    assert all(any(least <= count <= most for least, most, _ in lengths) for count in counts)
     assert (run.request.meta / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 

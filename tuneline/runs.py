@@ -9,6 +9,7 @@ run writes that down.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -19,9 +20,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tuneline.errors import ConfigError, Problem
+from tuneline.errors import ConfigError, Problem, StoreError
 
 SCHEMA = 2
+BALLAST = 4 << 20  # bytes that a run's lock file holds, given up to write down how the run ended once the disk is full
 StageStatus = Literal["done", "cached", "failed", "skipped", "refused"]
 RunState = Literal["running", "completed", "failed", "refused", "cancelled", "killed"]
 
@@ -79,12 +81,23 @@ class Runs:
         unlocked = self.folder / f".{run_id}.new"
         self._locks[run_id] = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._locks[run_id], fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(self._locks[run_id], 0, BALLAST)
         unlocked.rename(self._lock(run_id))  # nobody ever sees it free while we live
         record = RunRecord(run_id=run_id, pipeline=pipeline, overrides=overrides, started=now.isoformat(timespec="seconds"))
         self.save(record)
         return record
 
     def save(self, record: RunRecord) -> None:
+        try:
+            self._write(record)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or record.run_id not in self._locks:
+                raise
+            os.ftruncate(self._locks[record.run_id], 0)
+            self._write(record)
+
+    def _write(self, record: RunRecord) -> None:
         temporary = self.folder / f".{record.run_id}"
         temporary.write_text(record.model_dump_json(by_alias=True, indent=1), encoding="utf-8")
         temporary.replace(self.folder / f"{record.run_id}.json")
@@ -132,6 +145,18 @@ class Runs:
                 continue
             if record.pipeline == pipeline:
                 yield record
+
+    def every(self) -> list[RunRecord]:
+        """All records, newest first. Raises StoreError for one that cannot be read: nobody knows what it needs."""
+        found = []
+        for path in sorted(self.folder.glob("*.json"), reverse=True):
+            try:
+                found.append(self._read(path))
+            except (OSError, ValidationError) as error:
+                message = f"the run record {path} cannot be read: what that run needs is not known"
+                hint = "delete that file if the run does not matter any more, or upgrade tuneline if a newer one wrote it"
+                raise StoreError(message, hint) from error
+        return found
 
     def get(self, pipeline: str, run_id: str | None) -> RunRecord:
         """The last run of a pipeline, or the named one. Raises ConfigError where there is none."""

@@ -3,9 +3,12 @@
     <store>/<kind>/<key[:2]>/<key>/{payload/, meta/, manifest.json}      an artifact: complete, because the manifest is there
     <store>/.building/<key>/                                            being written, under the key's lock
     <store>/.quarantine/                                                found broken; kept for a look, never used
+    <store>/.trash/                                                     taken out by `tuneline gc`, on its way to be deleted
     <store>/.locks/<key>                                                an flock, which the kernel frees when its holder dies
+    <store>/.workspaces/                                                who uses it: the folders of run records, one file each
+    <store>/store.json                                                  the schema of all this
 
-An artifact enters by one rename after everything is on disk, so a reader never sees half of one.
+An artifact enters by one rename after everything is on disk, and leaves by one, so a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +29,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from tuneline import disk
 from tuneline.errors import StageFailed, StoreError
 
 SCHEMA = 1
 CHANGED = "has changed since it was written"
 POLL = 0.2  # seconds between two tries to take a lock
+KEY = re.compile("[0-9a-f]{64}")
+ANOTHER = "name another `store:`"
 
 
 class File(BaseModel):
@@ -99,6 +106,48 @@ class Store:
     def __init__(self, root: Path, warn: Callable[[str], None] = lambda message: None):
         self.root, self.warn = root, warn
 
+    def check(self) -> None:
+        """Raises StoreError for what is no store, or one of a newer tuneline. None yet is well."""
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"the store {self.root} is a file, allowed a folder", ANOTHER)
+        marker = self.root / "store.json"
+        try:
+            schema = int(json.loads(marker.read_bytes())["schema"])
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise StoreError(f"the store {self.root} cannot be read: {error.strerror}", f"check its permissions, or {ANOTHER}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{marker} is damaged", "delete it if that folder is a store: the next run writes it anew") from error
+        if schema > SCHEMA:
+            message = f"the store {self.root} was made by a newer tuneline (store schema {schema}, this one reads {SCHEMA})"
+            raise StoreError(message, f"upgrade tuneline, or {ANOTHER}")
+
+    def prepare(self, runs: Path) -> None:
+        """Makes the store ready to be written into by the workspace whose run records lie in `runs`. Raises StoreError."""
+        self.check()
+        if not self.root.parent.is_dir():
+            message = f"found no folder {self.root.parent}, in which the store `{self.root.name}` is to be made"
+            raise StoreError(message, f"make it, or mount its disk, or {ANOTHER}")
+        try:
+            (self.root / ".workspaces").mkdir(parents=True, exist_ok=True)
+            for name in (".locks", ".trash"):  # there before the disk is full, so that gc works then
+                (self.root / name).mkdir(exist_ok=True)
+            user = self.root / ".workspaces" / hashlib.sha256(os.fsencode(runs)).hexdigest()[:16]
+            for path, text in ((self.root / "store.json", json.dumps({"schema": SCHEMA})), (user, str(runs))):
+                if not path.exists():
+                    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+                    _write_synced(temporary, os.fsencode(text))
+                    temporary.replace(path)
+            if not os.access(self.root, os.W_OK):
+                raise OSError(errno.EROFS if os.statvfs(self.root).f_flag & os.ST_RDONLY else errno.EACCES, "")
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def workspaces(self) -> dict[Path, Path]:
+        """Folders of run records that name artifacts of this store, by the file that says so."""
+        return {file: Path(os.fsdecode(file.read_bytes())) for file in sorted(self.root.glob(".workspaces/[0-9a-f]*"))}
+
     def folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key
 
@@ -152,12 +201,16 @@ class Store:
         """What is wrong with an artifact once every byte is read; None if nothing. A damaged one goes to quarantine."""
         problem, _ = self.inspect(folder, full=True)
         if problem:
-            self._quarantine(folder, problem)
+            try:
+                self._quarantine(folder, problem)
+            except StoreError as error:  # a store that is only read
+                self.warn(f"{folder} stays where it is: {error.message}")
         return problem
 
     def artifacts(self) -> Iterator[Path]:
         """Folders of all artifacts, broken ones too."""
-        yield from sorted(path for path in self.root.glob("[a-z]*/??/*") if path.is_dir())
+        found = (path for path in self.root.glob("[a-z]*/??/*") if KEY.fullmatch(path.name) and path.name[:2] == path.parent.name)
+        yield from sorted(path for path in found if path.is_dir())  # whatever else lies there is not ours to touch
 
     @contextmanager
     def locked(
@@ -172,7 +225,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise _not_writable(self.root, error) from error
+            raise self._not_writable(error) from error
         try:
             waiting = False
             while True:
@@ -189,6 +242,35 @@ class Store:
             yield descriptor
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Nothing is removed meanwhile: what a run finds, it writes into its record before `tuneline gc` looks there."""
+        with self._removal(fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def removing(self) -> Iterator[None]:
+        """No run takes anything from the store meanwhile. To be held for moments only."""
+        with self._removal(fcntl.LOCK_EX):
+            yield
+
+    @contextmanager
+    def _removal(self, how: int) -> Iterator[None]:
+        descriptor: int | None
+        try:
+            descriptor = os.open(self.root / ".locks" / "removal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if how == fcntl.LOCK_EX:
+                raise self._not_writable(error) from error
+            descriptor = None  # what cannot be written loses nothing
+        try:
+            if descriptor is not None:
+                fcntl.flock(descriptor, how)
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def building(self, key: str) -> Path:
         """An empty folder to build in, on the store's filesystem. Only for the holder of the key's lock."""
@@ -224,15 +306,27 @@ class Store:
         return Artifact(target, document)
 
     def _quarantine(self, folder: Path, problem: str) -> None:
-        with self._locked_now(folder.name) as free:
+        with self.locked_now(folder.name) as free:
             if not free:
                 return  # somebody is building it anew this moment
             problem_now, _ = self.inspect(folder)
             if folder.is_dir() and (problem_now or problem.endswith(CHANGED)):
                 self._move_away(folder, problem)
 
+    def throw_away(self, folder: Path) -> Path:
+        """Takes an artifact, or what else lies in the store, out of sight by one rename. Whoever calls deletes what it returns."""
+        target = self.root / ".trash" / f"{folder.name}-{time.time_ns()}"
+        try:
+            target.parent.mkdir(exist_ok=True)
+            folder.rename(target)
+        except FileNotFoundError:
+            pass  # another gc was faster
+        except OSError as error:
+            raise self._not_writable(error) from error
+        return target
+
     @contextmanager
-    def _locked_now(self, key: str) -> Iterator[bool]:
+    def locked_now(self, key: str) -> Iterator[bool]:
         """Whether the key's lock was free, and is held now."""
         try:
             with self.locked(key, keep_waiting=lambda: False):
@@ -248,8 +342,14 @@ class Store:
         except FileNotFoundError:
             return  # another run was faster
         except OSError as error:
-            raise _not_writable(self.root, error) from error
+            raise self._not_writable(error) from error
         self.warn(f"{folder.parent.parent.name}/{folder.name[:12]} in the store is broken: {problem}; moved to {target} and built again")
+
+    def _not_writable(self, error: OSError) -> StoreError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = disk.human(shutil.disk_usage(self.root if self.root.exists() else self.root.parent).free)
+            return StoreError(f"the disk of the store {self.root} is full: {free} are free", disk.HINT)
+        return StoreError(f"the store {self.root} cannot be written: {os.strerror(error.errno or 0)}", f"mount it writable, or {ANOTHER}")
 
 
 def digest(files: tuple[File, ...]) -> str:
@@ -287,9 +387,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _not_writable(root: Path, error: OSError) -> StoreError:
-    if error.errno == errno.ENOSPC:
-        return StoreError(f"the disk of {root} is full", "free some space and run again: finished work is kept")
-    return StoreError(f"the store {root} cannot be written: {error.strerror}", "check its permissions, or name another `store:`")

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tuneline import disk
+from tuneline.errors import StoreError
 from tuneline.load import Loaded
 from tuneline.paths import placed, refuse_escape
 from tuneline.runs import Runs
@@ -27,11 +29,21 @@ class Workspace:
         self.loaded, self.root = loaded, loaded.root
         self.home = self.root / ".tuneline"
         self.store = Store(placed(self.root, loaded.spec.store), warn)
+        self.store.check()
         self.runs = Runs(self.home / "runs")
         self._digests = FileDigests(self.home / "digests.json")
 
     def work(self, key: str) -> Path:
         return self.home / "work" / key
+
+    def prepare_store(self) -> None:
+        """Before a run that may write into it. Raises StoreError for a place where no store can be."""
+        if self.store.root.is_relative_to(self.home):
+            self.store.root.parent.mkdir(parents=True, exist_ok=True)
+        self.store.prepare(self.runs.folder)
+        if (free := disk.free(self.home)) < disk.ROOM:
+            message = f"the disk of {self.home} is full: {disk.human(free)} are free, a run wants {disk.human(disk.ROOM)} for its records"
+            raise StoreError(message, "free some space; `tuneline gc` does where the store is on that disk, too")
 
     def outside(self, named: str) -> tuple[list[Path], list[dict[str, Any]]]:
         """Files or the folder that a stage names, and what of them enters its key: content, and names inside a folder.

@@ -1,0 +1,134 @@
+"""The report of a run: one HTML file that people look at, beside the run's record in `.tuneline/runs/`.
+
+It is made from the record alone; what the artifacts still in the store add (curves, samples, the data report, lineage) is
+added, and what has left it is said to be gone. The file loads nothing from anywhere and runs nothing: styles and pictures
+stand in it, whatever came from data is escaped, and its content security policy forbids the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flows.report_figures import Chart, chart, graph
+from flows.report_models import columns, metric_rows, number, role_of, samples
+from flows.report_stage import Stage, between
+from tuneline import __version__
+from tuneline.runs import PlannedStage, RunRecord, Runs
+
+
+def report_of(runs: Runs, record: RunRecord) -> Path:
+    """Where the report is; written where there is none of the ended run yet. Raises OSError where that is not allowed."""
+    path = runs.folder / f"{record.run_id}.html"
+    if record.finished and path.is_file() and path.stat().st_mtime_ns >= path.with_suffix(".json").stat().st_mtime_ns:
+        return path  # as the run left it: what it shows may have left the store since
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(render(record).encode("utf-8", "replace"))
+    temporary.replace(path)
+    return path
+
+
+def render(record: RunRecord) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "duration": duration, "size": size, "clock": clock, "json": as_json}
+    entries = {entry.stage: entry for entry in record.stages}
+    planned = record.planned or [PlannedStage(stage=entry.stage, kind=entry.kind) for entry in record.stages]
+    unended = "pending" if record.state == "running" else "not run"
+    stages = {plan.stage: Stage(plan, entries.get(plan.stage), unended) for plan in planned}
+    compared = columns(stages)
+    return environment.get_template("report.html.j2").render(
+        record=record,
+        version=__version__,
+        command=command(record),
+        seconds=between(record.started, record.finished),
+        stages=stages,
+        graph=graph({name: [other for other in stage.plan.names.values() if other in stages] for name, stage in stages.items()}),
+        columns=compared,
+        metrics=list(metric_rows(compared)),
+        samples=list(samples(compared)),
+        curves=[(stage, charts) for stage in stages.values() if (charts := curves(stage))],
+        datasets=[(stage, data_report(stage)) for stage in stages.values() if stage.kind == "dataset" and stage.metrics],
+        sized=[(role_of(stage.kind), stage) for stage in stages.values() if stage.manifest and stage.manifest.type in ("Model", "Adapter")],
+        warnings=[(stage, told) for stage in stages.values() if (told := warnings(stage))],
+    )
+
+
+def command(record: RunRecord) -> str:
+    sets = [part for part in record.overrides if not part.startswith("--var ")]
+    variables = [part.removeprefix("--var ") for part in record.overrides if part.startswith("--var ")]
+    words = ["tuneline", "run", record.pipeline]
+    for flag, values in (
+        ("--set", sets),
+        ("--var", variables),
+        ("--only", [record.only] if record.only else []),
+        ("--force", record.force),
+    ):
+        for value in values:
+            words += [flag, value]
+    return shlex.join(words)
+
+
+def warnings(stage: Stage) -> list[str]:
+    told = (event.get("message") for event in stage.lines("events.jsonl") if event.get("type") == "warning")
+    return list(dict.fromkeys(str(message) for message in told if message))
+
+
+# --- training and data ------------------------------------------------------------------------------------------------
+
+
+def curves(stage: Stage) -> dict[str, Chart]:
+    """Loss and learning rate of a training over its steps."""
+    history = [entry for entry in stage.lines("history.jsonl") if isinstance(entry.get("step"), int)]
+    lines = {
+        name: [(float(entry["step"]), float(entry[name])) for entry in history if isinstance(entry.get(name), int | float)]
+        for name in ("loss", "eval_loss", "learning_rate")
+    }
+    if not lines["loss"]:
+        return {}
+    span = (min(entry["step"] for entry in history), max(entry["step"] for entry in history))
+    drawn = {"loss": chart({name: lines[name] for name in ("loss", "eval_loss")}, span)}
+    return drawn | ({"learning rate": chart({"learning_rate": lines["learning_rate"]}, span)} if lines["learning_rate"] else {})
+
+
+def data_report(stage: Stage) -> dict[str, Any]:
+    """What meta/report.json of a Dataset says; only totals where it has gone."""
+    try:
+        found = json.loads(stage.text("report.json"))
+    except ValueError:
+        return {}
+    fates = sorted({fate for source in found["sources"] for fate in source["fates"]})
+    highest = max((rows for _, _, rows in found["lengths"]), default=0)
+    return {**found, "fates": fates, "highest": highest}
+
+
+# --- as people read it ------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def size(value: float) -> str:
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if value >= unit), 1.0)
+    return f"{value / unit:.{0 if unit == 1 else 1}f} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB', 1.0: 'B'}[unit] }"
+
+
+def clock(moment: str | None) -> str:
+    return datetime.fromisoformat(moment).strftime("%Y-%m-%d %H:%M:%S UTC") if moment else ""
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

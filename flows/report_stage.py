@@ -1,0 +1,98 @@
+"""A stage as the report of a run sees it: what was planned, how it ended, and what its artifact still says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tuneline.runs import PlannedStage, StageRecord
+from tuneline.store import Manifest
+
+
+@dataclass
+class Stage:
+    """One stage of the run: what was planned, how it ended, and its artifact, if that is still the one of this run."""
+
+    plan: PlannedStage
+    entry: StageRecord | None
+    unended: str
+    manifest: Manifest | None = None
+    gone: str = ""
+
+    def __post_init__(self) -> None:
+        if self.entry and self.entry.artifact:
+            try:
+                manifest = Manifest.model_validate_json(Path(self.entry.artifact, "manifest.json").read_bytes())
+            except (OSError, ValidationError):
+                self.gone = "its artifact is no longer in the store"
+                return
+            if manifest.digest == self.entry.digest:
+                self.manifest = manifest
+            else:
+                self.gone = "its artifact was built again since, with another digest"
+
+    @property
+    def name(self) -> str:
+        return self.plan.stage
+
+    @property
+    def kind(self) -> str:
+        return self.plan.kind
+
+    @property
+    def status(self) -> str:
+        return self.entry.status if self.entry else self.unended
+
+    @property
+    def message(self) -> str:
+        return self.entry.message if self.entry else ""
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return (self.entry.document if self.entry else None) or {}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.entry.metrics if self.entry else {}
+
+    @property
+    def seconds(self) -> float:
+        """That it took in this run; of a cached one, that it took when it was built (0 where that is not known)."""
+        if self.status == "cached" and self.manifest:
+            host = self.manifest.host
+            return between(host.get("started"), host.get("finished"))
+        return self.entry.seconds if self.entry else 0.0
+
+    @property
+    def size(self) -> float:
+        """Bytes of its weights; of a model that stays where it is, those of the folder that it points to."""
+        by_reference = self.kind == "model" and self.manifest and any(file.path == "reference.json" for file in self.manifest.files)
+        return self.metrics.get("bytes", 0.0) if by_reference else float(self.manifest.size) if self.manifest else 0.0
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Of a JSON lines file in meta/, those that can be read."""
+        found = []
+        for line in self.text(name).splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return [line for line in found if isinstance(line, dict)]
+
+    def text(self, name: str) -> str:
+        if not (self.manifest and self.entry and self.entry.artifact):
+            return ""
+        try:
+            return Path(self.entry.artifact, "meta", name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+
+def between(started: Any, finished: Any) -> float:
+    """Seconds."""
+    return (datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds() if started and finished else 0.0

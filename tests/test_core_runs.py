@@ -1,0 +1,78 @@
+"""Run records: they say truly whether a run lives, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tuneline.runs import SCHEMA, Runs
+
+
+def killed_run(folder: Path) -> str:
+    """Begins a run in another process, which is killed; its id. While that lives, the run is alive for us."""
+    script = f"""
+import sys
+from pathlib import Path
+from tuneline.runs import Runs
+record = Runs(Path({str(folder)!r})).begin("demo", ())
+print(record.run_id, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        run_id = process.stdout.readline().strip()
+        record = Runs(folder).get("demo", run_id)
+        assert (record.state, Runs(folder).alive(record)) == ("running", True)
+        process.send_signal(signal.SIGKILL)
+    return run_id
+
+
+def test_a_killed_run_is_read_as_killed_and_the_next_writes_it_down(tmp_path: Path) -> None:
+    runs, run_id = Runs(tmp_path), killed_run(tmp_path)
+    file = tmp_path / f"{run_id}.json"
+    record = runs.get("demo", run_id)
+    assert (record.state, record.finished, runs.alive(record)) == ("killed", None, False)
+    assert json.loads(file.read_text())["state"] == "running"  # a look changes nothing
+    other = runs.begin("demo", ())
+    assert json.loads(file.read_text())["state"] == "killed"
+    assert [path.stem for path in tmp_path.glob("*.lock")] == [other.run_id]
+    runs.finish(other, "completed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{run_id}.json", f"{other.run_id}.json"])
+
+
+def test_a_run_of_this_process_is_alive_until_it_is_finished(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = runs.begin("demo", ())
+    assert runs.alive(record)
+    assert Runs(tmp_path).get("demo", None).state == "running"
+    Runs(tmp_path).begin("demo", ())  # nor does another run take it for dead
+    assert runs.alive(record)
+    runs.finish(record, "failed")
+    assert not runs.alive(record)
+    assert runs.get("demo", record.run_id).state == "failed"
+
+
+@pytest.mark.parametrize(("state", "read"), [("completed", "completed"), ("running", "killed")])
+def test_records_of_the_first_schema_are_read(tmp_path: Path, state: str, read: str) -> None:
+    stage = {"stage": "one", "kind": "dataset", "status": "done", "key": "k", "digest": "d", "document": {"a": 1}, "artifact": "/a"}
+    stage |= {"seconds": 1.5, "metrics": {"rows": 3.0}, "message": ""}
+    old = {"schema": 1, "run_id": "20261101T000000Z-abcd", "pipeline": "demo", "overrides": ["one.seed=2"], "stages": [stage]}
+    old |= {"started": "2026-11-01T00:00:00+00:00", "finished": None, "state": state}
+    (tmp_path / "20261101T000000Z-abcd.json").write_text(json.dumps(old))
+    record = Runs(tmp_path).get("demo", None)
+    assert (record.state, record.stages[0].metrics) == (read, {"rows": 3.0})
+    assert Runs(tmp_path).last_success("demo", {"one"})["one"].document == {"a": 1}
+
+
+def test_a_lock_without_a_record_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "20261101T000000Z-abcd.lock").touch()
+    runs = Runs(tmp_path)
+    record = runs.begin("demo", ())
+    assert (record.schema_number, os.listdir(tmp_path).count("20261101T000000Z-abcd.lock")) == (SCHEMA, 0)
+    runs.finish(record, "completed")

@@ -1,0 +1,100 @@
+"""Full and read-only disks: how one is recognised behind a library's error, and what a person is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tuneline.errors import StageFailed
+
+NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# What libraries say that lose the number: safetensors and torch's old format quote the system, torch's zip writer does not.
+TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "basic_ios::clear: iostream error",
+    "Not enough disk space",
+)
+SHORT = " requested and "  # numpy's short write: an OSError without a number
+FULL = 1 << 20  # bytes; a disk with less has no room for what a program writes
+ROOM = 16 << 20  # bytes that a run wants for its records, logs and Prefect's database
+HINT = "`tuneline gc` frees what no kept run needs; or move to a larger disk, the store alone by `store:`; finished work is kept"
+WRITABLE = "make it writable, or name another `store:`; finished work is kept"
+
+
+def is_of_disk(error: BaseException | None) -> bool:
+    """Whether it, or what it was raised from, is the disk's."""
+    return any(
+        isinstance(cause, OSError) and (cause.errno in NUMBERS or SHORT in str(cause)) or any(text in str(cause) for text in TEXTS)
+        for cause in causes(error)
+    )
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def of_program(error: BaseException, *folders: Path) -> StageFailed:
+    """What the disk's `error` means to a program that writes into `folders`."""
+    system = next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EIO)), None)
+    if system:
+        return of_flow(system, folders[0])
+    if any("Read-only file system" in str(cause) for cause in causes(error)):
+        return StageFailed("disk", str(error), WRITABLE)
+    return full(*folders)
+
+
+def full(*folders: Path) -> StageFailed:
+    """Of the folders that a program writes into, the one with the least room is named."""
+    folder = min(folders, key=free)
+    written = size_of(folder)
+    wrote = f"the program had written {human(written)} there and needs more"
+    return StageFailed("disk", f"the disk of {folder} is full: {wrote}; without them {_room(folder, free(folder) + written)}", HINT)
+
+
+def of_flow(error: OSError, folder: Path) -> StageFailed:
+    """What the disk's `error` means where no program wrote; `folder` is named where the error names nothing."""
+    place = error.filename2 or error.filename  # of a copy, what was written
+    place = Path(os.fsdecode(place)) if place else folder
+    message = f"{place}: {os.strerror(error.errno or 0)}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StageFailed("disk", f"{message}; {_room(place, free(place))}", HINT)
+    return StageFailed("disk", message, WRITABLE)
+
+
+def is_full(*folders: Path) -> bool:
+    return min(map(free, folders)) < FULL
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
+
+
+def human(size: float) -> str:
+    """Bytes, as the disk's maker counts them: 1 MB is 10^6."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _room(folder: Path, bytes_free: int) -> str:
+    return f"{human(bytes_free)} of {human(shutil.disk_usage(_there(folder)).total)} are free"
+
+
+def free(folder: Path) -> int:
+    return shutil.disk_usage(_there(folder)).free
+
+
+def _there(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
