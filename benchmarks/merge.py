@@ -1,10 +1,10 @@
 """The merge beside PEFT's own merge-and-save and beside `cp`: seconds and peak memory, in one run.
 
-    PYTHONPATH=. <python of the torch runtime> benchmarks/merge.py [--megabytes 400] [--rounds 3]
+    PYTHONPATH=. <python of the torch runtime> benchmarks/merge.py [--megabytes 400] [--rounds 5]        (make bench-merge)
 
 Makes a random Llama of that size (bfloat16) with a rank-16 adapter on every linear layer, in one file and in several. Each
-way runs in a process of its own, the ways by turns and the best of the rounds counts, since other work on the machine only
-ever adds. `seconds` leaves out the imports; `peak` is the process's largest resident memory above what it had after them (the kernel's
+way runs in a process of its own, the ways by turns, and the medians of the rounds count; a share is the median of the rounds' own shares.
+`seconds` leaves out the imports; `peak` is the process's largest resident memory above what it had after them (the kernel's
 share for `cp`, none). The hand-over check (both models loaded, a few prompts run) is measured apart: PEFT and `cp` make none.
 Files are read from the page cache, and what is written is flushed to the disk within the time.
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from table import add_row  # noqa: E402
+
 WAYS = ("cp", "streamed", "PEFT", "check")
 
 
@@ -110,7 +115,8 @@ def run(*arguments: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--megabytes", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=Path, help="file that the rows of the common table are appended to")
     parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -127,18 +133,31 @@ def main() -> None:
         run("--make", name, "--megabytes", str(arguments.megabytes))
         size = sum(path.stat().st_size for path in (folder / "one").glob("*.safetensors")) / 1e6
         for shards in ("one", "many"):
-            best: dict[str, tuple[float, float]] = {}
+            found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
             for _ in range(arguments.rounds):
                 # PEFT before streamed: the check reads what streamed leaves.
                 for way in ("cp", "PEFT", "streamed", "check"):
-                    figures = json.loads(run("--measure", way, name, shards).splitlines()[-1])
-                    best[way] = min(tuple(figures), best.get(way, (float("inf"), 0.0)))
+                    found[way].append(tuple(json.loads(run("--measure", way, name, shards).splitlines()[-1])))
             files = len(list((folder / shards).glob("*.safetensors")))
-            print(f"\n{size:.0f} MB in {files} file{'s' if files > 1 else ''}, best of {arguments.rounds}")
+            title = f"{size:.0f} MB in {files} file{'s' if files > 1 else ''}"
+            print(f"\n{title}, median of {arguments.rounds}")
             print(f"{'way':<10}{'seconds':>9}{'peak MB':>9}{'of PEFT':>9}{'of cp':>9}")
             for way in WAYS:
-                seconds, memory = best[way]
-                print(f"{way:<10}{seconds:>9.2f}{memory:>9.0f}{seconds / best['PEFT'][0]:>9.2f}{seconds / best['cp'][0]:>9.2f}")
+                of_peft, of_cp = share(found, way, "PEFT"), share(found, way, "cp")
+                print(f"{way:<10}{median(found, way, 0):>9.2f}{median(found, way, 1):>9.0f}{of_peft:>9.2f}{of_cp:>9.2f}", flush=True)
+            for peer, what, goal in (("PEFT", 0, 0.3), ("cp", 0, 1.3), ("PEFT", 1, 0.25)):
+                what_for, unit = (("time", "s"), ("peak memory", "MB"))[what]
+                ours, theirs = median(found, "streamed", what), median(found, peer, what)
+                add_row(arguments.rows, f"merge: {what_for}, {title}", ours, peer, theirs, unit, goal)
+
+
+def median(found: dict[str, list[tuple[float, float]]], way: str, what: int) -> float:
+    return statistics.median(figures[what] for figures in found[way])
+
+
+def share(found: dict[str, list[tuple[float, float]]], way: str, other: str) -> float:
+    """Of the seconds, round by round: what else the machine does changes slower than that."""
+    return statistics.median(ours[0] / theirs[0] for ours, theirs in zip(found[way], found[other], strict=True))
 
 
 if __name__ == "__main__":

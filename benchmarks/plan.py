@@ -24,7 +24,10 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+
+from table import add_row  # noqa: E402
 
 from tuneline.keys import key_of  # noqa: E402
 from tuneline.load import load  # noqa: E402
@@ -114,7 +117,9 @@ def cost(command: tuple[str, ...], folder: Path) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, seconds
 
 
-def table(title: str, commands: list[tuple[str, tuple[str, ...]]], folder: Path, rounds: int, peer: str | None) -> None:
+def table(
+    title: str, commands: list[tuple[str, tuple[str, ...]]], folder: Path, rounds: int, peer: str | None
+) -> dict[str, tuple[float, float]]:
     best: dict[str, tuple[float, float]] = {}
     for _ in range(rounds):
         for name, command in commands:
@@ -122,6 +127,7 @@ def table(title: str, commands: list[tuple[str, tuple[str, ...]]], folder: Path,
     print(f"\n{title}, best of {rounds}\n{'command':<24}{'CPU s':>8}{'wall s':>8}" + (f"{'of ' + peer:>16}" if peer else ""))
     for name, (cpu, seconds) in best.items():
         print(f"{name:<24}{cpu:>8.2f}{seconds:>8.2f}" + (f"{cpu / best[peer][0]:>16.2f}" if peer else ""), flush=True)
+    return best
 
 
 def main() -> None:
@@ -129,11 +135,17 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dvc", type=Path, help="its command, in an environment of its own; without it tuneline is measured alone")
+    parser.add_argument("--rows", type=Path, help="file that the rows of the common table are appended to")
     arguments = parser.parse_args()
+
+    def keep(title: str, best: dict[str, tuple[float, float]], *pairs: tuple[str, str]) -> None:
+        for ours, theirs in pairs:
+            add_row(arguments.rows, f"`{ours}`, {title}: CPU", best[ours][0], theirs, best[theirs][0] if theirs in best else 1.0, "s", 1.0)
+
     ours = [(f"tuneline {what}", (*TUNELINE, *what.split())) for what in ("validate", "plan demo")]
-    table("The demo", ours, ROOT, arguments.rounds, None)
+    keep("the demo", table("The demo", ours, ROOT, arguments.rounds, None), *((name, "limit") for name, _ in ours))
     validate, plan = ("tuneline validate", (*TUNELINE, "validate")), ("tuneline plan", (*TUNELINE, "plan", "chain"))
-    run = ("tuneline run", (*TUNELINE, "run", "chain"))
+    run, show = (("tuneline " + name, (*TUNELINE, name, "chain")) for name in ("run", "show"))
     dvc = str(arguments.dvc.absolute()) if arguments.dvc else ""
     status, dry, repro = (("dvc " + name, (dvc, *name.split())) for name in ("status", "repro --dry", "repro"))
     with tempfile.TemporaryDirectory() as name:
@@ -141,14 +153,21 @@ def main() -> None:
         chain(folder, arguments.stages)
         if dvc:
             subprocess.run([dvc, "init", "--no-scm", "--quiet"], cwd=folder, check=True, env={**os.environ, "DVC_NO_ANALYTICS": "1"})
-        peer = "dvc status" if dvc else None
-        table(f"{arguments.stages} stages, cold", [validate, plan, *([status] if dvc else [])], folder, arguments.rounds, peer)
+        peer, size = "dvc status" if dvc else None, f"{arguments.stages} stages"
+        best = table(f"{size}, cold", [validate, plan, *([status] if dvc else [])], folder, arguments.rounds, peer)
+        if dvc:
+            keep(f"{size}, cold", best, (plan[0], status[0]))
         build(folder)
         if dvc:
             build_dvc(folder, dvc)
-        table(f"{arguments.stages} stages, built", [plan, run, *([status, dry, repro] if dvc else [])], folder, arguments.rounds, peer)
+        commands = [plan, run, show, *([status, dry, repro] if dvc else [])]
+        best = table(f"{size}, built", commands, folder, arguments.rounds, peer)
+        if dvc:
+            keep(f"{size}, built", best, (plan[0], status[0]), (run[0], repro[0]))
         (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "c"}\n')
-        table(f"{arguments.stages} stages, the data edited", [plan, *([status, dry] if dvc else [])], folder, arguments.rounds, peer)
+        best = table(f"{size}, the data edited", [plan, *([status, dry] if dvc else [])], folder, arguments.rounds, peer)
+        if dvc:
+            keep(f"{size}, data edited", best, (plan[0], status[0]))
 
 
 if __name__ == "__main__":

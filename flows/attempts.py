@@ -83,4 +83,4 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
         message = f"the program's watchdog was ended by signal {-outcome.status}"
     if unexplained_before:
         return StageFailed("bug", f"{message}, twice; the end of its log:\n{tail}", f"the whole log: {work / 'log.txt'}", details=tail)
-    return StageFailed("transient", message, "it is tried once more", details=tail)
+    return StageFailed("transient", message, "within `retries` it is tried once more", details=tail)

@@ -1,4 +1,4 @@
-"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify`.
+"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc`.
 
 stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed or
 `verify` found damage; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only

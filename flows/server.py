@@ -42,9 +42,11 @@ def require_server() -> None:
     try:
         with urllib.request.urlopen(f"{address}/health", timeout=10):
             return
-    except urllib.error.HTTPError as error:
-        error.close()  # it answers; whether it lets us in is Prefect's to say
     except (OSError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+            if error.code != 404:  # it answers; whether it lets us in is Prefect's to say
+                return
         hint = "start it, or unset PREFECT_API_URL: each run then brings a server of its own"
         raise ConfigError([Problem("PREFECT_API_URL", "", f"found no Prefect server at {address} ({error})", hint)]) from None
 

@@ -31,12 +31,13 @@ from flows.progress import ProgressArtifact
 from flows.slots import Slots
 from flows.supervisor import Outcome, Supervisor
 from tuneline import disk
+from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed, StoreError, TunelineError
 from tuneline.fields import OutsideFile, annotated_values
 from tuneline.gate import judge, shown_metrics
 from tuneline.keys import key_of
-from tuneline.plan import document_of, hub_inputs, input_slots
-from tuneline.protocol import Event, Input, Request, Result
+from tuneline.plan import code_trees, document_of, hub_inputs, input_slots
+from tuneline.protocol import Event, Input, Request, Result, Tree
 from tuneline.reference import REFERENCE, point
 from tuneline.runs import RunRecord, StageRecord, StageStatus
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
@@ -243,13 +244,15 @@ def _build(
     for stale in ("result.json", "failure.json"):
         (work / stale).unlink(missing_ok=True)
     micro_batch = attempts.micro_batch(stage)
+    code = code_trees(stage)
     request = Request(
         kind=stage.kind,
         key=key,
         config=stage.model_dump(mode="json"),
         seed=stage.seed,
         inputs={slot: _input(run.workspace, artifact) for slot, artifact in inputs.items()},
-        files={path: run.workspace.outside(named)[0] for path, _, named in annotated_values(stage, OutsideFile)},
+        files={path: run.workspace.outside(named, code.get(path))[0] for path, _, named in annotated_values(stage, OutsideFile)},
+        trees={path: _tree(run.workspace, source) for path, source in code.items()},
         commits={path: run.commit(*wanted) for path, *wanted in hub_inputs(stage)},
         out=store.building(key),
         work=work,
@@ -286,12 +289,18 @@ def _build(
 
 def _as_in_key(run: Run, stage: ProgramStage, document: dict[str, Any], request: Request) -> list[tuple[int, int, int]]:
     """Size, time and inode of every outside file. Raises StageFailed(data) where its content is no longer what the key says."""
+    code = code_trees(stage)
     for path, _, named in annotated_values(stage, OutsideFile):
-        if run.workspace.outside(named)[1] != document["files"][path]:
+        if run.workspace.outside(named, code.get(path))[1] != document["files"][path]:
             raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
     paths = [path for paths in request.files.values() for path in paths]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
     return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in (file.stat() for file in files)]
+
+
+def _tree(workspace: Workspace, source: CodeSource) -> Tree:
+    selection = workspace.selected(source.path, source)
+    return Tree(folder=selection.folder, left_out=selection.left_out)
 
 
 def _input(workspace: Workspace, artifact: Artifact) -> Input:

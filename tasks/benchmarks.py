@@ -3,7 +3,7 @@
 `lm_eval.evaluate` is called and not `simple_evaluate`, which asks git, the machine and the hub about themselves. What that one
 prepares, the number of examples and their seed, is done here.
 
-Left out: benchmarks that run code the model writes (they need a sandbox), images and sound.
+Left out: images and sound, and benchmarks that run code the model writes, but for `human_eval` (`tasks.code_benchmark`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from tasks import sandbox
+from tasks.code_benchmark import NAME as HUMAN_EVAL
+from tasks.code_benchmark import human_eval
 from tasks.scoring import TAIL, Report, Sample
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request
@@ -30,21 +33,27 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
 
     if stage.apply_chat_template and tokenizer.chat_template is None:
         raise StageFailed("config", "the model has no chat template for the benchmarks", "set `apply_chat_template: false`")
+    wanted: list[Any] = [name for name in stage.benchmarks if name != HUMAN_EVAL]
     folder = request.files["include_path"][0] if stage.include_path else None
     with contextlib.chdir(folder or "."):
-        manager = TaskManager(include_path=str(folder), include_defaults=False) if folder else None
-        if manager is None or not set(stage.benchmarks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=False)
+        if not set(wanted) <= set(manager.all_subtasks):
             manager = TaskManager(include_path=str(folder) if folder else None)  # 12 s: it reads 15000 files
         for i, name in enumerate(stage.benchmarks):
-            if name not in manager.all_tasks:
+            if name not in manager.all_tasks and name != HUMAN_EVAL:
                 from tuneline.messages import nearest
 
                 hint = nearest(name, manager.all_tasks) or "`python -m lm_eval ls tasks` lists them; your own need include_path"
                 raise StageFailed("config", f"benchmarks.{i}: found `{name}`, allowed names of lm-eval's tasks", hint)
-        loaded = manager.load(list(stage.benchmarks))
+        if HUMAN_EVAL in stage.benchmarks:
+            sandbox.check()
+            wanted.append(human_eval(events, chat=stage.apply_chat_template))
+        loaded = manager.load(wanted)
     for name, task in loaded["tasks"].items():
         if task.get_config("unsafe_code"):
-            raise StageFailed("config", f"benchmark {name} runs code that the model writes", "leave it out: there is no sandbox for it")
+            raise StageFailed(
+                "config", f"benchmark {name} runs code that the model writes", f"leave it out: only {HUMAN_EVAL} has a sandbox"
+            )
         own = task.get_config("num_fewshot")
         if own == 0 and stage.num_fewshot:
             events.warning(f"{name} says num_fewshot: 0 itself, and is run so")

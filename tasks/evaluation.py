@@ -4,7 +4,7 @@ lm-eval does the scoring of both: `tasks.harness` is its Hugging Face model. A d
 on: the prompt through the template saved on the trained side, checked token by token against `tasks.masks`. An adapter that
 changes nothing or is read in part, or another template than the one that was trained with, ends the stage.
 
-Left out: benchmarks that run code the model writes (they need a sandbox), images and sound, several processes.
+Left out: benchmarks that run code the model writes, but for human_eval, images and sound, several processes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tasks.benchmarks import first_question, load_benchmarks, run_benchmarks
+from tasks.code_benchmark import NAME as HUMAN_EVAL
+from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import compute_dtype, load_model, load_tokenizer
 from tasks.masks import prompt_ids, render_text, tokenize
 from tasks.rows import Row, read_split
@@ -56,7 +58,10 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     write(request, report)
     for sample in report.samples[:SHOWN]:
         events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
-    return Result(metrics=report.metrics, info={"rows": report.rows})
+    info: dict[str, Any] = {"rows": report.rows}
+    if HUMAN_EVAL in stage.benchmarks:
+        info[HUMAN_EVAL] = human_eval_info()
+    return Result(metrics=report.metrics, info=info)
 
 
 def be_quiet() -> None:

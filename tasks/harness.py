@@ -81,10 +81,11 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         ends = torch.tensor(sorted(self.ends), device=context.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         tokens, cache = context, None
+        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}  # models with code of their own may not
         for step in range(max_new_tokens):
             with torch.inference_mode():
                 output = self.model(
-                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **last
                 )
             chosen, cache = output.logits[:, -1].argmax(-1), output.past_key_values
             kept = (~torch.isin(chosen, ends)).nonzero()[:, 0]

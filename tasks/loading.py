@@ -1,14 +1,17 @@
-"""Models and tokenizers out of artifacts, the same way in every program: local files only, safetensors only, no remote code."""
+"""Models and tokenizers out of artifacts, the same way in every program: local files only, safetensors only, and code that came
+with a model only where the user allowed it (`runs_code`)."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.gptq import is_gptq, load_dense
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input, Request
+from tuneline.reference import REFERENCE
 from tuneline.reference import folder_of as model_folder
 from tuneline.store import CHANGED, Store, digest, sha256
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+CODE = ".py"
 REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
 
 
@@ -67,6 +71,20 @@ def compute_dtype(dtype: str = "auto") -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
+def runs_code(source: Input) -> bool:
+    """Whether Python files that came with a model are run: only where they are part of the artifact, and there they are only
+    where `trust_remote_code` was set in the stage that fetched it (an Adapter goes by its base)."""
+    model = source.base if source.base is not None else source
+    reference = model.path / REFERENCE
+    listed = [entry["path"] for entry in json.loads(reference.read_bytes())["files"]] if reference.exists() else []
+    return any(name.endswith(CODE) for name in listed or [file.name for file in model.path.iterdir()])
+
+
+def code_files(source: Input) -> list[Path]:
+    """What of a model's folder must go along with it wherever it goes."""
+    return sorted(model_folder(source.path).glob(f"*{CODE}")) if runs_code(source) else []
+
+
 def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a Model or an Adapter (the trained side's), with a padding token.
 
@@ -75,7 +93,7 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = model_folder(source.path) if source.type == "Model" else source.path
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code(source))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if source.template is not None and template_hash(tokenizer) != source.template:
@@ -99,12 +117,13 @@ def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> P
     base = source.base if source.type == "Adapter" else source
     assert base is not None
     folder = model_folder(base.path)
-    if is_gptq(folder) and device() == "cpu":
+    code = runs_code(base)
+    if is_gptq(folder) and device() == "cpu" and not code:
         model = load_dense(folder, dtype)
     else:
         placed = {"": place or device()} if is_gptq(folder) else None
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=code, use_safetensors=True
         )
     if source.type == "Adapter":
         from peft import PeftModel

@@ -27,7 +27,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tasks.loading import load_model, load_tokenizer, model_folder, saved_tokenizer, template_hash
+from tasks.loading import code_files, load_model, load_tokenizer, model_folder, runs_code, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids
 from tasks.rows import Row
 from tuneline.errors import StageFailed
@@ -78,7 +78,7 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     config = PeftConfig.from_pretrained(adapter.path)
     weights = stored_tensors(base)
     parts, others = lora_parts(adapter)
-    refuse(base, config, [*parts, *others])
+    refuse(adapter, config, [*parts, *others])
 
     reason = why_not_streamed(config, parts, others, weights)
     if reason:
@@ -92,6 +92,8 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
             if (base / name).exists():
                 shutil.copyfile(base / name, payload / name)
 
+    for file in code_files(adapter.base):
+        shutil.copyfile(file, payload / file.name)
     for file in sorted(adapter.path.iterdir()):  # the trained side's tokenizer and template, to the byte
         if not file.name.startswith("adapter_"):
             shutil.copyfile(file, payload / file.name)
@@ -153,12 +155,14 @@ def main_dtype(tensors: dict[str, Stored]) -> str:
     return next(DTYPES[dtype] for dtype, _ in sizes.most_common() if dtype in DTYPES)
 
 
-def refuse(base: Path, config: Any, names: list[str]) -> None:
+def refuse(adapter: Input, config: Any, names: list[str]) -> None:
     """Two merges that would go wrong whoever did them."""
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
     from transformers import AutoConfig
 
-    model = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    assert adapter.base is not None
+    base = model_folder(adapter.base.path)
+    model = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=runs_code(adapter))
     if "quantization_config" in json.loads((base / "config.json").read_text(encoding="utf-8")):
         raise StageFailed("config", "the adapter's base is quantized", "train on the full-precision model, merge, then quantize")
     tied = model.get_text_config().tie_word_embeddings and not config.ensure_weight_tying

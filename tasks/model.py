@@ -5,8 +5,9 @@
     path  by reference: the payload names the files with size and sha256; nothing is copied.
     gguf  converted by transformers to safetensors in float32.
 
-Left out on purpose: pickled weights and code of a repository (both run whatever their author wrote), sub-folders, and every
-file that transformers does not need. The check reads the headers of weight files and never a weight.
+Left out on purpose: pickled weights (they run whatever their author wrote), sub-folders, and every file that transformers does
+not need. Python files are left out, too, unless `trust_remote_code` says that they may run; a model that needs them is refused
+then. The check reads the headers of weight files and never a weight.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import save_tokenizer, template_hash
+from tasks.loading import CODE, save_tokenizer, template_hash
 from tasks.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
@@ -56,7 +57,7 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
         source = f"{stage.hub} at commit {commit}"
         events.progress(0, 2, f"fetching {stage.hub}")
         folder = request.payload
-        from_hub(stage.hub, commit, folder)
+        from_hub(stage.hub, commit, folder, stage.trust_remote_code)
     elif stage.gguf is not None:
         file = request.files["gguf"][0]
         source = f"GGUF file {file.name}"
@@ -67,9 +68,9 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
         folder = request.files["path"][0]
         source = f"folder {folder.name}, by reference"
     events.progress(1, 2, "checking")
-    facts = check(folder, source, events)
+    facts = check(folder, source, stage.trust_remote_code, events)
     if stage.path is not None:
-        write_reference(folder, request.payload)
+        write_reference(folder, request.payload, stage.trust_remote_code)
     (request.meta / "report.md").write_text(report(source, facts), encoding="utf-8")
     events.progress(2, 2, "checked")
     metrics = {"parameters": float(facts.weights.parameters), "bytes": float(facts.weights.bytes)}
@@ -79,11 +80,11 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
 # --- the three sources ------------------------------------------------------------------------------------------------
 
 
-def from_hub(repository: str, commit: str, payload: Path) -> None:
+def from_hub(repository: str, commit: str, payload: Path, code: bool) -> None:
     from huggingface_hub import snapshot_download
 
-    snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=list(FILES), ignore_patterns=["*/*"]))
-    for file in kept_files(snapshot):
+    snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=patterns(code), ignore_patterns=["*/*"]))
+    for file in kept_files(snapshot, code):
         target = payload / file.name
         try:
             os.link(file.resolve(), target)
@@ -103,10 +104,10 @@ def from_gguf(file: Path, payload: Path) -> None:
     save_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True), payload)
 
 
-def write_reference(folder: Path, payload: Path) -> None:
+def write_reference(folder: Path, payload: Path, code: bool) -> None:
     """reference.json says what the model is, location.json where it lies: see `tuneline.reference`."""
     entries = []
-    for file in kept_files(folder):
+    for file in kept_files(folder, code):
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         entries.append({"path": file.name, "size": file.stat().st_size, "sha256": digest})
@@ -114,14 +115,18 @@ def write_reference(folder: Path, payload: Path) -> None:
     point(payload.parent, folder)
 
 
-def kept_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in FILES))
+def kept_files(folder: Path, code: bool = False) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns(code)))
+
+
+def patterns(code: bool) -> list[str]:
+    return [*FILES, f"*{CODE}"] if code else list(FILES)
 
 
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def check(folder: Path, source: str, events: Events) -> Facts:
+def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
     """Everything that a training would trip over; raises StageFailed(data) with the first thing that is wrong."""
     if not (folder / "config.json").is_file():
         hint = "this is an adapter: name the model that it was trained on" if (folder / "adapter_config.json").is_file() else ""
@@ -135,7 +140,8 @@ def check(folder: Path, source: str, events: Events) -> Facts:
             "or take a revision that has them",
         )
     weights = read_weights(folder)
-    config, tokenizer = load_config(folder, source), load_check_tokenizer(folder, source)
+    check_code(folder, source, code)
+    config, tokenizer = load_config(folder, source, code), load_check_tokenizer(folder, source, code)
     vocabulary = config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None:
         hint = "without one no answer ends: set eos_token in tokenizer_config.json"
@@ -146,7 +152,7 @@ def check(folder: Path, source: str, events: Events) -> Facts:
             f"the tokenizer of {source} has {len(tokenizer)} tokens, the model has embeddings for {vocabulary}",
             "tokenizer and weights are of different models, or tokens were added without resizing the embedding",
         )
-    check_names(folder, source, config)
+    check_names(folder, source, config, code)
     for warning in warnings(folder, tokenizer):
         events.warning(warning)
     return Facts(
@@ -160,21 +166,45 @@ def check(folder: Path, source: str, events: Events) -> Facts:
     )
 
 
-def load_config(folder: Path, source: str) -> PreTrainedConfig:
+def check_code(folder: Path, source: str, code: bool) -> None:
+    """`auto_map` names classes of the model's own, which transformers runs if it may."""
+    for name in ("config.json", "tokenizer_config.json"):
+        for named in own_classes(folder / name):
+            module = f"{named.split('.')[0]}{CODE}"
+            if not code:
+                hint = "if you trust who wrote it, set `trust_remote_code: true` in the model's stage; else take a model without"
+                raise StageFailed("config", f"{name} of {source} names Python code of its own, {named}, which is not run", hint)
+            if "--" in named:
+                hint = "put the file beside config.json, and name it there without the repository"
+                raise StageFailed("config", f"{name} of {source} names code of another repository, {named}", hint)
+            if not (folder / module).is_file():
+                raise StageFailed("data", f"{name} of {source} names {named}, but there is no {module}", "take the complete model")
+
+
+def own_classes(file: Path) -> list[str]:
+    """As `modeling_mine.MineForCausalLM`; of a tokenizer there may be a slow and a fast one, or null."""
+    try:
+        named = json.loads(file.read_bytes()).get("auto_map", {})
+    except (OSError, ValueError):
+        return []  # whatever is wrong with it is said where it is loaded
+    return [part for item in named.values() for part in (item if isinstance(item, list) else [item]) if part]
+
+
+def load_config(folder: Path, source: str, code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)  # type: ignore[no-any-return]
     except (ValueError, OSError, KeyError) as error:
-        hint = "tuneline reads models that transformers knows by itself; code of a repository is never run"
+        hint = "tuneline reads models that transformers knows by itself, or that bring their code (see trust_remote_code)"
         raise StageFailed("data", f"config.json of {source} does not load: {first_line(error)}", hint) from error
 
 
-def load_check_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+def load_check_tokenizer(folder: Path, source: str, code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=code)
     except Exception as error:  # the Rust side raises bare Exception for a broken tokenizer.json
         hint = "a model folder holds tokenizer.json (or tokenizer.model) and tokenizer_config.json"
         raise StageFailed("data", f"the tokenizer of {source} does not load: {first_line(error)}", hint) from error
@@ -183,7 +213,7 @@ def load_check_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def check_names(folder: Path, source: str, config: PreTrainedConfig) -> None:
+def check_names(folder: Path, source: str, config: PreTrainedConfig, code: bool) -> None:
     """Loads the model onto the meta device (names and shapes, no weights): transformers would fill what is missing with noise.
 
     Quantized models are left out: their libraries do not load onto the meta device.
@@ -194,7 +224,7 @@ def check_names(folder: Path, source: str, config: PreTrainedConfig) -> None:
         return
     try:
         _, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="meta", output_loading_info=True, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder, device_map="meta", output_loading_info=True, local_files_only=True, trust_remote_code=code, use_safetensors=True
         )
     except (ValueError, OSError, RuntimeError) as error:
         hint = "weights and config.json must be of the same causal language model"

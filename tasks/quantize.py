@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import quantizer
 from tasks.gptq import cosines, quantization
-from tasks.loading import compute_dtype, device, load_model, load_tokenizer, model_folder, saved_tokenizer, template_hash
+from tasks.loading import compute_dtype, device, load_model, load_tokenizer, model_folder, runs_code, saved_tokenizer, template_hash
 from tasks.masks import tokenize
 from tasks.model import kept_files
 from tasks.rows import Row, read_split
@@ -49,7 +49,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     source, payload = request.inputs["model"], request.payload
     folder = model_folder(source.path)
     layers = quantizable(folder)
-    refuse(folder, layers, stage)
+    refuse(source, layers, stage)
     tokenizer = load_tokenizer(source)
     dataset = request.inputs["calibration"]
     calibration = calibration_rows(dataset, tokenizer, stage, events)
@@ -121,8 +121,11 @@ def block_count(layers: dict[str, tuple[int, int]]) -> int:
     return len({re.match(r".*?\.\d+\.", name)[0] for name in layers})  # type: ignore[index]
 
 
-def refuse(folder: Path, layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> None:
-    settings = quantization(folder)
+def refuse(source: Input, layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> None:
+    if runs_code(source):
+        hint = "quantize a model of an architecture that transformers knows by itself"
+        raise StageFailed("config", "the model runs code of its own (trust_remote_code), whose layers gptqmodel does not know", hint)
+    settings = quantization(model_folder(source.path))
     if settings is not None:
         raise StageFailed(
             "config",

@@ -6,8 +6,8 @@
     └── init      process 1 of the pid namespace: when it ends, the kernel ends everything in there, whatever session it has
         └── code  no capabilities, no user that owns anything, limits; runs the code
 
-The root folder is a tmpfs of bounded size with the interpreter's own folders, /usr and the system's libraries, read-only, and
-an empty /tmp. No /proc, no /sys, no home. A root that is not the system's own makes further user namespaces impossible too.
+The root folder holds the interpreter's own folders, /usr and the system's libraries, all read-only, and an empty /tmp of
+bounded size in memory. No /proc, no /sys, no home. A root that is not the system's own makes further user namespaces impossible too.
 
 That the code passed is believed only where it comes with a random word which is drawn after the code was handed over and is
 written once its last line has run: a code that leaves early, or prints what it likes, has not passed. Code that searches the
@@ -44,6 +44,7 @@ def main():
     request, by_root = json.load(sys.stdin), os.getuid() == 0
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
+        write("/proc/self/oom_score_adj", "1000")  # should the machine run out of memory, this goes first
         unshare()
         make_root(request["folders"], request["limits"]["folder_bytes"])
     except OSError as error:
@@ -108,7 +109,7 @@ def write(path, text):
 
 def make_root(folders, size):
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-    call("mount", b"tmpfs", ROOT.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=4096,mode=755".encode())
+    tmpfs(ROOT, "mode=755")
     for path in (*SYSTEM, *folders):
         if os.path.islink(path):
             link(path)
@@ -118,9 +119,14 @@ def make_root(folders, size):
     for path in DEVICES:
         bind(path)
     os.mkdir(ROOT + "/tmp")
-    os.chmod(ROOT + "/tmp", 0o1777)
+    tmpfs(ROOT + "/tmp", f"size={size},nr_inodes=4096,mode=1777")
+    read_only(ROOT, 0)
     os.chroot(ROOT)
     os.chdir("/tmp")
+
+
+def tmpfs(path, options):
+    call("mount", b"tmpfs", path.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options.encode())
 
 
 def link(path):
@@ -137,10 +143,10 @@ def bind(path):
     call("mount", path.encode(), (ROOT + path).encode(), None, MS_BIND | MS_REC, None)
 
 
-def read_only(path):
-    """With everything mounted below it; in one call, because an unprivileged remount must repeat each flag that is set already."""
+def read_only(path, flags=AT_RECURSIVE):
+    """Usually with everything mounted below it; not by a remount, because an unprivileged one must repeat each flag that is set."""
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
-    call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
+    call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, ctypes.sizeof(attributes))
 
 
 # --- process 1 --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -85,14 +86,15 @@ def test_what_a_kept_run_was_made_from_is_kept_far_back_and_an_adapters_base_too
     house.artifact(5)
     house.run(1, 2, 3, 4, 5)
     house.run(4)
-    items = {item.key: item for item in house.collect()}
+    house.run(4)
+    items = {item.key: item for item in house.collect(keep_last=2)}
     assert house.left() == {1, 2, 3, 4}
     assert items[key(5)].removed
     assert items[key(5)].why == "no kept run needs it"
     assert items[key(5)].used_by == "p/s5"
     assert items[key(5)].size > 1000
     assert items[key(1)].why == f"dataset/{key(2)[:12]} was made from it"
-    assert items[key(4)].why == "run 20200101T000002Z-abcd, one of the last 1"
+    assert items[key(4)].why == "run 20200101T000003Z-abcd, one of the last 2"
     assert not any((house.store.root / ".trash").iterdir())
 
 
@@ -228,16 +230,21 @@ def test_leftovers_go_and_unfinished_work_only_by_age(house: House) -> None:
         (root / name / "file").write_bytes(b"x" * 5000)
     work = house.root / ".tuneline" / "work" / key(2)
     work.mkdir(parents=True)
+    (work.parent / ".half deleted").mkdir()
     assert {item.kind for item in house.collect(dry_run=True) if item.removed} == {"trash", "building", "quarantine"}
     house.collect()
     assert [any((root / name).iterdir()) for name in (".trash", ".building", ".quarantine")] == [False, False, False]
-    assert work.is_dir()
+    assert list(work.parent.iterdir()) == [work]
     house.collect(older_than=timedelta(days=30))
     assert work.is_dir()
+    with house.store.locked(key(2)):
+        os.utime(work, (time.time() - 31 * 86400,) * 2)
+        house.collect(older_than=timedelta(days=30))
+        assert work.is_dir()
     os.utime(work, (time.time() - 31 * 86400,) * 2)
     (root / ".quarantine" / "young").mkdir()
     house.collect(older_than=timedelta(days=30))
-    assert not work.exists()
+    assert list(work.parent.iterdir()) == []
     assert (root / ".quarantine" / "young").is_dir()
 
 
@@ -384,3 +391,39 @@ def test_for_any_store_and_runs(
         assert house.store.verify(folder) is None
 
     assert not any(item.removed for item in house.collect(**options))  # type: ignore[arg-type]
+
+
+def test_a_run_never_loses_what_it_has_written_down(house: House) -> None:
+    """A run finds, thinks for a moment, notes and uses; gc is at it all the time, and removes what nobody uses any more."""
+    house.artifact(1)
+    house.run(1)
+    house.run()
+    ended = threading.Event()
+    removed: list[Item] = []
+
+    def clean() -> None:
+        while not ended.is_set():
+            removed.extend(item for item in house.collect() if item.removed and item.kind == "dataset")
+
+    cleaner = threading.Thread(target=clean)
+    cleaner.start()
+    try:
+        for i in range(60):
+            record = house.runs.begin(f"q{i}", ())
+            with house.store.steady():
+                artifact = house.store.find("dataset", key(1))
+                if artifact:
+                    time.sleep(0.005)
+                    record.stages = [StageRecord(stage="s", kind="dataset", status="cached", key=key(1))]
+                    house.runs.save(record)
+            if artifact is None:
+                house.artifact(1)
+            else:
+                time.sleep(0.02)
+                assert artifact.payload.is_dir(), f"gone in round {i}"
+            house.runs.finish(record, "completed")
+            (house.runs.folder / f"{record.run_id}.json").unlink()
+    finally:
+        ended.set()
+        cleaner.join()
+    assert removed

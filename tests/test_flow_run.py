@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,11 @@ def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> 
         }
 
     return go
+
+
+@pytest.fixture
+def mark(demo: Project) -> str:
+    return f"{demo.root.name}{os.getpid()}"
 
 
 def statuses(record: RunRecord) -> dict[str, str]:
@@ -135,6 +142,33 @@ def test_an_unexplained_death_is_tried_once_and_then_a_bug(demo: Project, stand_
     assert "ended with status 9 without saying why, twice" in record.stages[0].message
     assert "stand-in one: die" in record.stages[0].message  # the tail of its log
     assert run()[0].state == "completed"
+
+
+def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill() -> None:
+        while not (demo.root / "sleeping-one").exists():
+            time.sleep(0.05)
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked(mark)}
+        os.kill(next(pid for pid, line in lines.items() if b"watchdog.py" in line), signal.SIGKILL)
+
+    monkeypatch.setenv("MARK", mark)
+    stand_in(one=["sleep"])
+    killer = threading.Thread(target=kill)
+    killer.start()
+    record, _ = run()
+    killer.join()
+    assert record.state == "completed"
+    assert len(calls(demo, "one")) == 2
+    assert gone(mark)  # also the process that the first attempt had started
+    stand_in(one=["ok", "ok", "sleep"])
+    (demo.root / "sleeping-one").unlink()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    record, _ = run("one.retries=0", force=["one"])
+    killer.join()
+    assert record.stages[0].message == "transient: the program's watchdog was ended by signal 9\n\nhint: within `retries` it is tried once more"
 
 
 def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
@@ -256,6 +290,17 @@ def test_a_configured_server_that_is_away_is_said(demo: Project) -> None:
     assert "hint: start it, or unset PREFECT_API_URL" in result.stderr
 
 
+def test_a_configured_server_that_is_another_is_said(demo: Project) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}/api"
+        result = demo.tuneline("run", "demo", status=2, PREFECT_API_URL=address)
+        server.shutdown()
+        thread.join()
+    assert result.stderr.startswith(f"PREFECT_API_URL: found no Prefect server at {address} (HTTP Error 404")
+
+
 def asleep(project: Project, process: subprocess.Popen[str], name: str = "one") -> None:
     """Waits until the stage sleeps."""
     deadline = time.monotonic() + 120
@@ -263,11 +308,6 @@ def asleep(project: Project, process: subprocess.Popen[str], name: str = "one") 
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-
-
-@pytest.fixture
-def mark(demo: Project) -> str:
-    return f"{demo.root.name}{os.getpid()}"
 
 
 @pytest.mark.slow
@@ -347,7 +387,7 @@ def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: C
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
         if b"uvicorn" in line and b"watchdog" not in line:
             os.kill(pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "Prefect: warning: the Prefect server has ended; the stages go on without it" in err
     assert "does not answer and has not heard how this run ended" in err

@@ -84,7 +84,7 @@ class Torture:
             while len(seen) < wanted and process.poll() is None:
                 time.sleep(0.02)
                 seen.update(self.programs("watchdog.py"))
-            time.sleep(share * self.seconds / (1 if early else len(artifacts)))
+            time.sleep(share * self.seconds / (1 if early else 1.5 * len(artifacts)))
             killed = self.kill(target, process)
             self.kills += killed > 0
             print(f"{self.pipeline} {self.kills}: {killed} killed of {target}, after {time.monotonic() - started:.1f} s", flush=True)
@@ -107,12 +107,10 @@ class Torture:
 
     def kill(self, target: str, process: subprocess.Popen[str]) -> int:
         """SIGKILLs the target, once there is one; how many processes."""
-        if target == "flow":
-            victims = [process.pid]
-        elif target == "tree":
-            victims = [process.pid, *marked(self.mark)]
-        else:
-            victims = []
+        victims = [process.pid] if target in ("flow", "tree") and process.poll() is None else []
+        if target == "tree":
+            victims += marked(self.mark)
+        elif target != "flow":
             while process.poll() is None and not victims:
                 victims = self.programs("watchdog.py") if target == "watchdog" else self.programs("-m tasks", "stand_in.py")
                 victims = victims and [self.dice.choice(sorted(victims))]
@@ -143,8 +141,9 @@ class Torture:
             problem, _ = store.inspect(folder, full=True)
             assert problem is None, f"{folder}: {problem}"
         assert not (store.root / ".quarantine").exists()
+        until = time.monotonic() + 10  # a dying process loses its memory, and with it its mark, before its files
         for lock in (store.root / ".locks").iterdir():
-            with store.locked(lock.name, keep_waiting=lambda: False):
+            with store.locked(lock.name, keep_waiting=lambda: time.monotonic() < until):
                 pass
 
 

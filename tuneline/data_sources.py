@@ -13,7 +13,7 @@ Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", 
 
 
 class FilesSource(Strict):
-    """Rows from local files: .jsonl, .json, .parquet or .csv."""
+    """Rows from local files: .jsonl, .json or .csv, each also as .gz, or .parquet."""
 
     type: Literal["files"]
     path: Path
@@ -64,10 +64,10 @@ class CodeSource(Strict):
     type: Literal["code"]
     path: Path
     """Folder of the tree. What its .gitignore files leave out is left out, and vendored and generated files too."""
-    include: tuple[str, ...] = Field(("**/*",), min_length=1)
-    """Globs of files to read, relative to the folder; of these, text in a known language."""
+    include: tuple[str, ...] = ()
+    """Globs of files to read, as in a .gitignore: `["*.py", "/docs/**/*.md"]`. Empty reads every programming language."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out."""
+    """Globs of files and folders to leave out, as in a .gitignore."""
     licenses: tuple[str, ...] = ()
     """SPDX names of licenses allowed, as `[Apache-2.0, MIT]`; other files are left out and counted. Empty allows all."""
     chunk_length: int = Field(512, ge=32)

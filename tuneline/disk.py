@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -75,8 +76,13 @@ def is_full(*folders: Path) -> bool:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
+    """Bytes of the files in a folder, in which somebody may be at work."""
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.lstat(os.path.join(root, name)).st_size
+    return size
 
 
 def human(size: float) -> str:

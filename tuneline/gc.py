@@ -102,8 +102,10 @@ class Collection:
                 why = needed.get(f"{item.kind}/{item.key}") or ("" if free.get(_lock_of(item.key), True) else "a run holds its lock")
                 if why:
                     item = replace(item, why=why, removed=False)
-                elif item.kind in ("trash", "work"):
+                elif item.kind == "trash":
                     trash.append(item.path)
+                elif item.kind == "work":  # perhaps on another disk than the store
+                    trash.append(item.path.rename(item.path.with_name(f".{item.path.name}")))
                 else:
                     trash.append(self.store.throw_away(item.path))
                 out.append(item)
@@ -129,8 +131,8 @@ class Collection:
 
     def _needed(self, records: list[RunRecord]) -> dict[str, str]:
         """By `kind/key`: why it is kept."""
-        roots = dict(self._of_records(records))
-        for name, why in [*self.planned.items(), *self._of_others()]:
+        roots: dict[str, str] = {}
+        for name, why in [*self._of_records(records), *self.planned.items(), *self._of_others()]:
             roots.setdefault(name, why)
         waiting = list(roots)
         for name in waiting:
@@ -191,10 +193,12 @@ class Collection:
 
     def _leftovers(self) -> list[Item]:
         root = self.store.root
-        found = [_item("trash", path.name, path, "", "a gc was killed before it was deleted", True) for path in _folders(root / ".trash")]
+        work = _folders(self.work)
+        trash = [*_folders(root / ".trash"), *(path for path in work if path.name.startswith("."))]
+        found = [_item("trash", path.name, path, "", "a gc was killed before it was deleted", True) for path in trash]
         found += [self._building(path) for path in _folders(root / ".building")]
         found += [self._old("quarantine", path, "broken, never used again") for path in _folders(root / ".quarantine")]
-        return found + [self._unfinished(path) for path in _folders(self.work)]
+        return found + [self._unfinished(path) for path in work if path not in trash]
 
     def _building(self, path: Path) -> Item:
         free = self._lock_is_free(path.name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from tuneline.data_sources import HubSource
+from tuneline.data_sources import CodeSource, HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.keys import LIBRARIES, key_document, key_of
@@ -135,11 +135,11 @@ def document_of(
 
     Raises ConfigError for outside files or a runtime that are not there.
     """
-    files: dict[str, Any] = {}
+    trees, files = code_trees(stage), dict[str, Any]()
     problems: list[Problem] = []
     for path, _, named in annotated_values(stage, OutsideFile):
         try:
-            files[path] = workspace.outside(named)[1]
+            files[path] = workspace.outside(named, trees.get(path))[1]
         except FileNotFoundError as error:
             problems.append(Problem("", path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
         except ConfigError as error:  # a link that leads too far
@@ -162,6 +162,11 @@ def document_of(
         raise ConfigError(problems)
     libraries = runtime.versions(LIBRARIES[stage.kind])
     return key_document(stage, program_version(stage.kind), inputs, files, commits, libraries, salt), unresolved
+
+
+def code_trees(stage: Stage) -> dict[str, CodeSource]:
+    """The source trees that a stage reads, by the field of their path."""
+    return {f"sources.{i}.path": source for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, CodeSource)}
 
 
 def hub_inputs(stage: Stage) -> Iterator[tuple[str, str, str, str]]:

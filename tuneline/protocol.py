@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from tuneline.errors import FailureClass
 from tuneline.spec import STAGES, ProgramStage
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Message(BaseModel):
@@ -48,6 +48,15 @@ class Input(BaseModel):
     base: Input | None = None
 
 
+class Tree(BaseModel):
+    """A source tree of which the request's `files` are the part to read; their names are relative to `folder`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    folder: Path
+    left_out: dict[str, int]
+    """Files, and folders as a whole, by reason."""
+
+
 class Request(Message):
     kind: str
     key: str
@@ -58,6 +67,8 @@ class Request(Message):
     """By slot: `model`, `dataset`, `datasets.0`, ..."""
     files: dict[str, list[Path]]
     """Files and folders named in the stage, absolute, by field: `sources.0.path`."""
+    trees: dict[str, Tree] = {}
+    """By field, as `files`."""
     commits: dict[str, str]
     """Commits of hub repositories, by field: `hub`, `sources.0.repo`."""
     out: Path

@@ -92,7 +92,7 @@ class Runs:
         try:
             self._write(record)
         except OSError as error:
-            if error.errno != errno.ENOSPC or record.run_id not in self._locks:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or record.run_id not in self._locks:
                 raise
             os.ftruncate(self._locks[record.run_id], 0)
             self._write(record)
@@ -152,6 +152,8 @@ class Runs:
         for path in sorted(self.folder.glob("*.json"), reverse=True):
             try:
                 found.append(self._read(path))
+            except FileNotFoundError:  # deleted since
+                continue
             except (OSError, ValidationError) as error:
                 message = f"the run record {path} cannot be read: what that run needs is not known"
                 hint = "delete that file if the run does not matter any more, or upgrade tuneline if a newer one wrote it"

@@ -180,7 +180,10 @@ class Store:
             return "its manifest.json is damaged", None
         if manifest.key != folder.name or manifest.kind != folder.parent.parent.name:
             return f"its manifest is of {manifest.kind}/{manifest.key}", None
-        there = {path: size for path, size in _sizes(folder / "payload")}
+        try:
+            there = dict(_sizes(folder / "payload"))
+        except OSError as error:  # it may be on its way out
+            return f"its payload cannot be read: {error.strerror}", None
         expected = {file.path: file.size for file in manifest.files}
         for path in sorted(there.keys() | expected.keys()):
             if path not in there:

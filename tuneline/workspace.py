@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tuneline import disk
-from tuneline.errors import StoreError
+from tuneline.data_sources import CodeSource
+from tuneline.errors import ConfigError, Problem, StoreError
 from tuneline.load import Loaded
 from tuneline.paths import placed, refuse_escape
 from tuneline.runs import Runs
+from tuneline.source_tree import Selection, select
 from tuneline.store import Store, sha256
 
 
@@ -45,12 +47,16 @@ class Workspace:
             message = f"the disk of {self.home} is full: {disk.human(free)} are free, a run wants {disk.human(disk.ROOM)} for its records"
             raise StoreError(message, "free some space; `tuneline gc` does where the store is on that disk, too")
 
-    def outside(self, named: str) -> tuple[list[Path], list[dict[str, Any]]]:
-        """Files or the folder that a stage names, and what of them enters its key: content, and names inside a folder.
+    def outside(self, named: str, tree: CodeSource | None = None) -> tuple[list[Path], list[dict[str, Any]]]:
+        """Files or the folder that a stage names, and what of them enters its key: content, and names inside a folder;
+        of a source tree, only what `tree` selects.
 
         Raises FileNotFoundError where nothing is there, ConfigError where a link leads out of the folders that the file may name.
         """
         path = placed(self.root, named)
+        if tree is not None:
+            selection = self.selected(named, tree)
+            return selection.paths(), [{"name": name, "sha256": digest} for name, digest in selection.files.items()]
         if path.is_dir():
             files = sorted(
                 file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.parts[len(path.parts) :])
@@ -63,10 +69,31 @@ class Workspace:
         if not matches:
             raise FileNotFoundError(str(path))
         self._refuse_escape(matches)
-        return matches, [{"suffix": file.suffix, "sha256": self._digests.of(file)} for file in matches]
+        return matches, [{"suffix": suffix(file), "sha256": self._digests.of(file)} for file in matches]
+
+    def selected(self, named: str, tree: CodeSource) -> Selection:
+        """The files of a source tree. Raises as `outside`, and ConfigError where none is left."""
+        folder = placed(self.root, named)
+        if not folder.is_dir():
+            if folder.exists():
+                raise ConfigError([Problem("", "", f"found a file at {folder}, allowed a folder", "for rows in files: `type: files`")])
+            raise FileNotFoundError(str(folder))
+        self._refuse_escape([folder])
+        selection = select(folder, tree)
+        if not selection.files:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.most_common()) or "it is empty"
+            raise ConfigError(
+                [Problem("", "", f"found no file to read in {folder}; left out: {reasons}", "see include, exclude and licenses")]
+            )
+        return selection
 
     def _refuse_escape(self, paths: list[Path]) -> None:
         refuse_escape(paths, self.root, self.loaded.spec.roots)
+
+
+def suffix(file: Path) -> str:
+    """What tells a reader the format: `.jsonl`, `.jsonl.gz`."""
+    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
 
 
 class FileDigests:
