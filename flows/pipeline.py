@@ -8,6 +8,7 @@ enough to say `Skipped`. The task runner has a thread for each stage; how many p
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from prefect.states import Completed, Failed
 from flows.slots import Slots, visible_gpus
 from flows.stage import Reporter, Run, stage_task
 from flows.supervisor import Supervisor
-from tuneline.errors import StageFailed, TunelineError
+from tuneline.errors import StageFailed, StoreError, TunelineError
 from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.protocol import Event
@@ -63,7 +64,8 @@ def run_pipeline(
         reporter.warning("store", message)
 
     workspace = Workspace(loaded, warn)
-    workspace.prepare_store()
+    with suppress(StoreError):  # a store that is only read will do for what it has; what is to be built meets the same error
+        workspace.prepare_store()
     spec = loaded.pipeline(pipeline)
     record = workspace.runs.begin(pipeline, loaded.overrides)
     record.planned, record.only, record.force = planned(spec, only), only, tuple(force)

@@ -77,7 +77,7 @@ class Stage:
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Of a JSON lines file in meta/, those that can be read."""
         found = []
-        for line in self.text(name).splitlines():
+        for line in self.text(name).split("\n"):  # splitlines would cut inside of what was written
             try:
                 found.append(json.loads(line))
             except ValueError:

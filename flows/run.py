@@ -45,7 +45,8 @@ def execute(
     if not to_run and not server_configured():
         return _all_cached(workspace, pipeline, rows, only, ConsoleReporter(verbose))
     _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
-    workspace.prepare_store()
+    if to_run:
+        workspace.prepare_store()
     with ExitStack() as stack:
         reporter = stack.enter_context(ConsoleReporter(verbose))
         _on_signals(workspace, pipeline, reporter)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from prefect import Task, get_run_logger, task
@@ -338,12 +339,12 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.resources.world_size}", *launcher]
     command = [str(runtime.python), *launcher, str(request.work / "request.json")]
     try:
-        return run.supervisor.run(command, _environment(gpus), request.work, stage.timeout, held, on_line, on_event)
+        return run.supervisor.run(command, _environment(request.work, gpus), request.work, stage.timeout, held, on_line, on_event)
     finally:
         progress.close()
 
 
-def _environment(gpus: list[str]) -> dict[str, str]:
+def _environment(work: Path, gpus: list[str]) -> dict[str, str]:
     """The flow's own, less what is Prefect's, so that no program can talk to the server."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     return kept | {
@@ -354,6 +355,7 @@ def _environment(gpus: list[str]) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
+        "HF_MODULES_CACHE": str(work / "modules"),  # where transformers copies a model's own code to before it runs it
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "DO_NOT_TRACK": "1",

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from tuneline.errors import StageFailed
 from tuneline.protocol import Event
+from tuneline.secrets import mask_file, masked
 
 WATCHDOG = Path(__file__).with_name("watchdog.py")
 POLL = 0.2  # seconds between looks at events and the clock
@@ -120,6 +121,8 @@ class Supervisor:
         reader.join(5)  # a process that escaped could hold the pipe open
         for event in events.new():
             on_event(event)
+        for name in ("events.jsonl", "result.json", "failure.json"):
+            mask_file(folder / name)
         if self.stopping:
             stopped = "cancelled"
         return Outcome(process.returncode, stopped, _oom_kills() > oom_kills)
@@ -163,7 +166,7 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 def _pump(stream: IO[bytes], log: Path, on_line: Callable[[str], None]) -> None:
     """Copies output to the log and hands on whole lines. A progress bar, redrawn by carriage returns, is one line: its last state."""
     with stream, log.open("ab", buffering=0) as file:
-        for raw in stream:
+        for raw in map(masked, stream):
             with contextlib.suppress(OSError):  # on a full disk the log ends here, the program goes on until it meets it, too
                 file.write(raw)
             line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
@@ -187,7 +190,7 @@ class _EventTail:
                     return
                 self._position += len(line)
                 try:
-                    yield Event.model_validate_json(line)
+                    yield Event.model_validate_json(masked(line))
                 except ValidationError:
                     continue
 

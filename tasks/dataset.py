@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tasks.dataset_report import Counts, write_report
+from tasks.dataset_report import write_report
 from tasks.loading import load_tokenizer
 from tasks.masks import token_counts
 from tasks.rows import SPLITS, Row, content_hash, row_count, write_rows
-from tasks.sources import Item, read_source
+from tasks.sources import Counts, Item, read_source
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
 from tuneline.spec import DatasetStage, Split
@@ -27,6 +27,7 @@ from tuneline.spec import DatasetStage, Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DROPPED = ("bad_rows", "duplicates", "over_long")
 BATCH = 2000  # rows tokenized together, and between two signs of life
 
 
@@ -35,7 +36,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
     counts = Counts()
     steps = len(stage.sources) + 3
 
-    items = list(read(request, stage, counts, events))
+    items = list(read(request, stage, tokenizer, counts, events))
     if tokenizer is not None:
         items = list(measured(items, stage, tokenizer, counts, events))
     events.progress(steps - 2, steps, "splitting")
@@ -56,7 +57,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
         metrics={
             "rows_read": counts.read.total(),
             **{f"rows_{name}": len(splits[name]) for name in SPLITS},
-            **{fate: counts.total(fate) for fate in ("duplicates", "over_long", "truncated")},
+            **{fate: counts.total(fate) for fate in ("bad_rows", "duplicates", "over_long", "truncated")},
             "groups": len({item.row.group for item in items}),
             **figures,
         }
@@ -66,21 +67,23 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
 # --- read and measure -------------------------------------------------------------------------------------------------
 
 
-def read(request: Request, stage: DatasetStage, counts: Counts, events: Events) -> Iterator[Item]:
+def read(
+    request: Request, stage: DatasetStage, tokenizer: PreTrainedTokenizerBase | None, counts: Counts, events: Events
+) -> Iterator[Item]:
     for index, source in enumerate(stage.sources):
         events.progress(index, len(stage.sources) + 3, f"reading sources.{index}")
-        for number, item in enumerate(read_source(request, index, source, counts.ignored), 1):
+        for number, item in enumerate(read_source(request, index, source, tokenizer, counts, events), 1):
             row = item.row
             if stage.system is not None and row.messages is not None and row.messages[0]["role"] != "system":
                 row = replace(row, messages=({"role": "system", "content": stage.system}, *row.messages))
-            counts.read[row.source] += 1
             yield replace(item, row=identified(row))
             if number % (10 * BATCH) == 0:
                 events.progress(index, len(stage.sources) + 3, f"read {number:,} rows of sources.{index}")
 
 
 def identified(row: Row) -> Row:
-    return replace(row, id=content_hash(row.content()), group=group_of(row))
+    """With its id and, unless its source gave one, its group."""
+    return replace(row, id=content_hash(row.content()), group=row.group or group_of(row))
 
 
 def group_of(row: Row) -> str:
@@ -182,7 +185,7 @@ def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
             if home.setdefault(item.row.group, name) != name:
                 raise StageFailed("bug", f"group {item.row.group} is in {home[item.row.group]} and in {name}", "please report this")
     kept = sum(map(len, splits.values()))
-    if counts.read.total() != kept + counts.total("duplicates") + counts.total("over_long"):
+    if counts.read.total() != kept + sum(map(counts.total, DROPPED)):
         raise StageFailed("bug", f"rows were lost: {kept} are left of {counts}", "please report this")
     for name, share in (("train", 1.0), ("validation", shares.validation), ("test", shares.test)):
         if share > 0 and not splits[name]:
@@ -197,7 +200,7 @@ def warnings(items: list[Item], stage: DatasetStage, counts: Counts) -> Iterator
     groups = Counter(item.row.group for item in items)
     largest = max(groups.values(), default=0)
     if len(items) > 1 and 2 * largest > len(items):
-        yield f"{largest} of {len(items)} rows begin with the same prompt, and so are all in one split"
+        yield f"{largest} of {len(items)} rows have the same prompt or file, and so are all in one split"
     answers: dict[str, set[str | None]] = defaultdict(set)
     for item in items:
         if item.row.messages is None or item.row.prompt_messages() == opening(item.row.messages):
@@ -209,7 +212,7 @@ def warnings(items: list[Item], stage: DatasetStage, counts: Counts) -> Iterator
     different = {item.row.reference() for item in items}
     if len(items) > 1 and len(different) == 1 and different != {None}:
         yield f"all {len(items)} rows have the same answer: {str(different.pop())[:80]!r}"
-    for fate in ("duplicates", "over_long"):
+    for fate in DROPPED:
         if 2 * counts.total(fate) > counts.read.total():
             yield f"more than half of the rows were dropped ({fate}): {counts.total(fate)} of {counts.read.total()}"
     others = sum(item.row.messages is None for item in items)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.masks import Tokens, tokenize
 from tasks.rows import SPLITS, Row
-from tasks.sources import AnySource, Item
-from tuneline.data_sources import FilesSource, HubSource
+from tasks.sources import AnySource, Counts, Item
+from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events
 from tuneline.spec import DatasetStage
@@ -24,21 +23,6 @@ if TYPE_CHECKING:
 LONGEST_SAMPLE = 4000  # characters shown
 BINS = 12
 BAR = 40  # characters of the longest bar
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What happened to rows on their way."""
-
-    read: Counter[str] = field(default_factory=Counter)
-    """By source."""
-    fates: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By fate (`duplicates`, `over_long`: dropped; `truncated`: kept) and source."""
-    ignored: Counter[str] = field(default_factory=Counter)
-    """Values that no format reads, by column."""
-
-    def total(self, fate: str) -> int:
-        return sum(count for (name, _), count in self.fates.items() if name == fate)
 
 
 def write_report(
@@ -57,6 +41,9 @@ def write_report(
     if counts.ignored:
         columns = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.ignored.items()))
         parts.append(f"Not read: {columns}.\n")
+    if counts.left_out:
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in counts.left_out.most_common())
+        parts.append(f"Left out of the source trees, files and whole folders: {reasons}.\n")
     figures: dict[str, float] = {}
     lengths: list[int] = []
     if tokenizer is not None:
@@ -76,7 +63,12 @@ def write_report(
         events.sample(text, {"id": row.id, "source": row.source})
         parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
     (meta / "report.md").write_text("\n".join(parts), encoding="utf-8")
-    document = {"sources": list(by_source(stage, splits, counts)), "lengths": bins(lengths) if lengths else [], "ignored": counts.ignored}
+    document = {
+        "sources": list(by_source(stage, splits, counts)),
+        "lengths": bins(lengths) if lengths else [],
+        "ignored": counts.ignored,
+        "left_out": counts.left_out,
+    }
     (meta / "report.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return figures
 
@@ -92,17 +84,17 @@ def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts
 
 def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
     kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
-    lines = [f"| source | read | over long | duplicates | {' | '.join(SPLITS)} | truncated |", "|---|" + "---:|" * 7]
+    lines = [f"| source | read | bad rows | over long | duplicates | {' | '.join(SPLITS)} | truncated |", "|---|" + "---:|" * 8]
     for index, source in enumerate(stage.sources):
         name = f"sources.{index}"
-        figures = [counts.read[name], counts.fates["over_long", name], counts.fates["duplicates", name]]
+        figures = [counts.read[name], *(counts.fates[fate, name] for fate in ("bad_rows", "over_long", "duplicates"))]
         figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
         lines.append(f"| {title(source)} | {' | '.join(f'{figure:,}' for figure in figures)} |")
     return "\n".join(lines) + "\n"
 
 
 def title(source: AnySource) -> str:
-    return source.path if isinstance(source, FilesSource) else source.repo if isinstance(source, HubSource) else source.task
+    return source.path if isinstance(source, FilesSource | CodeSource) else source.repo if isinstance(source, HubSource) else source.task
 
 
 # --- token lengths ----------------------------------------------------------------------------------------------------

@@ -96,7 +96,11 @@ def from_gguf(file: Path, payload: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
+    except ValueError as error:
+        hint = "take the file whole, and of an architecture that transformers converts from GGUF"
+        raise StageFailed("data", f"{file.name} does not load as GGUF: {first_line(error)}", hint) from error
     # The weights are plain float32 by now; with these marks transformers would refuse to save them.
     model.hf_quantizer = None
     del model.config.quantization_config

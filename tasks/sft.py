@@ -58,6 +58,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # events say the same
+    check_loss(trainer)
     check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
     if validation:
         check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
@@ -209,6 +210,24 @@ def check_every_row_trained(train: Dataset, state: TrainerState) -> None:
     trained = sum(entry.get("trained_tokens", 0) for entry in state.log_history)
     if trained < wanted:
         raise StageFailed("bug", f"{state.epoch:.2f} passes over the data trained on {trained:,} tokens, expected were {wanted:,} or more")
+
+
+def check_loss(trainer: TokenWeightedTrainer) -> None:
+    """TRL's loss, from the hidden states and the head's weight, is that of the logits which the model gives when it is used: not so
+    for a model whose own code does more between the two than TRL knows of."""
+    import torch
+
+    row = trainer.train_dataset[0]
+    batch = trainer._prepare_inputs(trainer.data_collator([row]))
+    labels = batch["labels"][:, 1:].flatten()
+    trainer.model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        trained = float(trainer.model(**batch, fused_lm_head=True).loss)
+        logits = trainer.model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].flatten(0, 1)
+        used = float(torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED))
+    if abs(trained - used) > 0.02 * used + 1e-3:  # bfloat16 rounds by less
+        message = f"the loss that would be trained on is {trained:.4f}, that of the model's own logits {used:.4f}"
+        raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")
 
 
 def check_rows_apart(trainer: TokenWeightedTrainer) -> None:

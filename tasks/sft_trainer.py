@@ -23,6 +23,8 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # TRL computes the loss itself, from the hidden states; what a model's own forward accepts has no part in it.
+        self.model_accepts_loss_kwargs = True
         self._collate, self.data_collator = self.data_collator, self._collate_and_remember
         self._ends: dict[bool, list[int]] = {}  # where the sequences of the last batch end, by whether they are packed ones
 

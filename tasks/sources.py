@@ -1,31 +1,40 @@
 """Reads the sources of a Dataset: every row with the place it came from, so that an error names file and line.
 
-Left out on purpose: loading scripts of hub repositories (they run code), and any repair of broken rows.
+A row that cannot be read ends the stage, or is dropped and counted, as its source says (`on_bad_row`); what is wrong with a whole
+file ends the stage always. Left out on purpose: loading scripts of hub repositories (they run code), and any repair of broken rows.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import gzip
+import io
 import json
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.code_source import code_rows
 from tasks.formats import KNOWN, BadRow, describe, detect, to_row
 from tasks.rows import Row
-from tuneline.data_sources import FilesSource, HubSource, ReasoningGymSource
+from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.errors import StageFailed
-from tuneline.protocol import Request
+from tuneline.protocol import Events, Request
+from tuneline.workspace import suffix
 
-AnySource = FilesSource | HubSource | ReasoningGymSource
-Records = Iterator[tuple[str, Any]]  # (place, what stands there)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnySource = FilesSource | HubSource | ReasoningGymSource | CodeSource
+Records = Iterator[tuple[str, Any]]  # (place, what stands there, or a BadRow)
 
 
 @dataclass(frozen=True)
@@ -37,47 +46,95 @@ class Item:
     tokens: int = 0
 
 
-def read_source(request: Request, index: int, source: AnySource, ignored: Counter[str]) -> Iterator[Item]:
-    """Yields rows in the order of the source; counts in `ignored` the columns that are not read.
+@dataclass(frozen=True)
+class Counts:
+    """What happened to rows on their way."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    """By source."""
+    fates: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By fate (`bad_rows`, `duplicates`, `over_long`: dropped; `truncated`: kept) and source."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Values that no format reads, by column."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """What of source trees was not read: files, whole folders and chunks, by reason."""
+
+    def total(self, fate: str) -> int:
+        return sum(count for (name, _), count in self.fates.items() if name == fate)
+
+
+def read_source(
+    request: Request, index: int, source: AnySource, tokenizer: PreTrainedTokenizerBase | None, counts: Counts, events: Events
+) -> Iterator[Item]:
+    """Yields rows in the order of the source, and counts what it reads, drops and ignores.
 
     A row's `source` is the position in the stage: a file's name may change without changing the key.
     """
     name = f"sources.{index}"
+    for item in items_of(request, index, name, source, tokenizer, counts, events):
+        counts.read[name] += 1
+        if item is not None:
+            yield item
+
+
+def items_of(
+    request: Request,
+    index: int,
+    name: str,
+    source: AnySource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    counts: Counts,
+    events: Events,
+) -> Iterator[Item | None]:
+    """None for a row that is dropped."""
     if isinstance(source, ReasoningGymSource):
         yield from gym_rows(name, source, request.seed + 1_000_000 * index)  # the library draws row i with seed + i
+        return
+    if isinstance(source, CodeSource):
+        assert tokenizer is not None  # the stage names a model
+        tree, files = request.trees[f"{name}.path"], request.files[f"{name}.path"]
+        counts.left_out.update(tree.left_out)
+        for place, row in code_rows(name, source, tree, files, tokenizer, request.seed, counts.left_out):
+            yield Item(place, row)
         return
     unknown = sorted(source.columns.keys() - KNOWN)
     if unknown:
         message = f"{name}.columns: found {', '.join(unknown)}, allowed {', '.join(sorted(KNOWN))}"
         raise StageFailed("config", message, "our name comes first, then the file's")
     if isinstance(source, HubSource):
-        yield from rows_of(hub_records(name, source, request.commits[f"{name}.repo"]), name, source, ignored)
+        yield from rows_of(hub_records(name, source, request.commits[f"{name}.repo"]), name, source, counts, events)
         return
     files = request.files[f"{name}.path"]
     if not files:
         raise StageFailed("data", f"{name}.path: no file matches {source.path}", "paths are relative to pipelines.yaml")
     for file in files:
-        yield from rows_of(file_records(file), name, source, ignored)
+        yield from rows_of(file_records(file), name, source, counts, events)
 
 
-def rows_of(records: Records, name: str, source: FilesSource | HubSource, ignored: Counter[str]) -> Iterator[Item]:
-    """The format is told from the first row and holds for all of one file."""
+def rows_of(records: Records, name: str, source: FilesSource | HubSource, counts: Counts, events: Events) -> Iterator[Item | None]:
+    """The format is told from the first row that can be read and holds for all of one file."""
     row_format: str = source.format
-    for position, (place, record) in enumerate(records):
+    absent: list[str] | None = None
+    for place, record in records:
         try:
+            if isinstance(record, BadRow):
+                raise record
             if not isinstance(record, dict):
                 raise BadRow(f"found {describe(record)}, allowed an object")
-            if position == 0:
-                absent = sorted(set(source.columns.values()) - record.keys())
-                if absent:
-                    message = f"found columns {', '.join(record)}, but {name}.columns names {', '.join(absent)}"
-                    raise BadRow(message, "our name comes first, then the file's")
+            if absent is None and (absent := sorted(set(source.columns.values()) - record.keys())):
+                message = f"{place}: found columns {', '.join(record)}, but {name}.columns names {', '.join(absent)}"
+                raise StageFailed("data", message, "our name comes first, then the file's")
             record = {column: value for column, value in renamed(record, source.columns).items() if value is not None}
-            if row_format == "auto":
-                row_format = detect(record)
-            yield Item(place, to_row(record, row_format, name, ignored))
+            row_format = detect(record) if row_format == "auto" else row_format
+            yield Item(place, to_row(record, row_format, name, counts.ignored))
         except BadRow as error:
-            raise StageFailed("data", f"{place}: {error.message}", error.hint or "mend or remove the row, and run again") from error
+            if source.on_bad_row == "error":
+                hint = error.hint or "mend or remove the row, or set `on_bad_row: drop` in its source"
+                raise StageFailed("data", f"{place}: {error.message}", hint) from error
+            if not counts.fates["bad_rows", name]:
+                events.warning(f"rows that cannot be read are dropped, the first at {place}: {error.message}")
+            counts.fates["bad_rows", name] += 1
+            yield None
 
 
 def renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -89,29 +146,36 @@ def renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
 
 
 def file_records(file: Path) -> Records:
-    readers = {".jsonl": jsonl_records, ".json": json_records, ".parquet": parquet_records, ".csv": csv_records}
-    if file.suffix not in readers:
-        raise StageFailed("config", f"{file}: found ending {file.suffix or 'none'}, allowed {', '.join(readers)}")
+    readers = {".jsonl": jsonl_records, ".json": json_records, ".csv": csv_records}
+    ending, packed = suffix(file), file.suffix == ".gz"
+    if ending == ".parquet":
+        yield from parquet_records(file)
+        return
+    if ending.removesuffix(".gz") not in readers:
+        allowed = f"{', '.join(readers)} (each also with .gz), .parquet"
+        raise StageFailed("config", f"{file}: found ending {ending or 'none'}, allowed {allowed}")
     try:
-        yield from readers[file.suffix](file)
+        with gzip.open(file) if packed else file.open("rb") as content:
+            yield from readers[ending.removesuffix(".gz")](file, content)
     except UnicodeDecodeError as error:
         raise StageFailed("data", f"{file}: found bytes that are not UTF-8 ({error})", "convert the file to UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise StageFailed("data", f"{file}: found no whole gzip file ({error})", "fetch or pack it again") from error
 
 
-def jsonl_records(file: Path) -> Records:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{file}:{number}"
-            if line.strip():
-                try:
-                    yield place, json.loads(line)
-                except ValueError as error:
-                    raise StageFailed("data", f"{place}: found no JSON ({error})", "a .jsonl file holds one object a line") from error
+def jsonl_records(file: Path, lines: IO[bytes]) -> Records:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                record = BadRow(f"found no JSON ({error})", "a .jsonl file holds one object a line; `on_bad_row: drop` leaves others out")
+            yield f"{file}:{number}", record
 
 
-def json_records(file: Path) -> Records:
+def json_records(file: Path, content: IO[bytes]) -> Records:
     """Elements of one list, decoded one by one, so that each is known by its line."""
-    text = file.read_text(encoding="utf-8-sig")
+    text = content.read().decode("utf-8-sig")
     decoder = json.JSONDecoder()
     position, line, counted = skip_space(text, 0), 1, 0
     if text[position : position + 1] != "[":
@@ -151,24 +215,24 @@ def parquet_records(file: Path) -> Records:
             yield f"{file}: row {number}", record
 
 
-def csv_records(file: Path) -> Records:
+def csv_records(file: Path, content: IO[bytes]) -> Records:
     """An empty cell is no value. A row may span lines; its place is the first."""
     csv.field_size_limit(sys.maxsize)
-    with file.open(encoding="utf-8-sig", newline="") as content:
-        reader = csv.reader(content, strict=True)
-        try:
-            header = next(reader, [])
-            if not header:
-                raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
-            for cells in filter(None, reader):
-                place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
-                if len(cells) != len(header):
-                    message = f"{place}: found {len(cells)} cells, allowed {len(header)}, as in the header"
-                    raise StageFailed("data", message, "quote cells that hold commas or line ends")
+    reader = csv.reader(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        if not header:
+            raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
+        for cells in filter(None, reader):
+            place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
+            if len(cells) == len(header):
                 yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
-        except csv.Error as error:
-            message = f"{file}:{reader.line_num}: found no CSV ({error})"
-            raise StageFailed("data", message, "quote cells that hold quotes or line ends") from error
+            else:
+                message = f"found {len(cells)} cells, allowed {len(header)}, as in the header"
+                yield place, BadRow(message, "quote cells that hold commas or line ends, or set `on_bad_row: drop` in the source")
+    except csv.Error as error:
+        message = f"{file}:{reader.line_num}: found no CSV ({error})"
+        raise StageFailed("data", message, "quote cells that hold quotes or line ends") from error
 
 
 # --- hub and generator ------------------------------------------------------------------------------------------------

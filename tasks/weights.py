@@ -16,7 +16,7 @@ from typing import Any
 from tuneline.errors import StageFailed
 
 WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")  # not variants as model.fp16.safetensors
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes; the format's own bound
 

@@ -38,7 +38,7 @@ def run_program(request: Request) -> tuple[Result, list[dict[str, Any]]]:
     file = request.work / "events.jsonl"
     program = importlib.import_module(PROGRAMS[request.kind])
     result = program.run(request, request.stage(), Events(file))
-    return result, [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return result, [json.loads(line) for line in file.read_text(encoding="utf-8").strip().split("\n")]
 
 
 def run_process(request: Request, hash_seed: str = "123") -> subprocess.CompletedProcess[str]:

@@ -31,9 +31,9 @@ def print_of(model: type[BaseModel]) -> str:
 SHAPES = [
     (store.Manifest, store.SCHEMA, (1, "c85a7ee3")),
     (runs.RunRecord, runs.SCHEMA, (2, "dfc38ca8")),
-    (protocol.Request, protocol.SCHEMA, (1, "652025f0")),
-    (protocol.Result, protocol.SCHEMA, (1, "8be8d4e8")),
-    (protocol.Failure, protocol.SCHEMA, (1, "f330c8b1")),
+    (protocol.Request, protocol.SCHEMA, (2, "bf1180c0")),
+    (protocol.Result, protocol.SCHEMA, (2, "f012ae68")),
+    (protocol.Failure, protocol.SCHEMA, (2, "daa6d549")),
 ]
 
 

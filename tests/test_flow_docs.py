@@ -6,7 +6,6 @@ name a new file. Blocks without a name, such as ```sh, are only read. Numbers, k
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -15,12 +14,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from conftest import ROOT
-
-from tuneline.errors import FailureClass
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)

@@ -168,7 +168,10 @@ def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
     killer.start()
     record, _ = run("one.retries=0", force=["one"])
     killer.join()
-    assert record.stages[0].message == "transient: the program's watchdog was ended by signal 9\n\nhint: within `retries` it is tried once more"
+    assert (
+        record.stages[0].message
+        == "transient: the program's watchdog was ended by signal 9\n\nhint: within `retries` it is tried once more"
+    )
 
 
 def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:

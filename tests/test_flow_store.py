@@ -177,14 +177,15 @@ def test_a_workspace_that_fills_up_while_a_run_goes_on(p: Project, stand_in: Scr
 
 
 @pytest.mark.slow
-def test_a_read_only_store_is_read(p: Project) -> None:
+def test_a_read_only_store_is_read(p: Project, prefect_server: str) -> None:
     run = p.json("run", "p")
     store = p.root / "störe mit Leer"
     with read_only(store):
         assert {stage["status"] for stage in p.json("plan", "p")["stages"]} == {"cached"}
         assert p.json("show", "p/one")["key"] == run["stages"][0]["key"]
         assert p.tuneline("verify").stderr == "2 artifacts, 0 damaged\n"
-        assert statuses(p.json("run", "p")) == {"one": "cached", "two": "cached"}
+        for server in ({}, {"PREFECT_API_URL": prefect_server}):
+            assert statuses(p.json("run", "p", **server)) == {"one": "cached", "two": "cached"}
         assert p.json("gc", "--dry-run")["freed"] == 0
         refused = p.tuneline("run", "p", "--force", "one", status=2)
         message = f"the store {store} cannot be written: Read-only file system\n\nhint: mount it writable, or name another `store:`\n"

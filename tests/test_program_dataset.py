@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -160,10 +161,15 @@ texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters
 @given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
 def test_every_file_type_and_format_gives_the_same_rows(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     rows = []
-    for suffix in ("json", "jsonl", "parquet", "csv"):
-        write_file(tmp_path / f"data.{suffix}", [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
-        rows.append([(row.prompt, row.completion) for row in build(tmp_path, [{"type": "files", "path": f"data.{suffix}"}]).every()])
-    assert rows[0] == rows[1] == rows[2] == rows[3]
+    for suffix in ("json", "jsonl", "csv", "parquet"):
+        file = tmp_path / f"data.{suffix}"
+        write_file(file, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+        for packed in (False, True) if suffix != "parquet" else (False,):
+            if packed:
+                (file := tmp_path / f"data.{suffix}.gz").write_bytes(gzip.compress((tmp_path / f"data.{suffix}").read_bytes()))
+            rows.append([(row.prompt, row.completion) for row in build(tmp_path, [{"type": "files", "path": file.name}]).every()])
+    assert len(rows) == 7
+    assert all(other == rows[0] for other in rows)
     assert set(rows[0]) <= set(pairs)
 
     conversations: dict[str, list[dict[str, Any]]] = {
@@ -293,6 +299,39 @@ def test_bad_bytes_and_parquet_rows_are_named(tmp_path: Path) -> None:
         build(tmp_path, [{"type": "files", "path": "d.parquet"}])
 
 
+def test_bad_rows_are_dropped_and_counted_where_the_source_says_so(tmp_path: Path) -> None:
+    wrong = [content.removeprefix(GOOD) for name, content, message in BAD_ROWS if name == "d.jsonl" and message.startswith(r"d\.jsonl:")]
+    assert len(wrong) > 20
+    (tmp_path / "a.jsonl").write_text(GOOD + "".join(wrong) + '{"prompt": "c", "completion": "d"}\n', encoding="utf-8")
+    (tmp_path / "b.csv").write_text("prompt,completion\ne,f\ng\nh,\ni,j\n", encoding="utf-8")
+    run = build(tmp_path, [{"type": "files", "path": "*.*", "on_bad_row": "drop"}])
+    assert [(row.prompt, row.completion) for row in run.rows()] == [("a", "b"), ("c", "d"), ("e", "f"), ("i", "j")]
+    bad = len(wrong) + 2
+    assert run.result.metrics["bad_rows"] == bad
+    assert run.result.metrics["rows_read"] == bad + 4
+    assert f"| *.* | {bad + 4} | {bad} |" in run.report()
+    assert len(run.warnings()) == 2
+    assert run.warnings()[0].startswith(f"rows that cannot be read are dropped, the first at {tmp_path / 'a.jsonl'}:2: found no JSON")
+    assert run.warnings()[1] == f"more than half of the rows were dropped (bad_rows): {bad} of {bad + 4}"
+
+
+def test_dropping_bad_rows_excuses_no_broken_file(tmp_path: Path) -> None:
+    def refused(name: str, content: bytes, **source: Any) -> str:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(StageFailed) as failure:
+            build(tmp_path, [{"type": "files", "path": name, "on_bad_row": "drop", **source}])
+        return failure.value.message
+
+    packed = gzip.compress(GOOD.encode() * 1000)
+    assert "data.jsonl.gz: found no whole gzip file" in refused("data.jsonl.gz", packed[:-20])
+    assert "data.jsonl.gz: found no whole gzip file" in refused("data.jsonl.gz", packed[:20] + b"nothing" + packed[27:])
+    assert "data.jsonl.gz: found no whole gzip file" in refused("data.jsonl.gz", GOOD.encode())
+    assert "found columns prompt, completion, but sources.0.columns names qestion" in refused(
+        "c.jsonl", GOOD.encode(), columns={"prompt": "qestion"}
+    )
+    assert "the train split is empty" in refused("d.jsonl", b"no\nno\n")
+
+
 @pytest.mark.parametrize(
     ("source", "failure_class", "message"),
     [
@@ -303,7 +342,11 @@ def test_bad_bytes_and_parquet_rows_are_named(tmp_path: Path) -> None:
             r"data\.jsonl:1: found columns prompt, completion, but sources\.0\.columns names qestion",
         ),
         ({"path": "*.none"}, "data", r"sources\.0\.path: no file matches \*\.none"),
-        ({"path": "data.txt"}, "config", r"data\.txt: found ending \.txt, allowed \.jsonl, \.json, \.parquet, \.csv"),
+        (
+            {"path": "data.txt"},
+            "config",
+            r"data\.txt: found ending \.txt, allowed \.jsonl, \.json, \.csv \(each also with \.gz\), \.parquet",
+        ),
     ],
 )
 def test_bad_sources(tmp_path: Path, source: dict[str, Any], failure_class: str, message: str) -> None:
@@ -323,12 +366,17 @@ def test_duplicates_are_dropped_across_sources_and_counted(tmp_path: Path) -> No
     assert [(row.text, row.source) for row in run.rows()] == [("one", "sources.0"), ("two  \n", "sources.0"), ("three", "sources.1")]
     metrics = run.result.metrics
     assert (metrics["rows_read"], metrics["duplicates"], metrics["rows_train"], metrics["groups"]) == (5, 2, 3, 3)
-    assert "| a.jsonl | 3 | 0 | 1 | 2 | 0 | 0 | 0 |" in run.report()
-    assert "| b.jsonl | 2 | 0 | 1 | 1 | 0 | 0 | 0 |" in run.report()
+    assert "| a.jsonl | 3 | 0 | 0 | 1 | 2 | 0 | 0 | 0 |" in run.report()
+    assert "| b.jsonl | 2 | 0 | 0 | 1 | 1 | 0 | 0 | 0 |" in run.report()
     document = json.loads((run.request.meta / "report.json").read_text())
     first, second = ({"source": name, "read": read, "fates": {"duplicates": 1}} for name, read in (("a.jsonl", 3), ("b.jsonl", 2)))
     splits = [{"train": rows, "validation": 0, "test": 0} for rows in (2, 1)]
-    assert document == {"sources": [first | {"splits": splits[0]}, second | {"splits": splits[1]}], "lengths": [], "ignored": {}}
+    assert document == {
+        "sources": [first | {"splits": splits[0]}, second | {"splits": splits[1]}],
+        "lengths": [],
+        "ignored": {},
+        "left_out": {},
+    }
 
 
 def test_rows_with_one_prompt_stay_together(tmp_path: Path) -> None:
@@ -417,7 +465,7 @@ def test_over_long_rows_are_dropped_and_counted(tmp_path: Path, pico: Input, tok
     metrics = run.result.metrics
     assert (metrics["rows_read"], metrics["over_long"], metrics["rows_train"]) == (4, 2, 2)
     assert (metrics["tokens_train"], metrics["tokens_max"], metrics["tokens_p50"]) == (sum(counts), max(counts), min(counts))
-    assert "| data.jsonl | 4 | 2 | 0 | 2 | 0 | 0 | 0 |" in run.report()
+    assert "| data.jsonl | 4 | 0 | 2 | 0 | 2 | 0 | 0 | 0 |" in run.report()
     lengths = json.loads((run.request.meta / "report.json").read_text())["lengths"]
     assert sum(rows for _, _, rows in lengths) == 2
     assert all(any(least <= count <= most for least, most, _ in lengths) for count in counts)

@@ -79,7 +79,7 @@ def bits(model: Any, ids: list[int], start: int, end: int) -> float:
 
 
 def samples(request: Request) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (request.meta / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (request.meta / "samples.jsonl").read_text(encoding="utf-8").strip().split("\n")]
 
 
 def fails(request: Request, failure_class: str, match: str) -> StageFailed:

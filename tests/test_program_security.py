@@ -8,7 +8,7 @@ import pickle
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import pytest
 import torch
 from pico import save_pico, tokenizer
 from program_tools import make_request, run_process, run_program
-from safetensors.torch import load_file, save_file
 from test_program_model import COMMIT, hub_layout
 from test_program_sft import Killed
 
@@ -52,7 +51,7 @@ class Trap:
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pico(tmp_path_factory.mktemp("pico") / "model", vocabulary=9_700)
+    return save_pico(tmp_path_factory.mktemp("pico") / "model")
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_a_gguf_file_that_is_a_pickle(tmp_path: Path, sign: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(pickle.dumps(Trap(sign)))
     request = make_request(tmp_path / "run", {"kind": "model", "gguf": "model.gguf"}, {}, files={"gguf": [file]})
-    with pytest.raises(StageFailed, match="model.gguf is no GGUF file"):
+    with pytest.raises(StageFailed, match="model.gguf does not load as GGUF: "):
         run_program(request)
     assert not sign.exists()
 
@@ -173,7 +172,7 @@ def test_a_data_file_that_could_hold_code_or_paths(name: str, tmp_path: Path, si
 def test_a_data_file_that_is_a_pickle_under_another_name(name: str, tmp_path: Path, sign: Path) -> None:
     file = tmp_path / name
     file.write_bytes(pickle.dumps(Trap(sign)))
-    with pytest.raises(StageFailed, match=rf"rows\.\w+.*: found ") as failure:
+    with pytest.raises(StageFailed, match=r"rows\.\w+.*: found ") as failure:
         dataset_from(tmp_path / "run", file)
     assert failure.value.failure_class == "data"
     assert not sign.exists()
@@ -187,7 +186,7 @@ def test_pickles_inside_of_parquet(tmp_path: Path, sign: Path) -> None:
         dataset_from(tmp_path / "value", tmp_path / "value.parquet")
     marks = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": trap}
     schema = pa.schema([pa.field("text", pa.string(), metadata=marks)])
-    pq.write_table(pa.table({"text": ["plain"] * 3}, schema=schema), tmp_path / "type.parquet")
+    pq.write_table(pa.table({"text": [f"plain {i}" for i in range(50)]}, schema=schema), tmp_path / "type.parquet")
     dataset_from(tmp_path / "type", tmp_path / "type.parquet")
     assert not sign.exists()
 
@@ -230,8 +229,8 @@ from transformers import LlamaConfig
 class OwnConfig(LlamaConfig):
     model_type = "own-of-the-test"
 
-    def __init__(self, logit_scale=1.0, **fields):
-        self.logit_scale = logit_scale
+    def __init__(self, logit_scale=1.0, wave=0.0, **fields):
+        self.logit_scale, self.wave = logit_scale, wave
         super().__init__(**fields)
 """
 MODELING = """
@@ -252,22 +251,25 @@ class OwnForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None):
+                labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None):
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                          past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache)
         logits = self.lm_head(out.last_hidden_state) * self.config.logit_scale
+        logits = logits + self.config.wave * logits.sin()
         loss = self.loss_function(logits, labels, self.config.vocab_size) if labels is not None else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 """
 AUTO_MAP = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where transformers copies a model's code to before it is imported; the orchestrator sets it, too."""
-    folder = str(tmp_path_factory.mktemp("modules"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-    monkeypatch.setenv("HF_MODULES_CACHE", folder)
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies a model's code to before it is imported; one place for a process. The orchestrator sets it, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        patch.setenv("HF_MODULES_CACHE", folder)
+        yield
 
 
 @pytest.fixture
@@ -348,7 +350,7 @@ def test_changed_code_is_noticed(own: Path, tmp_path: Path) -> None:
 def rows_in(folder: Path) -> Input:
     folder.mkdir(parents=True)
     for split in SPLITS:
-        write_rows(CHATS if split == "train" else CHATS[:2], folder / f"{split}.parquet")
+        write_rows(CHATS[:6] if split == "train" else CHATS[6:7] if split == "test" else CHATS[7:], folder / f"{split}.parquet")
     return Input(path=folder, digest="d" * 64, type="Dataset")
 
 
@@ -388,6 +390,14 @@ def test_every_program_runs_a_trusted_models_code(merged_by: str, own: Path, tmp
     )
     with pytest.raises(StageFailed, match=r"the model runs code of its own \(trust_remote_code\), whose layers gptqmodel does not know"):
         run_program(quantize)
+
+
+def test_a_loss_that_is_not_the_models_own_is_noticed(own: Path, tmp_path: Path) -> None:
+    """TRL knows of logit_scale; what it does not know of must not be trained without."""
+    edit(own / "config.json", wave=2.0)
+    request, _ = fetch(tmp_path / "model", own, trust_remote_code=True)
+    with pytest.raises(StageFailed, match=r"the loss that would be trained on is \d+\.\d+, that of the model's own logits \d+\.\d+"):
+        run_program(training(tmp_path, Input(path=request.payload, digest="b" * 64, type="Model")))
 
 
 def plain_of(own: Path, tmp_path: Path) -> Path:

@@ -19,10 +19,11 @@ SCHEMA = 1
 HOW = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources"})
 PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
 
+GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))
 # The libraries that each kind's program uses, whose versions change what comes out.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "model": ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub"),
-    "dataset": ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym"),
+    "dataset": ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym", "tree-sitter", *GRAMMARS),
     "sft": ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets"),
     "evaluate": ("torch", "transformers", "tokenizers", "peft", "lm-eval", "gptqmodel", "reasoning-gym", "datasets"),
     "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors"),

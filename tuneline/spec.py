@@ -166,6 +166,9 @@ class DatasetStage(ProgramStage):
             if isinstance(source, CodeSource) and self.model is None:
                 hint = "name the model whose tokenizer cuts the chunks: `model: base`"
                 yield Finding(f"sources.{i}", "found source code without model", hint)
+            if isinstance(source, CodeSource) and self.max_length is not None and source.chunk_length > self.max_length:
+                message = f"found {source.chunk_length}, allowed at most max_length, {self.max_length}"
+                yield Finding(f"sources.{i}.chunk_length", message, "a longer chunk would be dropped or cut as every row is")
         if self.split.validation + self.split.test >= 1:
             yield Finding("split", f"found {self.split.validation} + {self.split.test}, allowed a sum below 1")
 

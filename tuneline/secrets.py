@@ -1,0 +1,43 @@
+"""Secrets of the process environment (HF_TOKEN and the like), and how they are kept out of what tuneline writes and shows.
+
+They are known by their names alone; whatever else a program prints is its own affair. A token written into pipelines.yaml is refused
+when that is read: it would be in keys, manifests and Prefect's parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+NO_SECRETS = frozenset({"TOKENIZERS_PARALLELISM"})
+SHORTEST = 8  # characters; shorter ones cannot be told from ordinary words
+MASK = b"***"
+# Tokens by their form: Hugging Face, GitHub, OpenAI and the like, AWS.
+TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{16})\b")
+
+
+def masked(text: bytes) -> bytes:
+    """The text without the values of secrets."""
+    for value in _values():
+        text = text.replace(value, MASK)
+    return text
+
+
+def mask_file(path: Path) -> None:
+    """Rewrites a file that holds a secret; most do not, and stay as they are."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    if (clean := masked(content)) != content:
+        temporary = path.with_name(f"{path.name}.masked")
+        temporary.write_bytes(clean)
+        temporary.replace(path)
+
+
+def _values() -> list[bytes]:
+    """Longest first: one may be part of another."""
+    found = {os.fsencode(value) for name, value in os.environ.items() if NAMES.search(name) and name not in NO_SECRETS}
+    return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)
