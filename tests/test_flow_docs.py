@@ -6,6 +6,7 @@ name a new file. Blocks without a name, such as ```sh, are only read. Numbers, k
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -14,9 +15,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import ROOT
+
+from tuneline.errors import FailureClass
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
@@ -140,3 +144,33 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path) -> Non
         ran += block.language == "console"
     assert ran >= 8
     reader.run("tuneline validate gpu/pipelines.yaml", "gpu/pipelines.yaml is valid: sums (7 stages)", reader.project)
+
+
+# --- troubleshooting ----------------------------------------------------------------------------------------------------
+
+
+def texts() -> str:
+    """Every text that stands in the code, places for values left out, a line each."""
+    found = []
+    for file in [path for folder in ("flows", "tasks", "tuneline") for path in sorted((ROOT / folder).glob("*.py"))]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        joined = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in joined:
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_troubleshooting_speaks_of_messages_that_there_are() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    by_class, by_message = page.split("## By message")
+    assert set(re.findall(r"^\| `(\w+)` \|", by_class, re.M)) == set(get_args(FailureClass))
+    said = [message for row in re.findall(r"^\| (`.*?`) \|", by_message, re.M) for message in re.findall(r"`(.*?)`", row)]
+    assert len(said) > 25
+    known = texts()
+    # What a value stands in for is passed over: `loss is nan` is `{name} is {value}`.
+    built = {"loss is nan": "\0 is \0 at step \0"}
+    unknown = [message for message in said if not all(part.strip() in known for part in built.get(message, message).split("…"))]
+    assert unknown == []

@@ -7,7 +7,7 @@ Works on the raw tree beside the types, so that one wrong stage does not hide wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.messages import listed, nearest
 from tuneline.order import cycles, depends_on
 from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
+from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
 from tuneline.source import Keys
 from tuneline.spec import AnyStage, EvaluateStage, GateStage, ProgramStage, Runtime, SftStage, Spec, Stage
 
@@ -24,6 +25,14 @@ BUILT_IN_RUNTIMES = ("torch",)
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
 Report = Callable[[Keys, str, str, bool], None]
 """(path in the file, message, hint, whether its key is at fault)."""
+
+
+def _tokens(node: Any, path: Keys) -> Iterator[Keys]:
+    """Where something stands that looks like an access token."""
+    if isinstance(node, str) and TOKEN.search(node):
+        yield path
+    for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _tokens(item, (*path, key))
 
 
 def keys_of(field: str) -> Keys:
@@ -40,6 +49,8 @@ class Checks:
         self._report(path, message, hint, at_key)
 
     def run(self) -> None:
+        for path in _tokens(self.tree, ()):
+            self.problem(path, "found a token, allowed none: it would be in keys, manifests and Prefect's parameters", FROM_ENVIRONMENT)
         runtimes = _mapping(self.tree.get("runtimes"))
         for name, raw in runtimes.items():
             self._runtime(("runtimes", name), name, raw)

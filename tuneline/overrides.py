@@ -13,10 +13,11 @@ from typing import Any
 
 from tuneline.errors import ConfigError, Problem
 from tuneline.messages import listed, nearest
+from tuneline.secrets import FROM_ENVIRONMENT, named_in
 from tuneline.source import Keys, Source, dotted, parse
 
 VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)(?P<end>\}?)")
-FROM_ENVIRONMENT = ("store", "runtimes")
+MACHINE_FIELDS = ("store", "runtimes")
 
 
 class Overrides:
@@ -103,6 +104,9 @@ class Overrides:
         return keys, node
 
     def _put(self, node: Any, key: str | int, flag: str, text: str, path: Keys) -> None:
+        if secret := named_in(text, self.environment):
+            self._flag(flag, f"found the value of {secret}, allowed no secrets: Prefect shows what a run was called with", FROM_ENVIRONMENT)
+            return
         try:
             node[key] = parse(text, flag).tree if text.strip() else ""
             self.source.flags[path] = flag
@@ -141,10 +145,10 @@ class Overrides:
     def _variable(self, name: str, path: Keys) -> Any:
         if name.startswith("env:"):
             name = name.removeprefix("env:")
-            if path[0] not in FROM_ENVIRONMENT:
+            if path[0] not in MACHINE_FIELDS:
                 self.unresolved.add(path)
                 hint = "a pipeline must not depend on the shell it is started from; use vars and --var"
-                self._problem(path, f"found ${{env:{name}}}, allowed only in {' and '.join(FROM_ENVIRONMENT)}", hint)
+                self._problem(path, f"found ${{env:{name}}}, allowed only in {' and '.join(MACHINE_FIELDS)}", hint)
             elif name not in self.environment:
                 self.unresolved.add(path)
                 self._problem(path, f"found ${{env:{name}}}, but {name} is not set", f"export {name}=...")

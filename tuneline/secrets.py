@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 NO_SECRETS = frozenset({"TOKENIZERS_PARALLELISM"})
 SHORTEST = 8  # characters; shorter ones cannot be told from ordinary words
 MASK = b"***"
+FROM_ENVIRONMENT = "tokens come from the environment of the process alone, as HF_TOKEN, where the libraries look for them"
 # Tokens by their form: Hugging Face, GitHub, OpenAI and the like, AWS.
 TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{16})\b")
 
@@ -37,7 +39,16 @@ def mask_file(path: Path) -> None:
         temporary.replace(path)
 
 
+def named_in(text: str, environment: Mapping[str, str]) -> str | None:
+    """The variable whose secret value stands in the text."""
+    return next((name for name, value in _of(environment) if value in text), None)
+
+
 def _values() -> list[bytes]:
-    """Longest first: one may be part of another."""
-    found = {os.fsencode(value) for name, value in os.environ.items() if NAMES.search(name) and name not in NO_SECRETS}
-    return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)
+    return [os.fsencode(value) for _, value in _of(os.environ)]
+
+
+def _of(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Longest value first: one may be part of another."""
+    found = [(name, value) for name, value in environment.items() if NAMES.search(name) and name not in NO_SECRETS]
+    return sorted(((name, value) for name, value in found if len(value) >= SHORTEST), key=lambda pair: -len(pair[1]))
