@@ -25,6 +25,7 @@ from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed, StoreError, TunelineError
 from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
+from tuneline.overrides import as_sets
 from tuneline.protocol import Event
 from tuneline.runs import RunState, StageRecord
 from tuneline.workspace import Workspace
@@ -49,14 +50,14 @@ REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=NoReporter())  #
 def run_pipeline(
     pipeline: str,
     file: str = "pipelines.yaml",
-    sets: list[str] = [],  # noqa: B006  (Prefect shows the default; it is never changed)
-    variables: list[str] = [],  # noqa: B006
+    overrides: dict[str, Any] = {},  # noqa: B006  (Prefect shows the default; it is never changed)
+    variables: dict[str, Any] = {},  # noqa: B006
     only: str | None = None,
     force: list[str] = [],  # noqa: B006
 ) -> Any:
-    """Runs a pipeline of a pipelines.yaml. `sets` are `stage.field=value`, `variables` `name=value`."""
+    """Runs a pipeline of a pipelines.yaml. `overrides` as `{"sft.lora.r": 32}`; they are checked as those of the command line are."""
     logger = get_run_logger()
-    loaded = load(Path(file), pipeline, sets, variables)
+    loaded = load(Path(file), pipeline, as_sets(overrides), as_sets(variables))
     reporter = REPORTER.get()
 
     def warn(message: str) -> None:

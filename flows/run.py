@@ -16,6 +16,7 @@ from flows.slots import visible_gpus
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
 from tuneline.gate import judge, shown_metrics
 from tuneline.order import depends_on, planned
+from tuneline.overrides import as_overrides
 from tuneline.plan import PlanRow
 from tuneline.runs import RunRecord, StageRecord
 from tuneline.runtimes import find_runtime
@@ -151,7 +152,7 @@ def _through_prefect(
 
     token = REPORTER.set(reporter)
     parameters: dict[str, Any] = {"pipeline": pipeline, "file": str(workspace.loaded.file), "only": only}
-    parameters |= {"sets": list(sets), "variables": list(variables), "force": list(force)}
+    parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables), "force": list(force)}
     try:
         state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
     except KeyboardInterrupt:

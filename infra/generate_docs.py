@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneline import data_sources, fields, spec
+from tuneline import data_sources, fields, pools, spec
 from tuneline.json_schema import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,12 @@ PARTS = (
     spec.Lora,
     spec.EarlyStopping,
     spec.Requirement,
+    pools.Schedule,
+    pools.ProcessPool,
+    pools.DockerPool,
+    pools.KubernetesPool,
+    pools.Queue,
+    pools.Toleration,
 )
 
 HEAD = """\
@@ -39,7 +45,7 @@ The same as a JSON Schema: `tuneline schema`.
 
 A file has `version: 1` and `pipelines:`; each pipeline has `stages:`, each stage a `kind`. A field that takes a *stage* holds
 the name of another stage of the same pipeline. `${name}` takes a value from `vars:`, a whole value keeps its type;
-`${env:NAME}` is allowed in `store` and `runtimes` alone; `$${` is a plain `${`. Paths are relative to the file.
+`${env:NAME}` is allowed in `store`, `pools` and `runtimes` alone; `$${` is a plain `${`. Paths are relative to the file.
 Fields under *every stage* and under `resources` only change how a stage runs: they are not in its key, and changing them
 rebuilds nothing. Everything else is in the key, unless it has its default value.
 """

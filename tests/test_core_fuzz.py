@@ -207,6 +207,7 @@ def test_one_file_has_every_field() -> None:
                     visit(item)
 
     visit(load_source(read(FILES["every field"], "p.yaml")).spec)
-    every_stage = {"description", "needs", "retries", "timeout", "runtime", "resources", "seed"}  # given once, for a model
-    assert {(model, name) for model, name in exist - given_somewhere if name not in every_stage or model == "ModelStage"} == set()
+    every_stage = {"description", "needs", "retries", "timeout", "runtime", "resources", "pool", "seed"}  # given once, for a model
+    every_pool = {(model, name) for model in ("DockerPool", "KubernetesPool") for name in ("concurrency", "queues")}  # once, for processes
+    assert {(model, name) for model, name in exist - given_somewhere if name not in every_stage or model == "ModelStage"} == every_pool
     assert {model for model, _ in exist} >= {name for name in Spec.model_json_schema()["$defs"]}

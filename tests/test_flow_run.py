@@ -59,9 +59,10 @@ def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> 
 
         from flows.pipeline import run_pipeline
         from tuneline.load import load
+        from tuneline.overrides import as_overrides
         from tuneline.workspace import Workspace
 
-        state = run_pipeline.with_options(name="demo")("demo", sets=list(sets), return_state=True, **options)
+        state = run_pipeline.with_options(name="demo")("demo", overrides=as_overrides("--set", sets), return_state=True, **options)
         record = Workspace(load(demo.root / "pipelines.yaml")).runs.get("demo", None)
         with get_client(sync_client=True) as client:
             runs = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))

@@ -56,10 +56,42 @@ class Checks:
             self._runtime(("runtimes", name), name, raw)
         if "://" in str(self.tree.get("store")):
             self.problem(("store",), f"found `{self.tree['store']}`, allowed a folder", "mount shared storage and name its folder")
+        self._pools()
         for name, pipeline in _mapping(self.tree.get("pipelines")).items():
             raw_stages = _mapping(_mapping(pipeline).get("stages"))
             stages = self.spec.pipelines[name].stages if self.spec else dict(_valid(raw_stages))
             self._stages(("pipelines", name, "stages"), raw_stages, stages, {*BUILT_IN_RUNTIMES, *runtimes})
+
+    def _pools(self) -> None:
+        """Pools and queues that are named are there; schedules can be. Only once all types are right: the names hang together."""
+        if self.spec is None:
+            return
+        pools = self.spec.pools
+        for name, pipeline in self.spec.pipelines.items():
+            here: Keys = ("pipelines", name)
+            self._pool_name((*here, "pool"), pipeline.pool)
+            for stage_name, stage in pipeline.stages.items():
+                if isinstance(stage, ProgramStage):
+                    self._pool_name((*here, "stages", stage_name, "pool"), stage.pool)
+            queues = ["default", *pools[pipeline.pool].queues] if pipeline.pool in pools else []
+            schedules = [((*here, "schedules", key), schedule) for key, schedule in pipeline.schedules.items()]
+            for path, queue in [(here, pipeline.queue), *((path, schedule.queue) for path, schedule in schedules)]:
+                if queue is not None and pipeline.pool is None:
+                    self.problem((*path, "queue"), "found a queue without `pool`", "name the pool that the pipeline runs in")
+                elif queue is not None and pipeline.pool in pools and queue not in queues:
+                    found = f"found the unknown queue `{queue}` of pool `{pipeline.pool}`, allowed {listed(queues)}"
+                    self.problem((*path, "queue"), found, nearest(queue, queues))
+            if schedules and pipeline.pool is None:
+                self.problem((*here, "schedules"), "found schedules without `pool`", "name the pool that the pipeline runs in", at_key=True)
+            for path, schedule in schedules:
+                for finding in schedule.findings():
+                    self.problem((*path, *keys_of(finding.field)), finding.message, finding.hint, at_key=not finding.field)
+
+    def _pool_name(self, path: Keys, name: str | None) -> None:
+        assert self.spec is not None
+        if name is not None and name not in self.spec.pools:
+            found = f"found the unknown pool `{name}`, allowed {listed(self.spec.pools)}"
+            self.problem(path, found, nearest(name, self.spec.pools) or "declare it under `pools:`")
 
     def _runtime(self, here: Keys, name: str, raw: Any) -> None:
         if name in BUILT_IN_RUNTIMES:
@@ -84,7 +116,8 @@ class Checks:
     def _stages(self, at: Keys, raw: Mapping[str, Any], stages: Mapping[str, Stage], runtimes: set[str]) -> None:
         for name, stage in stages.items():
             here = (*at, name)
-            for finding in stage.findings():
+            common = stage.common_findings() if isinstance(stage, ProgramStage) else ()
+            for finding in (*stage.findings(), *common):
                 self.problem((*here, *keys_of(finding.field)), finding.message, finding.hint, at_key=not finding.field)
             if isinstance(stage, ProgramStage) and stage.runtime not in runtimes:
                 found = f"found `{stage.runtime}`, allowed {listed(sorted(runtimes))}"

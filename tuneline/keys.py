@@ -16,7 +16,7 @@ from tuneline.spec import ProgramStage
 from tuneline.store import Artifact
 
 SCHEMA = 1
-HOW = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources"})
+HOW = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})
 PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
 
 GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))

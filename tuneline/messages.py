@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.fields import MAX_NAME, NAME, REPOSITORY, REVISION
+from tuneline.pools import INTERVAL, POOLS, SIZE
 from tuneline.source import Keys, short, yaml_value
 from tuneline.spec import STAGES, Spec
 
@@ -22,6 +23,8 @@ FORMS = {  # by pattern; a test holds them against the types
     REPOSITORY: "owner/name, as on the hub",
     REVISION: "a branch, tag or commit",
     r"^\d+(\.\d+)?(MB|GB)$": "a size such as 500MB or 5GB",
+    INTERVAL: "a time such as 30m, 6h or 7d",
+    SIZE: "a size such as 512Mi or 16Gi",
 }
 UNQUOTED = "write it without quotes"
 MOST_LISTED = 30
@@ -86,7 +89,7 @@ def _branch(path: list[str | int], node: Any) -> Any:
         return None
     if len(path) == 4 and (path[0], path[2]) == ("pipelines", "stages"):
         return node.get("kind")
-    return node.get("type") if path[-2:-1] == ["sources"] else None
+    return node.get("type") if path[-2:-1] == ["sources"] or len(path) == 2 and path[0] == "pools" else None
 
 
 def _discriminator(detail: ErrorDetails) -> str:
@@ -104,7 +107,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         return True, "nothing", _described(path, tree), f"add `{path[-1]}: ...`"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = _discriminator(detail)
-        names = list(STAGES if tag == "kind" else SOURCES)
+        names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else SOURCES)
         if kind == "union_tag_not_found":
             return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
         return False, shown(node), ", ".join(names), nearest(node, names) if isinstance(node, str) else ""
@@ -180,7 +183,7 @@ def _choose(candidates: list[type[BaseModel]], node: Any) -> type[BaseModel] | N
     if len(candidates) == 1:
         return candidates[0]
     tag = (node.get("kind") or node.get("type")) if isinstance(node, dict) else None
-    return next((model for model in candidates if (STAGES | SOURCES).get(str(tag)) is model), None)
+    return next((model for model in candidates if (STAGES | SOURCES | POOLS).get(str(tag)) is model), None)
 
 
 def _inside(annotation: Any) -> Iterator[Any]:

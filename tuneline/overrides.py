@@ -17,7 +17,7 @@ from tuneline.secrets import FROM_ENVIRONMENT, named_in
 from tuneline.source import Keys, Source, dotted, parse
 
 VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)(?P<end>\}?)")
-MACHINE_FIELDS = ("store", "runtimes")
+MACHINE_FIELDS = ("store", "pools", "runtimes")
 
 
 class Overrides:
@@ -148,7 +148,7 @@ class Overrides:
             if path[0] not in MACHINE_FIELDS:
                 self.unresolved.add(path)
                 hint = "a pipeline must not depend on the shell it is started from; use vars and --var"
-                self._problem(path, f"found ${{env:{name}}}, allowed only in {' and '.join(MACHINE_FIELDS)}", hint)
+                self._problem(path, f"found ${{env:{name}}}, allowed only in {', '.join(MACHINE_FIELDS)}", hint)
             elif name not in self.environment:
                 self.unresolved.add(path)
                 self._problem(path, f"found ${{env:{name}}}, but {name} is not set", f"export {name}=...")
@@ -162,6 +162,22 @@ class Overrides:
             self.unresolved.add(path)  # what is wrong with it is said where it is declared
         self.origins[path] = name
         return self.declared[name]
+
+
+def as_sets(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides as they come through Prefect, in the form of the command line: JSON is YAML, too."""
+    return [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+
+
+def as_overrides(flag: str, sets: Sequence[str]) -> dict[str, Any]:
+    """`name=value` as Prefect's parameters take them. Raises ConfigError for a value that is no YAML."""
+    found = {}
+    for text in sets:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError([Problem(f"{flag} {name}", "", "found no `=`, allowed name=value")])
+        found[name] = parse(value, f"{flag} {name}").tree if value.strip() else ""
+    return found
 
 
 def _named(node: Any) -> Iterator[re.Match[str]]:

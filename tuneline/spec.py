@@ -28,6 +28,7 @@ from tuneline.fields import (
     StageRef,
     Strict,
 )
+from tuneline.pools import AnyPool, Schedule
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -40,6 +41,8 @@ class Resources(Strict):
 
     gpus: int = Field(0, ge=0)
     """Devices used; with more than one, one process each."""
+    devices: tuple[int, ...] | None = Field(None, min_length=1)
+    """Numbers of the devices to use; by default any that are free."""
     processes: int | None = Field(None, ge=1)
     """Processes of a training; by default one for each GPU, or one."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -84,8 +87,16 @@ class ProgramStage(Stage):
     """The Python environment it runs in."""
     resources: Resources = Resources()
     """Devices and batches."""
+    pool: Name | None = None
+    """Pool that this stage runs in, as a run of its own, once the pipeline is deployed; `tuneline run` runs it here."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the stage."""
+
+    def common_findings(self) -> Iterator[Finding]:
+        devices = self.resources.devices
+        if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
+            found = f"found {list(devices)}, allowed as many different numbers as resources.gpus, {self.resources.gpus}"
+            yield Finding("resources.devices", found, f"set `gpus: {len(devices)}`")
 
     def micro_batch_size(self) -> int | None:
         """Rows a device takes at once; None for a kind that does not work in batches."""
@@ -434,6 +445,14 @@ class Pipeline(Strict):
     """Changing it disowns every earlier artifact of this pipeline."""
     parallel: int | None = Field(None, ge=1)
     """Stages that may run at the same time; by default one for each GPU of the machine, or one."""
+    pool: Name | None = None
+    """Pool that it runs in once deployed. Without one it is not deployed."""
+    queue: Name | None = None
+    """Queue of that pool."""
+    tags: tuple[str, ...] = ()
+    """Tags of its runs in Prefect, beside its name."""
+    schedules: dict[Name, Schedule] = {}
+    """When it runs by itself, by name."""
     stages: dict[Name, AnyStage] = Field(min_length=1)
     """Stages by name; order is free."""
 
@@ -451,5 +470,7 @@ class Spec(Strict):
     """Values for `${name}` anywhere in the file."""
     runtimes: dict[Name, Runtime] = {}
     """Environments beside the built-in ones."""
+    pools: dict[Name, AnyPool] = {}
+    """Work pools of Prefect, made by `tuneline deploy`."""
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
     """Pipelines by name."""
