@@ -125,10 +125,16 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
     for name in sorted({stage.runtime for stage in stages.values()}):
         if not find_runtime(name, workspace.loaded.spec, workspace.root).ready:
             problems.append(Problem("runtimes", name, "found a runtime that is not set up", f"`tuneline setup {name}` builds it"))
-    there = len(visible_gpus())
+    visible = visible_gpus()
+    there = len(visible)
     for name, stage in stages.items():
-        if stage.resources.gpus > there:
-            path: Keys = ("pipelines", pipeline, "stages", name, "resources", "gpus")
+        absent = [str(device) for device in stage.resources.devices or () if str(device) not in visible]
+        if absent:
+            path: Keys = ("pipelines", pipeline, "stages", name, "resources", "devices")
+            found = f"found {', '.join(absent)}, but this machine shows {', '.join(visible) or 'none'}"
+            problems.append(Problem(workspace.loaded.source.place(path), dotted(path), found, "name others, or none: then any is taken"))
+        elif stage.resources.gpus > there:
+            path = ("pipelines", pipeline, "stages", name, "resources", "gpus")
             found = f"found {stage.resources.gpus}, but this machine shows {there}"
             hint = f"`--set {name}.resources.gpus=0` runs it on the CPU, slowly"
             problems.append(Problem(workspace.loaded.source.place(path), dotted(path), found, hint))

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from prefect.states import Completed, Failed
 from flows.attempts import Attempts
 from flows.hub import resolve_commit
 from flows.progress import ProgressArtifact
-from flows.slots import Slots
+from flows.slots import Slots, Taken
 from flows.supervisor import Outcome, Supervisor
 from tuneline import disk
 from tuneline.data_sources import CodeSource
@@ -179,9 +179,9 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
         with _lock(run, name, key) as held:
             artifact = _cached(run, name, stage, key)
             if artifact is None:
-                with run.slots.taken(stage.resources.gpus) as gpus:
+                with _slot(run, name, stage) as taken:
                     started = time.monotonic()
-                    artifact = _build(run, name, stage, inputs, document, key, held, gpus)
+                    artifact = _build(run, name, stage, inputs, document, key, held, taken)
                 run.note(name, "done", time.monotonic() - started, artifact)
                 return artifact
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
@@ -214,6 +214,18 @@ def _lock(run: Run, name: str, key: str) -> Iterator[int]:
         raise StageFailed("transient", "stopped with the run", final=True) from None
 
 
+def _slot(run: Run, name: str, stage: ProgramStage) -> AbstractContextManager[Taken]:
+    """A slot of the run and the stage's GPUs; whoever waits for another stage's says so."""
+    holder = {"stage": f"{run.pipeline}/{name}", "run": run.record.run_id}
+    resources = stage.resources
+
+    def say(message: str) -> None:
+        get_run_logger().info(message)
+        run.reporter.warning(name, message)
+
+    return run.slots.taken(resources.gpus, resources.devices, holder, say, lambda: not run.supervisor.stopping)
+
+
 def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
     passed, lines = judge(stage, run.metrics)
     logger = get_run_logger()
@@ -234,7 +246,7 @@ def _build(
     document: dict[str, Any],
     key: str,
     held: int,
-    gpus: list[str],
+    taken: Taken,
 ) -> Artifact:
     """Runs the program and publishes what it made. The caller holds the key's lock."""
     work, store = run.workspace.work(key), run.workspace.store
@@ -264,7 +276,7 @@ def _build(
     seen = _as_in_key(run, stage, document, request)
     run.reporter.started(name, f"{stage.kind}, attempt {request.attempt}" if attempts.of_run(run.record.run_id) else stage.kind)
     began = datetime.now(UTC)
-    outcome = _supervise(run, name, stage, request, held, gpus)
+    outcome = _supervise(run, name, stage, request, held, taken)
     if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
         if _as_in_key(run, stage, document, request) != seen:
             raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
@@ -316,7 +328,7 @@ def _input(workspace: Workspace, artifact: Artifact) -> Input:
     return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
 
 
-def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int, gpus: list[str]) -> Outcome:
+def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int, taken: Taken) -> Outcome:
     runtime = find_runtime(stage.runtime, run.workspace.loaded.spec, run.workspace.root)
     if not runtime.ready:
         raise StageFailed("config", f"the runtime {runtime.name} is not set up", f"`tuneline setup {runtime.name}` builds it")
@@ -339,7 +351,8 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.resources.world_size}", *launcher]
     command = [str(runtime.python), *launcher, str(request.work / "request.json")]
     try:
-        return run.supervisor.run(command, _environment(request.work, gpus), request.work, stage.timeout, held, on_line, on_event)
+        environment, locks = _environment(request.work, taken.gpus), (held, *taken.descriptors)
+        return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)
     finally:
         progress.close()
 

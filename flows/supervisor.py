@@ -72,11 +72,11 @@ class Supervisor:
         environment: Mapping[str, str],
         folder: Path,
         timeout: float | None,
-        held: int,
+        locks: tuple[int, ...],
         on_line: Callable[[str], None],
         on_event: Callable[[Event], None],
     ) -> Outcome:
-        """Runs `command` in `folder` until it ends. The watchdog inherits `held` (the key's lock), so that the lock is free only
+        """Runs `command` in `folder` until it ends. The watchdog inherits `locks` (the key's, the GPUs'), so that they are free only
         when the last process is gone. Lines of stdout and stderr go to `on_line` and to folder/log.txt."""
         end_strays(folder)
         oom_kills = _oom_kills()
@@ -92,7 +92,7 @@ class Supervisor:
                 cwd=folder,
                 env={**environment, WORK: str(folder)},
                 start_new_session=True,
-                pass_fds=(held,),
+                pass_fds=locks,
             )
             self._live.add(process)
         assert process.stdout is not None

@@ -57,7 +57,9 @@ def run(
     environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "0.5"}
     held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        outcome = (supervisor or Supervisor()).run(["bash", "-c", script], environment, folder, timeout, held, lines.append, events.append)
+        outcome = (supervisor or Supervisor()).run(
+            ["bash", "-c", script], environment, folder, timeout, (held,), lines.append, events.append
+        )
     finally:
         os.close(held)
     return outcome, lines, events
@@ -107,7 +109,7 @@ from flows.supervisor import Supervisor
 from tuneline.store import Store
 from pathlib import Path
 with Store(Path({str(tmp_path)!r})).locked("key") as held:
-    Supervisor().run(["bash", "-c", {TREE!r}], os.environ, Path({str(tmp_path)!r}), None, held, print, print)
+    Supervisor().run(["bash", "-c", {TREE!r}], os.environ, Path({str(tmp_path)!r}), None, (held,), print, print)
 """
     environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "2"}
     process = subprocess.Popen([sys.executable, "-u", "-c", flow], env=environment, stdout=subprocess.PIPE, text=True)
