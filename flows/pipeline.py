@@ -10,39 +10,27 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import allow_failure, flow, get_run_logger
 from prefect.client.schemas import State
 from prefect.futures import wait
+from prefect.runtime import deployment
 from prefect.states import Completed, Failed
 
+from flows.run_stage import run_stage
 from flows.slots import Slots, visible_gpus
-from flows.stage import Reporter, Run, stage_task
+from flows.stage import NoReporter, Reporter, Run, stage_task
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed, StoreError, TunelineError
 from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.overrides import as_sets
-from tuneline.protocol import Event
-from tuneline.runs import RunState, StageRecord
+from tuneline.runs import RunState
 from tuneline.workspace import Workspace
 
-
-@dataclass(frozen=True)
-class NoReporter:
-    """Under a worker nobody looks at a terminal; Prefect has the log."""
-
-    def began(self, run_id: str) -> None: ...
-    def started(self, stage: str, message: str) -> None: ...
-    def progress(self, stage: str, event: Event) -> None: ...
-    def line(self, stage: str, line: str) -> None: ...
-    def warning(self, stage: str, message: str) -> None: ...
-    def finished(self, stage: str, record: StageRecord) -> None: ...
-
-
+__all__ = ["REPORTER", "run_pipeline", "run_stage"]  # run_stage: the entrypoint of child deployments
 REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=NoReporter())  # noqa: B039  (it has no state)
 
 
@@ -72,7 +60,9 @@ def run_pipeline(
     record.planned, record.only, record.force = planned(spec, only), only, tuple(force)
     workspace.runs.save(record)
     reporter.began(record.run_id)
-    run = Run(workspace, pipeline, record, Supervisor(), Slots(spec.parallel, visible_gpus()), reporter, frozenset(force))
+    parameters = {"pipeline": pipeline, "file": str(loaded.file), "overrides": overrides, "variables": variables}
+    slots, in_pool = Slots(spec.parallel, visible_gpus()), deployment.id is not None
+    run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, frozenset(force), parameters if in_pool else None)
     wanted = with_ancestors(spec, only) if only else set(spec.stages)
     futures: dict[str, Any] = {}
     try:

@@ -27,6 +27,7 @@ from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
 from flows.attempts import Attempts
+from flows.child import build_in_pool
 from flows.hub import resolve_commit
 from flows.progress import ProgressArtifact
 from flows.slots import Slots, Taken
@@ -62,6 +63,18 @@ class Reporter(Protocol):
     def finished(self, stage: str, record: StageRecord) -> None: ...
 
 
+@dataclass(frozen=True)
+class NoReporter:
+    """Under a worker nobody looks at a terminal; Prefect has the log."""
+
+    def began(self, run_id: str) -> None: ...
+    def started(self, stage: str, message: str) -> None: ...
+    def progress(self, stage: str, event: Event) -> None: ...
+    def line(self, stage: str, line: str) -> None: ...
+    def warning(self, stage: str, message: str) -> None: ...
+    def finished(self, stage: str, record: StageRecord) -> None: ...
+
+
 @dataclass
 class Run:
     """What the stages of one run share."""
@@ -73,6 +86,10 @@ class Run:
     slots: Slots
     reporter: Reporter
     forced: frozenset[str] = frozenset()
+    parameters: dict[str, Any] | None = None
+    """What the flow was called with, where it runs in a pool: then stages with a pool of their own run there."""
+    child_of: str | None = None
+    """In a child: the key that its parent asked for. The run's record is the parent's."""
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """By stage, as people name them."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
@@ -91,6 +108,10 @@ class Run:
                 self._commits[wanted] = resolve_commit(*wanted)
             return self._commits[wanted]
 
+    def know_commits(self, commits: list[list[str]]) -> None:
+        """Of a parent: [repository type, repository, revision, commit]."""
+        self._commits |= {(kind, repository, revision): commit for kind, repository, revision, commit in commits}
+
     def note(self, name: str, status: StageStatus, seconds: float = 0.0, artifact: Artifact | None = None, message: str = "") -> None:
         """Keeps how a stage ended, in the record on disk as well."""
         stage = self.stages[name]
@@ -102,7 +123,8 @@ class Run:
         with self._lock:
             self.metrics[name] = record.metrics
             self.record.stages = [other for other in self.record.stages if other.stage != name] + [record]
-            self.workspace.runs.save(self.record)
+            if self.child_of is None:
+                self.workspace.runs.save(self.record)
         self.reporter.finished(name, record)
 
 
@@ -174,7 +196,12 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
     document, _ = document_of(run.workspace, stage, inputs, salt, run.commit)
     key = key_of(document)
+    if run.child_of not in (None, key):
+        found = f"found the key {key[:12]}, but the run that asked for the stage computes {(run.child_of or '')[:12]}"
+        raise StageFailed("config", found, "both must see the same files and be of the same version of tuneline: docs/operating.md")
     artifact = _cached(run, name, stage, key)
+    if artifact is None and run.parameters is not None and stage.pool not in (None, run.workspace.loaded.spec.pipelines[run.pipeline].pool):
+        return _build_elsewhere(run, name, stage, inputs, key)
     if artifact is None:
         with _lock(run, name, key) as held:
             artifact = _cached(run, name, stage, key)
@@ -185,6 +212,22 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
                 run.note(name, "done", time.monotonic() - started, artifact)
                 return artifact
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
+
+
+def _build_elsewhere(run: Run, name: str, stage: ProgramStage, inputs: Mapping[str, Artifact], key: str) -> Artifact:
+    """In the stage's own pool, by a child run."""
+    started = time.monotonic()
+    wanted = {**(run.parameters or {}), "key": key, "run_id": run.record.run_id, "forced": name in run.forced}
+    wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(stage)]
+    run.reporter.started(name, f"{stage.kind} in pool {stage.pool}")
+    build_in_pool(name, stage, inputs, wanted, run.supervisor)
+    with run.workspace.store.steady():
+        artifact = run.workspace.store.find(stage.kind, key)
+        if artifact is None:
+            hint = "every pool must see the same project folder and store: docs/operating.md"
+            raise StageFailed("config", f"the stage was built in pool {stage.pool}, but is not in the store of this machine", hint)
+        run.note(name, "done", time.monotonic() - started, artifact)
+    return artifact
 
 
 def _cached(run: Run, name: str, stage: ProgramStage, key: str) -> Artifact | None:

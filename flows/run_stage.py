@@ -1,0 +1,84 @@
+"""The flow `run-stage`: builds one stage for a run that sits in another pool (`flows/child.py`), and nothing else.
+
+It computes the key again, from the same file and from the inputs in the store, and refuses if it is another: then the two machines do not
+see the same project. It stops itself once its parent has ended, whatever became of the parent's process.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.futures import wait
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+
+from flows.child import NAME
+from flows.slots import Slots, visible_gpus
+from flows.stage import NoReporter, Run, stage_task
+from flows.supervisor import Supervisor
+from tuneline.errors import StageFailed
+from tuneline.load import load
+from tuneline.overrides import as_sets
+from tuneline.plan import input_slots
+from tuneline.runs import RunRecord
+from tuneline.store import Artifact
+from tuneline.workspace import Workspace
+
+PARENT_POLL = 15.0  # seconds between two looks at the parent's state
+
+
+@flow(name=NAME)
+def run_stage(
+    pipeline: str,
+    file: str,
+    stage: str,
+    key: str,
+    inputs: dict[str, str],
+    run_id: str,
+    overrides: dict[str, Any] = {},  # noqa: B006  (Prefect shows the default; it is never changed)
+    variables: dict[str, Any] = {},  # noqa: B006
+    commits: list[list[str]] = [],  # noqa: B006
+    forced: bool = False,
+) -> Any:
+    """Builds one stage for a run in another pool, which gives all of these."""
+    workspace = Workspace(load(Path(file), pipeline, as_sets(overrides), as_sets(variables)), get_run_logger().warning)
+    spec = workspace.loaded.pipeline(pipeline)
+    record = RunRecord(run_id=run_id, pipeline=pipeline, started="")
+    slots, supervisor = Slots(spec.parallel, visible_gpus()), Supervisor()
+    run = Run(workspace, pipeline, record, supervisor, slots, NoReporter(), frozenset([stage] if forced else []), child_of=key)
+    run.know_commits(commits)
+    needs = {other: _input(workspace, inputs[slot]) for slot, other in input_slots(spec.stages[stage]).items()}
+    ended = threading.Event()
+    threading.Thread(target=_stop_with_parent, args=(flow_run.parent_flow_run_id, supervisor, ended), daemon=True).start()
+    try:
+        wait([stage_task(run, stage).submit(needs)])
+    except BaseException:  # a signal reaches only this thread
+        supervisor.stop()
+        raise
+    finally:
+        ended.set()
+    entry = record.stages[-1]
+    return (Completed if entry.status in ("done", "cached") else Failed)(message=entry.message or f"{entry.kind}/{key[:12]}")
+
+
+def _input(workspace: Workspace, name: str) -> Artifact:
+    kind, _, key = name.partition("/")
+    artifact = workspace.store.find(kind, key)
+    if artifact is None:
+        found = f"found no {kind}/{key[:12]}, an input of the stage, in the store {workspace.store.root} of this machine"
+        raise StageFailed("config", found, "every pool must see the same project folder and store: docs/operating.md")
+    return artifact
+
+
+def _stop_with_parent(parent: str | None, supervisor: Supervisor, ended: threading.Event) -> None:
+    while parent is not None and not ended.wait(PARENT_POLL):
+        with suppress(Exception), get_client(sync_client=True) as client:  # whatever an unreachable server raises
+            state = client.read_flow_run(UUID(parent)).state
+            if state is not None and (state.is_final() or state.is_cancelling()):
+                supervisor.stop()
