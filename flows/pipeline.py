@@ -19,6 +19,7 @@ from prefect.futures import wait
 from prefect.runtime import deployment
 from prefect.states import Completed, Failed
 
+from flows.orphan import end_with_parent
 from flows.run_stage import run_stage
 from flows.slots import Slots, visible_gpus
 from flows.stage import NoReporter, Reporter, Run, stage_task
@@ -62,6 +63,8 @@ def run_pipeline(
     reporter.began(record.run_id)
     parameters = {"pipeline": pipeline, "file": str(loaded.file), "overrides": overrides, "variables": variables}
     slots, in_pool = Slots(spec.parallel, visible_gpus()), deployment.id is not None
+    if in_pool:
+        end_with_parent()
     run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, frozenset(force), parameters if in_pool else None)
     wanted = with_ancestors(spec, only) if only else set(spec.stages)
     futures: dict[str, Any] = {}

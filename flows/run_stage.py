@@ -19,6 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from flows.child import NAME
+from flows.orphan import end_with_parent
 from flows.slots import Slots, visible_gpus
 from flows.stage import NoReporter, Run, stage_task
 from flows.supervisor import Supervisor
@@ -54,6 +55,7 @@ def run_stage(
     run = Run(workspace, pipeline, record, supervisor, slots, NoReporter(), frozenset([stage] if forced else []), child_of=key)
     run.know_commits(commits)
     needs = {other: _input(workspace, inputs[slot]) for slot, other in input_slots(spec.stages[stage]).items()}
+    end_with_parent()
     ended = threading.Event()
     threading.Thread(target=_stop_with_parent, args=(flow_run.parent_flow_run_id, supervisor, ended), daemon=True).start()
     try:
