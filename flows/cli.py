@@ -1,7 +1,7 @@
-"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc`.
+"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc | up | down | worker | doctor`.
 
-stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed or
-`verify` found damage; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
+stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify`
+found damage or `doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
 by a `run` that has something to do, torch never.
 """
 
@@ -271,6 +271,77 @@ def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry
         from flows.console import gc_table
 
         gc_table(items, dry_run)
+
+
+@cli.command()
+@file_option
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the server, on 127.0.0.1.  [default: 4200]")
+@click.option(
+    "--database",
+    metavar="URL",
+    envvar="PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    show_envvar=True,
+    help="postgresql+asyncpg://USER:PASSWORD@HOST/NAME, instead of a SQLite file; a password belongs in the environment.",
+)
+@json_option
+def up(file: Path, port: int | None, database: str | None, as_json: bool) -> None:
+    """Starts a lasting Prefect server, with UI, and a worker for each pool of this machine; or what of them is missing."""
+    from flows.up import up as start
+
+    it = start(load(file), port, database, lambda message: click.echo(message, err=True))
+    if as_json:
+        document = {"ui": it.state.ui, "started": it.started, **it.state.model_dump()}
+        click.echo(json.dumps(document, indent=1))
+    else:
+        click.echo(it.state.ui)
+    told = f"started {', '.join(it.started)}" if it.started else "it is up already"
+    click.echo(f"{told}; runs go there now; `tuneline down` ends it", err=True)
+    click.echo(f"for the command `prefect`: export PREFECT_API_URL={it.state.address}", err=True)
+
+
+@cli.command()
+@file_option
+@json_option
+def down(file: Path, as_json: bool) -> None:
+    """Ends what `up` started: runs in progress in order, then workers and the server."""
+    from flows.up import down as end
+
+    ended = end(file.absolute().parent)
+    if as_json:
+        click.echo(json.dumps({"ended": [asdict(process) for process in ended]}, indent=1))
+    for process in ended if not as_json else ():
+        click.echo(f"ended {process.role}{f' {process.flow_run}' if process.flow_run else ''} (process {process.pid})")
+    if not ended:
+        click.echo("nothing is up", err=True)
+
+
+@cli.command()
+@click.argument("pool")
+@file_option
+def worker(pool: str, file: Path) -> None:
+    """Works for a pool, in the foreground: for machines other than the one with `up`."""
+    from flows.worker import run_worker
+
+    run_worker(load(file), pool)
+
+
+@cli.command()
+@file_option
+@click.option("--fix", is_flag=True, help="Tells the server the end of runs whose process on this machine is gone.")
+@json_option
+def doctor(file: Path, fix: bool, as_json: bool) -> None:
+    """Looks for what would make runs fail or hang, and says what to do about it."""
+    from flows.doctor import PROBLEM, examine
+
+    findings = examine(load(file), fix)
+    problems = sum(finding.status == PROBLEM for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"problems": problems, "findings": [asdict(finding) for finding in findings]}, indent=1, ensure_ascii=False))
+    else:
+        from flows.console import doctor_table
+
+        doctor_table(findings)
+    sys.exit(FAILED if problems else 0)
 
 
 def _load(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -21,6 +22,9 @@ from tuneline.gc import Item
 from tuneline.plan import PlanRow
 from tuneline.protocol import Event
 from tuneline.runs import StageRecord
+
+if TYPE_CHECKING:
+    from flows.doctor import Diagnosis
 
 STYLES = {
     "done": "green",
@@ -47,6 +51,7 @@ class ConsoleReporter:
     def __init__(self, verbose: bool):
         self.verbose, self.console = verbose, Console(stderr=True, soft_wrap=True, highlight=False)
         self.run_id: str | None = None
+        self.shows_page = False  # where the server lasts and has a UI
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._told: dict[str, float] = {}
@@ -66,8 +71,10 @@ class ConsoleReporter:
         stamp = "" if self.console.is_terminal else time.strftime("%H:%M:%S ")
         self.console.print(Text.assemble(stamp, (f"{stage}: ", "bold"), (message, style)))
 
-    def began(self, run_id: str) -> None:
+    def began(self, run_id: str, page: str | None) -> None:
         self.run_id = run_id
+        if self.shows_page and page:
+            self.console.print(f"page: {page}")
 
     def started(self, stage: str, message: str) -> None:
         if self._bars:
@@ -144,6 +151,15 @@ def gc_table(items: Sequence[Item], dry_run: bool) -> None:
         f"{size} would be freed, {len(gone)} of {len(items)} would go" if dry_run else f"{size} freed, {len(gone)} of {len(items)} removed"
     )
     print(told, file=sys.stderr)
+
+
+def doctor_table(findings: Sequence[Diagnosis]) -> None:
+    """What is wrong last, where one looks first."""
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = _table("check", "status", "found", "remedy")
+    for finding in sorted(findings, key=lambda finding: list(styles).index(finding.status)):
+        table.add_row(finding.check, Text(finding.status, styles[finding.status]), finding.message, finding.remedy)
+    _print(table)
 
 
 def figures(record: StageRecord) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 from prefect import allow_failure, flow, get_run_logger
 from prefect.client.schemas import State
 from prefect.futures import wait
-from prefect.runtime import deployment
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
+from prefect.utilities.urls import url_for
 
 from flows.orphan import end_with_parent
 from flows.run_stage import run_stage
@@ -58,9 +59,9 @@ def run_pipeline(
         workspace.prepare_store()
     spec = loaded.pipeline(pipeline)
     record = workspace.runs.begin(pipeline, loaded.overrides)
-    record.planned, record.only, record.force = planned(spec, only), only, tuple(force)
+    record.planned, record.only, record.force, record.flow_run = planned(spec, only), only, tuple(force), flow_run.id
     workspace.runs.save(record)
-    reporter.began(record.run_id)
+    reporter.began(record.run_id, url_for("flow-run", obj_id=flow_run.id))
     parameters = {"pipeline": pipeline, "file": str(loaded.file), "overrides": overrides, "variables": variables}
     slots, in_pool = Slots(spec.parallel, visible_gpus()), deployment.id is not None
     if in_pool:

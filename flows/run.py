@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from flows.console import ConsoleReporter
-from flows.server import embedded_server, require_server, server_configured
+from flows.server import connect, embedded_server, find_server
 from flows.slots import visible_gpus
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
 from tuneline.gate import judge, shown_metrics
@@ -43,7 +43,8 @@ def execute(
         raise ConfigError(problems)
     stages = workspace.loaded.spec.pipelines[pipeline].stages
     to_run = [row for row in rows if row.status != "cached" and row.kind != "gate"]
-    if not to_run and not server_configured():
+    server = find_server(workspace.home)
+    if not to_run and not server:
         return _all_cached(workspace, pipeline, rows, only, ConsoleReporter(verbose))
     _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
     if to_run:
@@ -54,9 +55,10 @@ def execute(
         for name in ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):
             os.environ[name] = "CRITICAL"  # the reporter speaks to the terminal; the server has the log
         logging.raiseExceptions = False  # that log lines do not reach a server is said once, by us
-        if server_configured():
+        if server:
             os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
-            require_server()
+            connect(workspace.home)
+            reporter.shows_page = True
         else:
             reporter.console.print("starting Prefect", style="dim")
             stack.enter_context(embedded_server(workspace.home / "prefect", lambda message: reporter.warning("Prefect", message)))
@@ -152,6 +154,7 @@ def _through_prefect(
     force: tuple[str, ...],
 ) -> RunRecord:
     import httpx
+    from prefect import tags
     from prefect.logging.handlers import APILogHandler
 
     from flows.pipeline import REPORTER, run_pipeline
@@ -160,7 +163,8 @@ def _through_prefect(
     parameters: dict[str, Any] = {"pipeline": pipeline, "file": str(workspace.loaded.file), "only": only}
     parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables), "force": list(force)}
     try:
-        state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+        with tags("tuneline", pipeline, *workspace.loaded.pipeline(pipeline).tags):
+            state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
     except KeyboardInterrupt:
         if reporter.run_id is None:
             raise

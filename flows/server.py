@@ -1,8 +1,8 @@
-"""A Prefect server for one run, where nobody configured one.
+"""Which Prefect server a run goes to: PREFECT_API_URL, else that of `tuneline up`, else one of its own, for that run alone.
 
 Prefect's own ephemeral server outlives a flow that is killed with -9, and two of them on one database can lock each other out.
 Ours is the same server as a child under our watchdog, so it goes when the run goes, and each run at the same time has a
-database of its own: `.tuneline/prefect/0.db`, or the next that nobody holds. History and the UI need a lasting server.
+database of its own: `.tuneline/prefect/0.db`, or the next that nobody holds. History and the UI come with a lasting server.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows import lasting
 from flows.supervisor import WATCHDOG
 from tuneline.errors import ConfigError, Problem, StageFailed
 
@@ -27,18 +28,57 @@ STARTUP_SECONDS = 180  # migrations of a new database took 22 s on two busy core
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_UI_ENABLED": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
 }
+NO_UI = {"PREFECT_SERVER_UI_ENABLED": "false"}
+DATABASE = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")  # the second is its old name
 
 
-def server_configured() -> bool:
-    return bool(os.environ.get("PREFECT_API_URL"))
+def find_server(home: Path) -> str | None:
+    """Address of the API: the configured one, answering or not, else that of `tuneline up`, if it is there. `home` is `.tuneline`."""
+    if configured := os.environ.get("PREFECT_API_URL"):
+        return configured
+    state = lasting.read(home / "server")
+    return state.address if state and state.server.alive and answers(state.address) else None
 
 
-def require_server() -> None:
-    """Raises ConfigError where PREFECT_API_URL names a server that does not answer: Prefect itself would end in a traceback."""
-    address = os.environ["PREFECT_API_URL"].rstrip("/")
+def connect(home: Path) -> str:
+    """The address, also set as PREFECT_API_URL. Must be called before prefect is imported, which reads its settings once.
+
+    Raises ConfigError where there is none, or where PREFECT_API_URL names one that does not answer: Prefect itself would end in a
+    traceback.
+    """
+    configured, address = os.environ.get("PREFECT_API_URL"), find_server(home)
+    if address is None:
+        found = "found no address of a Prefect server, and none that `tuneline up` has started"
+        raise ConfigError([Problem("PREFECT_API_URL", "", found, "`tuneline up` starts one")])
+    loopback_without_proxy()
+    if configured:
+        _require(configured.rstrip("/"))
+    else:
+        os.environ |= {"PREFECT_API_URL": address, "PREFECT_HOME": str(home / "server"), "DO_NOT_TRACK": "1"}
+    return address
+
+
+def answers(address: str) -> bool:
+    loopback_without_proxy()
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=10):
+            return True
+    except OSError as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        return False
+
+
+def loopback_without_proxy() -> None:
+    """A proxy cannot reach our loopback."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = os.environ.get(name, "").split(",")
+        os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), "127.0.0.1", "localhost"]))
+
+
+def _require(address: str) -> None:
     try:
         with urllib.request.urlopen(f"{address}/health", timeout=10):
             return
@@ -59,24 +99,18 @@ def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message
     Must be entered before prefect is imported, which reads its settings once.
     """
     home.mkdir(parents=True, exist_ok=True)
-    os.environ.update({"PREFECT_HOME": str(home), **QUIET})
+    os.environ.update({"PREFECT_HOME": str(home), **QUIET, **NO_UI})
     os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")  # if it has gone, it does not come back
-    for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach our loopback
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+    loopback_without_proxy()
     with _free_database(home) as (database, lock):
         port = _free_port()
         url = f"http://127.0.0.1:{port}/api"
         os.environ["PREFECT_API_URL"] = url
-        environment = {
-            **os.environ,
-            "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
-        }
-        uvicorn = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1"]
+        environment = {**os.environ, **dict.fromkeys(DATABASE, f"sqlite+aiosqlite:///{database}")}
         log = database.with_suffix(".log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(WATCHDOG), *uvicorn, "--port", str(port), "--log-level", "warning"],
+                [sys.executable, "-I", "-S", str(WATCHDOG), *server_command(port)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -94,7 +128,7 @@ def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message
         try:
             import prefect  # noqa: F401  (3 s of imports, while the server starts)
 
-            _wait_for_health(url, process, log)
+            wait_for_health(url, process, log, "set PREFECT_API_URL to a server of yours")
             threading.Thread(target=watch, daemon=True).start()
             yield url
         finally:
@@ -129,15 +163,21 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for_health(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def server_command(port: int) -> list[str]:
+    """The server itself: `prefect server start` would be another process, and a file with its number that outlives it."""
+    uvicorn = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "warning"]
+    return [*uvicorn, "--host", "127.0.0.1", "--port", str(port), "--timeout-graceful-shutdown", "3"]  # an open page holds it up
+
+
+def wait_for_health(address: str, process: subprocess.Popen[bytes], log: Path, hint: str) -> None:
+    """Raises StageFailed, with the end of its log, for a server that does not come up."""
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.1)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise StageFailed(
-        "bug", f"the embedded Prefect server did not start; the end of {log}:\n{tail}", "set PREFECT_API_URL to a server of yours"
-    )
+        if answers(address):
+            return
+        time.sleep(0.1)
+    raise StageFailed("bug", f"the Prefect server did not start; the end of {log}:\n{tail(log)}", hint)
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -55,6 +55,8 @@ class RunRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     schema_number: int = Field(SCHEMA, alias="schema")
     run_id: str
+    flow_run: str | None = None
+    """Id of the run in Prefect."""
     pipeline: str
     overrides: tuple[str, ...] = ()
     only: str | None = None

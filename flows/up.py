@@ -1,0 +1,206 @@
+"""`tuneline up` and `down`: a lasting Prefect server on loopback, and a worker for each pool of this machine.
+
+Each is a session of its own, so that neither the end of `up` nor that of its terminal ends it. Whoever may log in on this machine can
+reach the server: loopback is all the protection that it has.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows import lasting
+from flows.server import DATABASE, QUIET, answers, loopback_without_proxy, server_command, tail, wait_for_health
+from flows.watchdog import descendants
+from flows.worker import heartbeat, worker_command
+from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.load import Loaded
+from tuneline.pools import ProcessPool
+
+PORT = 4200
+WORKER_SECONDS = 120  # until a worker has told the server of itself; 5 s on two idle cores
+FLOW_SECONDS, END_SECONDS = 15.0, 10.0  # for runs to stop their programs (grace: 3 s); for workers and the server to end
+POLL_SECONDS = "2"  # between a worker's looks for runs; Prefect's 10 s are felt by whoever waits
+DATABASES = {"postgresql+asyncpg": "postgresql+asyncpg://user@host/name", "sqlite+aiosqlite": "sqlite+aiosqlite:////folder/file.db"}
+
+
+@dataclass(frozen=True)
+class Up:
+    state: lasting.State
+    started: list[str]
+    """What was not there already: `server`, `worker POOL`."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    role: str
+    pid: int
+    flow_run: str | None = None
+
+
+def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[str], None]) -> Up:
+    """Starts what is missing. Raises ConfigError for a call that does not fit what is there, StageFailed for what does not start."""
+    folder, started = loaded.root / ".tuneline" / "server", []
+    loopback_without_proxy()
+    with lasting.alone(folder):
+        state = lasting.read(folder)
+        _refuse(folder, state, port, database)
+        if state is None or not _runs(state):
+            number = port or (state.port if state else PORT)
+            say(f"starting a Prefect server on port {number} (its first start makes its database: half a minute)")
+            before = state.workers if state else {}
+            state = _start_server(folder, number, database)
+            state.workers = before
+            lasting.write(folder, state)
+            started.append("server")
+        for name, pool in loaded.spec.pools.items():
+            if not (isinstance(pool, ProcessPool) and pool.local) or name in state.workers and state.workers[name].alive:
+                continue
+            say(f"starting a worker for the pool {name}")
+            state.workers[name] = _start_worker(folder, state.address, name)
+            lasting.write(folder, state)
+            started.append(f"worker {name}")
+    return Up(state, started)
+
+
+def _refuse(folder: Path, state: lasting.State | None, port: int | None, database: str | None) -> None:
+    problems = []
+    place = _without_secrets(database) if database else None
+    if place and place.partition("://")[0] not in DATABASES:
+        found = f"found an address that begins with `{place.partition('://')[0][:20]}`, allowed {' or '.join(DATABASES.values())}"
+        problems.append(Problem("--database", "", found))
+    elif state and place != state.database and (place or not _runs(state)):
+        found = f"found {place or 'none'}, but the server that `up` started has {state.database or 'a file of its own'}"
+        problems.append(Problem("--database", "", found, "name that one, or `tuneline down` first"))
+    if state and port not in (None, state.port) and lasting.ours(folder):
+        found = f"found {port}, but what `up` has started works on port {state.port}"
+        problems.append(Problem("--port", "", found, "`tuneline down` first"))
+    configured = os.environ.get("PREFECT_API_URL")
+    if configured and not (state and configured == state.address):
+        found = f"found {configured}, to which runs would go, not to the server of `up`"
+        problems.append(Problem("PREFECT_API_URL", "", found, "unset it; for that server, `tuneline worker POOL` starts a worker"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _runs(state: lasting.State) -> bool:
+    return state.server.alive and answers(state.address)
+
+
+def _without_secrets(database: str) -> str:
+    kind, _, rest = database.partition("://")
+    return f"{kind}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def _start_server(folder: Path, port: int, database: str | None) -> lasting.State:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not hold it
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            found = f"found {port}, which cannot be listened on ({os.strerror(error.errno or 0)}), allowed a free port"
+            raise ConfigError([Problem("--port", "", found, f"`tuneline up --port {port + 1}`, or end what holds it")]) from None
+    address, log = f"http://127.0.0.1:{port}/api", folder / "server.log"
+    place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
+    # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
+    settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **dict.fromkeys(DATABASE, place)}
+    process = _start(server_command(port), folder, "server", address, log, settings)
+    try:
+        wait_for_health(address, process, log, "where the log speaks of the database, see `--database`")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return lasting.State(address=address, database=_without_secrets(database) if database else None, server=lasting.process(process.pid))
+
+
+def _start_worker(folder: Path, address: str, pool: str) -> lasting.Process:
+    log, deadline = folder / f"worker-{pool}.log", time.monotonic() + WORKER_SECONDS
+    before = heartbeat(address, pool)
+    process = _start(
+        worker_command(pool, "process"), folder, f"worker {pool}", address, log, {"PREFECT_WORKER_QUERY_SECONDS": POLL_SECONDS}
+    )
+    while heartbeat(address, pool) in (None, before):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            raise StageFailed("bug", f"the worker of the pool {pool} did not start; the end of {log}:\n{tail(log)}", "`tuneline up` again")
+        time.sleep(0.2)
+    return lasting.process(process.pid)
+
+
+def _start(command: list[str], folder: Path, role: str, address: str, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The address of the database may hold a password: it is in the server's environment, and in nothing else."""
+    inherited = {name: value for name, value in os.environ.items() if name not in DATABASE}
+    ours = {lasting.UP: str(folder), lasting.ROLE: role, "PREFECT_HOME": str(folder), "PREFECT_API_URL": address, "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**inherited, **QUIET, **ours, **settings},
+            start_new_session=True,
+        )
+
+
+def down(root: Path) -> list[Ended]:
+    """Ends what `up` started and what that started. Runs in progress are asked to stop their programs in order, and have their say on
+    the server; then workers and the server go. Raises StageFailed for what cannot be ended."""
+    folder = root / ".tuneline" / "server"
+    if not folder.is_dir():
+        return []
+    with lasting.alone(folder):
+        state, found = lasting.read(folder), lasting.ours(folder)
+        workers = {process.pid for process in state.workers.values() if process.alive} if state else set()
+        servers = {process.pid for process in found if process.role == "server"}
+        flows = {process.pid for process in found if process.flow_run}
+        _signal(workers, signal.SIGSTOP)  # a worker that is told to end kills its runs at once, and until then takes on new ones
+        _signal(flows, signal.SIGTERM)
+        _wait(lambda: not flows & _pids(folder), FLOW_SECONDS)
+        _signal(workers, signal.SIGTERM)
+        _signal(workers, signal.SIGCONT)
+        _wait(lambda: not _pids(folder) - servers, END_SECONDS)
+        _signal(servers, signal.SIGTERM)
+        _wait(lambda: not _pids(folder), END_SECONDS)
+        while left := _pids(folder):  # also what was started meanwhile
+            _signal({*left, *(child for pid in left for child in descendants(pid))}, signal.SIGKILL)
+            if not _wait(lambda: not _pids(folder), END_SECONDS):
+                raise StageFailed(
+                    "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "end them, then `tuneline down`"
+                )
+        (folder / "state.json").unlink(missing_ok=True)
+    return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _told(found, workers)]
+
+
+def _told(found: list[lasting.Ours], workers: set[int]) -> list[lasting.Ours]:
+    """Of all that is ours: servers, workers and runs, not the programs below them."""
+    return [process for process in found if process.flow_run or process.role == "server" or process.pid in workers]
+
+
+def _pids(folder: Path) -> set[int]:
+    return {process.pid for process in lasting.ours(folder)}
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
