@@ -23,8 +23,10 @@ help:  ## lists what one can do
 setup: $(VENV)/ready $(GGUF)  ## makes the environments and fetches the demo's model; nothing to do the second time
 	@$(BIN)/tuneline setup
 
-demo: setup  ## runs the pipeline `demo`: about 15 minutes on two CPU cores
+demo: setup  ## starts a server and runs the pipeline `demo` on it: about 15 minutes on two CPU cores
+	@$(BIN)/tuneline up
 	$(BIN)/tuneline run demo
+	@echo "every run has its page there; the server stays, \`tuneline down\` ends it" >&2
 
 test: setup $(VENV)/dev-ready .cache/test-tools/ready  ## every test; what CI runs
 	$(BIN)/pytest tests

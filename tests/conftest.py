@@ -85,6 +85,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 def stand_in(project: Project) -> Callable[..., None]:
     """Puts tests/stand_in.py in the place of a runtime's Python, to do what no real program does on demand: hang, die, run out
     of memory. Each call of a stage takes its next action from the script; `ok` is done where none is left."""
+    return place_stand_in(project)
+
+
+def place_stand_in(project: Project) -> Callable[..., None]:
     shell = f'#!/bin/sh\nif [ "$1" = -I ]; then exec {sys.executable} "$@"; fi\nexec {sys.executable} {ROOT}/tests/stand_in.py "$3"\n'
     python = project.write(shell, "bin/python")
     python.chmod(0o755)

@@ -3,6 +3,7 @@
 .tuneline/runtimes/   environments        .tuneline/store/         artifacts (unless `store:` names another place)
 .tuneline/work/<key>/ unfinished stages   .tuneline/digests.json   sha256 of outside files, by path, size, mtime, inode
 .tuneline/runs/       run records         .tuneline/prefect/       the embedded server's database
+.tuneline/server/     of `tuneline up`
 """
 
 from __future__ import annotations
