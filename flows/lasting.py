@@ -63,6 +63,11 @@ class Ours:
     flow_run: str | None
 
 
+def folder_of(root: Path) -> Path:
+    """Where the state of a project lies, the same one by whatever path the project is reached."""
+    return (root / ".tuneline" / "server").resolve()
+
+
 def read(folder: Path) -> State | None:
     """None where nothing is, or nothing that can be read."""
     with contextlib.suppress(OSError, ValidationError):

@@ -103,7 +103,7 @@ def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message
     os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")  # if it has gone, it does not come back
     loopback_without_proxy()
     with _free_database(home) as (database, lock):
-        port = _free_port()
+        port = free_port()
         url = f"http://127.0.0.1:{port}/api"
         os.environ["PREFECT_API_URL"] = url
         environment = {**os.environ, **dict.fromkeys(DATABASE, f"sqlite+aiosqlite:///{database}")}
@@ -157,7 +157,7 @@ def _free_database(home: Path) -> Iterator[tuple[Path, int]]:
         os.close(descriptor)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -46,7 +46,7 @@ class Ended:
 
 def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[str], None]) -> Up:
     """Starts what is missing. Raises ConfigError for a call that does not fit what is there, StageFailed for what does not start."""
-    folder, started = loaded.root / ".tuneline" / "server", []
+    folder, started = lasting.folder_of(loaded.root), []
     loopback_without_proxy()
     with lasting.alone(folder):
         state = lasting.read(folder)
@@ -122,16 +122,18 @@ def _start_server(folder: Path, port: int, database: str | None) -> lasting.Stat
 
 def _start_worker(folder: Path, address: str, pool: str) -> lasting.Process:
     log, deadline = folder / f"worker-{pool}.log", time.monotonic() + WORKER_SECONDS
-    before = heartbeat(address, pool)
-    process = _start(
-        worker_command(pool, "process"), folder, f"worker {pool}", address, log, {"PREFECT_WORKER_QUERY_SECONDS": POLL_SECONDS}
-    )
-    while heartbeat(address, pool) in (None, before):
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            process.wait()
-            raise StageFailed("bug", f"the worker of the pool {pool} did not start; the end of {log}:\n{tail(log)}", "`tuneline up` again")
-        time.sleep(0.2)
+    before, settings = heartbeat(address, pool), {"PREFECT_WORKER_QUERY_SECONDS": POLL_SECONDS}
+    process = _start(worker_command(pool, "process"), folder, f"worker {pool}", address, log, settings)
+    try:
+        while heartbeat(address, pool) in (None, before):
+            if process.poll() is not None or time.monotonic() > deadline:
+                message = f"the worker of the pool {pool} did not start; the end of {log}:\n{tail(log)}"
+                raise StageFailed("bug", message, "`tuneline up` tries again")
+            time.sleep(0.2)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     return lasting.process(process.pid)
 
 
@@ -154,7 +156,7 @@ def _start(command: list[str], folder: Path, role: str, address: str, log: Path,
 def down(root: Path) -> list[Ended]:
     """Ends what `up` started and what that started. Runs in progress are asked to stop their programs in order, and have their say on
     the server; then workers and the server go. Raises StageFailed for what cannot be ended."""
-    folder = root / ".tuneline" / "server"
+    folder = lasting.folder_of(root)
     if not folder.is_dir():
         return []
     with lasting.alone(folder):

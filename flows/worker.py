@@ -55,8 +55,9 @@ def heartbeat(address: str, pool: str) -> str | None:
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             found = [worker["last_heartbeat_time"] for worker in json.load(answer) if worker["name"] == socket.gethostname()]
-    except urllib.error.HTTPError as error:  # no such pool yet
-        error.close()
+    except OSError as error:  # no such pool yet, or no answer this time
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         return None
     return found[0] if found else None
 

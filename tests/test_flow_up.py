@@ -24,7 +24,7 @@ from test_flow_supervisor import gone, marked
 
 from flows import lasting
 from flows.doctor import file_system, locks_work
-from flows.server import _free_port, find_server
+from flows.server import find_server, free_port
 from flows.up import _without_secrets
 
 PIPELINES = """\
@@ -58,7 +58,7 @@ class Lasting:
         self.project.write(PIPELINES)
         self.project.write("one", "one.txt")
         self.script = place_stand_in(self.project)
-        self.mark, self.folder, self.port = f"up{root.name}{os.getpid()}", root / ".tuneline" / "server", _free_port()
+        self.mark, self.folder, self.port = f"up{root.name}{os.getpid()}", lasting.folder_of(root), free_port()
         self.address = f"http://127.0.0.1:{self.port}/api"
 
     def up(self, *arguments: str, **environment: str) -> Any:
@@ -254,11 +254,8 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
     assert (state.port, list(state.workers)) == (lasting_up.port, ["here"])
     with urllib.request.urlopen(f"{state.ui}/ui-settings", timeout=30) as answer:
         assert json.load(answer)["api_url"] == lasting_up.address
-    listening = [
-        line.split()[1]
-        for line in Path(f"/proc/{state.server.pid}/net/tcp").read_text().splitlines()
-        if f":{state.port:04X} " in line.split()[1] + " " and line.split()[3] == "0A"
-    ]
+    sockets = [line.split() for line in Path(f"/proc/{state.server.pid}/net/tcp").read_text().splitlines()[1:]]
+    listening = [local for _, local, _, state_of_it, *_ in sockets if local.endswith(f":{lasting_up.port:04X}") and state_of_it == "0A"]
     assert listening == [f"0100007F:{state.port:04X}"]
     for process in (state.server, state.workers["here"]):
         environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
@@ -399,7 +396,7 @@ def postgres() -> Iterator[str]:
     root = os.geteuid() == 0
     if root and "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
         pytest.skip("Postgres does not run as root, and there is no user `postgres`")
-    unprivileged, binaries, port = (["runuser", "-u", "postgres", "--"] if root else []), BINARIES[-1].parent, _free_port()
+    unprivileged, binaries, port = (["runuser", "-u", "postgres", "--"] if root else []), BINARIES[-1].parent, free_port()
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # which that user can enter, unlike pytest's
     (folder / "password").write_text("secret-of-the-database")
     if root:
