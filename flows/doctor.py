@@ -172,7 +172,7 @@ def _shared(loaded: Loaded, locks: bool) -> Iterator[Diagnosis]:
         for name, pool in loaded.spec.pools.items()
         if isinstance(pool, KubernetesPool) or isinstance(pool, ProcessPool) and not pool.local
     ]
-    for name, folder in (("store", placed(loaded.root, loaded.spec.store)), ("work", home / "work"), ("runs", home / "runs")):
+    for name, folder in (("store", placed(loaded.root, loaded.spec.store)), ("work", home / "work")):
         kind = file_system(folder)
         if apart and kind not in NETWORK:
             message = f"{folder} is on a disk of this machine ({kind}), while pools of other machines are declared ({', '.join(apart)})"
