@@ -30,7 +30,7 @@ from tuneline.load import Loaded
 from tuneline.paths import placed
 from tuneline.pools import KubernetesPool, ProcessPool
 from tuneline.runtimes import find_runtime
-from tuneline.spec import DatasetStage, ModelStage, ProgramStage
+from tuneline.spec import DatasetStage, ModelStage, ProgramStage, Stage
 from tuneline.store import Store
 
 Status = Literal["ok", "warning", "problem"]
@@ -148,39 +148,34 @@ def _here(loaded: Loaded, pool: str | None) -> bool:
 def _token(loaded: Loaded) -> Diagnosis:
     if os.environ.get("HF_TOKEN"):
         return Diagnosis("HF_TOKEN", OK, "it is set")
-    stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]
-    hub = any(
-        isinstance(stage, ModelStage)
-        and stage.hub
-        or isinstance(stage, DatasetStage)
-        and any(isinstance(s, HubSource) for s in stage.sources)
-        for stage in stages
-    )
-    if hub:
+    if any(_of_hub(stage) for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()):
         return Diagnosis("HF_TOKEN", WARNING, "it is not set: of the hub, public repositories alone can be read", "export HF_TOKEN=...")
     return Diagnosis("HF_TOKEN", OK, "it is not set, and nothing comes from the hub")
+
+
+def _of_hub(stage: Stage) -> bool:
+    if isinstance(stage, ModelStage):
+        return stage.hub is not None
+    return isinstance(stage, DatasetStage) and any(isinstance(source, HubSource) for source in stage.sources)
 
 
 def _shared(loaded: Loaded, locks: bool) -> Iterator[Diagnosis]:
     """Runs of other machines find artifacts and go on from checkpoints only where they see this very folder, with locks that work."""
     home = loaded.root / ".tuneline"
-    if not locks:
-        message = f"locks (flock) do not work in {home}: two runs could build the same artifact at once"
-        yield Diagnosis("locks", PROBLEM, message, "move the project to another file system; NFS needs version 4 or lockd")
-    apart = [
-        name
-        for name, pool in loaded.spec.pools.items()
-        if isinstance(pool, KubernetesPool) or isinstance(pool, ProcessPool) and not pool.local
-    ]
-    for name, folder in (("store", placed(loaded.root, loaded.spec.store)), ("work", home / "work")):
-        kind = file_system(folder)
-        if apart and kind not in NETWORK:
-            message = f"{folder} is on a disk of this machine ({kind}), while pools of other machines are declared ({', '.join(apart)})"
-            yield Diagnosis(
-                f"shared {name}", WARNING, message, "keep the project, with .tuneline/, in a folder that they mount at the same path"
-            )
-        elif apart:
+    if locks:
+        yield Diagnosis("locks", OK, f"flock works in {home}")
+    else:
+        message = f"flock does not work in {home}: two runs could build the same artifact at once"
+        yield Diagnosis("locks", PROBLEM, message, "move the project to another file system; of NFS, version 4")
+    pools = loaded.spec.pools.items()
+    apart = [name for name, pool in pools if isinstance(pool, KubernetesPool) or isinstance(pool, ProcessPool) and not pool.local]
+    for name, folder in (("store", placed(loaded.root, loaded.spec.store)), ("work", home / "work")) if apart else ():
+        kind, remedy = file_system(folder), "move the project, with .tuneline/, to a folder that they mount at the same path"
+        if kind in NETWORK:
             yield Diagnosis(f"shared {name}", OK, f"{folder} is shared ({kind})")
+        else:
+            message = f"{folder} is on a disk of this machine ({kind}), but other machines work for {', '.join(apart)}"
+            yield Diagnosis(f"shared {name}", WARNING, message, remedy)
     state = lasting.read(home / "server")
     if state and state.database is None and file_system(home / "server") in NETWORK:
         message = "the server's SQLite file is on a network file system, which can damage it"
@@ -189,23 +184,25 @@ def _shared(loaded: Loaded, locks: bool) -> Iterator[Diagnosis]:
 
 def locks_work(home: Path) -> bool:
     """Whether one process is kept out by the lock of another."""
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=home, prefix=".lock-") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        held = subprocess.run([sys.executable, "-I", "-S", "-c", TAKES_LOCK, file.name], stderr=subprocess.DEVNULL).returncode != 0
-        fcntl.flock(file, fcntl.LOCK_UN)
-        free = subprocess.run([sys.executable, "-I", "-S", "-c", TAKES_LOCK, file.name], stderr=subprocess.DEVNULL).returncode == 0
-    return held and free
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=home, prefix=".lock-") as file:
+            take = [sys.executable, "-I", "-S", "-c", TAKES_LOCK, file.name]
+            fcntl.flock(file, fcntl.LOCK_EX)
+            kept_out = subprocess.run(take, stderr=subprocess.DEVNULL).returncode != 0
+            fcntl.flock(file, fcntl.LOCK_UN)
+            return kept_out and subprocess.run(take, stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
 
 
 def file_system(folder: Path) -> str:
     """Type of the file system that a folder is, or will be, on."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()).resolve()
-    found = "unknown"
-    longest = -1
+    found, longest = "unknown", 0
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, at, kind = line.split()[:3]
-        mount = Path(at.encode().decode("unicode_escape"))  # a space is \040 there
+        mount = Path(at.replace("\\040", " "))
         if there.is_relative_to(mount) and len(mount.parts) >= longest:
             found, longest = kind, len(mount.parts)
     return found

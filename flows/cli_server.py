@@ -1,0 +1,84 @@
+"""The commands about the server: `tuneline up | down | worker | doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from flows.options import FAILED, file_option, json_option
+from tuneline.load import load
+
+
+@click.command()
+@file_option
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the server, on 127.0.0.1.  [default: 4200]")
+@click.option(
+    "--database",
+    metavar="URL",
+    envvar="PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    show_envvar=True,
+    help="postgresql+asyncpg://USER:PASSWORD@HOST/NAME, instead of a SQLite file; a password belongs in the environment.",
+)
+@json_option
+def up(file: Path, port: int | None, database: str | None, as_json: bool) -> None:
+    """Starts a lasting Prefect server, with UI, and a worker for each pool of this machine; or what of them is missing."""
+    from flows.up import up as start
+
+    it = start(load(file), port, database, lambda message: click.echo(message, err=True))
+    if as_json:
+        document = {"ui": it.state.ui, "started": it.started, **it.state.model_dump()}
+        click.echo(json.dumps(document, indent=1))
+    else:
+        click.echo(it.state.ui)
+    told = f"started {', '.join(it.started)}" if it.started else "it is up already"
+    click.echo(f"{told}; runs go there now; `tuneline down` ends it", err=True)
+    click.echo(f"for the command `prefect`: export PREFECT_API_URL={it.state.address}", err=True)
+
+
+@click.command()
+@file_option
+@json_option
+def down(file: Path, as_json: bool) -> None:
+    """Ends what `up` started: runs in progress in order, then workers and the server."""
+    from flows.up import down as end
+
+    ended = end(file.absolute().parent)
+    if as_json:
+        click.echo(json.dumps({"ended": [asdict(process) for process in ended]}, indent=1))
+    for process in ended if not as_json else ():
+        click.echo(f"ended {process.role}{f' {process.flow_run}' if process.flow_run else ''} (process {process.pid})")
+    if not ended:
+        click.echo("nothing is up", err=True)
+
+
+@click.command()
+@click.argument("pool")
+@file_option
+def worker(pool: str, file: Path) -> None:
+    """Works for a pool, in the foreground: for machines other than the one with `up`."""
+    from flows.worker import run_worker
+
+    run_worker(load(file), pool)
+
+
+@click.command()
+@file_option
+@click.option("--fix", is_flag=True, help="Tells the server the end of runs whose process on this machine is gone.")
+@json_option
+def doctor(file: Path, fix: bool, as_json: bool) -> None:
+    """Looks for what would make runs fail or hang, and says what to do about it."""
+    from flows.doctor import PROBLEM, examine
+
+    findings = examine(load(file), fix)
+    problems = sum(finding.status == PROBLEM for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"problems": problems, "findings": [asdict(finding) for finding in findings]}, indent=1, ensure_ascii=False))
+    else:
+        from flows.console import doctor_table
+
+        doctor_table(findings)
+    sys.exit(FAILED if problems else 0)
