@@ -50,12 +50,12 @@ def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[st
     loopback_without_proxy()
     with lasting.alone(folder):
         state = lasting.read(folder)
+        port = port or (state.port if state else PORT)
         _refuse(folder, state, port, database)
         if state is None or not _runs(state):
-            number = port or (state.port if state else PORT)
-            say(f"starting a Prefect server on port {number} (its first start makes its database: half a minute)")
+            say(f"starting a Prefect server on port {port} (its first start makes its database: half a minute)")
             before = state.workers if state else {}
-            state = _start_server(folder, number, database)
+            state = _start_server(folder, port, database)
             state.workers = before
             lasting.write(folder, state)
             started.append("server")
@@ -69,7 +69,7 @@ def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[st
     return Up(state, started)
 
 
-def _refuse(folder: Path, state: lasting.State | None, port: int | None, database: str | None) -> None:
+def _refuse(folder: Path, state: lasting.State | None, port: int, database: str | None) -> None:
     problems = []
     place = _without_secrets(database) if database else None
     if place and place.partition("://")[0] not in DATABASES:
@@ -78,15 +78,19 @@ def _refuse(folder: Path, state: lasting.State | None, port: int | None, databas
     elif state and place != state.database and (place or not _runs(state)):
         found = f"found {place or 'none'}, but the server that `up` started has {state.database or 'a file of its own'}"
         problems.append(Problem("--database", "", found, "name that one, or `tuneline down` first"))
-    if state and port not in (None, state.port) and lasting.ours(folder):
+    if state and port != state.port and lasting.ours(folder):
         found = f"found {port}, but what `up` has started works on port {state.port}"
         problems.append(Problem("--port", "", found, "`tuneline down` first"))
     configured = os.environ.get("PREFECT_API_URL")
-    if configured and not (state and configured == state.address):
+    if configured and configured.rstrip("/") != _address(port):
         found = f"found {configured}, to which runs would go, not to the server of `up`"
         problems.append(Problem("PREFECT_API_URL", "", found, "unset it; for that server, `tuneline worker POOL` starts a worker"))
     if problems:
         raise ConfigError(problems)
+
+
+def _address(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api"
 
 
 def _runs(state: lasting.State) -> bool:
@@ -106,7 +110,7 @@ def _start_server(folder: Path, port: int, database: str | None) -> lasting.Stat
         except OSError as error:
             found = f"found {port}, which cannot be listened on ({os.strerror(error.errno or 0)}), allowed a free port"
             raise ConfigError([Problem("--port", "", found, f"`tuneline up --port {port + 1}`, or end what holds it")]) from None
-    address, log = f"http://127.0.0.1:{port}/api", folder / "server.log"
+    address, log = _address(port), folder / "server.log"
     place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
     # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
     settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **dict.fromkeys(DATABASE, place)}
