@@ -127,14 +127,19 @@ class Story:
             {
                 "of": "dataset0",
                 "id": str(i),
-                "prompt": f"question {i}",
+                "prompt": f"question {i}\u2028",  # an end of a line to Python, not to JSON
                 "answer": "yes" if hit else HOSTILE,
                 "reference": "yes",
                 "scores": {"exact_match": float(hit)},
             }
             for i, hit in enumerate(right)
         ]
-        self.stage(name, "Report", metrics, {"samples.jsonl": "".join(json.dumps(sample) + "\n" for sample in samples) + '{"of": "cut off'})
+        self.stage(
+            name,
+            "Report",
+            metrics,
+            {"samples.jsonl": "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples) + '{"of": "cut off'},
+        )
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ from tuneline.workspace import Workspace
 
 KILLS = int(os.environ.get("TORTURE_KILLS", "30"))
 SEED = int(os.environ.get("TORTURE_SEED", "1"))
-PICO_SHARE = 5  # one kill of so many is over real programs
 TARGETS = ("tree", "flow", "program", "watchdog")
 STAND_INS = """\
 version: 1
@@ -172,7 +171,7 @@ def test_stand_ins_killed_at_random(project: Project, stand_in: Callable[..., No
     stand_in(**{name: ["slow"] * 10 * (KILLS + 1) for name in names})
     with seed_on_failure("stand-ins") as dice:
         torture = Torture(project, "demo", 4, dice)
-        while torture.kills < KILLS - KILLS // PICO_SHARE:
+        while torture.kills < KILLS:
             if torture.kills % 8 == 7:
                 torture.kill_and_look(PREFECT_API_URL="")  # with a server of its own, which takes longer to start
             else:
@@ -185,7 +184,7 @@ def test_the_pico_pipeline_killed_at_random(tmp_path: Path, runtime_python: Path
     project = make(tmp_path / "project", runtime_python, pico_model)
     with seed_on_failure("pico") as dice:
         torture = Torture(project, "pico", 2, dice)
-        while torture.kills < KILLS // PICO_SHARE:
+        while torture.kills < KILLS:
             torture.kill_and_look()
 
 
