@@ -1,8 +1,8 @@
-"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc`.
+"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc | deploy | submit`.
 
 stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed or
 `verify` found damage; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
-by a `run` that has something to do, torch never.
+by a `run` that has something to do, and by `deploy` and `submit`; torch never.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 @file_option
 def validate(path: Path | None, file: Path) -> None:
     """Checks a pipelines file: every problem at once, with its place."""
+    from tuneline.schedules import check_schedules
+
     loaded = load(path or file)
+    check_schedules(loaded)
     _warn_of(loaded)
     counts = [f"{name} ({len(pipeline.stages)} stages)" for name, pipeline in loaded.spec.pipelines.items()]
     click.echo(f"{loaded.source.name} is valid: {', '.join(counts)}")
@@ -271,6 +274,67 @@ def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry
         from flows.console import gc_table
 
         gc_table(items, dry_run)
+
+
+@cli.command()
+@file_option
+@click.option("--dry-run", is_flag=True, help="Shows what would change. Changes nothing.")
+@json_option
+def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
+    """Makes the server's pools, queues, deployments and schedules what the file says; what left it goes."""
+    from flows.server import connect
+    from tuneline.schedules import check_schedules
+
+    loaded = load(file)
+    check_schedules(loaded)
+    address = connect(loaded.root / ".tuneline")
+    from flows import deploy as deployment
+    from flows.console import deploy_table
+
+    rows = deployment.deploy(loaded, dry_run)
+    if as_json:
+        document = {"dry_run": dry_run, "server": address, "items": deployment.as_json(rows)}
+        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        deploy_table(rows, dry_run)
+
+
+@cli.command()
+@click.argument("name")
+@file_option
+@set_option
+@var_option
+@only_option
+@force_option
+@click.option("--queue", help="Another queue of its pool.")
+@click.option("--watch", is_flag=True, help="Follows the run to its end.")
+@json_option
+def submit(
+    name: str,
+    file: Path,
+    sets: tuple[str, ...],
+    variables: tuple[str, ...],
+    only: str | None,
+    force: tuple[str, ...],
+    queue: str | None,
+    watch: bool,
+    as_json: bool,
+) -> None:
+    """Starts a run of a deployed pipeline, on its pool."""
+    from flows.server import connect
+    from tuneline.overrides import as_overrides
+    from tuneline.plan import check_stages
+
+    pipeline = name.split("/")[0]
+    loaded = _load_with_warnings(file, pipeline, sets, variables)
+    check_stages(loaded, pipeline, only, force)
+    address = connect(loaded.root / ".tuneline")
+    from flows.submit import submit as start
+
+    parameters = {"only": only, "force": list(force)}
+    parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables)}
+    state = start(address, loaded.file, name, parameters, queue, watch, as_json)
+    sys.exit(EXIT.get(state, 0))
 
 
 def _load(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:

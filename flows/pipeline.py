@@ -8,14 +8,18 @@ enough to say `Skipped`. The task runner has a thread for each stage; how many p
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+import re
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import prefect.flow_engine
 from prefect import allow_failure, flow, get_run_logger
 from prefect.client.schemas import State
+from prefect.concurrency._leases import maintain_concurrency_lease
 from prefect.futures import wait
 from prefect.states import Completed, Failed
 
@@ -23,9 +27,11 @@ from flows.slots import Slots, visible_gpus
 from flows.stage import Reporter, Run, stage_task
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed, StoreError, TunelineError
+from tuneline.fields import NAME
 from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.overrides import as_sets
+from tuneline.plan import check_stages
 from tuneline.protocol import Event
 from tuneline.runs import RunState, StageRecord
 from tuneline.workspace import Workspace
@@ -58,6 +64,7 @@ def run_pipeline(
     """Runs a pipeline of a pipelines.yaml. `overrides` as `{"sft.lora.r": 32}`; they are checked as those of the command line are."""
     logger = get_run_logger()
     loaded = load(Path(file), pipeline, as_sets(overrides), as_sets(variables))
+    check_stages(loaded, pipeline, only, force)
     reporter = REPORTER.get()
 
     def warn(message: str) -> None:
@@ -92,6 +99,13 @@ def run_pipeline(
     return state
 
 
+def __getattr__(name: str) -> Any:
+    """`flows.pipeline.NAME`, the entrypoint of the deployment NAME/NAME: one flow function under the name of each pipeline."""
+    if re.fullmatch(NAME.strip("^$"), name):
+        return run_pipeline.with_options(name=name)
+    raise AttributeError(name)
+
+
 def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
     refused = [name for name, state in states.items() if state.name == "Refused"]
     failed = [name for name, state in states.items() if not state.is_completed() and name not in refused]
@@ -113,6 +127,14 @@ class _OwnFailuresWithoutTraceback(logging.Filter):
             record.msg, record.args = f"{error}\n{details}".rstrip(), ()
         return True
 
+
+def _maintain_without_ending(lease_id: UUID, seconds: float, **_: Any) -> AbstractContextManager[None]:
+    """A deployment's place is held by a lease. Where it cannot be renewed (a server that is away for a minute, or was started anew),
+    Prefect ends the run, be it ten hours old; ours goes on. Should another start meanwhile, keys and GPUs have locks of their own."""
+    return maintain_concurrency_lease(lease_id, seconds, raise_on_lease_renewal_failure=False, suppress_warnings=True)
+
+
+prefect.flow_engine.maintain_concurrency_lease = _maintain_without_ending  # type: ignore[assignment]
 
 for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_OwnFailuresWithoutTraceback())

@@ -51,6 +51,23 @@ def require_server() -> None:
         raise ConfigError([Problem("PREFECT_API_URL", "", f"found no Prefect server at {address} ({error})", hint)]) from None
 
 
+def find_server(home: Path) -> str | None:
+    """Address of the API of a server that lasts. `home` is `.tuneline`."""
+    return os.environ.get("PREFECT_API_URL") or None
+
+
+def connect(home: Path) -> str:
+    """As `find_server`, and raises ConfigError where there is none or it does not answer. To be called before prefect is imported."""
+    address = find_server(home)
+    if address is None:
+        raise ConfigError(
+            [Problem("PREFECT_API_URL", "", "found no Prefect server, allowed the address of one", "`tuneline up` starts one")]
+        )
+    os.environ["PREFECT_API_URL"] = address
+    require_server()
+    return address
+
+
 @contextmanager
 def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message: None) -> Iterator[str]:
     """Starts a server on loopback and yields its API address, also set as PREFECT_API_URL. `home` is `.tuneline/prefect`.
