@@ -331,9 +331,8 @@ def submit(
     address = connect(loaded.root / ".tuneline")
     from flows.submit import submit as start
 
-    parameters = {"only": only, "force": list(force)}
-    parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables)}
-    state = start(address, loaded.file, name, parameters, queue, watch, as_json)
+    overrides = {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables)}
+    state = start(address, loaded.file, name, {"only": only, "force": list(force), **overrides}, queue, watch, as_json)
     sys.exit(EXIT.get(state, 0))
 
 

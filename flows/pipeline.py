@@ -20,6 +20,7 @@ import prefect.flow_engine
 from prefect import allow_failure, flow, get_run_logger
 from prefect.client.schemas import State
 from prefect.concurrency._leases import maintain_concurrency_lease
+from prefect.exceptions import FailedRun
 from prefect.futures import wait
 from prefect.states import Completed, Failed
 
@@ -117,10 +118,13 @@ def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
 
 
 class _OwnFailuresWithoutTraceback(logging.Filter):
-    """A traceback through our supervisor tells a user nothing; only class `bug` shows one, the program's own."""
+    """A traceback through our supervisor tells a user nothing; only class `bug` shows one, the program's own. Under a worker
+    Prefect says once more, at its exit, what made the run fail: that is left out."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, FailedRun | TunelineError) and record.getMessage().startswith("Engine execution exited"):
+            return False
         if isinstance(error, TunelineError):
             record.exc_info = record.exc_text = None
             details = error.details if isinstance(error, StageFailed) and error.failure_class == "bug" else ""

@@ -14,10 +14,9 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags, LogFilter, LogFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun, Log
+from prefect.client.schemas.objects import FlowRun, Log, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import LogSort
-from prefect.states import State
 from prefect.utilities.urls import url_for
 
 from flows.deploy_server import told_errors
@@ -72,7 +71,7 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                     state = client.read_flow_run(run_id).state
                     assert state is not None
                     for log in told.new(client, run_id):
-                        say(f"{log.timestamp.astimezone():%H:%M:%S} {log.message}")
+                        say(f"{log.timestamp.astimezone():%H:%M:%S} {told.stage(client, log)}{log.message}")
                     if state.name != last_state:
                         last_state = state.name or ""
                         say(f"{datetime.datetime.now():%H:%M:%S} run {last_state}")
@@ -85,11 +84,12 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
 
 
 class Told:
-    """Which log lines were shown. They come late and out of order, so one looks again at those of the last minute."""
+    """Which log lines were shown. They come late and out of order, so one looks again at the last page."""
 
     def __init__(self) -> None:
         self._seen: set[UUID] = set()
         self._offset = 0
+        self._stages: dict[UUID, str] = {}
 
     def new(self, client: SyncPrefectClient, run_id: UUID) -> Iterator[Log]:
         of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]))
@@ -99,6 +99,14 @@ class Told:
             self._seen |= {log.id for log in logs}
             offset += len(logs)
         self._offset = offset
+
+    def stage(self, client: SyncPrefectClient, log: Log) -> str:
+        """`sft: `, where the line is a stage's."""
+        if log.task_run_id is None:
+            return ""
+        if log.task_run_id not in self._stages:
+            self._stages[log.task_run_id] = f"{client.read_task_run(log.task_run_id).name}: "
+        return self._stages[log.task_run_id]
 
 
 def _outcome(state: State[Any]) -> str:

@@ -32,6 +32,7 @@ from tuneline.spec import Pipeline, ProgramStage
 HEARTBEAT_SECONDS = 60  # Prefect's least is 30, its default 180
 LOST_SECONDS = 3 * HEARTBEAT_SECONDS
 PENDING_SECONDS = 1800  # a GPU node that is made first, and an image of several GB
+PENDING = ("Pending", "Submitting", "InfrastructurePending")  # names of the state in which a run waits for its process
 ANCHOR = datetime.datetime(2020, 1, 1)  # intervals are counted from there, or each deploy would move them
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 TAG, FILE_TAG = "tuneline", "tuneline-file:"
@@ -120,7 +121,7 @@ def _run_stage(loaded: Loaded, pool: str) -> Item:
         "schedules": {},
         "concurrency": None,
         "enforce_parameter_schema": False,
-        "parameter_openapi_schema": {},
+        "parameter_openapi_schema": {"type": "object", "properties": {}},
     }
     return Item("deployment", f"{RUN_STAGE}/{RUN_STAGE}-{pool}", {**fields, **_common(loaded, pool, "default", ())})
 
@@ -195,15 +196,15 @@ def _automations(loaded: Loaded) -> list[Item]:
     lost = f"No sign of life for {LOST_SECONDS} s: the process or its machine has gone, or cannot reach the server."
     waited = f"Not started within {PENDING_SECONDS // 60} minutes: its worker or its machine has gone."
     return [
-        _crash(f"tuneline-lost-{digest}", tag, "prefect.flow-run.heartbeat", LOST_SECONDS, lost),
-        _crash(f"tuneline-pending-{digest}", tag, "prefect.flow-run.Pending", PENDING_SECONDS, waited),
+        _crash(f"tuneline-lost-{digest}", tag, {"prefect.flow-run.heartbeat"}, LOST_SECONDS, lost),
+        _crash(f"tuneline-pending-{digest}", tag, {f"prefect.flow-run.{name}" for name in PENDING}, PENDING_SECONDS, waited),
     ]
 
 
-def _crash(name: str, tag: str, after: str, seconds: int, message: str) -> Item:
-    """An automation that marks a run as crashed when nothing follows an event of it in time."""
+def _crash(name: str, tag: str, after: set[str], seconds: int, message: str) -> Item:
+    """An automation that marks a run as crashed when nothing follows one of these events of it in time."""
     trigger = EventTrigger(
-        after={after},
+        after=after,
         expect={"prefect.flow-run.*"},
         for_each={"prefect.resource.id"},
         match={"prefect.resource.id": "prefect.flow-run.*"},
@@ -220,6 +221,8 @@ def shown_automation(automation: AutomationCore) -> dict[str, Any]:
     """An automation as one compares it; ids of the server left out."""
     fields: dict[str, Any] = automation.model_dump(mode="json", include={"enabled", "trigger", "actions"})
     fields["trigger"].pop("id", None)
+    for name in ("after", "expect", "for_each"):  # sets
+        fields["trigger"][name] = sorted(fields["trigger"].get(name, ()))
     return fields
 
 
