@@ -55,7 +55,7 @@ docs: $(VENV)/ready  ## writes the generated pages anew
 	$(BIN)/python infra/generate_docs.py
 
 locks: $(VENV)/ready  ## resolves infra/runtimes/*.in anew
-	cd infra/runtimes && for name in orchestrator test dev torch; do \
+	cd infra/runtimes && for name in orchestrator test workers dev torch; do \
 	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
 
 audit: $(VENV)/ready  ## looks the locks up in PyPI's advisories; needs the internet, so CI does not

@@ -1,8 +1,9 @@
-"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc | up | down | worker | doctor`.
+"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc`, and in `flows/cli_server.py` what
+speaks to a server: `up | down | worker | deploy | submit | doctor`.
 
 stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify`
 found damage or `doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
-by a `run` that has something to do, torch never.
+by a `run` that has something to do and by what speaks to a server; torch never.
 """
 
 from __future__ import annotations
@@ -17,23 +18,31 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.__main__ import INTERRUPTED
-from flows.cli_server import doctor, down, up, worker
-from flows.options import FAILED, REFUSED, WRONG, file_option, json_option
+from flows.cli_server import deploy, doctor, down, submit, up, worker
+from flows.options import (
+    EXIT,
+    FAILED,
+    WRONG,
+    file_option,
+    force_option,
+    json_option,
+    load_pipeline,
+    load_with_warnings,
+    only_option,
+    set_option,
+    var_option,
+    warn,
+    warn_of,
+)
 from flows.streams import Unbroken
 from tuneline import __version__
 from tuneline.errors import ConfigError, Problem, StoreError, TunelineError
-from tuneline.load import Loaded, load
+from tuneline.load import load
 from tuneline.workspace import Workspace
 
 if TYPE_CHECKING:
     from tuneline.plan import PlanRow
     from tuneline.runs import RunRecord
-
-EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": 130}
-set_option = click.option("--set", "sets", multiple=True, metavar="STAGE.FIELD=VALUE", help="Overrides a field. May be repeated.")
-var_option = click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Overrides a variable. May be repeated.")
-only_option = click.option("--only", metavar="STAGE", help="This stage and what it depends on, nothing else.")
-force_option = click.option("--force", multiple=True, metavar="STAGE", help="Builds the stage again. May be repeated.")
 
 
 def main() -> None:
@@ -110,8 +119,11 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 @file_option
 def validate(path: Path | None, file: Path) -> None:
     """Checks a pipelines file: every problem at once, with its place."""
+    from tuneline.schedules import check_schedules
+
     loaded = load(path or file)
-    _warn_of(loaded)
+    check_schedules(loaded)
+    warn_of(loaded)
     counts = [f"{name} ({len(pipeline.stages)} stages)" for name, pipeline in loaded.spec.pipelines.items()]
     click.echo(f"{loaded.source.name} is valid: {', '.join(counts)}")
 
@@ -130,7 +142,7 @@ def plan(
     """Shows what a run would do, and why. Changes nothing."""
     from tuneline.plan import plan as make_plan
 
-    workspace = Workspace(_load_with_warnings(file, pipeline, sets, variables), _warn)
+    workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
     rows = make_plan(workspace, pipeline, only, force)
     if as_json:
         click.echo(json.dumps({"pipeline": pipeline, "stages": [_plan_json(row) for row in rows]}, indent=1, ensure_ascii=False))
@@ -163,7 +175,7 @@ def run(
     from flows.run import execute
     from tuneline.plan import plan as make_plan
 
-    workspace = Workspace(_load_with_warnings(file, pipeline, sets, variables), _warn)
+    workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
     rows = make_plan(workspace, pipeline, only, force)
     try:
         record = execute(workspace, pipeline, rows, sets, variables, only, force, verbose)
@@ -193,7 +205,7 @@ def run(
 def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
     """Shows what the last run of a pipeline, or of one of its stages, came to, and where its report lies."""
     pipeline, _, stage = what.partition("/")
-    workspace = Workspace(_load(file, pipeline, (), ()), _warn)
+    workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
     record = workspace.runs.get(pipeline, run_id)
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
@@ -235,7 +247,7 @@ def schema() -> None:
 @file_option
 def verify(file: Path) -> None:
     """Reads every artifact in the store and compares every byte with its manifest. Damaged ones go to quarantine."""
-    store = Workspace(load(file), _warn).store
+    store = Workspace(load(file), warn).store
     checked = damaged = 0
     for folder in store.artifacts():
         checked += 1
@@ -259,7 +271,7 @@ def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry
     from tuneline import gc as collection
 
     policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)
-    items = collection.collect(Workspace(load(file), _warn), policy, dry_run, _warn)
+    items = collection.collect(Workspace(load(file), warn), policy, dry_run, warn)
     freed = sum(item.size for item in items if item.removed)
     if as_json:
         click.echo(json.dumps({"dry_run": dry_run, "freed": freed, "items": collection.as_json(items)}, indent=1, ensure_ascii=False))
@@ -269,29 +281,8 @@ def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry
         gc_table(items, dry_run)
 
 
-for _command in (up, down, worker, doctor):
+for _command in (up, down, worker, deploy, submit, doctor):
     cli.add_command(_command)
-
-
-def _load(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:
-    loaded = load(file, pipeline, sets, variables)
-    loaded.pipeline(pipeline)
-    return loaded
-
-
-def _load_with_warnings(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:
-    loaded = _load(file, pipeline, sets, variables)
-    _warn_of(loaded, pipeline)
-    return loaded
-
-
-def _warn_of(loaded: Loaded, pipeline: str | None = None) -> None:
-    for warning in loaded.warnings(pipeline):
-        _warn(str(warning))
-
-
-def _warn(message: str) -> None:
-    click.echo(f"warning: {message}", err=True)
 
 
 def _plan_json(row: PlanRow) -> dict[str, Any]:
@@ -330,7 +321,7 @@ def _report(workspace: Workspace, record: RunRecord, in_browser: bool = False) -
     try:
         path = report_of(workspace.runs, record)
     except OSError as error:  # what the run came to stands all the same
-        _warn(f"the report cannot be written: {error.filename}: {error.strerror}")
+        warn(f"the report cannot be written: {error.filename}: {error.strerror}")
         return
     click.echo(f"report: {path}", err=True)
     if in_browser:

@@ -1,4 +1,4 @@
-"""The commands about the server: `tuneline up | down | worker | doctor`."""
+"""The commands about the server: `tuneline up | down | worker | deploy | submit | doctor`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from flows.options import FAILED, file_option, json_option
+from flows.options import EXIT, FAILED, file_option, force_option, json_option, load_with_warnings, only_option, set_option, var_option
 from tuneline.load import load
 
 
@@ -63,6 +63,66 @@ def worker(pool: str, file: Path) -> None:
     from flows.worker import run_worker
 
     run_worker(load(file), pool)
+
+
+@click.command()
+@file_option
+@click.option("--dry-run", is_flag=True, help="Shows what would change. Changes nothing.")
+@json_option
+def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
+    """Makes the server's pools, queues, deployments and schedules what the file says; what left it goes."""
+    from flows.server import connect
+    from tuneline.schedules import check_schedules
+
+    loaded = load(file)
+    check_schedules(loaded)
+    address = connect(loaded.root / ".tuneline")
+    from flows import deploy as deployment
+    from flows.console import deploy_table
+
+    rows = deployment.deploy(loaded, dry_run)
+    if as_json:
+        document = {"dry_run": dry_run, "server": address, "items": deployment.as_json(rows)}
+        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        deploy_table(rows, dry_run)
+
+
+@click.command()
+@click.argument("name")
+@file_option
+@set_option
+@var_option
+@only_option
+@force_option
+@click.option("--queue", help="Another queue of its pool.")
+@click.option("--watch", is_flag=True, help="Follows the run to its end.")
+@json_option
+def submit(
+    name: str,
+    file: Path,
+    sets: tuple[str, ...],
+    variables: tuple[str, ...],
+    only: str | None,
+    force: tuple[str, ...],
+    queue: str | None,
+    watch: bool,
+    as_json: bool,
+) -> None:
+    """Starts a run of a deployed pipeline, on its pool."""
+    from flows.server import connect
+    from tuneline.overrides import as_overrides
+    from tuneline.plan import check_stages
+
+    pipeline = name.split("/")[0]
+    loaded = load_with_warnings(file, pipeline, sets, variables)
+    check_stages(loaded, pipeline, only, force)
+    address = connect(loaded.root / ".tuneline")
+    from flows.submit import submit as start
+
+    overrides = {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables)}
+    state = start(address, loaded.file, name, {"only": only, "force": list(force), **overrides}, queue, watch, as_json)
+    sys.exit(EXIT.get(state, 0))
 
 
 @click.command()

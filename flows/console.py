@@ -6,6 +6,7 @@ ten seconds. `--verbose` shows the programs' own output as well.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from tuneline.protocol import Event
 from tuneline.runs import StageRecord
 
 if TYPE_CHECKING:
+    from flows.deploy import Row  # which imports Prefect; `plan` does not
     from flows.doctor import Diagnosis
 
 STYLES = {
@@ -34,6 +36,11 @@ STYLES = {
     "refused": "bold yellow",
     "run": "yellow",
     "unknown": "magenta",
+    "create": "green",
+    "change": "yellow",
+    "delete": "red",
+    "same": "dim",
+    "left": "bold yellow",
 }
 PLAIN_SECONDS = 10.0  # between two plain progress lines of a stage
 FIGURES = {
@@ -160,6 +167,27 @@ def doctor_table(findings: Sequence[Diagnosis]) -> None:
     for finding in sorted(findings, key=lambda finding: list(styles).index(finding.status)):
         table.add_row(finding.check, Text(finding.status, styles[finding.status]), finding.message, finding.remedy)
     _print(table)
+
+
+def deploy_table(rows: Sequence[Row], dry_run: bool) -> None:
+    """What was done, or would be; the sum on stderr."""
+    table = _table("what", "name", "action", "changes")
+    for row in rows:
+        changes = row.note or "\n".join(f"{each.field}: {_short(each.old)} -> {_short(each.new)}" for each in row.changes)
+        table.add_row(row.what, Text(row.name), Text(row.action, STYLES[row.action]), Text(changes))
+    _print(table)
+    verbs = (
+        {"create": "to create", "change": "to change", "delete": "to delete"}
+        if dry_run
+        else {"create": "created", "change": "changed", "delete": "deleted"}
+    )
+    counts = {verb: sum(row.action == action for row in rows) for action, verb in verbs.items()}
+    print(", ".join(f"{count} {verb}" for verb, count in counts.items() if count) or "nothing to change", file=sys.stderr)
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def figures(record: StageRecord) -> str:

@@ -1,4 +1,4 @@
-"""Options and exit codes that several commands share."""
+"""Options, exit codes and the loading of the file that several commands share."""
 
 from __future__ import annotations
 
@@ -6,9 +6,37 @@ from pathlib import Path
 
 import click
 
+from tuneline.load import Loaded, load
+
 FAILED, WRONG, REFUSED = 1, 2, 3
+EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": 130}
 
 file_option = click.option(
     "--file", type=click.Path(path_type=Path), default=Path("pipelines.yaml"), show_default=True, help="The pipelines file."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
+set_option = click.option("--set", "sets", multiple=True, metavar="STAGE.FIELD=VALUE", help="Overrides a field. May be repeated.")
+var_option = click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Overrides a variable. May be repeated.")
+only_option = click.option("--only", metavar="STAGE", help="This stage and what it depends on, nothing else.")
+force_option = click.option("--force", multiple=True, metavar="STAGE", help="Builds the stage again. May be repeated.")
+
+
+def load_pipeline(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:
+    loaded = load(file, pipeline, sets, variables)
+    loaded.pipeline(pipeline)
+    return loaded
+
+
+def load_with_warnings(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:
+    loaded = load_pipeline(file, pipeline, sets, variables)
+    warn_of(loaded, pipeline)
+    return loaded
+
+
+def warn_of(loaded: Loaded, pipeline: str | None = None) -> None:
+    for warning in loaded.warnings(pipeline):
+        warn(str(warning))
+
+
+def warn(message: str) -> None:
+    click.echo(f"warning: {message}", err=True)

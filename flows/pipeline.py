@@ -8,13 +8,18 @@ enough to say `Skipped`. The task runner has a thread for each stage; how many p
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+import re
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import prefect.flow_engine
 from prefect import allow_failure, flow, get_run_logger
 from prefect.client.schemas import State
+from prefect.concurrency._leases import maintain_concurrency_lease
+from prefect.exceptions import FailedRun
 from prefect.futures import wait
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
@@ -26,9 +31,11 @@ from flows.slots import Slots, visible_gpus
 from flows.stage import NoReporter, Reporter, Run, stage_task
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed, StoreError, TunelineError
+from tuneline.fields import NAME
 from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.overrides import as_sets
+from tuneline.plan import check_stages
 from tuneline.runs import RunState
 from tuneline.workspace import Workspace
 
@@ -48,6 +55,7 @@ def run_pipeline(
     """Runs a pipeline of a pipelines.yaml. `overrides` as `{"sft.lora.r": 32}`; they are checked as those of the command line are."""
     logger = get_run_logger()
     loaded = load(Path(file), pipeline, as_sets(overrides), as_sets(variables))
+    check_stages(loaded, pipeline, only, force)
     reporter = REPORTER.get()
 
     def warn(message: str) -> None:
@@ -86,6 +94,13 @@ def run_pipeline(
     return state
 
 
+def __getattr__(name: str) -> Any:
+    """`flows.pipeline.NAME`, the entrypoint of the deployment NAME/NAME: one flow function under the name of each pipeline."""
+    if re.fullmatch(NAME.strip("^$"), name):
+        return run_pipeline.with_options(name=name)
+    raise AttributeError(name)
+
+
 def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
     refused = [name for name, state in states.items() if state.name == "Refused"]
     failed = [name for name, state in states.items() if not state.is_completed() and name not in refused]
@@ -97,16 +112,27 @@ def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
 
 
 class _OwnFailuresWithoutTraceback(logging.Filter):
-    """A traceback through our supervisor tells a user nothing; only class `bug` shows one, the program's own."""
+    """A traceback through our supervisor tells a user nothing; only class `bug` shows one, the program's own. Under a worker
+    Prefect says once more, at its exit, what made the run fail: that is left out."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, FailedRun | TunelineError) and record.getMessage().startswith("Engine execution exited"):
+            return False
         if isinstance(error, TunelineError):
             record.exc_info = record.exc_text = None
             details = error.details if isinstance(error, StageFailed) and error.failure_class == "bug" else ""
             record.msg, record.args = f"{error}\n{details}".rstrip(), ()
         return True
 
+
+def _maintain_without_ending(lease_id: UUID, seconds: float, **_: Any) -> AbstractContextManager[None]:
+    """A deployment's place is held by a lease. Where it cannot be renewed (a server that is away for a minute, or was started anew),
+    Prefect ends the run, be it ten hours old; ours goes on. Should another start meanwhile, keys and GPUs have locks of their own."""
+    return maintain_concurrency_lease(lease_id, seconds, raise_on_lease_renewal_failure=False, suppress_warnings=True)
+
+
+prefect.flow_engine.maintain_concurrency_lease = _maintain_without_ending  # type: ignore[assignment]
 
 for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_OwnFailuresWithoutTraceback())

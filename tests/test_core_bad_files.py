@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from tuneline.errors import ConfigError
-from tuneline.load import Loaded, check
+from tuneline.load import Loaded, check, load
 from tuneline.messages import FORMS
+from tuneline.schedules import check_schedules
 from tuneline.source import MAX_BYTES, parse, read
 from tuneline.spec import Spec
 
@@ -31,6 +32,12 @@ pipelines:
       gptq:   {kind: quantize, model: merged, calibration: data}
       eval:   {kind: evaluate, model: sft, datasets: [data]}
       gate:   {kind: gate, require: [{metric: data/exact_match, of: eval, at_least: 0.5}]}
+"""
+
+POOLED = """\
+pools: {gpu: {type: process, queues: {interactive: {priority: 1}, nightly: {priority: 10}}}}
+pipelines:
+  demo:
 """
 
 
@@ -223,6 +230,34 @@ BAD = {
     'repo dots': ('{type: files, path: rows.jsonl}', '{type: hub, repo: ../x}', "p.yaml:7:59: demo.data.sources.0.repo: found '../x', allowed owner/name, as on the hub"),
     'roots text': ('vars:', 'roots: /data\nvars:', "p.yaml:2:8: roots: found '/data', allowed a list\n\nhint: write `[/data]`"),
     'roots number': ('vars:', 'roots: [1]\nvars:', 'p.yaml:2:9: roots.0: found 1, allowed text\n\nhint: put quotes around it'),
+    'pool unknown': ('pipelines:\n  demo:\n', POOLED + '    pool: gpuu\n', 'p.yaml:6:11: demo.pool: found the unknown pool `gpuu`, allowed gpu\n\nhint: did you mean `gpu`?'),
+    'pool unknown of stage': (GOOD, GOOD.replace('pipelines:\n  demo:\n', POOLED).replace('kind: merge', 'kind: merge, pool: cpu'), 'p.yaml:10:35: demo.merged.pool: found the unknown pool `cpu`, allowed gpu\n\nhint: did you mean `gpu`?'),
+    'pool of a gate': (GOOD, GOOD.replace('pipelines:\n  demo:\n', POOLED).replace('kind: gate', 'kind: gate, pool: gpu'), 'p.yaml:13:28: demo.gate.pool: found the unknown field `pool`, allowed kind, description, needs, retries, timeout, require\n\nhint: it is a field of model and dataset and sft and evaluate and merge and quantize'),
+    'pool type unknown': ('pipelines:', 'pools: {gpu: {type: dokcer, image: x}}\npipelines:', "p.yaml:3:21: pools.gpu.type: found 'dokcer', allowed process, docker, kubernetes\n\nhint: did you mean `docker`?"),
+    'pool without type': ('pipelines:', 'pools: {gpu: {concurrency: 1}}\npipelines:', 'p.yaml:3:9: pools.gpu: found no `type`, allowed process, docker, kubernetes\n\nhint: add `type: ...`'),
+    'pool field of another type': ('pipelines:', 'pools: {gpu: {type: process, image: x}}\npipelines:', 'p.yaml:3:30: pools.gpu.image: found the unknown field `image`, allowed concurrency, queues, type, local'),
+    'pool without image': ('pipelines:', 'pools: {gpu: {type: docker}}\npipelines:', 'p.yaml:3:9: pools.gpu.image: found nothing, allowed a value (Image with tuneline and its runtimes; infra/docker makes one)\n\nhint: add `image: ...`'),
+    'pool concurrency': ('pipelines:', 'pools: {gpu: {type: process, concurrency: 0}}\npipelines:', 'p.yaml:3:43: pools.gpu.concurrency: found 0, allowed at least 1'),
+    'pool size': ('pipelines:', 'pools: {gpu: {type: docker, image: x, shm_size: 16GB}}\npipelines:', "p.yaml:3:49: pools.gpu.shm_size: found '16GB', allowed a size such as 512Mi or 16Gi"),
+    'pool gpus text': ('pipelines:', 'pools: {gpu: {type: docker, image: x, gpus: some}}\npipelines:', "p.yaml:3:45: pools.gpu.gpus: found 'some', allowed all or a whole number"),
+    'pool gpus below': ('pipelines:', 'pools: {gpu: {type: docker, image: x, gpus: -1}}\npipelines:', 'p.yaml:3:45: pools.gpu.gpus: found -1, allowed all or at least 0'),
+    'pool claim': ('pipelines:', 'pools: {gpu: {type: kubernetes, image: x}}\npipelines:', "p.yaml:3:9: pools.gpu.volume_claim: found nothing, allowed a value (Persistent volume claim with the project's folder, mounted at that folder's path: store and checkpoints are shared through it)\n\nhint: add `volume_claim: ...`"),
+    'toleration effect': ('pipelines:', 'pools: {gpu: {type: kubernetes, image: x, volume_claim: y, tolerations: [{key: a, effect: NoShedule}]}}\npipelines:', "p.yaml:3:91: pools.gpu.tolerations.0.effect: found 'NoShedule', allowed NoSchedule, PreferNoSchedule, NoExecute\n\nhint: did you mean `NoSchedule`?"),
+    'queue priority': ('pipelines:', 'pools: {gpu: {type: process, queues: {a: {priority: 0}}}}\npipelines:', 'p.yaml:3:53: pools.gpu.queues.a.priority: found 0, allowed at least 1'),
+    'queue priority twice': ('pipelines:', 'pools: {gpu: {type: process, queues: {a: {priority: 1}, b: {priority: 1}}}}\npipelines:', 'p.yaml:3:71: pools.gpu.queues.b.priority: found 1, which is that of `a`, allowed a number of its own\n\nhint: Prefect keeps queues of a pool in one order'),
+    'queue unknown': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    queue: nigtly\n', 'p.yaml:7:12: demo.queue: found the unknown queue `nigtly` of pool `gpu`, allowed default, interactive, nightly\n\nhint: did you mean `nightly`?'),
+    'queue without pool': ('pipelines:\n  demo:\n', POOLED + '    queue: nightly\n', 'p.yaml:6:12: demo.queue: found a queue without `pool`\n\nhint: name the pool that the pipeline runs in'),
+    'schedules without pool': ('pipelines:\n  demo:\n', POOLED + '    schedules: {night: {cron: 0 2 * * *}}\n', 'p.yaml:6:5: demo.schedules: found schedules without `pool`\n\nhint: name the pool that the pipeline runs in'),
+    'schedule neither': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {timezone: UTC}}\n', 'p.yaml:7:17: demo.schedules.night: found neither, allowed exactly one of cron, interval'),
+    'schedule both': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {cron: 0 2 * * *, interval: 6h}}\n', 'p.yaml:7:17: demo.schedules.night: found cron and interval, allowed exactly one of cron, interval'),
+    'schedule cron': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {cron: 0 2 * *}}\n', "p.yaml:7:31: demo.schedules.night.cron: found '0 2 * *', allowed a cron expression as `0 2 * * *`\n\nhint: five fields: minute, hour, day of the month, month, day of the week"),
+    'schedule interval': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {interval: 6 hours}}\n', "p.yaml:7:35: demo.schedules.night.interval: found '6 hours', allowed a time such as 30m, 6h or 7d"),
+    'schedule timezone': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {cron: 0 2 * * *, timezone: Europe/Berln}}\n', "p.yaml:7:52: demo.schedules.night.timezone: found 'Europe/Berln', allowed the name of a time zone, as Europe/Berlin"),
+    'schedule queue': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {cron: 0 2 * * *, queue: night}}\n', 'p.yaml:7:49: demo.schedules.night.queue: found the unknown queue `night` of pool `gpu`, allowed default, interactive, nightly\n\nhint: did you mean `nightly`?'),
+    'schedule unknown field': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {corn: 0 2 * * *}}\n', 'p.yaml:7:25: demo.schedules.night.corn: found the unknown field `corn`, allowed cron, interval, timezone, active, queue, overrides, variables\n\nhint: did you mean `cron`?'),
+    'devices count': ('[sft]', '[sft], resources: {gpus: 1, devices: [0, 1]}', 'p.yaml:9:76: demo.merged.resources.devices: found [0, 1], allowed as many different numbers as resources.gpus, 1\n\nhint: set `gpus: 2`'),
+    'devices twice': ('[sft]', '[sft], resources: {gpus: 2, devices: [1, 1]}', 'p.yaml:9:57: demo.merged.resources: found 2 processes for merge, allowed one\n\nhint: only trainings run in several processes: write `gpus: 1`\n\np.yaml:9:76: demo.merged.resources.devices: found [1, 1], allowed as many different numbers as resources.gpus, 2'),
+    'devices below': ('[sft]', '[sft], resources: {gpus: 1, devices: [-1]}', 'p.yaml:9:76: demo.merged.resources.devices: found [-1], allowed as many different numbers as resources.gpus, 1'),
 }
 # fmt: on
 
@@ -354,3 +389,35 @@ def test_a_file_that_may_not_be_read_is_said(tmp_path: Path) -> None:
     finally:
         if as_root:
             os.seteuid(0)
+
+
+SCHEDULED = """\
+    pool: gpu
+    schedules:
+      night:
+        cron: 0 2 * * *
+        overrides: {sft.lora.q: 3, stf.seed: 1, sft.resources.micro_batch_size: 3}
+        variables: {rang: 8}
+"""
+
+
+def test_what_a_schedule_overrides_is_checked_as_on_the_command_line_and_told_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(GOOD.replace("pipelines:\n  demo:\n", POOLED + SCHEDULED))
+    loaded = load(file)
+    with pytest.raises(ConfigError, match="night") as caught:
+        check_schedules(loaded)
+    told = [(problem.place.removeprefix(f"{tmp_path}/"), problem.path, problem.message, problem.hint) for problem in caught.value.problems]
+    here = "demo.schedules.night"
+    fields = "r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora"
+    stages = "base, data, sft, merged, gptq, eval, gate"
+    assert told == [
+        ("p.yaml:10:33", f"{here}.overrides.sft.lora.q", f"found the unknown field `q`, allowed {fields}", ""),
+        ("p.yaml:10:46", f"{here}.overrides.stf.seed", f"found the unknown stage `stf`, allowed {stages}", "did you mean `sft`?"),
+        ("p.yaml:11:27", f"{here}.variables.rang", "found an unknown variable, allowed rank", "did you mean `rank`?"),
+    ]
+    file.write_text(file.read_text().replace("sft.lora.q: 3, stf.seed: 1, ", "").replace("rang", "rank"))
+    with pytest.raises(ConfigError, match=r"demo\.schedules\.night: demo\.sft\.global_batch_size: found 8, allowed multiples of 3"):
+        check_schedules(load(file))
+    file.write_text(file.read_text().replace("size: 3", "size: 4"))
+    check_schedules(load(file))

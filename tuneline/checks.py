@@ -67,6 +67,12 @@ class Checks:
         if self.spec is None:
             return
         pools = self.spec.pools
+        for name, pool in pools.items():
+            priorities: dict[int, str] = {}
+            for queue_name, each in pool.queues.items():
+                if (other := priorities.setdefault(each.priority, queue_name)) != queue_name:
+                    found = f"found {each.priority}, which is that of `{other}`, allowed a number of its own"
+                    self.problem(("pools", name, "queues", queue_name, "priority"), found, "Prefect keeps queues of a pool in one order")
         for name, pipeline in self.spec.pipelines.items():
             here: Keys = ("pipelines", name)
             self._pool_name((*here, "pool"), pipeline.pool)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -60,9 +60,8 @@ def pinned_only(repository_type: str, repository: str, revision: str) -> str | N
     return revision if COMMIT.match(revision) else None
 
 
-def plan(workspace: Workspace, pipeline_name: str, only: str | None = None, force: tuple[str, ...] = ()) -> list[PlanRow]:
-    """Rows in execution order. Raises ConfigError for an unknown pipeline or stage name."""
-    loaded = workspace.loaded
+def check_stages(loaded: Loaded, pipeline_name: str, only: str | None, force: Sequence[str]) -> None:
+    """Raises ConfigError where --only or --force names no stage of the pipeline."""
     pipeline = loaded.pipeline(pipeline_name)
     problems = []
     for flag, name in [("--only", only), *(("--force", name) for name in force)]:
@@ -71,6 +70,13 @@ def plan(workspace: Workspace, pipeline_name: str, only: str | None = None, forc
             problems.append(Problem(flag, "", found, nearest(name, pipeline.stages)))
     if problems:
         raise ConfigError(problems)
+
+
+def plan(workspace: Workspace, pipeline_name: str, only: str | None = None, force: tuple[str, ...] = ()) -> list[PlanRow]:
+    """Rows in execution order. Raises ConfigError for an unknown pipeline or stage name."""
+    loaded = workspace.loaded
+    check_stages(loaded, pipeline_name, only, force)
+    pipeline = loaded.pipeline(pipeline_name)
     wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
     earlier = workspace.runs.last_success(pipeline_name, wanted)
     rows: dict[str, PlanRow] = {}

@@ -50,7 +50,7 @@ class DockerPool(Pool):
     type: Literal["docker"]
     image: str
     """Image with tuneline and its runtimes; infra/docker makes one."""
-    gpus: Literal["all"] | int = 0
+    gpus: Literal["all"] | Annotated[int, Field(ge=0)] = 0
     """GPUs that a container sees."""
     shm_size: Size = "1Gi"
     """Shared memory of a container; several GPUs talk through it."""

@@ -1,13 +1,15 @@
 """Runtimes: the Python environments that programs run in, and which versions of libraries each of them holds.
 
-A runtime is a lock file, installed by `tuneline setup` into `.tuneline/runtimes/<name>-<digest of the lock>/`, or a Python
-that is there already. Versions are read from the lock, so that a key can be computed before anything is installed.
+A runtime is a lock file, installed by `tuneline setup` into `.tuneline/runtimes/<name>-<digest of the lock>/` (or the folder
+that TUNELINE_RUNTIMES names: an image brings its own, for every project), or a Python that is there already. Versions are read
+from the lock, so that a key can be computed before anything is installed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -56,7 +58,7 @@ def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
     if not lock.is_file():
         raise ConfigError([Problem("runtimes", name, f"found no lock file at {lock}", "write one with `uv pip compile`")])
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
-    folder = root / ".tuneline" / "runtimes" / f"{name}-{digest}"
+    folder = Path(os.environ.get("TUNELINE_RUNTIMES") or root / ".tuneline" / "runtimes") / f"{name}-{digest}"
     return RuntimeEnvironment(name, folder / "bin" / "python", lock, folder)
 
 

@@ -96,7 +96,7 @@ class ProgramStage(Stage):
         devices = self.resources.devices
         if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
             found = f"found {list(devices)}, allowed as many different numbers as resources.gpus, {self.resources.gpus}"
-            yield Finding("resources.devices", found, f"set `gpus: {len(devices)}`")
+            yield Finding("resources.devices", found, f"set `gpus: {len(devices)}`" if len(devices) != self.resources.gpus else "")
 
     def micro_batch_size(self) -> int | None:
         """Rows a device takes at once; None for a kind that does not work in batches."""

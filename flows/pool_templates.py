@@ -1,0 +1,71 @@
+"""Base job templates: what Prefect's workers start for a run, made from a pool of pipelines.yaml.
+
+The templates of containers stand in infra/pools/*.json; what a pool says becomes the defaults of their variables, so that a
+deployment can still set others. A variable without a default takes its field out: no GPU is asked for where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prefect.workers.process import ProcessWorker
+
+from tuneline.pools import AnyPool, DockerPool, KubernetesPool
+from tuneline.runtimes import PACKAGES_ROOT
+
+FOLDER = PACKAGES_ROOT / "infra" / "pools"
+
+
+def base_job_template(pool: AnyPool, root: Path) -> dict[str, Any]:
+    """`root` is the folder of pipelines.yaml: containers find it at its own path, or keys and checkpoints would not be theirs."""
+    if isinstance(pool, DockerPool):
+        return _filled("docker", _docker(pool, root))
+    if isinstance(pool, KubernetesPool):
+        return _filled("kubernetes", _kubernetes(pool, root))
+    return ProcessWorker.get_default_base_job_template()
+
+
+def _filled(name: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    template: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_bytes())
+    for variable, value in defaults.items():
+        template["variables"]["properties"][variable]["default"] = value
+    return template
+
+
+def _docker(pool: DockerPool, root: Path) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "image": pool.image,
+        "shm_size": pool.shm_size.removesuffix("i").lower(),  # Docker's 16g is 16 Gi
+        "volumes": [f"{root}:{root}", *pool.volumes],
+    }
+    if pool.gpus:
+        count = -1 if pool.gpus == "all" else pool.gpus
+        defaults["device_requests"] = [{"Driver": "nvidia", "Count": count, "Capabilities": [["gpu"]]}]
+    return defaults
+
+
+def _kubernetes(pool: KubernetesPool, root: Path) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "image": pool.image,
+        "namespace": pool.namespace,
+        "cpu": pool.cpu,
+        "memory": pool.memory,
+        "shm_size": pool.shm_size,
+        "project": str(root),
+        "volume_claim": pool.volume_claim,
+        "service_account_name": pool.service_account,
+    }
+    if pool.gpus:
+        defaults["gpus"] = pool.gpus
+    if pool.node_selector:
+        defaults["node_selector"] = pool.node_selector
+    if pool.tolerations:
+        defaults["tolerations"] = [toleration(each.key, each.value, each.effect) for each in pool.tolerations]
+    return defaults
+
+
+def toleration(key: str, value: str | None, effect: str) -> dict[str, str]:
+    """Of one value of a taint, or of any."""
+    return {"key": key, "effect": effect, **({"operator": "Exists"} if value is None else {"operator": "Equal", "value": value})}
