@@ -26,9 +26,11 @@ from prefect.client.schemas import State, TaskRun
 from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
+from flows.artifacts import Publisher
 from flows.attempts import Attempts
 from flows.hub import resolve_commit
 from flows.progress import ProgressArtifact
+from flows.report_markdown import stage_report
 from flows.slots import Slots
 from flows.supervisor import Outcome, Supervisor
 from tuneline import disk
@@ -47,6 +49,7 @@ from tuneline.store import Artifact, Base, File, Manifest
 from tuneline.workspace import Workspace
 
 PASSED = "passed"  # what a gate hands on
+FAILED = "Failed: "  # a state's name, before the class of the failure
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
 
@@ -72,9 +75,12 @@ class Run:
     supervisor: Supervisor
     slots: Slots
     reporter: Reporter
+    publisher: Publisher
     forced: frozenset[str] = frozenset()
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """By stage, as people name them."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Of the stages that came to have one: what a failed one left is under it in the work folder."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _commits_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -91,6 +97,10 @@ class Run:
                 self._commits[wanted] = resolve_commit(*wanted)
             return self._commits[wanted]
 
+    def warn(self, name: str, message: str) -> None:
+        get_run_logger().warning(message)
+        self.reporter.warning(name, message)
+
     def note(self, name: str, status: StageStatus, seconds: float = 0.0, artifact: Artifact | None = None, message: str = "") -> None:
         """Keeps how a stage ended, in the record on disk as well."""
         stage = self.stages[name]
@@ -104,6 +114,11 @@ class Run:
             self.record.stages = [other for other in self.record.stages if other.stage != name] + [record]
             self.workspace.runs.save(self.record)
         self.reporter.finished(name, record)
+        if status != "skipped":
+            planned = next(plan for plan in self.record.planned if plan.stage == name)
+            log = self.workspace.work(self.keys[name]) / "log.txt" if status == "failed" and name in self.keys else None
+            about = stage.description or f"{name}, {stage.kind} of {self.pipeline}: {status}"
+            self.publisher.markdown(f"stage-{self.pipeline}-{name}", lambda: stage_report(planned, record, log), about)
 
 
 def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
@@ -117,6 +132,7 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
         name=name,
         task_run_name=name,
         description=stage.description or f"{stage.kind} of {run.pipeline}",
+        tags=[stage.kind],
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=stage.retries,
@@ -131,21 +147,25 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
             return _carry_out(run, name, stage, needs)
         except StageFailed as error:
             if error.retryable and task_run.run_count <= stage.retries and not run.supervisor.stopping:
-                run.reporter.warning(name, f"{error.failure_class}: {error.message} ({error.hint})")
-            else:
-                details = f"\n{error.details}" if error.failure_class == "bug" else ""
-                run.note(name, "failed", time.monotonic() - started, message=f"{error.failure_class}: {error}{details}")
-            raise
+                run.warn(name, f"{error.failure_class}: {error.message} ({error.hint})")
+                raise
+            return _failed(run, name, error, time.monotonic() - started)
         except Exception as error:
-            failure = _of_store(run, error)
-            if failure:
-                run.note(name, "failed", time.monotonic() - started, message=f"{failure.failure_class}: {failure}")
-                raise failure from error
+            if failure := _of_store(run, error):
+                return _failed(run, name, failure, time.monotonic() - started)
             message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
             run.note(name, "failed", time.monotonic() - started, message=message)
             raise
 
     return supervise
+
+
+def _failed(run: Run, name: str, error: StageFailed, seconds: float) -> State[Any]:
+    """The state of a stage that is not tried again, named by its class."""
+    details = f"\n{error.details}" if error.failure_class == "bug" else ""
+    get_run_logger().error(f"{error.failure_class}: {error}{details}")
+    run.note(name, "failed", seconds, message=f"{error.failure_class}: {error}{details}")
+    return Failed(name=f"{FAILED}{error.failure_class}", message=str(error))
 
 
 def _of_store(run: Run, error: Exception) -> StageFailed | None:
@@ -173,7 +193,7 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     inputs = {slot: needs[other] for slot, other in input_slots(stage).items()}
     salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
     document, _ = document_of(run.workspace, stage, inputs, salt, run.commit)
-    key = key_of(document)
+    key = run.keys[name] = key_of(document)
     artifact = _cached(run, name, stage, key)
     if artifact is None:
         with _lock(run, name, key) as held:
@@ -205,7 +225,7 @@ def _lock(run: Run, name: str, key: str) -> Iterator[int]:
     """The key's lock; whoever waits for another run says so, and stops waiting when its own run stops."""
 
     def say() -> None:
-        run.reporter.warning(name, "another run is building the same stage; waiting for it")
+        run.warn(name, "another run is building the same stage; waiting for it")
 
     try:
         with run.workspace.store.locked(key, say, lambda: not run.supervisor.stopping) as held:
@@ -284,7 +304,7 @@ def _build(
     if unsaid and not outcome.stopped and not (work / "failure.json").exists():
         raise unsaid
     if outcome.stopped != "cancelled":
-        run.reporter.warning(name, f"its log is {work / 'log.txt'}")
+        run.warn(name, f"its log is {work / 'log.txt'}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
@@ -328,10 +348,10 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
 
     def on_event(event: Event) -> None:
         if event.type == "warning" and event.message:
-            logger.warning(event.message)
-            run.reporter.warning(name, event.message)
-        elif event.type == "progress":
+            run.warn(name, event.message)
+        else:
             progress.show(event)
+        if event.type == "progress":
             run.reporter.progress(name, event)
 
     launcher = ["-m", "tasks"]
