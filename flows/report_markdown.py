@@ -21,18 +21,19 @@ from tuneline.secrets import masked
 LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database
 LONGEST_REPORT = 50_000  # of what the stage's program wrote for people
 LOG_TAIL, LONGEST_LINE = 40, 400  # lines of a failed stage's log, characters of a line
-MARKS = {"done": "✅", "cached": "♻️", "failed": "❌", "skipped": "⏭️", "refused": "⛔"}
 STROKES = {"loss": "#2563eb", "eval_loss": "#ea580c", "learning_rate": "#2563eb"}
 
 
 def stage_report(plan: PlannedStage, entry: StageRecord, log: Path | None) -> str:
     """`log` is what the program of a failed stage wrote."""
-    return _finished("\n\n".join(_stage_parts(Stage(plan, entry, entry.status), log)))
+    return _joined(_stage_parts(Stage(plan, entry, entry.status), log))
 
 
 def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
-    yield f"## {MARKS.get(stage.status, '')} {stage.name}: {stage.status}"
-    yield _table(["", ""], _facts(stage))
+    yield f"## {stage.name}: {stage.status}"
+    yield _table(["kind", _code(stage.kind)], _facts(stage))
+    if stage.entry and stage.entry.artifact:
+        yield f"Its artifact{f' ({stage.gone})' if stage.gone else ''}:\n\n{_fenced(stage.entry.artifact)}"
     if stage.kind == "gate":
         yield _verdicts(stage)
     elif stage.status == "failed":
@@ -46,17 +47,15 @@ def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
 
 
 def _facts(stage: Stage) -> Iterator[list[str]]:
-    yield ["kind", stage.kind]
     if stage.seconds:
         yield ["time", f"{duration(stage.seconds)}{' when it was built' if stage.status == 'cached' else ''}"]
     if stage.entry and stage.entry.key:
         yield ["key", _code(f"{stage.kind}/{stage.entry.key}")]
         yield ["digest", _code(stage.entry.digest or "")]
-        yield ["artifact", _code(stage.entry.artifact or "")]
     if stage.manifest:
         yield ["payload", f"{len(stage.manifest.files)} files, {size(stage.manifest.size)}"]
     for field, other in stage.plan.names.items():
-        yield [field, _made_from(stage, field, other)]
+        yield [field.partition(".")[0], _made_from(stage, field, other)]
     for field, commit in stage.document.get("commits", {}).items():
         yield [field, f"commit {_code(commit)}"]
 
@@ -69,14 +68,17 @@ def _made_from(stage: Stage, field: str, other: str) -> str:
 
 def _failure(stage: Stage, log: Path | None) -> Iterator[str]:
     failure_class, _, rest = stage.message.partition(": ")
-    message, _, hint = rest.partition("\n\nhint: ")
-    yield f"### Failed: {failure_class}\n\n{_fenced(message)}"
+    message, _, rest = rest.partition("\n\nhint: ")
+    hint, _, details = rest.partition("\n")
+    yield f"### Failed: {failure_class}\n\n{_fenced(_cut(message, LONGEST_REPORT))}"
     if hint:
-        yield f"**hint:** {_code(hint.partition(chr(10))[0])}"
+        yield f"**hint:** {_code(hint)}"
+    if details:
+        yield _fenced(_cut(details, LONGEST_REPORT))
     if log and log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
         tail = "\n".join(_cut(line, LONGEST_LINE) for line in lines)
-        yield f"### The end of its log\n\n{_fenced(tail)}\n\nThe whole: {_code(str(log))}"
+        yield f"### The end of its log\n\n{_fenced(tail)}\n\nThe whole of it:\n\n{_fenced(str(log))}"
 
 
 def _figures(stage: Stage) -> Iterator[str]:
@@ -91,16 +93,14 @@ def _figures(stage: Stage) -> Iterator[str]:
 
 def run_report(record: RunRecord, report: Path) -> str:
     """`report` is the run's HTML report."""
-    return _finished("\n\n".join(_run_parts(record, report)))
+    return _joined(_run_parts(record, report))
 
 
 def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
     stages = stages_of(record)
     yield f"## {record.pipeline}: {record.state} after {duration(between(record.started, record.finished))}"
-    yield f"Run {_code(record.run_id)}, the same as {_code(command(record))}. With answers and more figures: {_code(str(report))}"
-    rows = (
-        [f"{MARKS.get(stage.status, '')} {stage.name}", stage.kind, stage.status, _time(stage), _first(stage)] for stage in stages.values()
-    )
+    yield f"Run {_code(record.run_id)} · {_code(command(record))}"
+    rows = ([stage.name, stage.kind, _status(stage), _time(stage), _first(stage)] for stage in stages.values())
     yield _table(["stage", "kind", "status", "time", "figures"], rows)
     for stage in stages.values():
         if stage.kind == "gate" and stage.message:
@@ -112,10 +112,19 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
         rows = ([f"{of} {metric}", *(_compared(cell) for cell in cells)] for of, metric, cells in metric_rows(compared))
         yield "### Models side by side\n\n" + _table(["", *heads], rows, right=True)
         yield "**Bold**: the best of its row. ±: one standard error. In brackets: the difference to the base model."
+    if kept := [entry for entry in record.stages if entry.artifact]:
+        rows = ([entry.stage, *map(_code, _lineage(stages[entry.stage], entry))] for entry in kept)
+        yield "### Lineage\n\n" + _table(["stage", "key", "digest", "made from"], rows)
+        width = max(len(entry.stage) for entry in kept)
+        yield "Where the artifacts lie:\n\n" + _fenced("\n".join(f"{entry.stage:<{width}}  {entry.artifact}" for entry in kept))
     for stage in stages.values():
         yield from _curves(stage)
-    rows = ([stage.name, _lineage(stage), _code(stage.entry.artifact)] for stage in stages.values() if stage.entry and stage.entry.artifact)
-    yield "### Lineage\n\n" + _table(["stage", "made from", "artifact"], rows)
+    more = _code(f"tuneline show {record.pipeline} --run {record.run_id} --open")
+    yield f"With answers and more pictures, {more}:\n\n{_fenced(str(report))}"
+
+
+def _status(stage: Stage) -> str:
+    return f"**{stage.status}**" if stage.status in ("failed", "refused") else stage.status
 
 
 def _time(stage: Stage) -> str:
@@ -129,8 +138,9 @@ def _first(stage: Stage) -> str:
     return ", ".join(f"{name} {_figure(Cell(stage.metrics[name], stage.metrics.get(f'{name}_stderr')))}" for name in names)
 
 
-def _lineage(stage: Stage) -> str:
-    return ", ".join(_code(other) for other in dict.fromkeys(stage.plan.names.values()))
+def _lineage(stage: Stage, entry: StageRecord) -> list[str]:
+    parents = dict.fromkeys(stage.plan.names.values())
+    return [f"{entry.kind}/{(entry.key or '')[:12]}", (entry.digest or "")[:12], ", ".join(parents)]
 
 
 def _figure(cell: Cell) -> str:
@@ -145,7 +155,7 @@ def _compared(cell: Cell | None) -> str:
 
 
 def _verdicts(stage: Stage) -> str:
-    return "\n".join(f"- {'⛔' if line.startswith('NOT') else '✅'} {_code(line)}" for line in stage.message.splitlines())
+    return "\n".join(f"- {_code(line)}" for line in stage.message.splitlines())
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------------
@@ -208,5 +218,11 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 
-def _finished(text: str) -> str:
-    return masked(_cut(text, LONGEST).encode("utf-8", "replace")).decode("utf-8", "replace")
+def _joined(parts: Iterable[str]) -> str:
+    text = ""
+    for part in parts:
+        if len(text) + len(part) > LONGEST:
+            text += "… and more, which is too long for here; the HTML report has it"
+            break
+        text += f"{part}\n\n"
+    return masked(text.encode("utf-8", "replace")).decode("utf-8", "replace")

@@ -63,6 +63,20 @@ class Page:
             assert time.monotonic() < deadline, f"not true of the page: {expression}\n{self.text()}"
             time.sleep(0.2)
 
+    def colours(self, selector: str) -> int:
+        """Different colours in the part of the page that an element takes."""
+        self.until_true(f"document.querySelector({selector!r})?.getBoundingClientRect().width > 100")
+        box = self.value(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
+        clip = {name: box[name] for name in ("x", "y", "width", "height")} | {"scale": 1}
+        picture = self._call("Page.captureScreenshot", format="png", clip=clip)["data"]
+        count = f"""(async () => {{
+            const picture = await createImageBitmap(await (await fetch("data:image/png;base64,{picture}")).blob());
+            const canvas = new OffscreenCanvas(picture.width, picture.height), context = canvas.getContext("2d");
+            context.drawImage(picture, 0, 0);
+            return new Set(new Uint32Array(context.getImageData(0, 0, picture.width, picture.height).data.buffer)).size;
+        }})()"""
+        return int(self.value(count))
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 
