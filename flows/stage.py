@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State, TaskRun
+from prefect.context import TaskRunContext
 from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
@@ -132,7 +133,6 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
         name=name,
         task_run_name=name,
         description=stage.description or f"{stage.kind} of {run.pipeline}",
-        tags=[stage.kind],
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=stage.retries,
@@ -141,6 +141,9 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
     )
     def supervise(needs: dict[str, Any]) -> Any:
         started = time.monotonic()
+        # Told with the state in which the stage ends: a tag from the start is a limit that the server is asked about, and a stage
+        # must start while the server is away.
+        TaskRunContext.get().task_run.tags = [stage.kind]  # type: ignore[union-attr]
         if task_run.run_count > 1:
             run.supervisor.pause(RETRY_DELAYS[min(task_run.run_count - 2, len(RETRY_DELAYS) - 1)])
         try:
