@@ -25,10 +25,13 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, Failed
 from prefect.utilities.urls import url_for
 
+from flows.artifacts import Publisher
 from flows.orphan import end_with_parent
+from flows.report import report_of
+from flows.report_markdown import run_report
 from flows.run_stage import run_stage
 from flows.slots import Slots, visible_gpus
-from flows.stage import NoReporter, Reporter, Run, stage_task
+from flows.stage import FAILED, NoReporter, Reporter, Run, stage_task
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed, StoreError, TunelineError
 from tuneline.fields import NAME
@@ -70,11 +73,20 @@ def run_pipeline(
     record.planned, record.only, record.force, record.flow_run = planned(spec, only), only, tuple(force), flow_run.id
     workspace.runs.save(record)
     reporter.began(record.run_id, url_for("flow-run", obj_id=flow_run.id))
+    publisher = Publisher()
+    publisher.name_run(f"{pipeline}-{record.run_id.rpartition('-')[2]}", ["tuneline", pipeline, *spec.tags])
     parameters = {"pipeline": pipeline, "file": str(loaded.file), "overrides": overrides, "variables": variables}
     slots, in_pool = Slots(spec.parallel, visible_gpus()), deployment.id is not None
     if in_pool:
         end_with_parent()
-    run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, frozenset(force), parameters if in_pool else None)
+    run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, publisher, frozenset(force), parameters if in_pool else None)
+
+    def end(outcome: RunState) -> None:
+        workspace.runs.finish(record, outcome)
+        about = spec.description or f"run {record.run_id} of {pipeline}"
+        publisher.markdown(f"run-{pipeline}", lambda: run_report(record, report_of(workspace.runs, record)), about)
+        publisher.close()
+
     wanted = with_ancestors(spec, only) if only else set(spec.stages)
     futures: dict[str, Any] = {}
     try:
@@ -85,12 +97,12 @@ def run_pipeline(
         wait(list(futures.values()))
     except BaseException as error:  # a signal reaches only this thread
         run.supervisor.stop()
-        workspace.runs.finish(record, "failed" if isinstance(error, Exception) else "cancelled")
+        end("failed" if isinstance(error, Exception) else "cancelled")
         raise
     record.stages.sort(key=lambda stage: list(futures).index(stage.stage))
     state = _state({name: future.state for name, future in futures.items()}, record.run_id)
     outcome: dict[str, RunState] = {"Completed": "completed", "Refused": "refused"}
-    workspace.runs.finish(record, outcome.get(state.name or "", "failed"))
+    end(outcome.get(state.name or "", "failed"))
     return state
 
 
@@ -103,9 +115,10 @@ def __getattr__(name: str) -> Any:
 
 def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
     refused = [name for name, state in states.items() if state.name == "Refused"]
-    failed = [name for name, state in states.items() if not state.is_completed() and name not in refused]
+    failed = {name: state.name or "" for name, state in states.items() if not state.is_completed() and name not in refused}
     if failed:
-        return Failed(message=f"failed: {', '.join(failed)}", data=run_id)
+        told = (f"{name} ({state.removeprefix(FAILED)})" if state.startswith(FAILED) else name for name, state in failed.items())
+        return Failed(message=f"failed: {', '.join(told)}", data=run_id)
     if refused:
         return Failed(name="Refused", message=f"refused by {', '.join(refused)}", data=run_id)
     return Completed(message=f"run {run_id}", data=run_id)
@@ -116,6 +129,8 @@ class _OwnFailuresWithoutTraceback(logging.Filter):
     Prefect says once more, at its exit, what made the run fail: that is left out."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info == (None, None, None):  # Prefect says once more that a stage returned a failure, as if it were an error of ours
+            return False
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         if isinstance(error, FailedRun | TunelineError) and record.getMessage().startswith("Engine execution exited"):
             return False

@@ -17,9 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows.report_figures import Chart, chart, graph
 from flows.report_models import columns, metric_rows, number, role_of, samples
-from flows.report_stage import Stage, between
+from flows.report_stage import Stage, between, stages_of
 from tuneline import __version__
-from tuneline.runs import PlannedStage, RunRecord, Runs
+from tuneline.runs import RunRecord, Runs
 
 
 def report_of(runs: Runs, record: RunRecord) -> Path:
@@ -42,10 +42,7 @@ def render(record: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "size": size, "clock": clock, "json": as_json}
-    entries = {entry.stage: entry for entry in record.stages}
-    planned = record.planned or [PlannedStage(stage=entry.stage, kind=entry.kind) for entry in record.stages]
-    unended = "pending" if record.state == "running" else "not run"
-    stages = {plan.stage: Stage(plan, entries.get(plan.stage), unended) for plan in planned}
+    stages = stages_of(record)
     compared = columns(stages)
     return environment.get_template("report.html.j2").render(
         record=record,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tuneline.runs import PlannedStage, StageRecord
+from tuneline.runs import PlannedStage, RunRecord, StageRecord
 from tuneline.store import Manifest
 
 
@@ -91,6 +91,14 @@ class Stage:
             return Path(self.entry.artifact, "meta", name).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
+
+
+def stages_of(record: RunRecord) -> dict[str, Stage]:
+    """By name, in execution order."""
+    entries = {entry.stage: entry for entry in record.stages}
+    planned = record.planned or [PlannedStage(stage=entry.stage, kind=entry.kind) for entry in record.stages]
+    unended = "pending" if record.state == "running" else "not run"
+    return {plan.stage: Stage(plan, entries.get(plan.stage), unended) for plan in planned}
 
 
 def between(started: Any, finished: Any) -> float:

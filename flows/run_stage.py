@@ -18,6 +18,7 @@ from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows.artifacts import Publisher
 from flows.child import NAME
 from flows.orphan import end_with_parent
 from flows.slots import Slots, visible_gpus
@@ -25,6 +26,7 @@ from flows.stage import NoReporter, Run, stage_task
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed
 from tuneline.load import load
+from tuneline.order import planned
 from tuneline.overrides import as_sets
 from tuneline.plan import input_slots
 from tuneline.runs import RunRecord
@@ -50,9 +52,10 @@ def run_stage(
     """Builds one stage for a run in another pool, which gives all of these."""
     workspace = Workspace(load(Path(file), pipeline, as_sets(overrides), as_sets(variables)), get_run_logger().warning)
     spec = workspace.loaded.pipeline(pipeline)
-    record = RunRecord(run_id=run_id, pipeline=pipeline, started="")
+    record = RunRecord(run_id=run_id, pipeline=pipeline, started="", planned=planned(spec, None))
     slots, supervisor = Slots(spec.parallel, visible_gpus()), Supervisor()
-    run = Run(workspace, pipeline, record, supervisor, slots, NoReporter(), frozenset([stage] if forced else []), child_of=key)
+    publisher, force = Publisher(), frozenset([stage] if forced else [])
+    run = Run(workspace, pipeline, record, supervisor, slots, NoReporter(), publisher, force, child_of=key)
     run.know_commits(commits)
     needs = {other: _input(workspace, inputs[slot]) for slot, other in input_slots(spec.stages[stage]).items()}
     end_with_parent()
@@ -65,6 +68,7 @@ def run_stage(
         raise
     finally:
         ended.set()
+        publisher.close()
     entry = record.stages[-1]
     return (Completed if entry.status in ("done", "cached") else Failed)(message=entry.message or f"{entry.kind}/{key[:12]}")
 

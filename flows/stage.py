@@ -17,19 +17,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State, TaskRun
+from prefect.context import TaskRunContext
 from prefect.runtime import task_run
 from prefect.states import Completed, Failed
 
+from flows.artifacts import Publisher
 from flows.attempts import Attempts
 from flows.child import build_in_pool
 from flows.hub import resolve_commit
 from flows.progress import ProgressArtifact
+from flows.report_markdown import stage_report
 from flows.slots import Slots, Taken
 from flows.supervisor import Outcome, Supervisor
 from tuneline import disk
@@ -48,6 +52,7 @@ from tuneline.store import Artifact, Base, File, Manifest
 from tuneline.workspace import Workspace
 
 PASSED = "passed"  # what a gate hands on
+FAILED = "Failed: "  # a state's name, before the class of the failure
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
 
@@ -85,6 +90,7 @@ class Run:
     supervisor: Supervisor
     slots: Slots
     reporter: Reporter
+    publisher: Publisher
     forced: frozenset[str] = frozenset()
     parameters: dict[str, Any] | None = None
     """What the flow was called with, where it runs in a pool: then stages with a pool of their own run there."""
@@ -92,6 +98,8 @@ class Run:
     """In a child: the key that its parent asked for. The run's record is the parent's."""
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """By stage, as people name them."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Of the stages that came to have one: what a failed one left is under it in the work folder."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _commits_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -112,6 +120,10 @@ class Run:
         """Of a parent: [repository type, repository, revision, commit]."""
         self._commits |= {(kind, repository, revision): commit for kind, repository, revision, commit in commits}
 
+    def warn(self, name: str, message: str) -> None:
+        get_run_logger().warning(message)
+        self.reporter.warning(name, message)
+
     def note(self, name: str, status: StageStatus, seconds: float = 0.0, artifact: Artifact | None = None, message: str = "") -> None:
         """Keeps how a stage ended, in the record on disk as well."""
         stage = self.stages[name]
@@ -126,6 +138,11 @@ class Run:
             if self.child_of is None:
                 self.workspace.runs.save(self.record)
         self.reporter.finished(name, record)
+        if status != "skipped":
+            planned = next(plan for plan in self.record.planned if plan.stage == name)
+            log = self.workspace.work(self.keys[name]) / "log.txt" if status == "failed" and name in self.keys else None
+            about = stage.description or f"{name}, {stage.kind} of {self.pipeline}: {status}"
+            self.publisher.markdown(f"stage-{self.pipeline}-{name}", lambda: stage_report(planned, record, log), about)
 
 
 def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
@@ -147,27 +164,34 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
     )
     def supervise(needs: dict[str, Any]) -> Any:
         started = time.monotonic()
+        # Told with the state in which the stage ends: a tag from the start is a limit that the server is asked about, and a stage
+        # must start while the server is away.
+        TaskRunContext.get().task_run.tags = [stage.kind]  # type: ignore[union-attr]
         if task_run.run_count > 1:
             run.supervisor.pause(RETRY_DELAYS[min(task_run.run_count - 2, len(RETRY_DELAYS) - 1)])
         try:
             return _carry_out(run, name, stage, needs)
         except StageFailed as error:
             if error.retryable and task_run.run_count <= stage.retries and not run.supervisor.stopping:
-                run.reporter.warning(name, f"{error.failure_class}: {error.message} ({error.hint})")
-            else:
-                details = f"\n{error.details}" if error.failure_class == "bug" else ""
-                run.note(name, "failed", time.monotonic() - started, message=f"{error.failure_class}: {error}{details}")
-            raise
+                run.warn(name, f"{error.failure_class}: {error.message} ({error.hint})")
+                raise
+            return _failed(run, name, error, time.monotonic() - started)
         except Exception as error:
-            failure = _of_store(run, error)
-            if failure:
-                run.note(name, "failed", time.monotonic() - started, message=f"{failure.failure_class}: {failure}")
-                raise failure from error
+            if failure := _of_store(run, error):
+                return _failed(run, name, failure, time.monotonic() - started)
             message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
             run.note(name, "failed", time.monotonic() - started, message=message)
             raise
 
     return supervise
+
+
+def _failed(run: Run, name: str, error: StageFailed, seconds: float) -> State[Any]:
+    """The state of a stage that is not tried again, named by its class."""
+    details = f"\n{error.details}" if error.failure_class == "bug" else ""
+    get_run_logger().error(f"{error.failure_class}: {error}{details}")
+    run.note(name, "failed", seconds, message=f"{error.failure_class}: {error}{details}")
+    return Failed(name=f"{FAILED}{error.failure_class}", message=str(error))
 
 
 def _of_store(run: Run, error: Exception) -> StageFailed | None:
@@ -195,7 +219,7 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     inputs = {slot: needs[other] for slot, other in input_slots(stage).items()}
     salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
     document, _ = document_of(run.workspace, stage, inputs, salt, run.commit)
-    key = key_of(document)
+    key = run.keys[name] = key_of(document)
     if run.child_of not in (None, key):
         found = f"found the key {key[:12]}, but the run that asked for the stage computes {(run.child_of or '')[:12]}"
         raise StageFailed("config", found, "both must see the same files and be of the same version of tuneline: docs/operating.md")
@@ -248,7 +272,7 @@ def _lock(run: Run, name: str, key: str) -> Iterator[int]:
     """The key's lock; whoever waits for another run says so, and stops waiting when its own run stops."""
 
     def say() -> None:
-        run.reporter.warning(name, "another run is building the same stage; waiting for it")
+        run.warn(name, "another run is building the same stage; waiting for it")
 
     try:
         with run.workspace.store.locked(key, say, lambda: not run.supervisor.stopping) as held:
@@ -261,12 +285,8 @@ def _slot(run: Run, name: str, stage: ProgramStage) -> AbstractContextManager[Ta
     """A slot of the run and the stage's GPUs; whoever waits for another stage's says so."""
     holder = {"stage": f"{run.pipeline}/{name}", "run": run.record.run_id}
     resources = stage.resources
-
-    def say(message: str) -> None:
-        get_run_logger().info(message)
-        run.reporter.warning(name, message)
-
-    return run.slots.taken(resources.gpus, resources.devices, holder, say, lambda: not run.supervisor.stopping)
+    say, going_on = partial(run.warn, name), lambda: not run.supervisor.stopping
+    return run.slots.taken(resources.gpus, resources.devices, holder, say, going_on)
 
 
 def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
@@ -339,7 +359,7 @@ def _build(
     if unsaid and not outcome.stopped and not (work / "failure.json").exists():
         raise unsaid
     if outcome.stopped != "cancelled":
-        run.reporter.warning(name, f"its log is {work / 'log.txt'}")
+        run.warn(name, f"its log is {work / 'log.txt'}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
@@ -383,10 +403,10 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
 
     def on_event(event: Event) -> None:
         if event.type == "warning" and event.message:
-            logger.warning(event.message)
-            run.reporter.warning(name, event.message)
-        elif event.type == "progress":
+            run.warn(name, event.message)
+        else:
             progress.show(event)
+        if event.type == "progress":
             run.reporter.progress(name, event)
 
     launcher = ["-m", "tasks"]

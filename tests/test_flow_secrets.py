@@ -43,7 +43,7 @@ def test_a_token_is_found_nowhere(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
     from prefect.logging.handlers import APILogHandler
 
     from flows.report import report_of
@@ -59,7 +59,8 @@ def test_a_token_is_found_nowhere(
     with get_client(sync_client=True) as client:
         logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[states["id"]])))
         flow_run = client.read_flow_run(states["id"])
-        server = [entry.message for entry in logs] + [flow_run.model_dump_json()]
+        artifacts = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[states["id"]])))
+        server = [entry.message for entry in logs] + [entry.model_dump_json() for entry in (flow_run, *artifacts)]
     assert not [line for line in server if TOKEN in line]
     assert files_with(demo.root, TOKEN) == []
     shown = capfd.readouterr()
@@ -72,6 +73,10 @@ def test_a_token_is_found_nowhere(
     failed = next(stage for stage in record.stages if stage.stage == "other")
     assert failed.message == "bug: 401 for ***\n\nhint: renew ***\n***"
     assert any("cannot reach https://user:***@hub" in line for line in server)
+    shown_in_prefect = {artifact.key: str(artifact.data) for artifact in artifacts}
+    assert "- `the token *** is old`" in shown_in_prefect["stage-demo-one"]
+    for line in ("### Failed: bug\n\n```text\n401 for ***\n```", "**hint:** `renew ***`", "cannot reach https://user:***@hub"):
+        assert line in shown_in_prefect["stage-demo-other"]
 
 
 @pytest.mark.slow
