@@ -1,7 +1,8 @@
 """Runtimes: the Python environments that programs run in, and which versions of libraries each of them holds.
 
 A runtime is a lock file, installed by `tuneline setup` into `.tuneline/runtimes/<name>-<digest of the lock>/` (or the folder
-that TUNELINE_RUNTIMES names: an image brings its own, for every project), or a Python that is there already. Versions are read from the lock, so that a key can be computed before anything is installed.
+that TUNELINE_RUNTIMES names: an image brings its own, for every project), or a Python that is there already. Versions are read
+from the lock, so that a key can be computed before anything is installed.
 """
 
 from __future__ import annotations
