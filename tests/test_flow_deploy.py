@@ -265,7 +265,8 @@ def test_what_could_not_run_is_refused(pico: Project, old: str, new: str, messag
 def test_without_a_server_it_is_said_how_to_have_one(pico: Project) -> None:
     for command in (["deploy"], ["submit", "pico"]):
         refused = pico.tuneline(*command, status=2, PREFECT_API_URL="")
-        assert refused.stderr == "PREFECT_API_URL: found no Prefect server, allowed the address of one\n\nhint: `tuneline up` starts one\n"
+        assert refused.stderr.startswith("PREFECT_API_URL: found no ")
+        assert refused.stderr.endswith("hint: `tuneline up` starts one\n")
 
 
 def test_a_lost_lease_ends_no_run(prefect_server: str) -> None:
