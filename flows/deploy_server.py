@@ -12,6 +12,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.objects import ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import PrefectException
 
 from flows.wanted import FILE_TAG, Item, What, as_schedule, shown_automation, shown_schedule
 from tuneline.errors import TunelineError
@@ -27,6 +28,8 @@ def told_errors() -> Iterator[None]:
     except httpx.HTTPStatusError as error:
         text = error.response.text[:500]
         raise TunelineError(f"the Prefect server answers HTTP {error.response.status_code} to {error.request.url}: {text}") from None
+    except PrefectException as error:
+        raise TunelineError(f"the Prefect server refuses it: {error}") from None
     except httpx.TransportError as error:
         raise TunelineError(f"the Prefect server does not answer: {error}", "once it runs, call it again") from None
 

@@ -32,21 +32,24 @@ OUTCOMES = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "failed", "
 def submit(address: str, file: Path, name: str, parameters: dict[str, Any], queue: str | None, watch: bool, as_json: bool) -> str:
     """Starts a run of the deployment `name`, or FLOW/DEPLOYMENT, and says where it is; with `watch`, follows it.
 
-    Returns `scheduled`, or how it ended. Raises ConfigError where not exactly one deployment has that name, or it reads another file.
+    Returns `scheduled`, or how it ended; `cancelled` also for a watcher who went away. Raises ConfigError where not exactly one
+    deployment has that name, or it reads another file.
     """
     run = _start(file, name, parameters, queue)
     state, page = "scheduled", url_for("flow-run", obj_id=run.id)
     if not as_json:
         print(f"{run.id}  {page}", flush=True)
-    try:
-        if watch:
-            state = follow(run.id, lambda line: print(line, file=sys.stderr, flush=True))
-    except KeyboardInterrupt:
-        print(f"the run goes on; to end it: PREFECT_API_URL={address} prefect flow-run cancel {run.id}", file=sys.stderr)
-        return "cancelled"
+    interrupted = False
+    if watch:
+        try:
+            with told_errors():
+                state = follow(run.id, lambda line: print(line, file=sys.stderr, flush=True))
+        except KeyboardInterrupt:
+            state, interrupted = "running", True
+            print(f"the run goes on; to end it: PREFECT_API_URL={address} prefect flow-run cancel {run.id}", file=sys.stderr)
     if as_json:
         print(json.dumps({"pipeline": name.split("/")[0], "flow_run_id": str(run.id), "page": page, "state": state}, indent=1))
-    return state
+    return "cancelled" if interrupted else state
 
 
 def _start(file: Path, name: str, parameters: dict[str, Any], queue: str | None) -> FlowRun:

@@ -20,7 +20,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
-from flows.pipeline import run_pipeline
+import flows.pipeline
 from flows.pool_templates import base_job_template
 from tuneline.errors import ConfigError, Problem
 from tuneline.load import Loaded
@@ -56,8 +56,8 @@ def file_tag(file: Path) -> str:
 
 
 def wanted(loaded: Loaded) -> list[Item]:
-    """In the order in which it can be made. Raises ConfigError for a cron expression that Prefect does not take."""
-    _check_cron(loaded)
+    """In the order in which it can be made. Raises ConfigError for what Prefect would not take."""
+    _check(loaded)
     deployed = {name: pipeline for name, pipeline in loaded.spec.pipelines.items() if pipeline.pool}
     items = list(_pools(loaded))
     for name, pipeline in deployed.items():
@@ -96,7 +96,7 @@ def _deployments(loaded: Loaded, name: str, pipeline: Pipeline) -> Iterator[Item
             "active": schedule.active,
             "parameters": _parameters(schedule),
         }
-    schema = _json(parameter_schema(run_pipeline).model_dump())
+    schema = _json(parameter_schema(flows.pipeline.run_pipeline).model_dump())
     for queue, schedules in by_queue.items():
         fields = {
             "description": pipeline.description,
@@ -172,9 +172,13 @@ def as_schedule(shown: dict[str, Any]) -> SCHEDULE_TYPES:
     return IntervalSchedule(interval=datetime.timedelta(seconds=shown["interval"]), anchor_date=anchor, timezone=shown["timezone"])
 
 
-def _check_cron(loaded: Loaded) -> None:
+def _check(loaded: Loaded) -> None:
     problems = []
     for name, pipeline in loaded.spec.pipelines.items():
+        if pipeline.pool and name in vars(flows.pipeline):  # its entrypoint would be that
+            here: Keys = ("pipelines", name)
+            found = f"found the name `{name}`, which has a meaning of its own in flows/pipeline.py, allowed any other to be deployed"
+            problems.append(Problem(loaded.source.place(here, at_key=True), dotted(here), found, f"`{name}-pipeline`, say"))
         for key, schedule in pipeline.schedules.items():
             try:
                 _schedule(schedule)
@@ -196,12 +200,12 @@ def _automations(loaded: Loaded) -> list[Item]:
     lost = f"No sign of life for {LOST_SECONDS} s: the process or its machine has gone, or cannot reach the server."
     waited = f"Not started within {PENDING_SECONDS // 60} minutes: its worker or its machine has gone."
     return [
-        _crash(f"tuneline-lost-{digest}", tag, {"prefect.flow-run.heartbeat"}, LOST_SECONDS, lost),
-        _crash(f"tuneline-pending-{digest}", tag, {f"prefect.flow-run.{name}" for name in PENDING}, PENDING_SECONDS, waited),
+        crash_after(f"tuneline-lost-{digest}", tag, {"prefect.flow-run.heartbeat"}, LOST_SECONDS, lost),
+        crash_after(f"tuneline-pending-{digest}", tag, {f"prefect.flow-run.{name}" for name in PENDING}, PENDING_SECONDS, waited),
     ]
 
 
-def _crash(name: str, tag: str, after: set[str], seconds: int, message: str) -> Item:
+def crash_after(name: str, tag: str, after: set[str], seconds: int, message: str) -> Item:
     """An automation that marks a run as crashed when nothing follows one of these events of it in time."""
     trigger = EventTrigger(
         after=after,

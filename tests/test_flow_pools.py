@@ -66,8 +66,8 @@ class Cluster:
 
     def start_worker(self, pool: str) -> None:
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--name", f"{pool}-worker"]
-        log = (self.project.root / f"worker-{pool}.log").open("ab")
-        self.workers[pool] = subprocess.Popen(command, env=self.env, cwd=self.project.root, stdout=log, stderr=log, start_new_session=True)
+        with (self.project.root / f"worker-{pool}.log").open("ab") as log:
+            self.workers[pool] = subprocess.Popen(command, env=self.env, cwd=self.project.root, stdout=log, stderr=log)
 
     def stop(self) -> None:
         for worker in self.workers.values():
@@ -245,7 +245,8 @@ def test_a_killed_flow_process_leaves_no_program(cluster: Cluster) -> None:
     cluster.fresh(alone=["sleep"])
     flow_run = cluster.submit("single")
     cluster.wait_for(lambda: cluster.sleeping("alone"))
-    (flow,) = [pid for pid in cluster.processes("prefect", "flow") if pid not in [worker.pid for worker in cluster.workers.values()]][:1]
+    (watchdog,) = cluster.processes("watchdog.py", "-m tasks")
+    flow = int(Path(f"/proc/{watchdog}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(flow, signal.SIGKILL)
     cluster.wait_for(lambda: not cluster.processes("stand_in.py") and not cluster.processes("sleep 1000"), 15)
     assert cluster.end(flow_run).is_crashed(), "its worker has seen it die"
