@@ -1,17 +1,19 @@
 """What Prefect's UI shows of a run, looked at with a real browser: states, the graph, live progress, and the reports.
 
-.venv/bin/pytest tests/test_flow_ui.py        SCREENSHOT=docs/images/prefect-run.png keeps the picture of the page
+With PICTURES=docs/images it takes those of docs/operating.md anew.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,25 @@ pipelines:
       live:   {kind: dataset, runtime: stand-in, sources: [{type: files, path: live.txt}], needs: [kept]}
       gate:   {kind: gate, require: [{metric: figure, of: live, at_least: 2}]}
 """
+PICO = """\
+version: 1
+roots: ["%(models)s"]
+runtimes: {here: {python: "%(python)s"}}
+pipelines:
+  words:
+    description: A pico model learns which word belongs to which number.
+    tags: [nightly]
+    stages:
+      base:      {kind: model, path: %(model)s, runtime: here}
+      corpus:    {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {validation: 0.1, test: 0.2}, runtime: here}
+      sft:       {kind: sft, model: base, dataset: corpus, lora: {r: 8}, learning_rate: 5e-3, max_steps: 150, global_batch_size: 4, runtime: here}
+      merged:    {kind: merge, adapters: [sft], runtime: here}
+      gptq:      {kind: quantize, model: merged, calibration: corpus, group_size: 32, samples: 8, max_perplexity_ratio: 3, runtime: here}
+      eval-base: {kind: evaluate, model: base, datasets: [corpus], max_new_tokens: 4, runtime: here}
+      eval-sft:  {kind: evaluate, model: sft, datasets: [corpus], max_new_tokens: 4, runtime: here}
+      eval-gptq: {kind: evaluate, model: gptq, datasets: [corpus], max_new_tokens: 4, runtime: here}
+      gate:      {kind: gate, require: [{metric: corpus/bits_per_byte, of: eval-gptq, at_most: 100}]}
+"""
 NEEDS = {"kept": set(), "broken": {"kept"}, "after": {"broken"}, "live": {"kept"}, "gate": {"live"}}
 
 
@@ -52,6 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/prefect.db",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "true",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_UI_API_URL": f"{address}/api",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),
     }
@@ -148,6 +170,8 @@ def test_every_state_the_graph_progress_and_reports_are_there(
     assert said.count("data: planted data\n\nhint: none") == 1
     assert "stand-in live: wait" in said
     assert not [text for text in said if "Traceback" in text or "NoneType" in text]
+    levels = {line["message"].partition(" ")[0]: line["level"] for line in lines}
+    assert (levels["stand-in"], levels["its"], levels["data:"]) == (20, 30, 40)  # "its log is ..." is a warning
 
     page.open(f"{server}/v2/runs/flow-run/{run['id']}?tab=TaskRuns")
     page.until(run["name"], "nightly", *states, *states.values())
@@ -169,3 +193,39 @@ def test_every_state_the_graph_progress_and_reports_are_there(
     page.until("kept: cached", record["stages"]["kept"]["key"], record["stages"]["kept"]["digest"], "figure", "/.tuneline/store/dataset/")
     page.open(f"{server}/v2/artifacts/artifact/{shown['stage-demo-gate']['id']}")
     page.until("gate: refused", "NOT met: figure of live is 1, required at least 2")
+
+
+def test_a_real_run_shows_its_curve_and_its_models_side_by_side(
+    project: Project, runtime_python: Path, pico_model: Path, server: str, page: Page
+) -> None:
+    project.write(PICO % {"python": runtime_python, "model": pico_model, "models": pico_model.parent})
+    rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
+    project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
+    project.tuneline("run", "words", PREFECT_API_URL=f"{server}/api")
+    run = newest_run(server, "words")
+    found = ask(server, "artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    bars = [str(artifact["description"]) for artifact in found if artifact["type"] == "progress"]
+    (training,) = [text for text in bars if text.startswith("sft: ")]
+    assert re.fullmatch(r"sft: step [\d,]+ of 150, loss \d\.\d+, [\d,]+ tokens/s(, about .+ left)?", training)
+
+    shown = artifacts(server, run)
+    metrics = project.json("show", "words")["stages"]["eval-sft"]["metrics"]
+    for version in ("v2/", ""):
+        page.open(f"{server}/{version}artifacts/artifact/{shown['run-words']['id']}")
+        page.until(
+            "base base", "adapter sft", "quantized gptq", "corpus bits_per_byte", f"{metrics['dataset0/bits_per_byte']:.4g}", "met: "
+        )
+        page.until_true(
+            "[...document.images].filter(image => image.src.startsWith('data:image/svg') && image.naturalWidth > 400).length == 2"
+        )
+        page.open(f"{server}/{version}artifacts/artifact/{shown['stage-words-corpus']['id']}")
+        page.until("corpus: done", "rows_train", "words.jsonl", "Say the word number")  # the program's own report
+    page.open(f"{server}/v2/runs/flow-run/{run['id']}?tab=TaskRuns")
+    page.until(run["name"], *(f"eval-{name}" for name in ("base", "sft", "gptq")), "9 Task runs")
+    assert page.colours("canvas") > 20
+    if folder := os.environ.get("PICTURES"):
+        page.screenshot(Path(folder, "prefect-run.png"))
+        page.open(f"{server}/v2/artifacts/artifact/{shown['run-words']['id']}")
+        page.until("Models side by side")
+        page.value("[...document.querySelectorAll('h3')].find(head => head.innerText.startsWith('gate')).scrollIntoView()")
+        page.screenshot(Path(folder, "prefect-report.png"))
