@@ -31,8 +31,9 @@ from flows.report import report_of
 from flows.report_markdown import run_report
 from flows.run_stage import run_stage
 from flows.slots import Slots, visible_gpus
-from flows.stage import FAILED, NoReporter, Reporter, Run, stage_task
+from flows.stage import FAILED, stage_task
 from flows.supervisor import Supervisor
+from flows.this_run import NoReporter, Reporter, Run
 from tuneline.errors import StageFailed, StoreError, TunelineError
 from tuneline.fields import NAME
 from tuneline.load import load

@@ -22,8 +22,9 @@ from flows.artifacts import Publisher
 from flows.child import NAME
 from flows.orphan import end_with_parent
 from flows.slots import Slots, visible_gpus
-from flows.stage import NoReporter, Run, stage_task
+from flows.stage import stage_task
 from flows.supervisor import Supervisor
+from flows.this_run import NoReporter, Run
 from tuneline.errors import StageFailed
 from tuneline.load import load
 from tuneline.order import planned

@@ -20,7 +20,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from conftest import Project
 
-from flows.server import _free_port
+from flows.server import free_port
 from flows.supervisor import WATCHDOG
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")]
@@ -65,7 +65,7 @@ NEEDS = {"kept": set(), "broken": {"kept"}, "after": {"broken"}, "live": {"kept"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with its UI; its address, without `/api`."""
-    home, port = tmp_path_factory.mktemp("server"), _free_port()
+    home, port = tmp_path_factory.mktemp("server"), free_port()
     address = f"http://127.0.0.1:{port}"
     environment = {
         **os.environ,

@@ -1,0 +1,110 @@
+"""What the stages of one run share, and who watches it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from prefect import get_run_logger
+
+from flows.artifacts import Publisher
+from flows.hub import resolve_commit
+from flows.report_markdown import stage_report
+from flows.slots import Slots
+from flows.supervisor import Supervisor
+from tuneline.gate import shown_metrics
+from tuneline.protocol import Event
+from tuneline.runs import RunRecord, StageRecord, StageStatus
+from tuneline.spec import Stage
+from tuneline.store import Artifact
+from tuneline.workspace import Workspace
+
+
+class Reporter(Protocol):
+    """Who watches a run: the terminal, or nobody."""
+
+    def began(self, run_id: str, page: str | None) -> None: ...
+    def started(self, stage: str, message: str) -> None: ...
+    def progress(self, stage: str, event: Event) -> None: ...
+    def line(self, stage: str, line: str) -> None: ...
+    def warning(self, stage: str, message: str) -> None: ...
+    def finished(self, stage: str, record: StageRecord) -> None: ...
+
+
+@dataclass(frozen=True)
+class NoReporter:
+    """Under a worker nobody looks at a terminal; Prefect has the log."""
+
+    def began(self, run_id: str, page: str | None) -> None: ...
+    def started(self, stage: str, message: str) -> None: ...
+    def progress(self, stage: str, event: Event) -> None: ...
+    def line(self, stage: str, line: str) -> None: ...
+    def warning(self, stage: str, message: str) -> None: ...
+    def finished(self, stage: str, record: StageRecord) -> None: ...
+
+
+@dataclass
+class Run:
+    """What the stages of one run share."""
+
+    workspace: Workspace
+    pipeline: str
+    record: RunRecord
+    supervisor: Supervisor
+    slots: Slots
+    reporter: Reporter
+    publisher: Publisher
+    forced: frozenset[str] = frozenset()
+    parameters: dict[str, Any] | None = None
+    """What the flow was called with, where it runs in a pool: then stages with a pool of their own run there."""
+    child_of: str | None = None
+    """In a child: the key that its parent asked for. The run's record is the parent's."""
+    metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    """By stage, as people name them."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Of the stages that came to have one: what a failed one left is under it in the work folder."""
+    _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _commits_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        return self.workspace.loaded.spec.pipelines[self.pipeline].stages
+
+    def commit(self, repository_type: str, repository: str, revision: str) -> str:
+        """The same commit for every stage of the run."""
+        with self._commits_lock:
+            wanted = (repository_type, repository, revision)
+            if wanted not in self._commits:
+                self._commits[wanted] = resolve_commit(*wanted)
+            return self._commits[wanted]
+
+    def know_commits(self, commits: list[list[str]]) -> None:
+        """Of a parent: [repository type, repository, revision, commit]."""
+        self._commits |= {(kind, repository, revision): commit for kind, repository, revision, commit in commits}
+
+    def warn(self, name: str, message: str) -> None:
+        get_run_logger().warning(message)
+        self.reporter.warning(name, message)
+
+    def note(self, name: str, status: StageStatus, seconds: float = 0.0, artifact: Artifact | None = None, message: str = "") -> None:
+        """Keeps how a stage ended, in the record on disk as well."""
+        stage = self.stages[name]
+        record = StageRecord(stage=name, kind=stage.kind, status=status, seconds=round(seconds, 1), message=message)
+        if artifact:
+            manifest = artifact.manifest
+            record.key, record.digest, record.document = manifest.key, manifest.digest, manifest.document
+            record.artifact, record.metrics = str(artifact.path), shown_metrics(stage, manifest.metrics)
+        with self._lock:
+            self.metrics[name] = record.metrics
+            self.record.stages = [other for other in self.record.stages if other.stage != name] + [record]
+            if self.child_of is None:
+                self.workspace.runs.save(self.record)
+        self.reporter.finished(name, record)
+        if status != "skipped":
+            planned = next(plan for plan in self.record.planned if plan.stage == name)
+            log = self.workspace.work(self.keys[name]) / "log.txt" if status == "failed" and name in self.keys else None
+            about = stage.description or f"{name}, {stage.kind} of {self.pipeline}: {status}"
+            self.publisher.markdown(f"stage-{self.pipeline}-{name}", lambda: stage_report(planned, record, log), about)
