@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"})
 for name in [name for name in os.environ if name.startswith("PREFECT_")]:
     del os.environ[name]
+os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # a test without a server must not get one of Prefect's own
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,9 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from flows.server import embedded_server
 
     with embedded_server(tmp_path_factory.mktemp("prefect")) as address:
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()  # a test before may have had Prefect read its settings, without the address
         yield address
 
 
