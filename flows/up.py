@@ -26,6 +26,7 @@ from tuneline.pools import ProcessPool
 PORT = 4200
 WORKER_SECONDS = 120  # until a worker has told the server of itself; 5 s on two idle cores
 FLOW_SECONDS, END_SECONDS = 15.0, 10.0  # for runs to stop their programs (grace: 3 s); for workers and the server to end
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 POLL_SECONDS = "2"  # between a worker's looks for runs; Prefect's 10 s are felt by whoever waits
 DATABASES = {"postgresql+asyncpg": "postgresql+asyncpg://user@host/name", "sqlite+aiosqlite": "sqlite+aiosqlite:////folder/file.db"}
 
@@ -114,6 +115,7 @@ def _start_server(folder: Path, port: int, database: str | None) -> lasting.Stat
     place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
     # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
     settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **dict.fromkeys(DATABASE, place)}
+    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which deployment has its one run
     process = _start(server_command(port), folder, "server", address, log, settings)
     try:
         wait_for_health(address, process, log, "where the log speaks of the database, see `--database`")
