@@ -207,6 +207,9 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
     pipeline, _, stage = what.partition("/")
     workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
     record = workspace.runs.get(pipeline, run_id)
+    for entry in record.stages:  # the project, or its store, may have been moved since
+        if entry.artifact and entry.key and not Path(entry.artifact).exists():
+            entry.artifact = str(workspace.store.folder(entry.kind, entry.key))
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
         ended = ", ".join(entry.stage for entry in record.stages) or "none, as none has ended"

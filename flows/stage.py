@@ -57,7 +57,6 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
         retry_condition_fn=stopped_or_final,
     )
     def supervise(needs: dict[str, Any]) -> Any:
-        started = time.monotonic()
         # Told with the state in which the stage ends: a tag from the start is a limit that the server is asked about, and a stage
         # must start while the server is away.
         TaskRunContext.get().task_run.tags = [stage.kind]  # type: ignore[union-attr]
@@ -69,22 +68,22 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
             if error.retryable and task_run.run_count <= stage.retries and not run.supervisor.stopping:
                 run.warn(name, f"{error.failure_class}: {error.message} ({error.hint})")
                 raise
-            return _failed(run, name, error, time.monotonic() - started)
+            return _failed(run, name, error)
         except Exception as error:
             if failure := _of_store(run, error):
-                return _failed(run, name, failure, time.monotonic() - started)
+                return _failed(run, name, failure)
             message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
-            run.note(name, "failed", time.monotonic() - started, message=message)
+            run.note(name, "failed", run.seconds(name), message=message)
             raise
 
     return supervise
 
 
-def _failed(run: Run, name: str, error: StageFailed, seconds: float) -> State[Any]:
+def _failed(run: Run, name: str, error: StageFailed) -> State[Any]:
     """The state of a stage that is not tried again, named by its class."""
     details = f"\n{error.details}" if error.failure_class == "bug" else ""
     get_run_logger().error(f"{error.failure_class}: {error}{details}")
-    run.note(name, "failed", seconds, message=f"{error.failure_class}: {error}{details}")
+    run.note(name, "failed", run.seconds(name), message=f"{error.failure_class}: {error}{details}")
     return Failed(name=f"{FAILED}{error.failure_class}", message=str(error))
 
 
@@ -125,9 +124,9 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
             artifact = _cached(run, name, stage, key)
             if artifact is None:
                 with _slot(run, name, stage) as taken:
-                    started = time.monotonic()
+                    run.began[name] = time.monotonic()
                     artifact = build(run, name, stage, inputs, document, key, held, taken)
-                run.note(name, "done", time.monotonic() - started, artifact)
+                run.note(name, "done", run.seconds(name), artifact)
                 return artifact
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
 

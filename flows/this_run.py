@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -63,6 +64,8 @@ class Run:
     """In a child: the key that its parent asked for. The run's record is the parent's."""
     metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """By stage, as people name them."""
+    began: dict[str, float] = field(default_factory=dict)
+    """When a stage's program could start: what it waited for before is not its time."""
     keys: dict[str, str] = field(default_factory=dict)
     """Of the stages that came to have one: what a failed one left is under it in the work folder."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
@@ -84,6 +87,10 @@ class Run:
     def know_commits(self, commits: list[list[str]]) -> None:
         """Of a parent: [repository type, repository, revision, commit]."""
         self._commits |= {(kind, repository, revision): commit for kind, repository, revision, commit in commits}
+
+    def seconds(self, name: str) -> float:
+        """Since its program could start."""
+        return time.monotonic() - self.began[name] if name in self.began else 0.0
 
     def warn(self, name: str, message: str) -> None:
         get_run_logger().warning(message)

@@ -62,7 +62,7 @@ def code_rows(
     special = special_tokens(tokenizer)
     for file in files:
         relative = file.relative_to(tree.folder).as_posix()
-        lines = [f"{line}\n" for line in file.read_text(encoding="utf-8").split("\n")]  # splitlines knows ends that grammars do not
+        lines = [f"{line}\n" for line in file.read_text(encoding="utf-8-sig").split("\n")]  # splitlines knows ends that grammars do not
         for start, end in chunks(lines, depths(file, lines), tokenizer, source.chunk_length - (FRAME if frame else 0)):
             text = "".join(lines[start:end]).strip("\n")
             if not text.strip():

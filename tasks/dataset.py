@@ -27,7 +27,8 @@ from tuneline.spec import DatasetStage, Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DROPPED = ("bad_rows", "duplicates", "over_long")
+WORDS = {"bad_rows": "could not be read", "duplicates": "are there twice", "over_long": "are over max_length"}
+DROPPED = tuple(WORDS)
 BATCH = 2000  # rows tokenized together, and between two signs of life
 
 
@@ -189,8 +190,12 @@ def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
         raise StageFailed("bug", f"rows were lost: {kept} are left of {counts}", "please report this")
     for name, share in (("train", 1.0), ("validation", shares.validation), ("test", shares.test)):
         if share > 0 and not splits[name]:
-            message = f"the {name} split is empty: {kept} rows in {len(home)} groups are left"
-            hint = "add rows; meta/report.md says what was dropped" if name == "train" else f"add rows, raise split.{name}, or set it to 0"
+            fates = [f"{total} {WORDS[fate]}" for fate in DROPPED if (total := counts.total(fate))]
+            message = f"the {name} split is empty: {kept} rows in {len(home)} groups are left of {counts.read.total()} that were read"
+            message += f" ({', '.join(fates)})" if fates else ""
+            hint = "add rows; the first that was dropped is in the warnings" if fates else "add rows"
+            if name != "train":
+                hint = f"add rows, raise split.{name}, or set it to 0"
             if len(home) == 1 < kept:
                 hint = "rows with one first prompt stay together: put what all of them share into the system prompt"
             raise StageFailed("data", message, hint)

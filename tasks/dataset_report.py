@@ -43,7 +43,7 @@ def write_report(
         parts.append(f"Not read: {columns}.\n")
     if counts.left_out:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in counts.left_out.most_common())
-        parts.append(f"Left out of the source trees, files and whole folders: {reasons}.\n")
+        parts.append(f"Left out of the source trees (files, whole folders, chunks): {reasons}.\n")
     figures: dict[str, float] = {}
     lengths: list[int] = []
     if tokenizer is not None:

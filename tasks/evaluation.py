@@ -73,7 +73,9 @@ def test_rows(dataset: Input, stage: EvaluateStage, name: str) -> list[Row]:
     rows = read_split(dataset.path, "test")
     if not rows:
         raise StageFailed("data", f"the test split of {name} is empty", f"hold rows out: `split: {{test: 0.1}}` in {name}")
-    return rows[: stage.limit]
+    # Evenly from all of them: the first ones would be those of the first source alone.
+    count = min(stage.limit or len(rows), len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def first_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:

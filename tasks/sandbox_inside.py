@@ -110,6 +110,8 @@ def write(path, text):
 def make_root(folders, size):
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     tmpfs(ROOT, "mode=755")
+    os.mkdir(ROOT + "/tmp")
+    tmpfs(ROOT + "/tmp", f"size={size},nr_inodes=4096,mode=1777")  # first: an interpreter may lie below /tmp
     for path in (*SYSTEM, *folders):
         if os.path.islink(path):
             link(path)
@@ -118,8 +120,6 @@ def make_root(folders, size):
             read_only(ROOT + path)
     for path in DEVICES:
         bind(path)
-    os.mkdir(ROOT + "/tmp")
-    tmpfs(ROOT + "/tmp", f"size={size},nr_inodes=4096,mode=1777")
     read_only(ROOT, 0)
     os.chroot(ROOT)
     os.chdir("/tmp")

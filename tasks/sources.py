@@ -6,6 +6,7 @@ file ends the stage always. Left out on purpose: loading scripts of hub reposito
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import gzip
@@ -165,9 +166,11 @@ def file_records(file: Path) -> Records:
 
 def jsonl_records(file: Path, lines: IO[bytes]) -> Records:
     for number, line in enumerate(lines, 1):
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise StageFailed("data", f"{file}: found UTF-16, allowed UTF-8", "convert the file to UTF-8")
         if line.strip():
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # of bytes it would guess the encoding
             except (ValueError, RecursionError) as error:
                 record = BadRow(f"found no JSON ({error})", "a .jsonl file holds one object a line; `on_bad_row: drop` leaves others out")
             yield f"{file}:{number}", record
@@ -223,6 +226,9 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
         header = next(reader, [])
         if not header:
             raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
+        twice = sorted(name for name, count in Counter(header).items() if count > 1)
+        if twice:
+            raise StageFailed("data", f"{file}:1: found the column {twice[0]} twice, allowed once", "give each column a name of its own")
         for cells in filter(None, reader):
             place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
             if len(cells) == len(header):

@@ -196,6 +196,14 @@ def test_a_missing_file_is_unknown_to_a_plan_with_its_place(folder: Path) -> Non
     assert "found no file at" in str(row.problems[0])
 
 
+def test_a_folder_in_the_place_of_rows_is_said_with_its_place(folder: Path) -> None:
+    text = (folder / "pipelines.yaml").read_text()
+    (folder / "pipelines.yaml").write_text(text.replace("rows/*.jsonl", "rows"))
+    row = planned(folder)["data"]
+    assert row.status == "unknown"
+    assert f"found the folder {folder / 'rows'}, allowed a file or a glob\n\nhint: `rows/*.jsonl`, say" in str(row.problems[0])
+
+
 def test_a_hub_branch_is_unknown_and_a_commit_is_known(folder: Path) -> None:
     text = PIPELINES.replace("path: base}", "hub: owner/name}")
     (folder / "pipelines.yaml").write_text(text)

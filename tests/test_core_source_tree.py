@@ -202,6 +202,50 @@ def test_licenses(tmp_path: Path) -> None:
     assert list(chosen(tree, licenses=("MIT",)).files) == [], "a file without any license is not allowed by a list"
 
 
+def test_a_license_is_looked_for_up_to_the_top_of_the_repository(tmp_path: Path) -> None:
+    write(tmp_path, {"LICENSE": ISC, "top/LICENSE": MIT, "top/package/a.py": "x"})
+    assert list(chosen(tmp_path / "top" / "package", licenses=("MIT",)).files) == [], "no repository: nothing above is looked at"
+    repository(tmp_path / "top")
+    assert list(chosen(tmp_path / "top" / "package", licenses=("MIT",)).files) == ["a.py"]
+    (tmp_path / "top" / "LICENSE").unlink()
+    assert list(chosen(tmp_path / "top" / "package", licenses=("MIT", "ISC")).files) == []
+
+
+def test_licenses_that_only_look_free() -> None:
+    assert recognised(MIT) == ["MIT"]
+    assert recognised(f'"Commons Clause" License Condition v1.0\n{MIT}') == []
+    assert recognised(f"{BSD} 3. The name of the author may not be used to endorse or promote products.") == ["BSD-3-Clause"]
+    assert recognised(BSD) == ["BSD-2-Clause"]
+
+
+def test_an_ignored_folder_that_is_named_is_read(tmp_path: Path) -> None:
+    top = repository(tmp_path / "top")
+    write(
+        top,
+        {
+            ".gitignore": "data/\n*.tmp.py\n",
+            "data/corpus/a.py": "x",
+            "data/corpus/.gitignore": "b.py\n",
+            "data/corpus/b.py": "x",
+            "src/a.tmp.py": "x",
+            "src/c.py": "x",
+        },
+    )
+    assert list(chosen(top / "data" / "corpus").files) == ["a.py"]
+    assert list(chosen(top / "src").files) == ["c.py"]
+    assert list(chosen(top).files) == ["src/c.py"]
+    assert list(chosen(top, include=("./src/*.py",)).files) == ["src/c.py"]
+
+
+def test_a_name_that_is_no_utf_8_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "tree", {"a.py": "x", "é.py": "x"})
+    with open(os.fsencode(tmp_path / "tree") + b"/\xff.py", "wb") as file:
+        file.write(b"x")
+    selection = chosen(tmp_path / "tree")
+    assert list(selection.files) == ["a.py", "é.py"]
+    assert selection.left_out == {"name that is not UTF-8": 1}
+
+
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [

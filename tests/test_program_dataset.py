@@ -274,6 +274,7 @@ BAD_ROWS = [
     ("d.csv", 'prompt,completion\n"a\nb",c\nd,\n', r"d\.csv:4: found no completion \(columns: prompt\)"),
     ("d.csv", 'prompt,completion\na,"b" c\n', r"d\.csv:2: found no CSV"),
     ("d.csv", "", r"d\.csv:1: found no header"),
+    ("d.csv", "prompt,prompt,completion\na,b,c\n", r"d\.csv:1: found the column prompt twice, allowed once"),
     ("d.parquet", "no parquet", r"d\.parquet: found no parquet"),
     ("d.jsonl", "\n", r"the train split is empty: 0 rows in 0 groups are left"),
 ]
@@ -285,6 +286,19 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, name: str, content:
     with pytest.raises(StageFailed, match=message) as failure:
         build(tmp_path, [{"type": "files", "path": name}])
     assert failure.value.failure_class == "data"
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "drop"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_never_guessed(tmp_path: Path, encoding: str, on_bad_row: str) -> None:
+    """Python's json guesses the encoding of bytes, line by line: rows of UTF-16 were read as others."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    text = mark + "".join(json.dumps({"text": f"ł{i} → ok"}, ensure_ascii=False) + "\n" for i in range(60))
+    (tmp_path / "d.jsonl").write_text(text, encoding=encoding)
+    with pytest.raises(StageFailed, match=r"d\.jsonl: found UTF-16, allowed UTF-8"):
+        build(tmp_path, [{"type": "files", "path": "d.jsonl", "on_bad_row": on_bad_row}])
+    (tmp_path / "d.jsonl").write_text(text.removeprefix(mark), encoding="utf-8-sig")
+    assert [row.text for row in build(tmp_path, [{"type": "files", "path": "d.jsonl"}]).rows()][0] == "ł0 → ok"
 
 
 def test_bad_bytes_and_parquet_rows_are_named(tmp_path: Path) -> None:
@@ -329,7 +343,8 @@ def test_dropping_bad_rows_excuses_no_broken_file(tmp_path: Path) -> None:
     assert "found columns prompt, completion, but sources.0.columns names qestion" in refused(
         "c.jsonl", GOOD.encode(), columns={"prompt": "qestion"}
     )
-    assert "the train split is empty" in refused("d.jsonl", b"no\nno\n")
+    emptied = "the train split is empty: 0 rows in 0 groups are left of 2 that were read (2 could not be read)"
+    assert refused("d.jsonl", b"no\nno\n") == emptied
 
 
 @pytest.mark.parametrize(

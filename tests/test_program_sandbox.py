@@ -87,6 +87,13 @@ def ended(code: str, outcome: str, says: str = "", limits: Limits = SMALL) -> No
     assert (found.outcome, says in found.detail) == (outcome, True), found
 
 
+def test_an_interpreter_may_lie_below_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inside").write_text("x")
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))  # below /tmp, where pytest makes its folders
+    ended(f"assert open({str(tmp_path / 'inside')!r}).read() == 'x'\nopen('/tmp/new', 'w').write('y')", "passed")
+
+
 def test_honest_code_passes() -> None:
     ended("import math, json, collections\nassert math.comb(5, 2) == 10\nopen('/tmp/notes', 'w').write('mine')", "passed")
     ended("import subprocess\nassert subprocess.run(['echo', 'hi'], capture_output=True).stdout == b'hi\\n'", "passed")

@@ -19,7 +19,7 @@ from tuneline.order import cycles, depends_on
 from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
 from tuneline.source import Keys
-from tuneline.spec import AnyStage, EvaluateStage, GateStage, ProgramStage, Runtime, SftStage, Spec, Stage
+from tuneline.spec import AnyStage, DatasetStage, EvaluateStage, GateStage, ProgramStage, QuantizeStage, Runtime, SftStage, Spec, Stage
 
 BUILT_IN_RUNTIMES = ("torch",)
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
@@ -131,6 +131,7 @@ class Checks:
             for field, reference, target in annotated_values(stage, Reference):
                 self._reference((*here, *keys_of(field)), name, reference, target, raw, stages)
             self._paths(here, stage)
+            self._held_out(here, stage, stages)
             if isinstance(stage, SftStage):
                 self._same_base(here, stage, stages)
             elif isinstance(stage, ProgramStage) and stage.resources.world_size > 1:
@@ -160,6 +161,21 @@ class Checks:
             self.problem(path, f"found the unknown stage `{target}`, allowed {allowed}", nearest(target, fitting))
         else:
             self.problem(path, f"found `{target}`, which gives {with_article(given)}, allowed {allowed}")
+
+    def _held_out(self, here: Keys, stage: Stage, stages: Mapping[str, Stage]) -> None:
+        """A dataset holds rows out where they are asked for."""
+        wanted: list[tuple[str, str, str]] = []  # field, dataset, split
+        if isinstance(stage, SftStage) and stage.eval_steps is not None:
+            wanted.append(("eval_steps", stage.dataset, "validation"))
+        if isinstance(stage, EvaluateStage):
+            wanted += [(f"datasets.{i}", name, "test") for i, name in enumerate(stage.datasets)]
+        if isinstance(stage, QuantizeStage):
+            wanted.append(("calibration", stage.calibration, "test"))
+        for field, name, split in wanted:
+            dataset = stages.get(name)
+            if isinstance(dataset, DatasetStage) and getattr(dataset.split, split) == 0:
+                found = f"found `{name}`, which holds no rows out for {split}"
+                self.problem((*here, *keys_of(field)), found, f"`split: {{{split}: 0.05}}` in `{name}`")
 
     def _same_base(self, here: Keys, stage: SftStage, stages: Mapping[str, Stage]) -> None:
         other = stages.get(stage.adapter or "")

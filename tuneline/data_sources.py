@@ -69,7 +69,8 @@ class CodeSource(Strict):
     exclude: tuple[str, ...] = ()
     """Globs of files and folders to leave out, as in a .gitignore."""
     licenses: tuple[str, ...] = ()
-    """SPDX names of licenses allowed, as `[Apache-2.0, MIT]`; other files are left out and counted. Empty allows all."""
+    """SPDX names of licenses allowed, as `[Apache-2.0, MIT]`; other files are left out and counted. A file's license is that of its SPDX
+    line, else of the nearest LICENSE or COPYING file, up to the top of its repository. Empty allows all."""
     chunk_length: int = Field(512, ge=32)
     """Tokens a chunk has at most; it ends at the border of a function where the language is known, else of a line."""
     fim_rate: float = Field(0.0, ge=0, le=1)

@@ -14,7 +14,7 @@ from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningG
 from tuneline.fields import MAX_NAME, NAME, REPOSITORY, REVISION
 from tuneline.pools import INTERVAL, POOLS, SIZE
 from tuneline.source import Keys, short, yaml_value
-from tuneline.spec import STAGES, Spec
+from tuneline.spec import SHARD, STAGES, Spec
 
 SOURCES: dict[str, type[BaseModel]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource, "code": CodeSource}
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list", "dict": "a mapping"}
@@ -22,7 +22,7 @@ FORMS = {  # by pattern; a test holds them against the types
     NAME: "lower-case letters, digits and dashes, at most 63",
     REPOSITORY: "owner/name, as on the hub",
     REVISION: "a branch, tag or commit",
-    r"^\d+(\.\d+)?(MB|GB)$": "a size such as 500MB or 5GB",
+    SHARD: "a size such as 500MB or 5GB",
     INTERVAL: "a time such as 30m, 6h or 7d",
     SIZE: "a size such as 512Mi or 16Gi",
 }
@@ -101,7 +101,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         names = _fields_at(path[:-1], tree)
-        hint = nearest(path[-1], names) or _elsewhere(str(path[-1]), path[:-1], tree)
+        hint = _elsewhere(str(path[-1]), path[:-1], tree) or nearest(path[-1], names)
         return True, f"the unknown field `{short(str(path[-1]))}`", ", ".join(names), hint
     if kind == "missing":
         return True, "nothing", _described(path, tree), f"add `{path[-1]}: ...`"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from tuneline.data_sources import CodeSource, HubSource
+from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.keys import LIBRARIES, key_document, key_of
@@ -143,9 +143,14 @@ def document_of(
     """
     trees, files = code_trees(stage), dict[str, Any]()
     problems: list[Problem] = []
+    rows = {f"sources.{i}.path" for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, FilesSource)}
     for path, _, named in annotated_values(stage, OutsideFile):
         try:
-            files[path] = workspace.outside(named, trees.get(path))[1]
+            paths, files[path] = workspace.outside(named, trees.get(path))
+            if path in rows and paths[0].is_dir():
+                problems.append(
+                    Problem("", path, f"found the folder {paths[0]}, allowed a file or a glob", f"`{named.rstrip('/')}/*.jsonl`, say")
+                )
         except FileNotFoundError as error:
             problems.append(Problem("", path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
         except ConfigError as error:  # a link that leads too far

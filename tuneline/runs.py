@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneline.errors import ConfigError, Problem, StoreError
 
-SCHEMA = 2
+SCHEMA = 3  # 2: what was planned; 3: its run in Prefect. Older ones are read.
 BALLAST = 4 << 20  # bytes that a run's lock file holds, given up to write down how the run ended once the disk is full
 StageStatus = Literal["done", "cached", "failed", "skipped", "refused"]
 RunState = Literal["running", "completed", "failed", "refused", "cancelled", "killed"]

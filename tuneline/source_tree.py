@@ -61,7 +61,7 @@ class Selection:
 def select(folder: Path, source: CodeSource) -> Selection:
     """Reads every file that its name does not rule out. Raises OSError for what cannot be read."""
     found = Selection(folder)
-    include, exclude = Patterns(source.include), Patterns(source.exclude)
+    include, exclude = (Patterns(re.sub(r"^(!?)\./", r"\1/", glob) for glob in globs) for globs in (source.include, source.exclude))
     licenses = Licenses(folder, source.licenses)
     files = {}
     for name in walk(folder, exclude, found.left_out):
@@ -95,6 +95,8 @@ def walk(folder: Path, exclude: Patterns, left_out: Counter[str]) -> Iterator[st
                 reason = "excluded"
             if reason is None and not is_folder and not entry.is_file(follow_symlinks=False):
                 reason = "no file"  # a socket, a pipe
+            if reason is None and not name.isascii() and os.fsencode(name) != name.encode("utf-8", "replace"):
+                reason = "name that is not UTF-8"
             if reason is not None:
                 left_out[reason] += 1
             elif is_folder:
@@ -268,11 +270,19 @@ def ignored(name: str, is_folder: bool, rules: Rules) -> bool:
 def ignore_files_above(folder: Path) -> tuple[str, Rules]:
     """(the folder's place in its repository, rules of the folders around it); nothing where there is no repository."""
     folder = Path(os.path.realpath(folder))
-    top = next((place for place in (folder, *folder.parents) if (place / ".git").exists()), folder)
+    top = top_of(folder)
     parts = folder.relative_to(top).parts
     prefixes = ["".join(f"{part}/" for part in parts[:depth]) for depth in range(len(parts))]
     read = [(prefix, read_ignore_file(top / prefix)) for prefix in prefixes]
-    return "".join(f"{part}/" for part in parts), [(prefix, patterns) for prefix, patterns in read if patterns]
+    rules = [(prefix, patterns) for prefix, patterns in read if patterns]
+    # Who names a folder that is itself ignored, such as a corpus that is kept out of git, means its content.
+    named = any(ignored("/".join(parts[:depth]), True, rules) for depth in range(1, len(parts) + 1))
+    return "".join(f"{part}/" for part in parts), [] if named else rules
+
+
+def top_of(folder: Path) -> Path:
+    """Of the repository around it; the folder itself where there is none."""
+    return next((place for place in (folder, *folder.parents) if (place / ".git").exists()), folder)
 
 
 def read_ignore_file(folder: Path) -> Patterns:
@@ -294,8 +304,10 @@ LICENSE_TEXTS: tuple[tuple[str, str, str], ...] = (  # SPDX name, what stands in
     ("MIT-0", r"permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation",
               r"this permission notice"),
     ("BSD-4-Clause", r"redistribution and use in source and binary forms.*all advertising materials", ""),
-    ("BSD-3-Clause", r"redistribution and use in source and binary forms.*neither the name", r"all advertising materials"),
-    ("BSD-2-Clause", r"redistribution and use in source and binary forms", r"neither the name|all advertising materials"),
+    ("BSD-3-Clause", r"redistribution and use in source and binary forms.*(neither the name|may not be used to endorse)",
+                     r"all advertising materials"),
+    ("BSD-2-Clause", r"redistribution and use in source and binary forms",
+                     r"neither the name|may not be used to endorse|all advertising materials"),
     ("ISC", r"permission to use, copy, modify,? and(/or)? distribute this software.*provided that the above copyright notice", ""),
     ("0BSD", r"permission to use, copy, modify,? and(/or)? distribute this software", r"provided that the above copyright notice"),
     ("AGPL-3.0-only", r"gnu affero general public license version 3, 19 november 2007", ""),
@@ -340,8 +352,15 @@ class Licenses:
                 known = [recognised(text) for text in texts]
                 self._known[folder] = sorted({name for names in known for name in names}) if all(known) else []
             else:
-                self._known[folder] = self._around(os.path.dirname(folder)) if folder else None
+                self._known[folder] = self._around(os.path.dirname(folder)) if folder else self._above()
         return self._known[folder]
+
+    def _above(self) -> list[str] | None:
+        """Of the folders around the tree, up to the top of its repository."""
+        folder = Path(os.path.realpath(self._folder))
+        if top_of(folder) == folder:
+            return None
+        return Licenses(folder.parent, tuple(self._allowed))._around("")
 
 
 def license_texts(folder: Path) -> list[str]:
@@ -357,6 +376,8 @@ def recognised(text: str) -> list[str]:
     if header:
         return [header[1].strip()]
     words = " ".join(re.sub(r"[\"“”'`>*#=_]+", " ", text.lower()).split())
+    if "commons clause" in words:  # which takes back what the license around it gives
+        return []
     return [name for name, says, says_not in LICENSE_TEXTS if re.search(says, words) and not (says_not and re.search(says_not, words))]
 
 

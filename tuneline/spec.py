@@ -30,6 +30,7 @@ from tuneline.fields import (
 )
 from tuneline.pools import AnyPool, Schedule
 
+SHARD = r"^[1-9]\d*(\.\d+)?(MB|GB)$"
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -196,7 +197,7 @@ class Lora(Strict):
     """Strength: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of adapter inputs dropped while training."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Layers that get an adapter: names of linear layers, or all of them but the head."""
     use_rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
@@ -304,7 +305,7 @@ class EvaluateStage(ProgramStage):
     num_fewshot: int | None = Field(None, ge=0)
     """Examples put before each benchmark question; by default as the benchmark says."""
     limit: int | None = Field(None, ge=1)
-    """Rows scored at most, of each benchmark and dataset."""
+    """Rows scored at most: a benchmark's first, of a dataset evenly from all of its test rows."""
     apply_chat_template: bool = True
     """Renders benchmark questions through the chat template; a dataset's conversations always are, as in training."""
     max_new_tokens: int = Field(256, ge=1)
@@ -336,7 +337,7 @@ class MergeStage(ProgramStage):
     """The adapter; its base is found by itself."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights written; `auto` keeps the base's."""
-    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(MB|GB)$")
+    max_shard_size: str = Field("5GB", pattern=SHARD)
     """Largest weight file."""
 
     gives: ClassVar[ArtifactType] = "Model"
@@ -408,6 +409,9 @@ class GateStage(Stage):
             given = [name for name in choices if getattr(requirement, name) is not None]
             if len(given) != 1:
                 yield Finding(f"require.{i}", f"found {' and '.join(given) or 'no condition'}, allowed exactly one of {', '.join(choices)}")
+            for other in ("improves_on", "not_below"):
+                if getattr(requirement, other) == requirement.of:
+                    yield Finding(f"require.{i}.{other}", f"found `{requirement.of}`, the stage itself", "compare it with another stage")
             for extra, owner in (("by", "improves_on"), ("tolerance", "not_below")):
                 if extra in requirement.model_fields_set and owner not in given:
                     yield Finding(f"require.{i}.{extra}", f"found {extra} without {owner}")

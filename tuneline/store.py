@@ -346,7 +346,8 @@ class Store:
             return  # another run was faster
         except OSError as error:
             raise self._not_writable(error) from error
-        self.warn(f"{folder.parent.parent.name}/{folder.name[:12]} in the store is broken: {problem}; moved to {target} and built again")
+        name = f"{folder.parent.parent.name}/{folder.name[:12]}"
+        self.warn(f"{name} in the store is broken: {problem}; moved to {target}; it is built again once it is needed")
 
     def _not_writable(self, error: OSError) -> StoreError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
