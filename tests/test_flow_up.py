@@ -302,7 +302,7 @@ def test_a_run_goes_there_and_its_page_is_told(lasting_up: Lasting) -> None:
     ran = lasting_up.project.tuneline("run", "demo")
     page = next(line for line in ran.stderr.splitlines() if line.startswith("page: ")).removeprefix("page: ")
     assert page.startswith(f"http://127.0.0.1:{lasting_up.port}/runs/flow-run/")
-    with urllib.request.urlopen(page, timeout=30) as answer:
+    with urllib.request.urlopen(urllib.request.Request(page, headers={"Accept": "text/html"}), timeout=30) as answer:
         assert answer.headers.get_content_type() == "text/html"
     run = lasting_up.ask(f"flow_runs/{page.rpartition('/')[2]}")
     assert (run["state"]["type"], set(run["tags"])) == ("COMPLETED", {"tuneline", "demo", "nightly"})
