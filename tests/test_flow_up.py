@@ -298,6 +298,19 @@ def test_workers_that_are_missing_are_started(lasting_up: Lasting) -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_of_another_machine_works_in_the_foreground_until_it_is_told_to_end(lasting_up: Lasting) -> None:
+    worker = lasting_up.project.start("worker", "there", PREFECT_API_URL=lasting_up.address, MARK=lasting_up.mark)
+    try:
+        until(lambda: "there" in [pool["name"] for pool in lasting_up.ask("work_pools/filter", {})])
+        until(lambda: lasting_up.ask("work_pools/there/workers/filter", {}))
+        assert finding(lasting_up.project.json("doctor"), "pool there") == ("ok", f"works on {socket.gethostname()}", "")
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        out, err = worker.communicate(timeout=60)
+    assert "Worker" in out + err
+
+
+@pytest.mark.slow
 def test_a_run_goes_there_and_its_page_is_told(lasting_up: Lasting) -> None:
     ran = lasting_up.project.tuneline("run", "demo")
     page = next(line for line in ran.stderr.splitlines() if line.startswith("page: ")).removeprefix("page: ")
