@@ -154,7 +154,6 @@ def _through_prefect(
     force: tuple[str, ...],
 ) -> RunRecord:
     import httpx
-    from prefect import tags
     from prefect.logging.handlers import APILogHandler
 
     from flows.pipeline import REPORTER, run_pipeline
@@ -163,8 +162,7 @@ def _through_prefect(
     parameters: dict[str, Any] = {"pipeline": pipeline, "file": str(workspace.loaded.file), "only": only}
     parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables), "force": list(force)}
     try:
-        with tags("tuneline", pipeline, *workspace.loaded.pipeline(pipeline).tags):
-            state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+        state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
     except KeyboardInterrupt:
         if reporter.run_id is None:
             raise

@@ -120,6 +120,14 @@ def finding(findings: dict[str, Any], check: str) -> tuple[str, str, str]:
     return found["status"], found["message"], found["remedy"]
 
 
+def doctor(it: Lasting, *arguments: str) -> dict[str, Any]:
+    process = it.project.start("doctor", "--json", *arguments)
+    out, err = process.communicate(timeout=120)
+    found: dict[str, Any] = json.loads(out)
+    assert process.returncode == (1 if found["problems"] else 0), err
+    return found
+
+
 # --- without a server -----------------------------------------------------------------------------------------------------
 
 
@@ -192,10 +200,15 @@ def test_another_server_in_the_environment_is_told(fresh: Lasting) -> None:
     assert told.startswith("PREFECT_API_URL: found http://127.0.0.1:9/api, to which runs would go, not to the server of `up`")
 
 
-def test_a_container_worker_needs_its_library_and_its_pool(fresh: Lasting) -> None:
+def test_a_container_worker_needs_its_library(fresh: Lasting) -> None:
     fresh.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"))
-    told = fresh.project.tuneline("worker", "there", status=2).stderr
-    assert told.startswith("worker: there: found no prefect-docker, which a docker worker needs\n\nhint: `pip install prefect-docker`")
+    program = "import sys; sys.modules['prefect_docker'] = None; sys.argv[1:] = ['worker', 'there']\nfrom flows.cli import main\nmain()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=fresh.project.root, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "worker: there: found no prefect-docker, which a docker worker needs\n\nhint: `pip install prefect-docker`"
+    )
 
 
 def test_the_doctor_without_a_server_imports_no_prefect_and_says_what_is_wrong(fresh: Lasting) -> None:
@@ -267,6 +280,9 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
     assert again.stdout == f"{state.ui}\n"
     assert again.stderr.startswith("it is up already;")
     assert lasting.read(lasting_up.folder) == state
+    lasting_up.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"), "docker.yaml")
+    worker = lasting_up.project.tuneline("worker", "there", "--file", "docker.yaml", status=2)
+    assert worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` makes it\n"
     other = lasting_up.project.tuneline("up", "--port", str(lasting_up.port + 1), status=2)
     assert other.stderr.startswith(f"--port: found {lasting_up.port + 1}, but what `up` has started works on port {lasting_up.port}")
     database = lasting_up.project.tuneline("up", "--database", "postgresql+asyncpg://me:secret@db/prefect", status=2)
@@ -282,7 +298,7 @@ def test_workers_that_are_missing_are_started(lasting_up: Lasting) -> None:
     assert before is not None
     os.kill(before.workers["here"].pid, signal.SIGKILL)
     until(lambda: not before.workers["here"].alive, 10)
-    found = lasting_up.project.json("doctor", status=1)
+    found = doctor(lasting_up)
     assert finding(found, "pool here") == ("problem", "the worker that `up` started has ended", "tuneline up")
     assert finding(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
     lasting_up.project.write(PIPELINES.replace("  there:", "  more:  {type: process}\n  there:"))
@@ -290,11 +306,24 @@ def test_workers_that_are_missing_are_started(lasting_up: Lasting) -> None:
     after = lasting.read(lasting_up.folder)
     assert after is not None
     assert (after.server, set(after.workers)) == (before.server, {"here", "more"})
-    found = lasting_up.project.json("doctor", status=1)
+    found = doctor(lasting_up)
     assert finding(found, "pool more") == ("ok", f"works on {socket.gethostname()}", "")
     lasting_up.prefect("-m", "prefect", "work-pool", "pause", "more")
-    found = lasting_up.project.json("doctor", status=1)
+    found = doctor(lasting_up)
     assert finding(found, "pool more") == ("warning", "it is paused: no run of it starts", "prefect work-pool resume more")
+
+
+@pytest.mark.slow
+def test_a_worker_of_another_machine_works_in_the_foreground_until_it_is_told_to_end(lasting_up: Lasting) -> None:
+    worker = lasting_up.project.start("worker", "there", PREFECT_API_URL=lasting_up.address, MARK=lasting_up.mark)
+    try:
+        until(lambda: "there" in [pool["name"] for pool in lasting_up.ask("work_pools/filter", {})])
+        until(lambda: lasting_up.ask("work_pools/there/workers/filter", {}))
+        assert finding(doctor(lasting_up), "pool there") == ("ok", f"works on {socket.gethostname()}", "")
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        out, err = worker.communicate(timeout=60)
+    assert "Worker" in out + err
 
 
 @pytest.mark.slow
@@ -302,7 +331,7 @@ def test_a_run_goes_there_and_its_page_is_told(lasting_up: Lasting) -> None:
     ran = lasting_up.project.tuneline("run", "demo")
     page = next(line for line in ran.stderr.splitlines() if line.startswith("page: ")).removeprefix("page: ")
     assert page.startswith(f"http://127.0.0.1:{lasting_up.port}/runs/flow-run/")
-    with urllib.request.urlopen(page, timeout=30) as answer:
+    with urllib.request.urlopen(urllib.request.Request(page, headers={"Accept": "text/html"}), timeout=30) as answer:
         assert answer.headers.get_content_type() == "text/html"
     run = lasting_up.ask(f"flow_runs/{page.rpartition('/')[2]}")
     assert (run["state"]["type"], set(run["tags"])) == ("COMPLETED", {"tuneline", "demo", "nightly"})
@@ -321,16 +350,16 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     until(lambda: (lasting_up.project.root / "sleeping-one").exists())
     page = next(line for line in iter(process.stderr.readline, "") if line.startswith("page: ")).strip()  # type: ignore[union-attr]
     identity = page.rpartition("/")[2]
-    assert not any(identity in entry["check"] for entry in lasting_up.project.json("doctor", status=1)["findings"])
+    assert not any(identity in entry["check"] for entry in doctor(lasting_up)["findings"])
     process.kill()
     process.communicate(timeout=60)
-    found = finding(lasting_up.project.json("doctor", status=1), "run demo")
+    found = finding(doctor(lasting_up), "run demo")
     assert found[0] == "problem"
     assert found[1].startswith("Running on the server, but its process is gone")
     assert found[2] == "tuneline doctor --fix"
-    assert finding(lasting_up.project.json("doctor", "--fix", status=1), "run demo")[1].endswith("now Crashed there")
+    assert finding(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
     assert lasting_up.ask(f"flow_runs/{identity}")["state"]["type"] == "CRASHED"
-    assert finding(lasting_up.project.json("doctor", status=1), "runs") == ("ok", "none hangs", "")
+    assert finding(doctor(lasting_up), "runs") == ("ok", "none hangs", "")
 
 
 @pytest.mark.slow
@@ -339,7 +368,7 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
     run = lasting_up.ask("flow_runs/", {"flow_id": flow, "name": "stuck", "tags": ["tuneline"], "state": {"type": "PENDING"}})["id"]
     with sqlite3.connect(lasting_up.folder / "prefect.db") as database:  # what the server would not believe
         database.execute("UPDATE flow_run_state SET timestamp = '2026-01-01 00:00:00.000000' WHERE flow_run_id = ?", (run,))
-    status, message, remedy = finding(lasting_up.project.json("doctor", status=1), f"run stuck {run}")
+    status, message, remedy = finding(doctor(lasting_up), f"run stuck {run}")
     assert (status, message.endswith("it holds a place in its pool"), remedy) == ("problem", True, f"prefect flow-run cancel {run}")
     lasting_up.prefect("-m", "prefect", "--no-prompt", "flow-run", "delete", run)
 
@@ -352,7 +381,7 @@ def test_after_kill_9_of_the_server_up_works_again_with_the_same_history(lasting
     os.kill(before.server.pid, signal.SIGKILL)
     until(lambda: not before.server.alive, 10)
     assert find_server(lasting_up.folder.parent) is None
-    found = lasting_up.project.json("doctor", status=1)
+    found = doctor(lasting_up)
     assert finding(found, "server") == ("problem", "the server that `up` started has ended", "tuneline up")
     assert lasting_up.project.json("up")["started"] == ["server"]  # on the port where its workers look for it
     after = lasting.read(lasting_up.folder)
