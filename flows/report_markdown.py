@@ -153,7 +153,9 @@ def _compared(cell: Cell | None) -> str:
     if cell is None:
         return "–"
     figure = f"**{_figure(cell)}**" if cell.best else _figure(cell)
-    return figure if cell.difference is None else f"{figure} ({cell.difference:+.3g}{', ' + cell.verdict if cell.verdict else ''})"
+    if not cell.difference:
+        return figure
+    return f"{figure} ({cell.difference:+.3g}{', ' + cell.verdict if cell.verdict else ''})"
 
 
 def _verdicts(stage: Stage) -> str:
