@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from flows.console import figures
 from flows.report import command, curves, duration, size, warnings
 from flows.report_figures import Chart
 from flows.report_models import Cell, columns, metric_rows, number
@@ -39,7 +40,8 @@ def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
     elif stage.status == "failed":
         yield from _failure(stage, log)
     yield from _figures(stage)
-    yield from _curves(stage)
+    for name, drawn in curves(stage).items():
+        yield _picture(stage, name, drawn)
     if told := warnings(stage):
         yield "### Warnings\n\n" + "\n".join(f"- {_code(message)}" for message in told)
     if report := stage.text("report.md"):
@@ -112,13 +114,14 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
         rows = ([f"{of} {metric}", *(_compared(cell) for cell in cells)] for of, metric, cells in metric_rows(compared))
         yield "### Models side by side\n\n" + _table(["", *heads], rows, right=True)
         yield "**Bold**: the best of its row. ±: one standard error. In brackets: the difference to the base model."
+    for stage in stages.values():
+        if drawn := curves(stage).get("loss"):
+            yield _picture(stage, "loss", drawn)
     if kept := [entry for entry in record.stages if entry.artifact]:
         rows = ([entry.stage, *map(_code, _lineage(stages[entry.stage], entry))] for entry in kept)
         yield "### Lineage\n\n" + _table(["stage", "key", "digest", "made from"], rows)
         width = max(len(entry.stage) for entry in kept)
         yield "Where the artifacts lie:\n\n" + _fenced("\n".join(f"{entry.stage:<{width}}  {entry.artifact}" for entry in kept))
-    for stage in stages.values():
-        yield from _curves(stage)
     more = _code(f"tuneline show {record.pipeline} --run {record.run_id} --open")
     yield f"With answers and more pictures, {more}:\n\n{_fenced(str(report))}"
 
@@ -128,14 +131,13 @@ def _status(stage: Stage) -> str:
 
 
 def _time(stage: Stage) -> str:
-    return duration(stage.seconds) if stage.seconds and stage.status != "cached" else ""
+    return duration(stage.seconds).replace(" ", "\N{NO-BREAK SPACE}") if stage.seconds and stage.status != "cached" else ""
 
 
 def _first(stage: Stage) -> str:
     if stage.status in ("failed", "skipped"):
         return _code(stage.message.partition("\n")[0])
-    names = [name for name in stage.metrics if not name.endswith("_stderr")][:4]
-    return ", ".join(f"{name} {_figure(Cell(stage.metrics[name], stage.metrics.get(f'{name}_stderr')))}" for name in names)
+    return figures(stage.entry) if stage.entry else ""
 
 
 def _lineage(stage: Stage, entry: StageRecord) -> list[str]:
@@ -151,7 +153,9 @@ def _compared(cell: Cell | None) -> str:
     if cell is None:
         return "–"
     figure = f"**{_figure(cell)}**" if cell.best else _figure(cell)
-    return figure if cell.difference is None else f"{figure} ({cell.difference:+.3g}{', ' + cell.verdict if cell.verdict else ''})"
+    if not cell.difference:
+        return figure
+    return f"{figure} ({cell.difference:+.3g}{', ' + cell.verdict if cell.verdict else ''})"
 
 
 def _verdicts(stage: Stage) -> str:
@@ -161,11 +165,10 @@ def _verdicts(stage: Stage) -> str:
 # --- pictures -------------------------------------------------------------------------------------------------------------
 
 
-def _curves(stage: Stage) -> Iterator[str]:
-    for name, drawn in curves(stage).items():
-        legend = " (blue: train, orange: validation)" if "eval_loss" in drawn.lines else ""
-        picture = base64.b64encode(_svg(drawn).encode()).decode()
-        yield f"### {name} of {stage.name} by step{legend}\n\n![{name} by step](data:image/svg+xml;base64,{picture})"
+def _picture(stage: Stage, name: str, drawn: Chart) -> str:
+    legend = " (blue: train, orange: validation)" if "eval_loss" in drawn.lines else ""
+    picture = base64.b64encode(_svg(drawn).encode()).decode()
+    return f"### {name} of {stage.name} by step{legend}\n\n![{name} by step](data:image/svg+xml;base64,{picture})"
 
 
 def _svg(drawn: Chart) -> str:
@@ -219,10 +222,11 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _joined(parts: Iterable[str]) -> str:
-    text = ""
+    """All that fits: what is too long is left out as a whole, as half a picture is none."""
+    text, left_out = "", ""
     for part in parts:
-        if len(text) + len(part) > LONGEST:
-            text += "… and more, which is too long for here; the HTML report has it"
-            break
-        text += f"{part}\n\n"
-    return masked(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+        if len(text) + len(part) <= LONGEST:
+            text += f"{part}\n\n"
+        else:
+            left_out = "What is too long for here stands in the HTML report alone.\n"
+    return masked((text + left_out).encode("utf-8", "replace")).decode("utf-8", "replace")

@@ -114,5 +114,6 @@ def test_secrets_and_length_are_kept_in_bounds(tmp_path: Path, monkeypatch: pyte
     text = run_report(record, tmp_path / "r.html")
     assert text.startswith("## p: completed after 1 min 40 s\n\nRun `r` · `tuneline run p`\n")
     assert LONGEST / 2 < len(text) < LONGEST + 100
-    assert text.endswith("the HTML report has it")
+    assert text.endswith("What is too long for here stands in the HTML report alone.\n")
+    assert str(tmp_path / "r.html") in text
     assert text.count("](data:image") == text.count("=)") + len(re.findall(r"base64,[^)=]+\)", text)), "no picture is cut"
