@@ -30,7 +30,7 @@ from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.overrides import as_sets
 from tuneline.protocol import Event
-from tuneline.runs import RunState, StageRecord
+from tuneline.runs import RunRecord, Runs, RunState, StageRecord
 from tuneline.workspace import Workspace
 
 
@@ -83,7 +83,7 @@ def run_pipeline(
     def end(outcome: RunState) -> None:
         workspace.runs.finish(record, outcome)
         about = spec.description or f"run {record.run_id} of {pipeline}"
-        publisher.markdown(f"run-{pipeline}", lambda: run_report(record, report_of(workspace.runs, record)), about)
+        publisher.markdown(f"run-{pipeline}", lambda: _report(workspace.runs, record), about)
         publisher.close()
 
     wanted = with_ancestors(spec, only) if only else set(spec.stages)
@@ -103,6 +103,12 @@ def run_pipeline(
     outcome: dict[str, RunState] = {"Completed": "completed", "Refused": "refused"}
     end(outcome.get(state.name or "", "failed"))
     return state
+
+
+def _report(runs: Runs, record: RunRecord) -> str:
+    with suppress(OSError):  # without the HTML report, the rest is still worth showing
+        report_of(runs, record)
+    return run_report(record, runs.folder / f"{record.run_id}.html")
 
 
 def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:

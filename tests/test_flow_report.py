@@ -389,6 +389,7 @@ def test_run_and_show_name_the_report_and_open_it(demo: Project, stand_in: Calla
 
 def test_a_folder_that_cannot_be_written_costs_only_the_report(demo: Project, run: Callable[..., Any]) -> None:  # noqa: F811
     record, _ = run()
+    (demo.root / ".tuneline" / "runs" / f"{record.run_id}.html").unlink()
     (demo.root / ".tuneline" / "runs" / f".{record.run_id}.html").mkdir()  # where it is written first
     shown = demo.tuneline("show", "demo")
     assert "warning: the report cannot be written: " in shown.stderr
