@@ -40,7 +40,7 @@ from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.overrides import as_sets
 from tuneline.plan import check_stages
-from tuneline.runs import RunState
+from tuneline.runs import RunRecord, Runs, RunState
 from tuneline.workspace import Workspace
 
 __all__ = ["REPORTER", "run_pipeline", "run_stage"]  # run_stage: the entrypoint of child deployments
@@ -85,7 +85,7 @@ def run_pipeline(
     def end(outcome: RunState) -> None:
         workspace.runs.finish(record, outcome)
         about = spec.description or f"run {record.run_id} of {pipeline}"
-        publisher.markdown(f"run-{pipeline}", lambda: run_report(record, report_of(workspace.runs, record)), about)
+        publisher.markdown(f"run-{pipeline}", lambda: _report(workspace.runs, record), about)
         publisher.close()
 
     wanted = with_ancestors(spec, only) if only else set(spec.stages)
@@ -112,6 +112,12 @@ def __getattr__(name: str) -> Any:
     if re.fullmatch(NAME.strip("^$"), name):
         return run_pipeline.with_options(name=name)
     raise AttributeError(name)
+
+
+def _report(runs: Runs, record: RunRecord) -> str:
+    with suppress(OSError):  # without the HTML report, the rest is still worth showing
+        report_of(runs, record)
+    return run_report(record, runs.folder / f"{record.run_id}.html")
 
 
 def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:

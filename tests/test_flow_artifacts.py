@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.progress import Pace
+from flows.pace import Pace
 from flows.report_markdown import LONGEST, run_report, stage_report
 from tuneline.protocol import Event
 from tuneline.runs import PlannedStage, RunRecord, StageRecord
