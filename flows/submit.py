@@ -25,6 +25,7 @@ from tuneline.errors import ConfigError, Problem
 from tuneline.messages import listed, nearest
 
 POLL_SECONDS = 2.0
+LAST_SECONDS = 3.0  # in which the last log lines come, after the state
 PAGE = 200
 OUTCOMES = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "failed", "CANCELLED": "cancelled"}
 
@@ -73,6 +74,8 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                 while True:
                     state = client.read_flow_run(run_id).state
                     assert state is not None
+                    if state.is_final():
+                        time.sleep(LAST_SECONDS)
                     for log in told.new(client, run_id):
                         say(f"{log.timestamp.astimezone():%H:%M:%S} {told.stage(client, log)}{log.message}")
                     if state.name != last_state:
