@@ -94,6 +94,8 @@ def _compared(server: Server, items: list[Item]) -> Iterator[Row]:
         if _shared(item):
             item = _with_tags(item, {*item.fields["tags"], *server.other_files(found)})
         changes = tuple(_differences(found.fields, item.fields))
+        if item.what == "pool" and not server.descriptions.get(item.name):  # its worker has made it, as that of `tuneline up`
+            changes += (Difference("description", None, server.mark),)
         yield Row(item.what, item.name, "change" if changes else "same", changes, item=item)
     names = {(item.what, item.name) for item in items}
     leaving = [item for key, item in server.items.items() if server.is_ours(item) and key not in names]
@@ -105,7 +107,7 @@ def _compared(server: Server, items: list[Item]) -> Iterator[Row]:
             yield Row(item.what, item.name, "change", tuple(_differences(item.fields, less.fields)), item=less)
         elif item.what == "queue" and item.name.split("/")[0] in pools:
             continue  # it goes, or stays, with its pool
-        elif users := server.users(item, gone):
+        elif users := server.users(item, gone, {each.name: each for each in items if each.what == "deployment"}):
             yield Row(item.what, item.name, "left", note=f"not in the file any more, but used by {', '.join(users)}")
         else:
             yield Row(item.what, item.name, "delete")

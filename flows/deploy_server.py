@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,8 @@ class Server:
         self.items: dict[tuple[What, str], Item] = {}
         self._marked: set[tuple[What, str]] = set()
         self._ids: dict[tuple[What, str], Any] = {}
+        self.descriptions: dict[str, str | None] = {}
+        """Of pools."""
         self._read()
 
     def is_ours(self, item: Item) -> bool:
@@ -51,12 +53,12 @@ class Server:
         """Tags of other files that it is for as well."""
         return {tag for tag in deployment.fields["tags"] if tag.startswith(FILE_TAG) and tag != self.tag}
 
-    def users(self, item: Item, leaving: set[str]) -> list[str]:
-        """Deployments that stay and are in this pool or queue."""
+    def users(self, item: Item, leaving: set[str], wanted: Mapping[str, Item]) -> list[str]:
+        """Deployments that stay and are in this pool or queue; of those that are `wanted` (by name), as they will be."""
         if item.what not in ("pool", "queue"):
             return []
         pool, _, queue = item.name.partition("/")
-        there = [each for (what, name), each in self.items.items() if what == "deployment" and name not in leaving]
+        there = [wanted.get(name, each) for (what, name), each in self.items.items() if what == "deployment" and name not in leaving]
         return [each.name for each in there if each.fields["pool"] == pool and queue in ("", each.fields["queue"])]
 
     # --- reading ------------------------------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ class Server:
         for pool in self._pages("/work_pools/filter"):
             shown = {"type": pool["type"], "concurrency": pool["concurrency_limit"], "base_job_template": pool["base_job_template"]}
             self._found(Item("pool", pool["name"], shown), pool["id"], pool["description"])
+            self.descriptions[pool["name"]] = pool["description"]
             for queue in self._pages(f"/work_pools/{pool['name']}/queues/filter"):
                 shown = {"priority": queue["priority"], "concurrency": queue["concurrency_limit"]}
                 self._found(Item("queue", f"{pool['name']}/{queue['name']}", shown), queue["id"], queue["description"])
@@ -118,10 +121,12 @@ class Server:
 
     def _put_pool(self, item: Item, exists: bool) -> None:
         values = {"base_job_template": item.fields["base_job_template"], "concurrency_limit": item.fields["concurrency"]}
-        if exists:
-            self.client.update_work_pool(item.name, WorkPoolUpdate(**values))
-        else:
+        if not exists:
             self.client.create_work_pool(WorkPoolCreate(name=item.name, type=item.fields["type"], description=self.mark, **values))
+            return
+        if not self.descriptions.get(item.name):
+            values["description"] = self.mark
+        self.client.update_work_pool(item.name, WorkPoolUpdate(**values))
 
     def _put_queue(self, item: Item, exists: bool) -> None:
         pool, _, name = item.name.partition("/")

@@ -38,7 +38,7 @@ OK: Status = "ok"
 WARNING: Status = "warning"
 PROBLEM: Status = "problem"
 SCARCE = 5_000_000_000  # bytes; a merged model of 1.5B parameters, and what it is quantized to, want that
-PINNED = ("prefect", "fastapi")
+PINNED = ("prefect", "fastapi", "sqlalchemy")
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "9p", "virtiofs", "fuse.sshfs", "fuse.glusterfs"}
 TAKES_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 

@@ -50,7 +50,7 @@ def connect(home: Path) -> str:
     """
     configured, address = os.environ.get("PREFECT_API_URL"), find_server(home)
     if address is None:
-        found = "found no address of a Prefect server, and none that `tuneline up` has started"
+        found = "found no address of a Prefect server, and none of `tuneline up` that runs"
         raise ConfigError([Problem("PREFECT_API_URL", "", found, "`tuneline up` starts one")])
     loopback_without_proxy()
     if configured:
@@ -87,7 +87,7 @@ def _require(address: str) -> None:
             error.close()
             if error.code != 404:  # it answers; whether it lets us in is Prefect's to say
                 return
-        hint = "start it, or unset PREFECT_API_URL: each run then brings a server of its own"
+        hint = "start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL: each run then brings a server of its own"
         raise ConfigError([Problem("PREFECT_API_URL", "", f"found no Prefect server at {address} ({error})", hint)]) from None
 
 

@@ -60,6 +60,9 @@ def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[st
             state.workers = before
             lasting.write(folder, state)
             started.append("server")
+        for name in [name for name in state.workers if name not in loaded.spec.pools]:
+            _end_worker(state.workers.pop(name))
+            lasting.write(folder, state)
         for name, pool in loaded.spec.pools.items():
             if not (isinstance(pool, ProcessPool) and pool.local) or name in state.workers and state.workers[name].alive:
                 continue
@@ -141,6 +144,13 @@ def _start_worker(folder: Path, address: str, pool: str) -> lasting.Process:
         process.wait()
         raise
     return lasting.process(process.pid)
+
+
+def _end_worker(worker: lasting.Process) -> None:
+    """Of a pool that left the file: it would make the pool again. Its runs end with it, and go on from their checkpoints elsewhere."""
+    if worker.alive:
+        _signal([worker.pid], signal.SIGTERM)
+        _wait(lambda: not worker.alive, END_SECONDS)
 
 
 def _start(command: list[str], folder: Path, role: str, address: str, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:

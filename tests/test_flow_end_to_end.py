@@ -75,6 +75,9 @@ def test_from_up_to_down(place: Place) -> None:
     assert {item["action"] for item in project.json("deploy")["items"]} == {"create", "change"}  # the worker has made the pool
     assert place.schedules() == {"pico": ["nightly", "weekly"], "second": ["often"]}
     assert {item["action"] for item in project.json("deploy")["items"]} == {"same"}
+    # The server's scheduler works: with a SQLAlchemy that Prefect did not know, it failed at each round, and only its log said so.
+    planned = until(lambda: place.ask("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}), 180)
+    assert {run["parameters"]["pipeline"] for run in planned} <= {"pico", "second"}
 
     environment = {**os.environ, "PREFECT_API_URL": place.address, "PREFECT_HOME": str(place.folder), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "prefect", "deployment", "run", "pico/pico", "-p", 'overrides={"sft.lora.r": 4}', "--watch"]
