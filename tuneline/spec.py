@@ -30,7 +30,7 @@ from tuneline.fields import (
 )
 from tuneline.pools import AnyPool, Schedule
 
-SHARD = r"^[1-9]\d*(\.\d+)?(MB|GB)$"
+SHARD = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(MB|GB)$"
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
