@@ -34,7 +34,7 @@ from tuneline.runs import RunRecord
 from tuneline.store import Artifact
 from tuneline.workspace import Workspace
 
-PARENT_POLL = 15.0  # seconds between two looks at the parent's state
+PARENT_POLL = 2.0  # seconds between two looks at the parent's state
 
 
 @flow(name=NAME)
