@@ -298,7 +298,7 @@ def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None
 def test_a_configured_server_that_is_away_is_said(demo: Project) -> None:
     result = demo.tuneline("run", "demo", status=2, PREFECT_API_URL="http://127.0.0.1:9/api")
     assert result.stderr.startswith("PREFECT_API_URL: found no Prefect server at http://127.0.0.1:9/api")
-    assert "hint: start it, or unset PREFECT_API_URL" in result.stderr
+    assert "hint: start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL" in result.stderr
 
 
 def test_a_configured_server_that_is_another_is_said(demo: Project) -> None:

@@ -186,7 +186,7 @@ CALLS = [
     (["up", "--database", "mine"], "--database: found an address that begins with `mine`, allowed postgresql+asyncpg://user@host/name or sqlite+aiosqlite:////folder/file.db\n"),
     (["up", "--port", "0"], "Invalid value for '--port': 0 is not in the range 1<=x<=65535.\n\nhint: `tuneline up --help`\n"),
     (["worker", "her"], "worker: found no pool `her`, allowed here, there\n\nhint: did you mean `here`?\n"),
-    (["worker", "there"], "PREFECT_API_URL: found no address of a Prefect server, and none that `tuneline up` has started\n\nhint: `tuneline up` starts one\n"),
+    (["worker", "there"], "PREFECT_API_URL: found no address of a Prefect server, and none of `tuneline up` that runs\n\nhint: `tuneline up` starts one\n"),
 ]  # fmt: skip
 
 
