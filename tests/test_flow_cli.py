@@ -195,7 +195,7 @@ def waits_for(process: subprocess.Popen[str], path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupted_run_prints_its_json(two_stages: Project, stand_in: Callable[..., None]) -> None:
     stand_in(two=["sleep"])
-    process = two_stages.start("run", "p", "--json")
+    process = two_stages.start("run", "p", "--json", PREFECT_API_URL="")
     waits_for(process, two_stages.root / "sleeping-two")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -206,7 +206,7 @@ def test_an_interrupted_run_prints_its_json(two_stages: Project, stand_in: Calla
     assert "interrupted; run again and it goes on where it was\n" in err
     report = Path(err.splitlines()[-1].removeprefix("report: ")).read_text(encoding="utf-8")
     assert '<span class="state cancelled">' in report
-    early = two_stages.start("run", "p", "--json")
+    early = two_stages.start("run", "p", "--json", PREFECT_API_URL="")
     assert early.stderr is not None
     assert early.stderr.readline() == "starting Prefect\n"
     early.send_signal(signal.SIGINT)
