@@ -94,8 +94,6 @@ def _compared(server: Server, items: list[Item]) -> Iterator[Row]:
         if _shared(item):
             item = _with_tags(item, {*item.fields["tags"], *server.other_files(found)})
         changes = tuple(_differences(found.fields, item.fields))
-        if item.what == "pool" and not server.descriptions.get(item.name):  # its worker has made it, as that of `tuneline up`
-            changes += (Difference("description", None, server.mark),)
         yield Row(item.what, item.name, "change" if changes else "same", changes, item=item)
     names = {(item.what, item.name) for item in items}
     leaving = [item for key, item in server.items.items() if server.is_ours(item) and key not in names]

@@ -41,8 +41,6 @@ class Server:
         self.items: dict[tuple[What, str], Item] = {}
         self._marked: set[tuple[What, str]] = set()
         self._ids: dict[tuple[What, str], Any] = {}
-        self.descriptions: dict[str, str | None] = {}
-        """Of pools."""
         self._read()
 
     def is_ours(self, item: Item) -> bool:
@@ -67,7 +65,6 @@ class Server:
         for pool in self._pages("/work_pools/filter"):
             shown = {"type": pool["type"], "concurrency": pool["concurrency_limit"], "base_job_template": pool["base_job_template"]}
             self._found(Item("pool", pool["name"], shown), pool["id"], pool["description"])
-            self.descriptions[pool["name"]] = pool["description"]
             for queue in self._pages(f"/work_pools/{pool['name']}/queues/filter"):
                 shown = {"priority": queue["priority"], "concurrency": queue["concurrency_limit"]}
                 self._found(Item("queue", f"{pool['name']}/{queue['name']}", shown), queue["id"], queue["description"])
@@ -121,12 +118,10 @@ class Server:
 
     def _put_pool(self, item: Item, exists: bool) -> None:
         values = {"base_job_template": item.fields["base_job_template"], "concurrency_limit": item.fields["concurrency"]}
-        if not exists:
+        if exists:
+            self.client.update_work_pool(item.name, WorkPoolUpdate(**values))
+        else:
             self.client.create_work_pool(WorkPoolCreate(name=item.name, type=item.fields["type"], description=self.mark, **values))
-            return
-        if not self.descriptions.get(item.name):
-            values["description"] = self.mark
-        self.client.update_work_pool(item.name, WorkPoolUpdate(**values))
 
     def _put_queue(self, item: Item, exists: bool) -> None:
         pool, _, name = item.name.partition("/")
