@@ -311,6 +311,12 @@ def test_workers_that_are_missing_are_started(lasting_up: Lasting) -> None:
     lasting_up.prefect("-m", "prefect", "work-pool", "pause", "more")
     found = doctor(lasting_up)
     assert finding(found, "pool more") == ("warning", "it is paused: no run of it starts", "prefect work-pool resume more")
+    lasting_up.project.write(PIPELINES)  # a pool that left the file needs no worker, which would make it again
+    assert lasting_up.up()["started"] == []
+    left = lasting.read(lasting_up.folder)
+    assert left is not None
+    assert set(left.workers) == {"here"}
+    assert not after.workers["more"].alive
 
 
 @pytest.mark.slow
