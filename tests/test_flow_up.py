@@ -409,7 +409,7 @@ def test_down_ends_a_run_in_order_and_leaves_nothing(lasting_up: Lasting) -> Non
     until(lambda: (root / "sleeping-one").exists())
     ended = lasting_up.project.json("down")["ended"]
     assert gone(lasting_up.mark)
-    assert sorted(entry["role"] for entry in ended) == ["run", "server", "worker here", "worker more"]
+    assert sorted(entry["role"] for entry in ended) == ["run", "server", "worker here"]
     run = next(entry["flow_run"] for entry in ended if entry["role"] == "run")
     assert not (lasting_up.folder / "state.json").exists()
     assert lasting_up.project.json("show", "demo")["state"] == "cancelled"
