@@ -15,7 +15,7 @@ from typing import Any
 from flows.supervisor import Outcome
 from tuneline.errors import StageFailed
 from tuneline.protocol import Failure
-from tuneline.spec import ProgramStage
+from tuneline.stages import ProgramStage
 
 LOG_TAIL = 30  # lines of the log shown with an unexplained death
 

@@ -26,8 +26,8 @@ from tuneline.errors import StageFailed
 from tuneline.fields import OutsideFile, annotated_values
 from tuneline.plan import code_trees, hub_inputs
 from tuneline.protocol import Event, Input, Request, Result, Tree
-from tuneline.runtimes import PACKAGES_ROOT, find_runtime
-from tuneline.spec import ProgramStage
+from tuneline.runtimes import PACKAGES_ROOT, RuntimeEnvironment, find_runtime
+from tuneline.stages import ProgramStage
 from tuneline.store import Artifact, Base, File, Manifest
 from tuneline.workspace import Workspace
 
@@ -67,6 +67,7 @@ def build(
         work=work,
         attempt=len(attempts.all) + 1,
         resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
+        engine=_runtime(run, engine).python if (engine := stage.engine_runtime()) else None,
     )
     request.write(work / "request.json")
     seen = _as_in_key(run, stage, document, request)
@@ -124,10 +125,15 @@ def _input(workspace: Workspace, artifact: Artifact) -> Input:
     return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
 
 
-def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int, taken: Taken) -> Outcome:
-    runtime = find_runtime(stage.runtime, run.workspace.loaded.spec, run.workspace.root)
+def _runtime(run: Run, name: str) -> RuntimeEnvironment:
+    runtime = find_runtime(name, run.workspace.loaded.spec, run.workspace.root)
     if not runtime.ready:
-        raise StageFailed("config", f"the runtime {runtime.name} is not set up", f"`tuneline setup {runtime.name}` builds it")
+        raise StageFailed("config", f"the runtime {name} is not set up", f"`tuneline setup {name}` builds it")
+    return runtime
+
+
+def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int, taken: Taken) -> Outcome:
+    runtime = _runtime(run, stage.runtime)
     logger, progress = get_run_logger(), ProgressArtifact(name)
 
     def on_line(line: str) -> None:

@@ -23,7 +23,7 @@ from prefect.states import Cancelling
 
 from flows.supervisor import Supervisor
 from tuneline.errors import FailureClass, StageFailed
-from tuneline.spec import ProgramStage
+from tuneline.stages import ProgramStage
 from tuneline.store import Artifact
 
 NAME = "run-stage"

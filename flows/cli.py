@@ -96,7 +96,7 @@ def setup(names: tuple[str, ...], file: Path) -> None:
     from tuneline.load import BUILT_IN_RUNTIMES
     from tuneline.messages import nearest
     from tuneline.runtimes import find_runtime
-    from tuneline.spec import ProgramStage
+    from tuneline.stages import ProgramStage
 
     loaded = load(file)
     stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]

@@ -30,7 +30,8 @@ from tuneline.load import Loaded
 from tuneline.paths import placed
 from tuneline.pools import KubernetesPool, ProcessPool
 from tuneline.runtimes import find_runtime
-from tuneline.spec import DatasetStage, ModelStage, ProgramStage, Stage
+from tuneline.spec import DatasetStage, ModelStage
+from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Store
 
 Status = Literal["ok", "warning", "problem"]
@@ -83,7 +84,7 @@ def _versions() -> Iterator[Diagnosis]:
 
 def _runtimes(loaded: Loaded) -> Iterator[Diagnosis]:
     stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]
-    for name in sorted({stage.runtime for stage in stages if isinstance(stage, ProgramStage)}):
+    for name in sorted({name for stage in stages if isinstance(stage, ProgramStage) for name in stage.runtimes()}):
         check = f"runtime {name}"
         try:
             runtime = find_runtime(name, loaded.spec, loaded.root)

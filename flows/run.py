@@ -21,7 +21,8 @@ from tuneline.plan import PlanRow
 from tuneline.runs import RunRecord, StageRecord
 from tuneline.runtimes import find_runtime
 from tuneline.source import Keys, dotted
-from tuneline.spec import GateStage, ProgramStage
+from tuneline.spec import GateStage
+from tuneline.stages import ProgramStage
 from tuneline.workspace import Workspace
 
 RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone
@@ -124,7 +125,7 @@ def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: 
 def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, ProgramStage]) -> None:
     """What `validate` must not look at: that the runtimes are set up and the GPUs are there."""
     problems = []
-    for name in sorted({stage.runtime for stage in stages.values()}):
+    for name in sorted({name for stage in stages.values() for name in stage.runtimes()}):
         if not find_runtime(name, workspace.loaded.spec, workspace.root).ready:
             problems.append(Problem("runtimes", name, "found a runtime that is not set up", f"`tuneline setup {name}` builds it"))
     visible = visible_gpus()

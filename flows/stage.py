@@ -31,7 +31,8 @@ from tuneline.gate import judge
 from tuneline.keys import key_of
 from tuneline.plan import document_of, hub_inputs, input_slots
 from tuneline.reference import REFERENCE, point
-from tuneline.spec import GateStage, ModelStage, ProgramStage, Stage
+from tuneline.spec import GateStage, ModelStage
+from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Artifact
 
 PASSED = "passed"  # what a gate hands on

@@ -18,7 +18,7 @@ from flows.supervisor import Supervisor
 from tuneline.gate import shown_metrics
 from tuneline.protocol import Event
 from tuneline.runs import RunRecord, StageRecord, StageStatus
-from tuneline.spec import Stage
+from tuneline.stages import Stage
 from tuneline.store import Artifact
 from tuneline.workspace import Workspace
 

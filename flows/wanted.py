@@ -27,7 +27,8 @@ from tuneline.load import Loaded
 from tuneline.pools import ProcessPool, Schedule
 from tuneline.runtimes import PACKAGES_ROOT
 from tuneline.source import Keys, dotted
-from tuneline.spec import Pipeline, ProgramStage
+from tuneline.spec import Pipeline
+from tuneline.stages import ProgramStage
 
 HEARTBEAT_SECONDS = 60  # Prefect's least is 30, its default 180
 LOST_SECONDS = 3 * HEARTBEAT_SECONDS

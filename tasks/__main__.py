@@ -21,6 +21,7 @@ PROGRAMS = {
     "model": "tasks.model",
     "dataset": "tasks.dataset",
     "sft": "tasks.sft",
+    "grpo": "tasks.grpo",
     "evaluate": "tasks.evaluation",
     "merge": "tasks.merge",
     "quantize": "tasks.quantize",

@@ -18,7 +18,7 @@ from tasks.masks import IGNORED, tokenize
 from tasks.rows import read_split
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
-from tuneline.spec import SftStage
+from tuneline.trainings import SftStage
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from tasks.loading import check_loaded
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
-from tuneline.spec import Lora
 from tuneline.store import sync
+from tuneline.trainings import Lora
 
 MARKER = "complete"
 RECENT = 10  # steps whose mean is a training's final loss

@@ -24,7 +24,8 @@ from tuneline.keys import canonical, key_document
 from tuneline.load import Loaded, check
 from tuneline.order import depends_on, in_order
 from tuneline.source import Source, parse, read
-from tuneline.spec import ProgramStage, Spec
+from tuneline.spec import Spec
+from tuneline.stages import ProgramStage
 
 HERE = Path(__file__).parent
 FILES = {"shipped": HERE.parent / "pipelines.yaml", "every field": HERE / "every_field.yaml"}

@@ -31,9 +31,9 @@ def print_of(model: type[BaseModel]) -> str:
 SHAPES = [
     (store.Manifest, store.SCHEMA, (1, "c85a7ee3")),
     (runs.RunRecord, runs.SCHEMA, (3, "4c1c03d8")),
-    (protocol.Request, protocol.SCHEMA, (2, "bf1180c0")),
-    (protocol.Result, protocol.SCHEMA, (2, "f012ae68")),
-    (protocol.Failure, protocol.SCHEMA, (2, "daa6d549")),
+    (protocol.Request, protocol.SCHEMA, (3, "b50e3445")),
+    (protocol.Result, protocol.SCHEMA, (3, "a7004c2c")),
+    (protocol.Failure, protocol.SCHEMA, (3, "032239e0")),
 ]
 
 

@@ -25,7 +25,7 @@ from tasks.masks import tokenize
 from tasks.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
-from tuneline.spec import Lora
+from tuneline.trainings import Lora
 
 SMALL: dict[str, Any] = {
     "kind": "sft", "model": "base", "dataset": "data", "max_steps": 6, "global_batch_size": 4, "learning_rate": 1e-2,

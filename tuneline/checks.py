@@ -13,15 +13,18 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from tuneline.engines import CPU_RUNTIME, GPU_RUNTIME
 from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.messages import listed, nearest
 from tuneline.order import cycles, depends_on
 from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
 from tuneline.source import Keys
-from tuneline.spec import AnyStage, DatasetStage, EvaluateStage, GateStage, ProgramStage, QuantizeStage, Runtime, SftStage, Spec, Stage
+from tuneline.spec import AnyStage, DatasetStage, EvaluateStage, GateStage, QuantizeStage, Runtime, Spec
+from tuneline.stages import ProgramStage, Stage
+from tuneline.trainings import SftStage, Training
 
-BUILT_IN_RUNTIMES = ("torch",)
+BUILT_IN_RUNTIMES = ("torch", CPU_RUNTIME, GPU_RUNTIME)
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
 Report = Callable[[Keys, str, str, bool], None]
 """(path in the file, message, hint, whether its key is at fault)."""
@@ -125,14 +128,17 @@ class Checks:
             common = stage.common_findings() if isinstance(stage, ProgramStage) else ()
             for finding in (*stage.findings(), *common):
                 self.problem((*here, *keys_of(finding.field)), finding.message, finding.hint, at_key=not finding.field)
-            if isinstance(stage, ProgramStage) and stage.runtime not in runtimes:
-                found = f"found `{stage.runtime}`, allowed {listed(sorted(runtimes))}"
-                self.problem((*here, "runtime"), found, nearest(stage.runtime, runtimes) or "declare it under `runtimes:`")
+            if isinstance(stage, ProgramStage):
+                engine = stage.resources.engine.runtime if stage.resources.engine else None
+                for field, runtime in (("runtime", stage.runtime), ("resources.engine.runtime", engine)):
+                    if runtime is not None and runtime not in runtimes:
+                        found = f"found `{runtime}`, allowed {listed(sorted(runtimes))}"
+                        self.problem((*here, *keys_of(field)), found, nearest(runtime, runtimes) or "declare it under `runtimes:`")
             for field, reference, target in annotated_values(stage, Reference):
                 self._reference((*here, *keys_of(field)), name, reference, target, raw, stages)
             self._paths(here, stage)
             self._held_out(here, stage, stages)
-            if isinstance(stage, SftStage):
+            if isinstance(stage, Training):
                 self._same_base(here, stage, stages)
             elif isinstance(stage, ProgramStage) and stage.resources.world_size > 1:
                 found = f"found {stage.resources.world_size} processes for {stage.kind}, allowed one"
@@ -148,7 +154,7 @@ class Checks:
     ) -> None:
         given = stages[target].gives if target in stages else None
         if target != name and target in raw and (given is None or not reference.types or given in reference.types):
-            if given and stages[name].kind in ("quantize", "sft") and stages[target].kind == "quantize":
+            if given and stages[name].kind in ("quantize", "sft", "grpo") and stages[target].kind == "quantize":
                 found = f"found `{target}`, which is quantized, allowed a model in full precision"
                 self.problem(path, found, "name the model it was made from")
             return
@@ -177,9 +183,9 @@ class Checks:
                 found = f"found `{name}`, which holds no rows out for {split}"
                 self.problem((*here, *keys_of(field)), found, f"`split: {{{split}: 0.05}}` in `{name}`")
 
-    def _same_base(self, here: Keys, stage: SftStage, stages: Mapping[str, Stage]) -> None:
+    def _same_base(self, here: Keys, stage: Training, stages: Mapping[str, Stage]) -> None:
         other = stages.get(stage.adapter or "")
-        if isinstance(other, SftStage) and other.model != stage.model:
+        if isinstance(other, Training) and other.model != stage.model:
             self.problem((*here, "adapter"), f"found `{stage.adapter}`, trained on `{other.model}`, allowed adapters of `{stage.model}`")
 
     def _metrics(self, here: Keys, gate: GateStage, stages: Mapping[str, Stage]) -> None:

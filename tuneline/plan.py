@@ -16,14 +16,15 @@ from typing import Any, Literal
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
-from tuneline.keys import LIBRARIES, key_document, key_of
+from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, key_document, key_of
 from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
 from tuneline.order import in_order, with_ancestors
 from tuneline.runs import StageRecord
 from tuneline.runtimes import PACKAGES_ROOT, find_runtime
 from tuneline.source import dotted
-from tuneline.spec import ModelStage, ProgramStage, Stage
+from tuneline.spec import ModelStage
+from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Artifact
 from tuneline.workspace import Workspace
 
@@ -166,13 +167,21 @@ def document_of(
         else:
             unresolved.append((path, repository))
     try:
-        runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
+        libraries = libraries_of(workspace, stage)
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    libraries = runtime.versions(LIBRARIES[stage.kind])
     return key_document(stage, program_version(stage.kind), inputs, files, commits, libraries, salt), unresolved
+
+
+def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
+    """Versions of what the stage's program uses, and of the engine that works for it. Raises ConfigError for an absent runtime."""
+    libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(LIBRARIES[stage.kind])
+    if name := stage.engine_runtime():
+        packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
+        libraries["vllm"] = next((version for version in packages.values() if version != "absent"), "absent")
+    return libraries
 
 
 def code_trees(stage: Stage) -> dict[str, CodeSource]:

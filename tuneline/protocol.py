@@ -16,9 +16,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from tuneline.errors import FailureClass
-from tuneline.spec import STAGES, ProgramStage
+from tuneline.spec import STAGES
+from tuneline.stages import ProgramStage
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Message(BaseModel):
@@ -78,6 +79,8 @@ class Request(Message):
     attempt: int
     resources: dict[str, Any]
     """As `spec.Resources`, micro_batch_size possibly lowered after an out-of-memory."""
+    engine: Path | None = None
+    """Python of the runtime that holds vLLM, where the stage uses it."""
 
     @property
     def payload(self) -> Path:

@@ -3,7 +3,7 @@
 A field's description says its effect. `Reference` marks a field that names another stage; `OutsideFile` one that names a
 file or folder beside pipelines.yaml. Everything in `Stage` (the base class) only changes how a stage runs and is never in
 its key; everything a kind adds changes the result and is. Checks that need more than one field are `findings()`; those that
-need more than one stage are in `tuneline.load`.
+need more than one stage are in `tuneline.checks`. What all stages have is in `tuneline.stages`, trainings are in `tuneline.trainings`.
 """
 
 from __future__ import annotations
@@ -29,83 +29,11 @@ from tuneline.fields import (
     Strict,
 )
 from tuneline.pools import AnyPool, Schedule
+from tuneline.stages import ProgramStage, Stage
+from tuneline.trainings import GrpoStage, SftStage
 
 SHARD = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(MB|GB)$"
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-# --- how a stage runs -------------------------------------------------------------------------------------------------
-
-
-class Resources(Strict):
-    """Only how a stage runs: none of it is in the key."""
-
-    gpus: int = Field(0, ge=0)
-    """Devices used; with more than one, one process each."""
-    devices: tuple[int, ...] | None = Field(None, min_length=1)
-    """Numbers of the devices to use; by default any that are free."""
-    processes: int | None = Field(None, ge=1)
-    """Processes of a training; by default one for each GPU, or one."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8, one when packing."""
-    gradient_checkpointing: bool = False
-    """Recomputes activations in the backward pass: less memory, about a third more time."""
-    checkpoint_steps: int = Field(50, ge=1)
-    """Steps between the checkpoints from which a killed training resumes; early stopping saves at each evaluation instead."""
-
-    @property
-    def world_size(self) -> int:
-        return self.processes or max(1, self.gpus)
-
-
-class Stage(Strict):
-    """Fields that every stage has; none of them is in the key."""
-
-    kind: str
-    description: str = ""
-    """Shown in tables and reports."""
-    needs: tuple[StageRef, ...] = ()
-    """Stages that must succeed first, without being an input."""
-    retries: int = Field(2, ge=0, le=20)
-    """Further attempts after an out-of-memory or a passing failure; other failures are never tried again."""
-    timeout: int | None = Field(None, ge=1)
-    """Seconds after which the stage is ended."""
-
-    gives: ClassVar[ArtifactType]
-
-    def findings(self) -> Iterator[Finding]:
-        return iter(())
-
-    def warnings(self) -> Iterator[Finding]:
-        """What is allowed and all the same worth a word at every validate, plan and run."""
-        return iter(())
-
-
-class ProgramStage(Stage):
-    """A stage that a program in `tasks/` carries out."""
-
-    runtime: Name = "torch"
-    """The Python environment it runs in."""
-    resources: Resources = Resources()
-    """Devices and batches."""
-    pool: Name | None = None
-    """Pool that this stage runs in, as a run of its own, once the pipeline is deployed; `tuneline run` runs it here."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of everything random in the stage."""
-
-    def common_findings(self) -> Iterator[Finding]:
-        devices = self.resources.devices
-        if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
-            found = f"found {list(devices)}, allowed as many different numbers as resources.gpus, {self.resources.gpus}"
-            yield Finding("resources.devices", found, f"set `gpus: {len(devices)}`" if len(devices) != self.resources.gpus else "")
-
-    def micro_batch_size(self) -> int | None:
-        """Rows a device takes at once; None for a kind that does not work in batches."""
-        return self.resources.micro_batch_size
-
-    def smaller_micro_batch(self, size: int) -> int | None:
-        """What to try after an out-of-memory at `size`: about half; None where nothing is smaller."""
-        return size // 2 or None
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -183,108 +111,6 @@ class DatasetStage(ProgramStage):
                 yield Finding(f"sources.{i}.chunk_length", message, "a longer chunk would be dropped or cut as every row is")
         if self.split.validation + self.split.test >= 1:
             yield Finding("split", f"found {self.split.validation} + {self.split.test}, allowed a sum below 1")
-
-
-# --- sft --------------------------------------------------------------------------------------------------------------
-
-
-class Lora(Strict):
-    """Low-rank adapters, in PEFT's words."""
-
-    r: int = Field(16, ge=1, le=1024)
-    """Rank: more can learn more, and takes more memory."""
-    lora_alpha: float = Field(32, gt=0)
-    """Strength: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of adapter inputs dropped while training."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Layers that get an adapter: names of linear layers, or all of them but the head."""
-    use_rslora: bool = False
-    """Rank-stabilised scaling (arXiv:2312.03732)."""
-    use_dora: bool = False
-    """Weight-decomposed adapters (arXiv:2402.09353): often better, slower."""
-
-
-class EarlyStopping(Strict):
-    patience: int = Field(3, ge=1)
-    """Evaluations without a better validation loss after which training ends; the best adapter is kept."""
-    threshold: float = Field(0.0, ge=0)
-    """Least improvement that counts."""
-
-
-class SftStage(ProgramStage):
-    """Supervised fine-tuning of a LoRA adapter, by TRL and PEFT."""
-
-    kind: Literal["sft"]
-    model: ModelRef
-    """Base model, frozen."""
-    dataset: DatasetRef
-    """Rows to train on: its train split; its validation split is watched."""
-    adapter: AdapterRef | None = None
-    """Adapter of the same base to go on from."""
-    lora: Lora = Lora()
-    """Shape of the adapter."""
-    train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
-    learning_rate: float = Field(2e-4, gt=0, le=1)
-    """Highest step size, reached after the warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate goes on after the warm-up."""
-    warmup_steps: float = Field(0, ge=0)
-    """Steps of warm-up; below 1, a share of all steps."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Pull of the weights towards zero (AdamW's)."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this norm."""
-    num_train_epochs: float = Field(1.0, gt=0)
-    """Passes over the data, unless max_steps is given."""
-    max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps."""
-    global_batch_size: int = Field(16, ge=1)
-    """Sequences per optimizer step over all devices; packed ones when packing."""
-    max_length: int = Field(1024, ge=8)
-    """Tokens a sequence may have, and the length of a packed one. A longer row is an error: cut it in the dataset stage."""
-    packing: bool = False
-    """Fills sequences with several rows: fewer, fuller steps."""
-    eval_steps: int | None = Field(None, ge=1)
-    """Steps between losses on the validation split."""
-    early_stopping: EarlyStopping | None = None
-    """Ends training when the validation loss no longer falls."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
-
-    gives: ClassVar[ArtifactType] = "Adapter"
-
-    def micro_batch_size(self) -> int:
-        """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8.
-
-        Packed sequences are full already, and are joined into one: attention would cost the square of their number.
-        """
-        share = max(1, self.global_batch_size // self.resources.world_size)
-        most = 1 if self.packing else min(8, share)
-        return self.resources.micro_batch_size or max(n for n in range(1, most + 1) if share % n == 0)
-
-    def smaller_micro_batch(self, size: int) -> int | None:
-        share = self.global_batch_size // self.resources.world_size
-        return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
-
-    def findings(self) -> Iterator[Finding]:
-        world, micro = self.resources.world_size, self.micro_batch_size()
-        if self.global_batch_size % (micro * world):
-            yield Finding(
-                "global_batch_size",
-                f"found {self.global_batch_size}, allowed multiples of {micro * world} "
-                f"(micro_batch_size {micro} x {world} {'process' if world == 1 else 'processes'})",
-                "change resources.micro_batch_size: it does not change the result",
-            )
-        if self.early_stopping and self.eval_steps is None:
-            yield Finding("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
-        if self.warmup_steps and self.lr_scheduler_type == "constant":
-            yield Finding(
-                "lr_scheduler_type",
-                "found constant with warmup_steps, which it ignores",
-                "set `lr_scheduler_type: constant_with_warmup`",
-            )
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -420,12 +246,13 @@ class GateStage(Stage):
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 AnyStage = Annotated[
-    ModelStage | DatasetStage | SftStage | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
+    ModelStage | DatasetStage | SftStage | GrpoStage | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
 ]
 STAGES: dict[str, type[Stage]] = {
     "model": ModelStage,
     "dataset": DatasetStage,
     "sft": SftStage,
+    "grpo": GrpoStage,
     "evaluate": EvaluateStage,
     "merge": MergeStage,
     "quantize": QuantizeStage,

@@ -1,0 +1,197 @@
+"""Stages that train a LoRA adapter: what they share, supervised fine-tuning, and reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from tuneline.engines import MAX_LORA_RANK
+from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelRef, Strict
+from tuneline.rewards import Reward
+from tuneline.rewards import findings as reward_findings
+from tuneline.stages import ProgramStage
+
+
+class Lora(Strict):
+    """Low-rank adapters, in PEFT's words."""
+
+    r: int = Field(16, ge=1, le=1024)
+    """Rank: more can learn more, and takes more memory."""
+    lora_alpha: float = Field(32, gt=0)
+    """Strength: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of adapter inputs dropped while training."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    """Layers that get an adapter: names of linear layers, or all of them but the head."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (arXiv:2402.09353): often better, slower."""
+
+
+class EarlyStopping(Strict):
+    patience: int = Field(3, ge=1)
+    """Evaluations without a better validation loss after which training ends; the best adapter is kept."""
+    threshold: float = Field(0.0, ge=0)
+    """Least improvement that counts."""
+
+
+class Training(ProgramStage):
+    """What every training of an adapter has."""
+
+    model: ModelRef
+    """Base model, frozen."""
+    dataset: DatasetRef
+    """Rows to train on: its train split."""
+    adapter: AdapterRef | None = None
+    """Adapter of the same base to go on from."""
+    lora: Lora = Lora()
+    """Shape of the adapter."""
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    """Highest step size, reached after the warm-up."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    warmup_steps: float = Field(0, ge=0)
+    """Steps of warm-up; below 1, a share of all steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Pull of the weights towards zero (AdamW's)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the data, unless max_steps is given."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(16, ge=1)
+    """Sequences per optimizer step over all devices."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
+
+    gives: ClassVar[ArtifactType] = "Adapter"
+
+    def micro_batch_size(self) -> int:
+        """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
+        return self.resources.micro_batch_size or self._divisor_up_to(8)
+
+    def _divisor_up_to(self, most: int) -> int:
+        share = max(1, self.global_batch_size // self.resources.world_size)
+        return max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+
+    def smaller_micro_batch(self, size: int) -> int | None:
+        share = self.global_batch_size // self.resources.world_size
+        return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
+
+    def findings(self) -> Iterator[Finding]:
+        world, micro = self.resources.world_size, self.micro_batch_size()
+        if self.global_batch_size % (micro * world):
+            yield Finding(
+                "global_batch_size",
+                f"found {self.global_batch_size}, allowed multiples of {micro * world} "
+                f"(micro_batch_size {micro} x {world} {'process' if world == 1 else 'processes'})",
+                "change resources.micro_batch_size: it does not change the result",
+            )
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            yield Finding(
+                "lr_scheduler_type",
+                "found constant with warmup_steps, which it ignores",
+                "set `lr_scheduler_type: constant_with_warmup`",
+            )
+
+
+class SftStage(Training):
+    """Supervised fine-tuning of a LoRA adapter, by TRL and PEFT. The dataset's validation split is watched.
+
+    global_batch_size counts packed sequences when packing.
+    """
+
+    kind: Literal["sft"]
+    train_on: Literal["completion", "assistant", "all"] = "assistant"
+    """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens a sequence may have, and the length of a packed one. A longer row is an error: cut it in the dataset stage."""
+    packing: bool = False
+    """Fills sequences with several rows: fewer, fuller steps."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between losses on the validation split."""
+    early_stopping: EarlyStopping | None = None
+    """Ends training when the validation loss no longer falls."""
+
+    def micro_batch_size(self) -> int:
+        """One where packing: packed sequences are full already, and are joined into one, where attention costs the square."""
+        return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
+
+    def findings(self) -> Iterator[Finding]:
+        yield from super().findings()
+        if self.early_stopping and self.eval_steps is None:
+            yield Finding("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
+
+
+class Rollouts(Strict):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples completions: the model that is trained, or vLLM, a server in a runtime of its own that gets each new adapter."""
+
+
+class GrpoStage(Training):
+    """Reinforcement learning of a LoRA adapter with verifiable rewards (GRPO, arXiv:2402.03300), by TRL and PEFT.
+
+    The dataset's rows are asked for their last answer; what is right is told by rewards. One step samples global_batch_size
+    completions, num_generations for each prompt.
+    """
+
+    kind: Literal["grpo"]
+    rewards: tuple[Reward, ...] = Field(min_length=1)
+    """What a good completion is: their weighted sum."""
+    learning_rate: float = Field(2e-5, gt=0, le=1)
+    """Highest step size, reached after the warm-up."""
+    num_generations: int = Field(8, ge=2)
+    """Completions sampled for each prompt; their rewards are compared with one another."""
+    temperature: float = Field(1.0, gt=0, le=5)
+    """Of sampling: higher explores more."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sampling is from the likeliest tokens that have this share of the probability."""
+    max_completion_length: int = Field(256, ge=1)
+    """Longest completion, in tokens."""
+    mask_truncated_completions: bool = False
+    """Leaves completions that reached the longest length out of the loss (arXiv:2503.14476)."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL divergence from the model that the training began with; 0 leaves it out."""
+    epsilon: float = Field(0.2, gt=0)
+    """Clipping of the probability ratio."""
+    epsilon_high: float | None = Field(None, gt=0)
+    """Clipping above, where it is another one (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    """How token losses are averaged: `grpo` by sequence, `dr_grpo` by the longest length (arXiv:2503.20783), `dapo` by the tokens of
+    the whole batch, `bnpo` by those of a device's batch (which makes micro_batch_size matter)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Probability ratios of tokens, or of whole sequences (GSPO, arXiv:2507.18071)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Advantages are divided by the standard deviation of rewards in the group, in the batch, or not at all (arXiv:2503.20783)."""
+    num_iterations: int = Field(1, ge=1)
+    """Optimizer steps on each batch of completions."""
+    rollouts: Rollouts = Rollouts()
+    """What samples completions."""
+
+    def uses_engine(self) -> bool:
+        return self.rollouts.engine == "vllm"
+
+    def findings(self) -> Iterator[Finding]:
+        yield from super().findings()
+        yield from reward_findings(self.rewards)
+        if self.global_batch_size % self.num_generations:
+            found = f"found {self.global_batch_size}, allowed multiples of num_generations, {self.num_generations}"
+            yield Finding("global_batch_size", found, "a step samples whole groups of completions for the same prompt")
+        if not self.uses_engine():
+            return
+        # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
+        if self.lora.use_dora:
+            yield Finding(
+                "lora.use_dora", "found DoRA, which vLLM does not serve", "set `rollouts: {engine: transformers}`, or leave it out"
+            )
+        if self.lora.r > MAX_LORA_RANK:
+            found = f"found {self.lora.r}, allowed at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
+            yield Finding("lora.r", found, "lower it, or sample with transformers")
+        engine = self.resources.engine
+        if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
+            found = f"found {engine.gpus}, allowed fewer than resources.gpus, {self.resources.gpus}"
+            yield Finding("resources.engine.gpus", found, "the training needs a GPU too; with `gpus: 0` they share the first")
