@@ -87,7 +87,7 @@ class PythonTestsReward(EveryReward):
     type: Literal["python_tests"]
     seconds: float = Field(10.0, gt=0, le=600)
     """Time a completion and its tests may take."""
-    memory_mb: int = Field(1024, ge=64)
+    memory_mb: int = Field(1024, ge=128)
     """Memory they may take, the interpreter's own included."""
 
 
