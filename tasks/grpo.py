@@ -12,9 +12,9 @@ difference is measured and bounded instead), and QLoRA.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.loading import compute_dtype, load_model, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
@@ -54,6 +54,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     from tasks.grpo_trainer import AdapterTrainer
 
     rewards = reward_functions(stage.rewards, request.files)  # first: what is wrong in a file of one's own should not cost a minute
+    gpus = split_devices(stage)
     arguments = trainer_arguments(request, stage)
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
@@ -72,7 +73,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         if stage.uses_engine():
             from tasks.rollouts import start
 
-            rollouts = stack.enter_context(start(request, stage, prompts, longest, arguments, events))
+            rollouts = stack.enter_context(start(request, stage, longest, gpus, arguments, events))
         report = training.Report(events, shown, "reward")
         trainer = AdapterTrainer(
             model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
@@ -142,6 +143,17 @@ def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
     )
 
 
+def split_devices(stage: GrpoStage) -> list[str] | None:
+    """The devices of the engine, None without one; this process and its like see the others from now on. Before torch looks."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if not stage.resources.gpus:
+        return None
+    if not stage.uses_engine() or not (own := stage.resources.engine.gpus if stage.resources.engine else 0):
+        return devices[:1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:-own])
+    return devices[-own:]
+
+
 def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Token ids of each row's prompt by its text, in the order of the rows."""
     plain = [row.id for row in rows if row.messages is None and row.prompt is None]
@@ -162,9 +174,7 @@ def as_dataset(rows: list[Row], prompts: dict[str, list[int]]) -> Dataset:
     texts = list(prompts)
     assert len(texts) == len(rows), "rows of one prompt are one group, and a dataset holds no duplicates"
     extra = [json.dumps(row.extra, sort_keys=True) for row in rows]
-    return Dataset.from_dict(
-        {"prompt": texts, "id": [row.id for row in rows], "answer": [row.reference() for row in rows], "extra": extra}
-    )
+    return Dataset.from_dict({"prompt": texts, "id": [row.id for row in rows], "answer": [row.reference() for row in rows], "extra": extra})
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -248,7 +258,9 @@ def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]
     if stage.beta:
         metrics["kl"] = recent(history, "kl")
     if stage.uses_engine():
-        metrics["freshness_max_logprob_diff"] = max(entry["freshness_max_logprob_diff"] for entry in steps if "freshness_max_logprob_diff" in entry)
+        metrics["freshness_max_logprob_diff"] = max(
+            entry["freshness_max_logprob_diff"] for entry in steps if "freshness_max_logprob_diff" in entry
+        )
         metrics["sync_seconds"] = recent(history, "sync_seconds")
         metrics["sync_bytes"] = recent(history, "sync_bytes")
     return metrics

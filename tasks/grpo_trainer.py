@@ -63,4 +63,3 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL writes one with each checkpoint, and artifacts hold no README."""
-
