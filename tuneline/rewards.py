@@ -39,7 +39,7 @@ class ExactMatchReward(EveryReward):
 
 
 class MathEqualReward(EveryReward):
-    """1 where the completion's last formula equals the row's answer, as 1/2 equals 0.5, else 0. By the library math-verify."""
+    """1 where the completion is the row's answer, or its last formula equals it, as 1/2 equals 0.5, else 0. By the library math-verify."""
 
     type: Literal["math_equal"]
 
