@@ -59,7 +59,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
     rows = read_split(request.inputs["dataset"].path, "train")
-    check_rows(stage.rewards, rows)
+    check_rows(rewards, rows)
     prompts = tokenized(rows, tokenizer)
     check_enough(prompts, stage)
 
