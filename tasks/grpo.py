@@ -244,7 +244,7 @@ def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]
     steps = [entry for entry in history if "reward" in entry]
     first = steps[:RECENT]
     metrics = {
-        "steps": float(steps[-1]["step"]),
+        "steps": float(history[-1]["step"]),
         "loss": recent(history, "loss"),
         "reward": recent(history, "reward"),
         "reward_first": sum(entry["reward"] for entry in first) / len(first),
