@@ -25,7 +25,7 @@ from tuneline.errors import FailureClass, StageFailed
 
 POLL = 0.3  # seconds between questions whether it is up
 END_SECONDS = watchdog.GRACE + 10  # a killed process with a GPU takes seconds to go
-LAST_LINES = 20
+LAST_LINES, LINE_WIDTH = 20, 300  # of its log that are shown
 NOT_FOR_IT = (
     "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHASHSEED", "HF_TOKEN", "CUDA_VISIBLE_DEVICES",
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
@@ -57,7 +57,8 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", watchdog.__file__, *command],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.log.parent, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.log.parent,
+                start_new_session=True, bufsize=0,
             )  # fmt: skip
         try:
             self._wait()
@@ -83,7 +84,6 @@ class Server:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(b"x")
-            self.process.stdin.flush()
             self.process.wait(END_SECONDS)
         except BrokenPipeError:  # it has ended by itself
             self.process.wait()
@@ -105,7 +105,7 @@ class Server:
             raise self._broken(error) from error
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed answer, as they come."""
+        """The events of a streamed answer, as they come. What it refuses, it does before the first; an error among them is its end."""
         try:
             connection, response = self._request("POST", path, body)
             try:
@@ -114,7 +114,10 @@ class Server:
                     if text == "[DONE]":
                         return
                     if text:
-                        yield json.loads(text)
+                        event = json.loads(text)
+                        if "error" in event:
+                            raise ConnectionError(event["error"]["message"])
+                        yield event
             finally:
                 connection.close()
         except (OSError, http.client.HTTPException) as error:
@@ -127,6 +130,8 @@ class Server:
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             response = connection.getresponse()
+            if response.status >= 500:
+                raise ConnectionError(_message(response.read().decode()))
             if response.status != 200:
                 words = _message(response.read().decode())
                 raise StageFailed("bug", f"vLLM answers {method} {path} with {response.status}: {words}", f"the rest is in {self.log}")
@@ -160,7 +165,7 @@ class Server:
 
     def tail(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(lines[-LAST_LINES:])
+        return "\n".join(line[:LINE_WIDTH] for line in lines[-LAST_LINES:])
 
 
 def _message(answer: str) -> str:
