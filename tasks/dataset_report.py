@@ -155,7 +155,7 @@ def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
 def plain(row: Row) -> str:
     if row.messages is not None:
         return "\n".join(f"{message['role']}: {message['content']}" for message in row.messages)
-    return row.text if row.text is not None else f"{row.prompt}{row.completion}"
+    return row.text if row.text is not None else f"{row.prompt}{row.completion or ''}"
 
 
 def fenced(text: str) -> str:

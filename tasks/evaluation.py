@@ -22,7 +22,7 @@ from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import compute_dtype, load_model, load_tokenizer
 from tasks.masks import prompt_ids, render_text, tokenize
 from tasks.rows import Row, read_split
-from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio
+from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import EvaluateStage
@@ -167,12 +167,6 @@ def check_length(row: Row, tokens: int, lm: LanguageModel, hint: str) -> None:
     """lm-eval would cut the prompt's beginning off."""
     if tokens > lm.max_length:
         raise StageFailed("config", f"row {row.id} and its answer need {tokens} tokens, the model takes {lm.max_length}", hint)
-
-
-def task_score(answer: str, scorer: dict[str, Any]) -> float:
-    from reasoning_gym.factory import get_score_answer_fn
-
-    return float(get_score_answer_fn(scorer["dataset"])(answer.strip(), scorer["entry"]))
 
 
 def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[float, int]]:

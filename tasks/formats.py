@@ -5,15 +5,18 @@
     alpaca              instruction, output, and perhaps input, system, history: [[question, answer]]
     prompt_completion   prompt, completion: both text, or both lists of messages
     text                text
+    prompt              prompt alone, text or a list of messages, with an answer or tests: what a reward needs, to be learnt by trying
 
 Nothing is guessed: a row that does not fit raises BadRow, which says what was found and what is allowed. Columns that no
-format reads are reported as ignored, never silently.
+format reads are reported as ignored, never silently. Beside any prompt may stand `answer` (what a right answer says), `tests` and
+`extra` (an object): rewards see them.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from tasks.rows import Row
@@ -21,14 +24,18 @@ from tasks.rows import Row
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
 MESSAGE_FIELDS = ("role", "content", "tool_calls")
+FOR_REWARDS = ("answer", "tests", "extra")
+RESERVED = ("prompts", "completions", "id", "answer", "tests", "tools", "scorer")  # names that mean something else beside those of `extra`
 # Format -> columns it needs, columns it also reads. `auto` takes the first whose needs are there.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("tools", "answer")),
-    "sharegpt": (("conversations",), ("system", "tools", "answer")),
-    "alpaca": (("instruction", "output"), ("input", "system", "history", "answer")),
-    "prompt_completion": (("prompt", "completion"), ("tools", "answer")),
+    "messages": (("messages",), ("tools", *FOR_REWARDS)),
+    "sharegpt": (("conversations",), ("system", "tools", *FOR_REWARDS)),
+    "alpaca": (("instruction", "output"), ("input", "system", "history", *FOR_REWARDS)),
+    "prompt_completion": (("prompt", "completion"), ("tools", *FOR_REWARDS)),
     "text": (("text",), ()),
+    "prompt": (("prompt",), ("tools", *FOR_REWARDS)),
 }
+LAST = "a row to learn from ends with an answer: cut the conversation after its last one, or give an `answer` for rewards"
 KNOWN = frozenset(name for needed, read in COLUMNS.values() for name in needed + read)
 
 
@@ -58,35 +65,47 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
             allowed = ", ".join(needed) + (f" (and perhaps {', '.join(read)})" if read else "")
             raise BadRow(f"found no {column} (columns: {', '.join(record) or 'none'}), allowed for format {name}: {allowed}")
     ignored.update(record.keys() - {*needed, *read})
-    row = Row(source, answer=answer(record), extra={"tools": tools(record)} if "tools" in record else {})
     if name == "text":
         return Row(source, text=text(record["text"], "text"))
+    row = Row(source, answer=answer(record), extra=extra(record))
     if name == "messages":
         messages = message_list(record["messages"], "messages", ignored)
     elif name == "sharegpt":
         messages = system_of(record) + sharegpt(record["conversations"], ignored)
     elif name == "alpaca":
         messages = alpaca(record)
+    elif name == "prompt":
+        if isinstance(record["prompt"], str):
+            check_rewarded(row, "found a prompt alone, allowed one with completion, or with")
+            return replace(row, prompt=text(record["prompt"], "prompt"))
+        messages = message_list(record["prompt"], "prompt", ignored)
     elif isinstance(record["prompt"], list) and isinstance(record["completion"], list):
         messages = message_list(record["prompt"], "prompt", ignored) + message_list(record["completion"], "completion", ignored)
     elif isinstance(record["prompt"], str) and isinstance(record["completion"], str):
-        return Row(source, prompt=text(record["prompt"], "prompt"), completion=text(record["completion"], "completion"), answer=row.answer)
+        return replace(row, prompt=text(record["prompt"], "prompt"), completion=text(record["completion"], "completion"))
     else:
         found = f"prompt as {describe(record['prompt'])}, completion as {describe(record['completion'])}"
         raise BadRow(f"found {found}, allowed both text or both lists of messages")
-    check_conversation(messages)
-    return Row(source, messages=tuple(messages), answer=row.answer, extra=row.extra)
+    check_conversation(messages, row)
+    return replace(row, messages=tuple(messages))
 
 
-def check_conversation(messages: list[dict[str, Any]]) -> None:
+def check_conversation(messages: list[dict[str, Any]], row: Row) -> None:
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         raise BadRow(f"found a system message at position {roles.index('system', 1)}, allowed only the first")
-    if roles[-1] != "assistant":
-        hint = "a row to learn from ends with an answer: cut the conversation after its last one"
-        raise BadRow(f"the last message is from {roles[-1]}, allowed assistant", hint)
+    if roles[-1] == "user":
+        check_rewarded(row, "the last message is from user, allowed assistant, or user with")
+    elif roles[-1] != "assistant":
+        raise BadRow(f"the last message is from {roles[-1]}, allowed assistant", LAST)
     if "user" not in roles:
         raise BadRow("found no message from user, allowed conversations with a question", "plain text goes into a column `text`")
+
+
+def check_rewarded(row: Row, found: str) -> None:
+    """A prompt without its completion can only be learnt from where a reward has something to go by."""
+    if row.answer is None and not row.extra.keys() - {"tools"}:
+        raise BadRow(f"{found} {', '.join(FOR_REWARDS)}", LAST)
 
 
 def message_list(items: Any, column: str, ignored: Counter[str]) -> list[dict[str, Any]]:
@@ -156,6 +175,21 @@ def answer(record: dict[str, Any]) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return None if value is None else text(value, "answer")
+
+
+def extra(record: dict[str, Any]) -> dict[str, Any]:
+    """What rewards and the template see beside the answer."""
+    found = parsed(record.get("extra", {}), "extra")
+    if not isinstance(found, dict):
+        raise BadRow(f"extra: found {describe(found)}, allowed an object")
+    if taken := [name for name in RESERVED if name in found]:
+        raise BadRow(f"extra: found {taken[0]}, allowed names other than {', '.join(RESERVED)}")
+    found = found | {name: record[name] for name in ("tests",) if name in record}
+    try:
+        json.dumps(found, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:  # dates and bytes of a parquet file, NaN, half a surrogate pair
+        raise BadRow(f"extra, tests: found what JSON cannot hold ({error}), allowed text, numbers, lists and objects") from error
+    return found | ({"tools": tools(record)} if "tools" in record else {})
 
 
 def tools(record: dict[str, Any]) -> Any:

@@ -42,6 +42,8 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assi
         return Tokens(ids, [True] * len(ids))
     if row.messages is None:
         prompt = tokenizer(row.prompt)["input_ids"]
+        if row.completion is None:
+            return Tokens(prompt, [train_on == "all"] * len(prompt))
         completion = with_eos(tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer)
         return Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))
 
@@ -78,15 +80,17 @@ def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[in
     plain = [row for row in rows if row.messages is None]
     conversations = batch([render_text(row.messages, row, tokenizer) for row in rows if row.messages is not None], False)
     beginnings = batch([row.prompt if row.text is None else row.text for row in plain], True)
-    completions = batch([row.completion for row in plain if row.text is None], False)
+    completions = batch([row.completion for row in plain if row.completion is not None], False)
     counts = []
     for row in rows:
         if row.messages is not None:
             counts.append(len(next(conversations)))
         elif row.text is not None:
             counts.append(len(with_eos(next(beginnings), tokenizer)))
-        else:
+        elif row.completion is not None:
             counts.append(len(next(beginnings)) + len(with_eos(next(completions), tokenizer)))
+        else:
+            counts.append(len(next(beginnings)))
     return counts
 
 

@@ -1,7 +1,8 @@
 """Rows of a Dataset: the one shape in which programs hand them on, and the parquet files that hold them.
 
 A row is a conversation (`messages`), a `prompt` with its `completion`, or plain `text`. `answer` is what a right answer says;
-`extra` is a JSON object (the scorer's entry of reasoning-gym, `tools` for the template).
+`extra` is a JSON object (the scorer's entry of reasoning-gym, `tools` for the template, `tests` and more for rewards). A row
+for rewards alone has no completion: its conversation ends with the user.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Row:
         return _canonical({"messages": self.messages, "prompt": self.prompt, "completion": self.completion, "text": self.text})
 
     def prompt_messages(self) -> tuple[dict[str, Any], ...] | None:
-        """The conversation up to its last answer; None where the row is no conversation."""
-        if self.messages is None:
-            return None
+        """The conversation up to the answer that it ends with; None where the row is no conversation."""
+        if self.messages is None or self.messages[-1]["role"] == "user":
+            return self.messages
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
         return self.messages[:last]
 

@@ -46,6 +46,13 @@ def _leaves(value: Any) -> Iterator[str]:
         yield json.dumps(value)
 
 
+def task_score(answer: str, scorer: dict[str, Any]) -> float:
+    """By reasoning-gym's own scorer of the row's task, in [0, 1]."""
+    from reasoning_gym.factory import get_score_answer_fn
+
+    return float(get_score_answer_fn(scorer["dataset"])(answer.strip(), scorer["entry"]))
+
+
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and its standard error."""
     return ratio(values, [1.0] * len(values))

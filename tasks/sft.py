@@ -83,7 +83,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
 
     history = state.log_history
     metrics = {
-        "loss": training.recent_loss(history),
+        "loss": training.recent(history, "loss"),
         "steps": state.global_step,
         "trained_tokens": sum(entry.get("trained_tokens", 0) for entry in history),
         "trainable_parameters": trainable,
@@ -105,30 +105,12 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
 
 
 def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
-    import torch
     from trl import SFTConfig
 
-    resources = stage.resources
-    micro = stage.micro_batch_size()
+    from tasks.training import shared_arguments
+
     return SFTConfig(
-        output_dir=str(request.work / "checkpoints"),
-        seed=request.seed,
-        data_seed=request.seed,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.lr_scheduler_type,
-        warmup_steps=stage.warmup_steps,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
-        num_train_epochs=stage.num_train_epochs,
-        max_steps=stage.max_steps or -1,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=stage.global_batch_size // (micro * resources.world_size),
-        activation_checkpointing=resources.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        bf16=compute_dtype(stage.dtype) == torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
+        **shared_arguments(request, stage),
         # Rows come tokenized, masked and packed; TRL only pads them, or joins them with position ids where packed.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=stage.max_length,
@@ -137,17 +119,10 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         eval_strategy="steps" if stage.eval_steps else "no",
         eval_steps=stage.eval_steps,
         # With early stopping every evaluation is saved: which adapter is the best must not depend on resources.
-        save_strategy="steps",
-        save_steps=stage.eval_steps if stage.early_stopping else resources.checkpoint_steps,
-        save_total_limit=2,
+        save_steps=stage.eval_steps if stage.early_stopping else stage.resources.checkpoint_steps,
         load_best_model_at_end=stage.early_stopping is not None,
         metric_for_best_model="eval_loss" if stage.early_stopping else None,
         greater_is_better=False if stage.early_stopping else None,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
     )
 
 

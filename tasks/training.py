@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,47 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from tasks.loading import check_loaded
+from tasks.loading import check_loaded, compute_dtype
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input
+from tuneline.protocol import Events, Input, Request
 from tuneline.store import sync
-from tuneline.trainings import Lora
+from tuneline.trainings import Lora, Training
 
 MARKER = "complete"
 RECENT = 10  # steps whose mean is a training's final loss
+
+
+def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
+    """What every trainer is told. The global batch is the same over any number of devices and any micro-batch."""
+    micro = stage.micro_batch_size()
+    return {
+        "output_dir": str(request.work / "checkpoints"),
+        "seed": request.seed,
+        "data_seed": request.seed,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": stage.lr_scheduler_type,
+        "warmup_steps": stage.warmup_steps,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "num_train_epochs": stage.num_train_epochs,
+        "max_steps": stage.max_steps or -1,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": stage.global_batch_size // (micro * stage.resources.world_size),
+        "activation_checkpointing": stage.resources.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": compute_dtype(stage.dtype) == torch.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
@@ -239,8 +273,12 @@ class Report(TrainerCallback):  # type: ignore[misc]
     Every process looks at the loss (it is the same everywhere), the first one reports.
     """
 
-    def __init__(self, events: Events):
-        self.events = events
+    def __init__(self, events: Events, shown: Mapping[str, str] | None = None, told: str = "loss"):
+        """`shown` are further figures of the log, by the name that they get as events; `told` stands beside the progress."""
+        self.events, self.told = events, told
+        self.shown = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"} | dict(
+            shown or {}
+        )
         self.seconds, self.tokens = 0.0, 0.0  # of training steps in this process, without evaluations and checkpoints
         self._since = 0.0
 
@@ -266,31 +304,33 @@ class Report(TrainerCallback):  # type: ignore[misc]
             self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
         if not state.is_world_process_zero:
             return
-        for name in ("loss", "eval_loss", "learning_rate", "grad_norm"):
-            if name in logs:
-                self.events.metric(name, logs[name], state.global_step)
+        for logged, name in self.shown.items():
+            if logs.get(logged) is not None:
+                self.events.metric(name, logs[logged], state.global_step)
         if "loss" in logs:
             self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
-            self.events.progress(state.global_step, state.max_steps, f"loss {logs['loss']:.4f}")
+            self.events.progress(state.global_step, state.max_steps, f"{self.told} {logs[self.told]:.4f}")
 
 
-def recent_loss(history: list[dict[str, float]]) -> float:
-    losses = [entry["loss"] for entry in history if "loss" in entry][-RECENT:]
-    return sum(losses) / len(losses)
+def recent(history: list[dict[str, float]], name: str) -> float:
+    """The mean of the last steps."""
+    values = [entry[name] for entry in history if name in entry][-RECENT:]
+    return sum(values) / len(values)
 
 
-def save_history(history: list[dict[str, float]], meta: Path) -> None:
-    """meta/history.jsonl, an object for each log entry, and meta/loss.png."""
+def save_history(history: list[dict[str, float]], meta: Path, drawn: tuple[str, ...] = ("loss", "eval_loss")) -> None:
+    """meta/history.jsonl, an object for each log entry, and a plot of `drawn`: meta/loss.png, by the name of the first."""
     lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
     (meta / "history.jsonl").write_text("".join(lines), encoding="utf-8")
 
     from matplotlib.figure import Figure  # without pyplot: no display is looked for
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for name, style in (("loss", "-"), ("eval_loss", "o-")):
+    for name in drawn:
+        style = "o-" if name.startswith("eval_") else "-"
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-    axes.set(xlabel="step", ylabel="loss")
+    axes.set(xlabel="step", ylabel=drawn[0])
     axes.legend()
-    figure.savefig(meta / "loss.png", dpi=120)
+    figure.savefig(meta / f"{drawn[0]}.png", dpi=120)

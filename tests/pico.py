@@ -48,5 +48,26 @@ def save_pico(
     return folder
 
 
+def teach(folder: Path, conversations: list[list[dict[str, Any]]], steps: int = 60) -> Path:
+    """Trains all weights of a pico model in a folder until it answers as in the conversations, each as often as the others."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    words, model = tokenizer(), AutoModelForCausalLM.from_pretrained(folder)
+    texts = [words.apply_chat_template(turns, tokenize=False) for turns in conversations]
+    batch = words(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    prompts = [len(words.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]) for turns in conversations]
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, length in zip(labels, prompts, strict=True):
+        row[:length] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
 if __name__ == "__main__":
     save_pico(Path(sys.argv[1]))

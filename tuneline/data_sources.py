@@ -9,7 +9,7 @@ from pydantic import Field
 from tuneline.fields import Path, Repository, Revision, Strict
 
 OnBadRow = Literal["error", "drop"]
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "prompt"]
 
 
 class FilesSource(Strict):

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.fields import MAX_NAME, NAME, REPOSITORY, REVISION
 from tuneline.pools import INTERVAL, POOLS, SIZE
+from tuneline.rewards import REWARDS, type_of
 from tuneline.source import Keys, short, yaml_value
 from tuneline.spec import SHARD, STAGES, Spec
 
@@ -89,6 +90,8 @@ def _branch(path: list[str | int], node: Any) -> Any:
         return None
     if len(path) == 4 and (path[0], path[2]) == ("pipelines", "stages"):
         return node.get("kind")
+    if path[-2:-1] == ["rewards"]:
+        return type_of(node)
     return node.get("type") if path[-2:-1] == ["sources"] or len(path) == 2 and path[0] == "pools" else None
 
 
@@ -107,7 +110,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         return True, "nothing", _described(path, tree), f"add `{path[-1]}: ...`"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = _discriminator(detail)
-        names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else SOURCES)
+        names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path else SOURCES)
         if kind == "union_tag_not_found":
             return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
         return False, shown(node), ", ".join(names), nearest(node, names) if isinstance(node, str) else ""
@@ -182,8 +185,8 @@ def _model_at(path: Keys, tree: Any) -> type[BaseModel] | None:
 def _choose(candidates: list[type[BaseModel]], node: Any) -> type[BaseModel] | None:
     if len(candidates) == 1:
         return candidates[0]
-    tag = (node.get("kind") or node.get("type")) if isinstance(node, dict) else None
-    return next((model for model in candidates if (STAGES | SOURCES | POOLS).get(str(tag)) is model), None)
+    tag = (node.get("kind") or type_of(node)) if isinstance(node, dict) else None
+    return next((model for model in candidates if any(names.get(str(tag)) is model for names in (STAGES, SOURCES, POOLS, REWARDS))), None)
 
 
 def _inside(annotation: Any) -> Iterator[Any]:

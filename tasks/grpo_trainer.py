@@ -1,0 +1,65 @@
+"""TRL's GRPOTrainer with prompts that come tokenized, and its completions kept for people.
+
+Only `tasks.grpo` imports this, inside `run`: it subclasses.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOTrainer
+
+from tuneline.protocol import Events
+
+SHOWN_STEPS = 20  # steps of a training of which a completion is told as an event
+TAIL = 400  # characters of a prompt kept with each completion
+
+
+class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
+    def __init__(self, *args: Any, prompts: dict[str, list[int]], samples: Path, events: Events, **kwargs: Any):
+        """`prompts` are the token ids of each prompt; `samples` is the file that every completion is written to, a line each."""
+        self.prompts, self.samples, self.events = prompts, samples, events
+        self._resuming = True  # until the first completions
+        super().__init__(*args, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> Any:
+        return [list(self.prompts[prompt]) for prompt in prompts], None, {}
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        if self.accelerator.is_main_process:
+            self._keep()
+        return output
+
+    def _keep(self) -> None:
+        """Writes the completions that were just scored, and tells the best and the worst one now and then."""
+        step = self.state.global_step
+        logged = zip(self._logs["prompt"], self._logs["completion"], self._logs["advantages"], strict=True)
+        lines = []
+        for i, (prompt, completion, advantage) in enumerate(logged):
+            rewards = {name: values[i] for name, values in self._logs["rewards"].items()}
+            reward = sum(weight * value for weight, value in zip(self.reward_weights.tolist(), rewards.values(), strict=True))
+            lines.append(
+                {
+                    "step": step, "prompt": prompt[-TAIL:], "completion": completion, "reward": reward, "rewards": rewards,
+                    "advantage": advantage,
+                }
+            )  # fmt: skip
+        if self._resuming and self.samples.exists():  # after a kill: what came after the checkpoint is sampled anew
+            earlier = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in earlier if line.endswith("\n") and json.loads(line)["step"] < step]
+            self.samples.write_text("".join(kept), encoding="utf-8")
+        self._resuming = False
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if step % max(1, self.state.max_steps // SHOWN_STEPS) == 0:
+            best = max(lines, key=lambda line: line["reward"])
+            worst = min(lines, key=lambda line: line["reward"])
+            for line in (best, worst) if best["reward"] > worst["reward"] else (best,):
+                text = f"step {step}, reward {line['reward']:.3f}\n{line['prompt']}\n--- completion: {line['completion']}"
+                self.events.sample(text, line)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL writes one with each checkpoint, and artifacts hold no README."""
