@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from safetensors import safe_open
+
 from tasks.engine_server import Server
 from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
@@ -29,6 +31,7 @@ from tuneline.errors import StageFailed
 BASE = "base"  # the model itself, among the names of adapters
 ADAPTERS = 2  # at the same time: a new one is loaded before the old one is dropped
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its kernels are built for (`MaxLoRARanks` in vllm/config/lora.py)
+OUTPUT = "lm_head"
 TOKENS_A_CHUNK = 16  # between two words of progress: each costs a message
 
 
@@ -54,14 +57,16 @@ class Score:
 
 class Engine:
     """`python` is that of the runtime that holds vLLM; `lora_rank` the largest of the adapters, None for no adapters; `gpus` its
-    devices, as CUDA_VISIBLE_DEVICES names them, None on a CPU; `max_model_len` counts a prompt and its completion, or a scored sequence and one more."""
+    devices, as CUDA_VISIBLE_DEVICES names them, None on a CPU; `lora_modules` the last parts of the names of the layers that adapters
+    change, by default any that vLLM can: what is named costs time and memory even where an adapter leaves it alone; `max_model_len` counts a prompt and its completion, or a scored sequence and one more."""
 
     def __init__(
         self, python: Path, model: Path, settings: EngineSettings, dtype: str, lora_rank: int | None, max_model_len: int, log: Path,
-        gpus: Sequence[int | str] | None = None,
+        gpus: Sequence[int | str] | None = None, lora_modules: Sequence[str] | None = None,
     ):  # fmt: skip
+        self.max_model_len = settings.max_model_len or max_model_len
         arguments = {
-            "model": model, "served-model-name": BASE, "dtype": dtype, "max-model-len": settings.max_model_len or max_model_len,
+            "model": model, "served-model-name": BASE, "dtype": dtype, "max-model-len": self.max_model_len,
             "max-num-seqs": settings.max_num_seqs, "generation-config": "vllm", "logprobs-mode": "raw_logprobs",
             "block-size": settings.block_size,
         }  # fmt: skip
@@ -76,6 +81,10 @@ class Engine:
             arguments |= {"max-lora-rank": next(rank for rank in RANKS if rank >= lora_rank), "max-loras": ADAPTERS}
             switches.append("enable-lora")
         flags = [f"--{name}={value}" for name, value in arguments.items() if value is not None] + [f"--{name}" for name in switches]
+        if lora_rank is not None and lora_modules is not None:
+            flags += ["--lora-target-modules", *sorted(lora_modules)]
+        self._modules = None if lora_modules is None else set(lora_modules)
+        self._scores = lora_rank is None or (self._modules is not None and OUTPUT not in self._modules)
         self._server = Server(python, flags, log, gpus, settings.start_timeout)
         self._requests = settings.max_num_seqs
         self._names: set[str] = {BASE}  # all that were ever used
@@ -88,6 +97,15 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._server.stop()
 
+    @property
+    def address(self) -> tuple[int, str]:
+        """Where it listens, and the key to it: for `join` in another process of the same training."""
+        return self._server.port, self._server.key
+
+    def join(self, address: tuple[int, str]) -> None:
+        """Speaks to the server that another process has started, and ends."""
+        self._server.port, self._server.key = address
+
     def load(self, name: str, folder: Path) -> None:
         """A PEFT adapter, under a name never used before: vLLM keeps what it computed of a prompt by the name, and would go on
         from what another adapter had made of it."""
@@ -95,6 +113,8 @@ class Engine:
             hint = f"each adapter needs a name of its own, and at most {ADAPTERS} are loaded at once"
             raise StageFailed("bug", f"cannot load the adapter {name} beside {sorted(self._loaded)}", hint)
         self._names.add(name)
+        if self._modules is not None and (more := _modules_of(folder) - self._modules):
+            raise StageFailed("bug", f"the adapter {name} has weights for {', '.join(sorted(more))}, which the engine was not told of")
         self._server.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         self._loaded.add(name)
 
@@ -123,6 +143,9 @@ class Engine:
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
         options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop_token_ids": list(stop_token_ids)}
         progress = _Progress(done)
+        if (longest := max(map(len, prompts), default=0) + max_tokens) > self.max_model_len:  # vLLM would give fewer tokens without a word
+            message = f"a prompt and its {max_tokens} tokens are {longest}, but the engine was started for {self.max_model_len}"
+            raise StageFailed("config", message, "raise `max_model_len` of `resources: {engine: ...}`, or leave it out")
 
         def one(prompt: Sequence[int], own_seed: int) -> Completion:
             completion = Completion()
@@ -140,7 +163,13 @@ class Engine:
         return self._all(one, list(zip(prompts, seeds, strict=True)))
 
     def score(self, sequences: Sequence[Sequence[int]], model: str) -> list[Score]:
-        """How likely the model finds each token of the sequences, in order; needs room for one token more than the longest has."""
+        """How likely the model finds each token of the sequences, in order; needs room for one token more than the longest has.
+
+        Beside adapters it needs their `lora_modules`, without the output layer: vLLM 0.32 dies on a CPU when it scores a prompt
+        under an adapter that may change that layer (it counts the rows that are sampled, not those of the prompt).
+        """
+        if not self._scores:
+            raise StageFailed("bug", f"an engine whose adapters may change {OUTPUT} cannot score", "name their `lora_modules`")
 
         def one(sequence: Sequence[int]) -> Score:
             body = {"model": model, "prompt": list(sequence), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
@@ -179,3 +208,9 @@ class _Progress:
             self.tokens, self.finished = self.tokens + tokens, self.finished + finished
             if self.done is not None:
                 self.done(self.finished, self.tokens)
+
+
+def _modules_of(adapter: Path) -> set[str]:
+    """`q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, and its like."""
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+        return {name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")[2] for name in tensors.keys()}

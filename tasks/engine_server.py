@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -24,8 +25,9 @@ from tuneline import watchdog
 from tuneline.errors import FailureClass, StageFailed
 
 POLL = 0.3  # seconds between questions whether it is up
+ENDING_SECONDS = 10  # a server whose worker has died takes a moment to end
 END_SECONDS = watchdog.GRACE + 10  # a killed process with a GPU takes seconds to go
-LAST_LINES, LINE_WIDTH = 20, 300  # of its log that are shown
+LAST_LINES, LINE_WIDTH, ERROR_LINES = 20, 300, 3  # of its log that are shown; from an error on
 NOT_FOR_IT = (
     "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHASHSEED", "HF_TOKEN", "CUDA_VISIBLE_DEVICES",
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
@@ -37,6 +39,8 @@ QUIET = {
 }  # fmt: skip
 OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "can't allocate memory", "No available memory for the cache", "is less than desired")
 
+_ERROR = re.compile(r" ERROR |^[A-Za-z_.]*(Error|Exception)\b")
+
 
 class Server:
     """`arguments` are those of vLLM's server but for where it listens; `log` gets all it says; `gpus` are the devices
@@ -44,7 +48,8 @@ class Server:
 
     def __init__(self, python: Path, arguments: Sequence[str], log: Path, gpus: Sequence[int | str] | None, timeout: float):
         self.python, self.arguments, self.log, self.gpus, self.timeout = python, arguments, log, gpus, timeout
-        self.key = secrets.token_hex(16)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port, self.key = 0, secrets.token_hex(16)
 
     def start(self) -> None:
         """Returns once it answers. Raises StageFailed with the end of its log where it does not come up."""
@@ -67,6 +72,7 @@ class Server:
             raise
 
     def _wait(self) -> None:
+        assert self.process is not None
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -81,6 +87,8 @@ class Server:
 
     def stop(self) -> None:
         """SIGTERM to all of its processes, SIGKILL after the watchdog's grace; returns when none is left."""
+        if self.process is None:  # it is another process's, or has been stopped
+            return
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(b"x")
@@ -92,6 +100,7 @@ class Server:
             self.process.wait()
         finally:
             self.process.stdin.close()
+            self.process = None
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
         """The answer's text. Raises StageFailed(bug) with the server's words where it refuses."""
@@ -130,42 +139,56 @@ class Server:
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             response = connection.getresponse()
-            if response.status >= 500:
-                raise ConnectionError(_message(response.read().decode()))
             if response.status != 200:
                 words = _message(response.read().decode())
+                if response.status >= 500 and not self._healthy():
+                    raise ConnectionError(words)
                 raise StageFailed("bug", f"vLLM answers {method} {path} with {response.status}: {words}", f"the rest is in {self.log}")
         except BaseException:
             connection.close()
             raise
         return connection, response
 
-    def _broken(self, error: Exception) -> StageFailed:
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
         try:
-            self.process.wait(5)  # where it has died, its log is complete a moment later
-        except subprocess.TimeoutExpired:
-            message = f"vLLM broke off an answer ({error}); the end of {self.log.name}:\n{self.tail()}"
-            return StageFailed("transient", message, "the stage is tried again")
-        return self.ended("in the middle of its work")
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        finally:
+            connection.close()
+
+    def _broken(self, error: Exception) -> StageFailed:
+        if self.process is not None:
+            try:
+                self.process.wait(ENDING_SECONDS)
+                return self.ended("in the middle of its work")
+            except subprocess.TimeoutExpired:
+                pass
+        message = f"vLLM broke off an answer ({error}); the end of {self.log.name}:\n{self.tail()}"
+        return StageFailed("transient", message, "the stage is tried again")
 
     def ended(self, when: str) -> StageFailed:
         """Why it ended, as far as its log tells."""
-        status, tail = self.process.returncode, self.tail()
-        message = f"vLLM ended with status {status} {when}; the end of {self.log.name}:\n{tail}"
-        failure: FailureClass = "config" if when.startswith("before") else "transient"
-        hint = "its log says why: a model that it does not serve, or a setting under `resources: {engine: ...}`"
-        said = self.log.read_text(encoding="utf-8", errors="replace")
+        assert self.process is not None
+        status, said = self.process.returncode, self.log.read_text(encoding="utf-8", errors="replace")
+        message = f"vLLM ended with status {status} {when}; the end of {self.log.name}:\n{self.tail()}"
+        settings = "`resources: {engine: ...}`"
         if any(words in said for words in OUT_OF_MEMORY) or status == 128 + signal.SIGKILL:
-            failure, hint = "oom", "lower `gpu_memory_utilization` (`cpu_memory` without a GPU) or `max_num_seqs` of `resources: {engine: ...}`"
-        elif "address already in use" in said:
-            failure, hint = "transient", "another process took its port; the stage is tried again"
-        elif failure == "transient":
-            hint = "the stage is tried again"
-        return StageFailed(failure, message, hint)
+            hint = f"lower `gpu_memory_utilization` (`cpu_memory` without a GPU) or `max_num_seqs` of {settings}"
+            return StageFailed("oom", message, hint)
+        if "address already in use" in said:
+            return StageFailed("transient", message, "another process took its port; the stage is tried again")
+        if when.startswith("before"):
+            hint = f"its log says why: a model that it does not serve, or a setting under {settings}"
+            return StageFailed("config", message, hint)
+        return StageFailed("transient", message, "the stage is tried again")
 
     def tail(self) -> str:
+        """The end of its log, up to the last error and what it says: what libraries print as they go is of no use."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(line[:LINE_WIDTH] for line in lines[-LAST_LINES:])
+        errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
+        end = errors[-1] + ERROR_LINES if errors else len(lines)
+        return "\n".join(line[:LINE_WIDTH] for line in lines[:end][-LAST_LINES:])
 
 
 def _message(answer: str) -> str:
