@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline import watchdog
-from tuneline.errors import FailureClass, StageFailed
+from tuneline.errors import StageFailed
 
 POLL = 0.3  # seconds between questions whether it is up
 ENDING_SECONDS = 10  # a server whose worker has died takes a moment to end

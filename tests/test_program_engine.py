@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.pico import save_pico
-from tests.program_tools import ROOT
 from transformers import AutoModelForCausalLM
 
 from tasks.engine import BASE, Engine
+from tests.pico import save_pico
+from tests.program_tools import ROOT
 from tuneline.engines import CPU_RUNTIME, EngineSettings
 from tuneline.errors import StageFailed
 from tuneline.load import load
