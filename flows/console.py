@@ -47,6 +47,7 @@ FIGURES = {
     "model": ("parameters",),
     "dataset": ("rows_train", "rows_validation", "rows_test"),
     "sft": ("loss", "eval_loss"),
+    "grpo": ("reward_first", "reward"),
     "merge": ("max_logit_difference",),
     "quantize": ("perplexity_before", "perplexity", "size_ratio"),
 }

@@ -21,6 +21,15 @@ from flows.report_stage import Stage, between, stages_of
 from tuneline import __version__
 from tuneline.runs import RunRecord, Runs
 
+OF_REWARDS = {
+    "frac_reward_zero_std": "share of groups without signal",
+    "completions/mean_length": "completion length",
+    "entropy": "entropy",
+    "kl": "divergence from the start",
+    "freshness_max_logprob_diff": "largest difference of log-probabilities between engine and trainer",
+}
+"""Figures of a training by rewards that get a chart of their own, and what it is called."""
+
 
 def report_of(runs: Runs, record: RunRecord) -> Path:
     """Where the report is; written where there is none of the ended run yet. Raises OSError where that is not allowed."""
@@ -54,7 +63,7 @@ def render(record: RunRecord) -> str:
         columns=compared,
         metrics=list(metric_rows(compared)),
         samples=list(samples(compared)),
-        curves=[(stage, charts) for stage in stages.values() if (charts := curves(stage))],
+        curves=[(stage, charts, rollouts(stage)) for stage in stages.values() if (charts := curves(stage))],
         datasets=[(stage, data_report(stage)) for stage in stages.values() if stage.kind == "dataset" and stage.metrics],
         sized=[(role_of(stage.kind), stage) for stage in stages.values() if stage.manifest and stage.manifest.type in ("Model", "Adapter")],
         warnings=[(stage, told) for stage in stages.values() if (told := warnings(stage))],
@@ -85,17 +94,38 @@ def warnings(stage: Stage) -> list[str]:
 
 
 def curves(stage: Stage) -> dict[str, Chart]:
-    """Loss and learning rate of a training over its steps."""
+    """What a training is followed by, over its steps: rewards and what they come with, or the loss; then the learning rate."""
     history = [entry for entry in stage.lines("history.jsonl") if isinstance(entry.get("step"), int)]
-    lines = {
-        name: [(float(entry["step"]), float(entry[name])) for entry in history if isinstance(entry.get(name), int | float)]
-        for name in ("loss", "eval_loss", "learning_rate")
-    }
-    if not lines["loss"]:
-        return {}
-    span = (min(entry["step"] for entry in history), max(entry["step"] for entry in history))
-    drawn = {"loss": chart({name: lines[name] for name in ("loss", "eval_loss")}, span)}
-    return drawn | ({"learning rate": chart({"learning_rate": lines["learning_rate"]}, span)} if lines["learning_rate"] else {})
+    rewards = sorted({name for entry in history for name in entry if name.startswith("rewards/") and name.endswith("/mean")})
+    figures = {"reward": ["reward"]} | ({name.split("/")[1]: [name] for name in rewards} if len(rewards) > 1 else {})
+    figures |= {title: [name] for name, title in OF_REWARDS.items()}
+    if not any("reward" in entry for entry in history):
+        figures = {"loss": ["loss", "eval_loss"]}
+    figures["learning rate"] = ["learning_rate"]
+    drawn = {}
+    for title, names in figures.items():
+        lines = {name: [(float(entry["step"]), float(entry[name])) for entry in history if _is_number(entry.get(name))] for name in names}
+        if lines[names[0]]:
+            span = (min(entry["step"] for entry in history), max(entry["step"] for entry in history))
+            drawn[title] = chart(lines, span)
+    return drawn
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def rollouts(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Completions of a grpo training at its first and at its last step, the best and the worst of each."""
+    kept = [line for line in stage.lines("rollouts.jsonl") if _is_number(line.get("reward")) and _is_number(line.get("step"))]
+    if not kept:
+        return []
+    ends = dict.fromkeys([min(line["step"] for line in kept), max(line["step"] for line in kept)])
+    shown = []
+    for step in ends:
+        ranked = sorted((line for line in kept if line["step"] == step), key=lambda line: -line["reward"])
+        shown.append((f"step {step + 1}", ranked[:1] + ranked[1:][-1:]))
+    return shown
 
 
 def data_report(stage: Stage) -> dict[str, Any]:

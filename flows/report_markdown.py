@@ -22,7 +22,7 @@ from tuneline.secrets import masked
 LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database
 LONGEST_REPORT = 50_000  # of what the stage's program wrote for people
 LOG_TAIL, LONGEST_LINE = 40, 400  # lines of a failed stage's log, characters of a line
-STROKES = {"loss": "#2563eb", "eval_loss": "#ea580c", "learning_rate": "#2563eb"}
+STROKE, OTHER_STROKE = "#2563eb", "#ea580c"
 
 
 def stage_report(plan: PlannedStage, entry: StageRecord, log: Path | None) -> str:
@@ -115,8 +115,9 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
         yield "### Models side by side\n\n" + _table(["", *heads], rows, right=True)
         yield "**Bold**: the best of its row. ±: one standard error. In brackets: the difference to the base model."
     for stage in stages.values():
-        if drawn := curves(stage).get("loss"):
-            yield _picture(stage, "loss", drawn)
+        if drawn := curves(stage):
+            first = next(iter(drawn))  # the loss, or the reward
+            yield _picture(stage, first, drawn[first])
     if kept := [entry for entry in record.stages if entry.artifact]:
         rows = ([entry.stage, *map(_code, _lineage(stages[entry.stage], entry))] for entry in kept)
         yield "### Lineage\n\n" + _table(["stage", "key", "digest", "made from"], rows)
@@ -184,10 +185,11 @@ def _svg(drawn: Chart) -> str:
     for x, text in drawn.across:
         parts.append(f'<text x="{x}" y="{drawn.height + 18}" text-anchor="middle">{text}</text>')
     for name, points in drawn.lines.items():
+        stroke = OTHER_STROKE if name == "eval_loss" else STROKE
         line = " ".join(f"{x},{y}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{STROKES[name]}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-width="2"/>')
         if name == "eval_loss":
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{STROKES[name]}"/>' for x, y in points]
+            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{stroke}"/>' for x, y in points]
     return "".join([*parts, "</svg>"])
 
 

@@ -15,19 +15,22 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneline import data_sources, fields, pools, spec
+from tuneline import data_sources, engines, fields, pools, rewards, spec, stages, trainings
 from tuneline.json_schema import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
-    spec.Resources,
+    stages.Resources,
+    engines.EngineSettings,
     data_sources.FilesSource,
     data_sources.HubSource,
     data_sources.ReasoningGymSource,
     data_sources.CodeSource,
     spec.Split,
-    spec.Lora,
-    spec.EarlyStopping,
+    trainings.Lora,
+    trainings.EarlyStopping,
+    trainings.Rollouts,
+    *rewards.REWARDS.values(),
     spec.Requirement,
     pools.Schedule,
     pools.ProcessPool,
@@ -55,8 +58,8 @@ def pipelines_page() -> str:
     parts = [HEAD]
     for title, model in (("The file", spec.Spec), ("pipelines.NAME", spec.Pipeline), ("runtimes.NAME", spec.Runtime)):
         parts.append(section(title, model, set()))
-    parts.append(section("Every stage", spec.ProgramStage, {"kind"}, "A gate, which has no program, has none of the last three fields."))
-    base = set(spec.ProgramStage.model_fields)
+    parts.append(section("Every stage", stages.ProgramStage, {"kind"}, "A gate, which has no program, has none of the last three fields."))
+    base = set(stages.ProgramStage.model_fields)
     for kind, model in spec.STAGES.items():
         parts.append(section(f"kind: {kind}", model, base, f"Gives {'an' if model.gives == 'Adapter' else 'a'} {model.gives}."))
     for model in PARTS:

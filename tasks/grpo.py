@@ -59,7 +59,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
     rows = read_split(request.inputs["dataset"].path, "train")
-    check_rows(stage.rewards, rows)
+    check_rows(rewards, rows)
     prompts = tokenized(rows, tokenizer)
     check_enough(prompts, stage)
 
@@ -244,7 +244,7 @@ def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]
     steps = [entry for entry in history if "reward" in entry]
     first = steps[:RECENT]
     metrics = {
-        "steps": float(steps[-1]["step"]),
+        "steps": float(history[-1]["step"]),
         "loss": recent(history, "loss"),
         "reward": recent(history, "reward"),
         "reward_first": sum(entry["reward"] for entry in first) / len(first),

@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from tuneline.protocol import Events
 
 SHOWN_STEPS = 20  # steps of a training of which a completion is told as an event
 TAIL = 400  # characters of a prompt kept with each completion
+
+
+class EpochSampler(RepeatSampler):  # type: ignore[misc]
+    """TRL's goes on from epoch to epoch with one generator, which a resumed training would begin anew: with the first epoch's order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -23,6 +31,11 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
         self.prompts, self.samples, self.events = prompts, samples, events
         self._resuming = True  # until the first completions
         super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        sampler = super()._get_train_sampler(dataset)
+        sampler.__class__ = EpochSampler
+        return sampler  # type: ignore[no-any-return]
 
     def _tokenize_prompts(self, prompts: list[str]) -> Any:
         return [list(self.prompts[prompt]) for prompt in prompts], None, {}

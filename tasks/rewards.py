@@ -98,7 +98,7 @@ class RewardFunction:
             raise self._failed(f"gave {found}, allowed a list of {len(batch)} numbers, one for each completion, the first", batch[0])
         for value, completion in zip(values, batch, strict=True):
             if not isinstance(value, Real) or not math.isfinite(value):
-                raise self._failed(f"gave {value!r}, allowed a finite number, for", completion)
+                raise self._failed(f"gave {value!r}, allowed a finite number, for the completion", completion)
         return [float(value) for value in values]
 
     def _place(self, error: BaseException) -> str:
@@ -198,6 +198,8 @@ def math_equal(text: str, answer: str) -> float:
     """math-verify ends what takes too long by SIGALRM, so this works in the main thread alone, where TRL calls rewards."""
     from math_verify import parse, verify
 
+    if exact_match(text, answer):  # of words it would see no formula in the text
+        return 1.0
     return float(verify(formula(answer), parse(text, parsing_timeout=MATH_SECONDS), timeout_seconds=MATH_SECONDS))
 
 

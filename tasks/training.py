@@ -309,7 +309,8 @@ class Report(TrainerCallback):  # type: ignore[misc]
                 self.events.metric(name, logs[logged], state.global_step)
         if "loss" in logs:
             self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
-            self.events.progress(state.global_step, state.max_steps, f"{self.told} {logs[self.told]:.4f}")
+            figure = next(entry[self.told] for entry in reversed(state.log_history) if self.told in entry)  # GRPO may log it less often
+            self.events.progress(state.global_step, state.max_steps, f"{self.told} {figure:.4f}")
 
 
 def recent(history: list[dict[str, float]], name: str) -> float:

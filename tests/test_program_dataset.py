@@ -19,7 +19,7 @@ from pico import save_pico
 from program_tools import make_request, payload_digest, run_process, run_program
 
 from tasks.dataset import bucket, identified, split
-from tasks.masks import token_counts, tokenize
+from tasks.masks import prompt_ids, token_counts, tokenize
 from tasks.rows import SPLITS, Row, content_hash, read_split
 from tasks.sources import Item
 from tuneline.errors import StageFailed
@@ -130,6 +130,21 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
         ("prompt_completion", {"prompt": "2 + 2 = ", "completion": "4"}, {"prompt": "2 + 2 = ", "completion": "4"}),
         ("prompt_completion", {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, {"messages": (SYSTEM, USER, ASSISTANT)}),
         ("text", {"text": "def f():\n    return 4\n"}, {"text": "def f():\n    return 4\n"}),
+        ("prompt", {"prompt": "2 + 2 = ", "answer": 4}, {"prompt": "2 + 2 = ", "answer": "4"}),
+        ("prompt", {"prompt": [SYSTEM, USER], "tests": "assert True"}, {"messages": (SYSTEM, USER), "extra": {"tests": "assert True"}}),
+        ("prompt", {"prompt": "2 + 2 = ", "extra": '{"level": 1}'}, {"prompt": "2 + 2 = ", "extra": {"level": 1}}),
+        ("messages", {"messages": [USER, ASSISTANT, USER], "answer": "4"}, {"messages": (USER, ASSISTANT, USER), "answer": "4"}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "2 + 2?"}], "answer": "4"}, {"messages": (USER,), "answer": "4"}),
+        (
+            "messages",
+            {"messages": [USER, ASSISTANT], "tools": [TOOL], "extra": {"level": 1}, "tests": ["assert True"]},
+            {"messages": (USER, ASSISTANT), "extra": {"level": 1, "tests": ["assert True"], "tools": [TOOL]}},
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "2 + 2 = ", "completion": "4", "tests": ["assert True"]},
+            {"prompt": "2 + 2 = ", "completion": "4", "extra": {"tests": ["assert True"]}},
+        ),
     ],
 )
 def test_formats(tmp_path: Path, name: str, record: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -231,6 +246,16 @@ BAD_ROWS = [
     ("d.jsonl", '{"messages": []}\n', r"d\.jsonl:1: messages: found an empty list, allowed a list of messages"),
     ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', r"d\.jsonl:1: the last message is from user, allowed assistant"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', r"d\.jsonl:1: found no message from user"),
+    ("d.jsonl", '{"prompt": "a"}\n', r"d\.jsonl:1: found a prompt alone, allowed one with completion, or with answer, tests, extra"),
+    ("d.jsonl", '{"prompt": "a", "extra": {}}\n', r"d\.jsonl:1: found a prompt alone"),
+    ("d.jsonl", '{"prompt": "a", "answer": "b", "extra": 3}\n', r"d\.jsonl:1: extra: found int 3, allowed an object"),
+    (
+        "d.jsonl",
+        '{"prompt": "a", "extra": {"id": 3}}\n',
+        r"d\.jsonl:1: extra: found id, allowed names other than prompts, completions, id,",
+    ),
+    ("d.jsonl", '{"prompt": "a", "tests": NaN}\n', r"d\.jsonl:1: extra, tests: found what JSON cannot hold \(Out of range float"),
+    ("d.jsonl", '{"prompt": "a", "tests": "\\ud800"}\n', r"d\.jsonl:1: extra, tests: found what JSON cannot hold \('utf-8' codec"),
     (
         "d.jsonl",
         '{"messages": [{"role": "bot", "content": "a"}]}\n',
@@ -467,9 +492,26 @@ def test_token_counts_are_those_of_the_training(tokenizer: Any) -> None:
         Row("s", prompt="2 + 2 = ", completion="4"),
         Row("s", messages=(USER, ASSISTANT)),
         Row("s", text="ends by itself<|im_end|>"),
+        Row("s", prompt="2 + 2 = ", answer="4"),
+        Row("s", messages=(USER, ASSISTANT, USER), answer="4"),
     ]
     assert token_counts(rows, tokenizer) == [len(tokenize(row, tokenizer).input_ids) for row in rows]
     assert token_counts([], tokenizer) == []
+
+
+def test_prompts_without_completions_are_asked_whole_and_never_trained_on(tmp_path: Path, pico: Input, tokenizer: Any) -> None:
+    records = [{"messages": [USER, ASSISTANT, {"role": "user", "content": "3 + 3?"}], "answer": "6"}, {"prompt": "2 + 2 = ", "answer": "4"}]
+    for i, record in enumerate(records):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    run = build(tmp_path, [{"type": "files", "path": f"{i}.jsonl"} for i in range(2)], pico)
+    conversation, plain = run.rows()
+    assert conversation.messages is not None
+    assert conversation.prompt_messages() == conversation.messages
+    assert [row.reference() for row in run.rows()] == ["6", "4"]
+    assert "3 + 3?" in tokenizer.decode(prompt_ids(conversation, tokenizer))
+    assert prompt_ids(plain, tokenizer) == tokenizer("2 + 2 = ")["input_ids"] == tokenize(plain, tokenizer).input_ids
+    assert not any(tokenize(plain, tokenizer).trained)
+    assert "2 + 2 = " in run.report()
 
 
 def test_over_long_rows_are_dropped_and_counted(tmp_path: Path, pico: Input, tokenizer: Any) -> None:

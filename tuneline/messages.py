@@ -90,7 +90,7 @@ def _branch(path: list[str | int], node: Any) -> Any:
         return None
     if len(path) == 4 and (path[0], path[2]) == ("pipelines", "stages"):
         return node.get("kind")
-    if path[-2:-1] == ["rewards"]:
+    if len(path) == 6 and path[4] == "rewards":
         return type_of(node)
     return node.get("type") if path[-2:-1] == ["sources"] or len(path) == 2 and path[0] == "pools" else None
 
@@ -110,7 +110,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         return True, "nothing", _described(path, tree), f"add `{path[-1]}: ...`"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = _discriminator(detail)
-        names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path else SOURCES)
+        names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path[4:] else SOURCES)
         if kind == "union_tag_not_found":
             return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
         return False, shown(node), ", ".join(names), nearest(node, names) if isinstance(node, str) else ""

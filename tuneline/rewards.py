@@ -39,7 +39,7 @@ class ExactMatchReward(EveryReward):
 
 
 class MathEqualReward(EveryReward):
-    """1 where the completion's last formula equals the row's answer, as 1/2 equals 0.5, else 0. By the library math-verify."""
+    """1 where the completion is the row's answer, or its last formula equals it, as 1/2 equals 0.5, else 0. By the library math-verify."""
 
     type: Literal["math_equal"]
 
@@ -87,7 +87,7 @@ class PythonTestsReward(EveryReward):
     type: Literal["python_tests"]
     seconds: float = Field(10.0, gt=0, le=600)
     """Time a completion and its tests may take."""
-    memory_mb: int = Field(1024, ge=64)
+    memory_mb: int = Field(1024, ge=128)
     """Memory they may take, the interpreter's own included."""
 
 
