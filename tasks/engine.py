@@ -57,8 +57,10 @@ class Score:
 
 class Engine:
     """`python` is that of the runtime that holds vLLM; `lora_rank` the largest of the adapters, None for no adapters; `gpus` its
-    devices, as CUDA_VISIBLE_DEVICES names them, None on a CPU; `lora_modules` the last parts of the names of the layers that adapters
-    change, by default any that vLLM can: what is named costs time and memory even where an adapter leaves it alone; `max_model_len` counts a prompt and its completion, or a scored sequence and one more."""
+    devices, as CUDA_VISIBLE_DEVICES names them, None on a CPU; `max_model_len` counts a prompt and its completion, or a scored
+    sequence and one more. `lora_modules` are the last parts of the names of the layers that adapters change, by default all that
+    vLLM can: a layer that no adapter changes costs time and memory all the same.
+    """
 
     def __init__(
         self, python: Path, model: Path, settings: EngineSettings, dtype: str, lora_rank: int | None, max_model_len: int, log: Path,
