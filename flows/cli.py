@@ -100,7 +100,7 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 
     loaded = load(file)
     stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]
-    used = sorted({stage.runtime for stage in stages if isinstance(stage, ProgramStage)})
+    used = sorted({name for stage in stages if isinstance(stage, ProgramStage) for name in stage.runtimes()})
     known = sorted({*BUILT_IN_RUNTIMES, *loaded.spec.runtimes})
     for name in names:
         if name not in known:

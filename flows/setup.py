@@ -1,4 +1,7 @@
-"""`tuneline setup`: builds runtimes from their locks with uv, byte-compiled (importing trl uncompiled costs 18 s more each time)."""
+"""`tuneline setup`: builds runtimes from their locks with uv, byte-compiled (importing trl uncompiled costs 18 s more each time).
+
+A lock is complete, so nothing is resolved: `--no-deps` leaves out what a lock leaves out, as vLLM's does (see LEFT_OUT in the Makefile).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def build(runtime: RuntimeEnvironment, say: Callable[[str], None]) -> None:
         say(f"runtime {runtime.name}: installing {runtime.lock} (several minutes the first time, with the download)")
         shutil.rmtree(folder, ignore_errors=True)
         _uv("venv", "--quiet", "--python", sys.executable, str(folder))
-        _uv("pip", "install", "--compile-bytecode", "--python", str(runtime.python), "-r", str(runtime.lock))
+        _uv("pip", "install", "--no-deps", "--compile-bytecode", "--python", str(runtime.python), "-r", str(runtime.lock))
         (folder / MARKER).write_text("")
         say(f"runtime {runtime.name}: ready after {time.monotonic() - started:.0f} s")
 

@@ -21,11 +21,12 @@ from typing import IO, Literal
 
 from pydantic import ValidationError
 
+from tuneline import watchdog
 from tuneline.errors import StageFailed
 from tuneline.protocol import Event
 from tuneline.secrets import mask_file, masked
 
-WATCHDOG = Path(__file__).with_name("watchdog.py")
+WATCHDOG = Path(watchdog.__file__)
 POLL = 0.2  # seconds between looks at events and the clock
 WORK = "TUNELINE_WORK"  # in the environment of all that works in a folder, as Jenkins marks the processes of a build
 STRAY_SECONDS = 10  # until a killed process must be gone

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from flows import lasting
 from flows.server import DATABASE, QUIET, answers, loopback_without_proxy, server_command, tail, wait_for_health
-from flows.watchdog import descendants
 from flows.worker import heartbeat, worker_command
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.load import Loaded
 from tuneline.pools import ProcessPool
+from tuneline.watchdog import descendants
 
 PORT = 4200
 WORKER_SECONDS = 120  # until a worker has told the server of itself; 5 s on two idle cores

@@ -73,7 +73,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         if stage.uses_engine():
             from tasks.rollouts import start
 
-            rollouts = stack.enter_context(start(request, stage, longest, gpus, arguments, events))
+            rollouts = stack.enter_context(start(request, stage, layers, longest, gpus, arguments, events))
         report = training.Report(events, shown, "reward")
         trainer = AdapterTrainer(
             model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,

@@ -1,9 +1,9 @@
-"""Stands between a flow and a program, and sees to it that no process outlives the flow.
+"""Stands between a flow and a program, or between a program and its engine, and sees to it that no process outlives the first.
 
     python -I -S watchdog.py ARGV...
 
-Standard library only, no imports of ours: it must start in milliseconds and never fail. Its stdin is a pipe that the flow
-process holds open; when a byte comes (cancel, timeout) or it closes (SIGKILL of the flow), every descendant is ended: SIGTERM,
+Standard library only, no imports of ours: it must start in milliseconds and never fail. Its stdin is a pipe that whoever
+started it holds open; when a byte comes (cancel, timeout) or it closes (its holder was killed), every descendant is ended: SIGTERM,
 a grace period, SIGKILL. When it closes after the byte, nobody waits for the grace: SIGKILL at once.
 As child sub-reaper it inherits orphaned grandchildren, so none escapes by losing its parent.
 Signals meant for the terminal's group are ignored: the flow decides. Ends with the program's exit status, 128 + n for signal n.
@@ -23,9 +23,9 @@ PR_SET_CHILD_SUBREAPER = 36
 GRACE = float(os.environ.get("TUNELINE_GRACE", "3"))
 
 
-def descendants(root):
+def descendants(root: int) -> list[int]:
     """Process ids below `root`, from /proc."""
-    children = {}
+    children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -35,7 +35,8 @@ def descendants(root):
                 continue
             if state != b"Z":
                 children.setdefault(int(parent), []).append(int(name))
-    found, waiting = [], [root]
+    found: list[int] = []
+    waiting = [root]
     while waiting:
         for child in children.get(waiting.pop(), ()):
             found.append(child)
@@ -43,7 +44,7 @@ def descendants(root):
     return found
 
 
-def signal_all(number):
+def signal_all(number: int) -> bool:
     """Sends a signal to every descendant; False if there was none."""
     found = descendants(os.getpid())
     for process in found:
@@ -54,7 +55,7 @@ def signal_all(number):
     return bool(found)
 
 
-def reap(program):
+def reap(program: int) -> int | None:
     """Collects dead descendants; the program's status if it is among them."""
     status = None
     while True:
@@ -71,7 +72,7 @@ def reap(program):
 asked = False  # to end, by a byte
 
 
-def heard():
+def heard() -> bytes | None:
     """What came on stdin: None if nothing, b"" once it is closed."""
     global asked
     if not select.select([0], [], [], 0)[0]:
@@ -81,7 +82,7 @@ def heard():
     return byte
 
 
-def end_descendants(program):
+def end_descendants(program: int) -> int | None:
     """SIGTERM, then SIGKILL after the grace period, until nothing is left; the program's status if it was still running."""
     status, deadline = None, time.monotonic() + GRACE
     signal_all(signal.SIGTERM)
@@ -94,7 +95,7 @@ def end_descendants(program):
     return last if status is None else status
 
 
-def main():
+def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -118,7 +119,7 @@ def main():
     sys.exit(143 if status is None else 128 - status if status < 0 else status)
 
 
-def prepare_program(watchdog):
+def prepare_program(watchdog: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != watchdog:  # killed before that call: no signal will come
         os._exit(1)

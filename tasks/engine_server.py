@@ -1,0 +1,204 @@
+"""The process of a vLLM server: started for one program, gone with it.
+
+vLLM lives in a runtime of its own (its versions and torch's exclude ours), so it is spoken to over HTTP on the loopback, with a
+key that only this program and its server know. It is started under `tuneline.watchdog`, whose stdin this program holds open:
+however the program ends, `kill -9` among the ways, the server and its workers are ended too.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuneline import watchdog
+from tuneline.errors import StageFailed
+
+POLL = 0.3  # seconds between questions whether it is up
+ENDING_SECONDS = 10  # a server whose worker has died takes a moment to end
+END_SECONDS = watchdog.GRACE + 10  # a killed process with a GPU takes seconds to go
+LAST_LINES, LINE_WIDTH, ERROR_LINES = 20, 300, 3  # of its log that are shown; from an error on
+NOT_FOR_IT = (
+    "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHASHSEED", "HF_TOKEN", "CUDA_VISIBLE_DEVICES",
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
+)  # fmt: skip
+"""Of our environment: what is meant for our Python, secrets, and what torchrun tells the processes of a training."""
+QUIET = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1",
+    "TQDM_DISABLE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+}  # fmt: skip
+OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "can't allocate memory", "No available memory for the cache", "is less than desired")
+
+_ERROR = re.compile(r" ERROR |^[A-Za-z_.]*(Error|Exception)\b")
+
+
+class Server:
+    """`arguments` are those of vLLM's server but for where it listens; `log` gets all it says; `gpus` are the devices
+    it sees, as CUDA_VISIBLE_DEVICES names them."""
+
+    def __init__(self, python: Path, arguments: Sequence[str], log: Path, gpus: Sequence[int | str] | None, timeout: float):
+        self.python, self.arguments, self.log, self.gpus, self.timeout = python, arguments, log, gpus, timeout
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port, self.key = 0, secrets.token_hex(16)
+
+    def start(self) -> None:
+        """Returns once it answers. Raises StageFailed with the end of its log where it does not come up."""
+        self.port = _free_port()
+        command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.arguments]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | {"VLLM_API_KEY": self.key}
+        if self.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", watchdog.__file__, *command],
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.log.parent,
+                start_new_session=True, bufsize=0,
+            )  # fmt: skip
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise self.ended("before it was ready")
+            try:
+                self._request("GET", "/v1/models", None)[0].close()
+                return
+            except OSError:
+                time.sleep(POLL)
+        message = f"vLLM was not ready after {self.timeout:.0f} s; the end of {self.log.name}:\n{self.tail()}"
+        raise StageFailed("transient", message, "give it longer with `resources: {engine: {start_timeout: ...}}`")
+
+    def stop(self) -> None:
+        """SIGTERM to all of its processes, SIGKILL after the watchdog's grace; returns when none is left."""
+        if self.process is None:  # it is another process's, or has been stopped
+            return
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(b"x")
+            self.process.wait(END_SECONDS)
+        except BrokenPipeError:  # it has ended by itself
+            self.process.wait()
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        finally:
+            self.process.stdin.close()
+            self.process = None
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
+        """The answer's text. Raises StageFailed(bug) with the server's words where it refuses."""
+        try:
+            connection, response = self._request(method, path, body)
+            try:
+                return response.read().decode()
+            finally:
+                connection.close()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error) from error
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a streamed answer, as they come. What it refuses, it does before the first; an error among them is its end."""
+        try:
+            connection, response = self._request("POST", path, body)
+            try:
+                for line in response:
+                    text = line.decode().removeprefix("data: ").strip()
+                    if text == "[DONE]":
+                        return
+                    if text:
+                        event = json.loads(text)
+                        if "error" in event:
+                            raise ConnectionError(event["error"]["message"])
+                        yield event
+            finally:
+                connection.close()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error) from error
+        raise self._broken(EOFError("the answer breaks off"))
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                words = _message(response.read().decode())
+                if response.status >= 500 and not self._healthy():
+                    raise ConnectionError(words)
+                raise StageFailed("bug", f"vLLM answers {method} {path} with {response.status}: {words}", f"the rest is in {self.log}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection, response
+
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        finally:
+            connection.close()
+
+    def _broken(self, error: Exception) -> StageFailed:
+        if self.process is not None:
+            try:
+                self.process.wait(ENDING_SECONDS)
+                return self.ended("in the middle of its work")
+            except subprocess.TimeoutExpired:
+                pass
+        message = f"vLLM broke off an answer ({error}); the end of {self.log.name}:\n{self.tail()}"
+        return StageFailed("transient", message, "the stage is tried again")
+
+    def ended(self, when: str) -> StageFailed:
+        """Why it ended, as far as its log tells."""
+        assert self.process is not None
+        status, said = self.process.returncode, self.log.read_text(encoding="utf-8", errors="replace")
+        message = f"vLLM ended with status {status} {when}; the end of {self.log.name}:\n{self.tail()}"
+        settings = "`resources: {engine: ...}`"
+        if any(words in said for words in OUT_OF_MEMORY) or status == 128 + signal.SIGKILL:
+            hint = f"lower `gpu_memory_utilization` (`cpu_memory` without a GPU) or `max_num_seqs` of {settings}"
+            return StageFailed("oom", message, hint)
+        if "address already in use" in said:
+            return StageFailed("transient", message, "another process took its port; the stage is tried again")
+        if when.startswith("before"):
+            hint = f"its log says why: a model that it does not serve, or a setting under {settings}"
+            return StageFailed("config", message, hint)
+        return StageFailed("transient", message, "the stage is tried again")
+
+    def tail(self) -> str:
+        """The end of its log, up to the last error and what it says: what libraries print as they go is of no use."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
+        end = errors[-1] + ERROR_LINES if errors else len(lines)
+        return "\n".join(line[:LINE_WIDTH] for line in lines[:end][-LAST_LINES:])
+
+
+def _message(answer: str) -> str:
+    try:
+        return str(json.loads(answer)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer[:500]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
