@@ -108,9 +108,8 @@ def main() -> None:
     vllm, transformers = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
     shape = f"{given.sequences} x {given.tokens} tokens"
     print(f"\nvLLM {vllm:.0f} tokens/s, transformers {transformers:.0f}: {vllm / transformers:.2f} times as many ({shape})")
-    print(
-        f"a sync takes {1000 * statistics.median(syncs):.0f} ms and {size / 1e6:.1f} MB, {size / whole:.1%} of the model's {whole / 1e6:.0f} MB"
-    )
+    sync_ms, part = 1000 * statistics.median(syncs), size / whole
+    print(f"a sync takes {sync_ms:.0f} ms and {size / 1e6:.1f} MB, {part:.1%} of the model's {whole / 1e6:.0f} MB")
     add_row(given.rows, f"rollouts, vLLM, {shape}", 1000 / vllm, "transformers", 1000 / transformers, "ms/token", 1.0)
     add_row(given.rows, "bytes of a sync, adapter alone", size / 1e6, "the whole model", whole / 1e6, "MB", 0.1)
 

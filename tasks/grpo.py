@@ -73,6 +73,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         if stage.uses_engine():
             from tasks.rollouts import start
 
+            os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # `rollout_func` may change with TRL's version, which the lock pins
             rollouts = stack.enter_context(start(request, stage, layers, longest, gpus, arguments, events))
         report = training.Report(events, shown, "reward")
         trainer = AdapterTrainer(

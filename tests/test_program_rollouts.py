@@ -1,0 +1,254 @@
+"""grpo with vLLM: the adapter that it serves is the trainer's at every step, and where it is not the stage ends.
+
+One server for most of them: a start takes half a minute, so the trainings borrow it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grpo_tools import SMALL, request_for, undecided
+from program_tools import ROOT, run_program
+from safetensors.torch import load_file, save_file
+
+from tasks import grpo, rollouts
+from tasks.engine import BASE, Engine
+from tasks.rollouts import MEMORY, folder_in_memory
+from tuneline.engines import CPU_RUNTIME, EngineSettings
+from tuneline.errors import StageFailed
+from tuneline.load import load
+from tuneline.protocol import Input, Request
+from tuneline.runtimes import find_runtime
+from tuneline.trainings import GrpoStage
+from tuneline.watchdog import descendants
+
+LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Input:
+    return undecided(tmp_path_factory.mktemp("pico") / "model", width=128)  # vLLM takes heads of 32 and more on a CPU
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    runtime = find_runtime(CPU_RUNTIME, load(ROOT / "pipelines.yaml").spec, ROOT)
+    assert runtime.ready, f"the runtime `{CPU_RUNTIME}` is not set up: run `tuneline setup {CPU_RUNTIME}`"
+    return runtime.python
+
+
+@pytest.fixture(scope="module")
+def server(base: Input, python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    settings = EngineSettings(enforce_eager=True, cpu_memory=0.25)
+    with Engine(python, base.path, settings, "float32", 4, 128, tmp_path_factory.mktemp("engine") / "engine.log", None, LAYERS) as engine:
+        yield engine
+
+
+@pytest.fixture
+def borrowed(server: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Trainings get this server in place of one of their own. Seeds must differ between tests: names of adapters are used once."""
+
+    class Borrowed:
+        def __init__(self, python: Path, model: Path, settings: EngineSettings, dtype: str, rank: int, longest: int, log: Path, *_: Any):
+            log.write_text("")
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(server, name)
+
+    monkeypatch.setattr(rollouts, "Engine", Borrowed)
+    yield server
+    for name in list(server._loaded):
+        server.unload(name)
+
+
+def with_vllm(folder: Path, base: Input, seed: int, **fields: Any) -> Request:
+    return request_for(folder, base, engine=Path("python"), seed=seed, rollouts={"engine": "vllm"}, **fields)
+
+
+def values(events: list[dict[str, Any]], name: str) -> list[float]:
+    return [event["value"] for event in events if event.get("name") == name]
+
+
+@pytest.mark.slow
+def test_every_step_samples_from_the_adapter_as_it_is(tmp_path: Path, base: Input, borrowed: Engine) -> None:
+    request = with_vllm(tmp_path, base, 1, max_steps=20, global_batch_size=16, num_generations=8)
+    result, events = run_program(request)
+    fresh, metrics = values(events, "freshness_max_logprob_diff"), result.metrics
+    assert len(fresh) == 20
+    assert 0 < max(fresh) == metrics["freshness_max_logprob_diff"] < 1e-3
+    reward = values(events, "reward")
+    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.15
+    assert metrics["sync_bytes"] == sum(tensor.nbytes for tensor in load_file(request.payload / "adapter_model.safetensors").values())
+    assert metrics["sync_bytes"] < 0.1 * result.info["model_bytes"]
+    assert borrowed._loaded == {name for name in borrowed._names if name.startswith("sync-20-step-19-")}
+    assert float(result.info["noise_floor"]) < 1e-3
+    assert not list(MEMORY.glob("tuneline-*"))
+    assert (request.meta / "engine.log").exists()
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[list[Weights]], Weights], sync: int) -> None:
+    """From a sync on, what the engine gets is not what is trained."""
+    seen: list[Weights] = []
+    save = rollouts.save_adapter
+
+    def save_another(model: Any, place: Path, source: Input) -> None:
+        save(model, place, source)
+        seen.append(load_file(place / "adapter_model.safetensors"))
+        if len(seen) >= sync:
+            save_file(wrong(seen), place / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(rollouts, "save_adapter", save_another)
+
+
+def nothing(seen: list[Weights]) -> Weights:
+    return {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in seen[-1].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learning_rate", [3e-3, 1e-5])
+def test_the_adapter_of_the_step_before_is_found_out(
+    tmp_path: Path, base: Input, borrowed: Engine, monkeypatch: pytest.MonkeyPatch, learning_rate: float
+) -> None:
+    plant(monkeypatch, lambda seen: seen[-2], 3)
+    request = with_vllm(
+        tmp_path, base, 2 if learning_rate == 1e-5 else 3, learning_rate=learning_rate, global_batch_size=16, num_generations=8, max_steps=8
+    )
+    with pytest.raises(StageFailed, match="vLLM samples from stale weights|vLLM does not sample from the trained weights") as caught:
+        run_program(request)
+    print(caught.value)
+    assert caught.value.failure_class == "bug"
+    if learning_rate == 1e-5:
+        assert "stale weights: at step 2 its log-probabilities are" in caught.value.message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learning_rate", [3e-3, 1e-4])
+def test_the_base_in_place_of_the_adapter_is_found_out(
+    tmp_path: Path, base: Input, borrowed: Engine, monkeypatch: pytest.MonkeyPatch, learning_rate: float
+) -> None:
+    plant(monkeypatch, nothing, 1)
+    request = with_vllm(
+        tmp_path, base, 4 if learning_rate == 1e-4 else 5, learning_rate=learning_rate, global_batch_size=16, num_generations=8, max_steps=8
+    )
+    with pytest.raises(StageFailed, match="vLLM samples from stale weights|vLLM does not sample from the trained weights"):
+        run_program(request)
+
+
+@pytest.mark.slow
+def test_another_name_in_the_reply_is_found_out(tmp_path: Path, base: Input, borrowed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = borrowed._server.stream
+    monkeypatch.setattr(borrowed._server, "stream", lambda path, body: ({**event, "model": BASE} for event in stream(path, body)))
+    with pytest.raises(StageFailed, match="vLLM answered with the model base, asked for sync-1-step-0-"):
+        run_program(with_vllm(tmp_path, base, 6))
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, base: Input, python: Path) -> None:
+    fields = {"max_steps": 6, "resources": {"checkpoint_steps": 2, "engine": {"enforce_eager": True, "cpu_memory": 0.25}}}
+    request = request_for(tmp_path, base, engine=python, rollouts={"engine": "vllm"}, **fields)
+    request.write(request.work / "request.json")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-m", "tasks", str(request.work / "request.json")]
+    process = subprocess.Popen(command, cwd=request.work, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (request.work / "checkpoints" / "checkpoint-2" / "complete").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    servers = descendants(process.pid)
+    assert servers
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(
+        Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" for pid in servers
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    left = list(MEMORY.glob("tuneline-000000000000-*"))
+    assert left  # in memory, until the next training
+    done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming from checkpoint-" in done.stdout
+    assert not any(folder.exists() for folder in left)
+    result = json.loads((request.work / "result.json").read_text())
+    assert result["metrics"]["steps"] == 6
+    assert result["metrics"]["freshness_max_logprob_diff"] < 1e-3
+    config = json.loads((request.payload / "adapter_config.json").read_text())
+    assert config["r"] == 4
+    kept = [json.loads(line)["step"] for line in (request.meta / "rollouts.jsonl").read_text().splitlines()]
+    assert kept == [step for step in range(6) for _ in range(8)]
+
+
+# --- without a server -------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_does_not_come_up_shows_the_end_of_its_log(tmp_path: Path, base: Input) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no such device >&2\nexit 3\n")
+    broken.chmod(0o755)
+    request = request_for(tmp_path / "stage", base, engine=broken, rollouts={"engine": "vllm"})
+    with pytest.raises(
+        StageFailed, match=r"vLLM ended with status 3 before it was ready; the end of engine.log:\nno such device"
+    ) as caught:
+        run_program(request)
+    assert caught.value.failure_class == "config"
+    assert not list(MEMORY.glob("tuneline-000000000000-*"))
+
+
+def test_the_memory_of_a_living_training_is_left_alone() -> None:
+    with folder_in_memory("a" * 64) as one:
+        with folder_in_memory("b" * 64) as other:
+            assert one.is_dir()
+            assert other.is_dir()
+        assert one.is_dir()
+        assert not other.exists()
+    assert not one.exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "seen", "training", "sampling"),
+    [
+        (0, None, "", "", None), (1, {}, "3", "3", ["3"]), (2, {"gpus": 1}, "4,6", "4", ["6"]), (4, {"gpus": 2}, "0,1,2,3", "0,1", ["2", "3"]),
+    ],
+)  # fmt: skip
+def test_devices_are_split(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, engine: dict[str, Any] | None, seen: str, training: str, sampling: list[str] | None
+) -> None:
+    resources = {"gpus": gpus, "engine": engine}
+    stage = GrpoStage.model_validate({**SMALL, "rollouts": {"engine": "vllm"}, "resources": resources})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert grpo.split_devices(stage) == sampling
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == training
+
+
+@pytest.fixture(autouse=True)
+def room(tmp_path: Path) -> Iterator[None]:
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
