@@ -60,7 +60,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     tokenizer = load_tokenizer(earlier or base)
     rows = read_split(request.inputs["dataset"].path, "train")
     check_rows(rewards, rows)
-    prompts = tokenized(rows, tokenizer)
+    rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 
     model = load_model(base, compute_dtype(stage.dtype))
@@ -73,7 +73,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         if stage.uses_engine():
             from tasks.rollouts import start
 
-            rollouts = stack.enter_context(start(request, stage, longest, gpus, arguments, events))
+            rollouts = stack.enter_context(start(request, stage, layers, longest, gpus, arguments, events))
         report = training.Report(events, shown, "reward")
         trainer = AdapterTrainer(
             model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
@@ -154,12 +154,17 @@ def split_devices(stage: GrpoStage) -> list[str] | None:
     return devices[-own:]
 
 
-def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Token ids of each row's prompt by its text, in the order of the rows."""
+def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, events: Events) -> tuple[list[Row], dict[str, list[int]]]:
+    """The rows to ask, and token ids of each one's prompt by its text. Rows of one prompt would be one group: the first is asked."""
     plain = [row.id for row in rows if row.messages is None and row.prompt is None]
     if plain:
         raise StageFailed("data", f"{len(plain)} of {len(rows)} train rows have no prompt, only text: row {plain[0]}, say", "give them one")
-    return {prompt_text(row, tokenizer): prompt_ids(row, tokenizer) for row in rows}
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(prompt_text(row, tokenizer), row)
+    if len(first) < len(rows):
+        events.warning(f"{len(rows) - len(first)} of {len(rows)} train rows ask what another one asks, and are left out")
+    return list(first.values()), {text: prompt_ids(row, tokenizer) for text, row in first.items()}
 
 
 def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -171,10 +176,10 @@ def as_dataset(rows: list[Row], prompts: dict[str, list[int]]) -> Dataset:
     """What rewards get: a row's columns beside its prompt. `extra` is JSON, because rows differ in what it holds."""
     from datasets import Dataset
 
-    texts = list(prompts)
-    assert len(texts) == len(rows), "rows of one prompt are one group, and a dataset holds no duplicates"
     extra = [json.dumps(row.extra, sort_keys=True) for row in rows]
-    return Dataset.from_dict({"prompt": texts, "id": [row.id for row in rows], "answer": [row.reference() for row in rows], "extra": extra})
+    return Dataset.from_dict(
+        {"prompt": list(prompts), "id": [row.id for row in rows], "answer": [row.reference() for row in rows], "extra": extra}
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def required_columns(function: Callable[..., Any]) -> list[str]:
 
 def load_module(file: Path) -> ModuleType:
     """Runs the file as a module of its own. Not by an importer: that would write a cache beside the file, and read a stale one."""
-    module = ModuleType(f"reward file {file.name}")  # no import statement can name it
+    module = ModuleType(f"reward file {file}")  # no import statement can name it
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # where dataclasses look names up
     try:

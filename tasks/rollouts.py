@@ -51,15 +51,18 @@ class Floor:
 
 
 @contextmanager
-def start(request: Request, stage: GrpoStage, longest: int, gpus: list[str] | None, arguments: Any, events: Events) -> Iterator[Rollouts]:
-    """Brings the engine up for this training, once for all of its processes, and ends it after it."""
+def start(
+    request: Request, stage: GrpoStage, layers: set[str], longest: int, gpus: list[str] | None, arguments: Any, events: Events
+) -> Iterator[Rollouts]:
+    """Brings the engine up for this training, once for all of its processes, and ends it after it. `layers` get an adapter."""
     from accelerate.utils import broadcast_object_list
 
     assert request.engine is not None
     settings = stage.resources.engine or EngineSettings()
     dtype = compute_dtype(stage.dtype)
     model, name = model_folder(request.inputs["model"].path), str(dtype).removeprefix("torch.")
-    engine = Engine(request.engine, model, settings, name, stage.lora.r, longest, request.work / "engine.log", gpus)
+    modules = {layer.rsplit(".", 1)[-1] for layer in layers}
+    engine = Engine(request.engine, model, settings, name, stage.lora.r, longest, request.work / "engine.log", gpus, modules)
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:
         try:
@@ -68,8 +71,9 @@ def start(request: Request, stage: GrpoStage, longest: int, gpus: list[str] | No
                 print(f"starting vLLM: its log is {request.work / 'engine.log'}", flush=True)
                 engine.__enter__()
                 print(f"vLLM is ready after {time.monotonic() - began:.0f} s", flush=True)
-            if arguments.world_size > 1:
-                engine.join(broadcast_object_list([engine.address if first else None])[0])
+            (address,) = broadcast_object_list([engine.address if first else None])
+            if not first:
+                engine.join(address)
             yield Rollouts(request, stage, engine, folder, dtype, events)
         finally:
             if first:

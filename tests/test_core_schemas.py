@@ -68,7 +68,7 @@ def test_the_key_document_of_every_kind_is_as_it_was() -> None:
 
 def test_the_shipped_pipelines_hang_together_as_they_did() -> None:
     spec = load(ROOT / "pipelines.yaml").spec
-    assert list(spec.pipelines) == ["demo", "code-lora", "lora-sft"]
+    assert list(spec.pipelines) == ["demo", "code-lora", "grpo-demo", "grpo", "lora-sft"]
     assert in_order(spec.pipelines["lora-sft"]) == ["base", "rows", "sft", "eval-base", "eval-sft", "merged", "gptq", "eval-gptq", "gate"]
     slots = {name: input_slots(stage) for name, stage in spec.pipelines["demo"].stages.items()}
     assert slots["sft"] == {"model": "base", "dataset": "bookings"}

@@ -188,6 +188,18 @@ def test_what_would_be_silently_wrong_is_stopped(base: Input, tmp_path: Path) ->
     fails(request_for(tmp_path / "f", base.model_copy(update={"path": broken}), CHATS), "bug", "not finite")
 
 
+def test_prompts_without_completions_are_asked_and_have_no_bits(base: Input, tmp_path: Path) -> None:
+    rows = [Row("sources.0", messages=({"role": "user", "content": f"{i}?"},), answer=str(i), id=f"m{i}", group=f"m{i}") for i in range(2)]
+    rows += [Row("sources.0", prompt=f"{i} + {i} = ", answer=str(2 * i), id=f"p{i}", group=f"p{i}") for i in range(2)]
+    request = request_for(tmp_path, base, rows, max_new_tokens=4)
+    result, _ = run_program(request)
+    assert result.metrics.keys() >= {"dataset0/exact_match", "dataset0/answer_recall"}
+    assert "dataset0/bits_per_byte" not in result.metrics
+    assert [sample["answer"] for sample in samples(request)][:2] == [
+        greedy(AutoModelForCausalLM.from_pretrained(base.path), row, 4) for row in rows[:2]
+    ]
+
+
 def test_rows_without_a_reference_are_counted_out(base: Input, tmp_path: Path) -> None:
     silent = Row(source="s", messages=({"role": "user", "content": "Well?"},), id="silent")
     request = request_for(tmp_path, base, [CHATS[0], silent])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,12 @@ def test_rewards_that_are_all_the_same_teach_nothing(tmp_path: Path, base: Input
     ) as caught:
         run_program(request_for(tmp_path, base, rows=rows))
     assert caught.value.failure_class == "data"
+
+
+def test_a_prompt_that_is_there_twice_is_asked_once(tmp_path: Path, base: Input) -> None:
+    rows = [*ROWS, replace(ROWS[0], id="again", answer="It is 2.")]
+    _, events = run_program(request_for(tmp_path, base, rows=rows, max_steps=1))
+    assert "1 of 9 train rows ask what another one asks, and are left out" in [event.get("message") for event in events]
 
 
 def test_fewer_prompts_than_a_step_takes(tmp_path: Path, base: Input) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program_tools import ROOT, make_request, run_program
+from pico import save_pico
+from program_tools import ROOT, make_request, run_process, run_program
 from pydantic import TypeAdapter
 
 from tasks import sandbox
 from tasks.rewards import RewardFunction, check_rows, reward_functions
-from tasks.rows import Row, read_split
+from tasks.rows import SPLITS, Row, read_split, write_rows
 from tuneline.errors import StageFailed
+from tuneline.protocol import Input
 from tuneline.rewards import Reward
 
 REWARDS: TypeAdapter[tuple[Any, ...]] = TypeAdapter(tuple[Reward, ...])
@@ -412,3 +414,46 @@ def test_the_example_of_the_docs_page_works(tmp_path: Path) -> None:
     text = page.split("```python\n")[1].split("```")[0]
     (reward,) = make({"file": "rewards/mine.py", "function": "brevity"}, file=user_file(tmp_path, text))
     assert call(reward, ["4", "It is 4", "5", ""], "4") == [1.0, pytest.approx(1 / 3), 0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_a_training_calls_them_and_a_bad_value_ends_it_with_the_sample(tmp_path: Path) -> None:
+    text = '''
+calls = 0
+
+def brevity(prompts, completions, level, **columns):
+    """The second time, one number is missing."""
+    global calls
+    calls += 1
+    assert sorted(columns) == ["answer", "id"] and level == [1] * 8, (columns, level)
+    return [1 / (1 + len(completion)) for completion in completions][: 8 if calls < LAST else 7]
+'''
+    base = Input(path=save_pico(tmp_path / "model"), digest="b" * 64, type="Model")
+    rows = [
+        Row("s", messages=({"role": "user", "content": f"{i} + {i}?"},), answer=str(2 * i), extra={"level": 1}, id=f"row{i}")
+        for i in range(4)
+    ]
+    (tmp_path / "data").mkdir()
+    for split in SPLITS:
+        write_rows(rows if split == "train" else [], tmp_path / "data" / f"{split}.parquet")
+    inputs = {"model": base, "dataset": Input(path=tmp_path / "data", digest="d" * 64, type="Dataset")}
+    rewards = [{"type": "math_equal"}, {"file": "mine.py", "function": "brevity"}]
+    config = {"kind": "grpo", "model": "base", "dataset": "data", "rewards": rewards, "max_steps": 2, "max_completion_length": 4}
+    config |= {"global_batch_size": 8, "num_generations": 4, "lora": {"r": 4, "lora_alpha": 8}}
+    file = user_file(tmp_path, text.replace("LAST", "99"))
+    good = make_request(tmp_path / "good", config, inputs, files={"rewards.1.file": [file]})
+    done = run_process(good)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((good.work / "result.json").read_text())["metrics"]
+    assert {"reward/math_equal", "reward/brevity"} <= metrics.keys()
+    assert 0 < metrics["reward/brevity"] < 1
+
+    file = user_file(tmp_path, text.replace("LAST", "2"))
+    bad = make_request(tmp_path / "bad", config, inputs, files={"rewards.1.file": [file]})
+    assert run_process(bad).returncode == 1
+    failure = json.loads((bad.work / "failure.json").read_text())
+    assert failure["class"] == "data"
+    assert failure["message"].startswith(
+        "reward `brevity` gave a list of 7, allowed a list of 8 numbers, one for each completion, the first of row row"
+    )
+    assert "\n  prompt: '" in failure["message"]

@@ -23,7 +23,8 @@ def _opened(node: Any) -> Any:
         return [_opened(item) for item in node]
     if not isinstance(node, dict) or "const" in node:  # a constant decides what the other fields are
         return node
-    if node.get("type") in ("integer", "number", "boolean") or "enum" in node or "pattern" in node:
+    has_form = isinstance(node.get("pattern"), str)  # among properties it is a field of that name
+    if node.get("type") in ("integer", "number", "boolean") or "enum" in node or has_form:
         told = {name: node[name] for name in ANNOTATIONS if name in node}
         return {**told, "anyOf": [{name: value for name, value in node.items() if name not in told}, VARIABLE]}
     return {name: value if name in ("propertyNames", "default") else _opened(value) for name, value in node.items()}

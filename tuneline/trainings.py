@@ -181,6 +181,12 @@ class GrpoStage(Training):
         if self.global_batch_size % self.num_generations:
             found = f"found {self.global_batch_size}, allowed multiples of num_generations, {self.num_generations}"
             yield Finding("global_batch_size", found, "a step samples whole groups of completions for the same prompt")
+        if self.lora.lora_dropout:
+            found = f"found {self.lora.lora_dropout}, allowed 0: completions would be sampled from another model than is trained"
+            yield Finding("lora.lora_dropout", found, "leave it out")
+        if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
+            found = f"found {self.loss_type} with importance_sampling_level: sequence, allowed grpo"
+            yield Finding("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
         if not self.uses_engine():
             return
         # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
