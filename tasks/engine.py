@@ -32,6 +32,7 @@ BASE = "base"  # the model itself, among the names of adapters
 ADAPTERS = 2  # at the same time: a new one is loaded before the old one is dropped
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its kernels are built for (`MaxLoRARanks` in vllm/config/lora.py)
 OUTPUT = "lm_head"
+CPU_BATCH = 2048  # tokens of prompts that are computed together
 TOKENS_A_CHUNK = 16  # between two words of progress: each costs a message
 
 
@@ -74,9 +75,12 @@ class Engine:
         }  # fmt: skip
         if gpus is None:
             arguments["kv-cache-memory-bytes"] = int(settings.cpu_memory * 2**30)
+            arguments["max-num-batched-tokens"] = max(self.max_model_len, CPU_BATCH)
         else:
             arguments |= {"gpu-memory-utilization": settings.gpu_memory_utilization, "tensor-parallel-size": len(gpus)}
         switches = ["disable-uvicorn-access-log", "disable-log-stats", "disable-fastapi-docs"]
+        if gpus is None:  # with a prompt cut in two, a request's own seed ends vLLM 0.32 on a CPU ("Generator does not use offset")
+            switches.append("no-enable-chunked-prefill")
         if settings.enforce_eager:
             switches.append("enforce-eager")
         if lora_rank is not None:

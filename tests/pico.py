@@ -1,6 +1,6 @@
 """Pico models for the tests: two layers, 64 wide, with SmolLM2's real tokenizer and template. Needs the torch runtime.
 
-Also a program of its own (`python tests/pico.py FOLDER`), for tests that run under the orchestrator's Python.
+Also a program of its own (`python tests/pico.py FOLDER [WIDTH]`), for tests that run under the orchestrator's Python.
 """
 
 from __future__ import annotations
@@ -70,4 +70,4 @@ def teach(folder: Path, conversations: list[list[dict[str, Any]]], steps: int = 
 
 
 if __name__ == "__main__":
-    save_pico(Path(sys.argv[1]))
+    save_pico(Path(sys.argv[1]), width=int(sys.argv[2]) if len(sys.argv) > 2 else 64)

@@ -131,6 +131,12 @@ def test_the_adapter_that_is_asked_for_answers(engine: Engine, model: Path, adap
     engine.unload("fourth")
 
 
+def test_more_prompts_than_fit_a_batch_with_a_seed_each(engine: Engine) -> None:
+    prompts = [[3 + (i + k) % 100 for k in range(100)] for i in range(40)]  # 4,000 tokens, of which it computes 2,048 together
+    completions = engine.generate(prompts, model=BASE, max_tokens=4, temperature=1.0, seed=7)
+    assert all(completion.ids for completion in completions)
+
+
 def test_an_adapter_of_layers_that_it_was_not_told_of_is_refused(engine: Engine, model: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(tmp_path, save_embedding_layers=False)
