@@ -149,8 +149,8 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
             run.reporter.progress(name, event)
 
     launcher = ["-m", "tasks"]
-    if stage.resources.world_size > 1:  # only a training may have several, says the loader
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.resources.world_size}", *launcher]
+    if stage.world_size() > 1:  # only a training may have several, says the loader
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.world_size()}", *launcher]
     command = [str(runtime.python), *launcher, str(request.work / "request.json")]
     try:
         environment, locks = _environment(request.work, taken.gpus), (held, *taken.descriptors)

@@ -68,6 +68,28 @@ def first_question(benchmarks: Any, tokenizer: PreTrainedTokenizerBase) -> list[
     return list(tokenizer(json.dumps(task.eval_docs[0], default=str))["input_ids"])
 
 
+def longest_of_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: LanguageModel) -> int:
+    """Tokens of the longest request: a question with its answer, or a scored sequence with what stands before and after it."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    lengths = []
+    for task in loaded["tasks"].values():
+        task.build_all_requests(
+            limit=stage.limit,
+            apply_chat_template=stage.apply_chat_template,
+            fewshot_as_multiturn=stage.apply_chat_template,
+            chat_template=lm.apply_chat_template if stage.apply_chat_template else None,
+        )
+        for instance in task.instances:
+            if instance.request_type == "generate_until":
+                text, options = instance.args
+                lengths.append(len(lm.tok_encode(text)) + normalize_gen_kwargs(options, lm.max_gen_toks)["max_gen_toks"])
+            else:
+                lengths.append(len(lm.tok_encode("".join(instance.args))) + 2)
+        task.set_fewshot_seed(seed=seed)  # they are built again when they are asked, with the same examples
+    return max(lengths)
+
+
 def run_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: LanguageModel, report: Report, events: Events) -> None:
     from lm_eval.evaluator import evaluate
     from transformers import set_seed

@@ -119,7 +119,7 @@ class Engine:
             hint = f"each adapter needs a name of its own, and at most {ADAPTERS} are loaded at once"
             raise StageFailed("bug", f"cannot load the adapter {name} beside {sorted(self._loaded)}", hint)
         self._names.add(name)
-        if self._modules is not None and (more := _modules_of(folder) - self._modules):
+        if self._modules is not None and (more := modules_of(folder) - self._modules):
             raise StageFailed("bug", f"the adapter {name} has weights for {', '.join(sorted(more))}, which the engine was not told of")
         self._server.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         self._loaded.add(name)
@@ -138,16 +138,25 @@ class Engine:
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         stop_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
         done: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """One completion for each prompt, in order. A single `seed` is the first prompt's, the next one's is one more: the same
-        prompt asked twice gets two answers. Temperature 0 is greedy. It ends at the model's own end tokens and `stop_token_ids`.
+        prompt asked twice gets two answers. Temperature 0 is greedy. It ends at the model's own end tokens and `stop_token_ids`,
+        and with the token that completes one of the texts `stop`.
 
         `done` hears how many completions are finished and how many tokens there are, from one thread at a time. The same seeds
         give the same tokens as far as batches do: which prompts are computed together moves the last bits of the logits.
         """
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
-        options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop_token_ids": list(stop_token_ids)}
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop_token_ids": list(stop_token_ids),
+        }
+        if stop:
+            options["stop"] = list(stop)
         progress = _Progress(done)
         if (longest := max(map(len, prompts), default=0) + max_tokens) > self.max_model_len:  # vLLM would give fewer tokens without a word
             message = f"a prompt and its {max_tokens} tokens are {longest}, but the engine was started for {self.max_model_len}"
@@ -216,7 +225,7 @@ class _Progress:
                 self.done(self.finished, self.tokens)
 
 
-def _modules_of(adapter: Path) -> set[str]:
+def modules_of(adapter: Path) -> set[str]:
     """`q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, and its like."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
         return {name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")[2] for name in tensors.keys()}

@@ -1,8 +1,9 @@
 """Scores a model, or an adapter on its base: the test splits of datasets, and lm-eval's benchmarks by name.
 
-lm-eval does the scoring of both: `tasks.harness` is its Hugging Face model. A dataset's rows are asked as they were trained
-on: the prompt through the template saved on the trained side, checked token by token against `tasks.masks`. An adapter that
-changes nothing or is read in part, or another template than the one that was trained with, ends the stage.
+lm-eval does the scoring of both: `tasks.harness` is its Hugging Face model, `tasks.harness_vllm` the same with vLLM behind it. A
+dataset's rows are asked as they were trained on: the prompt through the template saved on the trained side, checked token by
+token against `tasks.masks`. An adapter that changes nothing or is read in part, or another template than the one that was
+trained with, ends the stage.
 
 Left out: benchmarks that run code the model writes, but for human_eval, images and sound, several processes.
 """
@@ -13,10 +14,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tasks.benchmarks import first_question, load_benchmarks, run_benchmarks
+from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchmarks, run_benchmarks
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import compute_dtype, load_model, load_tokenizer
@@ -41,20 +43,32 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     tokenizer = load_tokenizer(source)
     datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
     benchmarks = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else None
-
-    from tasks.harness import LanguageModel
-
-    model = load_model(source, compute_dtype("auto"))
-    lm = LanguageModel(model, tokenizer, stage.micro_batch_size(), events)
-    check_logits(lm.model, model, first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer), source)
-    if stage.benchmarks and stage.apply_chat_template:
-        check_rendering(lm, tokenizer)
+    prompt = first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer)
 
     report = Report()
-    for i, rows in enumerate(datasets):
-        score_dataset(f"dataset{i}", rows, stage, lm, report, events)
-    if benchmarks:
-        run_benchmarks(benchmarks, stage, request.seed, lm, report, events)
+    with ExitStack() as stack:
+        lm: LanguageModel
+        if stage.uses_engine():
+            from tasks.harness_vllm import EngineModel
+
+            lm = EngineModel(source, tokenizer, request.seed, events)
+            lengths = [longest_request(rows, stage, lm) for rows in datasets]
+            lengths += [longest_of_benchmarks(benchmarks, stage, request.seed, lm)] if benchmarks else []
+            stack.enter_context(lm.serve(request, stage, max(lengths)))
+            lm.check(prompt)
+        else:
+            from tasks.harness import LanguageModel
+
+            model, batch = load_model(source, compute_dtype("auto")), stage.micro_batch_size()
+            assert batch is not None
+            lm = LanguageModel(model, tokenizer, batch, events)
+            check_logits(lm.model, model, prompt, source)
+        if stage.benchmarks and stage.apply_chat_template:
+            check_rendering(lm, tokenizer)
+        for i, rows in enumerate(datasets):
+            score_dataset(f"dataset{i}", rows, stage, lm, report, events)
+        if benchmarks:
+            run_benchmarks(benchmarks, stage, request.seed, lm, report, events)
     write(request, report)
     for sample in report.samples[:SHOWN]:
         events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
@@ -175,6 +189,15 @@ def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[fl
     The tokens are those that training counts, less the end of turn, which is no part of the bytes. Text that is longer than
     the model's context is scored in windows, as lm-eval does.
     """
+    requests, owners, sizes = to_score(rows, lm)
+    bits = dict.fromkeys(sizes, 0.0)
+    for i, (log_probability, _) in zip(owners, lm._loglikelihood_tokens(requests) if requests else [], strict=True):
+        bits[i] -= log_probability / math.log(2)
+    return {i: (bits[i], sizes[i]) for i in sizes}
+
+
+def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, list[int], list[int]]], list[int], dict[int, int]]:
+    """Requests of lm-eval's (with contexts and continuations as token ids), the row of each, and bytes by row."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     requests: list[tuple[None, list[int], list[int]]] = []
@@ -197,10 +220,13 @@ def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[fl
         requests += [(None, context, continuation) for context, continuation in windows]
         owners += [i] * len(windows)
         sizes[i] = len(text.encode())
-    bits = dict.fromkeys(sizes, 0.0)
-    for i, (log_probability, _) in zip(owners, lm._loglikelihood_tokens(requests) if requests else [], strict=True):
-        bits[i] -= log_probability / math.log(2)
-    return {i: (bits[i], sizes[i]) for i in sizes}
+    return requests, owners, sizes
+
+
+def longest_request(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> int:
+    """Tokens of the longest prompt with its answer, or of the longest scored sequence with the token that vLLM samples after it."""
+    asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if row.reference() is not None]
+    return max(asked + [len(context) + len(continuation) + 1 for _, context, continuation in to_score(rows, lm)[0]], default=0)
 
 
 def completion(row: Row) -> str | None:

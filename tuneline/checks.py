@@ -138,10 +138,12 @@ class Checks:
                 self._reference((*here, *keys_of(field)), name, reference, target, raw, stages)
             self._paths(here, stage)
             self._held_out(here, stage, stages)
+            if isinstance(stage, EvaluateStage) and stage.uses_engine():
+                self._served(here, stage, stages)
             if isinstance(stage, Training):
                 self._same_base(here, stage, stages)
-            elif isinstance(stage, ProgramStage) and stage.resources.world_size > 1:
-                found = f"found {stage.resources.world_size} processes for {stage.kind}, allowed one"
+            elif isinstance(stage, ProgramStage) and stage.world_size() > 1:
+                found = f"found {stage.world_size()} processes for {stage.kind}, allowed one"
                 self.problem((*here, "resources"), found, "only trainings run in several processes: write `gpus: 1`")
             if isinstance(stage, GateStage):
                 self._metrics(here, stage, stages)
@@ -182,6 +184,18 @@ class Checks:
             if isinstance(dataset, DatasetStage) and getattr(dataset.split, split) == 0:
                 found = f"found `{name}`, which holds no rows out for {split}"
                 self.problem((*here, *keys_of(field)), found, f"`split: {{{split}: 0.05}}` in `{name}`")
+
+    def _served(self, here: Keys, stage: EvaluateStage, stages: Mapping[str, Stage]) -> None:
+        """vLLM takes what is evaluated (vllm/model_executor/layers/quantization/auto_gptq.py)."""
+        scored, problem = stages.get(stage.model), None
+        if isinstance(scored, QuantizeStage) and not stage.resources.gpus:
+            problem = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
+        elif isinstance(scored, QuantizeStage) and (scored.bits not in (4, 8) or not scored.sym):
+            problem = f"bits {scored.bits} and sym {str(scored.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
+        elif isinstance(scored, Training):
+            problem = scored.lora.unserved()
+        if problem:
+            self.problem((*here, "model"), f"found `{stage.model}` with {problem}", "set `backend: transformers`")
 
     def _same_base(self, here: Keys, stage: Training, stages: Mapping[str, Stage]) -> None:
         other = stages.get(stage.adapter or "")

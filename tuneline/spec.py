@@ -138,13 +138,31 @@ class EvaluateStage(ProgramStage):
     """Longest answer to a dataset's prompt."""
     allow_code_execution: bool = False
     """Lets a benchmark run the code that the model writes, in a sandbox: `human_eval` needs it."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What computes: the model itself, or vLLM, a server in a runtime of its own that gets all of the stage's GPUs.
+    It is meant for many rows on GPUs, and rounds otherwise: compare figures of one backend."""
 
     gives: ClassVar[ArtifactType] = "Report"
 
-    def micro_batch_size(self) -> int:
-        return self.resources.micro_batch_size or 16
+    def uses_engine(self) -> bool:
+        return self.backend == "vllm"
+
+    def world_size(self) -> int:
+        """One: with vLLM the GPUs are its server's, however many there are."""
+        return self.resources.processes or 1 if self.uses_engine() else self.resources.world_size
+
+    def micro_batch_size(self) -> int | None:
+        """vLLM makes its batches by itself."""
+        return None if self.uses_engine() else self.resources.micro_batch_size or 16
 
     def findings(self) -> Iterator[Finding]:
+        engine = self.resources.engine
+        if self.uses_engine() and engine is not None and engine.gpus not in (0, self.resources.gpus):
+            found = f"found {engine.gpus}, allowed resources.gpus, {self.resources.gpus}: all of them are the engine's"
+            yield Finding("resources.engine.gpus", found, "leave it out")
+        if self.uses_engine() and self.resources.micro_batch_size is not None:
+            hint = "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time"
+            yield Finding("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
         if not self.datasets and not self.benchmarks:
             yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
         if "human_eval" in self.benchmarks and not self.allow_code_execution:

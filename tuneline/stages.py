@@ -103,6 +103,10 @@ class ProgramStage(Stage):
         engine = self.engine_runtime()
         return [self.runtime, engine] if engine else [self.runtime]
 
+    def world_size(self) -> int:
+        """Processes that it runs in."""
+        return self.resources.world_size
+
     def micro_batch_size(self) -> int | None:
         """Rows a device takes at once; None for a kind that does not work in batches."""
         return self.resources.micro_batch_size

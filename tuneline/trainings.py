@@ -30,6 +30,12 @@ class Lora(Strict):
     use_dora: bool = False
     """Weight-decomposed adapters (arXiv:2402.09353): often better, slower."""
 
+    def unserved(self) -> str | None:
+        """What of it vLLM's kernels do not know: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
+        if self.use_dora:
+            return "DoRA, which vLLM does not serve"
+        return f"rank {self.r}, where vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
+
 
 class EarlyStopping(Strict):
     patience: int = Field(3, ge=1)
