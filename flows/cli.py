@@ -91,7 +91,7 @@ def init() -> None:
 @click.argument("names", nargs=-1, metavar="[RUNTIME]...")
 @file_option
 def setup(names: tuple[str, ...], file: Path) -> None:
-    """Builds the Python environments that the pipelines run in, or those named."""
+    """Builds the Python environments that the pipelines run in, or those named. vLLM's, of gigabytes, must be named."""
     from flows.setup import build
     from tuneline.load import BUILT_IN_RUNTIMES
     from tuneline.messages import nearest
@@ -100,7 +100,7 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 
     loaded = load(file)
     stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]
-    used = sorted({name for stage in stages if isinstance(stage, ProgramStage) for name in stage.runtimes()})
+    used = sorted({stage.runtime for stage in stages if isinstance(stage, ProgramStage)})
     known = sorted({*BUILT_IN_RUNTIMES, *loaded.spec.runtimes})
     for name in names:
         if name not in known:

@@ -120,14 +120,14 @@ def test_moved_code_without_a_word_is_noticed(tmp_path: Path) -> None:
 
     for name in ("infra", "tasks", "tuneline"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.gguf", "__pycache__"))
-    scoring = tmp_path / "tasks" / "scoring.py"
+    harness = tmp_path / "tasks" / "harness.py"
 
     def check(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, tmp_path / "infra" / "program_versions.py", *arguments], capture_output=True, text=True)
 
-    scoring.write_text(scoring.read_text() + "\n# a comment is no code\n")
+    harness.write_text(harness.read_text() + "\n# a comment is no code\n")
     assert check("--check").returncode == 0
-    scoring.write_text(scoring.read_text() + "\nMORE = 1\n")
+    harness.write_text(harness.read_text() + "\nMORE = 1\n")
     moved = check("--check")
     assert moved.returncode == 1
     assert "the code of `evaluate` has changed" in moved.stdout

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from grpo_tools import ROWS, question, request_for, undecided
-from program_tools import payload_digest, run_process, run_program
+from program_tools import ROOT, payload_digest, run_process, run_program
 from safetensors.torch import load_file
 
 from tasks import grpo
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request
+from tuneline.protocol import Events, Input, Request, Result
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,6 +156,23 @@ def test_the_micro_batch_changes_nothing(tmp_path: Path, base: Input) -> None:
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-3
     completions = [[line["completion"] for line in lines(request.meta / "rollouts.jsonl")[:8]] for request in requests]
     assert completions[0] == completions[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter(tmp_path: Path, base: Input) -> None:
+    """Each samples its share, so the completions are others than one process's; a step has as many, and both end with one adapter."""
+    request = request_for(tmp_path, base, max_steps=3, resources={"processes": 2, "micro_batch_size": 2})
+    request.write(request.work / "request.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tasks", str(request.work / "request.json")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Result.read(request.work / "result.json").metrics["steps"] == 3
+    kept = lines(request.meta / "rollouts.jsonl")
+    assert [line["step"] for line in kept] == [step for step in range(3) for _ in range(8)]
+    for step in range(3):  # both processes' groups are whole
+        prompts = [line["prompt"] for line in kept if line["step"] == step]
+        assert {prompts.count(prompt) for prompt in prompts} == {4}
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

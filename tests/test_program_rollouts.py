@@ -206,6 +206,25 @@ def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, ba
     assert kept == [step for step in range(6) for _ in range(8)]
 
 
+@pytest.mark.slow
+def test_two_processes_share_one_engine(tmp_path: Path, base: Input, python: Path) -> None:
+    resources = {"processes": 2, "micro_batch_size": 2, "engine": {"enforce_eager": True, "cpu_memory": 0.25}}
+    request = request_for(tmp_path, base, engine=python, rollouts={"engine": "vllm"}, max_steps=3, resources=resources)
+    request.write(request.work / "request.json")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tasks", str(request.work / "request.json")]
+    done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("starting vLLM") == 1
+    metrics = json.loads((request.work / "result.json").read_text())["metrics"]
+    assert metrics["steps"] == 3
+    assert metrics["freshness_max_logprob_diff"] < 1e-3
+    kept = [json.loads(line) for line in (request.meta / "rollouts.jsonl").read_text().splitlines()]
+    for step in range(3):  # seeds differ between processes: whole groups, no completion twice for one reason
+        prompts = [line["prompt"] for line in kept if line["step"] == step]
+        assert {prompts.count(prompt) for prompt in prompts} == {4}
+
+
 # --- without a server -------------------------------------------------------------------------------------------------
 
 
