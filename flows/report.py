@@ -124,7 +124,7 @@ def rollouts(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
     shown = []
     for step in ends:
         ranked = sorted((line for line in kept if line["step"] == step), key=lambda line: -line["reward"])
-        shown.append((f"step {step + 1}", ranked[:1] + ranked[1:][-1:]))
+        shown.append((f"step {step}", ranked[:1] + ranked[1:][-1:]))
     return shown
 
 

@@ -60,12 +60,13 @@ class Engine:
     """`python` is that of the runtime that holds vLLM; `lora_rank` the largest of the adapters, None for no adapters; `gpus` its
     devices, as CUDA_VISIBLE_DEVICES names them, None on a CPU; `max_model_len` counts a prompt and its completion, or a scored
     sequence and one more. `lora_modules` are the last parts of the names of the layers that adapters change, by default all that
-    vLLM can: a layer that no adapter changes costs time and memory all the same.
+    vLLM can: a layer that no adapter changes costs time and memory all the same. `memory` is a folder
+    that is removed with the server, whatever ends the program.
     """
 
     def __init__(
         self, python: Path, model: Path, settings: EngineSettings, dtype: str, lora_rank: int | None, max_model_len: int, log: Path,
-        gpus: Sequence[int | str] | None = None, lora_modules: Sequence[str] | None = None,
+        gpus: Sequence[int | str] | None = None, lora_modules: Sequence[str] | None = None, memory: Path | None = None,
     ):  # fmt: skip
         self.max_model_len = settings.max_model_len or max_model_len
         arguments = {
@@ -91,7 +92,7 @@ class Engine:
             flags += ["--lora-target-modules", *sorted(lora_modules)]
         self._modules = None if lora_modules is None else set(lora_modules)
         self._scores = lora_rank is None or (self._modules is not None and OUTPUT not in self._modules)
-        self._server = Server(python, flags, log, gpus, settings.start_timeout)
+        self._server = Server(python, flags, log, gpus, settings.start_timeout, memory)
         self._requests = settings.max_num_seqs
         self._names: set[str] = {BASE}  # all that were ever used
         self._loaded: set[str] = set()

@@ -44,10 +44,19 @@ _ERROR = re.compile(r" ERROR |^[A-Za-z_.]*(Error|Exception)\b")
 
 class Server:
     """`arguments` are those of vLLM's server but for where it listens; `log` gets all it says; `gpus` are the devices
-    it sees, as CUDA_VISIBLE_DEVICES names them."""
+    it sees, as CUDA_VISIBLE_DEVICES names them; `memory` is a folder that goes with it, whatever ends the program."""
 
-    def __init__(self, python: Path, arguments: Sequence[str], log: Path, gpus: Sequence[int | str] | None, timeout: float):
+    def __init__(
+        self,
+        python: Path,
+        arguments: Sequence[str],
+        log: Path,
+        gpus: Sequence[int | str] | None,
+        timeout: float,
+        memory: Path | None = None,
+    ):
         self.python, self.arguments, self.log, self.gpus, self.timeout = python, arguments, log, gpus, timeout
+        self.memory = memory
         self.process: subprocess.Popen[bytes] | None = None
         self.port, self.key = 0, secrets.token_hex(16)
 
@@ -57,6 +66,10 @@ class Server:
         command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.arguments]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | {"VLLM_API_KEY": self.key}
+        if self.memory is not None:
+            environment["TUNELINE_LEFT_TO_WATCHDOG"] = str(self.memory)
+        if self.gpus is None:  # all cores: by default it leaves one to its other processes, which wait
+            environment.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         if self.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         with self.log.open("wb") as log:

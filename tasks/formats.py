@@ -50,6 +50,9 @@ class BadRow(Exception):
 def detect(record: dict[str, Any]) -> str:
     for name, (needed, _) in COLUMNS.items():
         if record.keys() >= set(needed):
+            if name == "prompt" and not any(record.get(column) for column in FOR_REWARDS):
+                hint = "for rewards that need no more than a prompt: `format: prompt`"
+                raise BadRow(f"found a prompt alone, allowed one with completion, or with {', '.join(FOR_REWARDS)}", hint)
             return name
     raise BadRow(
         f"found columns {', '.join(record) or 'none'}, allowed {', or '.join(' and '.join(needed) for needed, _ in COLUMNS.values())}",
@@ -76,7 +79,6 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
         messages = alpaca(record)
     elif name == "prompt":
         if isinstance(record["prompt"], str):
-            check_rewarded(row, "found a prompt alone, allowed one with completion, or with")
             return replace(row, prompt=text(record["prompt"], "prompt"))
         messages = message_list(record["prompt"], "prompt", ignored)
     elif isinstance(record["prompt"], list) and isinstance(record["completion"], list):
@@ -86,26 +88,21 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
     else:
         found = f"prompt as {describe(record['prompt'])}, completion as {describe(record['completion'])}"
         raise BadRow(f"found {found}, allowed both text or both lists of messages")
-    check_conversation(messages, row)
+    check_conversation(messages, row, name)
     return replace(row, messages=tuple(messages))
 
 
-def check_conversation(messages: list[dict[str, Any]], row: Row) -> None:
+def check_conversation(messages: list[dict[str, Any]], row: Row, name: str) -> None:
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
         raise BadRow(f"found a system message at position {roles.index('system', 1)}, allowed only the first")
     if roles[-1] == "user":
-        check_rewarded(row, "the last message is from user, allowed assistant, or user with")
+        if name != "prompt" and row.answer is None and not row.extra.keys() - {"tools"}:
+            raise BadRow(f"the last message is from user, allowed assistant, or user with {', '.join(FOR_REWARDS)}", LAST)
     elif roles[-1] != "assistant":
         raise BadRow(f"the last message is from {roles[-1]}, allowed assistant", LAST)
     if "user" not in roles:
         raise BadRow("found no message from user, allowed conversations with a question", "plain text goes into a column `text`")
-
-
-def check_rewarded(row: Row, found: str) -> None:
-    """A prompt without its completion can only be learnt from where a reward has something to go by."""
-    if row.answer is None and not row.extra.keys() - {"tools"}:
-        raise BadRow(f"{found} {', '.join(FOR_REWARDS)}", LAST)
 
 
 def message_list(items: Any, column: str, ignored: Counter[str]) -> list[dict[str, Any]]:

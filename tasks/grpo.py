@@ -86,6 +86,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             callbacks=[report, training.MarkComplete(request.key)],
             rollout_func=rollouts,
             prompts=prompts,
+            rows=dict(zip(prompts, rows, strict=True)),
             samples=request.work / "rollouts.jsonl",
             events=events,
         )
@@ -208,7 +209,9 @@ def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoSta
                     "data",
                     f"the prompt of row {row.id} has {len(ids)} tokens, which with max_completion_length {stage.max_completion_length} "
                     f"is more than {name}, {limit}",
-                    "lower max_completion_length, or drop long rows in the dataset stage: `max_length: ...`",
+                    "raise or leave out max_model_len"
+                    if "max_model_len" in name and whole <= positions
+                    else "lower max_completion_length, or drop long rows in the dataset stage: `max_length: ...`",
                 )
     return longest
 
@@ -248,12 +251,13 @@ def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]
     from tasks.training import RECENT, recent
 
     steps = [entry for entry in history if "reward" in entry]
-    first = steps[:RECENT]
+    window = max(1, min(RECENT, len(steps) // 2))  # of a short training, the halves
+    first, last = steps[:window], steps[-window:]
     metrics = {
         "steps": float(history[-1]["step"]),
         "loss": recent(history, "loss"),
-        "reward": recent(history, "reward"),
-        "reward_first": sum(entry["reward"] for entry in first) / len(first),
+        "reward": sum(entry["reward"] for entry in last) / window,
+        "reward_first": sum(entry["reward"] for entry in first) / window,
         "completion_length": recent(history, "completions/mean_length"),
         "truncated": recent(history, "completions/clipped_ratio"),
         "groups_without_signal": recent(history, "frac_reward_zero_std"),

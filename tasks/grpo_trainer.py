@@ -12,6 +12,7 @@ from typing import Any
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from tasks.rows import Row
 from tuneline.protocol import Events
 
 SHOWN_STEPS = 20  # steps of a training of which a completion is told as an event
@@ -26,9 +27,10 @@ class EpochSampler(RepeatSampler):  # type: ignore[misc]
 
 
 class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
-    def __init__(self, *args: Any, prompts: dict[str, list[int]], samples: Path, events: Events, **kwargs: Any):
-        """`prompts` are the token ids of each prompt; `samples` is the file that every completion is written to, a line each."""
-        self.prompts, self.samples, self.events = prompts, samples, events
+    def __init__(self, *args: Any, prompts: dict[str, list[int]], rows: dict[str, Row], samples: Path, events: Events, **kwargs: Any):
+        """`prompts` are the token ids of each prompt, `rows` what is asked with it; every completion is written to `samples`, a line
+        each."""
+        self.prompts, self.rows, self.samples, self.events = prompts, rows, samples, events
         self._resuming = True  # until the first completions
         super().__init__(*args, **kwargs)
 
@@ -48,18 +50,15 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _keep(self) -> None:
         """Writes the completions that were just scored, and tells the best and the worst one now and then."""
-        step = self.state.global_step
+        step = self.state.global_step + 1  # as it is counted everywhere else
         logged = zip(self._logs["prompt"], self._logs["completion"], self._logs["advantages"], strict=True)
         lines = []
         for i, (prompt, completion, advantage) in enumerate(logged):
             rewards = {name: values[i] for name, values in self._logs["rewards"].items()}
             reward = sum(weight * value for weight, value in zip(self.reward_weights.tolist(), rewards.values(), strict=True))
-            lines.append(
-                {
-                    "step": step, "prompt": prompt[-TAIL:], "completion": completion, "reward": reward, "rewards": rewards,
-                    "advantage": advantage,
-                }
-            )  # fmt: skip
+            row = self.rows[prompt]
+            told = {"step": step, "id": row.id, "prompt": prompt[-TAIL:], "answer": row.reference(), "completion": completion}
+            lines.append(told | {"reward": reward, "rewards": rewards, "advantage": advantage})
         if self._resuming and self.samples.exists():  # after a kill: what came after the checkpoint is sampled anew
             earlier = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in earlier if line.endswith("\n") and json.loads(line)["step"] < step]
@@ -67,7 +66,7 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
         self._resuming = False
         with self.samples.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        if step % max(1, self.state.max_steps // SHOWN_STEPS) == 0:
+        if (step - 1) % max(1, self.state.max_steps // SHOWN_STEPS) == 0:
             best = max(lines, key=lambda line: line["reward"])
             worst = min(lines, key=lambda line: line["reward"])
             for line in (best, worst) if best["reward"] > worst["reward"] else (best,):

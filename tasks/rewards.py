@@ -59,6 +59,9 @@ class Completion:
     extra: dict[str, Any]
 
 
+LARGEST = 1e6  # of a reward; spreads of larger ones leave float32
+
+
 class RewardFunction:
     """As GRPOTrainer calls it. `lacks` says what a row lacks for it, `score` gives a value for each completion."""
 
@@ -90,15 +93,15 @@ class RewardFunction:
             values = self.score(batch)
         except (StageFailed, MemoryError):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # SystemExit and KeyboardInterrupt of its own too: the program is never stopped by these
             message = f"{type(error).__name__}: {error}{self._place(error)}, on {len(batch)} completions, the first"
             raise self._failed(message, batch[0], details="".join(traceback.format_exception(error))) from error
         if not isinstance(values, list | tuple) or len(values) != len(batch):
             found = f"a list of {len(values)}" if isinstance(values, list | tuple) else type(values).__name__
             raise self._failed(f"gave {found}, allowed a list of {len(batch)} numbers, one for each completion, the first", batch[0])
         for value, completion in zip(values, batch, strict=True):
-            if not isinstance(value, Real) or not math.isfinite(value):
-                raise self._failed(f"gave {value!r}, allowed a finite number, for the completion", completion)
+            if not isinstance(value, Real) or not abs(value) <= LARGEST:
+                raise self._failed(f"gave {value!r}, allowed a number from -{LARGEST:g} to {LARGEST:g}, for the completion", completion)
         return [float(value) for value in values]
 
     def _place(self, error: BaseException) -> str:

@@ -62,13 +62,15 @@ def start(
     dtype = compute_dtype(stage.dtype)
     model, name = model_folder(request.inputs["model"].path), str(dtype).removeprefix("torch.")
     modules = {layer.rsplit(".", 1)[-1] for layer in layers}
-    engine = Engine(request.engine, model, settings, name, stage.lora.r, longest, request.work / "engine.log", gpus, modules)
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:
+        log = request.work / "engine.log"
+        engine = Engine(request.engine, model, settings, name, stage.lora.r, longest, log, gpus, modules, folder)
         try:
             began = time.monotonic()
             if first:
-                print(f"starting vLLM: its log is {request.work / 'engine.log'}", flush=True)
+                print(f"starting vLLM: its log is {log}", flush=True)
+                events.progress(0, stage.max_steps or 1, "starting vLLM")
                 engine.__enter__()
                 print(f"vLLM is ready after {time.monotonic() - began:.0f} s", flush=True)
             (address,) = broadcast_object_list([engine.address if first else None])
@@ -77,13 +79,14 @@ def start(
             yield Rollouts(request, stage, engine, folder, dtype, events)
         finally:
             if first:
-                shutil.copy(request.work / "engine.log", request.meta / "engine.log")
+                shutil.copy(log, request.meta / "engine.log")
                 engine.__exit__(None, None, None)
 
 
 @contextmanager
 def folder_in_memory(key: str) -> Iterator[Path]:
-    """A folder that no disk is written for, gone at the end; those that killed trainings left are gone at its beginning."""
+    """A folder that no disk is written for, gone at the end. The server's watchdog removes it where this process was killed; what a
+    whole machine's worth of kills left, the next training removes."""
     place = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
     for left in place.glob("tuneline-*/lock"):
         with left.open() as lock:

@@ -246,6 +246,7 @@ BAD_ROWS = [
     ("d.jsonl", '{"messages": []}\n', r"d\.jsonl:1: messages: found an empty list, allowed a list of messages"),
     ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', r"d\.jsonl:1: the last message is from user, allowed assistant"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', r"d\.jsonl:1: found no message from user"),
+    ("d.jsonl", '{"prompt": [{"role": "assistant", "content": "a"}], "answer": "b"}\n', r"d\.jsonl:1: found no message from user"),
     ("d.jsonl", '{"prompt": "a"}\n', r"d\.jsonl:1: found a prompt alone, allowed one with completion, or with answer, tests, extra"),
     ("d.jsonl", '{"prompt": "a", "extra": {}}\n', r"d\.jsonl:1: found a prompt alone"),
     ("d.jsonl", '{"prompt": "a", "answer": "b", "extra": 3}\n', r"d\.jsonl:1: extra: found int 3, allowed an object"),

@@ -74,6 +74,29 @@ def test_it_learns_what_is_rewarded_and_tells_how(tmp_path: Path, base: Input) -
     assert metrics["reward_gain"] == pytest.approx(metrics["reward"] - metrics["reward_first"])
     assert metrics["reward"] == pytest.approx(sum(values(events, "reward")[-10:]) / 10)
     assert metrics["reward"] == pytest.approx(metrics["reward/exact_match"] + 0.5 * metrics["reward/length"], abs=1e-6)
+    short = grpo.figures(
+        [
+            {
+                "step": i + 1,
+                "reward": float(i),
+                "loss": 0.0,
+                **dict.fromkeys(
+                    (
+                        "completions/mean_length",
+                        "completions/clipped_ratio",
+                        "frac_reward_zero_std",
+                        "entropy",
+                        "rewards/exact_match/mean",
+                        "rewards/length/mean",
+                    ),
+                    0.0,
+                ),
+            }
+            for i in range(4)
+        ],
+        request.stage(),
+    )  # type: ignore[arg-type]
+    assert (short["reward_first"], short["reward"], short["reward_gain"]) == (0.5, 2.5, 2.0)
     assert {"reward_std/length", "completion_length", "truncated", "entropy", "groups_without_signal", "tokens_per_second"} <= {
         e.get("name") for e in events
     }
@@ -84,7 +107,7 @@ def test_it_learns_what_is_rewarded_and_tells_how(tmp_path: Path, base: Input) -
     samples = [event["data"] for event in events if event["type"] == "sample"]
     assert {"exact_match", "length"} == set(samples[0]["rewards"])
     kept = lines(request.meta / "rollouts.jsonl")
-    assert [line["step"] for line in kept] == [step for step in range(25) for _ in range(16)]
+    assert [line["step"] for line in kept] == [step for step in range(1, 26) for _ in range(16)]
     right = [line for line in kept if line["completion"].strip() == "It is 1."]
     assert right
     assert all(line["rewards"]["exact_match"] == 1.0 for line in right)
@@ -169,8 +192,8 @@ def test_two_processes_train_one_adapter(tmp_path: Path, base: Input) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert Result.read(request.work / "result.json").metrics["steps"] == 3
     kept = lines(request.meta / "rollouts.jsonl")
-    assert [line["step"] for line in kept] == [step for step in range(3) for _ in range(8)]
-    for step in range(3):  # both processes' groups are whole
+    assert [line["step"] for line in kept] == [step for step in range(1, 4) for _ in range(8)]
+    for step in range(1, 4):  # both processes' groups are whole
         prompts = [line["prompt"] for line in kept if line["step"] == step]
         assert {prompts.count(prompt) for prompt in prompts} == {4}
 

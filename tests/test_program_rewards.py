@@ -220,11 +220,16 @@ def test_columns_of_rows_that_differ_are_none_where_a_row_has_none(tmp_path: Pat
 
 HEAD = "def score(prompts, completions, **columns):\n    "
 BAD_VALUES = {
-    "nan": ("return [0.0, float('nan')]", "reward `score` gave nan, allowed a finite number, for the completion of row row-1:"),
-    "infinite": ("return [0.0, float('inf')]", "gave inf, allowed a finite number"),
-    "none in it": ("return [0.0, None]", "gave None, allowed a finite number"),
-    "text": ("return ['0', '1']", "gave '0', allowed a finite number"),
-    "complex": ("return [0, 1j]", "gave 1j, allowed a finite number"),
+    "nan": (
+        "return [0.0, float('nan')]",
+        "reward `score` gave nan, allowed a number from -1e+06 to 1e+06, for the completion of row row-1:",
+    ),
+    "too large": ("return [0.0, 1e38]", "gave 1e+38, allowed a number from -1e+06 to 1e+06"),
+    "an interrupt of its own": ("raise KeyboardInterrupt", "reward `score` KeyboardInterrupt:  (FILE:2)"),
+    "infinite": ("return [0.0, float('inf')]", "gave inf, allowed a number from"),
+    "none in it": ("return [0.0, None]", "gave None, allowed a number from"),
+    "text": ("return ['0', '1']", "gave '0', allowed a number from"),
+    "complex": ("return [0, 1j]", "gave 1j, allowed a number from"),
     "too few": ("return [0.0]", "gave a list of 1, allowed a list of 2 numbers, one for each completion"),
     "too many": ("return [0.0] * 3", "gave a list of 3, allowed a list of 2 numbers"),
     "nothing": ("pass", "gave NoneType, allowed a list of 2 numbers"),
@@ -252,7 +257,7 @@ def test_bad_values_end_the_stage_with_the_sample(tmp_path: Path, case: str) -> 
         call(reward, ["first", "second"], "4")
     assert failure.value.failure_class == "data"
     assert message.replace("FILE", str(file)) in failure.value.message
-    sample = "second" if case in ("nan", "infinite", "none in it", "complex") else "first"
+    sample = "second" if case in ("nan", "too large", "infinite", "none in it", "complex") else "first"
     assert failure.value.message.endswith(f"\n  prompt: '2 + 2?'\n  completion: '{sample}'\n  answer: '4'")
     assert failure.value.hint == "a reward must take whatever a model writes: mend mine.py"
     assert ("Traceback" in failure.value.details) == ("FILE" in message)

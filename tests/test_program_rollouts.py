@@ -191,19 +191,19 @@ def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, ba
     ):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    left = list(MEMORY.glob("tuneline-000000000000-*"))
-    assert left  # in memory, until the next training
+    while list(MEMORY.glob("tuneline-000000000000-*")):  # the server's watchdog takes the adapter along
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming from checkpoint-" in done.stdout
-    assert not any(folder.exists() for folder in left)
     result = json.loads((request.work / "result.json").read_text())
     assert result["metrics"]["steps"] == 6
     assert result["metrics"]["freshness_max_logprob_diff"] < 1e-3
     config = json.loads((request.payload / "adapter_config.json").read_text())
     assert config["r"] == 4
     kept = [json.loads(line)["step"] for line in (request.meta / "rollouts.jsonl").read_text().splitlines()]
-    assert kept == [step for step in range(6) for _ in range(8)]
+    assert kept == [step for step in range(1, 7) for _ in range(8)]
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_two_processes_share_one_engine(tmp_path: Path, base: Input, python: Pat
     assert metrics["steps"] == 3
     assert metrics["freshness_max_logprob_diff"] < 1e-3
     kept = [json.loads(line) for line in (request.meta / "rollouts.jsonl").read_text().splitlines()]
-    for step in range(3):  # seeds differ between processes: whole groups, no completion twice for one reason
+    for step in range(1, 4):  # seeds differ between processes: whole groups, no completion twice for one reason
         prompts = [line["prompt"] for line in kept if line["step"] == step]
         assert {prompts.count(prompt) for prompt in prompts} == {4}
 

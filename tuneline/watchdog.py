@@ -13,6 +13,7 @@ import ctypes
 import functools
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,8 @@ def main() -> None:
             break
         status = reap(program)
     end_descendants(program)  # what the program left behind
+    if folder := os.environ.get("TUNELINE_LEFT_TO_WATCHDOG"):  # that the program would have removed had it lived
+        shutil.rmtree(folder, ignore_errors=True)
     sys.exit(143 if status is None else 128 - status if status < 0 else status)
 
 
