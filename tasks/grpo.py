@@ -247,7 +247,7 @@ def check_signal(history: list[dict[str, Any]]) -> None:
 
 
 def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]:
-    """The manifest's metrics: rewards at the beginning and at the end are means over ten steps each."""
+    """The manifest's metrics: rewards at the beginning and at the end are means over ten steps, or over its halves where it is short."""
     from tasks.training import RECENT, recent
 
     steps = [entry for entry in history if "reward" in entry]

@@ -124,7 +124,8 @@ class Rollouts:
         completions = self.sample(trainer, ids, str(self.name))
         furthest = self.check(trainer, ids, completions, previous)
         log = trainer._metrics["train"]
-        log["freshness_max_logprob_diff"].append(float(trainer.accelerator.gather(torch.tensor([furthest])).max()))
+        everyones = trainer.accelerator.gather(torch.tensor([furthest], device=trainer.accelerator.device))  # NCCL has only GPUs'
+        log["freshness_max_logprob_diff"].append(float(everyones.max()))
         log["sync_seconds"].append(seconds)
         log["sync_bytes"].append(float(size))
         return {
