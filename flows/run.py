@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +27,7 @@ from tuneline.stages import ProgramStage
 from tuneline.workspace import Workspace
 
 RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone
+BUSY_SECONDS = 120  # that a run waits to begin on a server that answers 503: SQLite under several runs at once does
 
 
 def execute(
@@ -155,6 +157,7 @@ def _through_prefect(
     force: tuple[str, ...],
 ) -> RunRecord:
     import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.logging.handlers import APILogHandler
 
     from flows.pipeline import REPORTER, run_pipeline
@@ -162,8 +165,16 @@ def _through_prefect(
     token = REPORTER.set(reporter)
     parameters: dict[str, Any] = {"pipeline": pipeline, "file": str(workspace.loaded.file), "only": only}
     parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables), "force": list(force)}
+    give_up = time.monotonic() + BUSY_SECONDS
     try:
-        state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+        while True:
+            try:
+                state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+                break
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 503 or reporter.run_id is not None or time.monotonic() > give_up:
+                    raise
+            time.sleep(1)
     except KeyboardInterrupt:
         if reporter.run_id is None:
             raise
@@ -171,10 +182,10 @@ def _through_prefect(
         if record.state == "running":  # unless it was interrupted in that as well
             workspace.runs.finish(record, "cancelled")
         return record
-    except httpx.TransportError as error:
+    except httpx.HTTPError as error:
         address = os.environ["PREFECT_API_URL"]
         if reporter.run_id is None:
-            raise StageFailed("transient", f"the Prefect server at {address} does not answer: {error}", "run again") from None
+            raise StageFailed("transient", f"the Prefect server at {address} does not answer: {_said(error)}", "run again") from None
         reporter.warning("Prefect", f"the server at {address} does not answer and has not heard how this run ended")
         return workspace.runs.get(pipeline, reporter.run_id)
     finally:
@@ -186,3 +197,8 @@ def _through_prefect(
     if record.state == "running":  # how it ended could not be written down
         state.result()
     return record
+
+
+def _said(error: Exception) -> str:
+    """The first line: Prefect adds the reply and a link to what its status means."""
+    return str(error).partition("\n")[0]

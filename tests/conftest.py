@@ -28,7 +28,9 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with embedded_server(tmp_path_factory.mktemp("prefect")) as address:
         from prefect.context import refresh_global_settings_context
 
+        os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "5"  # the tests' server is shared, and slow at times
         refresh_global_settings_context()  # a test before may have had Prefect read its settings, without the address
+        del os.environ["PREFECT_CLIENT_MAX_RETRIES"]  # a command that a test starts chooses its own
         yield address
 
 

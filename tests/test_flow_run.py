@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
 import termios
@@ -416,11 +419,9 @@ def test_eight_runs_at_once_build_each_stage_once(demo: Project, stand_in: Calla
     stand_in(**{name: ["slow"] for name in ("one", "two", "other", "after")})
     own_server = {"PREFECT_API_URL": ""}
     runs = [demo.start("run", "demo", "--json", **(own_server if i < 2 else {})) for i in range(8)]
-    documents = []
-    for process in runs:
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        documents.append(json.loads(out))
+    ends = [(*process.communicate(timeout=240), process.returncode) for process in runs]
+    assert [code for _, _, code in ends] == [0] * 8, "\n".join(err for _, err, _ in ends)
+    documents = [json.loads(out) for out, _, _ in ends]
     assert len({document["run_id"] for document in documents}) == 8
     for i, name in enumerate(("one", "two", "other", "gate", "after")):
         statuses = sorted(document["stages"][i]["status"] for document in documents)
@@ -428,3 +429,42 @@ def test_eight_runs_at_once_build_each_stage_once(demo: Project, stand_in: Calla
         assert statuses == ["done"] * 8 if name == "gate" else ["cached"] * 7 + ["done"]
         assert len(calls(demo, name)) == (name != "gate")
     assert demo.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"
+
+
+@pytest.mark.slow
+def test_a_busy_server_is_waited_for(demo: Project, prefect_server: str) -> None:
+    """Prefect on SQLite answers 503 while others write; its client gives up after a few tries, and ends in a traceback."""
+    refused, port = 0, int(prefect_server.split(":")[2].split("/")[0])
+
+    def pipe(source: socket.socket, target: socket.socket, guarded: bool) -> None:
+        nonlocal refused
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if guarded and data.startswith(b"POST /api/flow_runs/ ") and refused < 5:
+                    refused += 1
+                    source.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", port)) as server:
+                back = threading.Thread(target=pipe, args=(server, self.request, False))
+                back.start()
+                pipe(self.request, server, True)
+                back.join()
+
+    class Proxy(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    with Proxy(("127.0.0.1", 0), Handler) as proxy:
+        threading.Thread(target=proxy.serve_forever).start()
+        address = f"http://127.0.0.1:{proxy.server_address[1]}/api"
+        result = demo.tuneline("run", "demo", PREFECT_API_URL=address, PREFECT_CLIENT_MAX_RETRIES="1")
+        proxy.shutdown()
+    assert result.returncode == 0, result.stderr
+    assert refused == 5
