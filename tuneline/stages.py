@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,11 +19,18 @@ class Resources(Strict):
     """Only how a stage runs: none of it is in the key."""
 
     gpus: int = Field(0, ge=0)
-    """Devices used; with more than one, one process each."""
+    """Devices used, of each machine; with more than one, one process each."""
     devices: tuple[int, ...] | None = Field(None, min_length=1)
     """Numbers of the devices to use; by default any that are free."""
     processes: int | None = Field(None, ge=1)
-    """Processes of a training; by default one for each GPU, or one."""
+    """Processes of a training on each machine; by default one for each GPU, or one."""
+    nodes: int = Field(1, ge=1)
+    """Machines that train together; `tuneline node` runs on each but the first."""
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "ddp"
+    """How devices share a training: each has a whole copy (`ddp`); DeepSpeed splits optimizer states (`zero1`), gradients (`zero2`) and
+    weights too (`zero3`); torch's FSDP2 splits all of that (`fsdp`); one process spreads the layers over the devices (`device_map`)."""
+    offload: Literal["optimizer", "all"] | None = None
+    """What waits in the CPU's memory: optimizer states, or weights as well (`zero3`, `fsdp`). Slower, for less memory of a GPU."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8, one when packing."""
     gradient_checkpointing: bool = False
@@ -37,6 +44,13 @@ class Resources(Strict):
     @property
     def world_size(self) -> int:
         """Processes that train: one for each GPU that is not the engine's alone."""
+        return self.nodes * self.local_processes
+
+    @property
+    def local_processes(self) -> int:
+        """Those of one machine."""
+        if self.strategy == "device_map":
+            return 1
         return self.processes or max(1, self.gpus - (self.engine.gpus if self.engine else 0))
 
 
