@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.gptq import is_gptq, load_dense
 from tuneline.errors import StageFailed
@@ -107,7 +107,8 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
 
 
 def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> PreTrainedModel:
-    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device.
+    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device; `balanced` spreads
+    its layers over all of them.
 
     A GPTQ model is decoded where there is no GPU, because its kernels are slow there (see `tasks.gptq`); on a GPU it is
     transformers' own, through optimum, placed while it is loaded because its kernels are chosen for the device.
@@ -121,7 +122,7 @@ def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> P
     if is_gptq(folder) and device() == "cpu" and not code:
         model = load_dense(folder, dtype)
     else:
-        placed = {"": place or device()} if is_gptq(folder) else None
+        placed: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) else None
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=code, use_safetensors=True
         )
@@ -130,7 +131,7 @@ def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> P
 
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
-    return model.to(place or device()).eval()  # type: ignore[no-any-return]
+    return (model if place == "balanced" else model.to(place or device())).eval()  # type: ignore[no-any-return]
 
 
 def check_loaded(model: PeftModel, adapter: Path) -> None:
