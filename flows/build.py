@@ -18,7 +18,7 @@ from prefect import get_run_logger
 from flows.attempts import Attempts
 from flows.progress import ProgressArtifact
 from flows.slots import Taken
-from flows.supervisor import Outcome
+from flows.supervisor import Outcome, program_environment
 from flows.this_run import Run
 from tuneline import disk
 from tuneline.data_sources import CodeSource
@@ -26,7 +26,7 @@ from tuneline.errors import StageFailed
 from tuneline.fields import OutsideFile, annotated_values
 from tuneline.plan import code_trees, hub_inputs
 from tuneline.protocol import Event, Input, Request, Result, Tree
-from tuneline.runtimes import PACKAGES_ROOT, RuntimeEnvironment, find_runtime
+from tuneline.runtimes import RuntimeEnvironment, find_runtime
 from tuneline.stages import ProgramStage
 from tuneline.store import Artifact, Base, File, Manifest
 from tuneline.workspace import Workspace
@@ -78,7 +78,7 @@ def build(
         if _as_in_key(run, stage, document, request) != seen:
             raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
         try:
-            artifact = _publish(run, stage, request, inputs, document, began)
+            artifact = _publish(run, stage, request, attempts, inputs, document, began)
         except OSError as error:
             if error.errno in disk.NUMBERS:
                 raise disk.of_flow(error, request.out) from error  # what is free is looked at before what was written is gone
@@ -151,32 +151,20 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
     # Only a training may have several, says the loader.
     command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / "request.json")]
     try:
-        environment, locks = _environment(request.work, taken.gpus), (held, *taken.descriptors)
+        environment, locks = program_environment(request.work, taken.gpus), (held, *taken.descriptors)
         return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)
     finally:
         progress.close()
 
 
-def _environment(work: Path, gpus: list[str]) -> dict[str, str]:
-    """The flow's own, less what is Prefect's, so that no program can talk to the server."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
-    return kept | {
-        "PYTHONPATH": str(PACKAGES_ROOT),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONHASHSEED": "0",  # some generators of reasoning-gym go by set order
-        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
-        "HF_MODULES_CACHE": str(work / "modules"),  # where transformers copies a model's own code to before it runs it
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-
-
 def _publish(
-    run: Run, stage: ProgramStage, request: Request, inputs: Mapping[str, Artifact], document: dict[str, Any], began: datetime
+    run: Run,
+    stage: ProgramStage,
+    request: Request,
+    attempts: Attempts,
+    inputs: Mapping[str, Artifact],
+    document: dict[str, Any],
+    began: datetime,
 ) -> Artifact:
     result: Result = Result.read(request.work / "result.json")
     for name in ("log.txt", "events.jsonl"):
@@ -188,6 +176,7 @@ def _publish(
         "started": began.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "attempts": request.attempt,
+        "failed": [attempt["class"] for attempt in attempts.all],
         "micro_batch_size": request.resources["micro_batch_size"],
     }
 

@@ -1,4 +1,4 @@
-"""The command line: `tuneline init | setup | validate | plan | run | show | schema | verify | gc`, and in `flows/cli_server.py` what
+"""The command line: `tuneline init | setup | validate | plan | run | node | show | schema | verify | gc`, and in `flows/cli_server.py` what
 speaks to a server: `up | down | worker | deploy | submit | doctor`.
 
 stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify`
@@ -194,6 +194,27 @@ def run(
         click.echo(f"{pipeline} {record.state} (run {record.run_id})", err=True)
     _report(workspace, record)
     sys.exit(EXIT[record.state])
+
+
+@cli.command()
+@click.argument("pipeline")
+@file_option
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    required=True,
+    envvar=["SLURM_PROCID", "JOB_COMPLETION_INDEX"],
+    metavar="N",
+    help="Number of this machine, from 1; the run is machine 0. Slurm and kubernetes say it by themselves.",
+)
+def node(pipeline: str, file: Path, rank: int) -> None:
+    """Works as a further machine for a run of the pipeline, the one of now or the next, and ends with it."""
+    from flows.node import serve
+
+    workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
+    record = serve(workspace, pipeline, rank, lambda message: click.echo(message, err=True))
+    click.echo(f"{pipeline} {record.state} (run {record.run_id})", err=True)
+    sys.exit(EXIT.get(record.state, FAILED))
 
 
 @cli.command()

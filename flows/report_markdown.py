@@ -51,6 +51,8 @@ def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
 def _facts(stage: Stage) -> Iterator[list[str]]:
     if stage.seconds:
         yield ["time", f"{duration(stage.seconds)}{' when it was built' if stage.status == 'cached' else ''}"]
+    if stage.attempts:
+        yield ["attempts", stage.attempts]
     if stage.entry and stage.entry.key:
         yield ["key", _code(f"{stage.kind}/{stage.entry.key}")]
         yield ["digest", _code(stage.entry.digest or "")]

@@ -69,6 +69,15 @@ class Stage:
         return self.entry.seconds if self.entry else 0.0
 
     @property
+    def attempts(self) -> str:
+        """What it took more than one attempt for; empty where the first one did it."""
+        if not (self.manifest and self.manifest.host.get("failed")):
+            return ""
+        host = self.manifest.host
+        halved = f"; ended with micro-batches of {host['micro_batch_size']}" if "oom" in host["failed"] else ""
+        return f"{host['attempts']}, failed before: {', '.join(host['failed'])}{halved}"
+
+    @property
     def size(self) -> float:
         """Bytes of its weights; of a model that stays where it is, those of the folder that it points to."""
         by_reference = self.kind == "model" and self.manifest and any(file.path == "reference.json" for file in self.manifest.files)

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from tuneline import watchdog
 from tuneline.errors import StageFailed
 from tuneline.protocol import Event
+from tuneline.runtimes import PACKAGES_ROOT
 from tuneline.secrets import mask_file, masked
 
 WATCHDOG = Path(watchdog.__file__)
@@ -58,9 +59,13 @@ class Supervisor:
         self._stopping.wait(seconds)
 
     def stop(self) -> None:
+        """Ends every program, with all their descendants, and starts no more; returns when they are gone."""
+        self._stopping.set()
+        self.end_all()
+
+    def end_all(self) -> None:
         """Ends every program, with all their descendants; returns when they are gone."""
         with self._lock:
-            self._stopping.set()
             live = list(self._live)
         for process in live:
             _ask_to_end(process)
@@ -127,6 +132,24 @@ class Supervisor:
         if self.stopping:
             stopped = "cancelled"
         return Outcome(process.returncode, stopped, _oom_kills() > oom_kills)
+
+
+def program_environment(work: Path, gpus: list[str]) -> dict[str, str]:
+    """The flow's own, less what is Prefect's, so that no program can talk to the server."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    return kept | {
+        "PYTHONPATH": str(PACKAGES_ROOT),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",  # some generators of reasoning-gym go by set order
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
+        "HF_MODULES_CACHE": str(work / "modules"),  # where transformers copies a model's own code to before it runs it
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DO_NOT_TRACK": "1",
+    }
 
 
 def end_strays(folder: Path) -> None:

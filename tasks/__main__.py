@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tasks.launch import RANKS
+from tasks.launch import LOST_PEER, RANKS, SAID
 from tasks.loading import check_inputs
 from tuneline import disk
 from tuneline.errors import StageFailed
@@ -28,8 +28,9 @@ PROGRAMS = {
     "merge": "tasks.merge",
     "quantize": "tasks.quantize",
 }
-NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError", "DistNetworkError", "DistStoreError", "DistBackendError")
+NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError")
 # A process whose peers have gone, or do not answer: what torch says of it is a class of its own or, with gloo, only a text.
+LOST = ("DistNetworkError", "DistStoreError", "DistBackendError")
 PEERS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 AUTH = ("GatedRepoError", "RepositoryNotFoundError", "DatasetNotFoundError")
 
@@ -40,7 +41,7 @@ def main() -> int:
     folder = request_file.parent
     failure_file = folder / "failure.json"
     if (rank := os.environ.get("RANK")) is not None:  # one of several: `tasks.launch` says what they died of
-        failure_file = folder / RANKS / f"{rank}.failure.json"
+        failure_file = folder / RANKS / f"{rank}{SAID}"
         if rank != "0":
             log = os.open(folder / RANKS / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(log, 1)
@@ -83,10 +84,17 @@ def classify(error: BaseException, request: Request) -> Failure:
     if names & set(AUTH):
         hint = "check the name, ask for access on the hub, and set HF_TOKEN"
         return Failure(failure_class="auth", message=str(error).strip().splitlines()[0], hint=hint, details=details)
-    if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError) or any(sign in str(error) for sign in PEERS):
+    if names & set(LOST) or any(sign in str(error) for sign in PEERS):
+        return Failure(failure_class="transient", message=text, hint=LOST_PEER, details=details)
+    if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError):
         return Failure(failure_class="transient", message=text, hint="the stage is tried again", details=details)
     return Failure(failure_class="bug", message=text, hint="the log has the whole traceback", details=details)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:  # threads of gloo and DeepSpeed abort the interpreter's end now and then; all has been handed over
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -28,6 +28,7 @@ from tuneline.store import sync
 MARKER = "complete"
 ADAPTER = "adapter_model.safetensors"
 
+
 def checkpoint_steps(resources: Resources) -> int:
     """Steps between checkpoints: never by steps alone where minutes are asked for, but always one at the end."""
     return resources.checkpoint_steps if resources.checkpoint_minutes is None else 2**31
@@ -80,7 +81,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         self._since = time.monotonic()
         if self._terminated:
             args.distributed_state.wait_for_everyone()
-            raise StageFailed("transient", f"asked to end: a checkpoint of step {state.global_step} was written", "run again: it goes on there")
+            raise StageFailed(
+                "transient", f"asked to end: a checkpoint of step {state.global_step} was written", "run again: it goes on there"
+            )
 
 
 def newest_checkpoint(arguments: TrainingArguments, request: Request, resources: Resources, events: Events) -> Path | None:

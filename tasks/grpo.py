@@ -75,7 +75,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
 
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # `rollout_func` may change with TRL's version, which the lock pins
             rollouts = stack.enter_context(start(request, stage, layers, longest, gpus, arguments, events))
-        report = training.Report(events, shown, "reward")
+        report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
         trainer = AdapterTrainer(
             model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
             args=arguments,
@@ -91,9 +91,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             events=events,
         )
         trainer.remove_callback(PrinterCallback)  # events say the same
-        trainer.add_callback(
-            training.OncePrepared(lambda: strategies.prove(trainer, stage.resources), lambda: check_log_probs(trainer))
-        )
+        trainer.add_callback(training.OncePrepared(lambda: strategies.prove(trainer, stage.resources), lambda: check_log_probs(trainer)))
         before = training.adapter_tensors(trainer.model)
         trainable, parameters = trainer.model.get_nb_trainable_parameters()
         checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)

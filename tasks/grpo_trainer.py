@@ -48,6 +48,10 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
             self._keep()
         return output
 
+    def step_rows(self) -> list[Row]:
+        """Those that the last completions answer; of all processes, in the first."""
+        return [self.rows[prompt] for prompt in dict.fromkeys(self._logs["prompt"])] if self.accelerator.is_main_process else []
+
     def _keep(self) -> None:
         """Writes the completions that were just scored, and tells the best and the worst one now and then."""
         step = self.state.global_step + 1  # as it is counted everywhere else

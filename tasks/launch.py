@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first, and what each died of
+SAID = ".failure.json"
+LOST_PEER = "another process of the training has gone, or hangs: the stage is tried again"
 RENDEZVOUS = "rendezvous.json"
+SECONDS_OF_OTHERS = 5.0  # that what happened on one machine may take to be seen on another
 LOG_TAIL = 30  # lines
 JOIN_SECONDS = 600  # that machines wait for one another
 
@@ -67,17 +70,22 @@ def main() -> int:
         launch_agent(config, sys.executable, ["-u", "-m", "tasks", str(request_file)])
         return 0
     except ChildFailedError as error:
-        failure, status = cause(error.failures, ranks, work / "log.txt")
+        status = note_deaths(error.failures, ranks, work / "log.txt")
+        failure = first_said(ranks, patience=SECONDS_OF_OTHERS if resources.nodes > 1 else 0)
     except SignalException as error:
-        failure, status = said(ranks), 128 + error.sigval
+        failure, status = first_said(ranks), 128 + error.sigval
     except Exception as error:
         if type(error).__name__ not in ("DistStoreError", "DistNetworkError", "RendezvousTimeoutError", "RendezvousConnectionError"):
             raise
         message = f"not all of {resources.nodes} machines met within {wait} s: {str(error).splitlines()[0]}"
         failure, status = transient(message, "is `tuneline node` at work on each of the others, with this store?"), 1
+    finally:
+        if node == 0:
+            (work / RENDEZVOUS).unlink(missing_ok=True)
     if failure is not None:
         print(failure.details or failure.message, file=sys.stderr, flush=True)
-        failure.write(work / "failure.json" if node == 0 else ranks / f"node{node}.failure.json")
+        if node == 0:
+            failure.write(work / "failure.json")
     return status
 
 
@@ -95,34 +103,45 @@ def announced(request: Request) -> dict[str, str]:
 
 def end_with_the_others(ranks: Path) -> None:
     """A process that waits for a dead one on another machine may wait for long (NCCL does): its failure is looked for."""
-    while not list(ranks.glob("*.failure.json")):
+    while not list(ranks.glob(f"*{SAID}")):
         time.sleep(1)
-    time.sleep(5)  # our own processes may fail of it, too, and say so
+    time.sleep(SECONDS_OF_OTHERS)  # our own processes may fail of it, too, and say so
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def cause(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> tuple[Failure | None, int]:
-    """What the first of the processes died of, and the status to end with: of one that was killed, that it was."""
-    for rank, failed in sorted(failures.items()):
-        if failed.exitcode < 0 and failed.exitcode != -signal.SIGTERM and not (ranks / f"{rank}.failure.json").exists():
-            name = signal.Signals(-failed.exitcode).name
-            tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
-            return transient(f"process {rank} was ended by {name}", "the stage is tried again", tail), 128 - failed.exitcode
-    if first := said(ranks):
-        return first, 1
-    rank, failed = min(failures.items(), key=lambda item: item[1].timestamp)
-    tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
-    message = f"process {rank} ended with status {failed.exitcode} without saying why; the end of its log:\n{tail}"
-    return transient(message, "the stage is tried again", tail), 1
+def note_deaths(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> int:
+    """Says of each process what it could not say itself; returns the status to end with: that of one which was killed."""
+    status = 1
+    for rank, failed in failures.items():
+        if (ranks / f"{rank}{SAID}").exists() or failed.exitcode == -signal.SIGTERM:  # which the agent sends to the others
+            continue
+        tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
+        if failed.exitcode < 0:
+            status = 128 - failed.exitcode
+            death = transient(f"was ended by {signal.Signals(-failed.exitcode).name}", "the stage is tried again", tail)
+        else:
+            message = f"ended with status {failed.exitcode} without saying why; the end of its log:\n{tail}"
+            death = transient(message, "the stage is tried again", tail)
+        death.write(ranks / f"{rank}{SAID}")
+    return status
 
 
-def said(ranks: Path) -> Failure | None:
-    """What the first that failed has said of it."""
-    files = sorted(ranks.glob("*.failure.json"), key=lambda file: file.stat().st_mtime_ns)
-    if not files:
+def first_said(ranks: Path, patience: float = 0) -> Failure | None:
+    """What the first process that failed died of. That its peers have gone is nobody's reason while another is known, or may come
+    within `patience` seconds from another machine."""
+    deadline = time.monotonic() + patience
+    while True:
+        said = [(file, Failure.read(file)) for file in sorted(ranks.glob(f"*{SAID}"), key=lambda file: file.stat().st_mtime_ns)]
+        said.sort(key=lambda entry: entry[1].hint == LOST_PEER)
+        if said and said[0][1].hint != LOST_PEER or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    if not said:
         return None
-    failure: Failure = Failure.read(files[0])
-    return failure.model_copy(update={"message": f"process {files[0].name.partition('.')[0]}: {failure.message}"})
+    file, failure = said[0]
+    of = f"process {file.name.removesuffix(SAID)}"
+    message = f"{of} {failure.message}" if failure.message.startswith(("was ended", "ended with")) else f"{of}: {failure.message}"
+    return failure.model_copy(update={"message": message})
 
 
 def transient(message: str, hint: str, details: str = "") -> Failure:

@@ -44,7 +44,14 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     model = strategies.load_base(base, stage)
     layers = training.targeted_layers(model, stage.lora.target_modules)
     training.score_only_trained_tokens()
-    report = training.Report(events)
+
+
+    def rows_of_step() -> list[str]:
+        rows = read_split(request.inputs["dataset"].path, "train")
+        ids = {tuple(tokens): row.id for tokens, row in zip(train["input_ids"], rows, strict=True)}
+        return [ids[tokens] for tokens in trainer.step_rows()]
+
+    report = training.Report(events, rows_of_step)
     callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))

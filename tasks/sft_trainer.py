@@ -36,9 +36,21 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         batches = (self._without_repeats(batch, self.train_dataset) for batch in epoch_iterator)
         samples, label_tokens = super().get_batch_samples(batches, *args, **kwargs)
         self.step_tokens = int(label_tokens)  # of all processes
+        self._step = samples
         if self.step_tokens == 0:
             raise StageFailed("bug", f"every label is masked in the batch of step {self.state.global_step + 1}")
         return samples, label_tokens
+
+    def step_rows(self) -> list[tuple[int, ...]]:
+        """Tokens of each row of the step, in this process."""
+        found = []
+        for batch in self._step:
+            if "attention_mask" in batch:
+                found += [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+            else:  # joined into one: a row begins where positions do
+                starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+                found += batch["input_ids"][0].tensor_split(starts[1:])
+        return [tuple(ids.tolist()) for ids in found]
 
     def _without_repeats(self, batch: Any, dataset: Any) -> Any:
         """Masks the rows with which accelerate filled up an epoch's last batches."""

@@ -51,7 +51,9 @@ def zero_config(resources: Resources) -> dict[str, Any]:
     if level == 3:
         zero |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "reduce_bucket_size"), "auto")
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    batch = dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
     return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **batch}
 
 

@@ -26,6 +26,7 @@ from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
 from tuneline.trainings import Lora, Training
 
+SHOWN_ROWS = 16  # of a step that went wrong
 RECENT = 10  # steps whose mean is a training's final loss
 
 
@@ -208,8 +209,12 @@ class Report(TrainerCallback):  # type: ignore[misc]
     Every process looks at the loss (it is the same everywhere), the first one reports.
     """
 
-    def __init__(self, events: Events, shown: Mapping[str, str] | None = None, told: str = "loss"):
-        """`shown` are further figures of the log, by the name that they get as events; `told` stands beside the progress."""
+    def __init__(
+        self, events: Events, rows: Callable[[], list[str]], shown: Mapping[str, str] | None = None, told: str = "loss"
+    ):
+        """`rows` are the ids of those of the step, in this process; `shown` further figures of the log, by the name that they get as
+        events; `told` stands beside the progress."""
+        self.rows = rows
         self.events, self.told = events, told
         self.shown = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"} | dict(
             shown or {}
@@ -227,9 +232,10 @@ class Report(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
         for name in ("loss", "grad_norm", "eval_loss"):
             if not math.isfinite(logs.get(name, 0.0)):
+                of_rows = "" if name == "eval_loss" else f", with {self.rows_of_step(args)}"
                 raise StageFailed(
                     "data",
-                    f"{name} is {logs[name]} at step {state.global_step} of {state.max_steps}",
+                    f"{name} is {logs[name]} at step {state.global_step} of {state.max_steps}{of_rows}",
                     f"lower learning_rate (it is {args.learning_rate}), or warm up for longer"
                     if state.global_step > 1
                     else "nothing had been learned yet: look at the base model's weights, the dtype and the rows",
@@ -246,6 +252,15 @@ class Report(TrainerCallback):  # type: ignore[misc]
             self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
             figure = next(entry[self.told] for entry in reversed(state.log_history) if self.told in entry)  # GRPO may log it less often
             self.events.progress(state.global_step, state.max_steps, f"{self.told} {figure:.4f}")
+
+    def rows_of_step(self, args: TrainingArguments) -> str:
+        found: list[list[str]] = [[]] * args.world_size
+        if args.world_size > 1:
+            torch.distributed.all_gather_object(found, self.rows())
+        else:
+            found = [self.rows()]
+        ids = [row for of_process in found for row in of_process]
+        return f"rows {', '.join(ids[:SHOWN_ROWS])}{f' and {len(ids) - SHOWN_ROWS} more' if len(ids) > SHOWN_ROWS else ''}"
 
 
 def recent(history: list[dict[str, float]], name: str) -> float:

@@ -3,33 +3,213 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from program_tools import run_program
-from safetensors.torch import load_file
-from test_program_resume import finish, kill_at, losses, steps
+import torch
+from program_tools import payload_digest, run_program
+from test_program_resume import finish, kill_at, losses, start, steps
 from test_program_sft import OTHERS, ROWS, base, furthest, one_thread, request_for  # noqa: F401
 
-from tuneline.protocol import Input
+from tasks import checkpoints, sft, strategies
+from tuneline.errors import StageFailed
+from tuneline.protocol import Events, Failure, Input, Request
+from tuneline.stages import Resources
+from tuneline.trainings import SftStage
 
 # Rows that divide by neither the batch nor the processes; a validation loss along the way.
 FIELDS: dict[str, Any] = {
-    "rows": [*ROWS, OTHERS[4]], "global_batch_size": 4, "max_steps": 12, "eval_steps": 4, "validation": OTHERS[:3],
+    "rows": [*ROWS, OTHERS[4]], "global_batch_size": 4, "max_steps": 16, "eval_steps": 4, "validation": OTHERS[:3],
 }  # fmt: skip
 TOLERANCE = 1e-4  # relative, of losses: sums in another order
+ENDS_WITHIN = 30  # seconds that a training may take to end once a process of it has died
+
+
+def rank(request: Request, number: int) -> int:
+    """The process of a rank."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            there = str(request.work).encode() in Path("/proc", name, "cmdline").read_bytes()
+            if there and f"RANK={number}".encode() in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                return int(name)
+        except OSError:
+            continue
+    raise AssertionError(f"no rank {number}")
+
+
+def wait_for_step(request: Request, process: subprocess.Popen[bytes], step: int) -> None:
+    deadline = time.monotonic() + 200
+    while max(steps(request), default=0) < step:
+        assert process.poll() is None, (request.work / "log.txt").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def failure(request: Request) -> Failure:
+    found: Failure = Failure.read(request.work / "failure.json")
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, base: Input) -> Request:  # noqa: F811
+    """Trained by one process."""
+    request = request_for(tmp_path_factory.mktemp("one") / "one", base, **FIELDS)
+    run_program(request)
+    return request
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
-def test_two_processes_train_the_adapter_of_one(tmp_path: Path, base: Input, strategy: str) -> None:  # noqa: F811
-    one = request_for(tmp_path / "one", base, **FIELDS)
-    run_program(one)
-    resources = {"processes": 2, "strategy": strategy, "checkpoint_steps": 4}
-    two = request_for(tmp_path / "two", base, **FIELDS, resources=resources)
-    finish(two, 2)
-    assert f"{strategy} trains, 2 in all" in (two.work / "log.txt").read_text()
+def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
+    tmp_path: Path,
+    base: Input,  # noqa: F811
+    one: Request,
+    strategy: str,
+) -> None:
+    fields = FIELDS | {"resources": {"processes": 2, "strategy": strategy, "checkpoint_steps": 4}}
+    whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
+    finish(whole, 2)
+    assert f"{strategy} trains, 2 in all" in (whole.work / "log.txt").read_text()
     for of in ("loss", "eval_loss"):
-        assert losses(two, of) == pytest.approx(losses(one, of), rel=TOLERANCE)
-    assert furthest(one, two) < 1e-3
+        assert losses(whole, of) == pytest.approx(losses(one, of), rel=TOLERANCE)
+    assert furthest(one, whole) < 1e-3
+
+    process = start(killed, 2)
+    wait_for_step(killed, process, 6)
+    os.kill(rank(killed, 1), signal.SIGKILL)
+    assert process.wait(timeout=ENDS_WITHIN) == 128 + signal.SIGKILL
+    said = failure(killed)
+    assert (said.failure_class, said.message) == ("transient", "process 1 was ended by SIGKILL")
+    assert "Traceback" not in said.details  # not what the others made of it
+    before = len(steps(killed))
+    finish(killed, 2)
+    assert steps(killed)[before] in (5, 9)
+    assert payload_digest(killed) == payload_digest(whole)
+
+
+def test_a_split_checkpoint_is_for_as_many_processes(tmp_path: Path, base: Input) -> None:  # noqa: F811
+    """Read by another number it would end in a wall of text, or worse; the work in it is not thrown away unasked."""
+    fields = {"resources": {"processes": 1, "strategy": "zero2", "checkpoint_steps": 2}}
+    request = request_for(tmp_path, base, **fields)
+    kill_at(request, 3, 2)  # by the launcher, which DeepSpeed needs
+    for changed, wanted in ({"processes": 2}, "zero2 over 2 processes"), ({"strategy": "ddp"}, "replicated"):
+        resources = Resources.model_validate({**request.resources, **changed})
+        other = request.model_copy(update={"resources": resources.model_dump(mode="json")})
+        arguments = sft.trainer_arguments(request_for(tmp_path / wanted, base), SftStage.model_validate(request.config | {"resources": {}}))
+        arguments.output_dir = str(request.work / "checkpoints")
+        with pytest.raises(StageFailed, match=f"checkpoint-2 was written by .* zero2 over 1 processes; this one is {wanted}") as caught:
+            checkpoints.newest_checkpoint(arguments, other, resources, Events(request.work / "events.jsonl"))
+        assert caught.value.failure_class == "config"
+        assert "--force" in caught.value.hint
+    assert (request.work / "checkpoints" / "checkpoint-2").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_training(tmp_path: Path, base: Input) -> None:  # noqa: F811
+    resources = {"processes": 2, "collective_timeout": 5}
+    request = request_for(tmp_path, base, max_steps=5000, resources=resources)
+    process = start(request, 2)
+    wait_for_step(request, process, 2)
+    os.kill(rank(request, 1), signal.SIGSTOP)
+    assert process.wait(timeout=5 + ENDS_WITHIN) == 1
+    said = failure(request)
+    assert said.failure_class == "transient"
+    assert said.message.startswith("process 0: ")
+    assert "another process of the training has gone, or hangs" in said.hint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sigterm_has_one_more_checkpoint_written(tmp_path: Path, base: Input, processes: int) -> None:  # noqa: F811
+    """As of a spot instance that is taken away; the next attempt begins with the very next step."""
+    fields = {"max_steps": 60, "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}, "resources": {"processes": processes}}
+    whole, ended = (request_for(tmp_path / name, base, **fields) for name in ("whole", "ended"))
+    finish(whole, processes)
+    process = start(ended, processes)
+    wait_for_step(ended, process, 5)
+    for number in range(processes):
+        os.kill(rank(ended, number) if processes > 1 else process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 1
+    (checkpoint,) = (ended.work / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert f"asked to end: a checkpoint of step {step} was written" in failure(ended).message
+    before = len(steps(ended))
+    finish(ended, processes)
+    assert steps(ended)[before:] == list(range(step + 1, 61))
+    assert payload_digest(ended) == payload_digest(whole)
+
+
+def test_checkpoints_by_minutes_and_so_many_of_them(tmp_path: Path, base: Input) -> None:  # noqa: F811
+    request = request_for(tmp_path, base, max_steps=12, resources={"checkpoint_minutes": 1e-6, "checkpoint_steps": 5, "checkpoints_kept": 3})
+    run_program(request)
+    assert {path.name for path in (request.work / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
+
+
+def test_fsdp_on_a_cpu_is_found_out(tmp_path: Path, base: Input) -> None:  # noqa: F811
+    """`validate` refuses it; should it come through all the same, accelerate would train plain DDP."""
+    request = request_for(tmp_path, base, resources={"processes": 2, "strategy": "fsdp"})
+    assert start(request, 2).wait(timeout=120) == 1
+    said = failure(request)
+    assert said.failure_class == "bug"
+    assert "resources.strategy: fsdp was asked for, but what trains is ddp" in said.message
+
+
+def test_fsdp_is_configured_by_decoder_layer(tmp_path: Path, base: Input) -> None:  # noqa: F811
+    resources = Resources.model_validate({"gpus": 2, "strategy": "fsdp", "offload": "all", "gradient_checkpointing": True})
+    stage = SftStage.model_validate({"kind": "sft", "model": "base", "dataset": "data", "resources": resources.model_dump()})
+    arguments = sft.trainer_arguments(request_for(tmp_path, base), stage)
+    plugin = arguments.fsdp_plugin_args
+    assert (plugin["fsdp_version"], plugin["auto_wrap_policy"], plugin["state_dict_type"]) == (2, "TRANSFORMER_BASED_WRAP", "SHARDED_STATE_DICT")
+    assert (plugin["reshard_after_forward"], plugin["cpu_offload"], plugin["activation_checkpointing"]) == (True, True, True)
+    assert not arguments.activation_checkpointing  # FSDP's own, not both
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        made = FullyShardedDataParallelPlugin(**plugin)
+    assert (made.fsdp_version, str(made.state_dict_type)) == (2, "StateDictType.SHARDED_STATE_DICT")
+
+
+@pytest.mark.parametrize(
+    ("resources", "expected"),
+    [
+        ({"strategy": "zero1"}, {"stage": 1}),
+        ({"strategy": "zero2", "gpus": 2, "offload": "optimizer"}, {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "cpu", "pin_memory": True}}),
+        ({"strategy": "zero3", "gpus": 2, "offload": "all"}, {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}, "stage3_prefetch_bucket_size": "auto"}),
+    ],
+)  # fmt: skip
+def test_zero_is_configured_as_deepspeed_reads_it(resources: dict[str, Any], expected: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = strategies.zero_config(Resources.model_validate(resources))
+    zero = config["zero_optimization"]
+    assert expected.items() <= zero.items()
+    read = DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
+    assert read.stage == expected["stage"]
+    assert config["gradient_clipping"] == "auto"
+
+
+def test_a_map_of_devices_is_asked_of_transformers(base: Input, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    import transformers
+
+    seen: dict[str, Any] = {}
+    real = transformers.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return real(*args, **kwargs | {"device_map": None})
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    stage = SftStage.model_validate({"kind": "sft", "model": "b", "dataset": "d", "resources": {"gpus": 2, "strategy": "device_map"}})
+    strategies.load_base(base, stage)
+    assert seen["device_map"] == "balanced"
+
+
+def test_json_of_a_marker_names_the_layout(one: Request) -> None:
+    marker = json.loads(next((one.work / "checkpoints").glob("*/complete")).read_text())
+    assert marker["layout"] == "replicated"

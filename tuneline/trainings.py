@@ -12,6 +12,7 @@ from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, Model
 from tuneline.rewards import Reward
 from tuneline.rewards import findings as reward_findings
 from tuneline.stages import ProgramStage
+from tuneline.strategies import findings as strategy_findings
 
 
 class Lora(Strict):
@@ -89,6 +90,7 @@ class Training(ProgramStage):
         return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
     def findings(self) -> Iterator[Finding]:
+        yield from strategy_findings(self.resources, self.lora.use_dora)
         world, micro = self.resources.world_size, self.micro_batch_size()
         if self.global_batch_size % (micro * world):
             yield Finding(
@@ -193,8 +195,16 @@ class GrpoStage(Training):
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             found = f"found {self.loss_type} with importance_sampling_level: sequence, allowed grpo"
             yield Finding("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
+        if self.resources.strategy == "fsdp":
+            # trl/models/utils.py, unwrap_model_for_generation: it gathers what ZeRO-3 has split, and knows nothing of FSDP2.
+            yield Finding("resources.strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2")
         if not self.uses_engine():
             return
+        if self.resources.strategy == "zero3":
+            # tasks/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
+            yield Finding("resources.strategy", "found zero3 with rollouts of vLLM, allowed ddp, zero1, zero2", "use zero2")
+        if self.resources.nodes > 1:
+            yield Finding("resources.nodes", f"found {self.resources.nodes} with rollouts of vLLM, whose server is for one machine")
         # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
         if self.lora.use_dora:
             yield Finding(

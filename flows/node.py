@@ -1,0 +1,105 @@
+"""`tuneline node`: the work of one further machine in a run's stages that train on several (`resources.nodes`).
+
+The machines share the project's folder and its store. Where a stage wants more than one, the first machine's program says in the
+stage's work folder where it waits (`tasks/launch.py`); this one goes there with the same request. Nothing else passes between
+them: which machines there are is the scheduler's affair (templates for Slurm and kubernetes are in `infra/`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flows.slots import Slots, visible_gpus
+from flows.supervisor import Supervisor, program_environment
+from tuneline.errors import ConfigError, StageFailed
+from tuneline.protocol import Request
+from tuneline.runs import RunRecord
+from tuneline.runtimes import find_runtime
+from tuneline.stages import Resources
+from tuneline.workspace import Workspace
+
+POLL = 0.5  # seconds between looks at the shared folder
+
+
+def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], None]) -> RunRecord:
+    """Works for the pipeline's run, the one of now or the next; returns its record once it has ended."""
+    supervisor = Supervisor()
+    try:
+        record = _next_run(workspace, pipeline, say)
+        say(f"machine {rank} of run {record.run_id}")
+        done: set[str] = set()
+        while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
+            for work, meeting in _meetings(workspace.home / "work"):
+                if meeting not in done:
+                    done.add(meeting)
+                    _join(workspace, work, meeting, rank, supervisor, say)
+            time.sleep(POLL)
+        return record
+    finally:
+        supervisor.stop()
+
+
+def _next_run(workspace: Workspace, pipeline: str, say: Callable[[str], None]) -> RunRecord:
+    told = False
+    while True:
+        try:
+            record = workspace.runs.get(pipeline, None)
+        except ConfigError:  # none yet
+            record = None
+        if record is not None and workspace.runs.alive(record):
+            return record
+        if not told:
+            say(f"waits for a run of {pipeline}")
+        told = True
+        time.sleep(POLL)
+
+
+def _meetings(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Work folders whose first machine waits, and the name of that meeting; written by `tasks/launch.py`."""
+    for file in folder.glob("*/rendezvous.json"):
+        try:
+            yield file.parent, json.loads(file.read_bytes())["id"]
+        except (OSError, ValueError):  # gone since
+            continue
+
+
+def _join(workspace: Workspace, work: Path, meeting: str, rank: int, supervisor: Supervisor, say: Callable[[str], None]) -> None:
+    """Takes part in one attempt, until it ends here or its first machine has left it."""
+    try:
+        request: Request = Request.read(work / "request.json")
+    except FileNotFoundError:
+        return
+    resources = Resources.model_validate(request.resources)
+    if rank >= resources.nodes:
+        return
+    stage = request.stage()
+    runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
+    if not runtime.ready:
+        raise StageFailed(
+            "config", f"the runtime {stage.runtime} is not set up on this machine", f"`tuneline setup {stage.runtime}` builds it"
+        )
+    folder = workspace.home / "nodes" / f"{rank}-{request.key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [str(runtime.python), "-m", "tasks.launch", str(work / "request.json"), str(rank)]
+    ended = threading.Event()
+
+    def leave_with_the_first() -> None:
+        while not ended.wait(POLL):
+            if meeting not in (name for _, name in _meetings(work.parent)) and not ended.wait(10):  # its end reaches both
+                supervisor.end_all()
+
+    watching = threading.Thread(target=leave_with_the_first, daemon=True)
+    with Slots(None, visible_gpus()).taken(resources.gpus, resources.devices, {"stage": request.kind}, say) as taken:
+        say(f"joins {request.kind} {request.key[:12]}")
+        watching.start()
+        try:
+            environment = program_environment(folder, taken.gpus)
+            outcome = supervisor.run(command, environment, folder, None, taken.descriptors, say, lambda event: None)
+        finally:
+            ended.set()
+            watching.join()
+        say(f"{request.kind} {request.key[:12]} ended here with status {outcome.status}")

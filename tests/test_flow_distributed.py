@@ -1,0 +1,194 @@
+"""Trainings in several processes and on several machines by the real commands: what is killed is tried again and goes on, an
+out-of-memory halves the micro-batch, machines meet by the templates of infra/."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Project
+from test_flow_supervisor import gone
+
+PIPELINES = """\
+version: 1
+roots: ["%(models)s"]
+runtimes: {here: {python: "%(python)s"}}
+pipelines:
+  pico:
+    stages:
+      base:  {kind: model, path: %(model)s, runtime: here}
+      words: {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], runtime: here}
+      sft:   {kind: sft, model: base, dataset: words, lora: {r: 8}, learning_rate: 5e-3, max_steps: 40, global_batch_size: 8, runtime: here,
+              resources: {checkpoint_steps: 5, processes: 2}}
+"""
+
+
+@pytest.fixture
+def pico(tmp_path: Path, runtime_python: Path, pico_model: Path) -> Project:
+    project = Project(tmp_path)
+    project.write(PIPELINES % {"python": runtime_python, "model": pico_model, "models": pico_model.parent})
+    rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
+    project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
+    return project
+
+
+def wait_for(found: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def of_training(project: Project, module: str, rank: str | None = None) -> int | None:
+    """The process of the launcher, or of one rank."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = Path("/proc", name, "cmdline").read_bytes().decode().split("\0")
+            environment = Path("/proc", name, "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if (
+            module in command
+            and "-I" not in command
+            and str(project.root) in " ".join(command)
+            and (rank is None or f"RANK={rank}" in environment)
+        ):
+            return int(name)
+    return None
+
+
+def curve(project: Project) -> list[float]:
+    artifact = project.json("plan", "pico")["stages"][2]["artifact"]
+    entries = map(json.loads, Path(artifact, "meta", "history.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_what_kills_one_process_or_the_launcher_costs_one_attempt(pico: Project) -> None:
+    """ZeRO-2: first a rank is killed, then the launcher, in one run; the stage resumes both times and ends as an undisturbed one."""
+    pico.tuneline("run", "pico")  # ddp
+    expected = curve(pico)
+    zero = ("--set", "sft.resources.strategy=zero2", "--force", "sft")
+    mark = f"distributed-{os.getpid()}"
+    process = pico.start("run", "pico", "--verbose", *zero, MARK=mark)
+
+    def checkpoints() -> set[str]:
+        return {path.parent.name for path in pico.root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")}
+
+    for module, rank in (("tasks", "1"), ("tasks.launch", None)):
+        seen = checkpoints()
+        wait_for(lambda seen=seen: checkpoints() - seen, process)
+        os.kill(wait_for(lambda m=module, r=rank: of_training(pico, m, r), process), signal.SIGKILL)
+        wait_for(lambda: list(pico.root.glob(".tuneline/work/*/attempts.json")), process)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "transient: process 1 was ended by SIGKILL (the stage is tried again)" in err
+    assert err.count("resuming from checkpoint-") == 2
+    assert "zero2 trains, 2 in all" in err
+    assert gone(mark, 5.0)
+    assert curve(pico) == pytest.approx(expected, rel=1e-4)
+    assert pico.tuneline("verify").stderr == "3 artifacts, 0 damaged\n"
+
+
+INJECTED = """\
+import runpy, sys
+import torch
+from tasks import sft_trainer
+
+real = sft_trainer.TokenWeightedTrainer.compute_loss
+
+def compute_loss(self, model, inputs, *args, **kwargs):
+    if self.state.global_step >= 7 and len(inputs["input_ids"]) > 2 and self.model.training:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return real(self, model, inputs, *args, **kwargs)
+
+sft_trainer.TokenWeightedTrainer.compute_loss = compute_loss
+from tasks.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_python: Path) -> None:
+    """From the last checkpoint, with the same global batch, and the report says so."""
+    one = ("--set", "sft.resources.processes=1")
+    pico.tuneline("run", "pico", *one)
+    expected = curve(pico)
+    pico.write(INJECTED, "inject.py")
+    shell = (
+        f'#!/bin/sh\nif [ "$2" = tasks ]; then shift 2; exec {runtime_python} {pico.root}/inject.py "$@"; fi\nexec {runtime_python} "$@"\n'
+    )
+    pico.write(shell, "python").chmod(0o755)
+    text = (pico.root / "pipelines.yaml").read_text().replace(f'python: "{runtime_python}"', "python: python")
+    pico.write(text)
+    done = pico.tuneline("run", "pico", "--verbose", "--force", "sft", *one, "--set", "sft.resources.micro_batch_size=4")
+    assert (
+        done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (tried again with micro_batch_size 2)")
+        == 1
+    )
+    assert "resuming from checkpoint-5" in done.stderr
+    assert curve(pico) == pytest.approx(expected, rel=1e-3)
+    manifest = pico.json("show", "pico/sft")
+    assert (manifest["host"]["attempts"], manifest["host"]["micro_batch_size"]) == (2, 2)
+    report = next(pico.root.glob(f".tuneline/runs/{pico.json('show', 'pico')['run_id']}.html")).read_text()
+    assert "attempts: 2, failed before: oom; ended with micro-batches of 2" in report
+
+
+SRUN = """\
+#!/bin/bash
+# Stands for Slurm's: each task on a machine of its own, here all on this one.
+shift
+SLURM_PROCID=1 "$@" > node.log 2>&1 &
+SLURM_PROCID=0 "$@"; status=$?
+wait; exit $status
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_adapter_by_the_template_for_slurm(pico: Project) -> None:
+    """A process on the second is killed: both end, and meet again."""
+    pico.tuneline("run", "pico")
+    expected = curve(pico)
+    text = (pico.root / "pipelines.yaml").read_text()
+    pico.write(text.replace("processes: 2", "processes: 1, nodes: 2").replace("max_steps: 40", "max_steps: 39"))
+    pico.write(SRUN, "bin/srun").chmod(0o755)
+    pico.write(f'#!/bin/sh\nexec {sys.executable} -m flows "$@"\n', "bin/tuneline").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{pico.root}/bin:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "TUNELINE_NODE_ADDRESS": "127.0.0.1",
+    }
+    command = ["bash", str(ROOT / "infra" / "slurm" / "train.sbatch"), "pico"]
+    process = subprocess.Popen(command, cwd=pico.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(pico.root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")), process)
+    os.kill(wait_for(lambda: of_training(pico, "tasks", "1"), process), signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    node = (pico.root / "node.log").read_text()
+    assert process.returncode == 0, f"{err}\n{node}"
+    assert "transient: process 1 was ended by SIGKILL" in err
+    assert node.count("joins sft") == 2
+    assert "pico completed" in node
+    assert curve(pico) == pytest.approx(expected[:39], rel=1e-2)  # another schedule of the learning rate
+
+
+@pytest.mark.slow
+def test_a_machine_that_does_not_come_ends_the_stage(pico: Project) -> None:
+    text = (pico.root / "pipelines.yaml").read_text()
+    pico.write(
+        text.replace("processes: 2", "processes: 1, nodes: 2, collective_timeout: 4").replace("kind: sft,", "kind: sft, retries: 0,")
+    )
+    done = pico.tuneline("run", "pico", status=1, TUNELINE_NODE_ADDRESS="127.0.0.1")
+    assert "transient: not all of 2 machines met within 4 s" in done.stderr
+    assert "is `tuneline node` at work on each of the others" in done.stderr
+    assert "Traceback" not in done.stderr
