@@ -45,7 +45,6 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     layers = training.targeted_layers(model, stage.lora.target_modules)
     training.score_only_trained_tokens()
 
-
     def rows_of_step() -> list[str]:
         rows = read_split(request.inputs["dataset"].path, "train")
         ids = {tuple(tokens): row.id for tokens, row in zip(train["input_ids"], rows, strict=True)}

@@ -7,6 +7,8 @@ inside `run`. Left out: tensor and pipeline parallelism, sharing of a sequence b
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +40,12 @@ def arguments(resources: Resources) -> dict[str, Any]:
     elif strategy == "fsdp":
         given |= {"fsdp": True, "fsdp_config": fsdp_config(resources)}
     return given
+
+
+def join_processes(resources: Resources) -> None:
+    """On CPUs; transformers 5.23 does it as well, but leaves `ddp_timeout` to GPUs: a process that hangs would hold up all for ever."""
+    if "RANK" in os.environ and not torch.cuda.is_available() and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=resources.collective_timeout))
 
 
 def zero_config(resources: Resources) -> dict[str, Any]:

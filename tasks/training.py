@@ -32,6 +32,7 @@ RECENT = 10  # steps whose mean is a training's final loss
 
 def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
     """What every trainer is told. The global batch is the same over any number of devices and any micro-batch."""
+    strategies.join_processes(stage.resources)
     micro = stage.micro_batch_size()
     return {
         "output_dir": str(request.work / "checkpoints"),
@@ -209,9 +210,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
     Every process looks at the loss (it is the same everywhere), the first one reports.
     """
 
-    def __init__(
-        self, events: Events, rows: Callable[[], list[str]], shown: Mapping[str, str] | None = None, told: str = "loss"
-    ):
+    def __init__(self, events: Events, rows: Callable[[], list[str]], shown: Mapping[str, str] | None = None, told: str = "loss"):
         """`rows` are the ids of those of the step, in this process; `shown` further figures of the log, by the name that they get as
         events; `told` stands beside the progress."""
         self.rows = rows

@@ -27,7 +27,7 @@ FIELDS: dict[str, Any] = {
     "rows": [*ROWS, OTHERS[4]], "global_batch_size": 4, "max_steps": 16, "eval_steps": 4, "validation": OTHERS[:3],
 }  # fmt: skip
 TOLERANCE = 1e-4  # relative, of losses: sums in another order
-ENDS_WITHIN = 30  # seconds that a training may take to end once a process of it has died
+ENDS_WITHIN = 60  # seconds that a training may take to end once a process of it has died; torchrun waits 30 for one that hangs
 
 
 def rank(request: Request, number: int) -> int:
@@ -145,7 +145,9 @@ def test_a_sigterm_has_one_more_checkpoint_written(tmp_path: Path, base: Input, 
 
 
 def test_checkpoints_by_minutes_and_so_many_of_them(tmp_path: Path, base: Input) -> None:  # noqa: F811
-    request = request_for(tmp_path, base, max_steps=12, resources={"checkpoint_minutes": 1e-6, "checkpoint_steps": 5, "checkpoints_kept": 3})
+    request = request_for(
+        tmp_path, base, max_steps=12, resources={"checkpoint_minutes": 1e-6, "checkpoint_steps": 5, "checkpoints_kept": 3}
+    )
     run_program(request)
     assert {path.name for path in (request.work / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
 
@@ -164,7 +166,11 @@ def test_fsdp_is_configured_by_decoder_layer(tmp_path: Path, base: Input) -> Non
     stage = SftStage.model_validate({"kind": "sft", "model": "base", "dataset": "data", "resources": resources.model_dump()})
     arguments = sft.trainer_arguments(request_for(tmp_path, base), stage)
     plugin = arguments.fsdp_plugin_args
-    assert (plugin["fsdp_version"], plugin["auto_wrap_policy"], plugin["state_dict_type"]) == (2, "TRANSFORMER_BASED_WRAP", "SHARDED_STATE_DICT")
+    assert (plugin["fsdp_version"], plugin["auto_wrap_policy"], plugin["state_dict_type"]) == (
+        2,
+        "TRANSFORMER_BASED_WRAP",
+        "SHARDED_STATE_DICT",
+    )
     assert (plugin["reshard_after_forward"], plugin["cpu_offload"], plugin["activation_checkpointing"]) == (True, True, True)
     assert not arguments.activation_checkpointing  # FSDP's own, not both
     from accelerate.utils import FullyShardedDataParallelPlugin
