@@ -154,7 +154,7 @@ def estimate_table(estimates: Mapping[str, Estimate]) -> None:
     if not estimates:
         return
     print()
-    table = _table("estimate", "parameters", "trained", "memory per device", "disk")
+    table = _table("estimate", "parameters", "trained", "memory per device, at most", "disk")
     for stage, estimate in estimates.items():
         if estimate.unknown or estimate.memory is None:
             table.add_row(stage, "unknown", "", Text(estimate.unknown), "")

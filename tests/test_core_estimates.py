@@ -266,66 +266,73 @@ def test_sampling_by_the_model_itself_is_counted(models: dict[str, Architecture]
 
 # --- what others say --------------------------------------------------------------------------------------------------
 
-LOGITS = 12  # bytes of each logit that TRL's fused head saves: the type's, float32's, its gradient's
+# Every training of Qwen's table that can be written here: GB on all devices together, by tokens of its one row.
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+MEASURED: dict[tuple[str, str, str, int], tuple[float, ...]] = {
+    ("1.8B", "lora", "ddp", 1): (6.7, 7.4, 8.4, 11.0, 16.2, 21.8),
+    ("7B", "lora", "ddp", 1): (20.1, 20.4, 21.5, 23.8, 29.7, 36.6),
+    ("7B", "lora", "zero2", 4): (74.7, 77.6, 84.9, 95.1, 121.1, 155.5),
+    ("14B", "lora", "ddp", 1): (34.6, 35.1, 35.3, 37.4, 42.5, 55.2),
+    ("72B", "lora", "zero3", 4): (215.4, 217.7, 222.6, 228.8, 249.0, 289.2),
+    ("1.8B", "full", "zero3", 1): (43.5, 43.5, 43.5, 43.5, 47.1, 48.3),
+    ("7B", "full", "zero3", 2): (139.2, 148.0, 162.0),
+    ("1.8B", "qlora", "ddp", 1): (5.8, 6.0, 6.6, 7.8, 10.2, 15.8),
+    ("7B", "qlora", "ddp", 1): (11.5, 11.5, 12.3, 13.9, 16.9, 23.5),
+    ("14B", "qlora", "ddp", 1): (18.7, 18.4, 18.9, 19.9, 23.0, 27.9),
+    ("72B", "qlora", "ddp", 1): (61.4, 61.4, 62.9, 64.1, 68.0, 75.6),
+}
+LOGITS = 12  # bytes of each logit, all of which those runs held: in its type, in float32, and a gradient; our reading, not theirs
+WORST = {"lora": (-0.11, 0.10), "full": (-0.22, 0.05), "qlora": (-0.22, 0.34)}
 
 
-def qwen(name: str, length: int, devices: int = 1, **fields: Any) -> tuple[Any, ...]:
-    """Of Qwen's table of measured fine-tuning: rank 64 on all linear layers, checkpointing, one row; all logits at once."""
-    resources = {"gradient_checkpointing": True, "gpus": devices, **fields.pop("resources", {})}
-    return name, {"length": length, "lora": {"r": 64}, "global_batch_size": 8, "resources": resources, **fields}, devices, LOGITS * length
+@pytest.mark.parametrize(("size", "method", "strategy", "devices"), MEASURED)
+def test_the_errors_against_qwens_measurements_are_those_that_the_page_states(
+    size: str, method: str, strategy: str, devices: int, models: dict[str, Architecture]
+) -> None:
+    measured = MEASURED[size, method, strategy, devices]
+    name, cells = f"Qwen-{size}", []
+    for length, figure in zip(LENGTHS, measured, strict=False):
+        resources = {"gradient_checkpointing": True, "gpus": devices, "strategy": strategy}
+        training = job(models[name], length, method, lora={"r": 64}, global_batch_size=8, resources=resources)
+        estimated = (training.memory().total + LOGITS * length * models[name].vocab_size) * devices / GB
+        error = estimated / figure - 1
+        assert WORST[method][0] <= round(error, 2) <= WORST[method][1]
+        cells.append(f"{figure:g}: {estimated:.1f}, {error:+.0%}")
+    cells += [""] * (len(LENGTHS) - len(cells))
+    line = f"| {size}, {method} | {strategy}, {devices} | {' | '.join(cells)} |"
+    assert line in (ROOT / "docs" / "estimates.md").read_text(encoding="utf-8"), line
 
 
 LLAMA_FACTORY = {"length": 1024, "lora": {"r": 8}, "resources": {"gradient_checkpointing": True}}
 CHECKPOINTING = {"resources": {"gradient_checkpointing": True}}
-# What, where it is from, figure in GB, model, training, devices that the figure is for, further bytes of each word of the vocabulary.
-FIGURES: list[tuple[str, str, float, tuple[Any, ...]]] = [
-    ("7B, full, bf16", "lora-scripts guide", 28, ("Qwen2.5-7B", {"method": "full", **CHECKPOINTING}, 1, 0)),
-    ("7B, LoRA r=16", "lora-scripts guide", 16, ("Qwen2.5-7B", {"lora": {"r": 16, "target_modules": ATTENTION}, **CHECKPOINTING}, 1, 0)),
-    ("7B, LoRA r=8", "lora-scripts guide", 14, ("Qwen2.5-7B", {"lora": {"r": 8, "target_modules": ATTENTION}, **CHECKPOINTING}, 1, 0)),
-    ("7B, LoRA, 8 bit", "lora-scripts guide", 10, ("Qwen2.5-7B", {"method": "qlora", "bits": 8, **LLAMA_FACTORY}, 1, 0)),
-    ("7B, LoRA r=8, batch 4", "LLaMA-Factory guide", 24,
-     ("Llama-2-7B", {"lora": {"r": 8}, "resources": {"gradient_checkpointing": True, "micro_batch_size": 4}}, 1, 0)),
-    ("7B, full", "LLaMA-Factory guide: 80 and more", 80, ("Llama-2-7B", {"method": "full", **CHECKPOINTING}, 1, 0)),
-    ("7B, LoRA", "LLaMA-Factory's table, estimated", 16, ("Llama-2-7B", LLAMA_FACTORY, 1, 0)),
-    ("7B, full", "LLaMA-Factory's table, estimated", 120, ("Llama-2-7B", {"method": "full", **LLAMA_FACTORY}, 1, 0)),
-    ("7B, QLoRA 4 bit", "LLaMA-Factory's table, estimated", 6, ("Llama-2-7B", {"method": "qlora", **LLAMA_FACTORY}, 1, 0)),
-    ("7B, QLoRA 8 bit", "LLaMA-Factory's table, estimated", 10, ("Llama-2-7B", {"method": "qlora", "bits": 8, **LLAMA_FACTORY}, 1, 0)),
-    ("72B, LoRA", "LLaMA-Factory's table, estimated (70B)", 160, ("Qwen2.5-72B", LLAMA_FACTORY, 1, 0)),
-    ("72B, QLoRA 4 bit", "LLaMA-Factory's table, estimated (70B)", 48, ("Qwen2.5-72B", {"method": "qlora", **LLAMA_FACTORY}, 1, 0)),
-    ("65B, QLoRA 4 bit, r=64", "QLoRA (arXiv:2305.14314): below 48", 48,
-     ("LLaMA-65B", {"method": "qlora", "length": 512, "lora": {"r": 64}, **CHECKPOINTING}, 1, 0)),
-    ("65B, full", "QLoRA (arXiv:2305.14314): above 780", 780, ("LLaMA-65B", {"method": "full", "length": 512, **CHECKPOINTING}, 1, 0)),
-    ("1.8B, LoRA, 256 tokens", "Qwen, measured", 6.7, qwen("Qwen-1.8B", 256)),
-    ("1.8B, LoRA, 2,048 tokens", "Qwen, measured", 11.0, qwen("Qwen-1.8B", 2048)),
-    ("1.8B, LoRA, 8,192 tokens", "Qwen, measured", 21.8, qwen("Qwen-1.8B", 8192)),
-    ("7B, LoRA, 256 tokens", "Qwen, measured", 20.1, qwen("Qwen-7B", 256)),
-    ("7B, LoRA, 2,048 tokens", "Qwen, measured", 23.8, qwen("Qwen-7B", 2048)),
-    ("7B, LoRA, 8,192 tokens", "Qwen, measured", 36.6, qwen("Qwen-7B", 8192)),
-    ("14B, LoRA, 256 tokens", "Qwen, measured", 34.6, qwen("Qwen-14B", 256)),
-    ("14B, LoRA, 2,048 tokens", "Qwen, measured", 37.4, qwen("Qwen-14B", 2048)),
-    ("14B, LoRA, 8,192 tokens", "Qwen, measured", 55.2, qwen("Qwen-14B", 8192)),
-    ("72B, LoRA, zero3 on 4, 256 tokens", "Qwen, measured, all 4", 215.4, qwen("Qwen-72B", 256, 4, resources={"strategy": "zero3"})),
-    ("72B, LoRA, zero3 on 4, 8,192 tokens", "Qwen, measured, all 4", 289.2, qwen("Qwen-72B", 8192, 4, resources={"strategy": "zero3"})),
-    ("7B, full, zero3 on 2, 256 tokens", "Qwen, measured, both", 139.2,
-     qwen("Qwen-7B", 256, 2, method="full", resources={"strategy": "zero3"})),
-    ("7B, full, zero3 on 2, 1,024 tokens", "Qwen, measured, both", 162.0,
-     qwen("Qwen-7B", 1024, 2, method="full", resources={"strategy": "zero3"})),
-    ("7B, QLoRA, 256 tokens", "Qwen, measured, GPTQ under DeepSpeed", 11.5, qwen("Qwen-7B", 256, method="qlora")),
-    ("72B, QLoRA, 256 tokens", "Qwen, measured, GPTQ under DeepSpeed", 61.4, qwen("Qwen-72B", 256, method="qlora")),
-    ("72B, QLoRA, 8,192 tokens", "Qwen, measured, GPTQ under DeepSpeed", 75.6, qwen("Qwen-72B", 8192, method="qlora")),
+# What, where it is from, GB, model, training.
+FIGURES: list[tuple[str, str, float, str, dict[str, Any]]] = [
+    ("7B, full, bf16", "lora-scripts guide", 28, "Qwen2.5-7B", {"method": "full", **CHECKPOINTING}),
+    ("7B, LoRA r=16", "lora-scripts guide", 16, "Qwen2.5-7B", {"lora": {"r": 16, "target_modules": ATTENTION}, **CHECKPOINTING}),
+    ("7B, LoRA r=8", "lora-scripts guide", 14, "Qwen2.5-7B", {"lora": {"r": 8, "target_modules": ATTENTION}, **CHECKPOINTING}),
+    ("7B, LoRA, 8 bit", "lora-scripts guide", 10, "Qwen2.5-7B", {"method": "qlora", "bits": 8, **LLAMA_FACTORY}),
+    ("7B, LoRA r=8, batch 4", "LLaMA-Factory guide", 24, "Llama-2-7B",
+     {"lora": {"r": 8}, "resources": {"gradient_checkpointing": True, "micro_batch_size": 4}}),
+    ("7B, full", "LLaMA-Factory guide: 80 and more", 80, "Llama-2-7B", {"method": "full", **CHECKPOINTING}),
+    ("7B, LoRA", "LLaMA-Factory's table, estimated", 16, "Llama-2-7B", LLAMA_FACTORY),
+    ("7B, full", "LLaMA-Factory's table, estimated", 120, "Llama-2-7B", {"method": "full", **LLAMA_FACTORY}),
+    ("7B, QLoRA 4 bit", "LLaMA-Factory's table, estimated", 6, "Llama-2-7B", {"method": "qlora", **LLAMA_FACTORY}),
+    ("7B, QLoRA 8 bit", "LLaMA-Factory's table, estimated", 10, "Llama-2-7B", {"method": "qlora", "bits": 8, **LLAMA_FACTORY}),
+    ("72B, LoRA", "LLaMA-Factory's table, estimated (70B)", 160, "Qwen2.5-72B", LLAMA_FACTORY),
+    ("72B, QLoRA 4 bit", "LLaMA-Factory's table, estimated (70B)", 48, "Qwen2.5-72B", {"method": "qlora", **LLAMA_FACTORY}),
+    ("65B, QLoRA 4 bit, r=64", "QLoRA (arXiv:2305.14314): below 48", 48, "LLaMA-65B",
+     {"method": "qlora", "length": 512, "lora": {"r": 64}, **CHECKPOINTING}),
+    ("65B, full", "QLoRA (arXiv:2305.14314): above 780", 780, "LLaMA-65B", {"method": "full", "length": 512, **CHECKPOINTING}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "source", "figure", "training"), FIGURES, ids=[f"{what}, {source}" for what, source, *_ in FIGURES])
+@pytest.mark.parametrize(("what", "source", "figure", "name", "fields"), FIGURES)
 def test_the_errors_against_others_figures_are_those_that_the_page_states(
-    what: str, source: str, figure: float, training: tuple[Any, ...], models: dict[str, Architecture]
+    what: str, source: str, figure: float, name: str, fields: dict[str, Any], models: dict[str, Architecture]
 ) -> None:
-    name, fields, devices, of_vocabulary = training
-    estimated = (job(models[name], **fields).memory().total + of_vocabulary * models[name].vocab_size) * devices / GB
+    estimated = job(models[name], **fields).memory().total / GB
     line = f"| {what} | {source} | {figure:g} | {estimated:.1f} | {estimated / figure - 1:+.0%} |"
     assert line in (ROOT / "docs" / "estimates.md").read_text(encoding="utf-8"), line
-    if "measured" in source and "QLoRA" not in what:
-        assert abs(estimated / figure - 1) < 0.15
 
 
 def test_states_are_those_of_zeros_own_table(models: dict[str, Architecture]) -> None:

@@ -79,16 +79,13 @@ class Job:
 
     @property
     def mixed(self) -> bool:
-        """Whether autocast computes in bfloat16 with weights that are float32: adapters (PEFT's `autocast_adapter_dtype`) and fully
-        trained models. TRL makes adapters of QLoRA bfloat16, DeepSpeed everything."""
-        return self.compute == 2 and self.method != "qlora" and not self.deepspeed
+        """Whether autocast computes in bfloat16 with trained weights that are float32. DeepSpeed makes them bfloat16."""
+        return self.compute == 2 and not self.deepspeed
 
     @property
     def states(self) -> tuple[int, int, int]:
         """Bytes of weight, gradient and optimizer state of one trained parameter; DeepSpeed's float32 copy is among the states."""
-        if self.deepspeed:
-            return self.compute, self.compute, 12
-        return (2, 2, 4) if self.method == "qlora" else (4, 4, 8)
+        return (self.compute, self.compute, 12) if self.deepspeed else (4, 4, 8)
 
     @property
     def frozen(self) -> int:
