@@ -375,9 +375,10 @@ def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: st
 
 
 def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Architecture]) -> None:
-    """With a global batch of 3 there are no 2 processes."""
-    training = job(models["Qwen2.5-7B"], global_batch_size=3, resources={"micro_batch_size": 3})
-    assert "gpus" not in fits.remedy(training, 14 * GIB, 8, "sft")
+    """With a global batch of 3 there are no 2 processes, with one device named no 2 GPUs."""
+    for fields in ({"global_batch_size": 3, "resources": {"micro_batch_size": 3}}, {"resources": {"devices": [0]}}):
+        assert "gpus" not in fits.remedy(job(models["Qwen2.5-7B"], **fields), 14 * GIB, 8, "sft")
+    assert "gpus=2" in fits.remedy(job(models["Qwen2.5-7B"]), 14 * GIB, 8, "sft")
 
 
 def test_a_change_is_taken_into_the_stage(models: dict[str, Architecture]) -> None:

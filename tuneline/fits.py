@@ -13,9 +13,9 @@ from functools import reduce
 from typing import Any
 
 from tuneline.architectures import architecture_of
+from tuneline.engines import EngineSettings
 from tuneline.errors import Problem
 from tuneline.estimates import job_of
-from tuneline.load import Loaded
 from tuneline.memory import Job
 from tuneline.plan import PlanRow
 from tuneline.pools import DockerPool, KubernetesPool, Pool
@@ -37,37 +37,27 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
     loaded, planned = workspace.loaded, {row.stage: row for row in rows}
     stages = loaded.pipeline(pipeline).stages
     for name, row in planned.items():
-        stage, pool = stages[name], pool_of(loaded, pipeline, name)
-        if not isinstance(stage, Training) or not stage.resources.gpus or pool is None or row.artifact is not None:
+        stage = stages[name]
+        if not isinstance(stage, Training) or not stage.resources.gpus or row.artifact is not None:
             continue
+        pool_name = stage.pool or loaded.pipeline(pipeline).pool
+        pool = loaded.spec.pools[pool_name] if pool_name else None
         architecture = architecture_of(workspace, stages, planned, name)
-        if isinstance(architecture, str) or pool.gpu_memory is None:
+        if pool is None or pool.gpu_memory is None or isinstance(architecture, str):
             continue
         job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
         if (needed := job.memory().total) > room:
-            found = f"about {gib(needed)} of a GPU are needed, the pool `{pool_name(loaded, pipeline, name)}` has {gib(room)} for it"
+            found = f"about {gib(needed)} of a GPU are needed, the pool `{pool_name}` has {gib(room)} for it"
             path = ("pipelines", pipeline, "stages", name)
             yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, room, gpus_of(pool), name))
-
-
-def pool_name(loaded: Loaded, pipeline: str, stage: str) -> str | None:
-    own = getattr(loaded.pipeline(pipeline).stages[stage], "pool", None)
-    return own or loaded.pipeline(pipeline).pool
-
-
-def pool_of(loaded: Loaded, pipeline: str, stage: str) -> Pool | None:
-    name = pool_name(loaded, pipeline, stage)
-    return loaded.spec.pools[name] if name else None
 
 
 def room_for(stage: Training, gpu_memory: str) -> int:
     """Bytes of a GPU that the training has: what vLLM takes of it is gone, where both share one."""
     size = int(gpu_memory[:-2]) * UNITS[gpu_memory[-2:]]
-    engine = stage.resources.engine
-    if stage.uses_engine() and (engine is None or engine.gpus == 0):
-        share = engine.gpu_memory_utilization if engine else 0.5
-        return round(size * (1 - share))
-    return size
+    engine = stage.resources.engine or EngineSettings()
+    shared = stage.uses_engine() and engine.gpus == 0
+    return round(size * (1 - engine.gpu_memory_utilization)) if shared else size
 
 
 def gpus_of(pool: Pool) -> int:
@@ -77,7 +67,7 @@ def gpus_of(pool: Pool) -> int:
 def remedy(job: Job, room: int, gpus: int, name: str) -> str:
     for change in changes(job, gpus):
         changed = applied(job, change)
-        allowed = next(changed.stage.findings(), None) is None
+        allowed = not [*changed.stage.findings(), *changed.stage.common_findings()]
         if allowed and (needed := changed.memory().total) <= room:
             flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
             return f"the cheapest change that fits: `{flags}`, about {gib(needed)}"
