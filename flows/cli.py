@@ -41,6 +41,7 @@ from tuneline.load import load
 from tuneline.workspace import Workspace
 
 if TYPE_CHECKING:
+    from tuneline.estimates import Estimate
     from tuneline.plan import PlanRow
     from tuneline.runs import RunRecord
 
@@ -139,17 +140,24 @@ def validate(path: Path | None, file: Path) -> None:
 def plan(
     pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], only: str | None, force: tuple[str, ...], as_json: bool
 ) -> None:
-    """Shows what a run would do, and why. Changes nothing."""
+    """Shows what a run would do, why, and what trainings and merges will take. Changes nothing."""
+    from tuneline import fits
+    from tuneline.estimates import estimates
     from tuneline.plan import plan as make_plan
 
     workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
     rows = make_plan(workspace, pipeline, only, force)
+    estimated = estimates(workspace, pipeline, rows)
+    for warning in fits.warnings(workspace, pipeline, rows):
+        warn(str(warning))
     if as_json:
-        click.echo(json.dumps({"pipeline": pipeline, "stages": [_plan_json(row) for row in rows]}, indent=1, ensure_ascii=False))
+        stages = [_plan_json(row) | {"estimate": _estimate_json(estimated.get(row.stage))} for row in rows]
+        click.echo(json.dumps({"pipeline": pipeline, "stages": stages}, indent=1, ensure_ascii=False))
     else:
-        from flows.console import plan_table
+        from flows.console import estimate_table, plan_table
 
         plan_table(rows)
+        estimate_table(estimated)
 
 
 @cli.command()
@@ -318,6 +326,10 @@ def _plan_json(row: PlanRow) -> dict[str, Any]:
         "key": row.key,
         "artifact": str(row.artifact.path) if row.artifact else None,
     }
+
+
+def _estimate_json(estimate: Estimate | None) -> dict[str, Any] | None:
+    return estimate.as_json() if estimate else None
 
 
 def _run_json(record: RunRecord, rows: list[PlanRow]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,7 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneline.disk import human
+from tuneline.estimates import Estimate
+from tuneline.fits import gib
 from tuneline.gc import Item
+from tuneline.memory import Memory
 from tuneline.plan import PlanRow
 from tuneline.protocol import Event
 from tuneline.runs import StageRecord
@@ -144,6 +147,28 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
             Text(why or ("judged every time" if row.kind == "gate" else f"{row.kind}/{(row.key or '')[:12]}")),
         )
     _print(table)
+
+
+def estimate_table(estimates: Mapping[str, Estimate]) -> None:
+    """What trainings and merges take at most, with the larger parts of the memory."""
+    if not estimates:
+        return
+    print()
+    table = _table("estimate", "parameters", "trained", "memory per device, at most", "disk")
+    for stage, estimate in estimates.items():
+        if estimate.unknown or estimate.memory is None:
+            table.add_row(stage, "unknown", "", Text(estimate.unknown), "")
+            continue
+        trained = f"{estimate.trainable:,} ({estimate.share:.2%})" if estimate.trainable else ""
+        disk = human(estimate.disk) if estimate.disk else "unknown"
+        table.add_row(stage, f"{estimate.parameters:,}", trained, Text(f"{estimate.device}: {_memory(estimate.memory)}"), disk)
+    _print(table)
+
+
+def _memory(memory: Memory) -> str:
+    states = memory.gradients + memory.optimizer
+    parts = {"weights": memory.weights, "training states": states, "activations": memory.activations, "other": memory.other}
+    return f"{gib(memory.total)} ({', '.join(f'{name} {size / (1 << 30):.1f}' for name, size in parts.items() if size >= 1 << 26)})"
 
 
 def gc_table(items: Sequence[Item], dry_run: bool) -> None:

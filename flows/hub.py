@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from tuneline.errors import StageFailed
-from tuneline.plan import COMMIT
+from tuneline.hub_cache import COMMIT, cache, cached_commit
 
 
 def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
@@ -46,13 +46,11 @@ def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
 
 
 def _cached(repository_type: str, repository: str, revision: str) -> str:
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    reference = cache / f"{repository_type}s--{repository.replace('/', '--')}" / "refs" / revision
-    if not reference.is_file():
+    commit = cached_commit(repository_type, repository, revision)
+    if commit is None:
         hint = "download it once with the network on, or write a full commit as `revision:`"
-        raise StageFailed("config", f"{repository} at {revision} is not in the local hub cache {cache}, and HF_HUB_OFFLINE is set", hint)
-    return reference.read_text().strip()
+        raise StageFailed("config", f"{repository} at {revision} is not in the local hub cache {cache()}, and HF_HUB_OFFLINE is set", hint)
+    return commit
 
 
 def _token() -> str | None:

@@ -209,6 +209,7 @@ def test_one_file_has_every_field() -> None:
 
     visit(load_source(read(FILES["every field"], "p.yaml")).spec)
     every_stage = {"description", "needs", "retries", "timeout", "runtime", "resources", "pool", "seed"}  # given once, for a model
-    every_pool = {(model, name) for model in ("DockerPool", "KubernetesPool") for name in ("concurrency", "queues")}  # once, for processes
+    of_every_pool = ("concurrency", "queues", "gpu_memory")  # given once, for processes
+    every_pool = {(model, name) for model in ("DockerPool", "KubernetesPool") for name in of_every_pool}
     assert {(model, name) for model, name in exist - given_somewhere if name not in every_stage or model == "ModelStage"} == every_pool
     assert {model for model, _ in exist} >= {name for name in Spec.model_json_schema()["$defs"]}

@@ -7,7 +7,6 @@ Planning reads the store and the run records, touches neither network nor clock,
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
+from tuneline.hub_cache import COMMIT
 from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, key_document, key_of
 from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
@@ -30,7 +30,6 @@ from tuneline.workspace import Workspace
 
 Status = Literal["cached", "run", "unknown"]
 ReasonCode = Literal["config", "input", "code", "library", "file", "missing", "corrupt", "forced", "never_ran"]
-COMMIT = re.compile(r"^[0-9a-f]{40}$")
 ResolveCommit = Callable[[str, str, str], str | None]
 """(repository type `model` or `dataset`, repository, revision) -> commit, or None where it is not known."""
 

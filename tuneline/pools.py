@@ -35,6 +35,8 @@ class Pool(Strict):
     """Runs at the same time, over all machines that work for the pool."""
     queues: dict[Name, Queue] = {}
     """Queues beside `default`, by name."""
+    gpu_memory: Size | None = None
+    """Memory of each of its GPUs, as `24Gi` (GiB: a card sold with 24 GB has it). `tuneline plan` warns of trainings that will not fit."""
 
 
 class ProcessPool(Pool):

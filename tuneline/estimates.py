@@ -1,0 +1,107 @@
+"""What trainings and merges will take, for `tuneline plan`: parameters, memory of each device, disk. Imports no torch, reads no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tuneline.architectures import BYTES, Architecture, architecture_of
+from tuneline.memory import PROCESS, Job, Memory
+from tuneline.plan import PlanRow
+from tuneline.spec import DatasetStage, MergeStage
+from tuneline.stages import Stage
+from tuneline.trainings import GrpoStage, SftStage, Training
+from tuneline.workspace import Workspace
+
+PROMPT = 512  # tokens of a prompt for grpo, where its dataset stage sets no max_length
+KEPT = 3  # checkpoints on the disk: two, and the one that is being written
+
+
+@dataclass(frozen=True)
+class Estimate:
+    unknown: str = ""
+    """Why nothing can be said; then all the others are None."""
+    parameters: int | None = None
+    """Of the model that is trained or written, without an adapter."""
+    trainable: int | None = None
+    """Parameters that are trained; None for a merge."""
+    sequence_length: int | None = None
+    """Tokens of a training's longest sequence."""
+    device: Literal["gpu", "cpu"] | None = None
+    memory: Memory | None = None
+    """Of each GPU, or of each process where there is none."""
+    disk: int | None = None
+    """Most bytes at once, in work folder and store; None where the type of the base's files is not known."""
+
+    @property
+    def share(self) -> float | None:
+        """Of what is trained in all parameters, the adapter's among them, as PEFT prints it."""
+        if self.trainable is None or self.parameters is None:
+            return None
+        return 1.0 if self.trainable == self.parameters else self.trainable / (self.parameters + self.trainable)
+
+    def as_json(self) -> dict[str, Any]:
+        document = asdict(self) | {"share": self.share}
+        if self.memory:
+            document["memory"] |= {"total": self.memory.total}
+        return document
+
+
+def estimates(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> dict[str, Estimate]:
+    """Of every training and merge among the rows of a plan, by stage."""
+    stages, planned = workspace.loaded.pipeline(pipeline).stages, {row.stage: row for row in rows}
+    found = {}
+    for name in planned:
+        stage = stages[name]
+        if isinstance(stage, Training | MergeStage):
+            found[name] = estimate(stage, architecture_of(workspace, stages, planned, name), stages)
+    return found
+
+
+def estimate(stage: Training | MergeStage, architecture: Architecture | str, stages: Mapping[str, Stage]) -> Estimate:
+    if isinstance(architecture, str):
+        return Estimate(unknown=architecture)
+    if isinstance(stage, MergeStage):
+        return of_merge(architecture, stage)
+    job = job_of(architecture, stage, stages)
+    return Estimate(
+        parameters=architecture.parameters,
+        trainable=job.trainable,
+        sequence_length=job.length,
+        device="gpu" if job.on_gpu else "cpu",
+        memory=job.memory(),
+        disk=disk_of(job),
+    )
+
+
+def job_of(architecture: Architecture, stage: Training, stages: Mapping[str, Stage]) -> Job:
+    return Job(architecture, stage, longest(stage, stages[stage.dataset]), getattr(stage, "method", "lora"), getattr(stage, "bits", 4))
+
+
+def longest(stage: Training, dataset: Stage) -> int:
+    """Tokens that a sequence can have at most, padding included."""
+    row = dataset.max_length if isinstance(dataset, DatasetStage) else None
+    if isinstance(stage, SftStage):
+        return stage.max_length if stage.packing else min(stage.max_length, row or stage.max_length)
+    assert isinstance(stage, GrpoStage)
+    return (row or PROMPT) + stage.max_completion_length
+
+
+def of_merge(architecture: Architecture, stage: MergeStage) -> Estimate:
+    """The merge itself streams; its check holds base and adapter, then the merged model, in float32 on the CPU, beside the file."""
+    dtype = architecture.dtype if stage.dtype == "auto" else stage.dtype
+    written = BYTES[dtype] * architecture.parameters if dtype in BYTES else None
+    return Estimate(
+        parameters=architecture.parameters,
+        device="cpu",
+        memory=Memory(4 * architecture.parameters, gradients=0, optimizer=0, activations=0, other=PROCESS + (written or 0)),
+        disk=written,
+    )
+
+
+def disk_of(job: Job) -> int | None:
+    """Checkpoints of trained weights and optimizer states, and the artifact. Tokenizers, of a few MB, are left out."""
+    weight, _, state = job.states
+    written = BYTES.get(job.architecture.dtype or "") if job.method == "full" else weight
+    return job.trainable * (KEPT * (weight + state) + written) if written else None

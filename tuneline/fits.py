@@ -1,0 +1,113 @@
+"""Whether a training fits the GPUs of its pool, and if not, the cheapest change that makes it fit.
+
+Changes are tried in the order of what they cost: nothing but steps of another shape (micro-batch), a third more time
+(gradient checkpointing), more communication or more GPUs (sharding), waiting for the CPU's memory (offload), and last what
+changes the result (QLoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+from tuneline.architectures import architecture_of
+from tuneline.engines import EngineSettings
+from tuneline.errors import Problem
+from tuneline.estimates import job_of
+from tuneline.memory import Job
+from tuneline.plan import PlanRow
+from tuneline.pools import DockerPool, KubernetesPool, Pool
+from tuneline.source import dotted
+from tuneline.trainings import Training
+from tuneline.workspace import Workspace
+
+Change = dict[str, Any]  # of a stage: field, dotted, to value
+UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
+MOST_GPUS = 8  # of a machine, where the pool does not say
+
+
+def gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
+
+
+def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
+    """A warning for each training that needs more than the GPUs of its pool have."""
+    loaded, planned = workspace.loaded, {row.stage: row for row in rows}
+    stages = loaded.pipeline(pipeline).stages
+    for name, row in planned.items():
+        stage = stages[name]
+        if not isinstance(stage, Training) or not stage.resources.gpus or row.artifact is not None:
+            continue
+        pool_name = stage.pool or loaded.pipeline(pipeline).pool
+        pool = loaded.spec.pools[pool_name] if pool_name else None
+        architecture = architecture_of(workspace, stages, planned, name)
+        if pool is None or pool.gpu_memory is None or isinstance(architecture, str):
+            continue
+        job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
+        if (needed := job.memory().total) > room:
+            found = f"about {gib(needed)} of a GPU are needed, the pool `{pool_name}` has {gib(room)} for it"
+            path = ("pipelines", pipeline, "stages", name)
+            yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, room, gpus_of(pool), name))
+
+
+def room_for(stage: Training, gpu_memory: str) -> int:
+    """Bytes of a GPU that the training has: what vLLM takes of it is gone, where both share one."""
+    size = int(gpu_memory[:-2]) * UNITS[gpu_memory[-2:]]
+    engine = stage.resources.engine or EngineSettings()
+    shared = stage.uses_engine() and engine.gpus == 0
+    return round(size * (1 - engine.gpu_memory_utilization)) if shared else size
+
+
+def gpus_of(pool: Pool) -> int:
+    return pool.gpus if isinstance(pool, DockerPool | KubernetesPool) and isinstance(pool.gpus, int) else MOST_GPUS
+
+
+def remedy(job: Job, room: int, gpus: int, name: str) -> str:
+    for change in changes(job, gpus):
+        changed = applied(job, change)
+        allowed = not [*changed.stage.findings(), *changed.stage.common_findings()]
+        if allowed and (needed := changed.memory().total) <= room:
+            flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
+            return f"the cheapest change that fits: `{flags}`, about {gib(needed)}"
+    return "no change of its resources fits: take larger GPUs, a smaller model or shorter sequences"
+
+
+def changes(job: Job, gpus: int) -> Iterator[Change]:
+    """Fields to set, the cheapest first."""
+    stage, resources = job.stage, job.stage.resources
+    sizes: list[Change] = [{}, *({"resources.micro_batch_size": size} for size in smaller(stage))]
+    yield from sizes[1:]
+    again: Change = {} if resources.gradient_checkpointing else {"resources.gradient_checkpointing": True}
+    yield from (again | size for size in sizes)
+
+    least = again | sizes[-1]
+    counts = [resources.gpus] if resources.world_size > 1 else [count for count in (2, 4, 8) if count <= gpus]
+    for count in counts:
+        for strategy in ("zero2", "zero3"):
+            sharded: Change = {"resources.gpus": count, "resources.strategy": strategy}
+            yield from (sharded, least | sharded)
+
+    yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
+    yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))
+    if "method" in type(stage).model_fields and job.method == "lora":
+        yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least))
+
+
+def new(stage: Training, change: Change) -> Change:
+    """The fields that are not as they would be set anyway."""
+    return {field: value for field, value in change.items() if reduce(getattr, field.split("."), stage) != value}
+
+
+def smaller(stage: Training) -> Iterator[int]:
+    size: int | None = stage.micro_batch_size()
+    while size is not None and (size := stage.smaller_micro_batch(size)) is not None:
+        yield size
+
+
+def applied(job: Job, change: Change) -> Job:
+    fields = {field: value for field, value in change.items() if "." not in field}
+    resources = {field.partition(".")[2]: value for field, value in change.items() if "." in field}
+    stage = job.stage.model_copy(update=fields | {"resources": job.stage.resources.model_copy(update=resources)})
+    return replace(job, stage=stage, method=change.get("method", job.method))

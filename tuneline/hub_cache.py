@@ -1,0 +1,37 @@
+"""Where huggingface_hub keeps what it downloaded, read as plain files: its library is heavy, and nothing here may wait for a network.
+
+<cache>/models--OWNER--NAME/refs/REVISION            the commit that a branch or tag meant when it was last fetched
+<cache>/models--OWNER--NAME/snapshots/COMMIT/        the files
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+def cache() -> Path:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+
+
+def cached_commit(repository_type: str, repository: str, revision: str) -> str | None:
+    """What `revision` meant when it was last fetched; None for one that never was. `repository_type` is `model` or `dataset`."""
+    if COMMIT.match(revision):
+        return revision
+    reference = _folder(repository_type, repository) / "refs" / revision
+    return reference.read_text().strip() if reference.is_file() else None
+
+
+def cached_file(repository: str, revision: str, name: str) -> Path | None:
+    """A file of a model's repository, where it has been fetched."""
+    commit = cached_commit("model", repository, revision)
+    file = _folder("model", repository) / "snapshots" / (commit or "") / name
+    return file if file.is_file() else None
+
+
+def _folder(repository_type: str, repository: str) -> Path:
+    return cache() / f"{repository_type}s--{repository.replace('/', '--')}"
