@@ -18,7 +18,7 @@ import pytest
 from program_tools import ROOT, payload_digest, run_program
 from test_program_sft import OTHERS, ROWS, TURNING, base, one_thread, request_for, run_until  # noqa: F401
 
-from tasks import checkpoints, sft, training
+from tasks import checkpoints, sft
 from tuneline.protocol import Events, Input, Request
 
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}

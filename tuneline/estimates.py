@@ -15,7 +15,6 @@ from tuneline.trainings import GrpoStage, SftStage, Training
 from tuneline.workspace import Workspace
 
 PROMPT = 512  # tokens of a prompt for grpo, where its dataset stage sets no max_length
-KEPT = 3  # checkpoints on the disk: two, and the one that is being written
 
 
 @dataclass(frozen=True)
@@ -103,5 +102,6 @@ def of_merge(architecture: Architecture, stage: MergeStage) -> Estimate:
 def disk_of(job: Job) -> int | None:
     """Checkpoints of trained weights and optimizer states, and the artifact. Tokenizers, of a few MB, are left out."""
     weight, _, state = job.states
+    kept = job.stage.resources.checkpoints_kept + 1  # and the one that is being written
     written = BYTES.get(job.architecture.dtype or "") if job.method == "full" else weight
-    return job.trainable * (KEPT * (weight + state) + written) if written else None
+    return job.trainable * (kept * (weight + state) + written) if written else None
