@@ -145,9 +145,10 @@ class Checks:
             elif isinstance(stage, ProgramStage) and stage.world_size() > 1:
                 found = f"found {stage.world_size()} processes for {stage.kind}, allowed one"
                 self.problem((*here, "resources"), found, "only trainings run in several processes: write `gpus: 1`")
-            elif isinstance(stage, ProgramStage) and stage.resources.strategy != "ddp":
-                found = f"found {stage.resources.strategy} for {stage.kind}, which is no training"
-                self.problem((*here, "resources", "strategy"), found, "remove it")
+            elif isinstance(stage, ProgramStage):
+                for field, value in (("strategy", stage.resources.strategy), ("offload", stage.resources.offload)):
+                    if value not in ("ddp", None):
+                        self.problem((*here, "resources", field), f"found {value} for {stage.kind}, which is no training", "remove it")
             if isinstance(stage, GateStage):
                 self._metrics(here, stage, stages)
         needs = {name: [need for need in depends_on(stage) if need in stages and need != name] for name, stage in stages.items()}
