@@ -1,10 +1,10 @@
-"""Supervised fine-tuning of a LoRA adapter on a Dataset's train split, by TRL and PEFT.
+"""Supervised fine-tuning of a LoRA adapter, or of every weight, on a Dataset's train split, by TRL and PEFT.
 
 Rows are tokenized and masked by `tasks.masks` and given to TRL ready made; that TRL has dropped or cut nothing is checked.
 A killed training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot see one another: their
 position ids start anew, and transformers masks attention by them (torch's sdpa is enough); each training checks it on its model.
 
-Left out: quantized bases (QLoRA), grouping by length, adapters on the head or the embeddings.
+Left out: grouping by length, adapters on the head or the embeddings. What the methods differ in is in `tasks.methods`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import compute_dtype, load_model, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks import methods
+from tasks.loading import load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, tokenize
 from tasks.rows import read_split
 from tuneline.errors import StageFailed
@@ -41,7 +42,8 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     validation = tokenized(request, stage, tokenizer, "validation") if stage.eval_steps else None
     prepared = packed(train, stage.max_length) if stage.packing else train
 
-    model = load_model(base, compute_dtype(stage.dtype))
+    model = methods.load_base(base, stage)
+    full = stage.method == "full"
     layers = training.targeted_layers(model, stage.lora.target_modules)
     training.score_only_trained_tokens()
     report = training.Report(events)
@@ -54,18 +56,20 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         train_dataset=prepared,
         eval_dataset=validation,
         processing_class=tokenizer,
-        peft_config=None if earlier else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
+        peft_config=None if earlier or full else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # events say the same
+    if stage.method == "qlora":
+        methods.adapter_in_float32(trainer.model, earlier)
     check_loss(trainer)
     check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
     if validation:
         check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
     if stage.packing:
         check_rows_apart(trainer)
-    before = training.adapter_tensors(trainer.model)
-    trainable, parameters = trainer.model.get_nb_trainable_parameters()
+    before = {} if full else training.adapter_tensors(trainer.model)
+    trainable, parameters = (model.num_parameters(),) * 2 if full else trainer.model.get_nb_trainable_parameters()
     if arguments.process_index == 0:
         events.metric("trainable_parameters", trainable)
         events.metric("all_parameters", parameters)
@@ -73,7 +77,11 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     checkpoint = training.newest_checkpoint(arguments, request.key, events)
     state = training.ended_at(checkpoint) if checkpoint else None
     if checkpoint and state:
-        training.load_adapter(trainer.model, Path(state.best_model_checkpoint or checkpoint))
+        kept = Path(state.best_model_checkpoint or checkpoint)
+        if full:
+            trainer._load_from_checkpoint(str(kept))
+        else:
+            training.load_adapter(trainer.model, kept)
     else:
         if checkpoint:
             print(f"resuming from {checkpoint.name}", flush=True)
@@ -96,10 +104,14 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         metrics["eval_loss"] = evaluated[max(evaluated)]
     if arguments.process_index == 0:
         training.save_history(history, request.meta)
-        training.save_adapter(trainer.model, request.payload, base)
+        if full:
+            methods.save_model(trainer.model, base, tokenizer.eos_token_id, request.payload, events)
+            methods.check_model(request.payload, base)
+        else:
+            training.save_adapter(trainer.model, request.payload, base)
+            training.check_adapter(request.payload, stage.lora, layers, before)
         save_tokenizer(tokenizer, request.payload)
-        training.check_adapter(request.payload, stage.lora, layers, before)
-        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
+        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Model" if full else "Adapter"))
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     return Result(metrics=metrics, info=info)
 
@@ -219,7 +231,7 @@ def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
         batch = trainer.data_collator([rows])
         del batch["labels"]
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            hidden.append(trainer.model.get_base_model().base_model(**trainer._prepare_inputs(batch)).last_hidden_state.float())
+            hidden.append(trainer.model.get_decoder()(**trainer._prepare_inputs(batch)).last_hidden_state.float())
     packed, alone = hidden[0][:, first:], hidden[1]
     if (packed - alone).abs().mean() > 0.05 * alone.abs().mean():  # bfloat16 rounds by less
         raise StageFailed("config", "packing: found a base model in which packed rows see one another", "set `packing: false`")
