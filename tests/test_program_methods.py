@@ -91,6 +91,8 @@ def test_files_and_types_stay_the_bases(tmp_path: Path) -> None:
     assert after.pop("model.norm.weight").dtype == torch.float32
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert "lm_head.weight" in after
+    trained = load_file(request.work / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     assert AutoModelForCausalLM.from_pretrained(request.payload, dtype="auto").dtype == torch.bfloat16
 
 
