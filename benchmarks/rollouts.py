@@ -41,7 +41,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tasks.engine import Engine
-    from tasks.training import save_adapter
+    from tasks.training import adapter_tensors, save_adapter
     from tuneline.engines import EngineSettings
     from tuneline.protocol import Input
 
@@ -85,7 +85,7 @@ def main() -> None:
                 began = time.perf_counter()
                 place = Path(folder) / f"adapter-{number}"
                 place.mkdir()
-                save_adapter(model, place, Input(path=given.model, digest="", type="Model"))
+                save_adapter(model, adapter_tensors(model), place, Input(path=given.model, digest="", type="Model"))
                 engine.load(place.name, place)
                 if number:
                     engine.unload(f"adapter-{number - 1}")

@@ -43,7 +43,7 @@ class Attempts:
         """Records the attempt and says what it died of."""
         unexplained = any(attempt["unexplained"] for attempt in self.of_run(run_id))
         failure = _failure(stage, micro_batch, outcome, work, unexplained)
-        explained = (work / "failure.json").exists() or _killed_for_memory(outcome, work) or outcome.stopped
+        explained = (work / "failure.json").exists() or _killed_for_memory(outcome) or outcome.stopped
         entry = {"run_id": run_id, "class": failure.failure_class, "micro_batch_size": micro_batch, "unexplained": not explained}
         self.all.append(entry)
         temporary = self._path.with_suffix(".tmp")
@@ -52,9 +52,9 @@ class Attempts:
         return failure
 
 
-def _killed_for_memory(outcome: Outcome, work: Path) -> bool:
-    """The control group's count alone could be another stage's: the program must have died by SIGKILL and said nothing."""
-    return outcome.oom_killed and outcome.status == 128 + signal.SIGKILL and not (work / "failure.json").exists()
+def _killed_for_memory(outcome: Outcome) -> bool:
+    """The control group's count alone could be another stage's: the program, or one of its processes, must have died by SIGKILL."""
+    return outcome.oom_killed and outcome.status == 128 + signal.SIGKILL
 
 
 def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path, unexplained_before: bool) -> StageFailed:
@@ -64,9 +64,9 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
         hint = "raise `timeout`; run again and it goes on from its last checkpoint"
         return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)
     known: Failure | None = Failure.read(work / "failure.json") if (work / "failure.json").exists() else None
-    killed = _killed_for_memory(outcome, work)
+    killed = _killed_for_memory(outcome)
     if killed or known and known.failure_class == "oom":
-        what = known.message if known else "the kernel ended it for want of memory"
+        what = known.message if known and not killed else "the kernel ended it for want of memory"
         smaller = stage.smaller_micro_batch(micro_batch) if micro_batch else None
         hint = (
             f"tried again with micro_batch_size {smaller}"

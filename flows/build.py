@@ -148,10 +148,8 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
         if event.type == "progress":
             run.reporter.progress(name, event)
 
-    launcher = ["-m", "tasks"]
-    if stage.world_size() > 1:  # only a training may have several, says the loader
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stage.world_size()}", *launcher]
-    command = [str(runtime.python), *launcher, str(request.work / "request.json")]
+    # Only a training may have several, says the loader.
+    command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / "request.json")]
     try:
         environment, locks = _environment(request.work, taken.gpus), (held, *taken.descriptors)
         return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)

@@ -7,11 +7,13 @@ so that programs raise `StageFailed` only for what they themselves can name.
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 import traceback
 from pathlib import Path
 
+from tasks.launch import RANKS
 from tasks.loading import check_inputs
 from tuneline import disk
 from tuneline.errors import StageFailed
@@ -26,7 +28,9 @@ PROGRAMS = {
     "merge": "tasks.merge",
     "quantize": "tasks.quantize",
 }
-NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError", "DistNetworkError")
+NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError", "DistNetworkError", "DistStoreError", "DistBackendError")
+# A process whose peers have gone, or do not answer: what torch says of it is a class of its own or, with gloo, only a text.
+PEERS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 AUTH = ("GatedRepoError", "RepositoryNotFoundError", "DatasetNotFoundError")
 
 
@@ -34,6 +38,13 @@ def main() -> int:
     request_file = Path(sys.argv[1])
     request = Request.read(request_file)
     folder = request_file.parent
+    failure_file = folder / "failure.json"
+    if (rank := os.environ.get("RANK")) is not None:  # one of several: `tasks.launch` says what they died of
+        failure_file = folder / RANKS / f"{rank}.failure.json"
+        if rank != "0":
+            log = os.open(folder / RANKS / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
     events = Events(folder / "events.jsonl")
     for path in (request.payload, request.meta):
         path.mkdir(parents=True, exist_ok=True)
@@ -49,13 +60,11 @@ def main() -> int:
         if failure.failure_class == "disk":
             shutil.rmtree(request.out, ignore_errors=True)  # room to say so
         print(failure.details or failure.message, file=sys.stderr, flush=True)
-        failure.write(folder / "failure.json")
+        failure.write(failure_file)
         return 1
 
 
 def is_first_process() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -74,7 +83,7 @@ def classify(error: BaseException, request: Request) -> Failure:
     if names & set(AUTH):
         hint = "check the name, ask for access on the hub, and set HF_TOKEN"
         return Failure(failure_class="auth", message=str(error).strip().splitlines()[0], hint=hint, details=details)
-    if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError) or "NCCL" in str(error):
+    if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError) or any(sign in str(error) for sign in PEERS):
         return Failure(failure_class="transient", message=text, hint="the stage is tried again", details=details)
     return Failure(failure_class="bug", message=text, hint="the log has the whole traceback", details=details)
 

@@ -17,7 +17,7 @@ import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import compute_dtype, load_model, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.loading import compute_dtype, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
@@ -50,7 +50,7 @@ SHOWN = {
 def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     from transformers import PrinterCallback
 
-    from tasks import training
+    from tasks import checkpoints, strategies, training
     from tasks.grpo_trainer import AdapterTrainer
 
     rewards = reward_functions(stage.rewards, request.files)  # first: what is wrong in a file of one's own should not cost a minute
@@ -63,7 +63,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 
-    model = load_model(base, compute_dtype(stage.dtype))
+    model = strategies.load_base(base, stage.resources, compute_dtype(stage.dtype))
     longest = check_lengths(rows, prompts, stage, model.config.max_position_embeddings)
     layers = training.targeted_layers(model, stage.lora.target_modules)
     shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
@@ -83,7 +83,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             train_dataset=as_dataset(rows, prompts),
             processing_class=tokenizer,
             peft_config=None if earlier else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
-            callbacks=[report, training.MarkComplete(request.key)],
+            callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
             prompts=prompts,
             rows=dict(zip(prompts, rows, strict=True)),
@@ -91,13 +91,13 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             events=events,
         )
         trainer.remove_callback(PrinterCallback)  # events say the same
-        check_log_probs(trainer)
+        trainer.add_callback(training.OncePrepared(lambda: strategies.prove(trainer, stage.resources), lambda: check_log_probs(trainer)))
         before = training.adapter_tensors(trainer.model)
         trainable, parameters = trainer.model.get_nb_trainable_parameters()
-        checkpoint = training.newest_checkpoint(arguments, request.key, events)
-        state = training.ended_at(checkpoint) if checkpoint else None
+        checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
+        state = checkpoints.ended_at(checkpoint) if checkpoint else None
         if checkpoint and state:
-            training.load_adapter(trainer.model, checkpoint)
+            checkpoints.load_adapter(trainer.model, checkpoint)
         else:
             if checkpoint:
                 print(f"resuming from {checkpoint.name}", flush=True)
@@ -106,10 +106,11 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
 
     history = state.log_history
     check_signal(history)
+    after = training.adapter_tensors(trainer.model)
     if arguments.process_index == 0:
         training.save_history(history, request.meta, ("reward", *(f"rewards/{reward.label}/mean" for reward in stage.rewards)))
         shutil.copy(request.work / "rollouts.jsonl", request.meta / "rollouts.jsonl")
-        training.save_adapter(trainer.model, request.payload, base)
+        training.save_adapter(trainer.model, after, request.payload, base)
         save_tokenizer(tokenizer, request.payload)
         training.check_adapter(request.payload, stage.lora, layers, before)
         saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
@@ -121,10 +122,11 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
 def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
     from trl import GRPOConfig
 
+    from tasks.checkpoints import checkpoint_steps
     from tasks.training import shared_arguments
 
     # Completions are sampled anew after a resume: a checkpoint in the middle of their iterations would change them.
-    every = -(-stage.resources.checkpoint_steps // stage.num_iterations) * stage.num_iterations
+    every = -(-checkpoint_steps(stage.resources) // stage.num_iterations) * stage.num_iterations
     return GRPOConfig(
         **shared_arguments(request, stage),
         gradient_checkpointing=False,  # `activation_checkpointing` is the one that counts
@@ -222,13 +224,14 @@ def check_log_probs(trainer: AdapterTrainer) -> None:
     import torch
 
     ids = next(iter(trainer.prompts.values()))[:256]
-    batch = torch.tensor([ids], device=trainer.model.device)
-    trainer.model.eval()
+    batch = torch.tensor([ids], device=trainer.args.device)
+    model = trainer.model_wrapped
+    model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trained, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, batch, torch.ones_like(batch), len(ids) - 1)
-        logits = trainer.model(input_ids=batch).logits[0, :-1].float() / trainer.temperature
+        trained, _, _ = trainer._get_per_token_logps_and_entropies(model, batch, torch.ones_like(batch), len(ids) - 1)
+        logits = model(input_ids=batch).logits[0, :-1].float() / trainer.temperature
         used = logits.log_softmax(-1).gather(-1, batch[0, 1:, None])[:, 0]
-    trainer.model.train()
+    model.train()
     if float((trained[0] - used).abs().mean()) > 0.02 * float(used.abs().mean()) + 1e-3:  # bfloat16 rounds by less
         message = f"log-probabilities that would be trained on are {trained.mean():.4f}, those of the model's own logits {used.mean():.4f}"
         raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")

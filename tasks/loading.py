@@ -109,7 +109,8 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
 def load_model(
     source: Input, dtype: torch.dtype, place: str | None = None, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
-    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device.
+    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device; `balanced` spreads
+    its layers over all of them.
 
     A GPTQ model is decoded where there is no GPU, because its kernels are slow there (see `tasks.gptq`); on a GPU it is
     transformers' own, through optimum, placed while it is loaded because its kernels are chosen for the device.
@@ -123,7 +124,7 @@ def load_model(
     if is_gptq(folder) and device() == "cpu" and not code:
         model = load_dense(folder, dtype)
     else:
-        placed = {"": place or device()} if is_gptq(folder) or quantization else None
+        placed: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
         options = {"quantization_config": quantization} if quantization else {}
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=code, use_safetensors=True, **options
@@ -133,7 +134,7 @@ def load_model(
 
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
-    return model.to(place or device()).eval()  # type: ignore[no-any-return]
+    return (model if place == "balanced" else model.to(place or device())).eval()  # type: ignore[no-any-return]
 
 
 def check_loaded(model: PeftModel, adapter: Path) -> None:

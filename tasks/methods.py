@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import code_files, compute_dtype, device, load_model, model_folder, save_configs
+from tasks.loading import code_files, compute_dtype, device, model_folder, save_configs
 from tasks.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
@@ -32,18 +32,20 @@ def load_base(base: Input, stage: SftStage) -> PreTrainedModel:
     """The model to train, or to put an adapter on. Raises StageFailed(config) where the method cannot work with it, or not here."""
     import torch
 
+    from tasks import strategies
+
     dtype = compute_dtype(stage.dtype)
     if stage.method == "lora":
-        return load_model(base, dtype)
+        return strategies.load_base(base, stage.resources, dtype)
     if "quantization_config" in json.loads((model_folder(base.path) / "config.json").read_text(encoding="utf-8")):
         hint = "name the model that it was made from, or set `method: lora`"
         raise StageFailed("config", f"method: {stage.method}: found a base that is quantized, allowed one in full precision", hint)
     if stage.method == "full":
-        model = load_model(base, torch.float32)
+        model = strategies.load_base(base, stage.resources, torch.float32)
         check_names(model, base)
         return model
     check_bits(stage.bits, dtype)
-    model = load_model(base, dtype, quantization=quantization(stage.bits, dtype))
+    model = strategies.load_base(base, stage.resources, dtype, quantization(stage.bits, dtype))
     keep_differentiable(model)
     return model
 
@@ -128,23 +130,55 @@ def adapter_in_float32(model: PeftModel, earlier: Input | None) -> None:
 def check_names(model: PreTrainedModel, base: Input) -> None:
     """Every weight has the name that it has in the base's files, or is tied to one that has."""
     stored = {name for file in weight_files(model_folder(base.path)) for name in read_header(file)}
-    state = model.state_dict()
-    held = {state[name].data_ptr() for name in stored & state.keys()}
-    if lost := sorted(name for name, tensor in state.items() if tensor.data_ptr() not in held):
+    named = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(named[name]) for name in stored & named.keys()}
+    if lost := sorted(name for name, parameter in named.items() if id(parameter) not in held):
         message = f"method: full: found {len(lost)} weights that transformers holds under names of its own, the first {lost[0]}"
         raise StageFailed("config", message, "train an adapter: `method: lora`")
 
 
-def save_model(model: PreTrainedModel, base: Input, eos: int, payload: Path, events: Events) -> None:
+def parameters(model: PreTrainedModel) -> int:
+    """How many there are, of which ZeRO-3 has taken most away."""
+    return sum(each.ds_numel if hasattr(each, "ds_numel") else each.numel() for each in model.parameters())
+
+
+def weights(model: PreTrainedModel, keep: bool) -> dict[str, torch.Tensor]:
+    """Copies of all weights, whole and on the CPU, by name. Every process must ask, and none but the first has to keep them."""
+    from tasks import strategies
+
+    kept = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tensor = strategies.whole(parameter)
+        if keep:
+            kept[name] = tensor
+    return kept
+
+
+def weights_in(checkpoint: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The same of a checkpoint, whose files have one of those that are tied."""
+    from safetensors.torch import load_file
+
+    saved = {name: tensor for file in weight_files(checkpoint) for name, tensor in load_file(file).items()}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    by_parameter = {id(parameter): saved[name] for name, parameter in named.items() if name in saved}
+    return {name: by_parameter[id(parameter)] for name, parameter in named.items()}
+
+
+def save_model(trained: dict[str, torch.Tensor], base: Input, eos: int, payload: Path, events: Events) -> None:
     """The base's files with the trained values in them. Tokenizer and template are not among them."""
+    import torch
     from safetensors.torch import load_file, save_file
 
-    folder, state = model_folder(base.path), model.state_dict()
+    folder, written = model_folder(base.path), set[str]()
     for file in weight_files(folder):
         tensors = load_file(file)
-        for name in tensors.keys() & state.keys():  # what transformers does not read stays as it was
-            tensors[name] = state[name].to("cpu", tensors[name].dtype, copy=True)
+        for name in tensors.keys() & trained.keys():  # what transformers does not read stays as it was
+            tensors[name] = trained[name].to(tensors[name].dtype, copy=True)
+            written.add(name)
         save_file(tensors, payload / file.name, metadata={"format": "pt"})
+    for name in sorted(trained.keys() - written):  # those are tied to one that has a place, or a wrapper has renamed them
+        if not any(torch.equal(trained[name], trained[other]) for other in written):
+            raise StageFailed("bug", f"{name} of the model has no place in the base's files")
     for file in (folder / INDEX, *code_files(base)):
         if file.exists():
             shutil.copyfile(file, payload / file.name)

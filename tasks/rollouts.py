@@ -170,7 +170,7 @@ class Rollouts:
         if accelerator.is_main_process:
             place = self.folder / self.name
             place.mkdir()
-            save_adapter(model, place, self.request.inputs["model"])
+            save_adapter(model, self.weights, place, self.request.inputs["model"])
             self.engine.load(self.name, place)
             if before:
                 self.engine.unload(before)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def run(request: Request, stage: SftStage, events: Events) -> Result:
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from tasks import training
+    from tasks import checkpoints, strategies, training
     from tasks.sft_trainer import TokenWeightedTrainer
 
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
@@ -47,7 +47,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     layers = training.targeted_layers(model, stage.lora.target_modules)
     training.score_only_trained_tokens()
     report = training.Report(events)
-    callbacks = [report, training.MarkComplete(request.key)]
+    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
@@ -62,26 +62,25 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     trainer.remove_callback(PrinterCallback)  # events say the same
     if stage.method == "qlora":
         methods.adapter_in_float32(trainer.model, earlier)
-    check_loss(trainer)
     check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
     if validation:
         check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
+    checks = [lambda: strategies.prove(trainer, stage.resources), lambda: check_loss(trainer)]
     if stage.packing:
-        check_rows_apart(trainer)
+        checks.append(lambda: check_rows_apart(trainer))
+    trainer.add_callback(training.OncePrepared(*checks))
     before = {} if full else training.adapter_tensors(trainer.model)
-    trainable, parameters = (model.num_parameters(),) * 2 if full else trainer.model.get_nb_trainable_parameters()
+    trainable, parameters = (methods.parameters(model),) * 2 if full else trainer.model.get_nb_trainable_parameters()
     if arguments.process_index == 0:
         events.metric("trainable_parameters", trainable)
         events.metric("all_parameters", parameters)
 
-    checkpoint = training.newest_checkpoint(arguments, request.key, events)
-    state = training.ended_at(checkpoint) if checkpoint else None
-    if checkpoint and state:
-        kept = Path(state.best_model_checkpoint or checkpoint)
-        if full:
-            trainer._load_from_checkpoint(str(kept))
-        else:
-            training.load_adapter(trainer.model, kept)
+    checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
+    state = checkpoints.ended_at(checkpoint) if checkpoint else None
+    ended = Path(state.best_model_checkpoint or checkpoint) if checkpoint and state else None
+    if ended:
+        if not full:
+            checkpoints.load_adapter(trainer.model, ended)
     else:
         if checkpoint:
             print(f"resuming from {checkpoint.name}", flush=True)
@@ -102,13 +101,17 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         metrics |= {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
     elif evaluated:
         metrics["eval_loss"] = evaluated[max(evaluated)]
+    if full:
+        after = methods.weights_in(ended, model) if ended else methods.weights(trainer.model, arguments.process_index == 0)
+    else:
+        after = training.adapter_tensors(trainer.model)
     if arguments.process_index == 0:
         training.save_history(history, request.meta)
         if full:
-            methods.save_model(trainer.model, base, tokenizer.eos_token_id, request.payload, events)
+            methods.save_model(after, base, tokenizer.eos_token_id, request.payload, events)
             methods.check_model(request.payload, base)
         else:
-            training.save_adapter(trainer.model, request.payload, base)
+            training.save_adapter(trainer.model, after, request.payload, base)
             training.check_adapter(request.payload, stage.lora, layers, before)
         save_tokenizer(tokenizer, request.payload)
         saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Model" if full else "Adapter"))
@@ -119,6 +122,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
 def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
     from trl import SFTConfig
 
+    from tasks.checkpoints import checkpoint_steps
     from tasks.training import shared_arguments
 
     return SFTConfig(
@@ -131,7 +135,7 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         eval_strategy="steps" if stage.eval_steps else "no",
         eval_steps=stage.eval_steps,
         # With early stopping every evaluation is saved: which adapter is the best must not depend on resources.
-        save_steps=stage.eval_steps if stage.early_stopping else stage.resources.checkpoint_steps,
+        save_steps=stage.eval_steps if stage.early_stopping else checkpoint_steps(stage.resources),
         load_best_model_at_end=stage.early_stopping is not None,
         metric_for_best_model="eval_loss" if stage.early_stopping else None,
         greater_is_better=False if stage.early_stopping else None,
@@ -207,11 +211,12 @@ def check_loss(trainer: TokenWeightedTrainer) -> None:
     row = trainer.train_dataset[0]
     batch = trainer._prepare_inputs(trainer.data_collator([row]))
     labels = batch["labels"][:, 1:].flatten()
-    trainer.model.eval()
+    model = trainer.model_wrapped
+    model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trained = float(trainer.model(**batch, fused_lm_head=True).loss)
-        logits = trainer.model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].flatten(0, 1)
-        used = float(torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED))
+        trained = float(model(**batch, fused_lm_head=True).loss)
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].flatten(0, 1)
+        used = float(torch.nn.functional.cross_entropy(logits.float(), labels.to(logits.device), ignore_index=IGNORED))
     if abs(trained - used) > 0.02 * used + 1e-3:  # bfloat16 rounds by less
         message = f"the loss that would be trained on is {trained:.4f}, that of the model's own logits {used:.4f}"
         raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")
@@ -225,13 +230,15 @@ def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
     if sequence is None:
         return
     first = sequence["seq_lengths"][0]
-    trainer.model.eval()
+    model = trainer.model_wrapped
+    model.eval()
     hidden = []
     for rows in (sequence, {"seq_lengths": sequence["seq_lengths"][1:], "input_ids": sequence["input_ids"][first:]}):
         batch = trainer.data_collator([rows])
         del batch["labels"]
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            hidden.append(trainer.model.get_decoder()(**trainer._prepare_inputs(batch)).last_hidden_state.float())
+            output = model(**trainer._prepare_inputs(batch), output_hidden_states=True, logits_to_keep=1)
+            hidden.append(output.hidden_states[-1].float())
     packed, alone = hidden[0][:, first:], hidden[1]
     if (packed - alone).abs().mean() > 0.05 * alone.abs().mean():  # bfloat16 rounds by less
         raise StageFailed("config", "packing: found a base model in which packed rows see one another", "set `packing: false`")

@@ -1,4 +1,4 @@
-"""What every training of an adapter shares: its LoRA configuration, checkpoints, events, and the checks of its hand-over.
+"""What every training of an adapter shares: its LoRA configuration, events, and the checks of its hand-over.
 
 Imports torch, transformers and peft at the top because it subclasses them; programs import it inside `run`. It leaves out the
 trainers themselves: what a row is and what the loss is differ between kinds.
@@ -9,26 +9,23 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from tasks import strategies
 from tasks.loading import check_loaded, compute_dtype
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
-from tuneline.store import sync
 from tuneline.trainings import Lora, Training
 
-MARKER = "complete"
 RECENT = 10  # steps whose mean is a training's final loss
 
 
@@ -49,18 +46,17 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": stage.global_batch_size // (micro * stage.resources.world_size),
-        "activation_checkpointing": stage.resources.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
         "bf16": compute_dtype(stage.dtype) == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,
+        "ddp_timeout": stage.resources.collective_timeout,
         "save_strategy": "steps",
-        "save_total_limit": 2,
+        "save_total_limit": stage.resources.checkpoints_kept,
         "restore_callback_states_from_checkpoint": True,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
+        **strategies.arguments(stage.resources),
     }
 
 
@@ -135,12 +131,13 @@ def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lo
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A copy of the adapter's weights on the CPU, by their saved names."""
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sorted(state.items())}
+    """A copy of the adapter's weights on the CPU, whole, by their saved names. Every process must ask: each may hold a part."""
+    whole = {name: strategies.whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    return {name: tensor.contiguous() for name, tensor in sorted(state.items())}
 
 
-def save_adapter(model: PeftModel, payload: Path, base: Input) -> None:
+def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input) -> None:
     """Writes the adapter the same way everywhere: sorted lists, and the base's digest instead of its path.
 
     PEFT's own `save_pretrained` writes sets in hash order, the base's path, and a README.
@@ -150,7 +147,7 @@ def save_adapter(model: PeftModel, payload: Path, base: Input) -> None:
     config |= {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (payload / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    save_file(adapter_tensors(model), payload / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, payload / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def check_adapter(payload: Path, lora: Lora, layers: set[str], before: dict[str, torch.Tensor]) -> None:
@@ -191,77 +188,15 @@ def score_only_trained_tokens() -> None:
     utils._use_triton = lambda device: True  # in this module it only decides on that
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+class OncePrepared(TrainerCallback):  # type: ignore[misc]
+    """Checks of the model as it trains: wrapped, split, and with the weights that a checkpoint gave back."""
 
+    def __init__(self, *checks: Callable[[], None]):
+        self.checks = checks
 
-class MarkComplete(TrainerCallback):  # type: ignore[misc]
-    """Marks each checkpoint once all of it, from every process, has reached the disk, with the stage's key and its files' sizes."""
-
-    def __init__(self, key: str):
-        self.key = key
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        args.distributed_state.wait_for_everyone()
-        if not state.is_world_process_zero:
-            return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        sizes = _sizes(checkpoint)
-        for name in sizes:
-            sync(checkpoint / name)
-        (checkpoint / MARKER).write_text(json.dumps({"key": self.key, "files": sizes}, indent=1), encoding="utf-8")
-        for path in (checkpoint / MARKER, checkpoint, checkpoint.parent):
-            sync(path)
-
-
-def newest_checkpoint(arguments: TrainingArguments, key: str, events: Events) -> Path | None:
-    """The checkpoint to resume from; those that a kill left unfinished, or that are of no use here, are deleted with a warning."""
-    folder = Path(arguments.output_dir)
-
-    def in_order() -> list[Path]:
-        return sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name)))
-
-    if arguments.process_index == 0:
-        for checkpoint in in_order():  # the best adapter, of the same step or an earlier one, has been looked at before
-            if problem := _problem(checkpoint, key):
-                events.warning(f"{checkpoint.name} {problem}: it is not used")
-                shutil.rmtree(checkpoint)
-    arguments.distributed_state.wait_for_everyone()
-    return next(reversed(in_order()), None)
-
-
-def _problem(checkpoint: Path, key: str) -> str | None:
-    """Why the checkpoint cannot be resumed from."""
-    try:
-        marker = json.loads((checkpoint / MARKER).read_bytes())
-    except (OSError, ValueError):
-        return "was left half-written"
-    if marker["key"] != key:
-        return f"is of another stage, {marker['key'][:12]}"
-    sizes = _sizes(checkpoint)
-    if damaged := sorted(name for name, size in marker["files"].items() if sizes.get(name) != size):
-        return f"is damaged ({damaged[0]} has {sizes.get(damaged[0], 'no')} bytes instead of {marker['files'][damaged[0]]})"
-    best = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
-    if best and not Path(best).exists():  # transformers would only warn, and keep the last adapter
-        return f"needs the best adapter so far, that of {Path(best).name}, which is gone"
-    return None
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-
-
-def ended_at(checkpoint: Path) -> TrainerState | None:
-    """The trainer's state if the training had ended by this checkpoint, else None.
-
-    transformers must not resume from such a checkpoint: it would always take one more step.
-    """
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] else None
-
-
-def load_adapter(model: PeftModel, checkpoint: Path) -> None:
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for check in self.checks:
+            check()
 
 
 # --- events and history -----------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_two_processes_train_one_adapter(tmp_path: Path, base: Input) -> None:
     """Each samples its share, so the completions are others than one process's; a step has as many, and both end with one adapter."""
     request = request_for(tmp_path, base, max_steps=3, resources={"processes": 2, "micro_batch_size": 2})
     request.write(request.work / "request.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tasks", str(request.work / "request.json")]
+    command = [sys.executable, "-m", "tasks.launch", str(request.work / "request.json")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

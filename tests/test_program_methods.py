@@ -167,6 +167,21 @@ def test_two_processes_train_what_one_does(tmp_path: Path, base: Input, method: 
     assert all(tensor.allclose(read(two)[name], atol=1e-4) for name, tensor in read(one).items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_model_split_over_processes_is_whole_again(tmp_path: Path, base: Input, strategy: str) -> None:  # noqa: F811
+    """Also where a kill came after the last step, and it is taken from its checkpoint."""
+    fields = {**WHOLE, "validation": OTHERS[:3], "eval_steps": 3}
+    one = request_for(tmp_path / "one", base, **fields)
+    expected, _ = run_program(one)
+    two = request_for(tmp_path / "two", base, **fields, resources={"processes": 2, "strategy": strategy})
+    for _ in range(2):
+        assert finish(two, 2) == pytest.approx(expected.metrics, rel=1e-3)
+        assert all(tensor.allclose(model_of(two)[name], atol=1e-3) for name, tensor in model_of(one).items())
+        shutil.rmtree(two.payload)
+        two.payload.mkdir()
+
+
 def test_the_saved_model_is_checked(tmp_path: Path, base: Input) -> None:  # noqa: F811
     saved = tmp_path / "saved"
     saved.mkdir()

@@ -18,7 +18,7 @@ import pytest
 from program_tools import ROOT, payload_digest, run_program
 from test_program_sft import OTHERS, ROWS, TURNING, base, one_thread, request_for, run_until  # noqa: F401
 
-from tasks import sft, training
+from tasks import checkpoints, sft, training
 from tuneline.protocol import Events, Input, Request
 
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -27,8 +27,7 @@ DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 def start(request: Request, processes: int = 1) -> subprocess.Popen[bytes]:
     """As the orchestrator does."""
     request.write(request.work / "request.json")
-    launcher = [] if processes == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *launcher, "tasks", str(request.work / "request.json")]
+    command = [sys.executable, "-m", "tasks" if processes == 1 else "tasks.launch", str(request.work / "request.json")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     with (request.work / "log.txt").open("ab") as log:
         return subprocess.Popen(command, cwd=request.work, env=env, stdout=log, stderr=log)
@@ -86,7 +85,7 @@ def test_killed_it_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input, 
     expected, _ = run_program(whole)
     for step in kills:
         kill_at(killed, step)
-        assert (killed.work / "checkpoints" / "checkpoint-30" / training.MARKER).exists() == (step > 30)
+        assert (killed.work / "checkpoints" / "checkpoint-30" / checkpoints.MARKER).exists() == (step > 30)
     before = len(steps(killed))
     assert finish(killed) == expected.metrics
     assert steps(killed)[before:] == list(range(31, 61))
@@ -165,14 +164,14 @@ def test_no_damaged_checkpoint_is_resumed_from(tmp_path: Path, stopped: Request)
     faults: list[tuple[str, Callable[[Path], None], str]] = [("complete", other_key, "is of another stage, ffffffffffff")]
     for name in files:
         size = (newest / name).stat().st_size
-        marker = name == training.MARKER
+        marker = name == checkpoints.MARKER
         faults.append((name, cut, "was left half-written" if marker else f"is damaged ({name} has {size - 1} bytes instead of {size})"))
         faults.append((name, Path.unlink, "was left half-written" if marker else f"is damaged ({name} has no bytes instead of {size})"))
     for i, (name, damage, message) in enumerate(faults):
         request = copied(stopped, tmp_path / str(i))
         damage(request.work / "checkpoints" / "checkpoint-4" / name)
         arguments = sft.trainer_arguments(request, request.stage())  # type: ignore[arg-type]
-        found = training.newest_checkpoint(arguments, request.key, Events(request.work / "events.jsonl"))
+        found = checkpoints.newest_checkpoint(arguments, request, request.stage().resources, Events(request.work / "events.jsonl"))
         assert found == request.work / "checkpoints" / "checkpoint-2"
         assert names(request) == ["checkpoint-2"]
         assert warnings(request) == [f"checkpoint-4 {message}: it is not used"]

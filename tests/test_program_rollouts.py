@@ -117,8 +117,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[list[Weights]], Weig
     seen: list[Weights] = []
     save = rollouts.save_adapter
 
-    def save_another(model: Any, place: Path, source: Input) -> None:
-        save(model, place, source)
+    def save_another(model: Any, tensors: Weights, place: Path, source: Input) -> None:
+        save(model, tensors, place, source)
         seen.append(load_file(place / "adapter_model.safetensors"))
         if len(seen) >= sync:
             save_file(wrong(seen), place / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -212,7 +212,7 @@ def test_two_processes_share_one_engine(tmp_path: Path, base: Input, python: Pat
     request = request_for(tmp_path, base, engine=python, rollouts={"engine": "vllm"}, max_steps=3, resources=resources)
     request.write(request.work / "request.json")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tasks", str(request.work / "request.json")]
+    command = [sys.executable, "-m", "tasks.launch", str(request.work / "request.json")]
     done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("starting vLLM") == 1

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tasks import sft, training
+from tasks.checkpoints import MARKER
 from tasks.masks import tokenize
 from tasks.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
@@ -282,9 +283,9 @@ def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp
     killed = request_for(tmp_path / "killed", base, **fields)
     run_until(killed, 6)
     checkpoints = killed.work / "checkpoints"
-    assert (checkpoints / "checkpoint-4" / training.MARKER).exists()
+    assert (checkpoints / "checkpoint-4" / MARKER).exists()
     shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")  # a write that the kill cut short
-    (checkpoints / "checkpoint-5" / training.MARKER).unlink()
+    (checkpoints / "checkpoint-5" / MARKER).unlink()
     (checkpoints / "checkpoint-5" / "optimizer.pt").write_bytes(b"half")
     run_until(killed, 9)
     assert not (checkpoints / "checkpoint-5").exists()
@@ -422,7 +423,7 @@ def test_two_processes_train_the_adapter_of_one(tmp_path: Path, base: Input) -> 
     expected, _ = run_program(one)
     two = request_for(tmp_path / "two", base, **fields, resources={"processes": 2})
     two.write(two.work / "request.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tasks", str(two.work / "request.json")]
+    command = [sys.executable, "-m", "tasks.launch", str(two.work / "request.json")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(command, cwd=two.work, env=env, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr

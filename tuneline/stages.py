@@ -37,6 +37,12 @@ class Resources(Strict):
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: int = Field(50, ge=1)
     """Steps between the checkpoints from which a killed training resumes; early stopping saves at each evaluation instead."""
+    checkpoint_minutes: float | None = Field(None, gt=0)
+    """Minutes between checkpoints, in place of steps."""
+    checkpoints_kept: int = Field(2, ge=2)
+    """Newest checkpoints that are kept while a training works; they go once it has succeeded."""
+    collective_timeout: int = Field(1800, ge=1)
+    """Seconds that processes wait for one another until the attempt is given up and another begins."""
 
     engine: EngineSettings | None = None
     """How vLLM runs where the stage uses it."""
@@ -122,6 +128,10 @@ class ProgramStage(Stage):
     def world_size(self) -> int:
         """Processes that it runs in."""
         return self.resources.world_size
+
+    def launched(self) -> bool:
+        """Whether torchrun starts its processes: there are several, or DeepSpeed, which wants to be one of them."""
+        return self.world_size() > 1 or self.resources.strategy.startswith("zero")
 
     def micro_batch_size(self) -> int | None:
         """Rows a device takes at once; None for a kind that does not work in batches."""

@@ -1,0 +1,137 @@
+"""Starts a training's processes on this machine, and says of which one it died: `python -m tasks.launch WORK/request.json [NODE]`.
+
+torchrun's own agent does the work: it starts the processes, and ends all of them when one fails. Machines meet at the address that
+the first of them writes to WORK/rendezvous.json, which like the store is on a disk that they share. Where a process dies the others
+fail as well, for want of it: only the first one's reason is told. Left out: elastic restarts, since the orchestrator tries again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuneline.protocol import Failure, Request
+from tuneline.stages import Resources
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first, and what each died of
+RENDEZVOUS = "rendezvous.json"
+LOG_TAIL = 30  # lines
+JOIN_SECONDS = 600  # that machines wait for one another
+
+
+def main() -> int:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    request_file, node = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    request, work = Request.read(request_file), request_file.parent
+    resources = Resources.model_validate(request.resources)
+    ranks = work / RANKS
+    if node == 0:
+        shutil.rmtree(ranks, ignore_errors=True)
+        ranks.mkdir()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // resources.local_processes)))
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it says of failures, we say
+    if resources.nodes == 1:
+        meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": request.key[:16]}
+    else:
+        where = announced(request) if node == 0 else json.loads((work / RENDEZVOUS).read_bytes())
+        wait = min(JOIN_SECONDS, resources.collective_timeout)
+        meeting = {"rdzv_backend": "static", "rdzv_endpoint": where["endpoint"], "run_id": where["id"]}
+        meeting["rdzv_configs"] = {"rank": node, "timeout": wait}
+    config = LaunchConfig(
+        min_nodes=resources.nodes,
+        max_nodes=resources.nodes,
+        nproc_per_node=resources.local_processes,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        shutdown_timeout=max(1, int(float(os.environ.get("TUNELINE_GRACE", "3")))),
+        **meeting,
+    )
+    if resources.nodes > 1:
+        threading.Thread(target=end_with_the_others, args=(ranks,), daemon=True).start()
+    try:
+        launch_agent(config, sys.executable, ["-u", "-m", "tasks", str(request_file)])
+        return 0
+    except ChildFailedError as error:
+        failure, status = cause(error.failures, ranks, work / "log.txt")
+    except SignalException as error:
+        failure, status = said(ranks), 128 + error.sigval
+    except Exception as error:
+        if type(error).__name__ not in ("DistStoreError", "DistNetworkError", "RendezvousTimeoutError", "RendezvousConnectionError"):
+            raise
+        message = f"not all of {resources.nodes} machines met within {wait} s: {str(error).splitlines()[0]}"
+        failure, status = transient(message, "is `tuneline node` at work on each of the others, with this store?"), 1
+    if failure is not None:
+        print(failure.details or failure.message, file=sys.stderr, flush=True)
+        failure.write(work / "failure.json" if node == 0 else ranks / f"node{node}.failure.json")
+    return status
+
+
+def announced(request: Request) -> dict[str, str]:
+    """Tells the other machines where this one waits for them. TUNELINE_NODE_ADDRESS is its name where it has another outside."""
+    address = os.environ.get("TUNELINE_NODE_ADDRESS") or socket.getfqdn()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        where = {"endpoint": f"{address}:{probe.getsockname()[1]}", "id": f"{request.key[:16]}-{request.attempt}-{time.time_ns()}"}
+    temporary = request.work / (RENDEZVOUS + ".tmp")
+    temporary.write_text(json.dumps(where), encoding="utf-8")
+    temporary.replace(request.work / RENDEZVOUS)
+    return where
+
+
+def end_with_the_others(ranks: Path) -> None:
+    """A process that waits for a dead one on another machine may wait for long (NCCL does): its failure is looked for."""
+    while not list(ranks.glob("*.failure.json")):
+        time.sleep(1)
+    time.sleep(5)  # our own processes may fail of it, too, and say so
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def cause(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> tuple[Failure | None, int]:
+    """What the first of the processes died of, and the status to end with: of one that was killed, that it was."""
+    for rank, failed in sorted(failures.items()):
+        if failed.exitcode < 0 and failed.exitcode != -signal.SIGTERM and not (ranks / f"{rank}.failure.json").exists():
+            name = signal.Signals(-failed.exitcode).name
+            tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
+            return transient(f"process {rank} was ended by {name}", "the stage is tried again", tail), 128 - failed.exitcode
+    if first := said(ranks):
+        return first, 1
+    rank, failed = min(failures.items(), key=lambda item: item[1].timestamp)
+    tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
+    message = f"process {rank} ended with status {failed.exitcode} without saying why; the end of its log:\n{tail}"
+    return transient(message, "the stage is tried again", tail), 1
+
+
+def said(ranks: Path) -> Failure | None:
+    """What the first that failed has said of it."""
+    files = sorted(ranks.glob("*.failure.json"), key=lambda file: file.stat().st_mtime_ns)
+    if not files:
+        return None
+    failure: Failure = Failure.read(files[0])
+    return failure.model_copy(update={"message": f"process {files[0].name.partition('.')[0]}: {failure.message}"})
+
+
+def transient(message: str, hint: str, details: str = "") -> Failure:
+    return Failure.model_validate({"class": "transient", "message": message, "hint": hint, "details": details})
+
+
+def end_of(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:]) if log.exists() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""How devices share a training: the settings of each strategy, and the proof that it is the one which trains.
+
+accelerate passes over settings that do not suit a machine and trains in another manner (1.15: FSDP on CPUs becomes plain DDP), so
+what is active is looked at once everything has been prepared. Imports torch at the top because it subclasses; programs import it
+inside `run`. Left out: tensor and pipeline parallelism, sharing of a sequence between devices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tasks.loading import load_model
+from tuneline.errors import StageFailed
+from tuneline.protocol import Input
+from tuneline.stages import Resources
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
+
+REPLICATED = "replicated"
+
+
+def arguments(resources: Resources) -> dict[str, Any]:
+    """What `TrainingArguments` are told."""
+    strategy = resources.strategy
+    given: dict[str, Any] = {
+        "ddp_find_unused_parameters": False,
+        "activation_checkpointing": resources.gradient_checkpointing and strategy != "fsdp",
+        # Re-entrant checkpointing breaks DDP; PEFT under ZeRO-3 needs it (github.com/huggingface/trl/issues/2514).
+        "activation_checkpointing_kwargs": {"use_reentrant": strategy == "zero3"},
+    }
+    if strategy.startswith("zero"):
+        given["deepspeed"] = zero_config(resources)
+    elif strategy == "fsdp":
+        given |= {"fsdp": True, "fsdp_config": fsdp_config(resources)}
+    return given
+
+
+def zero_config(resources: Resources) -> dict[str, Any]:
+    """DeepSpeed's (arXiv:1910.02054); `auto` is filled in by transformers from its own arguments."""
+    level = int(resources.strategy[-1])
+    zero: dict[str, Any] = {"stage": level, "overlap_comm": resources.gpus > 0, "contiguous_gradients": True}
+    if resources.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if resources.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if level == 3:
+        zero |= dict.fromkeys(("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "reduce_bucket_size"), "auto")
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **batch}
+
+
+def fsdp_config(resources: Resources) -> dict[str, Any]:
+    """FSDP2's, as transformers reads it. The layers to wrap are the model's own decoder layers (`_no_split_modules`)."""
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": True,
+        "cpu_offload": resources.offload is not None,
+        "activation_checkpointing": resources.gradient_checkpointing,
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "cpu_ram_efficient_loading": False,  # it needs the model on the meta device; each process reads the same file
+    }
+
+
+def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """The base model, where and as the strategy wants it; the training arguments must have been made."""
+    if resources.strategy == "zero3":  # weights are split while they are read
+        import deepspeed
+
+        deepspeed.init_distributed(torch.distributed.get_backend())
+    return load_model(source, dtype, {"device_map": "balanced", "fsdp": "cpu"}.get(resources.strategy), quantization)
+
+
+def layout(resources: Resources) -> str:
+    """How a checkpoint is laid out, and so what may read it: FSDP's is put together again by any number of processes."""
+    if resources.strategy.startswith("zero"):
+        return f"{resources.strategy} over {resources.world_size} processes"
+    return "fsdp" if resources.strategy == "fsdp" else REPLICATED
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy on the CPU of all of a parameter, in the precision that the optimizer keeps. Every process must ask."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter)
+        if full is not None:
+            return full.detach().cpu().clone()
+    full = parameter.full_tensor() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
+    return full.detach().cpu().clone()
+
+
+def prove(trainer: Trainer, resources: Resources) -> None:
+    """Raises StageFailed(bug) unless the strategy that was asked for is the one which is about to train."""
+    wanted, found = resources.strategy, active(trainer)
+    if found != (wanted if resources.world_size > 1 or wanted != "ddp" else "one process"):
+        raise StageFailed("bug", f"resources.strategy: {wanted} was asked for, but what trains is {found}", "tell us, with the log")
+    print(f"{found} trains, {resources.world_size} in all" if resources.world_size > 1 else f"{found} trains", flush=True)
+
+
+def active(trainer: Trainer) -> str:
+    """The strategy that trains, by what has become of model and optimizer."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped, world = trainer.model_wrapped, trainer.args.world_size
+    if hasattr(wrapped, "zero_optimization_stage"):
+        level = wrapped.zero_optimization_stage()
+        if level == 3:
+            parameters = list(wrapped.module.parameters())
+            held, everything = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters)
+        else:
+            held = sum(part.numel() for part in wrapped.optimizer.single_partition_of_fp32_groups)
+            everything = sum(p.numel() for p in wrapped.module.parameters() if p.requires_grad)
+        split = held < everything or world == 1
+        gradients = level != 2 or wrapped.optimizer.partition_gradients
+        return f"zero{level}" if split and gradients else f"DeepSpeed at stage {level} that splits nothing"
+    if isinstance(wrapped, FSDPModule):
+        names = set(trainer.model._no_split_modules or ())
+        layers = [module for module in wrapped.modules() if type(module).__name__ in names]
+        sharded = all(isinstance(p, torch.distributed.tensor.DTensor) for p in wrapped.parameters())
+        return "fsdp" if layers and sharded and all(isinstance(layer, FSDPModule) for layer in layers) else "FSDP that wraps no layers"
+    if isinstance(wrapped, DistributedDataParallel):
+        return "ddp"
+    devices = set(getattr(trainer.model, "hf_device_map", {}).values())
+    return "device_map" if len(devices) > 1 else "one process" if world == 1 else f"{world} processes that know nothing of each other"
