@@ -182,7 +182,7 @@ def _publish(
     def manifest(payload_digest: str, files: tuple[File, ...]) -> Manifest:
         return Manifest(
             kind=stage.kind,
-            type=stage.gives,
+            type=stage.gives(),
             key=request.key,
             document=document,
             digest=payload_digest,
@@ -199,7 +199,7 @@ def _publish(
 
 
 def _base(stage: ProgramStage, inputs: Mapping[str, Artifact]) -> Base | None:
-    if stage.gives != "Adapter":
+    if stage.gives() != "Adapter":
         return None
     model = inputs["model"].manifest
     return Base(kind=model.kind, key=model.key, digest=model.digest, template=model.template)

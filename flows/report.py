@@ -65,7 +65,7 @@ def render(record: RunRecord) -> str:
         samples=list(samples(compared)),
         curves=[(stage, charts, rollouts(stage)) for stage in stages.values() if (charts := curves(stage))],
         datasets=[(stage, data_report(stage)) for stage in stages.values() if stage.kind == "dataset" and stage.metrics],
-        sized=[(role_of(stage.kind), stage) for stage in stages.values() if stage.manifest and stage.manifest.type in ("Model", "Adapter")],
+        sized=[(role_of(stage), stage) for stage in stages.values() if stage.manifest and stage.manifest.type in ("Model", "Adapter")],
         warnings=[(stage, told) for stage in stages.values() if (told := warnings(stage))],
     )
 

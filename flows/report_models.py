@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.report_stage import Stage
 
-ROLES = {"model": "base", "merge": "merged", "quantize": "quantized"}  # every other model is an adapter
+ROLES = {"model": "base", "merge": "merged", "quantize": "quantized"}  # what a training gives is an adapter, or a model
 LOWER_IS_BETTER = {"bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "brier_score", "ter"}
 RIGHT = ("score", "exact_match", "acc", "acc_norm", "pass@1")  # of a sample's scores, the first that it has says right or wrong
 CERTAIN = 1.96  # standard errors of a difference that is none by chance, 19 times of 20
@@ -21,8 +21,9 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
-def role_of(kind: str) -> str:
-    return ROLES.get(kind, "adapter")
+def role_of(stage: Stage) -> str:
+    whole = stage.document.get("config", {}).get("method") == "full"
+    return ROLES.get(stage.kind, "fine-tuned" if whole else "adapter")
 
 
 @dataclass
@@ -46,10 +47,10 @@ def columns(stages: Mapping[str, Stage]) -> list[Column]:
             known = (column for column in found if column.model == model and not column.metrics.keys() & stage.metrics.keys())
             column = next(known, None)
             if column is None:
-                found.append(column := Column(model, role_of(stages[model].kind), _root(stages, model)))
+                found.append(column := Column(model, role_of(stages[model]), _root(stages, model)))
             column.evaluations.append(stage)
             column.metrics |= stage.metrics
-    roles = ["base", "adapter", "merged", "quantized"]
+    roles = ["base", "adapter", "fine-tuned", "merged", "quantized"]
     return sorted(found, key=lambda column: roles.index(column.role))
 
 

@@ -61,7 +61,8 @@ def pipelines_page() -> str:
     parts.append(section("Every stage", stages.ProgramStage, {"kind"}, "A gate, which has no program, has none of the last three fields."))
     base = set(stages.ProgramStage.model_fields)
     for kind, model in spec.STAGES.items():
-        parts.append(section(f"kind: {kind}", model, base, f"Gives {'an' if model.gives == 'Adapter' else 'a'} {model.gives}."))
+        given = model.model_construct().gives()  # by default: a field may change it, and its description says so
+        parts.append(section(f"kind: {kind}", model, base, f"Gives {'an' if given == 'Adapter' else 'a'} {given}."))
     for model in PARTS:
         name = re.sub(r"(?<!^)(?=[A-Z])", " ", model.__name__).lower()
         parts.append(section(name[0].upper() + name[1:], model, set()))

@@ -18,7 +18,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tasks import strategies
+from tasks import methods, strategies
 from tasks.training import adapter_tensors
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request
@@ -27,6 +27,7 @@ from tuneline.store import sync
 
 MARKER = "complete"
 ADAPTER = "adapter_model.safetensors"
+WHOLE = "model.safetensors"
 
 
 def checkpoint_steps(resources: Resources) -> int:
@@ -67,11 +68,15 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         layout = strategies.layout(self.resources)
-        tensors = adapter_tensors(model) if layout != strategies.REPLICATED else None  # theirs holds a part, or is rounded
+        file, tensors = ADAPTER, None
+        if layout != strategies.REPLICATED and isinstance(model, PeftModel):  # theirs holds a part, or is rounded
+            tensors = adapter_tensors(model)
+        elif layout != strategies.REPLICATED:
+            file, tensors = WHOLE, methods.weights(model, state.is_world_process_zero)
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             if tensors is not None:
-                save_file(tensors, checkpoint / ADAPTER, metadata={"format": "pt"})
+                save_file(tensors, checkpoint / file, metadata={"format": "pt"})
             sizes = _sizes(checkpoint)
             for name in sizes:
                 sync(checkpoint / name)

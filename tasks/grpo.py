@@ -17,7 +17,7 @@ import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.loading import compute_dtype, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
@@ -63,7 +63,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 
-    model = strategies.load_base(base, stage)
+    model = strategies.load_base(base, stage.resources, compute_dtype(stage.dtype))
     longest = check_lengths(rows, prompts, stage, model.config.max_position_embeddings)
     layers = training.targeted_layers(model, stage.lora.target_modules)
     shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}

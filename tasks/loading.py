@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.gptq import is_gptq, load_dense
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
+from tuneline.protocol import Events, Input, Request
 from tuneline.reference import REFERENCE
 from tuneline.reference import folder_of as model_folder
 from tuneline.store import CHANGED, Store, digest, sha256
@@ -18,7 +18,7 @@ from tuneline.store import CHANGED, Store, digest, sha256
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 CODE = ".py"
@@ -106,7 +106,9 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> PreTrainedModel:
+def load_model(
+    source: Input, dtype: torch.dtype, place: str | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
     """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device; `balanced` spreads
     its layers over all of them.
 
@@ -122,9 +124,10 @@ def load_model(source: Input, dtype: torch.dtype, place: str | None = None) -> P
     if is_gptq(folder) and device() == "cpu" and not code:
         model = load_dense(folder, dtype)
     else:
-        placed: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) else None
+        placed: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
+        options = {"quantization_config": quantization} if quantization else {}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=code, use_safetensors=True
+            folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=code, use_safetensors=True, **options
         )
     if source.type == "Adapter":
         from peft import PeftModel
@@ -168,3 +171,25 @@ def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTraine
     if template_hash(tokenizer) != template_hash(trained) or tokenizer.get_vocab() != trained.get_vocab():
         raise StageFailed("bug", f"the {saved.type.lower()} was saved with another tokenizer than it was trained with")
     return tokenizer
+
+
+def save_configs(folder: Path, payload: Path, dtype: str | None, eos: int, events: Events) -> None:
+    """The base's config.json and generation_config.json, with the type that weights have been given, and with the trained
+    end-of-sequence token where theirs would not end an answer."""
+    for name in ("config.json", "generation_config.json"):
+        if not (folder / name).exists():
+            continue
+        document = json.loads((folder / name).read_text(encoding="utf-8"))
+        document.pop("_name_or_path", None)
+        if dtype and name == "config.json":
+            document.pop("torch_dtype", None)  # its name before transformers 5
+            document["dtype"] = dtype
+        ends = document.get("eos_token_id")
+        if eos not in (ends if isinstance(ends, list) else [ends]):
+            events.warning(f"{name}: eos_token_id was {ends}, and is {eos} as in the trained tokenizer")
+            document["eos_token_id"] = eos
+        write_json(payload / name, document)
+
+
+def write_json(file: Path, document: Any) -> None:
+    file.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -27,7 +27,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tasks.loading import code_files, load_model, load_tokenizer, model_folder, runs_code, saved_tokenizer, template_hash
+from tasks.loading import (
+    code_files,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    runs_code,
+    save_configs,
+    saved_tokenizer,
+    template_hash,
+    write_json,
+)
 from tasks.masks import prompt_ids
 from tasks.rows import Row
 from tuneline.errors import StageFailed
@@ -88,9 +98,6 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     else:
         merge_streamed(config, parts, weights, payload, stage, events)
         merged = len(parts)
-        for name in ("config.json", "generation_config.json"):
-            if (base / name).exists():
-                shutil.copyfile(base / name, payload / name)
 
     for file in code_files(adapter.base):
         shutil.copyfile(file, payload / file.name)
@@ -99,7 +106,8 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
             shutil.copyfile(file, payload / file.name)
     model = Input(path=payload, digest="", type="Model")
     tokenizer = saved_tokenizer(load_tokenizer(adapter), model)
-    finish_configs(payload, None if stage.dtype == "auto" else stage.dtype, tokenizer.eos_token_id, events)
+    dtype = None if stage.dtype == "auto" else stage.dtype
+    save_configs(payload if reason else base, payload, dtype, tokenizer.eos_token_id, events)
 
     written = stored_tensors(payload)
     check_tensors(weights, written)
@@ -303,28 +311,6 @@ def merge_with_peft(adapter: Input, payload: Path, dtype: str, max_shard_size: s
     merged = model.merge_and_unload().to(getattr(torch, dtype))
     merged.save_pretrained(payload, max_shard_size=max_shard_size)
     return changed
-
-
-def finish_configs(payload: Path, dtype: str | None, eos: int, events: Events) -> None:
-    """Sets the type where it was changed, and the end-of-sequence token to the trained one where that would not end an answer."""
-    for name in ("config.json", "generation_config.json"):
-        file = payload / name
-        if not file.exists():
-            continue
-        document = json.loads(file.read_text(encoding="utf-8"))
-        document.pop("_name_or_path", None)
-        if dtype and name == "config.json":
-            document.pop("torch_dtype", None)  # its name before transformers 5
-            document["dtype"] = dtype
-        ends = document.get("eos_token_id")
-        if eos not in (ends if isinstance(ends, list) else [ends]):
-            events.warning(f"{name}: eos_token_id was {ends}, and is {eos} as in the trained tokenizer")
-            document["eos_token_id"] = eos
-        write_json(file, document)
-
-
-def write_json(file: Path, document: Any) -> None:
-    file.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # --- the hand-over ----------------------------------------------------------------------------------------------------

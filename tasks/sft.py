@@ -1,10 +1,10 @@
-"""Supervised fine-tuning of a LoRA adapter on a Dataset's train split, by TRL and PEFT.
+"""Supervised fine-tuning of a LoRA adapter, or of every weight, on a Dataset's train split, by TRL and PEFT.
 
 Rows are tokenized and masked by `tasks.masks` and given to TRL ready made; that TRL has dropped or cut nothing is checked.
 A killed training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot see one another: their
 position ids start anew, and transformers masks attention by them (torch's sdpa is enough); each training checks it on its model.
 
-Left out: quantized bases (QLoRA), grouping by length, adapters on the head or the embeddings.
+Left out: grouping by length, adapters on the head or the embeddings. What the methods differ in is in `tasks.methods`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import methods
 from tasks.loading import load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, tokenize
 from tasks.rows import read_split
@@ -41,7 +42,8 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     validation = tokenized(request, stage, tokenizer, "validation") if stage.eval_steps else None
     prepared = packed(train, stage.max_length) if stage.packing else train
 
-    model = strategies.load_base(base, stage)
+    model = methods.load_base(base, stage)
+    full = stage.method == "full"
     layers = training.targeted_layers(model, stage.lora.target_modules)
     training.score_only_trained_tokens()
 
@@ -60,10 +62,12 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         train_dataset=prepared,
         eval_dataset=validation,
         processing_class=tokenizer,
-        peft_config=None if earlier else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
+        peft_config=None if earlier or full else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # events say the same
+    if stage.method == "qlora":
+        methods.adapter_in_float32(trainer.model, earlier)
     check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
     if validation:
         check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
@@ -71,16 +75,18 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     if stage.packing:
         checks.append(lambda: check_rows_apart(trainer))
     trainer.add_callback(training.OncePrepared(*checks))
-    before = training.adapter_tensors(trainer.model)
-    trainable, parameters = trainer.model.get_nb_trainable_parameters()
+    before = {} if full else training.adapter_tensors(trainer.model)
+    trainable, parameters = (methods.parameters(model),) * 2 if full else trainer.model.get_nb_trainable_parameters()
     if arguments.process_index == 0:
         events.metric("trainable_parameters", trainable)
         events.metric("all_parameters", parameters)
 
     checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
     state = checkpoints.ended_at(checkpoint) if checkpoint else None
-    if checkpoint and state:
-        checkpoints.load_adapter(trainer.model, Path(state.best_model_checkpoint or checkpoint))
+    ended = Path(state.best_model_checkpoint or checkpoint) if checkpoint and state else None
+    if ended:
+        if not full:
+            checkpoints.load_adapter(trainer.model, ended)
     else:
         if checkpoint:
             print(f"resuming from {checkpoint.name}", flush=True)
@@ -101,13 +107,20 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         metrics |= {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
     elif evaluated:
         metrics["eval_loss"] = evaluated[max(evaluated)]
-    after = training.adapter_tensors(trainer.model)
+    if full:
+        after = methods.weights_in(ended, model) if ended else methods.weights(trainer.model, arguments.process_index == 0)
+    else:
+        after = training.adapter_tensors(trainer.model)
     if arguments.process_index == 0:
         training.save_history(history, request.meta)
-        training.save_adapter(trainer.model, after, request.payload, base)
+        if full:
+            methods.save_model(after, base, tokenizer.eos_token_id, request.payload, events)
+            methods.check_model(request.payload, base)
+        else:
+            training.save_adapter(trainer.model, after, request.payload, base)
+            training.check_adapter(request.payload, stage.lora, layers, before)
         save_tokenizer(tokenizer, request.payload)
-        training.check_adapter(request.payload, stage.lora, layers, before)
-        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
+        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Model" if full else "Adapter"))
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     return Result(metrics=metrics, info=info)
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tasks.loading import compute_dtype, load_model
+from tasks.loading import load_model
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input
 from tuneline.stages import Resources
-from tuneline.trainings import Training
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
 
 REPLICATED = "replicated"
 
@@ -77,14 +76,13 @@ def fsdp_config(resources: Resources) -> dict[str, Any]:
     }
 
 
-def load_base(source: Input, stage: Training) -> PreTrainedModel:
+def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
     """The base model, where and as the strategy wants it; the training arguments must have been made."""
-    resources, dtype = stage.resources, compute_dtype(stage.dtype)
     if resources.strategy == "zero3":  # weights are split while they are read
         import deepspeed
 
         deepspeed.init_distributed(torch.distributed.get_backend())
-    return load_model(source, dtype, {"device_map": "balanced", "fsdp": "cpu"}.get(resources.strategy))
+    return load_model(source, dtype, {"device_map": "balanced", "fsdp": "cpu"}.get(resources.strategy), quantization)
 
 
 def layout(resources: Resources) -> str:

@@ -66,7 +66,7 @@ def build(folder: Path, *sets: str, payload: str = "1") -> dict[str, PlanRow]:
 def publish(workspace: Workspace, row: PlanRow, rows: dict[str, PlanRow], payload: str) -> None:
     stage = workspace.loaded.spec.pipelines["demo"].stages[row.stage]
     base = None
-    if stage.gives == "Adapter":
+    if stage.gives() == "Adapter":
         model = rows["base"].artifact
         assert model is not None
         base = Base(kind="model", key=model.key, digest=model.digest, template=None)
@@ -77,7 +77,7 @@ def publish(workspace: Workspace, row: PlanRow, rows: dict[str, PlanRow], payloa
         (built / "payload" / "data").write_text(f"{row.kind} {payload}")
         facts = {"parents": {}, "metrics": {}, "info": {}, "host": {}, "base": base, "document": row.document}
         workspace.store.publish(
-            built, lambda digest, files: Manifest(kind=row.kind, type=stage.gives, key=row.key or "", digest=digest, files=files, **facts)
+            built, lambda digest, files: Manifest(kind=row.kind, type=stage.gives(), key=row.key or "", digest=digest, files=files, **facts)
         )
 
 

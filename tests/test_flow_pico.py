@@ -31,6 +31,22 @@ pipelines:
       eval-sft: {kind: evaluate, model: sft, datasets: [words], max_new_tokens: 4, runtime: here}
       gate:     {kind: gate, require: [{metric: words/bits_per_byte, of: eval, at_most: 100}]}
 """
+OTHER_METHODS = """\
+version: 1
+roots: ["%(models)s"]
+runtimes: {here: {python: "%(python)s"}}
+pipelines:
+  methods:
+    stages:
+      base:      {kind: model, path: %(model)s, runtime: here}
+      words:     {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {validation: 0.1, test: 0.2}, runtime: here}
+      full:      {kind: sft, method: full, model: base, dataset: words, learning_rate: 1e-3, max_steps: 40, global_batch_size: 4, runtime: here}
+      qlora:     {kind: sft, method: qlora, model: full, dataset: words, learning_rate: 5e-3, max_steps: 4, global_batch_size: 4, runtime: here}
+      merged:    {kind: merge, adapters: [qlora], runtime: here}
+      eval-base: {kind: evaluate, model: base, datasets: [words], max_new_tokens: 4, runtime: here}
+      eval-full: {kind: evaluate, model: full, datasets: [words], max_new_tokens: 4, runtime: here}
+      gate:      {kind: gate, require: [{metric: words/answer_recall, of: eval-full, not_below: eval-base}]}
+"""
 STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
 
 
@@ -126,3 +142,27 @@ def test_a_touched_base_model_is_the_same_model(killed: Project, pico_model: Pat
     os.utime(pico_model / "model.safetensors")
     out = killed.json("run", "pico", "--only", "eval-sft", "--set", "eval-sft.max_new_tokens=3")
     assert [stage["status"] for stage in out["stages"]] == ["cached", "cached", "cached", "done"]
+
+
+@pytest.mark.slow
+def test_a_model_trained_whole_is_evaluated_trained_on_and_shown(killed: Project, runtime_python: Path, pico_model: Path) -> None:
+    file = "methods.yaml"
+    killed.write(OTHER_METHODS % {"python": runtime_python, "model": pico_model, "models": pico_model.parent}, file)
+    assert killed.tuneline("validate", file).stdout == "methods.yaml is valid: methods (8 stages)\n"
+    planned = {row["stage"]: row for row in killed.json("plan", "methods", "--file", file)["stages"]}
+    assert {name: row["status"] for name, row in planned.items()} == {
+        "base": "cached", "words": "cached", "full": "run", "qlora": "run", "merged": "run", "eval-base": "run", "eval-full": "run",
+        "gate": "run",
+    }  # fmt: skip
+    killed.tuneline("run", "methods", "--file", file)
+    shown = killed.json("show", "methods", "--file", file)
+    stages = shown["stages"]
+    assert (stages["full"]["type"], stages["full"]["base"], stages["qlora"]["type"]) == ("Model", None, "Adapter")
+    assert stages["qlora"]["base"]["digest"] == stages["full"]["digest"]
+    assert stages["full"]["template"] == stages["base"]["template"]
+    bits = {name: stages[f"eval-{name}"]["metrics"]["dataset0/bits_per_byte"] for name in ("base", "full")}
+    assert bits["full"] < 0.7 * bits["base"]
+    page = Page((killed.root / ".tuneline" / "runs" / f"{shown['run_id']}.html").read_text(encoding="utf-8"))
+    assert "fine-tuned full" in " ".join(page.text.split())
+    again = killed.json("run", "methods", "--file", file)
+    assert {row["status"] for row in again["stages"] if row["kind"] != "gate"} == {"cached"}

@@ -158,13 +158,13 @@ class Checks:
     def _reference(
         self, path: Keys, name: str, reference: Reference, target: str, raw: Mapping[str, Any], stages: Mapping[str, Stage]
     ) -> None:
-        given = stages[target].gives if target in stages else None
+        given = stages[target].gives() if target in stages else None
         if target != name and target in raw and (given is None or not reference.types or given in reference.types):
             if given and stages[name].kind in ("quantize", "sft", "grpo") and stages[target].kind == "quantize":
                 found = f"found `{target}`, which is quantized, allowed a model in full precision"
                 self.problem(path, found, "name the model it was made from")
             return
-        fitting = [other for other, stage in stages.items() if other != name and (not reference.types or stage.gives in reference.types)]
+        fitting = [other for other, stage in stages.items() if other != name and (not reference.types or stage.gives() in reference.types)]
         wanted = f"a stage that gives {' or '.join(with_article(kind) for kind in reference.types)}" if reference.types else "another stage"
         allowed = f"{wanted}: {listed(fitting)}"
         if target == name:
@@ -196,7 +196,7 @@ class Checks:
             problem = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
         elif isinstance(scored, QuantizeStage) and (scored.bits not in (4, 8) or not scored.sym):
             problem = f"bits {scored.bits} and sym {str(scored.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
-        elif isinstance(scored, Training):
+        elif isinstance(scored, Training) and scored.gives() == "Adapter":
             problem = scored.lora.unserved()
         if problem:
             self.problem((*here, "model"), f"found `{stage.model}` with {problem}", "set `backend: transformers`")

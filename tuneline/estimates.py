@@ -75,7 +75,13 @@ def estimate(stage: Training | MergeStage, architecture: Architecture | str, sta
 
 
 def job_of(architecture: Architecture, stage: Training, stages: Mapping[str, Stage]) -> Job:
-    return Job(architecture, stage, longest(stage, stages[stage.dataset]), getattr(stage, "method", "lora"), getattr(stage, "bits", 4))
+    return Job(
+        architecture,
+        stage,
+        longest(stage, stages[stage.dataset]),
+        stage.method if isinstance(stage, SftStage) else "lora",
+        stage.bits if isinstance(stage, SftStage) else 4,
+    )
 
 
 def longest(stage: Training, dataset: Stage) -> int:

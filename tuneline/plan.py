@@ -16,7 +16,7 @@ from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.hub_cache import COMMIT
-from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, key_document, key_of
+from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, QLORA_LIBRARIES, key_document, key_of
 from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
 from tuneline.order import in_order, with_ancestors
@@ -26,6 +26,7 @@ from tuneline.source import dotted
 from tuneline.spec import ModelStage
 from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Artifact
+from tuneline.trainings import SftStage
 from tuneline.workspace import Workspace
 
 Status = Literal["cached", "run", "unknown"]
@@ -176,7 +177,8 @@ def document_of(
 
 def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
     """Versions of what the stage's program uses, and of the engine that works for it. Raises ConfigError for an absent runtime."""
-    libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(LIBRARIES[stage.kind])
+    names = LIBRARIES[stage.kind] + (QLORA_LIBRARIES if isinstance(stage, SftStage) and stage.method == "qlora" else ())
+    libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(names)
     if name := stage.engine_runtime():
         packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
         there = [version for version in packages.values() if version != "absent"]

@@ -9,7 +9,7 @@ need more than one stage are in `tuneline.checks`. What all stages have is in `t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -54,7 +54,8 @@ class ModelStage(ProgramStage):
     trust_remote_code: bool = False
     """Runs Python files that come with the model, here and in every later stage. Only for sources that you trust."""
 
-    gives: ClassVar[ArtifactType] = "Model"
+    def gives(self) -> ArtifactType:
+        return "Model"
 
     def findings(self) -> Iterator[Finding]:
         given = [name for name in ("hub", "path", "gguf") if getattr(self, name) is not None]
@@ -97,7 +98,8 @@ class DatasetStage(ProgramStage):
     over_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to a row over max_length; only plain text can be truncated. Counted in the report."""
 
-    gives: ClassVar[ArtifactType] = "Dataset"
+    def gives(self) -> ArtifactType:
+        return "Dataset"
 
     def findings(self) -> Iterator[Finding]:
         if self.max_length is not None and self.model is None:
@@ -142,7 +144,8 @@ class EvaluateStage(ProgramStage):
     """What computes: the model itself, or vLLM, a server in a runtime of its own that gets all of the stage's GPUs.
     It is meant for many rows on GPUs, and rounds otherwise: compare figures of one backend."""
 
-    gives: ClassVar[ArtifactType] = "Report"
+    def gives(self) -> ArtifactType:
+        return "Report"
 
     def uses_engine(self) -> bool:
         return self.backend == "vllm"
@@ -184,7 +187,8 @@ class MergeStage(ProgramStage):
     max_shard_size: str = Field("5GB", pattern=SHARD)
     """Largest weight file."""
 
-    gives: ClassVar[ArtifactType] = "Model"
+    def gives(self) -> ArtifactType:
+        return "Model"
 
 
 class QuantizeStage(ProgramStage):
@@ -211,7 +215,8 @@ class QuantizeStage(ProgramStage):
     max_perplexity_ratio: float = Field(1.5, gt=1)
     """The stage fails where perplexity rises by more than this factor."""
 
-    gives: ClassVar[ArtifactType] = "Model"
+    def gives(self) -> ArtifactType:
+        return "Model"
 
 
 # --- gate -------------------------------------------------------------------------------------------------------------
@@ -245,7 +250,8 @@ class GateStage(Stage):
     require: tuple[Requirement, ...] = Field(min_length=1)
     """All of them must hold."""
 
-    gives: ClassVar[ArtifactType] = "Verdict"
+    def gives(self) -> ArtifactType:
+        return "Verdict"
 
     def findings(self) -> Iterator[Finding]:
         choices = ("at_least", "at_most", "improves_on", "not_below")

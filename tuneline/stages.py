@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -73,7 +73,9 @@ class Stage(Strict):
     timeout: int | None = Field(None, ge=1)
     """Seconds after which the stage is ended."""
 
-    gives: ClassVar[ArtifactType]
+    def gives(self) -> ArtifactType:
+        """What others refer to it as."""
+        raise NotImplementedError
 
     def findings(self) -> Iterator[Finding]:
         return iter(())

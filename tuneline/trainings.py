@@ -1,9 +1,9 @@
-"""Stages that train a LoRA adapter: what they share, supervised fine-tuning, and reinforcement learning."""
+"""Stages that train: what they share, supervised fine-tuning of an adapter or of all weights, and reinforcement learning."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -46,10 +46,10 @@ class EarlyStopping(Strict):
 
 
 class Training(ProgramStage):
-    """What every training of an adapter has."""
+    """What every training has."""
 
     model: ModelRef
-    """Base model, frozen."""
+    """Model to begin with."""
     dataset: DatasetRef
     """Rows to train on: its train split."""
     adapter: AdapterRef | None = None
@@ -75,7 +75,8 @@ class Training(ProgramStage):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
 
-    gives: ClassVar[ArtifactType] = "Adapter"
+    def gives(self) -> ArtifactType:
+        return "Adapter"
 
     def micro_batch_size(self) -> int:
         """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
@@ -108,12 +109,17 @@ class Training(ProgramStage):
 
 
 class SftStage(Training):
-    """Supervised fine-tuning of a LoRA adapter, by TRL and PEFT. The dataset's validation split is watched.
+    """Supervised fine-tuning of a LoRA adapter, or of all weights, by TRL and PEFT. The dataset's validation split is watched.
 
     global_batch_size counts packed sequences when packing.
     """
 
     kind: Literal["sft"]
+    method: Literal["lora", "qlora", "full"] = "lora"
+    """What is trained: an adapter (`lora`), an adapter on a base that bitsandbytes holds in few bits meanwhile (`qlora`,
+    arXiv:2305.14314), or every weight (`full`), which gives a Model."""
+    bits: Literal[4, 8] = 4
+    """Bits of the base's weights with qlora: 4 (NF4, its scales quantized too), or 8 (LLM.int8(), arXiv:2208.07339)."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
     """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
     max_length: int = Field(1024, ge=8)
@@ -125,6 +131,9 @@ class SftStage(Training):
     early_stopping: EarlyStopping | None = None
     """Ends training when the validation loss no longer falls."""
 
+    def gives(self) -> ArtifactType:
+        return "Model" if self.method == "full" else "Adapter"
+
     def micro_batch_size(self) -> int:
         """One where packing: packed sequences are full already, and are joined into one, where attention costs the square."""
         return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
@@ -133,6 +142,28 @@ class SftStage(Training):
         yield from super().findings()
         if self.early_stopping and self.eval_steps is None:
             yield Finding("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
+        if self.method == "full":
+            found = "with `method: full`, which trains the model's own weights"
+            if "lora" in self.model_fields_set:
+                yield Finding("lora", f"found lora {found}", "leave it out, or set `method: lora`")
+            if self.adapter is not None:
+                yield Finding("adapter", f"found an adapter {found}", "merge it, and name the merged model under `model:`")
+        if self.method != "qlora" and "bits" in self.model_fields_set:
+            found = f"found bits with `method: {self.method}`, which quantizes nothing"
+            yield Finding("bits", found, "set `method: qlora`, or leave it out")
+        # PEFT's dequantize_module_weight, which DoRA needs, loses the scales of 8-bit weights on a CPU (0.21.2, utils/integrations.py).
+        if self.method == "qlora" and self.bits == 8 and self.lora.use_dora:
+            yield Finding("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, allowed with 4", "leave out use_dora, or bits")
+        # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: weights of 4 bits are split only where
+        # they are stored as floating-point numbers (bnb_4bit_quant_storage), which is not tried here; those of 8 bits never.
+        if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
+            found = f"found {self.resources.strategy} with `method: qlora`, allowed ddp, zero1, zero2, device_map"
+            yield Finding("resources.strategy", found, "bitsandbytes' weights are not split over devices; they take little memory on each")
+
+    def warnings(self) -> Iterator[Finding]:
+        if self.method == "full" and "learning_rate" not in self.model_fields_set:
+            message = f"{self.learning_rate:g}, the default, suits adapters and wrecks a model that is trained whole"
+            yield Finding("learning_rate", message, "set `learning_rate: 1e-5`, say")
 
 
 class Rollouts(Strict):
