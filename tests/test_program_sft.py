@@ -233,6 +233,44 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(tmp_path: Path,
         assert runs[name][1] == pytest.approx(runs["4"][1], rel=1e-3)
 
 
+def test_rows_of_like_length_share_a_micro_batch_and_the_loss_is_that_of_any_order(
+    tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps hold the same rows, the last of an epoch too; only what is padded is less, in training as in validation."""
+    from tasks import sft_trainer
+
+    batches: list[tuple[bool, Any]] = []
+    loss = sft_trainer.TokenWeightedTrainer.compute_loss
+
+    def spy(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        batches.append((model.training, inputs["attention_mask"]))
+        return loss(self, model, inputs, *rest, **named)
+
+    monkeypatch.setattr(sft_trainer.TokenWeightedTrainer, "compute_loss", spy)
+    rows = [chat(i, 1 + 5 * i % 7) for i in range(19)]
+    fields = {
+        "max_steps": None, "num_train_epochs": 2, "eval_steps": 5, "validation": [chat(i, 1 + i % 4) for i in range(50, 60)],
+        "global_batch_size": 8, "resources": {"micro_batch_size": 2},
+    }  # fmt: skip
+    found = []
+    for name in ("longest-first", "as-drawn"):
+        if name == "as-drawn":
+            monkeypatch.setattr(sft_trainer, "longest_first", lambda rows, lengths: rows)
+            monkeypatch.setattr(sft_trainer.LongestFirst, "__iter__", lambda self: iter(self.sampler))
+        batches.clear()
+        _, events = run_program(request_for(tmp_path / name, base, rows, **fields))
+        curves = [[e["value"] for e in events if e.get("name") == curve] for curve in ("loss", "eval_loss")]
+        training, validation = (torch.cat([mask.flatten() for trained, mask in batches if trained == which]) for which in (True, False))
+        real = [int(mask.sum()) for mask in (training, validation)]
+        found.append((curves, [len(training) - real[0], len(validation) - real[1]], real))
+    (curves, padding, tokens), (curves_as_drawn, padding_as_drawn, tokens_as_drawn) = found
+    for curve, other in zip(curves, curves_as_drawn, strict=True):
+        assert curve == pytest.approx(other, rel=1e-5)
+    assert [len(curve) for curve in curves] == [6, 2]
+    assert tokens == tokens_as_drawn
+    assert (padding, padding_as_drawn, tokens) == ([350, 52], [1290, 260], [4078, 1544])
+
+
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "all masked": (
         {"rows": [*ROWS, Row("s", messages=({"role": "user", "content": "Hi"},), id="mute")]},
