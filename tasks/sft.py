@@ -4,7 +4,8 @@ Rows are tokenized and masked by `tasks.masks` and given to TRL ready made; that
 A killed training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot see one another: their
 position ids start anew, and transformers masks attention by them (torch's sdpa is enough); each training checks it on its model.
 
-Left out: adapters on the head or the embeddings, grouping by length beyond a step (`tasks.batches` says why). What the methods differ in is in `tasks.methods`.
+What the methods differ in is in `tasks.methods`. Left out: adapters on the head or the embeddings, grouping by length beyond a step
+(`tasks.batches` says why).
 """
 
 from __future__ import annotations
