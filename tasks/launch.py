@@ -30,6 +30,7 @@ SAID = ".failure.json"
 LOST_PEER = "another process of the training has gone, or hangs: the stage is tried again"
 RENDEZVOUS = "rendezvous.json"
 SECONDS_OF_OTHERS = 5.0  # that what happened on one machine may take to be seen on another
+HUNG = 15  # seconds after another's failure; torchrun waits 30 for a process that hears no SIGTERM
 LOG_TAIL = 30  # lines
 JOIN_SECONDS = 600  # that machines wait for one another
 
@@ -111,8 +112,10 @@ def end_with_the_others(ranks: Path) -> None:
 
 def note_deaths(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> int:
     """Says of each process what it could not say itself; returns the status to end with: that of one which was killed."""
-    status = 1
+    status, told = 1, [file.stat().st_mtime for file in ranks.glob(f"*{SAID}")]
     for rank, failed in failures.items():
+        if told and failed.exitcode == -signal.SIGKILL and time.time() - min(told) > HUNG:
+            continue  # it hung, and torchrun ended it
         if (ranks / f"{rank}{SAID}").exists() or failed.exitcode == -signal.SIGTERM:  # which the agent sends to the others
             continue
         tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
