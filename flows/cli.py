@@ -207,6 +207,8 @@ def run(
 @cli.command()
 @click.argument("pipeline")
 @file_option
+@set_option
+@var_option
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
@@ -215,11 +217,12 @@ def run(
     metavar="N",
     help="Number of this machine, from 1; the run is machine 0. Slurm and kubernetes say it by themselves.",
 )
-def node(pipeline: str, file: Path, rank: int) -> None:
-    """Works as a further machine for a run of the pipeline, the one of now or the next, and ends with it."""
-    from flows.node import serve
+def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
+    """Works as a further machine for a run of the pipeline, the one of now or the next, and ends with it. Flags are those of the run."""
+    from flows.node import check_rank, serve
 
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
+    workspace = Workspace(load_pipeline(file, pipeline, sets, variables), warn)
+    check_rank(workspace, pipeline, rank)
     record = serve(workspace, pipeline, rank, lambda message: click.echo(message, err=True))
     click.echo(f"{pipeline} {record.state} (run {record.run_id})", err=True)
     sys.exit(EXIT.get(record.state, FAILED))

@@ -15,14 +15,24 @@ from pathlib import Path
 
 from flows.slots import Slots, visible_gpus
 from flows.supervisor import Supervisor, program_environment
-from tuneline.errors import ConfigError, StageFailed
+from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.protocol import Request
 from tuneline.runs import RunRecord
 from tuneline.runtimes import find_runtime
-from tuneline.stages import Resources
+from tuneline.stages import ProgramStage, Resources
 from tuneline.workspace import Workspace
 
 POLL = 0.5  # seconds between looks at the shared folder
+
+
+def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
+    """Raises ConfigError where no stage of the pipeline has work for that machine: it would wait for ever."""
+    stages = workspace.loaded.pipeline(pipeline).stages
+    most = max((stage.resources.nodes for stage in stages.values() if isinstance(stage, ProgramStage)), default=1)
+    if rank >= most:
+        allowed = f"1 to {most - 1}" if most > 2 else "1" if most == 2 else "none: no stage of it has `nodes`"
+        hint = "set `resources: {nodes: 2}` in a training" if most == 1 else "the run itself is machine 0"
+        raise ConfigError([Problem("--rank", "", f"found {rank} for {pipeline}, allowed {allowed}", hint)])
 
 
 def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], None]) -> RunRecord:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneline.protocol import Failure, Request
+from tuneline.protocol import Events, Failure, Request
 from tuneline.stages import Resources
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def main() -> int:
         ranks.mkdir()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // resources.local_processes)))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it says of failures, we say
+    wait = min(JOIN_SECONDS, resources.collective_timeout)
     if resources.nodes == 1:
         meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": request.key[:16]}
     else:
-        where = announced(request) if node == 0 else json.loads((work / RENDEZVOUS).read_bytes())
-        wait = min(JOIN_SECONDS, resources.collective_timeout)
+        where = announced(request, resources.nodes) if node == 0 else json.loads((work / RENDEZVOUS).read_bytes())
         meeting = {"rdzv_backend": "static", "rdzv_endpoint": where["endpoint"], "run_id": where["id"]}
         meeting["rdzv_configs"] = {"rank": node, "timeout": wait}
     config = LaunchConfig(
@@ -79,7 +79,7 @@ def main() -> int:
         if type(error).__name__ not in ("DistStoreError", "DistNetworkError", "RendezvousTimeoutError", "RendezvousConnectionError"):
             raise
         message = f"not all of {resources.nodes} machines met within {wait} s: {str(error).splitlines()[0]}"
-        failure, status = transient(message, "is `tuneline node` at work on each of the others, with this store?"), 1
+        failure, status = transient(message, "is `tuneline node PIPELINE --rank N` at work on each of the others, with this store?"), 1
     finally:
         if node == 0:
             (work / RENDEZVOUS).unlink(missing_ok=True)
@@ -90,8 +90,11 @@ def main() -> int:
     return status
 
 
-def announced(request: Request) -> dict[str, str]:
-    """Tells the other machines where this one waits for them. TUNELINE_NODE_ADDRESS is its name where it has another outside."""
+def announced(request: Request, nodes: int) -> dict[str, str]:
+    """Tells the other machines, and whoever looks on, where this one waits for them.
+
+    TUNELINE_NODE_ADDRESS is its name where it has another outside.
+    """
     address = os.environ.get("TUNELINE_NODE_ADDRESS") or socket.getfqdn()
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -99,6 +102,8 @@ def announced(request: Request) -> dict[str, str]:
     temporary = request.work / (RENDEZVOUS + ".tmp")
     temporary.write_text(json.dumps(where), encoding="utf-8")
     temporary.replace(request.work / RENDEZVOUS)
+    others = "`tuneline node PIPELINE --rank 1`" + (f" to {nodes - 1}" if nodes > 2 else "")
+    Events(request.work / "events.jsonl").progress(0, 1, f"waits at {where['endpoint']} for {nodes - 1} more: there {others}")
     return where
 
 

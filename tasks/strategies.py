@@ -88,8 +88,12 @@ def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantizat
 def layout(resources: Resources) -> str:
     """How a checkpoint is laid out, and so what may read it: FSDP's is put together again by any number of processes."""
     if resources.strategy.startswith("zero"):
-        return f"{resources.strategy} over {resources.world_size} processes"
+        return f"{resources.strategy} over {processes(resources.world_size)}"
     return "fsdp" if resources.strategy == "fsdp" else REPLICATED
+
+
+def processes(count: int) -> str:
+    return f"{count} {'process' if count == 1 else 'processes'}"
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -109,7 +113,7 @@ def prove(trainer: Trainer, resources: Resources) -> None:
     wanted, found = resources.strategy, active(trainer)
     if found != (wanted if resources.world_size > 1 or wanted != "ddp" else "one process"):
         raise StageFailed("bug", f"resources.strategy: {wanted} was asked for, but what trains is {found}", "tell us, with the log")
-    print(f"{found} trains, {resources.world_size} in all" if resources.world_size > 1 else f"{found} trains", flush=True)
+    print(f"{found} trains, over {processes(resources.world_size)}" if found != "one process" else "one process trains", flush=True)
 
 
 def active(trainer: Trainer) -> str:

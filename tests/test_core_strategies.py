@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tuneline.keys import HOW
+from tuneline.keys import key_document
 from tuneline.spec import STAGES
 from tuneline.trainings import GrpoStage, SftStage
 
@@ -27,7 +27,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
     "offload of ddp": (SFT, {"gpus": 2, "offload": "optimizer"}, "offload", "found optimizer with ddp, allowed with zero1, zero2 and zero3", "set `strategy: zero2`"),
     "offload of fsdp": (SFT, {"gpus": 2, "offload": "optimizer", "strategy": "fsdp"}, "offload", "found optimizer with fsdp, allowed with zero1, zero2 and zero3", "fsdp offloads `all`"),
     "offload all of zero2": (SFT, {"gpus": 2, "offload": "all", "strategy": "zero2"}, "offload", "found all with zero2, allowed with zero3 and fsdp", "set `offload: optimizer`"),
-    "nodes that do not divide": (SFT | {"global_batch_size": 8}, {"nodes": 3}, "global", "found 8, allowed multiples of", ""),
+    "more processes than GPUs": (SFT, {"gpus": 2, "processes": 4}, "processes", "found 4 with 2 GPUs to train on, allowed one for each", "leave it out"),
+    "fewer processes than GPUs": (SFT, {"gpus": 4, "processes": 1, "strategy": "zero2"}, "processes", "found 1 with 4 GPUs", "leave it out"),
+    "nodes that do not divide": (SFT | {"global_batch_size": 8}, {"nodes": 3}, "global", "found 8, allowed multiples of", "change the number of processes, or the batch"),
 }  # fmt: skip
 
 
@@ -60,7 +62,9 @@ def test_it_is_allowed_with_so_many_processes(resources: dict[str, Any], world: 
 
 
 def test_how_a_training_is_shared_is_not_in_its_key() -> None:
-    assert "resources" in HOW
+    many = {"gpus": 8, "nodes": 2, "strategy": "zero3", "offload": "all", "checkpoint_minutes": 5.0, "checkpoints_kept": 4}
+    one, other = (SftStage.model_validate(SFT | {"resources": resources}) for resources in ({}, many))
+    assert key_document(one, 1, {}, {}, {}, {}, "") == key_document(other, 1, {}, {}, {}, {}, "")
 
 
 def test_grpo_may_split_what_its_sampling_can_gather() -> None:

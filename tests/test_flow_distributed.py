@@ -94,7 +94,7 @@ def test_what_kills_one_process_or_the_launcher_costs_one_attempt(pico: Project)
     assert process.returncode == 0, err
     assert "transient: process 1 was ended by SIGKILL (the stage is tried again)" in err
     assert err.count("resuming from checkpoint-") == 2
-    assert "zero2 trains, 2 in all" in err
+    assert "zero2 trains, over 2 processes" in err
     assert gone(mark, 5.0)
     assert curve(pico) == pytest.approx(expected, rel=1e-4)
     assert pico.tuneline("verify").stderr == "3 artifacts, 0 damaged\n"
@@ -189,6 +189,19 @@ def test_a_machine_that_does_not_come_ends_the_stage(pico: Project) -> None:
         text.replace("processes: 2", "processes: 1, nodes: 2, collective_timeout: 4").replace("kind: sft,", "kind: sft, retries: 0,")
     )
     done = pico.tuneline("run", "pico", status=1, TUNELINE_NODE_ADDRESS="127.0.0.1")
+    assert "waits at 127.0.0.1:" in done.stderr
+    assert "for 1 more: there `tuneline node PIPELINE --rank 1`" in done.stderr
     assert "transient: not all of 2 machines met within 4 s" in done.stderr
-    assert "is `tuneline node` at work on each of the others" in done.stderr
+    assert "is `tuneline node PIPELINE --rank N` at work on each of the others" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pico", "--rank", "1"], "--rank: found 1 for pico, allowed none: no stage of it has `nodes`\n\nhint: set `resources: {nodes: 2}` in a training\n"),
+        (["pico", "--rank", "2", "--set", "sft.resources.nodes=2"], "--rank: found 2 for pico, allowed 1\n\nhint: the run itself is machine 0\n"),
+    ],
+)  # fmt: skip
+def test_a_machine_for_which_there_is_no_work_does_not_wait(pico: Project, arguments: list[str], message: str) -> None:
+    assert pico.tuneline("node", *arguments, status=2).stderr == message

@@ -74,7 +74,7 @@ def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
     fields = FIELDS | {"resources": {"processes": 2, "strategy": strategy, "checkpoint_steps": 4}}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
     finish(whole, 2)
-    assert f"{strategy} trains, 2 in all" in (whole.work / "log.txt").read_text()
+    assert f"{strategy} trains, over 2 processes" in (whole.work / "log.txt").read_text()
     for of in ("loss", "eval_loss"):
         assert losses(whole, of) == pytest.approx(losses(one, of), rel=TOLERANCE)
     assert furthest(one, whole) < 1e-3
@@ -102,7 +102,7 @@ def test_a_split_checkpoint_is_for_as_many_processes(tmp_path: Path, base: Input
         other = request.model_copy(update={"resources": resources.model_dump(mode="json")})
         arguments = sft.trainer_arguments(request_for(tmp_path / wanted, base), SftStage.model_validate(request.config | {"resources": {}}))
         arguments.output_dir = str(request.work / "checkpoints")
-        with pytest.raises(StageFailed, match=f"checkpoint-2 was written by .* zero2 over 1 processes; this one is {wanted}") as caught:
+        with pytest.raises(StageFailed, match=f"checkpoint-2 was written by .* zero2 over 1 process; this one is {wanted}") as caught:
             checkpoints.newest_checkpoint(arguments, other, resources, Events(request.work / "events.jsonl"))
         assert caught.value.failure_class == "config"
         assert "--force" in caught.value.hint

@@ -144,7 +144,8 @@ class Checks:
                 self._same_base(here, stage, stages)
             elif isinstance(stage, ProgramStage) and stage.world_size() > 1:
                 found = f"found {stage.world_size()} processes for {stage.kind}, allowed one"
-                self.problem((*here, "resources"), found, "only trainings run in several processes: write `gpus: 1`")
+                hint = "remove `nodes`" if stage.resources.nodes > 1 else "write `gpus: 1`"
+                self.problem((*here, "resources"), found, f"only trainings run in several processes: {hint}")
             elif isinstance(stage, ProgramStage):
                 for field, value in (("strategy", stage.resources.strategy), ("offload", stage.resources.offload)):
                     if value not in ("ddp", None):

@@ -108,6 +108,8 @@ def of_merge(architecture: Architecture, stage: MergeStage) -> Estimate:
 def disk_of(job: Job) -> int | None:
     """Checkpoints of trained weights and optimizer states, and the artifact. Tokenizers, of a few MB, are left out."""
     weight, _, state = job.states
-    kept = job.stage.resources.checkpoints_kept + 1  # and the one that is being written
+    resources, kept = job.stage.resources, job.stage.resources.checkpoints_kept + 1  # and the one that is being written
+    if job.stage.max_steps and resources.checkpoint_minutes is None and not getattr(job.stage, "early_stopping", None):
+        kept = min(kept, -(-job.stage.max_steps // resources.checkpoint_steps))
     written = BYTES.get(job.architecture.dtype or "") if job.method == "full" else weight
     return job.trainable * (kept * (weight + state) + written) if written else None

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Literal
 
@@ -73,9 +74,9 @@ class Stage(Strict):
     timeout: int | None = Field(None, ge=1)
     """Seconds after which the stage is ended."""
 
+    @abstractmethod
     def gives(self) -> ArtifactType:
         """What others refer to it as."""
-        raise NotImplementedError
 
     def findings(self) -> Iterator[Finding]:
         return iter(())

@@ -21,25 +21,32 @@ def findings(resources: Resources, dora: bool) -> Iterator[Finding]:
         yield Finding(
             "resources.strategy", "found fsdp with lora.use_dora, whose norms need whole weights", "use zero3, or leave use_dora out"
         )
+    training_gpus = gpus - (resources.engine.gpus if resources.engine else 0)
+    if training_gpus > 0 and resources.processes not in (None, training_gpus) and strategy != "device_map":
+        # docs.nvidia.com, NCCL, "Creating a communicator": several ranks on one device are not allowed.
+        found = (
+            f"found {resources.processes} with {training_gpus} {'GPU' if training_gpus == 1 else 'GPUs'} to train on, allowed one for each"
+        )
+        yield Finding("resources.processes", found, "leave it out")
     if strategy == "device_map":
         # huggingface.co/docs/accelerate/concept_guides/big_model_inference: one process, one layer after the other.
         if gpus < 2:
             found = f"found device_map with {gpus} {'GPU' if gpus == 1 else 'GPUs'}, allowed two or more"
             yield Finding("resources.strategy", found, "leave it out: one device holds all layers")
-        if (resources.processes or 1) > 1 or resources.nodes > 1:
+        elif (resources.processes or 1) > 1 or resources.nodes > 1:
             yield Finding(
                 "resources.strategy", "found device_map with several processes or machines, allowed one", "remove processes and nodes"
             )
     if offload and not gpus:
         yield Finding("resources.offload", f"found {offload} without GPUs, whose memory it would spare", "remove it")
-    if offload == "optimizer" and not zero:
+    elif offload == "optimizer" and not zero:
         # torch.distributed.fsdp.CPUOffloadPolicy moves weights, gradients and optimizer states together.
         yield Finding(
             "resources.offload",
             f"found optimizer with {strategy}, allowed with zero1, zero2 and zero3",
             "fsdp offloads `all`" if strategy == "fsdp" else "set `strategy: zero2`",
         )
-    if offload == "all" and strategy not in ("zero3", "fsdp"):
+    elif offload == "all" and strategy not in ("zero3", "fsdp"):
         # deepspeed.ai/docs/config-json: offload_param is "valid only with stage 3".
         yield Finding(
             "resources.offload",

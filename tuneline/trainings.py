@@ -94,11 +94,14 @@ class Training(ProgramStage):
         yield from strategy_findings(self.resources, self.lora.use_dora)
         world, micro = self.resources.world_size, self.micro_batch_size()
         if self.global_batch_size % (micro * world):
+            alone = self.global_batch_size % world  # no micro-batch would do
             yield Finding(
                 "global_batch_size",
                 f"found {self.global_batch_size}, allowed multiples of {micro * world} "
                 f"(micro_batch_size {micro} x {world} {'process' if world == 1 else 'processes'})",
-                "change resources.micro_batch_size: it does not change the result",
+                "change the number of processes, or the batch"
+                if alone
+                else "change resources.micro_batch_size: it does not change the result",
             )
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             yield Finding(
