@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Project
+from test_flow_pico import make
 from test_flow_supervisor import gone
 
 PIPELINES = """\
@@ -33,11 +34,7 @@ pipelines:
 
 @pytest.fixture
 def pico(tmp_path: Path, runtime_python: Path, pico_model: Path) -> Project:
-    project = Project(tmp_path)
-    project.write(PIPELINES % {"python": runtime_python, "model": pico_model, "models": pico_model.parent})
-    rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
-    project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
-    return project
+    return make(tmp_path / "project", runtime_python, pico_model, PIPELINES)
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:

@@ -50,10 +50,10 @@ pipelines:
 STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
 
 
-def make(root: Path, python: Path, model: Path) -> Project:
+def make(root: Path, python: Path, model: Path, pipelines: str = PIPELINES) -> Project:
     root.mkdir()
     project = Project(root)
-    project.write(PIPELINES % {"python": python, "model": model, "models": model.parent})
+    project.write(pipelines % {"python": python, "model": model, "models": model.parent})
     rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
     project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
     return project
