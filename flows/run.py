@@ -24,6 +24,7 @@ from tuneline.runtimes import find_runtime
 from tuneline.source import Keys, dotted
 from tuneline.spec import GateStage
 from tuneline.stages import ProgramStage
+from tuneline.store import Manifest
 from tuneline.workspace import Workspace
 
 RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone
@@ -100,19 +101,18 @@ def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: 
     record = workspace.runs.begin(pipeline, workspace.loaded.overrides)
     record.planned, record.only = planned(workspace.loaded.pipeline(pipeline), only), only
     stages = workspace.loaded.spec.pipelines[pipeline].stages
-    metrics: dict[str, dict[str, float]] = {}
+    manifests: dict[str, Manifest] = {}
     stopped: set[str] = set()
     for row in rows:
         stage, entry = stages[row.stage], StageRecord(stage=row.stage, kind=row.kind, status="cached")
-        metrics[row.stage] = {}
         if absent := [need for need in depends_on(stage) if need in stopped]:
             entry.status, entry.message = "skipped", f"needs {', '.join(absent)}"
         elif isinstance(stage, GateStage):
-            passed, lines = judge(stage, metrics)
+            passed, lines = judge(stage, stages, manifests)
             entry.status, entry.message = "done" if passed else "refused", "\n".join(lines)
         elif row.artifact:
-            manifest = row.artifact.manifest
-            metrics[row.stage] = entry.metrics = shown_metrics(stage, manifest.metrics)
+            manifest = manifests[row.stage] = row.artifact.manifest
+            entry.metrics = shown_metrics(stage, manifest.metrics)
             entry.key, entry.digest, entry.document, entry.artifact = row.key, manifest.digest, row.document, str(row.artifact.path)
         if entry.status in ("skipped", "refused"):
             stopped.add(row.stage)

@@ -184,7 +184,7 @@ def _slot(run: Run, name: str, stage: ProgramStage) -> AbstractContextManager[Ta
 
 
 def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
-    passed, lines = judge(stage, run.metrics)
+    passed, lines = judge(stage, run.stages, run.manifests)
     logger = get_run_logger()
     for line in lines:
         logger.info(line)

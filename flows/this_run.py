@@ -19,7 +19,7 @@ from tuneline.gate import shown_metrics
 from tuneline.protocol import Event
 from tuneline.runs import RunRecord, StageRecord, StageStatus
 from tuneline.stages import Stage
-from tuneline.store import Artifact
+from tuneline.store import Artifact, Manifest
 from tuneline.workspace import Workspace
 
 
@@ -62,8 +62,8 @@ class Run:
     """What the flow was called with, where it runs in a pool: then stages with a pool of their own run there."""
     child_of: str | None = None
     """In a child: the key that its parent asked for. The run's record is the parent's."""
-    metrics: dict[str, Mapping[str, float]] = field(default_factory=dict)
-    """By stage, as people name them."""
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    """Of the stages that gave an artifact: what gates look at."""
     began: dict[str, float] = field(default_factory=dict)
     """When a stage's program could start: what it waited for before is not its time."""
     keys: dict[str, str] = field(default_factory=dict)
@@ -105,7 +105,8 @@ class Run:
             record.key, record.digest, record.document = manifest.key, manifest.digest, manifest.document
             record.artifact, record.metrics = str(artifact.path), shown_metrics(stage, manifest.metrics)
         with self._lock:
-            self.metrics[name] = record.metrics
+            if artifact:
+                self.manifests[name] = artifact.manifest
             self.record.stages = [other for other in self.record.stages if other.stage != name] + [record]
             if self.child_of is None:
                 self.workspace.runs.save(self.record)

@@ -6,6 +6,7 @@ python infra/generate_docs.py --check    fails where a file is not what would be
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -70,7 +71,7 @@ def pipelines_page() -> str:
 
 
 def section(title: str, model: type[BaseModel], left_out: set[str], extra: str = "") -> str:
-    text = " ".join(part for part in ((model.__doc__ or "").strip(), extra) if part)
+    text = " ".join(part for part in (inspect.cleandoc(model.__doc__ or ""), extra) if part)
     rows = [row(name, field) for name, field in model.model_fields.items() if name not in left_out]
     table = ["| field | takes | default | effect |", "|---|---|---|---|", *rows]
     return "\n".join([f"## {title}\n", *([text, ""] if text else []), *table, ""])

@@ -59,7 +59,7 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
         else:
             from tasks.harness import LanguageModel
 
-            model, batch = load_model(source, compute_dtype("auto")), stage.micro_batch_size()
+            model, batch = load_model(source, compute_dtype()), stage.micro_batch_size()
             assert batch is not None
             lm = LanguageModel(model, tokenizer, batch, events)
             check_logits(lm.model, model, prompt, source)
@@ -72,7 +72,7 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     write(request, report)
     for sample in report.samples[:SHOWN]:
         events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
-    info: dict[str, Any] = {"rows": report.rows}
+    info: dict[str, Any] = {"rows": report.rows, "dtype": str(compute_dtype()).removeprefix("torch.")}
     if HUMAN_EVAL in stage.benchmarks:
         info[HUMAN_EVAL] = human_eval_info()
     return Result(metrics=report.metrics, info=info)

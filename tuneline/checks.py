@@ -15,7 +15,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tuneline.engines import CPU_RUNTIME, GPU_RUNTIME
 from tuneline.fields import OutsideFile, Reference, annotated_values
-from tuneline.messages import listed, nearest
+from tuneline.gate import asked_otherwise
+from tuneline.messages import listed, nearest, shown
 from tuneline.order import cycles, depends_on
 from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
@@ -210,12 +211,19 @@ class Checks:
     def _metrics(self, here: Keys, gate: GateStage, stages: Mapping[str, Stage]) -> None:
         """A metric of a Report must be of something that the evaluation scores; what a benchmark measures only lm-eval knows."""
         for i, requirement in enumerate(gate.require):
-            for other in (requirement.of, requirement.improves_on, requirement.not_below):
+            for other in (requirement.of, requirement.compared_with):
                 stage = stages.get(other or "")
                 subject = requirement.metric.partition("/")[0]
                 if isinstance(stage, EvaluateStage) and stage.datasets and not stage.benchmarks and subject not in stage.datasets:
                     found = f"found `{requirement.metric}`, but `{other}` scores only {listed(stage.datasets)}"
                     self.problem((*here, "require", i, "metric"), found, f"write `{stage.datasets[0]}/exact_match`, say")
+            one, two = stages.get(requirement.of), stages.get(requirement.compared_with or "")
+            for field in asked_otherwise(requirement.metric, one, two) if one and two else ():
+                values = [shown(getattr(each, field)) for each in (two, one)]
+                names = (requirement.compared_with, requirement.of)
+                found = f"found `{names[0]}` with {field} {values[0]}, `{names[1]}` with {values[1]}, allowed the same"
+                path = (*here, "require", i, "improves_on" if requirement.improves_on else "not_below")
+                self.problem(path, f"{found}: else they are asked other things", f"set the same {field} in both")
 
 
 def with_article(kind: str) -> str:

@@ -1,15 +1,26 @@
-"""Gates: requirements on metrics, judged with every figure named."""
+"""Gates: requirements on metrics, judged with every figure named.
+
+Two evaluations are compared only where they asked the same in the same way. What the file says of that is refused by the loader
+(`asked_otherwise`), what only the finished reports tell by the gate; what may differ on purpose is told beside the verdict.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tuneline.messages import nearest
 from tuneline.spec import EvaluateStage, GateStage, Requirement
 from tuneline.stages import Stage
+from tuneline.store import Manifest
 
 Metrics = Mapping[str, float]
 ROUNDING = 1e-9  # 0.7 - 0.4 is a little less than 0.3 to a computer
+MET, NOTE = "met: ", "note: "
+# What decides which questions are asked, and how.
+OF_DATASETS = ("limit", "max_new_tokens")
+OF_BENCHMARKS = ("limit", "num_fewshot", "include_path", "seed")
+WITHOUT_ANSWERS = ("bits_per_byte",)  # nothing is generated for them
 
 
 def shown_metrics(stage: Stage, metrics: Metrics) -> dict[str, float]:
@@ -21,21 +32,35 @@ def shown_metrics(stage: Stage, metrics: Metrics) -> dict[str, float]:
     return {f"{names.get(head, head)}{slash}{rest}": value for (head, slash, rest), value in parts}
 
 
-def judge(gate: GateStage, metrics: Mapping[str, Metrics]) -> tuple[bool, list[str]]:
-    """(passed, one line for each requirement). `metrics` by stage name, as `shown_metrics` names them."""
-    verdicts = [_judge(requirement, metrics) for requirement in gate.require]
-    return all(passed for passed, _ in verdicts), [("met: " if passed else "NOT met: ") + text for passed, text in verdicts]
+def asked_otherwise(metric: str, one: Stage, other: Stage) -> list[str]:
+    """Fields in which two evaluations differ so that their figures of `metric` are not of the same questions."""
+    if not (isinstance(one, EvaluateStage) and isinstance(other, EvaluateStage)):
+        return []
+    subject, _, figure = metric.rpartition("/")
+    fields: tuple[str, ...] = OF_DATASETS if subject in one.datasets else OF_BENCHMARKS
+    unused = "max_new_tokens" if figure in WITHOUT_ANSWERS else None
+    return [field for field in fields if field != unused and getattr(one, field) != getattr(other, field)]
+
+
+def judge(gate: GateStage, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> tuple[bool, list[str]]:
+    """(passed, one line for each requirement, then what is to be known of them). `manifests` of the stages that gave an artifact."""
+    metrics = {name: shown_metrics(stages[name], manifest.metrics) for name, manifest in manifests.items()}
+    verdicts = [_other_rows(requirement, stages, manifests) or _judge(requirement, metrics) for requirement in gate.require]
+    lines = [(MET if passed else "NOT met: ") + text for passed, text in verdicts]
+    notes = [NOTE + note for requirement in gate.require for note in _notes(requirement, stages, manifests)]
+    return all(passed for passed, _ in verdicts), [*lines, *dict.fromkeys(notes)]
 
 
 def _judge(requirement: Requirement, metrics: Mapping[str, Metrics]) -> tuple[bool, str]:
     figures: dict[str, float] = {}
-    for stage in (requirement.of, requirement.improves_on, requirement.not_below):
+    for stage in (requirement.of, requirement.compared_with):
         if stage is not None:
-            if requirement.metric not in metrics[stage]:
-                known = sorted(name for name in metrics[stage] if not name.endswith("_stderr"))
-                near = nearest(requirement.metric, known) or f"it has {', '.join(known)}"
+            known = metrics.get(stage, {})
+            if requirement.metric not in known:
+                names = sorted(name for name in known if not name.endswith("_stderr"))
+                near = nearest(requirement.metric, names) or f"it has {', '.join(names)}"
                 return False, f"{stage} has no metric {requirement.metric}; {near}"
-            figures[stage] = metrics[stage][requirement.metric]
+            figures[stage] = known[requirement.metric]
     value = figures[requirement.of]
     what = f"{requirement.metric} of {requirement.of} is {value:.4g}"
     if requirement.at_least is not None:
@@ -50,3 +75,44 @@ def _judge(requirement: Requirement, metrics: Mapping[str, Metrics]) -> tuple[bo
     other = figures[requirement.not_below]
     needed = f"required not below {requirement.not_below}'s {other:.4g} less {requirement.tolerance:.4g} (is {value - other:+.4g})"
     return value >= other - requirement.tolerance - ROUNDING, f"{what}, {needed}"
+
+
+def _compared(requirement: Requirement, stages: Mapping[str, Stage]) -> tuple[EvaluateStage, EvaluateStage] | None:
+    """The two evaluations, where the requirement compares two."""
+    one, other = stages[requirement.of], stages.get(requirement.compared_with or "")
+    return (one, other) if isinstance(one, EvaluateStage) and isinstance(other, EvaluateStage) else None
+
+
+def _other_rows(requirement: Requirement, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> tuple[bool, str] | None:
+    """A refusal where the reports count other rows: a benchmark's data changed on the hub between the two, say."""
+    if _compared(requirement, stages) is None:
+        return None
+    subject = requirement.metric.partition("/")[0]
+    counts = {}
+    for name in (requirement.of, requirement.compared_with or ""):
+        rows = shown_metrics(stages[name], manifests[name].info.get("rows", {})) if name in manifests else {}
+        counts[name] = rows.get(subject)
+    if None in counts.values() or len(set(counts.values())) == 1:
+        return None
+    told = " and ".join(f"{count:g} of {name}" for name, count in counts.items())
+    return False, f"{requirement.metric} is of {told}: of other rows it cannot be compared; `--force` both evaluations"
+
+
+def _notes(requirement: Requirement, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> Iterator[str]:
+    """What two evaluations differ in that may be meant: how they were computed, and a model without a chat template."""
+    compared = _compared(requirement, stages)
+    if compared is None:
+        return
+    pair = (requirement.of, requirement.compared_with or "")
+    if requirement.metric.partition("/")[0] not in compared[0].datasets and len({stage.apply_chat_template for stage in compared}) == 2:
+        with_it, without = pair if compared[0].apply_chat_template else reversed(pair)
+        yield f"{with_it} asks benchmarks through the chat template, {without} does not"
+    computed = [_computed(stage, manifests.get(name)) for name, stage in zip(pair, compared, strict=True)]
+    known = [field for field in computed[0] if computed[0][field] and computed[1][field]]
+    if any(computed[0][field] != computed[1][field] for field in known):
+        one, other = (" in ".join(str(each[field]) for field in known) for each in computed)
+        yield f"{pair[0]} was computed by {one}, {pair[1]} by {other}: they round otherwise"
+
+
+def _computed(stage: EvaluateStage, manifest: Manifest | None) -> dict[str, Any]:
+    return {"backend": stage.backend, "dtype": manifest.info.get("dtype") if manifest else None}

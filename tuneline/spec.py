@@ -223,7 +223,11 @@ class QuantizeStage(ProgramStage):
 
 
 class Requirement(Strict):
-    """A condition on one metric: at_least, at_most, improves_on (by), or not_below (tolerance)."""
+    """A condition on one metric: at_least, at_most, improves_on (by), or not_below (tolerance).
+
+    Two evaluations are compared only if they ask the same: with other limits, few-shot examples, seeds, task files (benchmarks) or
+    lengths of answers (datasets) the file is refused. Another backend, compute type or use of the chat template is told beside the verdict.
+    """
 
     metric: str
     """`<dataset stage or benchmark>/<metric>`, or a metric of the stage itself."""
@@ -241,6 +245,11 @@ class Requirement(Strict):
     """Stage whose same metric, less `tolerance`, is the least allowed."""
     tolerance: float = Field(0.0, ge=0)
     """Loss allowed."""
+
+    @property
+    def compared_with(self) -> str | None:
+        """The stage whose same metric it is held against."""
+        return self.improves_on or self.not_below
 
 
 class GateStage(Stage):
