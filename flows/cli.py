@@ -345,6 +345,7 @@ def _run_json(record: RunRecord, rows: list[PlanRow]) -> dict[str, Any]:
             "reasons": reasons.get(entry.stage, []),
             "key": entry.key,
             "artifact": entry.artifact,
+            "attempts": entry.attempts,
             "seconds": entry.seconds,
             "metrics": entry.metrics,
             "message": entry.message,

@@ -37,6 +37,8 @@ STYLES = {
     "failed": "bold red",
     "skipped": "dim",
     "refused": "bold yellow",
+    "killed": "bold red",
+    "running": "yellow",
     "run": "yellow",
     "unknown": "magenta",
     "create": "green",
@@ -111,7 +113,7 @@ class ConsoleReporter:
 
     def finished(self, stage: str, record: StageRecord) -> None:
         self._forget(stage)
-        took = f" after {_duration(record.seconds)}" if record.status == "done" and record.seconds >= 0.1 else ""
+        took = f" after {_time(record)}" if record.status == "done" and record.seconds >= 0.1 else ""
         message = f"\n{_indented(record.message)}" if "\n" in record.message else f" ({record.message})" if record.message else ""
         self._say(stage, f"{record.status}{took}{message}", STYLES[record.status])
 
@@ -124,7 +126,7 @@ def run_table(records: Sequence[StageRecord]) -> None:
     """Stage, status, time and key figures; then the folder of each artifact."""
     table = _table("stage", "kind", "status", "time", "figures")
     for record in records:
-        seconds = _duration(record.seconds) if record.status in ("done", "failed") and record.seconds else ""
+        seconds = _time(record) if record.seconds else ""
         lines = [line for line in record.message.splitlines() if not line.startswith("met: ")]
         shown = figures(record) or (lines[0] if lines else "")
         table.add_row(record.stage, record.kind, Text(record.status, STYLES[record.status]), seconds, Text(shown))
@@ -240,6 +242,11 @@ def _age(seconds: float) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _time(record: StageRecord) -> str:
+    """Of all attempts of the run."""
+    return _duration(record.seconds) + (f" in {record.attempts} attempts" if record.attempts > 1 else "")
 
 
 def _indented(text: str) -> str:

@@ -62,7 +62,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """That it took in this run; of a cached one, that it took when it was built (0 where that is not known)."""
+        """That it took in this run, over all attempts; of a cached one, that it took when it was built (0 where that is not known)."""
         if self.status == "cached" and self.manifest:
             host = self.manifest.host
             return between(host.get("started"), host.get("finished"))
@@ -72,7 +72,7 @@ class Stage:
     def attempts(self) -> str:
         """What it took more than one attempt for; empty where the first one did it."""
         if not (self.manifest and self.manifest.host.get("failed")):
-            return ""
+            return str(self.entry.attempts) if self.entry and self.entry.attempts > 1 else ""
         host = self.manifest.host
         halved = f"; ended with micro-batches of {host['micro_batch_size']}" if "oom" in host["failed"] else ""
         return f"{host['attempts']}, failed before: {', '.join(host['failed'])}{halved}"

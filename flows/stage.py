@@ -8,7 +8,6 @@ decided by failure class (`flows/attempts.py`), not by exception type.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -74,7 +73,7 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
             if failure := _of_store(run, error):
                 return _failed(run, name, failure)
             message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
-            run.note(name, "failed", run.seconds(name), message=message)
+            run.note(name, "failed", message=message)
             raise
 
     return supervise
@@ -84,7 +83,7 @@ def _failed(run: Run, name: str, error: StageFailed) -> State[Any]:
     """The state of a stage that is not tried again, named by its class."""
     details = f"\n{error.details}" if error.failure_class == "bug" else ""
     get_run_logger().error(f"{error.failure_class}: {error}{details}")
-    run.note(name, "failed", run.seconds(name), message=f"{error.failure_class}: {error}{details}")
+    run.note(name, "failed", message=f"{error.failure_class}: {error}{details}")
     return Failed(name=f"{FAILED}{error.failure_class}", message=str(error))
 
 
@@ -124,27 +123,26 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
         with _lock(run, name, key) as held:
             artifact = _cached(run, name, stage, key)
             if artifact is None:
-                with _slot(run, name, stage) as taken:
-                    run.began[name] = time.monotonic()
+                with _slot(run, name, stage) as taken, run.attempt(name, key):
                     artifact = build(run, name, stage, inputs, document, key, held, taken)
-                run.note(name, "done", run.seconds(name), artifact)
+                run.note(name, "done", artifact)
                 return artifact
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
 
 
 def _build_elsewhere(run: Run, name: str, stage: ProgramStage, inputs: Mapping[str, Artifact], key: str) -> Artifact:
     """In the stage's own pool, by a child run."""
-    started = time.monotonic()
     wanted = {**(run.parameters or {}), "key": key, "run_id": run.record.run_id, "forced": name in run.forced}
     wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(stage)]
     run.reporter.started(name, f"{stage.kind} in pool {stage.pool}")
-    build_in_pool(name, stage, inputs, wanted, run.supervisor)
+    with run.attempt(name, key):
+        build_in_pool(name, stage, inputs, wanted, run.supervisor)
     with run.workspace.store.steady():
         artifact = run.workspace.store.find(stage.kind, key)
         if artifact is None:
             hint = "every pool must see the same project folder and store: docs/operating.md"
             raise StageFailed("config", f"the stage was built in pool {stage.pool}, but is not in the store of this machine", hint)
-        run.note(name, "done", time.monotonic() - started, artifact)
+        run.note(name, "done", artifact)
     return artifact
 
 
@@ -157,7 +155,7 @@ def _cached(run: Run, name: str, stage: ProgramStage, key: str) -> Artifact | No
         if artifact is not None:
             if (artifact.payload / REFERENCE).exists() and isinstance(stage, ModelStage) and stage.path:
                 point(artifact.path, run.workspace.outside(stage.path)[0][0])
-            run.note(name, "cached", artifact=artifact)
+            run.note(name, "cached", artifact)
     return artifact
 
 

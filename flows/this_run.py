@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from prefect import get_run_logger
@@ -64,8 +66,8 @@ class Run:
     """In a child: the key that its parent asked for. The run's record is the parent's."""
     manifests: dict[str, Manifest] = field(default_factory=dict)
     """Of the stages that gave an artifact: what gates look at."""
-    began: dict[str, float] = field(default_factory=dict)
-    """When a stage's program could start: what it waited for before is not its time."""
+    attempts: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of each attempt at a stage that has ended."""
     keys: dict[str, str] = field(default_factory=dict)
     """Of the stages that came to have one: what a failed one left is under it in the work folder."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
@@ -88,28 +90,39 @@ class Run:
         """Of a parent: [repository type, repository, revision, commit]."""
         self._commits |= {(kind, repository, revision): commit for kind, repository, revision, commit in commits}
 
-    def seconds(self, name: str) -> float:
-        """Since its program could start."""
-        return time.monotonic() - self.began[name] if name in self.began else 0.0
+    @contextmanager
+    def attempt(self, name: str, key: str) -> Iterator[None]:
+        """While a stage's program works: what it waited for before is not its time. The record says so, should the run be killed."""
+        began, earlier = time.monotonic(), self.attempts.setdefault(name, [])
+        record = StageRecord(stage=name, kind=self.stages[name].kind, status="running", key=key, started=datetime.now(UTC).isoformat())
+        record.attempts, record.seconds = len(earlier) + 1, round(sum(earlier), 1)
+        self._keep(record)
+        try:
+            yield
+        finally:
+            earlier.append(time.monotonic() - began)
+
+    def _keep(self, record: StageRecord) -> None:
+        with self._lock:
+            self.record.stages = [other for other in self.record.stages if other.stage != record.stage] + [record]
+            if self.child_of is None:
+                self.workspace.runs.save(self.record)
 
     def warn(self, name: str, message: str) -> None:
         get_run_logger().warning(message)
         self.reporter.warning(name, message)
 
-    def note(self, name: str, status: StageStatus, seconds: float = 0.0, artifact: Artifact | None = None, message: str = "") -> None:
+    def note(self, name: str, status: StageStatus, artifact: Artifact | None = None, message: str = "") -> None:
         """Keeps how a stage ended, in the record on disk as well."""
-        stage = self.stages[name]
-        record = StageRecord(stage=name, kind=stage.kind, status=status, seconds=round(seconds, 1), message=message)
+        stage, attempts = self.stages[name], self.attempts.get(name, [])
+        record = StageRecord(stage=name, kind=stage.kind, status=status, message=message)
+        record.attempts, record.seconds = len(attempts), round(sum(attempts), 1)
         if artifact:
             manifest = artifact.manifest
             record.key, record.digest, record.document = manifest.key, manifest.digest, manifest.document
             record.artifact, record.metrics = str(artifact.path), shown_metrics(stage, manifest.metrics)
-        with self._lock:
-            if artifact:
-                self.manifests[name] = artifact.manifest
-            self.record.stages = [other for other in self.record.stages if other.stage != name] + [record]
-            if self.child_of is None:
-                self.workspace.runs.save(self.record)
+            self.manifests[name] = manifest
+        self._keep(record)
         self.reporter.finished(name, record)
         if status != "skipped":
             planned = next(plan for plan in self.record.planned if plan.stage == name)

@@ -1,7 +1,7 @@
 """A program that does as it is told, for faults that real programs do not make on demand. See the fixture `stand_in`.
 
 Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `deaf` (to SIGTERM), `die`,
-`oom` (class), `kill` (SIGKILL to itself), `data` (class), `blab` and `blab and fail` (tell HF_TOKEN to everyone), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;
+`oom` (class), `kill` (SIGKILL to itself), `data` (class), `tired` (`transient` after a second and a half), `blab` and `blab and fail` (tell HF_TOKEN to everyone), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;
 `fill` fills the disk and dies without a word, `hoard` does so with checkpoints, `brim` fills it and ends well.
 """
 
@@ -42,6 +42,9 @@ if action == "die":
     sys.exit(9)
 if action == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
+if action == "tired":
+    time.sleep(1.5)
+    action = "transient"
 if action in ("oom", "data", "transient", "config"):
     Failure(failure_class=action, message=f"planted {action}", hint="none").write(request.work / "failure.json")
     sys.exit(1)

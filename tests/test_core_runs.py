@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from tuneline.runs import SCHEMA, Runs
+from tuneline.runs import SCHEMA, Runs, StageRecord
 
 
 def killed_run(folder: Path) -> str:
@@ -76,3 +77,41 @@ def test_a_lock_without_a_record_is_swept(tmp_path: Path) -> None:
     record = runs.begin("demo", ())
     assert (record.schema_number, os.listdir(tmp_path).count("20261101T000000Z-abcd.lock")) == (SCHEMA, 0)
     runs.finish(record, "completed")
+
+
+def working(key: str, ago: float) -> StageRecord:
+    """A stage whose second attempt began so many seconds ago, after one of ten seconds."""
+    started = (datetime.now(UTC) - timedelta(seconds=ago)).isoformat()
+    return StageRecord(stage="one", kind="sft", status="running", key=key, started=started, attempts=2, seconds=10)
+
+
+def test_a_stage_at_work_has_its_time_until_now_or_until_its_run_was_killed(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs")
+    record = runs.begin("demo", ())
+    record.stages = [working("k", 300)]
+    runs.save(record)
+    (stage,) = Runs(tmp_path / "runs").get("demo", None).stages
+    assert (stage.status, stage.attempts, stage.seconds) == ("running", 2, pytest.approx(310, abs=5))
+
+    work = tmp_path / "work" / "k"
+    work.mkdir(parents=True)
+    (work / "log.txt").touch()
+    last = (datetime.now(UTC) - timedelta(seconds=100)).timestamp()
+    os.utime(work / "log.txt", (last, last))
+    os.close(runs._locks.pop(record.run_id))  # as the kernel does when its process dies
+    killed = Runs(tmp_path / "runs").get("demo", None)
+    (stage,) = killed.stages
+    assert (killed.state, stage.status, stage.attempts, stage.seconds) == ("killed", "killed", 2, pytest.approx(210, abs=1))
+    assert Runs(tmp_path / "runs").last_success("demo", {"one"}) == {}
+
+    runs.finish(runs.begin("demo", ()), "completed")  # which writes down what became of the other
+    (work / "log.txt").touch()  # by another run
+    assert Runs(tmp_path / "runs").get("demo", record.run_id).stages[0].seconds == pytest.approx(210, abs=1)
+
+
+def test_of_a_killed_stage_that_wrote_nothing_no_time_is_known(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    record = runs.begin("demo", ())
+    record.stages = [working("k", 300)]
+    runs.finish(record, "cancelled")
+    assert (record.stages[0].status, record.stages[0].seconds) == ("killed", 10)

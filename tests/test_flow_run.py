@@ -146,6 +146,20 @@ def test_a_passing_failure_is_tried_again_within_the_budget(demo: Project, stand
     assert [call["attempt"] for call in calls(demo, "one")] == [1, 2, 3]
 
 
+def test_the_time_of_a_stage_is_that_of_all_its_attempts(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.console import run_table
+
+    stand_in(one=["tired", "tired", "ok"])
+    record, _ = run()
+    stages = {stage.stage: stage for stage in record.stages}
+    assert (stages["one"].attempts, stages["two"].attempts, stages["gate"].attempts) == (3, 1, 0)
+    assert stages["one"].seconds > 3
+    run_table([stages["one"]])
+    assert " s in 3 attempts " in capsys.readouterr().out
+
+
 def test_an_unexplained_death_is_tried_once_and_then_a_bug(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
     stand_in(one=["kill", "die"])
     record, _ = run("one.retries=5")
@@ -342,6 +356,9 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
     assert "Traceback" not in err
     if number == signal.SIGKILL:
         assert demo.json("show", "demo")["state"] == "killed"
+        (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
+        assert row[:3] == ["one", "dataset", "killed"]
+        assert float(row[3]) > 0
     else:
         assert process.returncode == 130, err
         assert demo.json("show", "demo")["state"] == "cancelled"

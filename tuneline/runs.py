@@ -3,7 +3,7 @@
     <run>.json    the record          <run>.lock    an flock, held while the run lives: the kernel frees it when its process dies
 
 A record that says `running` with nobody holding its lock is of a run that was killed; it is read as `killed`, and the next
-run writes that down.
+run writes that down. A stage that it worked on was killed with it, when its work folder was last written to.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneline.errors import ConfigError, Problem, StoreError
 
-SCHEMA = 3  # 2: what was planned; 3: its run in Prefect. Older ones are read.
+SCHEMA = 4  # 2: what was planned; 3: its run in Prefect; 4: stages that work, and attempts. Older ones are read.
 BALLAST = 4 << 20  # bytes that a run's lock file holds, given up to write down how the run ended once the disk is full
-StageStatus = Literal["done", "cached", "failed", "skipped", "refused"]
+StageStatus = Literal["running", "done", "cached", "failed", "skipped", "refused", "killed"]
 RunState = Literal["running", "completed", "failed", "refused", "cancelled", "killed"]
 
 
@@ -38,7 +38,12 @@ class StageRecord(BaseModel):
     document: dict[str, Any] | None = None
     """What the key is the hash of: later plans compare with it."""
     artifact: str | None = None
+    started: str | None = None
+    """When the attempt that it works on began; only while it is running."""
+    attempts: int = 0
+    """Of this run."""
     seconds: float = 0.0
+    """Of all attempts of this run; without what they waited for."""
     metrics: dict[str, float] = {}
     message: str = ""
 
@@ -106,6 +111,7 @@ class Runs:
 
     def finish(self, record: RunRecord, state: RunState) -> None:
         record.state = state
+        self._count(record)
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         self.save(record)
         self._lock(record.run_id).unlink(missing_ok=True)
@@ -136,7 +142,19 @@ class Runs:
             record = RunRecord.model_validate_json(path.read_bytes())  # it may have ended since
             if record.state == "running":
                 record.state = "killed"
+        self._count(record)
         return record
+
+    def _count(self, record: RunRecord) -> None:
+        """Of stages that were working: their time until now, or until their run was killed."""
+        for stage in record.stages:
+            if stage.status == "running" and stage.started is not None:
+                until = datetime.now(UTC)
+                if record.state != "running":
+                    work = self.folder.parent / "work" / (stage.key or "")
+                    stage.status, until = "killed", min(until, _last_written(work))
+                stage.seconds += max(0.0, round((until - datetime.fromisoformat(stage.started)).total_seconds(), 1))
+                stage.started = until.isoformat() if stage.status == "running" else None
 
     def newest_first(self, pipeline: str) -> Iterator[RunRecord]:
         """Records that can be read; a damaged one tells nothing and is passed over."""
@@ -180,6 +198,12 @@ class Runs:
             if stages <= found.keys():
                 break
         return found
+
+
+def _last_written(folder: Path) -> datetime:
+    """When its newest file was; long ago where there is none."""
+    times = [file.stat().st_mtime for file in folder.glob("*")]
+    return datetime.fromtimestamp(max(times, default=0.0), UTC)
 
 
 def _held(lock: Path) -> bool:
