@@ -401,6 +401,17 @@ def test_a_plan_warns_of_a_pool_that_is_too_small_with_place_and_remedy(folder: 
     )
 
 
+def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace(load(folder / "pipelines.yaml", "demo"))
+    memory = estimates(workspace, "demo", plan(workspace, "demo"))["sft"].memory
+    assert memory is not None
+    needed = memory.total
+    monkeypatch.setattr(fits, "room_for", lambda stage, memory: needed - (1 << 20))
+    (warning,) = warnings_of(folder)
+    assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of a GPU are needed, the pool `gpu` has ")
+    assert f" has {needed / GIB - 1 / 1024:.3f} GiB for it" in warning
+
+
 @pytest.mark.parametrize(
     "sets", [["sft.pool=unsaid"], ["sft.resources.gpus=0"], ["sft.pool=large", "sft.resources.micro_batch_size=1"], ["sft.max_length=64"]]
 )  # fmt: skip

@@ -28,8 +28,8 @@ UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 MOST_GPUS = 8  # of a machine, where the pool does not say
 
 
-def gib(size: int) -> str:
-    return f"{size / (1 << 30):.1f} GiB"
+def gib(size: int, digits: int = 1) -> str:
+    return f"{size / (1 << 30):.{digits}f} GiB"
 
 
 def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
@@ -47,7 +47,8 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
             continue
         job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
         if (needed := job.memory().total) > room:
-            found = f"about {gib(needed)} of a GPU are needed, the pool `{pool_name}` has {gib(room)} for it"
+            digits = next(digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits))
+            found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
             path = ("pipelines", pipeline, "stages", name)
             yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, room, gpus_of(pool), name))
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
@@ -27,6 +28,7 @@ FORMS = {  # by pattern; a test holds them against the types
     INTERVAL: "a time such as 30m, 6h or 7d",
     SIZE: "a size such as 512Mi or 16Gi",
 }
+UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # what is meant by a number without one, or with another of that kind
 UNQUOTED = "write it without quotes"
 MOST_LISTED = 30
 BOUNDS = {
@@ -122,8 +124,12 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
         return False, shown(node), f"{words} {_plain(context[name])}", ""
+    pattern = context.get("pattern") or (_pattern_at(path, tree) if kind == "string_type" else "")
+    if pattern in UNITS:
+        meant = f"{str(node).rstrip('GiB ')}{UNITS[pattern]}"
+        return False, shown(node), FORMS[pattern], f"write `{meant}`" if re.match(pattern, meant) else ""
     if kind == "string_pattern_mismatch":
-        return False, shown(node), FORMS[context["pattern"]], ""
+        return False, shown(node), FORMS[pattern], ""
     if kind in ("too_short", "too_long"):
         found = f"{shown(node)} of {len(node)}" if node else shown(node).replace("a ", "an empty ")
         return False, found, f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}", ""
@@ -193,6 +199,14 @@ def _inside(annotation: Any) -> Iterator[Any]:
     yield annotation
     for argument in get_args(annotation):
         yield from _inside(argument)
+
+
+def _pattern_at(path: Keys, tree: Any) -> str:
+    """Of the field there, if it has one: in its own metadata, or in those of a part of its type (`Size | None`)."""
+    model = _model_at(path[:-1], tree)
+    info = model.model_fields.get(str(path[-1])) if model else None
+    places = [info, *(item for item in _inside(info.annotation) if isinstance(item, FieldInfo))] if info else []
+    return next((str(item.pattern) for place in places for item in place.metadata if hasattr(item, "pattern")), "")
 
 
 def _fields_at(path: Keys, tree: Any) -> list[str]:
