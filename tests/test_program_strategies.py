@@ -145,9 +145,7 @@ def test_a_sigterm_has_one_more_checkpoint_written(tmp_path: Path, base: Input, 
 
 
 def test_checkpoints_by_minutes_and_so_many_of_them(tmp_path: Path, base: Input) -> None:  # noqa: F811
-    request = request_for(
-        tmp_path, base, max_steps=12, resources={"checkpoint_minutes": 1e-6, "checkpoint_steps": 5, "checkpoints_kept": 3}
-    )
+    request = request_for(tmp_path, base, max_steps=12, resources={"checkpoint_minutes": 1e-6, "checkpoints_kept": 3})
     run_program(request)
     assert {path.name for path in (request.work / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
 

@@ -22,10 +22,14 @@ from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
 from tuneline.source import Keys
 from tuneline.spec import AnyStage, DatasetStage, EvaluateStage, GateStage, QuantizeStage, Runtime, Spec
-from tuneline.stages import ProgramStage, Stage
+from tuneline.stages import ProgramStage, Resources, Stage
 from tuneline.trainings import SftStage, Training
 
 BUILT_IN_RUNTIMES = ("torch", CPU_RUNTIME, GPU_RUNTIME)
+# Of `resources`: without effect elsewhere.
+OF_TRAININGS = (
+    "strategy", "offload", "gradient_checkpointing", "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
+)  # fmt: skip
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
 Report = Callable[[Keys, str, str, bool], None]
 """(path in the file, message, hint, whether its key is at fault)."""
@@ -148,9 +152,10 @@ class Checks:
                 hint = "remove `nodes`" if stage.resources.nodes > 1 else "write `gpus: 1`"
                 self.problem((*here, "resources"), found, f"only trainings run in several processes: {hint}")
             elif isinstance(stage, ProgramStage):
-                for field, value in (("strategy", stage.resources.strategy), ("offload", stage.resources.offload)):
-                    if value not in ("ddp", None):
-                        self.problem((*here, "resources", field), f"found {value} for {stage.kind}, which is no training", "remove it")
+                for field in OF_TRAININGS:
+                    if (value := getattr(stage.resources, field)) != Resources.model_fields[field].default:
+                        found = f"found {shown(value)} for {stage.kind}, which is no training"
+                        self.problem((*here, "resources", field), found, "remove it")
             if isinstance(stage, GateStage):
                 self._metrics(here, stage, stages)
         needs = {name: [need for need in depends_on(stage) if need in stages and need != name] for name, stage in stages.items()}

@@ -39,7 +39,7 @@ class Resources(Strict):
     checkpoint_steps: int = Field(50, ge=1)
     """Steps between the checkpoints from which a killed training resumes; early stopping saves at each evaluation instead."""
     checkpoint_minutes: float | None = Field(None, gt=0)
-    """Minutes between checkpoints, in place of steps."""
+    """Minutes between checkpoints, in place of steps; with early stopping beside those of evaluations."""
     checkpoints_kept: int = Field(2, ge=2)
     """Newest checkpoints that are kept while a training works; they go once it has succeeded."""
     collective_timeout: int = Field(1800, ge=1)

@@ -103,6 +103,9 @@ class Training(ProgramStage):
                 if alone
                 else "change resources.micro_batch_size: it does not change the result",
             )
+        if {"checkpoint_steps", "checkpoint_minutes"} <= self.resources.model_fields_set:
+            found = "found checkpoint_steps with checkpoint_minutes, which take their place"
+            yield Finding("resources.checkpoint_steps", found, "leave one of them out")
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             yield Finding(
                 "lr_scheduler_type",
@@ -145,6 +148,10 @@ class SftStage(Training):
         yield from super().findings()
         if self.early_stopping and self.eval_steps is None:
             yield Finding("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
+        if self.early_stopping and "checkpoint_steps" in self.resources.model_fields_set:
+            found = "found checkpoint_steps with early_stopping, which saves at each evaluation"
+            hint = "leave it out; `checkpoint_minutes` saves in between as well"
+            yield Finding("resources.checkpoint_steps", found, hint)
         if self.method == "full":
             found = "with `method: full`, which trains the model's own weights"
             if "lora" in self.model_fields_set:
