@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tasks.launch import LOST_PEER, RANKS, SAID
 from tasks.loading import check_inputs
+from tasks.noise import silence
 from tuneline import disk
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Failure, Request
@@ -46,6 +47,7 @@ def main() -> int:
             log = os.open(folder / RANKS / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(log, 1)
             os.dup2(log, 2)
+    silence()
     events = Events(folder / "events.jsonl")
     for path in (request.payload, request.meta):
         path.mkdir(parents=True, exist_ok=True)
