@@ -8,6 +8,7 @@ them: which machines there are is the scheduler's affair (templates for Slurm an
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,9 @@ def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
 def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], None]) -> RunRecord:
     """Works for the pipeline's run, the one of now or the next; returns its record once it has ended."""
     supervisor = Supervisor()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end it in order as Ctrl-C does, and as they end a run
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         record = _next_run(workspace, pipeline, say)
         say(f"machine {rank} of run {record.run_id}")

@@ -18,6 +18,10 @@ from conftest import ROOT, Project
 from test_flow_pico import make
 from test_flow_supervisor import gone
 
+from tuneline.load import load
+from tuneline.protocol import Request
+from tuneline.workspace import Workspace
+
 PIPELINES = """\
 version: 1
 roots: ["%(models)s"]
@@ -202,3 +206,48 @@ def test_a_machine_that_does_not_come_ends_the_stage(pico: Project) -> None:
 )  # fmt: skip
 def test_a_machine_for_which_there_is_no_work_does_not_wait(pico: Project, arguments: list[str], message: str) -> None:
     assert pico.tuneline("node", *arguments, status=2).stderr == message
+
+
+MACHINES = """\
+version: 1
+runtimes: {stand-in: {python: bin/python}}
+pipelines:
+  demo:
+    stages:
+      base: {kind: model, path: base}
+      rows: {kind: dataset, sources: [{type: files, path: rows.jsonl}]}
+      sft:  {kind: sft, model: base, dataset: rows, runtime: stand-in, resources: {nodes: 2}}
+"""
+
+
+@pytest.mark.parametrize("working", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_machine_ends_as_an_interrupted_run_does(
+    project: Project, stand_in: Callable[..., None], working: bool, number: signal.Signals
+) -> None:
+    """`working`: on a stage whose first machine, planted here, waits for it."""
+    project.write(MACHINES)
+    stand_in(sft=["sleep"])
+    workspace = Workspace(load(project.root / "pipelines.yaml"))
+    record = workspace.runs.begin("demo", ())
+    if working:
+        stage = workspace.loaded.pipeline("demo").stages["sft"]
+        config, work = stage.model_dump(mode="json"), workspace.work("0" * 64)
+        work.mkdir(parents=True)
+        Request(
+            kind="sft", key="0" * 64, config=config, seed=0, inputs={}, files={}, commits={}, out=project.root / "out", work=work, attempt=1,
+            resources=config["resources"],
+        ).write(work / "request.json")  # fmt: skip
+        (work / "rendezvous.json").write_text('{"id": "meeting"}')
+    process = project.start("node", "demo", "--rank", "1")
+    assert process.stderr is not None
+    lines = [process.stderr.readline()]
+    if working:
+        wait_for(lambda: (project.root / "sleeping-sft").exists(), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert lines == [f"machine 1 of run {record.run_id}\n"]
+    assert err.splitlines()[-1] == "interrupted; run again and it goes on where it was"
+    assert "Traceback" not in err
+    workspace.runs.finish(record, "completed")
