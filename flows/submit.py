@@ -13,7 +13,15 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    DeploymentFilterTags,
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun, Log, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import LogSort
@@ -66,27 +74,47 @@ def _start(file: Path, name: str, parameters: dict[str, Any], queue: str | None)
 
 
 def follow(run_id: UUID, say: Callable[[str], None]) -> str:
-    """Follows the run: its states and log lines go to `say`. Returns `completed`, `failed`, `refused` or `cancelled`."""
-    told, last_state = Told(), ""
+    """Follows the run, and those of its stages in other pools: states and log lines go to `say`. Returns `completed`, `failed`,
+    `refused` or `cancelled`."""
+    told: dict[UUID, Told] = {}
+    states: dict[UUID, str] = {}
     while True:
         try:
             with get_client(sync_client=True) as client:
                 while True:
-                    state = client.read_flow_run(run_id).state
-                    assert state is not None
-                    if state.is_final():
+                    run = client.read_flow_run(run_id)
+                    assert run.state is not None
+                    if run.state.is_final():
                         time.sleep(LAST_SECONDS)
-                    for log in told.new(client, run_id):
-                        say(f"{log.timestamp.astimezone():%H:%M:%S} {told.stage(client, log)}{log.message}")
-                    if state.name != last_state:
-                        last_state = state.name or ""
-                        say(f"{datetime.datetime.now():%H:%M:%S} run {last_state}")
-                    if state.is_final():
-                        return _outcome(state)
+                    for each in (run, *_of_stages(client, run_id)):
+                        its = told.setdefault(each.id, Told())
+                        for log in its.new(client, each.id):
+                            say(f"{log.timestamp.astimezone():%H:%M:%S} {its.stage(client, log)}{log.message}")
+                        now = f"run {run.state.name}" if each is run else _in_pool(client, each)
+                        if states.get(each.id) != now:
+                            states[each.id] = now
+                            say(f"{datetime.datetime.now():%H:%M:%S} {now}")
+                    if run.state.is_final():
+                        return _outcome(run.state)
                     time.sleep(POLL_SECONDS)
         except httpx.TransportError as error:  # the run goes on without it, and so do we
             say(f"the Prefect server does not answer: {error}")
             time.sleep(POLL_SECONDS)
+
+
+def _of_stages(client: SyncPrefectClient, run_id: UUID) -> list[FlowRun]:
+    """Runs of stages that have a pool of their own (`flows/child.py`)."""
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id])))
+
+
+def _in_pool(client: SyncPrefectClient, run: FlowRun) -> str:
+    """Of a stage's run: where it is and what of it the server knows."""
+    assert run.state is not None
+    doing, pool = (run.state.name or "").lower(), run.work_pool_name or ""
+    if run.state.is_scheduled():
+        online = any(worker.status.value == "ONLINE" for worker in client.read_workers_for_work_pool(pool))
+        doing = "waits for a worker" if online else f"waits, but no worker is online: `tuneline worker {pool}` starts one"
+    return f"{run.parameters['stage']}: in pool {pool}: {doing}"
 
 
 class Told:

@@ -32,6 +32,7 @@ runtimes: {{stand-in: {{python: bin/python}}}}
 pools:
   cpu: {{type: process}}
   gpu: {{type: process, concurrency: 2}}
+  idle: {{type: process}}
 pipelines:
   split:
     pool: cpu
@@ -39,6 +40,10 @@ pipelines:
       one: {ONE.replace("NAME", "one")}}}
       two: {ONE.replace("NAME", "two")}, needs: [one], pool: gpu, resources: {{gpus: 1}}}}
       three: {ONE.replace("NAME", "three")}, needs: [two]}}
+  waiting:
+    pool: cpu
+    stages:
+      first: {ONE.replace("NAME", "first")}, pool: idle}}
   single:
     pool: cpu
     stages:
@@ -143,7 +148,7 @@ class Cluster:
         root = self.project.root
         for path in [*root.glob("calls-*"), *root.glob("sleeping-*"), *root.glob("waiting-*"), root / "go"]:
             path.unlink(missing_ok=True)
-        for name in ("one", "two", "three", "alone"):
+        for name in ("one", "two", "three", "first", "alone"):
             self.project.write(f"{name} {time.time_ns()}", f"{name}.txt")
         self.project.write(json.dumps(actions), "script.json")
 
@@ -186,6 +191,21 @@ def test_a_stage_runs_in_its_own_pool_and_comes_back(cluster: Cluster) -> None:
     again = cluster.submit("split")
     assert cluster.end(again).name == "Completed"
     assert cluster.children(again) == [], "what is cached needs no pool"
+
+
+def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) -> None:
+    cluster.fresh()
+    watcher = cluster.project.start("submit", "waiting", "--watch", PREFECT_API_URL=cluster.address)
+    assert watcher.stderr is not None
+    told: list[str] = []
+    while not told or "first: in pool idle: waits, but no worker is online: `tuneline worker idle` starts one" not in told[-1]:
+        assert (line := watcher.stderr.readline()), told
+        told.append(line)
+    cluster.start_worker("idle")
+    _, err = watcher.communicate(timeout=STATE_SECONDS)
+    assert watcher.returncode == 0, err
+    for words in ("first: in pool idle: running", "first: stand-in first: ok", "first: in pool idle: completed", "run Completed"):
+        assert any(line.partition(" ")[2] == words for line in err.splitlines()), (words, err)
 
 
 def test_a_childs_failure_comes_back_with_its_class(cluster: Cluster) -> None:
