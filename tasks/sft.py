@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from tasks.sft_trainer import TokenWeightedTrainer
 
 
+CHECKED_TOKENS = 256  # of a row, by `check_loss`
+
+
 def run(request: Request, stage: SftStage, events: Events) -> Result:
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from tasks import checkpoints, strategies, training
+    from tasks import checkpoints, sequences, strategies, training
     from tasks.sft_trainer import TokenWeightedTrainer
 
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
@@ -65,6 +68,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
         processing_class=tokenizer,
         peft_config=None if earlier or full else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
         callbacks=callbacks,
+        resources=stage.resources,
     )
     trainer.remove_callback(PrinterCallback)  # events say the same
     if stage.method == "qlora":
@@ -73,6 +77,9 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     if validation:
         check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
     checks = [lambda: strategies.prove(trainer, stage.resources), lambda: check_loss(trainer)]
+    if stage.resources.sequence_parallel_size > 1:
+        sequences.share(model, stage.resources, stage.micro_batch_size())
+        checks.append(lambda: sequences.check(trainer, stage.resources))
     if stage.packing:
         checks.append(lambda: check_rows_apart(trainer))
     trainer.add_callback(training.OncePrepared(*checks))
@@ -137,6 +144,7 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         # Rows come tokenized, masked and packed; TRL only pads them, or joins them with position ids where packed.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=stage.max_length,
+        pad_to_multiple_of=stage.resources.sequence_parallel_size,
         packing=stage.packing,
         eval_packing=False,
         eval_strategy="steps" if stage.eval_steps else "no",
@@ -212,18 +220,21 @@ def check_every_row_trained(train: Dataset, state: TrainerState) -> None:
 
 def check_loss(trainer: TokenWeightedTrainer) -> None:
     """TRL's loss, from the hidden states and the head's weight, is that of the logits which the model gives when it is used: not so
-    for a model whose own code does more between the two than TRL knows of."""
+    for a model whose own code does more between the two than TRL knows of. Looked at is the end of a row: all logits of a long one
+    would be the largest thing in memory."""
     import torch
 
-    row = trainer.train_dataset[0]
-    batch = trainer._prepare_inputs(trainer.data_collator([row]))
-    labels = batch["labels"][:, 1:].flatten()
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    labels = batch.pop("labels")
+    labels[:, -CHECKED_TOKENS:] = batch["input_ids"][:, -CHECKED_TOKENS:]
+    labels[:, :-CHECKED_TOKENS] = IGNORED
     model = trainer.model_wrapped
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trained = float(model(**batch, fused_lm_head=True).loss)
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].flatten(0, 1)
-        used = float(torch.nn.functional.cross_entropy(logits.float(), labels.to(logits.device), ignore_index=IGNORED))
+        trained = float(model(**batch, labels=labels, fused_lm_head=True).loss)
+        logits = model(**batch, logits_to_keep=CHECKED_TOKENS + 1).logits[:, :-1].flatten(0, 1)
+        targets = labels[:, 1:].flatten()[-len(logits) :].to(logits.device)
+        used = float(torch.nn.functional.cross_entropy(logits.float(), targets))
     if abs(trained - used) > 0.02 * used + 1e-3:  # bfloat16 rounds by less
         message = f"the loss that would be trained on is {trained:.4f}, that of the model's own logits {used:.4f}"
         raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")

@@ -16,14 +16,18 @@ import torch
 from trl import SFTTrainer
 
 from tasks.batches import LongestFirst, longest_first
+from tasks.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
+from tuneline.stages import Resources
 
 
 class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
     step_tokens = 0
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, resources: Resources, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._resources, self._sharing = resources, resources.sequence_parallel_size
+        self._tokens = 0  # of the rows so far, of all processes
         # TRL computes the loss itself, from the hidden states; what a model's own forward accepts has no part in it.
         self.model_accepts_loss_kwargs = True
         self._collate, self.data_collator = self.data_collator, self._collate_and_remember
@@ -36,18 +40,24 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         if not self.args.packing:  # packed sequences are not padded
-            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            loader.set_sampler(LongestFirst(loader.get_sampler(), _lengths(self.train_dataset), step))
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._resources.data_parallel_size
+            sampler = LongestFirst(loader.get_sampler(), _lengths(self.train_dataset), step)
+            loader.set_sampler(ForEachOfGroup(sampler, self.args.train_batch_size, self._resources) if self._sharing > 1 else sampler)
         return loader
 
     def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
         return longest_first(range(len(eval_dataset)), _lengths(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        batches = (self._without_repeats(batch, self.train_dataset) for batch in epoch_iterator)
+        batches = (self._without_repeats(batch, self.train_dataset, self._sharing) for batch in epoch_iterator)
         samples, label_tokens = super().get_batch_samples(batches, *args, **kwargs)
+        label_tokens = label_tokens // self._sharing  # each process that shares a batch has counted it
         self.step_tokens = int(label_tokens)  # of all processes
         self._step = samples
+        if self._sharing > 1:
+            tokens = sum(batch["attention_mask"].sum() for batch in samples)
+            self._tokens += int(self.accelerator.reduce(tokens.to(self.args.device))) // self._sharing
+            samples = [part(batch, self.args.process_index % self._sharing, self._sharing) for batch in samples]
         if self.step_tokens == 0:
             raise StageFailed("bug", f"every label is masked in the batch of step {self.state.global_step + 1}")
         return samples, label_tokens
@@ -63,12 +73,13 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
                 found += batch["input_ids"][0].tensor_split(starts[1:])
         return [tuple(ids.tolist()) for ids in found]
 
-    def _without_repeats(self, batch: Any, dataset: Any) -> Any:
-        """Masks the rows with which accelerate filled up an epoch's last batches."""
+    def _without_repeats(self, batch: Any, dataset: Any, sharing: int) -> Any:
+        """Masks the rows with which an epoch's last batches were filled up; `sharing` processes have the same ones."""
         if self.accelerator.gradient_state.end_of_dataloader:  # this batch is the last that was collated
             micro = self.args.per_device_train_batch_size
-            new = len(dataset) % (micro * self.args.world_size) or micro * self.args.world_size
-            mine = min(max(0, new - micro * self.args.process_index), micro)
+            at_once = micro * self.args.world_size // sharing
+            new = len(dataset) % at_once or at_once
+            mine = min(max(0, new - micro * (self.args.process_index // sharing)), micro)
             if "attention_mask" in batch:
                 batch["labels"][mine:] = -100
             else:  # joined into one
@@ -80,10 +91,12 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         """Adds the step's label tokens, so that a resumed training can sum them over its restored history."""
         if "loss" in logs:
             logs["trained_tokens"] = self.step_tokens
+            if self._sharing > 1:
+                self._metrics["train"]["num_tokens"] = [self._tokens]  # TRL counts those of padding, too
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = self._without_repeats(inputs, self.eval_dataset)
+        inputs = self._without_repeats(inputs, self.eval_dataset, sharing=1)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = (inputs["labels"][:, 1:] != -100).sum().to(loss.device)
         self._evaluated += torch.stack([loss * tokens, tokens]).double()

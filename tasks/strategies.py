@@ -2,7 +2,7 @@
 
 accelerate passes over settings that do not suit a machine and trains in another manner (1.15: FSDP on CPUs becomes plain DDP), so
 what is active is looked at once everything has been prepared. Imports torch at the top because it subclasses; programs import it
-inside `run`. Left out: tensor and pipeline parallelism, sharing of a sequence between devices.
+inside `run`. Sequences that several processes share are in `tasks.sequences`. Left out: tensor and pipeline parallelism.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "max_steps": stage.max_steps or -1,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": stage.global_batch_size // (micro * stage.resources.world_size),
+        "gradient_accumulation_steps": stage.global_batch_size // (micro * stage.resources.data_parallel_size),
         "bf16": compute_dtype(stage.dtype) == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
         "ddp_timeout": stage.resources.collective_timeout,
@@ -258,7 +258,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
             torch.distributed.all_gather_object(found, self.rows())
         else:
             found = [self.rows()]
-        ids = [row for of_process in found for row in of_process]
+        ids = list(dict.fromkeys(row for of_process in found for row in of_process))  # some may share their rows
         return f"rows {', '.join(ids[:SHOWN_ROWS])}{f' and {len(ids) - SHOWN_ROWS} more' if len(ids) > SHOWN_ROWS else ''}"
 
 

@@ -375,10 +375,23 @@ def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: st
 
 
 def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Architecture]) -> None:
-    """With a global batch of 3 there are no 2 processes, with one device named no 2 GPUs."""
-    for fields in ({"global_batch_size": 3, "resources": {"micro_batch_size": 3}}, {"resources": {"devices": [0]}}):
+    """A global batch of 3 is not for 2 processes unless they share each row, and with one device named there are no 2 GPUs."""
+    of_three: dict[str, Any] = {"global_batch_size": 3, "resources": {"micro_batch_size": 3}}
+    assert "sequence_parallel_size=2" in fits.remedy(job(models["Qwen2.5-7B"], **of_three), 14 * GIB, 8, "sft")
+    for fields in (of_three | {"packing": True}, {"resources": {"devices": [0]}}):
         assert "gpus" not in fits.remedy(job(models["Qwen2.5-7B"], **fields), 14 * GIB, 8, "sft")
     assert "gpus=2" in fits.remedy(job(models["Qwen2.5-7B"]), 14 * GIB, 8, "sft")
+
+
+def test_long_sequences_are_shared_where_nothing_cheaper_fits(models: dict[str, Architecture]) -> None:
+    """Activations of 131,072 tokens: no splitting of weights makes them smaller."""
+    long = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4})
+    assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(long, 60 * GIB, 8, "sft")
+    shared = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "sequence_parallel_size": 4, "micro_batch_size": 1})
+    alone = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "micro_batch_size": 1})
+    assert shared.memory().activations == pytest.approx(alone.memory().activations / 4, rel=0.02)
+    mistral = job(models["Mistral-7B-v0.1"], 1 << 17, resources={"gpus": 4})  # its layers see the last tokens alone
+    assert "sequence_parallel_size" not in fits.remedy(mistral, 60 * GIB, 8, "sft")
 
 
 def test_a_change_is_taken_into_the_stage(models: dict[str, Architecture]) -> None:

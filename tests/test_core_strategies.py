@@ -29,6 +29,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
     "offload all of zero2": (SFT, {"gpus": 2, "offload": "all", "strategy": "zero2"}, "offload", "found all with zero2, allowed with zero3 and fsdp", "set `offload: optimizer`"),
     "more processes than GPUs": (SFT, {"gpus": 2, "processes": 4}, "processes", "found 4 with 2 GPUs to train on, allowed one for each", "leave it out"),
     "fewer processes than GPUs": (SFT, {"gpus": 4, "processes": 1, "strategy": "zero2"}, "processes", "found 1 with 4 GPUs", "leave it out"),
+    "sharing that does not divide": (SFT, {"processes": 4, "sequence_parallel_size": 3}, "sequence_parallel_size", "found 3 with 4 processes, allowed 1, 2, 4", "in groups of this size"),
+    "sharing by one": (SFT, {"sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 with 1 process, allowed 1", "in groups of this size"),
+    "sharing packed rows": (SFT | {"packing": True}, {"gpus": 2, "sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 with packing, where packed rows would see one another", "set `packing: false`"),
+    "sharing for grpo": (GRPO, {"gpus": 2, "sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 for grpo, allowed 1", "leave it out"),
+    "groups that do not divide": (SFT | {"global_batch_size": 3}, {"gpus": 8, "sequence_parallel_size": 4}, "global_batch_size", "found 3, allowed multiples of 2 (micro_batch_size 1 x 2 groups of 4 processes)", "change the number of processes"),
     "nodes that do not divide": (SFT | {"global_batch_size": 8}, {"nodes": 3}, "global", "found 8, allowed multiples of", "change the number of processes, or the batch"),
 }  # fmt: skip
 
@@ -53,6 +58,7 @@ def test_it_is_refused(name: str) -> None:
         ({"processes": 1, "strategy": "zero2"}, 1, True),  # DeepSpeed wants to be told of its processes, also of one
         ({"gpus": 4, "strategy": "device_map"}, 1, False),
         ({"gpus": 2, "strategy": "fsdp", "offload": "all", "gradient_checkpointing": True}, 2, True),
+        ({"gpus": 8, "nodes": 4, "strategy": "zero3", "sequence_parallel_size": 16}, 32, True),
     ],
 )
 def test_it_is_allowed_with_so_many_processes(resources: dict[str, Any], world: int, launched: bool) -> None:

@@ -36,17 +36,19 @@ class Family:
     tied: bool = False
     head_dim: int | None = None
     """Where it is not the hidden size over the heads."""
+    windows: bool = False
+    """Whether some of its models attend to the last tokens alone in some layers."""
 
 
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(),
+    "mistral": Family(windows=True),
     "granite": Family(),
     "smollm3": Family(tied=True),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(head_norms=True, head_dim=128),
     "gemma": Family(tied=True, head_dim=256),
-    "gemma3_text": Family(norms=4, head_norms=True, tied=True, head_dim=256),
+    "gemma3_text": Family(norms=4, head_norms=True, tied=True, head_dim=256, windows=True),
 }
 
 
@@ -67,6 +69,12 @@ class Architecture:
     family: Family
     dtype: str | None
     """Of the weights in its files."""
+
+    def can_share(self, processes: int) -> bool:
+        """Whether so many processes can share a sequence, exchanging tokens for heads: `tasks.sequences` says why not."""
+        keys = self.num_key_value_heads
+        heads = self.num_attention_heads % processes == 0 and (keys % processes == 0 or processes % keys == 0)
+        return heads and not self.family.windows
 
     @property
     def queries(self) -> int:

@@ -28,7 +28,8 @@ from tuneline.trainings import SftStage, Training
 BUILT_IN_RUNTIMES = ("torch", CPU_RUNTIME, GPU_RUNTIME)
 # Of `resources`: without effect elsewhere.
 OF_TRAININGS = (
-    "strategy", "offload", "gradient_checkpointing", "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
+    "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
+    "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
 )  # fmt: skip
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
 Report = Callable[[Keys, str, str, bool], None]

@@ -1,8 +1,8 @@
 """Whether a training fits the GPUs of its pool, and if not, the cheapest change that makes it fit.
 
 Changes are tried in the order of what they cost: nothing but steps of another shape (micro-batch), a third more time
-(gradient checkpointing), more communication or more GPUs (sharding), waiting for the CPU's memory (offload), and last what
-changes the result (QLoRA).
+(gradient checkpointing), more communication or more GPUs (sharding, then shared sequences), waiting for the CPU's memory
+(offload), and last what changes the result (QLoRA).
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
         for strategy in ("zero2", "zero3"):
             sharded: Change = {"resources.gpus": count, "resources.strategy": strategy}
             yield from (sharded, least | sharded)
+        if isinstance(stage, SftStage) and not stage.packing and job.architecture.can_share(count):
+            yield least | {"resources.gpus": count, "resources.strategy": "zero3", "resources.sequence_parallel_size": count}
 
     yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
     yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))

@@ -100,6 +100,16 @@ class Job:
     def rows(self) -> int:
         return self.stage.micro_batch_size()
 
+    @property
+    def shared(self) -> int:
+        """Processes that share each sequence."""
+        return self.stage.resources.sequence_parallel_size
+
+    @property
+    def tokens(self) -> int:
+        """Those of a micro-batch that one device works on."""
+        return self.rows * -(-self.length // self.shared)
+
     # --- one device ---------------------------------------------------------------------------------------------------
 
     def memory(self) -> Memory:
@@ -138,7 +148,7 @@ class Job:
 
     def activations(self) -> int:
         """What the forward pass of one micro-batch keeps for the backward pass, and the most that is worked on beside it."""
-        a, tokens = self.architecture, self.rows * self.length
+        a, tokens = self.architecture, self.tokens
         layer = tokens * self.layer()
         if self.stage.resources.gradient_checkpointing:  # what goes into each layer; one at a time is computed again
             entering = 4 if self.method == "full" and self.mixed else self.compute
@@ -161,7 +171,7 @@ class Job:
         if a.family.head_norms:
             norms += (4 + (compute if full else 0)) * (a.queries + a.keys) + 4 * (a.num_attention_heads + a.num_key_value_heads)
         # With a mask, for padding or between packed rows, each head of queries gets keys and values of its own.
-        masked = self.rows > 1 or isinstance(self.stage, SftStage) and self.stage.packing
+        masked = self.shared == 1 and (self.rows > 1 or isinstance(self.stage, SftStage) and self.stage.packing)
         keys = a.queries if masked else a.keys
         attention = 2 * compute * (a.queries + keys) + 4 * a.num_attention_heads + (compute * self.length if masked else 0)
         mlp = 3 * compute * a.intermediate_size
@@ -194,7 +204,7 @@ class Job:
     def head(self) -> int:
         """TRL's fused head: a tile of logits at a time, the gradient of the hidden states in float32, that of the head if trained."""
         a = self.architecture
-        scored = self.rows * (self.stage.max_completion_length if isinstance(self.stage, GrpoStage) else self.length)
+        scored = self.rows * self.stage.max_completion_length if isinstance(self.stage, GrpoStage) else self.tokens
         tile = min(scored, TILE[0]) * TILE[1] * (self.compute if self.on_gpu else 4 * CPU_TILES)
         return tile + 4 * scored * a.hidden_size + (4 * a.head_parameters if self.method == "full" else 0)
 

@@ -32,6 +32,8 @@ class Resources(Strict):
     weights too (`zero3`); torch's FSDP2 splits all of that (`fsdp`); one process spreads the layers over the devices (`device_map`)."""
     offload: Literal["optimizer", "all"] | None = None
     """What waits in the CPU's memory: optimizer states, or weights as well (`zero3`, `fsdp`). Slower, for less memory of a GPU."""
+    sequence_parallel_size: int = Field(1, ge=1)
+    """Processes that share each sequence (Ulysses, arXiv:2309.14509): for sequences whose activations do not fit on one device."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8, one when packing."""
     gradient_checkpointing: bool = False
@@ -52,6 +54,11 @@ class Resources(Strict):
     def world_size(self) -> int:
         """Processes that train: one for each GPU that is not the engine's alone."""
         return self.nodes * self.local_processes
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Micro-batches that are worked on at the same time."""
+        return max(1, self.world_size // self.sequence_parallel_size)
 
     @property
     def local_processes(self) -> int:

@@ -37,6 +37,11 @@ def findings(resources: Resources, dora: bool) -> Iterator[Finding]:
             yield Finding(
                 "resources.strategy", "found device_map with several processes or machines, allowed one", "remove processes and nodes"
             )
+    if resources.world_size % resources.sequence_parallel_size:
+        world = resources.world_size
+        found = f"found {resources.sequence_parallel_size} with {world} {'process' if world == 1 else 'processes'}, allowed "
+        divisors = [str(n) for n in range(1, world + 1) if world % n == 0]
+        yield Finding("resources.sequence_parallel_size", found + ", ".join(divisors), "processes share sequences in groups of this size")
     if offload and not gpus:
         yield Finding("resources.offload", f"found {offload} without GPUs, whose memory it would spare", "remove it")
     elif offload == "optimizer" and not zero:

@@ -83,22 +83,22 @@ class Training(ProgramStage):
         return self.resources.micro_batch_size or self._divisor_up_to(8)
 
     def _divisor_up_to(self, most: int) -> int:
-        share = max(1, self.global_batch_size // self.resources.world_size)
+        share = max(1, self.global_batch_size // self.resources.data_parallel_size)
         return max(n for n in range(1, min(most, share) + 1) if share % n == 0)
 
     def smaller_micro_batch(self, size: int) -> int | None:
-        share = self.global_batch_size // self.resources.world_size
+        share = self.global_batch_size // self.resources.data_parallel_size
         return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
     def findings(self) -> Iterator[Finding]:
         yield from strategy_findings(self.resources, self.lora.use_dora)
-        world, micro = self.resources.world_size, self.micro_batch_size()
-        if self.global_batch_size % (micro * world):
-            alone = self.global_batch_size % world  # no micro-batch would do
+        at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
+        if self.global_batch_size % (micro * at_once):
+            alone = self.global_batch_size % at_once  # no micro-batch would do
+            of = f"{at_once} {'process' if at_once == 1 else 'processes'}" if shared == 1 else f"{at_once} groups of {shared} processes"
             yield Finding(
                 "global_batch_size",
-                f"found {self.global_batch_size}, allowed multiples of {micro * world} "
-                f"(micro_batch_size {micro} x {world} {'process' if world == 1 else 'processes'})",
+                f"found {self.global_batch_size}, allowed multiples of {micro * at_once} (micro_batch_size {micro} x {of})",
                 "change the number of processes, or the batch"
                 if alone
                 else "change resources.micro_batch_size: it does not change the result",
@@ -169,6 +169,10 @@ class SftStage(Training):
         if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
             found = f"found {self.resources.strategy} with `method: qlora`, allowed ddp, zero1, zero2, device_map"
             yield Finding("resources.strategy", found, "bitsandbytes' weights are not split over devices; they take little memory on each")
+        # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper: it drops the mask that keeps packed rows apart.
+        if self.packing and self.resources.sequence_parallel_size > 1:
+            found = f"found {self.resources.sequence_parallel_size} with packing, where packed rows would see one another"
+            yield Finding("resources.sequence_parallel_size", found, "set `packing: false`, or leave it out")
 
     def warnings(self) -> Iterator[Finding]:
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
@@ -236,6 +240,10 @@ class GrpoStage(Training):
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             found = f"found {self.loss_type} with importance_sampling_level: sequence, allowed grpo"
             yield Finding("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
+        if self.resources.sequence_parallel_size > 1:
+            # trl/trainer/grpo_trainer.py has no part for it.
+            found = f"found {self.resources.sequence_parallel_size} for grpo, allowed 1: TRL shares sequences in sft alone"
+            yield Finding("resources.sequence_parallel_size", found, "leave it out")
         if self.resources.strategy == "fsdp":
             # trl/models/utils.py, unwrap_model_for_generation: it gathers what ZeRO-3 has split, and knows nothing of FSDP2.
             yield Finding("resources.strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2")
