@@ -20,6 +20,7 @@ from flows.slots import Taken
 from flows.supervisor import Outcome, program_environment
 from flows.this_run import Run
 from tuneline import disk
+from tuneline.checkpoints import newest
 from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
 from tuneline.fields import OutsideFile, annotated_values
@@ -70,7 +71,12 @@ def build(
     )
     request.write(work / "request.json")
     seen = _as_in_key(run, stage, document, request)
-    run.reporter.started(name, f"{stage.kind}, attempt {request.attempt}" if attempts.of_run(run.record.run_id) else stage.kind)
+    checkpoint = newest(work, key)
+    if checkpoint and (refused := checkpoint.refused(stage.resources)):
+        raise StageFailed("config", *refused)
+    told = [f"attempt {request.attempt}"] if attempts.of_run(run.record.run_id) else []
+    told += [f"resumes from step {checkpoint.step}"] if checkpoint else []
+    run.reporter.started(name, ", ".join([stage.kind, *told]))
     began = datetime.now(UTC)
     outcome = _supervise(run, name, stage, request, held, taken)
     if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():

@@ -144,11 +144,12 @@ def plan(
     from tuneline import fits
     from tuneline.estimates import estimates
     from tuneline.plan import plan as make_plan
+    from tuneline.plan import refusals
 
     workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
     rows = make_plan(workspace, pipeline, only, force)
     estimated = estimates(workspace, pipeline, rows)
-    for warning in fits.warnings(workspace, pipeline, rows):
+    for warning in (*fits.warnings(workspace, pipeline, rows), *refusals(workspace.loaded, pipeline, rows)):
         warn(str(warning))
     if as_json:
         stages = [_plan_json(row) | {"estimate": _estimate_json(estimated.get(row.stage))} for row in rows]
@@ -328,6 +329,7 @@ def _plan_json(row: PlanRow) -> dict[str, Any]:
         "reasons": [asdict(reason) for reason in row.reasons],
         "key": row.key,
         "artifact": str(row.artifact.path) if row.artifact else None,
+        "resumes_from_step": row.checkpoint.step if row.checkpoint else None,
     }
 
 

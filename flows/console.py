@@ -142,6 +142,8 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
     table = _table("stage", "kind", "status", "why")
     for row in rows:
         why = "; ".join(f"{reason.code}: {reason.text}" for reason in row.reasons)
+        if row.checkpoint:
+            why += f"; resumes from step {row.checkpoint.step}"
         table.add_row(
             row.stage,
             row.kind,

@@ -6,7 +6,6 @@ Imports torch and transformers at the top because it subclasses them; programs i
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import time
@@ -18,14 +17,15 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tasks import methods, strategies
+from tasks import methods, universal
 from tasks.training import adapter_tensors
+from tuneline import checkpoints
+from tuneline.checkpoints import MARKER, REPLICATED, in_order
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request
 from tuneline.stages import Resources
 from tuneline.store import sync
 
-MARKER = "complete"
 ADAPTER = "adapter_model.safetensors"
 WHOLE = "model.safetensors"
 
@@ -67,17 +67,17 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        layout = strategies.layout(self.resources)
+        layout = checkpoints.layout(self.resources)
         file, tensors = ADAPTER, None
-        if layout != strategies.REPLICATED and isinstance(model, PeftModel):  # theirs holds a part, or is rounded
+        if layout != REPLICATED and isinstance(model, PeftModel):  # theirs holds a part, or is rounded
             tensors = adapter_tensors(model)
-        elif layout != strategies.REPLICATED:
+        elif layout != REPLICATED:
             file, tensors = WHOLE, methods.weights(model, state.is_world_process_zero)
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             if tensors is not None:
                 save_file(tensors, checkpoint / file, metadata={"format": "pt"})
-            sizes = _sizes(checkpoint)
+            sizes = checkpoints.sizes(checkpoint)
             for name in sizes:
                 sync(checkpoint / name)
             (checkpoint / MARKER).write_text(json.dumps({"key": self.key, "layout": layout, "files": sizes}, indent=1), encoding="utf-8")
@@ -97,48 +97,18 @@ def newest_checkpoint(arguments: TrainingArguments, request: Request, resources:
     Raises StageFailed(config) where it cannot be read with these resources: the work in it is not thrown away unasked.
     """
     folder = Path(arguments.output_dir)
-
-    def in_order() -> list[Path]:
-        return sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name)))
-
     if arguments.process_index == 0:
-        for checkpoint in in_order():  # the best adapter, of the same step or an earlier one, has been looked at before
-            if problem := _problem(checkpoint, request.key):
+        for checkpoint in in_order(folder):  # the best adapter, of the same step or an earlier one, has been looked at before
+            if problem := checkpoints.problem(checkpoint, request.key):
                 events.warning(f"{checkpoint.name} {problem}: it is not used")
                 shutil.rmtree(checkpoint)
     arguments.distributed_state.wait_for_everyone()
-    newest = next(reversed(in_order()), None)
-    if newest is not None:
-        written, wanted = json.loads((newest / MARKER).read_bytes()).get("layout", strategies.REPLICATED), strategies.layout(resources)
-        if written != wanted:
-            raise StageFailed(
-                "config",
-                f"{newest.name} was written by a training that is {written}; this one is {wanted}",
-                "go on with the resources of before, or `--force` the stage, which begins anew",
-            )
+    newest = next(reversed(in_order(folder)), None)
+    if newest is not None and (refused := checkpoints.read(newest).refused(resources)):
+        raise StageFailed("config", *refused)
+    if resources.strategy.startswith("zero"):
+        universal.be_loaded_by(request.work, resources)
     return newest
-
-
-def _problem(checkpoint: Path, key: str) -> str | None:
-    """Why the checkpoint cannot be resumed from."""
-    try:
-        marker = json.loads((checkpoint / MARKER).read_bytes())
-    except (OSError, ValueError):
-        return "was left half-written"
-    if marker["key"] != key:
-        return f"is of another stage, {marker['key'][:12]}"
-    sizes = _sizes(checkpoint)
-    if damaged := sorted(name for name, size in marker["files"].items() if sizes.get(name) != size):
-        return f"is damaged ({damaged[0]} has {sizes.get(damaged[0], 'no')} bytes instead of {marker['files'][damaged[0]]})"
-    best = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
-    if best and not Path(best).exists():  # transformers would only warn, and keep the last adapter
-        return f"needs the best adapter so far, that of {Path(best).name}, which is gone"
-    return None
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
 
 
 def ended_at(checkpoint: Path) -> TrainerState | None:

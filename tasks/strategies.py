@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tasks.loading import load_model
+from tuneline.checkpoints import processes
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input
 from tuneline.stages import Resources
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
-
-REPLICATED = "replicated"
 
 
 def arguments(resources: Resources) -> dict[str, Any]:
@@ -83,17 +82,6 @@ def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantizat
 
         deepspeed.init_distributed(torch.distributed.get_backend())
     return load_model(source, dtype, {"device_map": "balanced", "fsdp": "cpu"}.get(resources.strategy), quantization)
-
-
-def layout(resources: Resources) -> str:
-    """How a checkpoint is laid out, and so what may read it: FSDP's is put together again by any number of processes."""
-    if resources.strategy.startswith("zero"):
-        return f"{resources.strategy} over {processes(resources.world_size)}"
-    return "fsdp" if resources.strategy == "fsdp" else REPLICATED
-
-
-def processes(count: int) -> str:
-    return f"{count} {'process' if count == 1 else 'processes'}"
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tasks import strategies
 from tasks.loading import check_loaded, compute_dtype
+from tuneline.checkpoints import FOLDER
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
 from tuneline.trainings import Lora, Training
@@ -35,7 +36,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
     strategies.join_processes(stage.resources)
     micro = stage.micro_batch_size()
     return {
-        "output_dir": str(request.work / "checkpoints"),
+        "output_dir": str(request.work / FOLDER),
         "seed": request.seed,
         "data_seed": request.seed,
         "learning_rate": stage.learning_rate,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Project
+from small_disk import small_disk
 from test_flow_pico import make
 from test_flow_supervisor import gone
 
@@ -95,6 +98,7 @@ def test_what_kills_one_process_or_the_launcher_costs_one_attempt(pico: Project)
     assert process.returncode == 0, err
     assert "transient: process 1 was ended by SIGKILL (the stage is tried again)" in err
     assert err.count("resuming from checkpoint-") == 2
+    assert all(re.search(rf"sft: started \(sft, attempt {number}, resumes from step \d+\)", err) for number in (2, 3))
     assert "zero2 trains, over 2 processes" in err
     assert gone(mark, 5.0)
     assert curve(pico) == pytest.approx(expected, rel=1e-4)
@@ -137,12 +141,65 @@ def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_pyt
         done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (tried again with micro_batch_size 2)")
         == 1
     )
+    assert "sft: started (sft, attempt 2, resumes from step 5)" in done.stderr
     assert "resuming from checkpoint-5" in done.stderr
     assert curve(pico) == pytest.approx(expected, rel=1e-3)
     manifest = pico.json("show", "pico/sft")
     assert (manifest["host"]["attempts"], manifest["host"]["micro_batch_size"]) == (2, 2)
     report = next(pico.root.glob(f".tuneline/runs/{pico.json('show', 'pico')['run_id']}.html")).read_text()
     assert "attempts: 2, failed before: oom; ended with micro-batches of 2" in report
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_all_processes_and_once_there_is_room_it_goes_on(pico: Project) -> None:
+    """There is room for one checkpoint and for log lines, but not for another checkpoint, of which each process writes a part."""
+    zero = ("--set", "sft.resources.strategy=zero2")
+    mark = f"full-{os.getpid()}"
+    with small_disk(pico.root / ".tuneline" / "work", "64m") as disk:
+        process = pico.start("run", "pico", *zero, MARK=mark)
+        wait_for(lambda: list(disk.glob("*/checkpoints/checkpoint-5/complete")), process)
+        filler = disk / "filler"
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - 300_000)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1, err
+        room = r"is full: the program had written .* there and needs more; without them .* are free\n"
+        assert re.search(rf"sft: failed\n    disk: the disk of {disk}/\w+ {room}", err), err
+        assert "tried again" not in err
+        assert "Traceback" not in err
+        assert gone(mark, 5.0)
+        assert list(pico.root.glob(".tuneline/store/.building/*")) == list(pico.root.glob(".tuneline/store/sft/*/*")) == []
+        filler.unlink()
+        assert "sft: started (sft, resumes from step 5)" in pico.tuneline("run", "pico", *zero).stderr
+    assert pico.tuneline("verify").stderr == "3 artifacts, 0 damaged\n"
+
+
+@pytest.mark.slow
+def test_other_resources_go_on_or_are_refused_before_anything_starts(pico: Project) -> None:
+    """What a plan says beforehand, a run does: from ZeRO-2 over two processes to ZeRO-1 over one, but not to plain copies."""
+    process = pico.start("run", "pico", "--set", "sft.resources.strategy=zero2", "--set", "sft.retries=0")
+    (marker,) = wait_for(lambda: list(pico.root.glob(".tuneline/work/*/checkpoints/checkpoint-5/complete")), process)
+    os.kill(wait_for(lambda: of_training(pico, "tasks", "1"), process), signal.SIGKILL)
+    process.communicate(timeout=120)
+
+    message = (
+        "checkpoint-5 was written by a training that is zero2 over 2 processes; this one is replicated\n\n"
+        "hint: go on with zero1 or zero2, over any number of processes, or `--force` the stage, which begins anew\n"
+    )
+    assert message in pico.tuneline("plan", "pico").stderr
+    refused = pico.tuneline("run", "pico", status=1)
+    assert "sft: failed\n    config: checkpoint-5 was written by" in refused.stderr
+    assert "sft: started" not in refused.stderr
+    assert marker.exists()
+
+    other = ("--set", "sft.resources.strategy=zero1", "--set", "sft.resources.processes=1")
+    plan = pico.tuneline("plan", "pico", *other)
+    assert message not in plan.stderr
+    assert "resumes from step 5" in plan.stdout
+    assert pico.json("plan", "pico", *other)["stages"][2]["resumes_from_step"] == 5
+    done = pico.tuneline("run", "pico", "--verbose", *other)
+    assert "sft: started (sft, resumes from step 5)" in done.stderr
+    assert "checkpoint-5 is of zero2 over 2 processes: it is put together for zero1 over 1 process" in done.stderr
 
 
 SRUN = """\

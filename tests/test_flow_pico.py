@@ -81,6 +81,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_
     again = project.tuneline("run", "pico", "--verbose")
     assert "base: cached" in again.stderr
     assert "sft: done" in again.stderr
+    assert "sft: started (sft, resumes from step " in again.stderr
     assert "resuming from checkpoint-" in again.stderr
     return project
 

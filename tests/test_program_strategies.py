@@ -14,9 +14,10 @@ import pytest
 import torch
 from program_tools import payload_digest, run_program
 from test_program_resume import finish, kill_at, losses, start, steps
-from test_program_sft import OTHERS, ROWS, base, furthest, one_thread, request_for  # noqa: F401
+from test_program_sft import OTHERS, ROWS, TURNING, base, furthest, one_thread, request_for  # noqa: F401
 
-from tasks import checkpoints, sft, strategies
+from tasks import checkpoints, sft, strategies, universal
+from tuneline.checkpoints import layout
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Failure, Input, Request
 from tuneline.stages import Resources
@@ -94,12 +95,73 @@ def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
     assert payload_digest(killed) == payload_digest(whole)
 
 
-def test_a_split_checkpoint_is_for_as_many_processes(tmp_path: Path, base: Input) -> None:  # noqa: F811
-    """Read by another number it would end in a wall of text, or worse; the work in it is not thrown away unasked."""
+def with_resources(request: Request, **changed: Any) -> Request:
+    return request.model_copy(update={"resources": {**request.resources, **changed}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "before", "after"),
+    [
+        ({}, ("zero2", 2), ("zero1", 4)),
+        ({"method": "full", "learning_rate": 1e-3, "weight_decay": 10.0}, ("zero1", 2), ("zero2", 1)),
+        ({"method": "full", "learning_rate": 1e-3, "weight_decay": 10.0}, ("zero3", 2), ("zero3", 1)),
+        ({}, ("zero3", 1), ("zero3", 2)),
+    ],
+    ids=["zero2-to-zero1-over-more", "full-zero1-to-zero2-over-fewer", "full-zero3-over-fewer", "zero3-over-more"],
+)
+def test_a_split_checkpoint_is_read_by_another_number_of_processes(
+    tmp_path: Path,
+    base: Input,  # noqa: F811
+    fields: dict[str, Any],
+    before: tuple[str, int],
+    after: tuple[str, int],
+) -> None:
+    """The curve is that of one process throughout; the norms of a full training are in a group of their own, which does not decay."""
+    (strategy, processes), (then, more) = before, after
+    fields = FIELDS | fields
+    whole = request_for(tmp_path / "one", base, **fields)
+    run_program(whole)
+    resources = {"strategy": strategy, "processes": processes, "checkpoint_steps": 4}
+    killed = request_for(tmp_path / "killed", base, **fields, resources=resources)
+    kill_at(killed, 6, 2)  # by the launcher, which DeepSpeed needs
+    left = killed.work / universal.FOLDER
+    left.mkdir()
+    (left / "latest_universal").write_text("half of one, of an earlier attempt")
+    known = len(steps(killed))
+    finish(with_resources(killed, strategy=then, processes=more), 2)
+    written, wanted = (checkpoint_layout(*each) for each in (before, after))
+    assert f" is of {written}: it is put together for {wanted}" in (killed.work / "log.txt").read_text()
+    assert steps(killed)[known] in (5, 9)
+    for of in ("loss", "eval_loss"):
+        assert losses(killed, of) == pytest.approx(losses(whole, of), rel=TOLERANCE)
+    assert not left.exists()
+
+
+def checkpoint_layout(strategy: str, processes: int) -> str:
+    return layout(Resources.model_validate({"strategy": strategy, "processes": processes}))
+
+
+@pytest.mark.slow
+def test_the_best_adapter_may_be_of_another_number_of_processes(tmp_path: Path, base: Input) -> None:  # noqa: F811
+    """Early stopping hands over a checkpoint that two processes wrote to the one that goes on."""
+    whole = request_for(tmp_path / "whole", base, **TURNING)
+    expected, _ = run_program(whole)
+    best, resources = int(expected.metrics["best_step"]), {"processes": 2, "strategy": "zero2"}
+    killed = request_for(tmp_path / "killed", base, **TURNING, resources=resources)
+    kill_at(killed, best + 3, 2)
+    metrics = finish(with_resources(killed, processes=1), 2)
+    assert (killed.work / "log.txt").read_text().count("it is put together for zero2 over 1 process") == 2
+    assert {name: metrics[name] for name in ("best_step", "steps")} == {name: expected.metrics[name] for name in ("best_step", "steps")}
+    assert furthest(whole, killed) < 1e-3
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_thrown_away(tmp_path: Path, base: Input) -> None:  # noqa: F811
+    """Read all the same it would end in a wall of text, or worse."""
     fields = {"resources": {"processes": 1, "strategy": "zero2", "checkpoint_steps": 2}}
     request = request_for(tmp_path, base, **fields)
-    kill_at(request, 3, 2)  # by the launcher, which DeepSpeed needs
-    for changed, wanted in ({"processes": 2}, "zero2 over 2 processes"), ({"strategy": "ddp"}, "replicated"):
+    kill_at(request, 3, 2)
+    for changed, wanted in ({"strategy": "zero3"}, "zero3 over 1 process"), ({"strategy": "ddp"}, "replicated"):
         resources = Resources.model_validate({**request.resources, **changed})
         other = request.model_copy(update={"resources": resources.model_dump(mode="json")})
         arguments = sft.trainer_arguments(request_for(tmp_path / wanted, base), SftStage.model_validate(request.config | {"resources": {}}))

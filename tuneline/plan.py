@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from tuneline.checkpoints import Checkpoint, newest
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, Reference, annotated_values
@@ -26,7 +27,7 @@ from tuneline.source import dotted
 from tuneline.spec import ModelStage
 from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Artifact
-from tuneline.trainings import SftStage
+from tuneline.trainings import SftStage, Training
 from tuneline.workspace import Workspace
 
 Status = Literal["cached", "run", "unknown"]
@@ -53,6 +54,8 @@ class PlanRow:
     key: str | None = None
     document: dict[str, Any] | None = None
     artifact: Artifact | None = None
+    checkpoint: Checkpoint | None = None
+    """What an unfinished training goes on from."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -127,7 +130,17 @@ def _row(
         row.reasons.append(Reason("missing", "its artifact is no longer in the store"))
     else:
         row.reasons += list(_compared(earlier, document, slots, set())) if earlier else [_never(stage)]
+    if row.status == "run" and isinstance(stage, Training):
+        row.checkpoint = newest(workspace.work(row.key), row.key)
     return row
+
+
+def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
+    """A problem for each unfinished training that cannot go on with the resources that it has now."""
+    for row in rows:
+        stage = loaded.pipeline(pipeline_name).stages[row.stage]
+        if row.checkpoint and isinstance(stage, Training) and (refused := row.checkpoint.refused(stage.resources)):
+            yield _placed(Problem("", "resources", *refused), loaded, pipeline_name, row.stage)
 
 
 def input_slots(stage: Stage) -> dict[str, str]:
