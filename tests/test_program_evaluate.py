@@ -21,8 +21,6 @@ from tasks.scoring import answer_recall, exact_match, mean, ratio
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input, Request
 
-torch.set_num_threads(1)  # two threads only wait for each other at this size, and the longer the busier the machine is
-
 CONFIG: dict[str, Any] = {"kind": "evaluate", "model": "base", "datasets": ["data"], "max_new_tokens": 12}
 
 
@@ -289,8 +287,7 @@ def test_groups_and_unknown_benchmarks(base: Input, tmp_path: Path) -> None:
     assert failure.hint == "did you mean `arc_easy`?"
 
 
-def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path) -> None:
     files = own_benchmarks(tmp_path / "own")
     adapter = save_adapter(base, tmp_path / "adapter")
     requests = [request_for(tmp_path / name, adapter, CHATS, files=files, include_path="own", benchmarks=["even"]) for name in ("a", "bb")]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from pico import save_pico, tokenizer
-from program_tools import ROOT, run_program
+from program_tools import run_program
 from safetensors.torch import load_file, save_file
 from test_program_evaluate import CHATS, chat, fails, own_benchmarks, request_for, samples, save_adapter
 from transformers import AutoModelForCausalLM
@@ -25,10 +25,8 @@ from tasks.engine import Engine, modules_of
 from tasks.loading import template_hash
 from tasks.masks import prompt_ids
 from tasks.rows import Row
-from tuneline.engines import CPU_RUNTIME, EngineSettings
-from tuneline.load import load
+from tuneline.engines import EngineSettings
 from tuneline.protocol import Input, Request
-from tuneline.runtimes import find_runtime
 
 PLAIN = [Row(source="s", prompt=f"{i} and {i} are", completion=f" {2 * i}, naïvely", id=f"plain{i}") for i in range(3)]
 TEXTS = [Row(source="s", text="One text, é and all. " * (i + 1), id=f"text{i}") for i in range(3)]
@@ -51,16 +49,9 @@ def adapter(base: Input, tmp_path_factory: pytest.TempPathFactory) -> Input:
 
 
 @pytest.fixture(scope="module")
-def python() -> Path:
-    runtime = find_runtime(CPU_RUNTIME, load(ROOT / "pipelines.yaml").spec, ROOT)
-    assert runtime.ready, f"the runtime `{CPU_RUNTIME}` is not set up: run `tuneline setup {CPU_RUNTIME}`"
-    return runtime.python
-
-
-@pytest.fixture(scope="module")
-def server(base: Input, adapter: Input, python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def server(base: Input, adapter: Input, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     settings, log = EngineSettings(enforce_eager=True, cpu_memory=0.25), tmp_path_factory.mktemp("engine") / "engine.log"
-    with Engine(python, base.path, settings, "float32", 4, ROOM, log, None, sorted(modules_of(adapter.path))) as engine:
+    with Engine(vllm_python, base.path, settings, "float32", 4, ROOM, log, None, sorted(modules_of(adapter.path))) as engine:
         yield engine
 
 
@@ -211,12 +202,12 @@ def test_the_engine_has_all_of_the_stages_gpus(
 
 
 @pytest.mark.slow
-def test_a_server_of_its_own_with_texts_over_the_models_length(tmp_path: Path, base: Input, python: Path) -> None:
+def test_a_server_of_its_own_with_texts_over_the_models_length(tmp_path: Path, base: Input, vllm_python: Path) -> None:
     """Windows are two tokens shorter than those of transformers, so that the figures differ a little."""
     long = [Row(source="s", text="Many words, of one text. " * 400, id="long")]
     fields = {"benchmarks": ["human_eval"], "limit": 1, "allow_code_execution": True}
     resources = {"engine": {"enforce_eager": True, "cpu_memory": 0.25}}
-    agree(both(tmp_path, base, long, python=python, resources=resources, **fields), abs=0.02)
+    agree(both(tmp_path, base, long, python=vllm_python, resources=resources, **fields), abs=0.02)
     log = (tmp_path / "vllm" / "out" / "meta" / "engine.log").read_text()
     assert "'max_model_len': 2048" in log
 

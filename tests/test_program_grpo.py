@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from grpo_tools import ROWS, question, request_for, undecided
 from program_tools import ROOT, payload_digest, run_process, run_program
 from safetensors.torch import load_file
@@ -22,18 +20,8 @@ from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Input:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
     return undecided(tmp_path_factory.mktemp("pico") / "model")
 
 

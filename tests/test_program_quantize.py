@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +26,7 @@ from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import QuantizeStage
 
+pytestmark = pytest.mark.usefixtures("gptqmodel_place")
 SMALL: dict[str, Any] = {"kind": "quantize", "model": "base", "calibration": "data", "samples": 8, "group_size": 32}
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}: {{ message.content }}<|im_end|>\n{% endfor %}"
 LAYERS = 2 * 7
@@ -39,21 +38,6 @@ def chat(i: int) -> Row:
 
 
 TRAIN, TEST = [chat(i) for i in range(40)], [chat(i) for i in range(40, 50)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder for gptqmodel's own log, which it writes into the current one; an environment that is put back afterwards; and one
-    thread, here and in processes started here: pico models gain nothing from a second, and lose much to one on a busy machine."""
-    threads, before = torch.get_num_threads(), dict(os.environ)
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with contextlib.chdir(tmp_path_factory.mktemp("here")):
-        yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from program_tools import ROOT, payload_digest, run_program
-from test_program_sft import OTHERS, ROWS, TURNING, base, one_thread, request_for, run_until  # noqa: F401
+from test_program_sft import OTHERS, ROWS, TURNING, base, request_for, run_until  # noqa: F401
 
 from tasks import checkpoints, sft
 from tuneline.protocol import Events, Input, Request

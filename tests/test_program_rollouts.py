@@ -25,11 +25,9 @@ from safetensors.torch import load_file, save_file
 from tasks import grpo, rollouts
 from tasks.engine import BASE, Engine
 from tasks.rollouts import MEMORY, folder_in_memory
-from tuneline.engines import CPU_RUNTIME, EngineSettings
+from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
-from tuneline.load import load
 from tuneline.protocol import Input, Request
-from tuneline.runtimes import find_runtime
 from tuneline.trainings import GrpoStage
 from tuneline.watchdog import descendants
 
@@ -37,32 +35,17 @@ LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 Weights = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Input:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
     return undecided(tmp_path_factory.mktemp("pico") / "model", width=128)  # vLLM takes heads of 32 and more on a CPU
 
 
 @pytest.fixture(scope="module")
-def python() -> Path:
-    runtime = find_runtime(CPU_RUNTIME, load(ROOT / "pipelines.yaml").spec, ROOT)
-    assert runtime.ready, f"the runtime `{CPU_RUNTIME}` is not set up: run `tuneline setup {CPU_RUNTIME}`"
-    return runtime.python
-
-
-@pytest.fixture(scope="module")
-def server(base: Input, python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def server(base: Input, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     settings = EngineSettings(enforce_eager=True, cpu_memory=0.25)
-    with Engine(python, base.path, settings, "float32", 4, 128, tmp_path_factory.mktemp("engine") / "engine.log", None, LAYERS) as engine:
+    with Engine(
+        vllm_python, base.path, settings, "float32", 4, 128, tmp_path_factory.mktemp("engine") / "engine.log", None, LAYERS
+    ) as engine:
         yield engine
 
 
@@ -169,9 +152,9 @@ def test_another_name_in_the_reply_is_found_out(tmp_path: Path, base: Input, bor
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, base: Input, python: Path) -> None:
+def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, base: Input, vllm_python: Path) -> None:
     fields = {"max_steps": 6, "resources": {"checkpoint_steps": 2, "engine": {"enforce_eager": True, "cpu_memory": 0.25}}}
-    request = request_for(tmp_path, base, engine=python, rollouts={"engine": "vllm"}, **fields)
+    request = request_for(tmp_path, base, engine=vllm_python, rollouts={"engine": "vllm"}, **fields)
     request.write(request.work / "request.json")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", "tasks", str(request.work / "request.json")]
@@ -207,9 +190,9 @@ def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, ba
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_engine(tmp_path: Path, base: Input, python: Path) -> None:
+def test_two_processes_share_one_engine(tmp_path: Path, base: Input, vllm_python: Path) -> None:
     resources = {"processes": 2, "micro_batch_size": 2, "engine": {"enforce_eager": True, "cpu_memory": 0.25}}
-    request = request_for(tmp_path, base, engine=python, rollouts={"engine": "vllm"}, max_steps=3, resources=resources)
+    request = request_for(tmp_path, base, engine=vllm_python, rollouts={"engine": "vllm"}, max_steps=3, resources=resources)
     request.write(request.work / "request.json")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", "tasks.launch", str(request.work / "request.json")]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pico import save_pico, tokenizer
 from program_tools import ROOT, make_request, run_program
 
@@ -27,7 +26,6 @@ from tasks.sandbox import Limits, Outcome, check, run_all, run_python
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
 
-torch.set_num_threads(1)
 SMALL = Limits(seconds=20, cpu_seconds=2, memory_bytes=256 << 20, folder_bytes=8 << 20)
 REFUSED = "does not let tuneline make the sandbox"
 

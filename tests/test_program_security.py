@@ -27,7 +27,6 @@ from tasks.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 
-torch.set_num_threads(1)
 CHATS = [
     Row(
         source="s",

@@ -16,7 +16,7 @@ from hypothesis import strategies as some
 from pico import save_pico
 from program_tools import ROOT, run_program
 from test_program_resume import finish, losses
-from test_program_sft import base, furthest, one_thread, request_for  # noqa: F401
+from test_program_sft import base, furthest, request_for  # noqa: F401
 from test_program_strategies import FIELDS, TOLERANCE
 from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,17 +53,6 @@ TURNING: dict[str, Any] = {
 def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
     folder = tmp_path_factory.mktemp("pico") / "model"
     return Input(path=save_pico(folder, vocabulary=9_700), digest="b" * 64, type="Model")  # enough for these rows
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Pico models gain nothing from a second thread, and lose much to one on a busy machine; processes started here get the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 def dataset(folder: Path, train: list[Row], validation: list[Row] | None = None) -> Input:

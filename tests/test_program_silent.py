@@ -12,14 +12,12 @@ Real artifacts of real programs, in a store; each fault is a library that misbeh
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from tasks.rows import SPLITS, content_hash, read_rows, write_rows
 from tuneline.protocol import Failure, Input, Result
 from tuneline.store import Artifact, Manifest, Store
 
+pytestmark = pytest.mark.usefixtures("gptqmodel_place")
 CONFIGS: dict[str, dict[str, Any]] = {
     "model": {"path": "model"},
     "dataset": {"model": "base", "sources": [{"type": "files", "path": "data.jsonl"}], "split": {"validation": 0.15, "test": 0.2}},
@@ -47,19 +46,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "quantize": {"model": "merged", "calibration": "data", "samples": 8, "group_size": 32, "max_perplexity_ratio": 3},
 }  # fmt: skip
 TYPES = {"model": "Model", "dataset": "Dataset", "sft": "Adapter", "merge": "Model"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A current folder for gptqmodel's log, an environment that is put back, and one thread: pico models gain nothing from two."""
-    threads, before = torch.get_num_threads(), dict(os.environ)
-    torch.set_num_threads(1)
-    with contextlib.chdir(tmp_path_factory.mktemp("here")):
-        yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
-    torch.set_num_threads(threads)
 
 
 # --- a small world ----------------------------------------------------------------------------------------------------

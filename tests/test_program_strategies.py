@@ -14,7 +14,7 @@ import pytest
 import torch
 from program_tools import payload_digest, run_program
 from test_program_resume import finish, kill_at, losses, start, steps
-from test_program_sft import OTHERS, ROWS, TURNING, base, furthest, one_thread, request_for  # noqa: F401
+from test_program_sft import OTHERS, ROWS, TURNING, base, furthest, request_for  # noqa: F401
 
 from tasks import checkpoints, sft, strategies, universal
 from tuneline.checkpoints import layout
