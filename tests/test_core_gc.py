@@ -408,7 +408,9 @@ def test_a_run_never_loses_what_it_has_written_down(house: House) -> None:
     cleaner = threading.Thread(target=clean)
     cleaner.start()
     try:
-        for i in range(60):
+        for i in range(2000):
+            if i >= 60 and removed:  # on a busy machine gc may miss its moments for a while
+                break
             record = house.runs.begin(f"q{i}", ())
             with house.store.steady():
                 artifact = house.store.find("dataset", key(1))

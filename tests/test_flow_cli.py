@@ -19,6 +19,12 @@ from conftest import ROOT, Project
 from flows.cli import cli
 
 
+@pytest.fixture(autouse=True)
+def own_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projects here have none; those of whoever runs the tests are not theirs."""
+    monkeypatch.delenv("TUNELINE_RUNTIMES", raising=False)
+
+
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_command_explains_itself_and_is_in_the_readme(name: str) -> None:
     result = CliRunner().invoke(cli, [name, "--help"])
