@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 from torch.utils.data import Sampler
 
@@ -34,3 +35,8 @@ class LongestFirst(Sampler[int]):
 
 def longest_first(rows: Iterable[int], lengths: list[int]) -> list[int]:
     return sorted(rows, key=lengths.__getitem__, reverse=True)
+
+
+def lengths(dataset: Any) -> list[int]:
+    """Tokens of each row."""
+    return [len(ids) for ids in dataset["input_ids"]]

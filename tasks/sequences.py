@@ -9,11 +9,13 @@ which live in a mask that DeepSpeed's exchange drops.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
 
+from tasks.batches import lengths, longest_first
 from tuneline.errors import StageFailed
 from tuneline.stages import Resources
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tasks.sft_trainer import TokenWeightedTrainer
 
 SHARED = "shared_sequence"  # an argument of the model's forward pass, by which attention knows
+LEAVE_OUT = "leave it out; `gradient_checkpointing: true` and `strategy: zero3` spare memory, too"
 TOLERANCE = 0.02  # mean difference of log-probabilities; bfloat16 rounds by less
 
 
@@ -39,8 +42,11 @@ def share(model: PreTrainedModel, resources: Resources, rows: int) -> None:
     kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else []))
     if others := sorted(kinds - {"full_attention"}):
         message = f"resources.sequence_parallel_size: found a model with {', '.join(others)}, allowed is full attention alone"
-        raise StageFailed("config", message, "leave it out; `gradient_checkpointing: true` and `strategy: zero3` spare memory, too")
-    heads, keys = config.num_attention_heads, config.num_key_value_heads
+        raise StageFailed("config", message, LEAVE_OUT)
+    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if keys is None:  # DeepSpeed reads it there
+        message = f"resources.sequence_parallel_size: found a model of type {config.model_type}, which does not say its num_key_value_heads"
+        raise StageFailed("config", message, LEAVE_OUT)
     if heads % size or (keys % size and size % keys):
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0))
         message = f"resources.sequence_parallel_size: found {size}, allowed for the {heads} heads of this model ({keys} of keys): {allowed}"
@@ -94,9 +100,9 @@ class ForEachOfGroup(Sampler[int]):
 def check(trainer: TokenWeightedTrainer, resources: Resources) -> None:
     """The longest rows get the same log-probabilities shared as whole."""
     size, number = resources.sequence_parallel_size, trainer.args.process_index % resources.sequence_parallel_size
-    rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]))[-trainer.args.train_batch_size :]
-    rows += (rows * trainer.args.train_batch_size)[: trainer.args.train_batch_size - len(rows)]
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    order = longest_first(range(len(trainer.train_dataset)), lengths(trainer.train_dataset))
+    rows = islice(cycle(order), trainer.args.train_batch_size)  # the exchange is for whole micro-batches
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
     model = trainer.model_wrapped
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -110,5 +116,5 @@ def check(trainer: TokenWeightedTrainer, resources: Resources) -> None:
         message = (
             f"resources.sequence_parallel_size: found a model whose shared sequences differ from whole ones, by {distance:.3f} a token"
         )
-        raise StageFailed("config", message, "leave it out; `gradient_checkpointing: true` and `strategy: zero3` spare memory, too")
+        raise StageFailed("config", message, LEAVE_OUT)
     print(f"{size} processes share each sequence: log-probabilities differ by {distance:.1e} from those of whole ones", flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from tasks.batches import LongestFirst, longest_first
+from tasks.batches import LongestFirst, lengths, longest_first
 from tasks.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
 from tuneline.stages import Resources
@@ -41,12 +41,12 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         loader = super().get_train_dataloader()
         if not self.args.packing:  # packed sequences are not padded
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._resources.data_parallel_size
-            sampler = LongestFirst(loader.get_sampler(), _lengths(self.train_dataset), step)
+            sampler = LongestFirst(loader.get_sampler(), lengths(self.train_dataset), step)
             loader.set_sampler(ForEachOfGroup(sampler, self.args.train_batch_size, self._resources) if self._sharing > 1 else sampler)
         return loader
 
     def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
-        return longest_first(range(len(eval_dataset)), _lengths(eval_dataset))
+        return longest_first(range(len(eval_dataset)), lengths(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         batches = (self._without_repeats(batch, self.train_dataset, self._sharing) for batch in epoch_iterator)
@@ -111,7 +111,3 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL writes one with each checkpoint, and artifacts hold no README."""
-
-
-def _lengths(dataset: Any) -> list[int]:
-    return [len(ids) for ids in dataset["input_ids"]]

@@ -92,6 +92,7 @@ def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Inp
     [
         ({"layer_types": ["full_attention", "sliding_attention"]}, 2, "found a model with sliding_attention, allowed is full attention"),
         ({"sliding_window": 16}, 2, "found a model with sliding_attention"),
+        ({"num_key_value_heads": None}, 2, "found a model of type llama, which does not say its num_key_value_heads"),
         ({}, 8, r"found 8, allowed for the 4 heads of this model \(2 of keys\): 1, 2, 4"),
     ],
 )
