@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tasks.__main__ import PROGRAMS
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import STAGES
@@ -39,6 +41,24 @@ def run_program(request: Request) -> tuple[Result, list[dict[str, Any]]]:
     program = importlib.import_module(PROGRAMS[request.kind])
     result = program.run(request, request.stage(), Events(file))
     return result, [json.loads(line) for line in file.read_text(encoding="utf-8").strip().split("\n")]
+
+
+class Killed(Events):
+    """Events that end the program at a step, as a kill would: before the step's checkpoint is written."""
+
+    step = 0
+
+    def progress(self, step: int, total: int, message: str | None = None) -> None:
+        if step == self.step:
+            raise KeyboardInterrupt
+        super().progress(step, total, message)
+
+
+def run_until(request: Request, step: int) -> None:
+    events = Killed(request.work / "events.jsonl")
+    events.step = step
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module(PROGRAMS[request.kind]).run(request, request.stage(), events)
 
 
 def run_process(request: Request, hash_seed: str = "123") -> subprocess.CompletedProcess[str]:

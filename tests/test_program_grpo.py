@@ -12,35 +12,17 @@ from typing import Any
 
 import pytest
 from grpo_tools import ROWS, question, request_for, undecided
-from program_tools import ROOT, payload_digest, run_process, run_program
+from program_tools import ROOT, payload_digest, run_process, run_program, run_until
 from safetensors.torch import load_file
 
 from tasks import grpo
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request, Result
+from tuneline.protocol import Input, Result
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
     return undecided(tmp_path_factory.mktemp("pico") / "model")
-
-
-class Killed(Events):
-    """Events that end the program at a step, as a kill would: before the step's checkpoint is written."""
-
-    step = 0
-
-    def progress(self, step: int, total: int, message: str | None = None) -> None:
-        if step == self.step:
-            raise KeyboardInterrupt
-        super().progress(step, total, message)
-
-
-def run_until(request: Request, step: int) -> None:
-    events = Killed(request.work / "events.jsonl")
-    events.step = step
-    with pytest.raises(KeyboardInterrupt):
-        grpo.run(request, request.stage(), events)  # type: ignore[arg-type]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import PeftModel
 from pico import save_pico
-from program_tools import make_request, payload_digest, run_process, run_program
+from program_tools import make_request, payload_digest, run_process, run_program, run_until
 from safetensors.torch import load_file, save_file
 from test_program_resume import finish, kill_at, losses, steps
-from test_program_sft import OTHERS, ROWS, TURNING, base, dataset, request_for, run_until, weights  # noqa: F401
+from test_program_sft import OTHERS, ROWS, TURNING, base, dataset, request_for, weights  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import methods

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program_tools import ROOT, payload_digest, run_program
-from test_program_sft import OTHERS, ROWS, TURNING, base, request_for, run_until  # noqa: F401
+from program_tools import ROOT, payload_digest, run_program, run_until
+from test_program_sft import OTHERS, ROWS, TURNING, base, request_for  # noqa: F401
 
 from tasks import checkpoints, sft
 from tuneline.protocol import Events, Input, Request

@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pico import save_pico, tokenizer
-from program_tools import make_request, run_process, run_program
+from program_tools import Killed, make_request, run_process, run_program
 from test_program_model import COMMIT, hub_layout
-from test_program_sft import Killed
 
 from tasks import sft
 from tasks.loading import load_model, load_tokenizer, runs_code

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pico import save_pico, tokenizer
-from program_tools import ROOT, make_request, payload_digest, run_process, run_program
+from program_tools import ROOT, make_request, payload_digest, run_process, run_program, run_until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,7 @@ from tasks.checkpoints import MARKER
 from tasks.masks import tokenize
 from tasks.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request
+from tuneline.protocol import Input, Request
 from tuneline.trainings import Lora
 
 SMALL: dict[str, Any] = {
@@ -77,24 +77,6 @@ def furthest(one: Request, other: Request) -> float:
     a, b = weights(one), weights(other)
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-class Killed(Events):
-    """Events that end the program at a step, as a kill would: before the step's checkpoint is written."""
-
-    step = 0
-
-    def progress(self, step: int, total: int, message: str | None = None) -> None:
-        if step == self.step:
-            raise KeyboardInterrupt
-        super().progress(step, total, message)
-
-
-def run_until(request: Request, step: int) -> None:
-    events = Killed(request.work / "events.jsonl")
-    events.step = step
-    with pytest.raises(KeyboardInterrupt):
-        sft.run(request, request.stage(), events)  # type: ignore[arg-type]
 
 
 def test_it_learns_and_hands_over_a_canonical_adapter(tmp_path: Path, base: Input) -> None:
