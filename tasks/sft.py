@@ -220,21 +220,18 @@ def check_every_row_trained(train: Dataset, state: TrainerState) -> None:
 
 def check_loss(trainer: TokenWeightedTrainer) -> None:
     """TRL's loss, from the hidden states and the head's weight, is that of the logits which the model gives when it is used: not so
-    for a model whose own code does more between the two than TRL knows of. Looked at is the end of a row: all logits of a long one
+    for a model whose own code does more between the two than TRL knows of. The beginning of a row tells: all logits of a long one
     would be the largest thing in memory."""
     import torch
 
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
-    labels = batch.pop("labels")
-    labels[:, -CHECKED_TOKENS:] = batch["input_ids"][:, -CHECKED_TOKENS:]
-    labels[:, :-CHECKED_TOKENS] = IGNORED
+    tokens = torch.tensor([trainer.train_dataset[0]["input_ids"][:CHECKED_TOKENS]])
+    batch = trainer._prepare_inputs({"input_ids": tokens})
     model = trainer.model_wrapped
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trained = float(model(**batch, labels=labels, fused_lm_head=True).loss)
-        logits = model(**batch, logits_to_keep=CHECKED_TOKENS + 1).logits[:, :-1].flatten(0, 1)
-        targets = labels[:, 1:].flatten()[-len(logits) :].to(logits.device)
-        used = float(torch.nn.functional.cross_entropy(logits.float(), targets))
+        trained = float(model(**batch, labels=batch["input_ids"], fused_lm_head=True).loss)
+        logits = model(**batch).logits[:, :-1].flatten(0, 1)
+        used = float(torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(logits.device)))
     if abs(trained - used) > 0.02 * used + 1e-3:  # bfloat16 rounds by less
         message = f"the loss that would be trained on is {trained:.4f}, that of the model's own logits {used:.4f}"
         raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")
