@@ -250,7 +250,8 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
         raise ConfigError([Problem("show", "", found)])
     manifests = {entry.stage: _manifest(entry.artifact) for entry in records}
     if as_json:
-        document = {"pipeline": pipeline, "run_id": record.run_id, "state": record.state, "stages": manifests}
+        document = _run_json(record, [])  # what became of each stage; beside it the manifests of those that gave an artifact
+        document = {**document, "record": document["stages"], "stages": manifests}
         click.echo(json.dumps(manifests[stage] if stage else document, indent=1, ensure_ascii=False))
         if in_browser:
             _report(workspace, record, in_browser)
@@ -329,7 +330,8 @@ def _plan_json(row: PlanRow) -> dict[str, Any]:
         "reasons": [asdict(reason) for reason in row.reasons],
         "key": row.key,
         "artifact": str(row.artifact.path) if row.artifact else None,
-        "resumes_from_step": row.checkpoint.step if row.checkpoint else None,
+        "resumes_from_step": row.checkpoint.step if row.checkpoint and not row.refused else None,
+        "refused": row.refused[0] if row.refused else None,
     }
 
 

@@ -143,7 +143,7 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
     for row in rows:
         why = "; ".join(f"{reason.code}: {reason.text}" for reason in row.reasons)
         if row.checkpoint:
-            why += f"; resumes from step {row.checkpoint.step}"
+            why += f"; {'cannot resume' if row.refused else 'resumes'} from step {row.checkpoint.step}"
         table.add_row(
             row.stage,
             row.kind,
@@ -172,7 +172,9 @@ def estimate_table(estimates: Mapping[str, Estimate]) -> None:
 def _memory(memory: Memory) -> str:
     states = memory.gradients + memory.optimizer
     parts = {"weights": memory.weights, "training states": states, "activations": memory.activations, "other": memory.other}
-    return f"{gib(memory.total)} ({', '.join(f'{name} {size / (1 << 30):.1f}' for name, size in parts.items() if size >= 1 << 26)})"
+    return f"{gib(memory.total)} ({', '.join(f'{name} {size / (1 << 30):.1f}' for name, size in parts.items() if size >= 1 << 26)})" + (
+        f"; cpu: {gib(memory.offloaded)} for each process" if memory.offloaded else ""
+    )
 
 
 def gc_table(items: Sequence[Item], dry_run: bool) -> None:

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 from flows.slots import Slots, visible_gpus
@@ -47,10 +48,10 @@ def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], N
         say(f"machine {rank} of run {record.run_id}")
         done: set[str] = set()
         while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
-            for work, meeting in _meetings(workspace.home / "work"):
+            for work, meeting in _meetings(workspace.home / "work", record):
                 if meeting not in done:
                     done.add(meeting)
-                    _join(workspace, work, meeting, rank, supervisor, say)
+                    _join(workspace, record, work, meeting, rank, supervisor, say)
             time.sleep(POLL)
         return record
     finally:
@@ -72,16 +73,22 @@ def _next_run(workspace: Workspace, pipeline: str, say: Callable[[str], None]) -
         time.sleep(POLL)
 
 
-def _meetings(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Work folders whose first machine waits, and the name of that meeting; written by `tasks/launch.py`."""
+def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
+    """Work folders whose first machine waits, and the name of that meeting: written by `tasks/launch.py`, with the time at its end. One
+    from before the run was left by another that was killed."""
+    began = datetime.fromisoformat(record.started).timestamp()
     for file in folder.glob("*/rendezvous.json"):
         try:
-            yield file.parent, json.loads(file.read_bytes())["id"]
+            meeting = json.loads(file.read_bytes())["id"]
         except (OSError, ValueError):  # gone since
             continue
+        if int(meeting.rpartition("-")[2]) / 1e9 >= began:
+            yield file.parent, meeting
 
 
-def _join(workspace: Workspace, work: Path, meeting: str, rank: int, supervisor: Supervisor, say: Callable[[str], None]) -> None:
+def _join(
+    workspace: Workspace, record: RunRecord, work: Path, meeting: str, rank: int, supervisor: Supervisor, say: Callable[[str], None]
+) -> None:
     """Takes part in one attempt, until it ends here or its first machine has left it."""
     try:
         request: Request = Request.read(work / "request.json")
@@ -103,7 +110,7 @@ def _join(workspace: Workspace, work: Path, meeting: str, rank: int, supervisor:
 
     def leave_with_the_first() -> None:
         while not ended.wait(POLL):
-            if meeting not in (name for _, name in _meetings(work.parent)) and not ended.wait(10):  # its end reaches both
+            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(10):  # its end reaches both
                 supervisor.end_all()
 
     watching = threading.Thread(target=leave_with_the_first, daemon=True)

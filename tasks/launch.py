@@ -47,6 +47,8 @@ def main() -> int:
     if node == 0:
         shutil.rmtree(ranks, ignore_errors=True)
         ranks.mkdir()
+    if os.access(sys.prefix, os.W_OK):  # DeepSpeed compiles there for CPUs; in the home, runtimes would build over one another's
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // resources.local_processes)))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it says of failures, we say
     wait = min(JOIN_SECONDS, resources.collective_timeout)

@@ -173,7 +173,7 @@ BAD = {
     'revision alone': ('path: models/base', 'path: models/base, revision: v1', 'p.yaml:6:58: demo.base.revision: found a revision without hub\n\nhint: only hub repositories have revisions'),
     'batch': ('global_batch_size: 8', 'global_batch_size: 8, resources: {micro_batch_size: 3}', 'p.yaml:8:96: demo.sft.global_batch_size: found 8, allowed multiples of 3 (micro_batch_size 3 x 1 process)\n\nhint: change resources.micro_batch_size: it does not change the result'),
     'batch world': ('global_batch_size: 8', 'global_batch_size: 9, resources: {gpus: 2, micro_batch_size: 2}', 'p.yaml:8:96: demo.sft.global_batch_size: found 9, allowed multiples of 4 (micro_batch_size 2 x 2 processes)\n\nhint: change the number of processes, or the batch'),
-    'processes merge': ('adapters: [sft]', 'adapters: [sft], resources: {gpus: 2}', 'p.yaml:9:57: demo.merged.resources: found 2 processes for merge, allowed one\n\nhint: only trainings run in several processes: write `gpus: 1`'),
+    'processes merge': ('adapters: [sft]', 'adapters: [sft], resources: {gpus: 2}', 'p.yaml:9:64: demo.merged.resources.gpus: found 2 for merge, allowed 1\n\nhint: only trainings run in several processes: write `gpus: 1`'),
     'early': ('global_batch_size: 8', 'early_stopping: {patience: 2}', 'p.yaml:8:93: demo.sft.early_stopping: found early_stopping without eval_steps\n\nhint: set `eval_steps: 20`, say'),
     'warmup': ('global_batch_size: 8', 'warmup_steps: 0.1, lr_scheduler_type: constant', 'p.yaml:8:115: demo.sft.lr_scheduler_type: found constant with warmup_steps, which it ignores\n\nhint: set `lr_scheduler_type: constant_with_warmup`'),
     'split sum': ('test: 0.1', 'test: 0.5, validation: 0.5', 'p.yaml:7:82: demo.data.split: found 0.5 + 0.5, allowed a sum below 1'),
@@ -271,7 +271,7 @@ BAD = {
     'schedule queue': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {cron: 0 2 * * *, queue: night}}\n', 'p.yaml:7:49: demo.schedules.night.queue: found the unknown queue `night` of pool `gpu`, allowed default, interactive, nightly\n\nhint: did you mean `nightly`?'),
     'schedule unknown field': ('pipelines:\n  demo:\n', POOLED + '    pool: gpu\n    schedules: {night: {corn: 0 2 * * *}}\n', 'p.yaml:7:25: demo.schedules.night.corn: found the unknown field `corn`, allowed cron, interval, timezone, active, queue, overrides, variables\n\nhint: did you mean `cron`?'),
     'devices count': ('[sft]', '[sft], resources: {gpus: 1, devices: [0, 1]}', 'p.yaml:9:76: demo.merged.resources.devices: found [0, 1], allowed as many different numbers as resources.gpus, 1\n\nhint: set `gpus: 2`'),
-    'devices twice': ('[sft]', '[sft], resources: {gpus: 2, devices: [1, 1]}', 'p.yaml:9:57: demo.merged.resources: found 2 processes for merge, allowed one\n\nhint: only trainings run in several processes: write `gpus: 1`\n\np.yaml:9:76: demo.merged.resources.devices: found [1, 1], allowed as many different numbers as resources.gpus, 2'),
+    'devices twice': ('[sft]', '[sft], resources: {gpus: 2, devices: [1, 1]}', 'p.yaml:9:64: demo.merged.resources.gpus: found 2 for merge, allowed 1\n\nhint: only trainings run in several processes: write `gpus: 1`\n\np.yaml:9:76: demo.merged.resources.devices: found [1, 1], allowed as many different numbers as resources.gpus, 2'),
     'devices below': ('[sft]', '[sft], resources: {gpus: 1, devices: [-1]}', 'p.yaml:9:76: demo.merged.resources.devices: found [-1], allowed as many different numbers as resources.gpus, 1'),
 }
 # fmt: on

@@ -65,7 +65,7 @@ def test_what_reads_what(written: dict[str, Any], wanted: dict[str, Any], hint: 
     assert refused == (
         hint
         and (
-            f"checkpoint-5 was written by a training that is {of}; this one is {now}",
+            f"checkpoint-5 was written with the strategy {of}; this one is {now}, which cannot read it".replace("replicated", "ddp"),
             f"go on with {hint}, over any number of processes, or `--force` the stage, which begins anew",
         )
     )
@@ -99,7 +99,9 @@ def test_a_plan_knows_what_a_training_goes_on_from(unfinished: Path) -> None:
 
 def test_a_plan_foresees_that_a_checkpoint_will_be_refused(unfinished: Path) -> None:
     workspace, rows = rows_of(unfinished)
+    (of_training,) = [row for row in rows if row.refused]
+    assert (of_training.stage, of_training.checkpoint and of_training.checkpoint.step) == ("sft", 5)
     assert [str(problem) for problem in refusals(workspace.loaded, "demo", rows)] == [
-        f"{unfinished}/pipelines.yaml:7:7: demo.sft.resources: checkpoint-5 was written by a training that is zero2 over 2 processes; this one is "
-        "replicated\n\nhint: go on with zero1 or zero2, over any number of processes, or `--force` the stage, which begins anew"
+        f"{unfinished}/pipelines.yaml:7:7: demo.sft.resources: checkpoint-5 was written with the strategy zero2 over 2 processes; this one is "
+        "ddp, which cannot read it\n\nhint: go on with zero1 or zero2, over any number of processes, or `--force` the stage, which begins anew"
     ]

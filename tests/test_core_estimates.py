@@ -386,7 +386,10 @@ def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Arch
 def test_long_sequences_are_shared_where_nothing_cheaper_fits(models: dict[str, Architecture]) -> None:
     """Activations of 131,072 tokens: no splitting of weights makes them smaller."""
     long = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4})
-    assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(long, 60 * GIB, 8, "sft")
+    assert "--set sft.resources.sequence_parallel_size=2`, about 41.9 GiB" in fits.remedy(long, 60 * GIB, 8, "sft")
+    assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(long, 30 * GIB, 8, "sft")
+    wide = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 8})  # its 28 heads are not for 8 processes
+    assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(wide, 24 * GIB, 8, "sft")
     shared = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "sequence_parallel_size": 4, "micro_batch_size": 1})
     alone = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "micro_batch_size": 1})
     assert shared.memory().activations == pytest.approx(alone.memory().activations / 4, rel=0.02)
@@ -423,6 +426,17 @@ def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch
     (warning,) = warnings_of(folder)
     assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of a GPU are needed, the pool `gpu` has ")
     assert f" has {needed / GIB - 1 / 1024:.3f} GiB for it" in warning
+
+
+def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:
+    (warning,) = warnings_of(folder, "sft.resources.gpus=0", "sft.resources.processes=8", "sft.resources.sequence_parallel_size=8")
+    assert "demo.sft.resources.sequence_parallel_size: found 8, allowed for the 28 heads of its model (4 of keys): 1, 2, 4, 28" in warning
+
+
+def test_the_memory_of_the_cpu_is_told_where_weights_wait_there(models: dict[str, Architecture]) -> None:
+    told = fits.remedy(job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8}), 14 * GIB, 1, "sft")
+    assert "offload=all" in told
+    assert "GiB of the CPU's memory for each process" in told
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ REFUSED = {
     ),
     "processes": (
         "model: base, backend: vllm, resources: {gpus: 2, processes: 2}",
-        "demo.eval.resources: found 2 processes for evaluate, allowed one\n\nhint: only trainings run in several processes: write `gpus: 1`",
+        "demo.eval.resources.processes: found 2 for evaluate, allowed 1\n\nhint: only trainings run in several processes: remove it",
     ),
 }
 

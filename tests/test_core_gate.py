@@ -96,8 +96,29 @@ def test_evaluations_that_asked_otherwise_are_not_compared(
 
 
 @pytest.mark.parametrize(
+    ("metric", "compared", "message"),
+    [
+        ("rows/exactmatch", "old", "found `rows/exactmatch`, allowed of rows exact_match, answer_recall, score, bits_per_byte\n\nhint: did you mean `exact_match`?"),
+        ("rows/perplexity", "old", "found `rows/perplexity`, allowed of rows exact_match, answer_recall, score, bits_per_byte\n\nhint: write `rows/exact_match`, say"),
+        ("rows/exact_match", "sft", "found `rows/exact_match` of `sft`, which is no evaluation\n\nhint: compare the figures of two stages of kind evaluate"),
+    ],
+)  # fmt: skip
+def test_a_figure_that_no_report_can_have_is_refused_before_anything_trains(
+    tmp_path: Path, metric: str, compared: str, message: str
+) -> None:
+    text = FILE.format(metric=metric, old="limit: 5", new="limit: 5", condition="improves_on").replace(
+        "improves_on: old", f"improves_on: {compared}"
+    )
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "p.yaml")
+    assert str(caught.value).partition(": ")[2] == f"demo.gate.require.0.metric: {message}"
+
+
+@pytest.mark.parametrize(
     ("metric", "old", "new"),
     [
+        ("rows/bits_per_byte_stderr", "limit: 5", "limit: 5"),
         ("rows/exact_match", "num_fewshot: 5", "num_fewshot: 0, seed: 1, include_path: mine"),
         ("arc/acc", "max_new_tokens: 8", "max_new_tokens: 9"),
         ("rows/bits_per_byte", "max_new_tokens: 8", "max_new_tokens: 9"),

@@ -183,7 +183,7 @@ def test_other_resources_go_on_or_are_refused_before_anything_starts(pico: Proje
     process.communicate(timeout=120)
 
     message = (
-        "checkpoint-5 was written by a training that is zero2 over 2 processes; this one is replicated\n\n"
+        "checkpoint-5 was written with the strategy zero2 over 2 processes; this one is ddp, which cannot read it\n\n"
         "hint: go on with zero1 or zero2, over any number of processes, or `--force` the stage, which begins anew\n"
     )
     assert message in pico.tuneline("plan", "pico").stderr
@@ -295,7 +295,10 @@ def test_an_interrupted_machine_ends_as_an_interrupted_run_does(
             kind="sft", key="0" * 64, config=config, seed=0, inputs={}, files={}, commits={}, out=project.root / "out", work=work, attempt=1,
             resources=config["resources"],
         ).write(work / "request.json")  # fmt: skip
-        (work / "rendezvous.json").write_text('{"id": "meeting"}')
+        (work / "rendezvous.json").write_text(json.dumps({"id": f"meeting-{time.time_ns()}"}))
+        earlier = workspace.work("1" * 64)  # of a run that was killed: nobody waits there any more
+        shutil.copytree(work, earlier)
+        (earlier / "rendezvous.json").write_text('{"id": "meeting-1"}')
     process = project.start("node", "demo", "--rank", "1")
     assert process.stderr is not None
     lines = [process.stderr.readline()]

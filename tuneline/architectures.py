@@ -70,11 +70,11 @@ class Architecture:
     dtype: str | None
     """Of the weights in its files."""
 
-    def can_share(self, processes: int) -> bool:
-        """Whether so many processes can share a sequence, exchanging tokens for heads: `tasks.sequences` says why not."""
-        keys = self.num_key_value_heads
-        heads = self.num_attention_heads % processes == 0 and (keys % processes == 0 or processes % keys == 0)
-        return heads and not self.family.windows
+    @property
+    def sharing(self) -> list[int]:
+        """Numbers of processes that can share a sequence, exchanging tokens for heads: `tasks.sequences`."""
+        heads, keys = self.num_attention_heads, self.num_key_value_heads
+        return [n for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0)]
 
     @property
     def queries(self) -> int:

@@ -38,7 +38,8 @@ class Checkpoint:
         wanted, family = layout(resources), _family(self.layout)
         if _family(wanted) == family:
             return None
-        found = f"{self.path.name} was written by a training that is {self.layout}; this one is {wanted}"
+        written, now = (name.replace(REPLICATED, "ddp") for name in (self.layout, wanted))
+        found = f"{self.path.name} was written with the strategy {written}; this one is {now}, which cannot read it"
         return found, f"go on with {family}, over any number of processes, or `--force` the stage, which begins anew"
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tuneline.engines import CPU_RUNTIME, GPU_RUNTIME
 from tuneline.fields import OutsideFile, Reference, annotated_values
-from tuneline.gate import asked_otherwise
+from tuneline.gate import SCORES, asked_otherwise
 from tuneline.messages import listed, nearest, shown
 from tuneline.order import cycles, depends_on
 from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
@@ -149,9 +149,10 @@ class Checks:
             if isinstance(stage, Training):
                 self._same_base(here, stage, stages)
             elif isinstance(stage, ProgramStage) and stage.world_size() > 1:
-                found = f"found {stage.world_size()} processes for {stage.kind}, allowed one"
-                hint = "remove `nodes`" if stage.resources.nodes > 1 else "write `gpus: 1`"
-                self.problem((*here, "resources"), found, f"only trainings run in several processes: {hint}")
+                field = next(name for name in ("nodes", "processes", "gpus") if (getattr(stage.resources, name) or 1) > 1)
+                found = f"found {getattr(stage.resources, field)} for {stage.kind}, allowed 1"
+                hint = "write `gpus: 1`" if field == "gpus" else "remove it"
+                self.problem((*here, "resources", field), found, f"only trainings run in several processes: {hint}")
             elif isinstance(stage, ProgramStage):
                 for field in OF_TRAININGS:
                     if (value := getattr(stage.resources, field)) != Resources.model_fields[field].default:
@@ -217,12 +218,26 @@ class Checks:
     def _metrics(self, here: Keys, gate: GateStage, stages: Mapping[str, Stage]) -> None:
         """A metric of a Report must be of something that the evaluation scores; what a benchmark measures only lm-eval knows."""
         for i, requirement in enumerate(gate.require):
-            for other in (requirement.of, requirement.compared_with):
-                stage = stages.get(other or "")
+            for other in filter(None, (requirement.of, requirement.compared_with)):
+                stage = stages.get(other)
                 subject = requirement.metric.partition("/")[0]
                 if isinstance(stage, EvaluateStage) and stage.datasets and not stage.benchmarks and subject not in stage.datasets:
                     found = f"found `{requirement.metric}`, but `{other}` scores only {listed(stage.datasets)}"
                     self.problem((*here, "require", i, "metric"), found, f"write `{stage.datasets[0]}/exact_match`, say")
+                elif isinstance(stage, EvaluateStage) and subject in stage.datasets and other == requirement.of:
+                    figure = requirement.metric.partition("/")[2].removesuffix("_stderr")
+                    if figure not in SCORES:
+                        found = f"found `{requirement.metric}`, allowed of rows {listed(SCORES)}"
+                        self.problem(
+                            (*here, "require", i, "metric"), found, nearest(figure, SCORES) or f"write `{subject}/exact_match`, say"
+                        )
+                elif (
+                    isinstance(stage, ProgramStage)
+                    and not isinstance(stage, EvaluateStage)
+                    and isinstance(stages.get(subject), DatasetStage)
+                ):
+                    found = f"found `{requirement.metric}` of `{other}`, which is no evaluation"
+                    self.problem((*here, "require", i, "metric"), found, "compare the figures of two stages of kind evaluate")
             one, two = stages.get(requirement.of), stages.get(requirement.compared_with or "")
             for field in asked_otherwise(requirement.metric, one, two) if one and two else ():
                 values = [shown(getattr(each, field)) for each in (two, one)]

@@ -19,7 +19,7 @@ from tuneline.estimates import job_of
 from tuneline.memory import Job
 from tuneline.plan import PlanRow
 from tuneline.pools import DockerPool, KubernetesPool, Pool
-from tuneline.source import dotted
+from tuneline.source import Keys, dotted
 from tuneline.trainings import SftStage, Training
 from tuneline.workspace import Workspace
 
@@ -33,23 +33,31 @@ def gib(size: int, digits: int = 1) -> str:
 
 
 def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
-    """A warning for each training that needs more than the GPUs of its pool have."""
+    """A warning for each training that needs more than the GPUs of its pool have, or whose model has no heads for so many processes."""
     loaded, planned = workspace.loaded, {row.stage: row for row in rows}
     stages = loaded.pipeline(pipeline).stages
     for name, row in planned.items():
         stage = stages[name]
-        if not isinstance(stage, Training) or not stage.resources.gpus or row.artifact is not None:
+        if not isinstance(stage, Training) or row.artifact is not None:
             continue
         pool_name = stage.pool or loaded.pipeline(pipeline).pool
         pool = loaded.spec.pools[pool_name] if pool_name else None
         architecture = architecture_of(workspace, stages, planned, name)
-        if pool is None or pool.gpu_memory is None or isinstance(architecture, str):
+        if isinstance(architecture, str):
+            continue
+        path: Keys = ("pipelines", pipeline, "stages", name)
+        if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
+            heads = f"{architecture.num_attention_heads} heads of its model ({architecture.num_key_value_heads} of keys)"
+            allowed = ", ".join(map(str, architecture.sharing))
+            path = (*path, "resources", "sequence_parallel_size")
+            yield Problem(loaded.source.place(path), dotted(path), f"found {size}, allowed for the {heads}: {allowed}", "the run will fail")
+            continue
+        if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
             continue
         job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
         if (needed := job.memory().total) > room:
             digits = next(digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits))
             found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
-            path = ("pipelines", pipeline, "stages", name)
             yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, room, gpus_of(pool), name))
 
 
@@ -71,7 +79,9 @@ def remedy(job: Job, room: int, gpus: int, name: str) -> str:
         allowed = not [*changed.stage.findings(), *changed.stage.common_findings()]
         if allowed and (needed := changed.memory().total) <= room:
             flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
-            return f"the cheapest change that fits: `{flags}`, about {gib(needed)}"
+            away = changed.memory().offloaded
+            beside = f", and {gib(away)} of the CPU's memory for each process" if away else ""
+            return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
     return "no change of its resources fits: take larger GPUs, a smaller model or shorter sequences"
 
 
@@ -89,8 +99,9 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
         for strategy in ("zero2", "zero3"):
             sharded: Change = {"resources.gpus": count, "resources.strategy": strategy}
             yield from (sharded, least | sharded)
-        if isinstance(stage, SftStage) and not stage.packing and job.architecture.can_share(count):
-            yield least | {"resources.gpus": count, "resources.strategy": "zero3", "resources.sequence_parallel_size": count}
+        if isinstance(stage, SftStage) and not stage.packing and not job.architecture.family.windows:
+            sharded = least | {"resources.gpus": count, "resources.strategy": "zero3"}
+            yield from (sharded | {"resources.sequence_parallel_size": size} for size in job.architecture.sharing[1:] if size <= count)
 
     yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
     yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))

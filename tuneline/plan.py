@@ -56,6 +56,8 @@ class PlanRow:
     artifact: Artifact | None = None
     checkpoint: Checkpoint | None = None
     """What an unfinished training goes on from."""
+    refused: tuple[str, str] | None = None
+    """What is wrong and a hint, where it cannot with the resources that it has now."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -132,15 +134,15 @@ def _row(
         row.reasons += list(_compared(earlier, document, slots, set())) if earlier else [_never(stage)]
     if row.status == "run" and isinstance(stage, Training):
         row.checkpoint = newest(workspace.work(row.key), row.key)
+        row.refused = row.checkpoint.refused(stage.resources) if row.checkpoint else None
     return row
 
 
 def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
     """A problem for each unfinished training that cannot go on with the resources that it has now."""
     for row in rows:
-        stage = loaded.pipeline(pipeline_name).stages[row.stage]
-        if row.checkpoint and isinstance(stage, Training) and (refused := row.checkpoint.refused(stage.resources)):
-            yield _placed(Problem("", "resources", *refused), loaded, pipeline_name, row.stage)
+        if row.refused:
+            yield _placed(Problem("", "resources", *row.refused), loaded, pipeline_name, row.stage)
 
 
 def input_slots(stage: Stage) -> dict[str, str]:

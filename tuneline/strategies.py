@@ -41,7 +41,10 @@ def findings(resources: Resources, dora: bool) -> Iterator[Finding]:
         world = resources.world_size
         found = f"found {resources.sequence_parallel_size} with {world} {'process' if world == 1 else 'processes'}, allowed "
         divisors = [str(n) for n in range(1, world + 1) if world % n == 0]
-        yield Finding("resources.sequence_parallel_size", found + ", ".join(divisors), "processes share sequences in groups of this size")
+        hint = (
+            f"processes share sequences in groups of this size: set `{'gpus' if gpus else 'processes'}: {resources.sequence_parallel_size}`"
+        )
+        yield Finding("resources.sequence_parallel_size", found + ", ".join(divisors), "leave it out" if strategy == "device_map" else hint)
     if offload and not gpus:
         yield Finding("resources.offload", f"found {offload} without GPUs, whose memory it would spare", "remove it")
     elif offload == "optimizer" and not zero:
