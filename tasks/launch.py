@@ -7,6 +7,8 @@ fail as well, for want of it: only the first one's reason is told. Left out: ela
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -47,8 +49,8 @@ def main() -> int:
     if node == 0:
         shutil.rmtree(ranks, ignore_errors=True)
         ranks.mkdir()
-    if os.access(sys.prefix, os.W_OK):  # DeepSpeed compiles there for CPUs; in the home, runtimes would build over one another's
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and os.access(sys.prefix, os.W_OK):
+        own_extensions(Path(sys.prefix, "torch_extensions"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // resources.local_processes)))
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it says of failures, we say
     wait = min(JOIN_SECONDS, resources.collective_timeout)
@@ -90,6 +92,21 @@ def main() -> int:
         if node == 0:
             failure.write(work / "failure.json")
     return status
+
+
+def own_extensions(folder: Path) -> None:
+    """Has DeepSpeed compile its operators into the runtime; in the home, as torch has it, runtimes would build over one another's.
+
+    torch's lock of a build stays behind where the build is killed, and is waited for for ever: with nobody else at work, it is removed.
+    """
+    folder.mkdir(exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    in_use = os.open(folder / "in-use", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)  # held for as long as this process lives
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.glob("*/lock"):
+            left.unlink()
+    fcntl.flock(in_use, fcntl.LOCK_SH)
 
 
 def announced(request: Request, nodes: int) -> dict[str, str]:
