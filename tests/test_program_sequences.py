@@ -30,11 +30,10 @@ COUNTS = ("num_tokens", "trained_tokens")  # of a step, by all processes togethe
 ALONE = """\
 import sys
 from pathlib import Path
-from program_tools import run_program
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from tasks import sequences
+from tasks import sequences, sft
 from tuneline.errors import StageFailed
-from tuneline.protocol import Request
+from tuneline.protocol import Events, Request
 
 def alone(*_):
     whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -42,7 +41,8 @@ def alone(*_):
 
 sequences.share = alone
 try:
-    run_program(Request.read(Path(sys.argv[1])))
+    request = Request.read(Path(sys.argv[1]))
+    sft.run(request, request.stage(), Events(request.work / "events.jsonl"))
 except StageFailed as error:
     print(f"{error.failure_class}: {error.message}", flush=True)
 """
@@ -82,7 +82,7 @@ def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Inp
     request.write(request.work / "request.json")
     (tmp_path / "alone.py").write_text(ALONE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "alone.py")]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, str(request.work / "request.json")], env=env, capture_output=True, text=True, timeout=200)
     assert done.stdout.count("config: resources.sequence_parallel_size: found a model whose shared sequences differ") == 2, done.stderr
 
