@@ -210,7 +210,7 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
     cluster.project.write("", "go")
     _, err = watcher.communicate(timeout=STATE_SECONDS)
     assert watcher.returncode == 0, err
-    for words in ("first: stand-in first: ok", "first: in pool idle: completed", "run Completed"):
+    for words in ("first: stand-in first: wait", "first: in pool idle: completed", "run Completed"):
         assert any(line.partition(" ")[2].strip() == words for line in [*told, *err.splitlines()]), (words, told, err)
 
 
