@@ -188,7 +188,7 @@ def test_other_resources_go_on_or_are_refused_before_anything_starts(pico: Proje
     )
     assert message in pico.tuneline("plan", "pico").stderr
     refused = pico.tuneline("run", "pico", status=1)
-    assert "sft: failed\n    config: checkpoint-5 was written by" in refused.stderr
+    assert "sft: failed\n    config: checkpoint-5 was written with" in refused.stderr
     assert "sft: started" not in refused.stderr
     assert marker.exists()
 
