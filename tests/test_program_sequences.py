@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from pico import save_pico
-from program_tools import ROOT, run_program
+from program_tools import ROOT
 from test_program_resume import finish, losses
 from test_program_sft import base, furthest, request_for  # noqa: F401
-from test_program_strategies import FIELDS, TOLERANCE
+from test_program_strategies import FIELDS, TOLERANCE, one  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from tasks import sequences
@@ -48,14 +48,6 @@ except StageFailed as error:
 """
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, base: Input) -> Request:  # noqa: F811
-    """Trained by one process."""
-    request = request_for(tmp_path_factory.mktemp("one") / "one", base, **FIELDS)
-    run_program(request)
-    return request
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "resources",
@@ -64,7 +56,12 @@ def one(tmp_path_factory: pytest.TempPathFactory, base: Input) -> Request:  # no
         {"processes": 4, "strategy": "zero3", "micro_batch_size": 1, "gradient_checkpointing": True},
     ],
 )
-def test_shared_sequences_train_the_adapter_of_one_process(tmp_path: Path, base: Input, one: Request, resources: dict[str, Any]) -> None:  # noqa: F811
+def test_shared_sequences_train_the_adapter_of_one_process(
+    tmp_path: Path,
+    base: Input,  # noqa: F811
+    one: Request,  # noqa: F811
+    resources: dict[str, Any],
+) -> None:
     request = request_for(tmp_path, base, **FIELDS | {"resources": resources | {"sequence_parallel_size": 2}})
     finish(request, resources["processes"])
     assert "2 processes share each sequence: log-probabilities differ by" in (request.work / "log.txt").read_text()
