@@ -408,7 +408,7 @@ def loses(patch: Patch, name: str) -> None:
 TWICE = {"sources": [{"type": "files", "path": "data.jsonl"}, {"type": "files", "path": "longer.jsonl"}]}
 MISBEHAVING: list[tuple[str, str, Callable[[Patch], Any], dict[str, Any], str]] = [
     ("every label masked", "sft", masks_all, {}, r"bug: the first sequences hold \(\d+, \d+\) tokens and trained tokens, but the batch made of them \(\d+, 0\)"),
-    ("every label of a later step masked", "sft", masks_later, {}, "bug: every label is masked in the batch of step 3"),
+    ("every label of a later step masked", "sft", masks_later, {}, r"bug: every label is masked in the batch of step [2-9]\b"),
     ("rows cut in batches", "sft", cuts_batches, {}, r"bug: the first sequences hold \(\d+, \d+\) tokens and trained tokens, but the batch made of them \(48, "),
     ("a row dropped", "sft", drops_a_row, {}, r"bug: rows, tokens and trained tokens were \(\d+, \d+, \d+\), but the trainer holds"),
     ("a validation row dropped", "sft", drops_a_validation_row, {"eval_steps": 3}, "bug: rows, tokens and trained tokens were"),
