@@ -1,4 +1,7 @@
-"""What the tests of the programs share: a request, a run of it in this process or another, the digest of what it wrote."""
+"""What the tests of the programs and the benchmarks share: a request, a run of it in this process or another, the digest of what it wrote.
+
+Plain Python beside the programs: the benchmarks run in runtimes, which have no pytest.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tasks.__main__ import PROGRAMS
 from tuneline.protocol import Events, Input, Request, Result
@@ -57,8 +58,11 @@ class Killed(Events):
 def run_until(request: Request, step: int) -> None:
     events = Killed(request.work / "events.jsonl")
     events.step = step
-    with pytest.raises(KeyboardInterrupt):
+    try:
         importlib.import_module(PROGRAMS[request.kind]).run(request, request.stage(), events)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError(f"the program ended before step {step}")
 
 
 def run_process(request: Request, hash_seed: str = "123") -> subprocess.CompletedProcess[str]:
