@@ -221,24 +221,27 @@ def parquet_records(file: Path) -> Records:
 def csv_records(file: Path, content: IO[bytes]) -> Records:
     """An empty cell is no value. A row may span lines; its place is the first."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.TextIOWrapper(content, encoding="utf-8-sig", newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        if not header:
-            raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
-        twice = sorted(name for name, count in Counter(header).items() if count > 1)
-        if twice:
-            raise StageFailed("data", f"{file}:1: found the column {twice[0]} twice, allowed once", "give each column a name of its own")
-        for cells in filter(None, reader):
-            place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
-            if len(cells) == len(header):
-                yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
-            else:
-                message = f"found {len(cells)} cells, allowed {len(header)}, as in the header"
-                yield place, BadRow(message, "quote cells that hold commas or line ends, or set `on_bad_row: drop` in the source")
-    except csv.Error as error:
-        message = f"{file}:{reader.line_num}: found no CSV ({error})"
-        raise StageFailed("data", message, "quote cells that hold quotes or line ends") from error
+    with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        try:
+            header = next(reader, [])
+            if not header:
+                raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
+            twice = sorted(name for name, count in Counter(header).items() if count > 1)
+            if twice:
+                raise StageFailed(
+                    "data", f"{file}:1: found the column {twice[0]} twice, allowed once", "give each column a name of its own"
+                )
+            for cells in filter(None, reader):
+                place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
+                if len(cells) == len(header):
+                    yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+                else:
+                    message = f"found {len(cells)} cells, allowed {len(header)}, as in the header"
+                    yield place, BadRow(message, "quote cells that hold commas or line ends, or set `on_bad_row: drop` in the source")
+        except csv.Error as error:
+            message = f"{file}:{reader.line_num}: found no CSV ({error})"
+            raise StageFailed("data", message, "quote cells that hold quotes or line ends") from error
 
 
 # --- hub and generator ------------------------------------------------------------------------------------------------

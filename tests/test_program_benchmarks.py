@@ -19,7 +19,9 @@ def test_what_the_tests_and_the_benchmarks_share_needs_only_the_runtime(name: st
     assert found.returncode == 0, found.stderr
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text(encoding="utf-8")])
+@pytest.mark.parametrize(
+    "name", [path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if "argparse" in path.read_text(encoding="utf-8")]
+)
 def test_a_benchmark_says_what_it_takes(name: str) -> None:
     found = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--help"],
