@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from tuneline.data_sources import CodeSource
 from tuneline.errors import ConfigError
+from tuneline.gitignore import Patterns
+from tuneline.licenses import allows, recognised
 from tuneline.load import load
 from tuneline.plan import code_trees, plan
-from tuneline.source_tree import Patterns, Selection, allows, recognised, select, walk
+from tuneline.source_tree import Selection, select, walk
 from tuneline.workspace import Workspace
 
 MIT = """MIT License

@@ -8,6 +8,12 @@ from pydantic import Field
 
 from tuneline.fields import Path, Repository, Revision, Strict
 
+# Endings of programming languages, as GitHub's linguist knows them; read where a source has no `include`.
+LANGUAGES = frozenset(
+    "bash c cc cjs clj cljs cpp cs cu cuh cxx dart el erl ex exs f90 fs go groovy h hh hpp hrl hs hxx java jl js jsx kt kts lua m mjs ml"
+    " mli mm nim nix php pl pm proto ps1 py pyi pyx r rb rs scala sh sol sql swift tcl tf ts tsx v vhd vue svelte zig zsh".split()
+)
+
 OnBadRow = Literal["error", "drop"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "prompt"]
 
