@@ -150,7 +150,7 @@ def weights(model: PreTrainedModel, keep: bool) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tensor = strategies.whole(parameter)
         if keep:
-            kept[name] = tensor
+            kept[strategies.unwrapped(name)] = tensor
     return kept
 
 

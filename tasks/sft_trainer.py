@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
         return longest_first(range(len(eval_dataset)), lengths(eval_dataset))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Makes the folder first: transformers looks whether the best checkpoint's is there before FSDP has made it, and processes that
+        look at different times would go on with different ones."""
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         batches = (self._without_repeats(batch, self.train_dataset, self._sharing) for batch in epoch_iterator)

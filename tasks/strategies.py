@@ -7,6 +7,7 @@ inside `run`. Sequences that several processes share are in `tasks.sequences`. L
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -36,11 +37,17 @@ def arguments(resources: Resources) -> dict[str, Any]:
         given["deepspeed"] = zero_config(resources)
     elif strategy == "fsdp":
         given |= {"fsdp": True, "fsdp_config": fsdp_config(resources)}
+        logging.getLogger("accelerate.utils.fsdp_utils").setLevel(logging.WARNING)  # four lines for each checkpoint
     return given
 
 
 def join_processes(resources: Resources) -> None:
-    """On CPUs; transformers 5.23 does it as well, but leaves `ddp_timeout` to GPUs: a process that hangs would hold up all for ever."""
+    """On CPUs; transformers 5.23 does it as well, but leaves `ddp_timeout` to GPUs: a process that hangs would hold up all for ever.
+
+    On GPUs accelerate does it, with gloo for what FSDP keeps on the CPU where its own launcher has said so in the environment.
+    """
+    if resources.strategy == "fsdp" and resources.offload:
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
     if "RANK" in os.environ and not torch.cuda.is_available() and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=resources.collective_timeout))
 
@@ -84,6 +91,11 @@ def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantizat
     return load_model(source, dtype, {"device_map": "balanced", "fsdp": "cpu"}.get(resources.strategy), quantization)
 
 
+def unwrapped(name: str) -> str:
+    """Of a parameter, as it was before FSDP's checkpointing put wrappers around the layers."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A copy on the CPU of all of a parameter, in the precision that the optimizer keeps. Every process must ask."""
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
@@ -123,7 +135,8 @@ def active(trainer: Trainer) -> str:
         return f"zero{level}" if split and gradients else f"DeepSpeed at stage {level} that splits nothing"
     if isinstance(wrapped, FSDPModule):
         names = set(trainer.model._no_split_modules or ())
-        layers = [module for module in wrapped.modules() if type(module).__name__ in names]
+        # Each sharded module has got a class of its own, `FSDPLlamaDecoderLayer`, made of the one that it had.
+        layers = [module for module in wrapped.modules() if names & {each.__name__ for each in type(module).__mro__}]
         sharded = all(isinstance(p, torch.distributed.tensor.DTensor) for p in wrapped.parameters())
         return "fsdp" if layers and sharded and all(isinstance(layer, FSDPModule) for layer in layers) else "FSDP that wraps no layers"
     if isinstance(wrapped, DistributedDataParallel):

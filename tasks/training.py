@@ -137,7 +137,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy of the adapter's weights on the CPU, whole, by their saved names. Every process must ask: each may hold a part."""
     whole = {name: strategies.whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
-    return {name: tensor.contiguous() for name, tensor in sorted(state.items())}
+    return {strategies.unwrapped(name): tensor.contiguous() for name, tensor in sorted(state.items())}
 
 
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pico import save_pico
-from program_tools import make_request, payload_digest, run_process, run_program, run_until
+from program_tools import ROOT, make_request, payload_digest, run_process, run_program, run_until
 from safetensors.torch import load_file, save_file
 from test_program_resume import finish, kill_at, losses, steps
 from test_program_sft import OTHERS, ROWS, TURNING, base, dataset, request_for, weights  # noqa: F401
@@ -168,9 +168,16 @@ def test_two_processes_train_what_one_does(tmp_path: Path, base: Input, method: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_a_model_split_over_processes_is_whole_again(tmp_path: Path, base: Input, strategy: str) -> None:  # noqa: F811
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
+def test_a_model_split_over_processes_is_whole_again(
+    tmp_path: Path,
+    base: Input,  # noqa: F811
+    strategy: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Also where a kill came after the last step, and it is taken from its checkpoint."""
+    if strategy == "fsdp":
+        monkeypatch.setenv("PATCHES", str(ROOT / "tests" / "fsdp_on_cpus"))
     fields = {**WHOLE, "validation": OTHERS[:3], "eval_steps": 3}
     one = request_for(tmp_path / "one", base, **fields)
     expected, _ = run_program(one)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from program_tools import payload_digest, run_program
+from program_tools import ROOT, payload_digest, run_program
 from test_program_resume import finish, kill_at, losses, start, steps
 from test_program_sft import OTHERS, ROWS, TURNING, base, furthest, request_for  # noqa: F401
 
@@ -27,6 +27,7 @@ from tuneline.trainings import SftStage
 FIELDS: dict[str, Any] = {
     "rows": [*ROWS, OTHERS[4]], "global_batch_size": 4, "max_steps": 16, "eval_steps": 4, "validation": OTHERS[:3],
 }  # fmt: skip
+FSDP_ON_CPUS = ROOT / "tests" / "fsdp_on_cpus"
 TOLERANCE = 1e-4  # relative, of losses: sums in another order
 ENDS_WITHIN = 60  # seconds that a training may take to end once a process of it has died; torchrun waits 30 for one that hangs
 
@@ -65,13 +66,16 @@ def one(tmp_path_factory: pytest.TempPathFactory, base: Input) -> Request:  # no
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
 def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
     tmp_path: Path,
     base: Input,  # noqa: F811
     one: Request,
     strategy: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if strategy == "fsdp":
+        monkeypatch.setenv("PATCHES", str(FSDP_ON_CPUS))
     fields = FIELDS | {"resources": {"processes": 2, "strategy": strategy, "checkpoint_steps": 4}}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
     finish(whole, 2)
@@ -214,35 +218,6 @@ def test_checkpoints_by_minutes_and_so_many_of_them(tmp_path: Path, base: Input)
     request = request_for(tmp_path, base, max_steps=12, resources={"checkpoint_minutes": 1e-6, "checkpoints_kept": 3})
     run_program(request)
     assert {path.name for path in (request.work / "checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
-
-
-def test_fsdp_on_a_cpu_is_found_out(tmp_path: Path, base: Input) -> None:  # noqa: F811
-    """`validate` refuses it; should it come through all the same, accelerate would train plain DDP."""
-    request = request_for(tmp_path, base, resources={"processes": 2, "strategy": "fsdp"})
-    assert start(request, 2).wait(timeout=120) == 1
-    said = failure(request)
-    assert said.failure_class == "bug"
-    assert "resources.strategy: fsdp was asked for, but what trains is ddp" in said.message
-
-
-def test_fsdp_is_configured_by_decoder_layer(tmp_path: Path, base: Input) -> None:  # noqa: F811
-    resources = Resources.model_validate({"gpus": 2, "strategy": "fsdp", "offload": "all", "gradient_checkpointing": True})
-    stage = SftStage.model_validate({"kind": "sft", "model": "base", "dataset": "data", "resources": resources.model_dump()})
-    arguments = sft.trainer_arguments(request_for(tmp_path, base), stage)
-    plugin = arguments.fsdp_plugin_args
-    assert (plugin["fsdp_version"], plugin["auto_wrap_policy"], plugin["state_dict_type"]) == (
-        2,
-        "TRANSFORMER_BASED_WRAP",
-        "SHARDED_STATE_DICT",
-    )
-    assert (plugin["reshard_after_forward"], plugin["cpu_offload"], plugin["activation_checkpointing"]) == (True, True, True)
-    assert not arguments.activation_checkpointing  # FSDP's own, not both
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        made = FullyShardedDataParallelPlugin(**plugin)
-    assert (made.fsdp_version, str(made.state_dict_type)) == (2, "StateDictType.SHARDED_STATE_DICT")
 
 
 @pytest.mark.parametrize(
