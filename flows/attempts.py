@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.supervisor import Outcome
-from tuneline.errors import StageFailed
+from tuneline.errors import StageFailed, StageStopped
 from tuneline.protocol import Failure
 from tuneline.stages import ProgramStage
 
@@ -44,7 +44,8 @@ class Attempts:
         unexplained = any(attempt["unexplained"] for attempt in self.of_run(run_id))
         failure = _failure(stage, micro_batch, outcome, work, unexplained)
         explained = (work / "failure.json").exists() or _killed_for_memory(outcome) or outcome.stopped
-        entry = {"run_id": run_id, "class": failure.failure_class, "micro_batch_size": micro_batch, "unexplained": not explained}
+        what = "cancelled" if isinstance(failure, StageStopped) else failure.failure_class
+        entry = {"run_id": run_id, "class": what, "micro_batch_size": micro_batch, "unexplained": not explained}
         self.all.append(entry)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.all, indent=1))
@@ -59,7 +60,7 @@ def _killed_for_memory(outcome: Outcome) -> bool:
 
 def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path, unexplained_before: bool) -> StageFailed:
     if outcome.stopped == "cancelled":
-        return StageFailed("transient", "stopped with the run", "run again: it goes on from its last checkpoint", final=True)
+        return StageStopped()
     if outcome.stopped == "timeout":
         hint = "raise `timeout`; run again and it goes on from its last checkpoint"
         return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)

@@ -14,6 +14,7 @@ from typing import Any
 
 from prefect import get_run_logger
 
+from flows import node
 from flows.attempts import Attempts
 from flows.progress import ProgressArtifact
 from flows.slots import Taken
@@ -68,6 +69,7 @@ def build(
         attempt=len(attempts.all) + 1,
         resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
         engine=_runtime(run, engine).python if (engine := stage.engine_runtime()) else None,
+        join=node.command(run.pipeline, run.workspace.loaded.file, run.workspace.loaded.overrides),
     )
     request.write(work / "request.json")
     seen = _as_in_key(run, stage, document, request)

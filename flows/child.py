@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from flows.supervisor import Supervisor
-from tuneline.errors import FailureClass, StageFailed
+from tuneline.errors import FailureClass, StageFailed, StageStopped
 from tuneline.stages import ProgramStage
 from tuneline.store import Artifact
 
@@ -52,7 +52,7 @@ def build_in_pool(name: str, stage: ProgramStage, inputs: Mapping[str, Artifact]
     get_run_logger().info(f"runs in pool {stage.pool}: flow run {child.name}, {child.id}")
     state = _end_of(child.id, supervisor)
     if state is None:
-        raise StageFailed("transient", "stopped with the run", "run again: it goes on from its last checkpoint", final=True)
+        raise StageStopped
     if not state.is_completed():
         raise _failure(state, child)
 

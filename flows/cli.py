@@ -220,11 +220,12 @@ def run(
 )
 def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
     """Works as a further machine for a run of the pipeline, the one of now or the next, and ends with it. Flags are those of the run."""
-    from flows.node import check_rank, serve
+    from flows.node import check_rank, only_one, serve
 
     workspace = Workspace(load_pipeline(file, pipeline, sets, variables), warn)
     check_rank(workspace, pipeline, rank)
-    record = serve(workspace, pipeline, rank, lambda message: click.echo(message, err=True))
+    with only_one(workspace, pipeline, rank):
+        record = serve(workspace, pipeline, rank, lambda message: click.echo(message, err=True))
     click.echo(f"{pipeline} {record.state} (run {record.run_id})", err=True)
     sys.exit(EXIT.get(record.state, FAILED))
 

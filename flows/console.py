@@ -37,6 +37,7 @@ STYLES = {
     "failed": "bold red",
     "skipped": "dim",
     "refused": "bold yellow",
+    "cancelled": "yellow",
     "killed": "bold red",
     "running": "yellow",
     "run": "yellow",

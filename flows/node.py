@@ -7,18 +7,24 @@ them: which machines there are is the scheduler's affair (templates for Slurm an
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shlex
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from flows.slots import Slots, visible_gpus
 from flows.supervisor import Supervisor, program_environment
 from tuneline.errors import ConfigError, Problem, StageFailed
-from tuneline.protocol import Request
+from tuneline.overrides import as_flags, as_overrides
+from tuneline.protocol import Failure, Request
 from tuneline.runs import RunRecord
 from tuneline.runtimes import find_runtime
 from tuneline.stages import ProgramStage, Resources
@@ -37,6 +43,43 @@ def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
         raise ConfigError([Problem("--rank", "", f"found {rank} for {pipeline}, allowed {allowed}", hint)])
 
 
+def command(pipeline: str, file: Path, overrides: Sequence[str]) -> str:
+    """What a further machine is started with, from any folder; its `--rank` goes at the end."""
+    return shlex.join(["tuneline", "node", pipeline, "--file", str(file), *as_flags(overrides)])
+
+
+def check_flags(workspace: Workspace, record: RunRecord, rank: int) -> None:
+    """Raises ConfigError with every flag that differs from the run's: who gave it means another training."""
+    here, there = (as_overrides("", overrides) for overrides in (workspace.loaded.overrides, record.overrides))
+    hint = f"`{command(record.pipeline, workspace.loaded.file, record.overrides)} --rank {rank}`"
+    problems = []
+    for name in sorted(here.keys() | there.keys()):
+        ours, theirs = (json.dumps(flags[name]) if name in flags else "none" for flags in (here, there))
+        if ours != theirs:
+            flag = name if name.startswith("--var ") else f"--set {name}"
+            problems.append(Problem(flag, "", f"found {ours}, allowed {theirs}, as run {record.run_id} has it", hint))
+    if problems:
+        raise ConfigError(problems)
+
+
+@contextmanager
+def only_one(workspace: Workspace, pipeline: str, rank: int) -> Iterator[None]:
+    """Holds the number among the machines of the pipeline, as long as this process lives. Raises ConfigError where another has it."""
+    folder = workspace.home / "nodes"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{pipeline}-{rank}.lock").open("a+", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            found = f"found {rank}, which is {held.read()} already, allowed a number that no other machine of {pipeline} has"
+            raise ConfigError([Problem("--rank", "", found, "give each machine its own, or end that one first")]) from None
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {socket.gethostname()}")
+        held.flush()
+        yield
+
+
 def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], None]) -> RunRecord:
     """Works for the pipeline's run, the one of now or the next; returns its record once it has ended."""
     supervisor = Supervisor()
@@ -45,6 +88,7 @@ def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], N
             signal.signal(number, signal.default_int_handler)
     try:
         record = _next_run(workspace, pipeline, say)
+        check_flags(workspace, record, rank)
         say(f"machine {rank} of run {record.run_id}")
         done: set[str] = set()
         while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
@@ -105,7 +149,8 @@ def _join(
         )
     folder = workspace.home / "nodes" / f"{rank}-{request.key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [str(runtime.python), "-m", "tasks.launch", str(work / "request.json"), str(rank)]
+    (folder / "failure.json").unlink(missing_ok=True)
+    arguments = [str(runtime.python), "-m", "tasks.launch", str(work / "request.json"), str(rank)]
     ended = threading.Event()
 
     def leave_with_the_first() -> None:
@@ -119,8 +164,12 @@ def _join(
         watching.start()
         try:
             environment = program_environment(folder, taken.gpus)
-            outcome = supervisor.run(command, environment, folder, None, taken.descriptors, say, lambda event: None)
+            outcome = supervisor.run(arguments, environment, folder, None, taken.descriptors, lambda line: None, lambda event: None)
         finally:
             ended.set()
             watching.join()
-        say(f"{request.kind} {request.key[:12]} ended here with status {outcome.status}")
+        how = f"status {outcome.status}"
+        if (folder / "failure.json").exists():
+            failure: Failure = Failure.read(folder / "failure.json")
+            how = f"{failure.failure_class}: {failure.message}"
+        say(f"{request.kind} {request.key[:12]} ended here, {how}" + (f"; its log is {folder / 'log.txt'}" if outcome.status else ""))

@@ -19,6 +19,7 @@ from flows.report_figures import Chart, chart, graph
 from flows.report_models import columns, metric_rows, number, role_of, samples
 from flows.report_stage import Stage, between, stages_of
 from tuneline import __version__
+from tuneline.overrides import as_flags
 from tuneline.runs import RunRecord, Runs
 
 OF_REWARDS = {
@@ -71,18 +72,8 @@ def render(record: RunRecord) -> str:
 
 
 def command(record: RunRecord) -> str:
-    sets = [part for part in record.overrides if not part.startswith("--var ")]
-    variables = [part.removeprefix("--var ") for part in record.overrides if part.startswith("--var ")]
-    words = ["tuneline", "run", record.pipeline]
-    for flag, values in (
-        ("--set", sets),
-        ("--var", variables),
-        ("--only", [record.only] if record.only else []),
-        ("--force", record.force),
-    ):
-        for value in values:
-            words += [flag, value]
-    return shlex.join(words)
+    words = ["tuneline", "run", record.pipeline, *as_flags(record.overrides), *(["--only", record.only] if record.only else [])]
+    return shlex.join([*words, *(word for stage in record.force for word in ("--force", stage))])
 
 
 def warnings(stage: Stage) -> list[str]:

@@ -138,7 +138,7 @@ def _time(stage: Stage) -> str:
 
 
 def _first(stage: Stage) -> str:
-    if stage.status in ("failed", "skipped"):
+    if stage.status in ("failed", "skipped", "cancelled", "killed"):
         return _code(stage.message.partition("\n")[0])
     return figures(stage.entry) if stage.entry else ""
 

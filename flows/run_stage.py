@@ -16,7 +16,7 @@ from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.futures import wait
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import Publisher
 from flows.child import NAME
@@ -71,7 +71,8 @@ def run_stage(
         ended.set()
         publisher.close()
     entry = record.stages[-1]
-    return (Completed if entry.status in ("done", "cached") else Failed)(message=entry.message or f"{entry.kind}/{key[:12]}")
+    ended = {"done": Completed, "cached": Completed, "cancelled": Cancelled}.get(entry.status, Failed)
+    return ended(message=entry.message or f"{entry.kind}/{key[:12]}")
 
 
 def _input(workspace: Workspace, name: str) -> Artifact:

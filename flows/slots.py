@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneline.errors import StageFailed
+from tuneline.errors import StageFailed, StageStopped
 
 FOLDER = Path(tempfile.gettempdir()) / "tuneline-gpus"
 DECLARED = "TUNELINE_GPUS"  # a number of GPUs to pretend, for tests and dry runs
@@ -66,7 +66,7 @@ class Slots:
         found, told = self._slot_and_gpus(wanted, gpus, holder or {}), ""
         while found is None:
             if not keep_waiting():
-                raise StageFailed("transient", "stopped with the run", final=True)
+                raise StageStopped
             held = self.held_by_others(wanted) if gpus else []
             if held and told != (told := "; ".join(held)):
                 on_wait(f"waits for {gpus} of GPU {', '.join(wanted)}: {told}")

@@ -18,14 +18,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.runtime import task_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.build import build
 from flows.child import build_in_pool
 from flows.slots import Taken
 from flows.this_run import Run
 from tuneline import disk
-from tuneline.errors import StageFailed, StoreError, TunelineError
+from tuneline.errors import StageFailed, StageStopped, StoreError, TunelineError
 from tuneline.gate import judge
 from tuneline.keys import key_of
 from tuneline.plan import document_of, hub_inputs, input_slots
@@ -64,6 +64,9 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
             run.supervisor.pause(RETRY_DELAYS[min(task_run.run_count - 2, len(RETRY_DELAYS) - 1)])
         try:
             return _carry_out(run, name, stage, needs)
+        except StageStopped as error:
+            run.note(name, "cancelled", message=error.message)
+            return Cancelled(message=error.message)
         except StageFailed as error:
             if error.retryable and task_run.run_count <= stage.retries and not run.supervisor.stopping:
                 run.warn(name, f"{error.failure_class}: {error.message} ({error.hint})")
@@ -170,7 +173,7 @@ def _lock(run: Run, name: str, key: str) -> Iterator[int]:
         with run.workspace.store.locked(key, say, lambda: not run.supervisor.stopping) as held:
             yield held
     except BlockingIOError:
-        raise StageFailed("transient", "stopped with the run", final=True) from None
+        raise StageStopped from None
 
 
 def _slot(run: Run, name: str, stage: ProgramStage) -> AbstractContextManager[Taken]:

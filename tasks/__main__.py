@@ -87,7 +87,7 @@ def classify(error: BaseException, request: Request) -> Failure:
         hint = "check the name, ask for access on the hub, and set HF_TOKEN"
         return Failure(failure_class="auth", message=str(error).strip().splitlines()[0], hint=hint, details=details)
     if names & set(LOST) or any(sign in str(error) for sign in PEERS):
-        return Failure(failure_class="transient", message=text, hint=LOST_PEER, details=details)
+        return Failure(failure_class="transient", message="waited in vain for another process", hint=LOST_PEER, details=details)
     if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError):
         return Failure(failure_class="transient", message=text, hint="the stage is tried again", details=details)
     return Failure(failure_class="bug", message=text, hint="the log has the whole traceback", details=details)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first, and what each died of
 SAID = ".failure.json"
+HERE = ".here"  # of a machine, after a failure
 LOST_PEER = "another process of the training has gone, or hangs: the stage is tried again"
 RENDEZVOUS = "rendezvous.json"
 SECONDS_OF_OTHERS = 5.0  # that what happened on one machine may take to be seen on another
@@ -70,27 +71,28 @@ def main() -> int:
         **meeting,
     )
     if resources.nodes > 1:
-        threading.Thread(target=end_with_the_others, args=(ranks,), daemon=True).start()
+        threading.Thread(target=end_with_the_others, args=(ranks, node), daemon=True).start()
     try:
         launch_agent(config, sys.executable, ["-u", "-m", "tasks", str(request_file)])
         return 0
     except ChildFailedError as error:
         status = note_deaths(error.failures, ranks, work / "log.txt")
         failure = first_said(ranks, patience=SECONDS_OF_OTHERS if resources.nodes > 1 else 0)
+        if failure and failure.hint == LOST_PEER and (silent := absent(ranks, resources.nodes, node)):
+            failure = machine_lost(request, silent, failure)
     except SignalException as error:
         failure, status = first_said(ranks), 128 + error.sigval
     except Exception as error:
         if type(error).__name__ not in ("DistStoreError", "DistNetworkError", "RendezvousTimeoutError", "RendezvousConnectionError"):
             raise
         message = f"not all of {resources.nodes} machines met within {wait} s: {str(error).splitlines()[0]}"
-        failure, status = transient(message, "is `tuneline node PIPELINE --rank N` at work on each of the others, with this store?"), 1
+        failure, status = transient(message, f"is {joining(request, resources.nodes)} at work, with this store?"), 1
     finally:
         if node == 0:
             (work / RENDEZVOUS).unlink(missing_ok=True)
     if failure is not None:
         print(failure.details or failure.message, file=sys.stderr, flush=True)
-        if node == 0:
-            failure.write(work / "failure.json")
+        failure.write((work if node == 0 else Path.cwd()) / "failure.json")
     return status
 
 
@@ -121,15 +123,22 @@ def announced(request: Request, nodes: int) -> dict[str, str]:
     temporary = request.work / (RENDEZVOUS + ".tmp")
     temporary.write_text(json.dumps(where), encoding="utf-8")
     temporary.replace(request.work / RENDEZVOUS)
-    others = "`tuneline node PIPELINE --rank 1`" + (f" to {nodes - 1}" if nodes > 2 else "")
-    Events(request.work / "events.jsonl").progress(0, 1, f"waits at {where['endpoint']} for {nodes - 1} more: there {others}")
+    message = f"waits at {where['endpoint']} for {nodes - 1} more: there {joining(request, nodes)}"
+    Events(request.work / "events.jsonl").progress(0, 1, message)
     return where
 
 
-def end_with_the_others(ranks: Path) -> None:
-    """A process that waits for a dead one on another machine may wait for long (NCCL does): its failure is looked for."""
+def joining(request: Request, nodes: int) -> str:
+    """What is started on the other machines."""
+    return f"`{request.join} --rank 1`" + (f" to {nodes - 1}" if nodes > 2 else "")
+
+
+def end_with_the_others(ranks: Path, node: int) -> None:
+    """A process that waits for a dead one on another machine may wait for long (NCCL does): its failure is looked for, and that this
+    machine is still there is said."""
     while not list(ranks.glob(f"*{SAID}")):
         time.sleep(1)
+    (ranks / f"{node}{HERE}").touch()
     time.sleep(SECONDS_OF_OTHERS)  # our own processes may fail of it, too, and say so
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -169,6 +178,18 @@ def first_said(ranks: Path, patience: float = 0) -> Failure | None:
     of = f"process {file.name.removesuffix(SAID)}"
     message = f"{of} {failure.message}" if failure.message.startswith(("was ended", "ended with")) else f"{of}: {failure.message}"
     return failure.model_copy(update={"message": message})
+
+
+def absent(ranks: Path, nodes: int, node: int) -> list[int]:
+    """Machines that have not answered a failure."""
+    return [other for other in range(nodes) if other != node and not (ranks / f"{other}{HERE}").exists()]
+
+
+def machine_lost(request: Request, silent: list[int], failure: Failure) -> Failure:
+    """In place of what the processes made of it, which is torch's words."""
+    machines = f"machine{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+    message = f"{machines} of {request.resources['nodes']} went away or {'do' if len(silent) > 1 else 'does'} not answer"
+    return transient(message, f"the stage is tried again, there by `{request.join} --rank {silent[-1]}`", failure.details)
 
 
 def transient(message: str, hint: str, details: str = "") -> Failure:

@@ -59,11 +59,14 @@ def test_a_run_of_this_process_is_alive_until_it_is_finished(tmp_path: Path) -> 
     assert runs.get("demo", record.run_id).state == "failed"
 
 
+@pytest.mark.parametrize("schema", [1, 4])
 @pytest.mark.parametrize(("state", "read"), [("completed", "completed"), ("running", "killed")])
-def test_records_of_the_first_schema_are_read(tmp_path: Path, state: str, read: str) -> None:
+def test_records_of_older_schemas_are_read(tmp_path: Path, schema: int, state: str, read: str) -> None:
     stage = {"stage": "one", "kind": "dataset", "status": "done", "key": "k", "digest": "d", "document": {"a": 1}, "artifact": "/a"}
     stage |= {"seconds": 1.5, "metrics": {"rows": 3.0}, "message": ""}
-    old = {"schema": 1, "run_id": "20261101T000000Z-abcd", "pipeline": "demo", "overrides": ["one.seed=2"], "stages": [stage]}
+    if schema == 4:
+        stage |= {"attempts": 2, "started": None}
+    old = {"schema": schema, "run_id": "20261101T000000Z-abcd", "pipeline": "demo", "overrides": ["one.seed=2"], "stages": [stage]}
     old |= {"started": "2026-11-01T00:00:00+00:00", "finished": None, "state": state}
     (tmp_path / "20261101T000000Z-abcd.json").write_text(json.dumps(old))
     record = Runs(tmp_path).get("demo", None)
@@ -114,4 +117,27 @@ def test_of_a_killed_stage_that_wrote_nothing_no_time_is_known(tmp_path: Path) -
     record = runs.begin("demo", ())
     record.stages = [working("k", 300)]
     runs.finish(record, "cancelled")
-    assert (record.stages[0].status, record.stages[0].seconds) == ("killed", 10)
+    assert (record.stages[0].status, record.stages[0].seconds, record.stages[0].message) == ("cancelled", 10, "")
+
+
+def test_of_a_killed_stage_the_last_step_and_the_log_are_told(tmp_path: Path) -> None:
+    """Of its last attempt, also where the kill tore a line."""
+    work = tmp_path / "work" / "k"
+    work.mkdir(parents=True)
+    (work / "log.txt").touch()
+    now = datetime.now(UTC).timestamp()
+    last = f'{{"t": {now - 200}, "type": "progress", "step": 12, "total": 40, "message": "loss 1"}}\n'
+
+    def told() -> str:
+        runs = Runs(tmp_path / "runs")
+        record = runs.begin("demo", ())
+        record.stages = [working("k", 300)]
+        runs.finish(record, "killed")
+        return record.stages[0].message
+
+    assert told() == f"its log is {work / 'log.txt'}"
+    (work / "events.jsonl").write_text(f'{{"t": {now - 400}, "type": "progress", "step": 30, "total": 40}}\n')  # an earlier attempt
+    assert told() == f"its log is {work / 'log.txt'}"
+    with (work / "events.jsonl").open("a") as file:
+        file.write(last + f'{{"t": {now - 190}, "type": "metric", "name": "loss", "value": 1.0}}\n{{"t": {now - 180}, "ty')
+    assert told() == f"came to step 12 of 40; its log is {work / 'log.txt'}"

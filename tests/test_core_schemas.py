@@ -30,10 +30,10 @@ def print_of(model: type[BaseModel]) -> str:
 
 SHAPES = [
     (store.Manifest, store.SCHEMA, (1, "c85a7ee3")),
-    (runs.RunRecord, runs.SCHEMA, (4, "3d95bf35")),
-    (protocol.Request, protocol.SCHEMA, (3, "b50e3445")),
-    (protocol.Result, protocol.SCHEMA, (3, "a7004c2c")),
-    (protocol.Failure, protocol.SCHEMA, (3, "032239e0")),
+    (runs.RunRecord, runs.SCHEMA, (5, "554da8c8")),
+    (protocol.Request, protocol.SCHEMA, (4, "8d12e26f")),
+    (protocol.Result, protocol.SCHEMA, (4, "2ed34e80")),
+    (protocol.Failure, protocol.SCHEMA, (4, "1869b96c")),
 ]
 
 

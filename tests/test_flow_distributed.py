@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 from conftest import ROOT, Project
 from small_disk import small_disk
 from test_flow_pico import make
-from test_flow_supervisor import gone
+from test_flow_supervisor import gone, marked
 
 from tuneline.load import load
 from tuneline.protocol import Request
@@ -241,16 +242,46 @@ def test_two_machines_train_one_adapter_by_the_template_for_slurm(pico: Project)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_machine_that_goes_away_is_named(pico: Project, machine: int) -> None:
+    """The log has what its peers made of that; terminals have no traceback."""
+    text = (pico.root / "pipelines.yaml").read_text()
+    pico.write(text.replace("processes: 2", "processes: 1, nodes: 2").replace("kind: sft,", "kind: sft, retries: 0,"))
+    mark = f"machine-{os.getpid()}"
+    marks = [mark if number == machine else "" for number in (0, 1)]
+    run = pico.start("run", "pico", MARK=marks[0], TUNELINE_NODE_ADDRESS="127.0.0.1")
+    node = pico.start("node", "pico", "--rank", "1", MARK=marks[1])
+    wait_for(lambda: list(pico.root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")), run)
+    lost = marked(mark)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # all at once
+        for pid in lost:
+            os.kill(pid, number)
+    (_, err), (_, said) = run.communicate(timeout=120), node.communicate(timeout=120)
+    assert "Traceback" not in err + said
+    assert "gloo" not in err + said
+    if machine == 0:
+        assert "ended here, transient: machine 0 of 2 went away or does not answer; its log is " in said
+        assert node.returncode == 1
+    else:
+        again = f"the stage is tried again, there by `tuneline node pico --file {pico.root}/pipelines.yaml --rank 1`"
+        assert f"sft: failed\n    transient: machine 1 of 2 went away or does not answer\n    \n    hint: {again}\n" in err
+        assert run.returncode == 1
+        (log,) = pico.root.glob(".tuneline/work/*/log.txt")
+        assert "Traceback" in log.read_text()
+
+
+@pytest.mark.slow
 def test_a_machine_that_does_not_come_ends_the_stage(pico: Project) -> None:
     text = (pico.root / "pipelines.yaml").read_text()
     pico.write(
         text.replace("processes: 2", "processes: 1, nodes: 2, collective_timeout: 4").replace("kind: sft,", "kind: sft, retries: 0,")
     )
-    done = pico.tuneline("run", "pico", status=1, TUNELINE_NODE_ADDRESS="127.0.0.1")
+    done = pico.tuneline("run", "pico", "--set", "sft.seed=7", status=1, TUNELINE_NODE_ADDRESS="127.0.0.1")
     assert "waits at 127.0.0.1:" in done.stderr
-    assert "for 1 more: there `tuneline node PIPELINE --rank 1`" in done.stderr
+    command = f"`tuneline node pico --file {pico.root}/pipelines.yaml --set sft.seed=7 --rank 1`"  # the flags are the run's
+    assert f"for 1 more: there {command}\n" in done.stderr
     assert "transient: not all of 2 machines met within 4 s" in done.stderr
-    assert "is `tuneline node PIPELINE --rank N` at work on each of the others" in done.stderr
+    assert f"is {command} at work, with this store?" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -275,6 +306,49 @@ pipelines:
       rows: {kind: dataset, sources: [{type: files, path: rows.jsonl}]}
       sft:  {kind: sft, model: base, dataset: rows, runtime: stand-in, resources: {nodes: 2}}
 """
+
+
+def test_a_number_is_of_one_machine(project: Project, stand_in: Callable[..., None]) -> None:
+    project.write(MACHINES)
+    first = project.start("node", "demo", "--rank", "1")
+    assert first.stderr is not None
+    assert first.stderr.readline() == "waits for a run of demo\n"
+    refused = project.tuneline("node", "demo", "--rank", "1", status=2).stderr
+    assert refused == (
+        f"--rank: found 1, which is process {first.pid} on {socket.gethostname()} already, allowed a number that no other machine of demo "
+        "has\n\nhint: give each machine its own, or end that one first\n"
+    )
+    first.kill()
+    first.communicate()
+    second = project.start("node", "demo", "--rank", "1")
+    assert second.stderr is not None
+    assert second.stderr.readline() == "waits for a run of demo\n"
+    second.kill()
+    second.communicate()
+
+
+def test_a_machine_has_the_flags_of_its_run(project: Project, stand_in: Callable[..., None]) -> None:
+    """As Prefect hands them on: the same value in another spelling is the same."""
+    project.write(MACHINES.replace("version: 1", "version: 1\nvars: {rows: rows.jsonl}").replace("path: rows.jsonl", 'path: "${rows}"'))
+    file, run_flags = project.root / "pipelines.yaml", ("sft.learning_rate=0.001", 'sft.description="one two"')
+    runs = Workspace(load(file)).runs
+    record = runs.begin("demo", (*run_flags, '--var rows="a.jsonl"'))
+    sets = ("--set", "sft.learning_rate=1.0e-3", "--set", "sft.description=one two")
+    refused = project.tuneline("node", "demo", "--rank", "1", *sets, "--set", "sft.seed=4", status=2).stderr
+    hint = (
+        f"hint: `tuneline node demo --file {file} --set sft.learning_rate=0.001 --set 'sft.description=\"one two\"' "
+        "--var 'rows=\"a.jsonl\"' --rank 1`\n"
+    )
+    assert refused == (
+        f'--var rows: found none, allowed "a.jsonl", as run {record.run_id} has it\n\n{hint}\n'
+        f"--set sft.seed: found 4, allowed none, as run {record.run_id} has it\n\n{hint}"
+    )
+    joined = project.start("node", "demo", "--rank", "1", *sets, "--var", "rows=a.jsonl")
+    assert joined.stderr is not None
+    assert joined.stderr.readline() == f"machine 1 of run {record.run_id}\n"
+    runs.finish(record, "completed")
+    joined.communicate(timeout=30)
+    assert joined.returncode == 0
 
 
 @pytest.mark.parametrize("working", [False, True])

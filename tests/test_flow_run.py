@@ -359,9 +359,17 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
         (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
         assert row[:3] == ["one", "dataset", "killed"]
         assert float(row[3]) > 0
+        (stage,) = [stage for stage in demo.json("show", "demo")["record"] if stage["stage"] == "one"]
+        (log,) = demo.root.glob(".tuneline/work/*/log.txt")
+        assert stage["message"] == f"came to step 1 of 2; its log is {log}"
     else:
         assert process.returncode == 130, err
-        assert demo.json("show", "demo")["state"] == "cancelled"
+        assert "one: cancelled (stopped with the run)" in err
+        shown = demo.json("show", "demo")
+        assert shown["state"] == "cancelled"
+        assert {stage["stage"]: stage["status"] for stage in shown["record"]}["one"] == "cancelled"
+        (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
+        assert (row[2], row[5:]) == ("cancelled", ["stopped", "with", "the", "run"])
     assert demo.json("run", "demo")["state"] == "completed"
 
 

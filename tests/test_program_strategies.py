@@ -189,7 +189,8 @@ def test_a_process_that_hangs_ends_the_training(tmp_path: Path, base: Input) -> 
     assert process.wait(timeout=5 + ENDS_WITHIN) == 1
     said = failure(request)
     assert said.failure_class == "transient"
-    assert said.message.startswith("process 0: ")
+    assert said.message == "process 0: waited in vain for another process"
+    assert "Traceback" in said.details
     assert "another process of the training has gone, or hangs" in said.hint
 
 

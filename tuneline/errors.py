@@ -4,6 +4,7 @@ TunelineError            a message for people, with a hint
 ├── ConfigError          the file or the call is wrong: every problem at once (exit code 2)
 ├── StoreError           the store cannot be read or written
 └── StageFailed          a stage's program failed; its class decides whether it is tried again (exit code 1)
+    └── StageStopped     or was ended with its run
 """
 
 from __future__ import annotations
@@ -66,3 +67,10 @@ class StageFailed(TunelineError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str, bool]]:
         return StageFailed, (self.failure_class, self.message, self.hint, self.details, self.final)
+
+
+class StageStopped(StageFailed):
+    """The run was stopped while the stage worked, or waited to."""
+
+    def __init__(self) -> None:
+        super().__init__("transient", "stopped with the run", "run again: it goes on from its last checkpoint", final=True)

@@ -180,6 +180,12 @@ def as_overrides(flag: str, sets: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def as_flags(overrides: Sequence[str]) -> list[str]:
+    """Of a loaded file or a run's record, the words of the command line that gave them."""
+    parts = [("--var", text.removeprefix("--var ")) if text.startswith("--var ") else ("--set", text) for text in overrides]
+    return [word for part in parts for word in part]
+
+
 def _named(node: Any) -> Iterator[re.Match[str]]:
     """Every ${name} below `node`."""
     if isinstance(node, str):

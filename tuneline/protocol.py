@@ -19,7 +19,7 @@ from tuneline.errors import FailureClass
 from tuneline.spec import STAGES
 from tuneline.stages import ProgramStage
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class Message(BaseModel):
@@ -81,6 +81,8 @@ class Request(Message):
     """As `spec.Resources`, micro_batch_size possibly lowered after an out-of-memory."""
     engine: Path | None = None
     """Python of the runtime that holds vLLM, where the stage uses it."""
+    join: str = ""
+    """The command that the further machines of a training are started with, but for its `--rank`."""
 
     @property
     def payload(self) -> Path:

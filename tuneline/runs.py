@@ -21,10 +21,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneline.errors import ConfigError, Problem, StoreError
+from tuneline.protocol import Event
 
-SCHEMA = 4  # 2: what was planned; 3: its run in Prefect; 4: stages that work, and attempts. Older ones are read.
+SCHEMA = 5  # 2: what was planned; 3: its run in Prefect; 4: stages that work, and attempts; 5: cancelled stages. Older ones are read.
 BALLAST = 4 << 20  # bytes that a run's lock file holds, given up to write down how the run ended once the disk is full
-StageStatus = Literal["running", "done", "cached", "failed", "skipped", "refused", "killed"]
+StageStatus = Literal["running", "done", "cached", "failed", "skipped", "refused", "cancelled", "killed"]
 RunState = Literal["running", "completed", "failed", "refused", "cancelled", "killed"]
 
 
@@ -146,14 +147,15 @@ class Runs:
         return record
 
     def _count(self, record: RunRecord) -> None:
-        """Of stages that were working: their time until now, or until their run was killed."""
+        """Of stages that were working: their time until now or, with how far they came, until their run was killed."""
         for stage in record.stages:
             if stage.status == "running" and stage.started is not None:
-                until = datetime.now(UTC)
+                began, until = datetime.fromisoformat(stage.started), datetime.now(UTC)
                 if record.state != "running":
                     work = self.folder.parent / "work" / (stage.key or "")
-                    stage.status, until = "killed", min(until, _last_written(work))
-                stage.seconds += max(0.0, round((until - datetime.fromisoformat(stage.started)).total_seconds(), 1))
+                    stage.status, until = "cancelled" if record.state == "cancelled" else "killed", min(until, _last_written(work))
+                    stage.message = _left(work, began.timestamp())
+                stage.seconds += max(0.0, round((until - began).total_seconds(), 1))
                 stage.started = until.isoformat() if stage.status == "running" else None
 
     def newest_first(self, pipeline: str) -> Iterator[RunRecord]:
@@ -204,6 +206,23 @@ def _last_written(folder: Path) -> datetime:
     """When its newest file was; long ago where there is none."""
     times = [file.stat().st_mtime for file in folder.glob("*")]
     return datetime.fromtimestamp(max(times, default=0.0), UTC)
+
+
+def _left(folder: Path, since: float) -> str:
+    """The last step of a program's last attempt, and where its log is."""
+    told = []
+    with contextlib.suppress(OSError):
+        for line in reversed((folder / "events.jsonl").read_bytes().splitlines()):
+            with contextlib.suppress(ValidationError):  # torn by the kill
+                event = Event.model_validate_json(line)
+                if event.t < since:
+                    break
+                if event.type == "progress":
+                    told.append(f"came to step {event.step} of {event.total}")
+                    break
+    if (log := folder / "log.txt").exists():
+        told.append(f"its log is {log}")
+    return "; ".join(told)
 
 
 def _held(lock: Path) -> bool:
