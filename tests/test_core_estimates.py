@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from test_core_plan import build, planned
 
 from tuneline import fits
-from tuneline.architectures import Architecture, architecture_of, read
+from tuneline.architectures import Architecture, architecture_of, reach, read
 from tuneline.estimates import Estimate, disk_of, estimates
 from tuneline.load import load
 from tuneline.memory import Job
@@ -426,6 +427,54 @@ def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch
     (warning,) = warnings_of(folder)
     assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of a GPU are needed, the pool `gpu` has ")
     assert f" has {needed / GIB - 1 / 1024:.3f} GiB for it" in warning
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({}, math.inf),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": 2048, "rope_scaling": None}, 2048),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 2.0}}, 4096),
+        # Llama 3.1, Phi 3 and Qwen2.5 with YaRN as its README has it.
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+            },
+            131072,
+        ),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+    ],
+)
+def test_how_far_positions_reach(fields: dict[str, Any], positions: float) -> None:
+    assert reach(fields) == positions
+
+
+def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
+    def warned(positions: int | None, *sets: str) -> list[str]:
+        (folder / "base" / "config.json").write_text(json.dumps(CONFIGS["Qwen2.5-7B"] | {"max_position_embeddings": positions}))
+        read.cache_clear()
+        return warnings_of(folder, "sft.resources.gpus=0", *sets)
+
+    (warning,) = warned(1024)
+    assert (
+        ":9:67: demo.sft.max_length: rows may have 2048 tokens, more than the model's positions, 1024\n\nhint: `max_length` in `data`"
+        in warning
+    )
+    assert warned(2048) == warned(None) == warned(1024, "data.max_length=1024") == []
+    assert len(warned(1024, "sft.packing=true", "data.max_length=null")) == 1
+    assert warned(1024, "sft.packing=true", "data.max_length=512") == []  # each row of a packed sequence counts from 0
+
+    text = PIPELINE.replace(
+        "kind: sft, model: base, dataset: data, max_length: 4096", "kind: grpo, model: base, dataset: data, rewards: [{type: exact_match}]"
+    )
+    (folder / "pipelines.yaml").write_text(text)
+    (warning,) = warned(2200)
+    assert "demo.sft.max_completion_length: prompts and completions may have 2304 tokens, more than the model's positions, 2200" in warning
+    assert warned(2304) == warned(2200, "data.max_length=null") == []  # how long prompts are is not known
 
 
 def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:
