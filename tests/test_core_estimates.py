@@ -366,7 +366,7 @@ def test_weights_and_adapters_are_of_the_size_that_others_state(models: dict[str
         (20, 8, "--set sft.resources.gradient_checkpointing=true --set sft.resources.micro_batch_size=2"),
         (14, 8, "--set sft.resources.gpus=2 --set sft.resources.strategy=zero3"),
         (14, 1, "--set sft.resources.strategy=zero3 --set sft.resources.offload=all"),
-        (2, 1, "no change of its resources fits: take larger GPUs"),
+        (2, 1, "no change of its resources fits with a tenth to spare: take larger GPUs"),
     ],
 )
 def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: str, models: dict[str, Architecture]) -> None:
@@ -427,6 +427,20 @@ def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch
     (warning,) = warnings_of(folder)
     assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of a GPU are needed, the pool `gpu` has ")
     assert f" has {needed / GIB - 1 / 1024:.3f} GiB for it" in warning
+
+
+def test_a_plan_warns_of_what_is_tight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace(load(folder / "pipelines.yaml", "demo"))
+    memory = estimates(workspace, "demo", plan(workspace, "demo"))["sft"].memory
+    assert memory is not None
+    for share, tight in ((1.0, True), (0.95, True), (0.89, False)):
+        monkeypatch.setattr(fits, "room_for", lambda stage, _, share=share: round(memory.total / share))
+        warnings = warnings_of(folder)
+        assert len(warnings) == tight
+        assert all(
+            "for it, which is tight: estimates err by a tenth or more\n\nhint: the cheapest change that" in text for text in warnings
+        )
+        assert all("--set sft.resources.micro_batch_size=4`" in text for text in warnings)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from tuneline.workspace import Workspace
 Change = dict[str, Any]  # of a stage: field, dotted, to value
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 MOST_GPUS = 8  # of a machine, where the pool does not say
+SAFE = 0.9  # of a GPU's memory: estimates of LoRA err by up to a tenth, others by more (docs/estimates.md)
 
 
 def gib(size: int, digits: int = 1) -> str:
@@ -63,10 +64,11 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
             continue
         job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
-        if (needed := job.memory().total) > room:
-            digits = next(digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits))
+        if (needed := job.memory().total) > SAFE * room:
+            digits = next((digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits)), 1)
             found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
-            yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, room, gpus_of(pool), name))
+            found += ", which is tight: estimates err by a tenth or more" if needed <= room else ""
+            yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name))
 
 
 def beyond_positions(stage: Training, dataset: Stage, architecture: Architecture) -> Finding | None:
@@ -104,7 +106,7 @@ def remedy(job: Job, room: int, gpus: int, name: str) -> str:
             away = changed.memory().offloaded
             beside = f", and {gib(away)} of the CPU's memory for each process" if away else ""
             return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
-    return "no change of its resources fits: take larger GPUs, a smaller model or shorter sequences"
+    return "no change of its resources fits with a tenth to spare: take larger GPUs, a smaller model or shorter sequences"
 
 
 def changes(job: Job, gpus: int) -> Iterator[Change]:
