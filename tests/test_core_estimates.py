@@ -14,6 +14,7 @@ from test_core_plan import build, planned
 
 from tuneline import fits
 from tuneline.architectures import Architecture, architecture_of, reach, read
+from tuneline.checkpoints import Checkpoint
 from tuneline.estimates import Estimate, disk_of, estimates
 from tuneline.load import load
 from tuneline.memory import Job
@@ -353,6 +354,15 @@ def test_weights_and_adapters_are_of_the_size_that_others_state(models: dict[str
     assert small.frozen / GB == pytest.approx(14, rel=0.04)  # its base
     assert 4 * small.trainable / GB == pytest.approx(0.0168, rel=0.01)  # its adapter of "30 MB"
     assert disk_of(small) == small.trainable * (3 * 12 + 4)
+
+
+def test_the_copy_of_a_checkpoint_of_other_processes_is_on_the_disk(models: dict[str, Architecture]) -> None:
+    zero = job(models["Qwen2.5-7B"], resources={"strategy": "zero2", "gpus": 2})
+    own, other = (Checkpoint(Path("checkpoint-5"), layout) for layout in ("zero2 over 2 processes", "zero2 over 4 processes"))
+    assert disk_of(zero) == disk_of(zero, own) == zero.trainable * (3 * 14 + 2)
+    assert disk_of(zero, other) == zero.trainable * (2 * 14 + 24)
+    plain = job(models["Qwen2.5-7B"])
+    assert disk_of(plain, Checkpoint(Path("checkpoint-5"), "replicated")) == disk_of(plain)
 
 
 # --- advice -----------------------------------------------------------------------------------------------------------
