@@ -21,6 +21,7 @@ from tasks.loading import compute_dtype, load_tokenizer, save_tokenizer, saved_t
 from tasks.masks import prompt_ids, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
+from tuneline.architectures import reach
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.trainings import GrpoStage
@@ -64,7 +65,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     check_enough(prompts, stage)
 
     model = strategies.load_base(base, stage.resources, compute_dtype(stage.dtype))
-    longest = check_lengths(rows, prompts, stage, model.config.max_position_embeddings)
+    longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
     layers = training.targeted_layers(model, stage.lora.target_modules)
     shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
     shown |= {f"rewards/{reward.label}/std": f"reward_std/{reward.label}" for reward in stage.rewards}
@@ -197,10 +198,11 @@ def check_enough(prompts: dict[str, list[int]], stage: GrpoStage) -> None:
         raise StageFailed("data", f"the train split has {len(prompts)} prompts, but a step takes {wanted}", hint)
 
 
-def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoStage, positions: int) -> int:
+def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoStage, positions: float) -> int:
     """Tokens of the longest prompt with the longest completion. Raises StageFailed(data) where model or engine take fewer."""
     engine = stage.resources.engine
-    limits = {"resources.engine.max_model_len": engine.max_model_len if engine else None, "the model's positions": positions}
+    engines = engine.max_model_len if engine else None
+    limits: dict[str, float | None] = {"resources.engine.max_model_len": engines, "the model's positions": positions}
     longest = 0
     for row, ids in zip(rows, prompts.values(), strict=True):
         whole = len(ids) + stage.max_completion_length
@@ -210,7 +212,7 @@ def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoSta
                 raise StageFailed(
                     "data",
                     f"the prompt of row {row.id} has {len(ids)} tokens, which with max_completion_length {stage.max_completion_length} "
-                    f"is more than {name}, {limit}",
+                    f"is more than {name}, {limit:.0f}",
                     "raise or leave out max_model_len"
                     if "max_model_len" in name and whole <= positions
                     else "lower max_completion_length, or drop long rows in the dataset stage: `max_length: ...`",

@@ -1,13 +1,21 @@
-"""Lines of libraries that people take for errors of their stage, kept out of its log: these and no others."""
+"""Lines of libraries that people take for errors of their stage, and banners, kept out of its log: these and no others."""
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
-SAID = {  # by logger: how the line begins
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # a kernel without a gradient, for a package that we leave out
-    "torchao": "Failed to load ",  # kernels for other devices; PEFT imports it, and nothing of it is used
+SAID: dict[str, tuple[str, ...]] = {  # by logger: how the line begins
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # of a package that we leave out; it has no gradient
+    "torchao": ("Failed to load ",),  # kernels for other devices; PEFT imports it, and nothing of it is used
+    "torch.utils._pytree": ("%s is an Enum subclass",),  # torchao's own, of torch 2.13
+    "DeepSpeed": ("Setting accelerator to CPU", "MPU is not provided"),
+    "transformers.trainer_utils": (
+        "Warning: The following arguments do not match",  # resources, which may be others after a resume
+        "mtime may not be reliable",  # it sorts checkpoints by their numbers then, as we do
+    ),
+    "lm_eval.models.huggingface": ("`pretrained` model kwarg", "Passed an already-initialized model", "Overrode HF model backend"),
 }
 DEPRECATED = (  # what they call of one another, FutureWarnings all
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",  # DeepSpeed 0.19 of torch 2.13
@@ -17,7 +25,13 @@ DEPRECATED = (  # what they call of one another, FutureWarnings all
 
 def silence() -> None:
     """Before the libraries are imported: some speak then."""
-    for name, beginning in SAID.items():
-        logging.getLogger(name).addFilter(lambda record, beginning=beginning: not str(record.msg).startswith(beginning))  # type: ignore[misc]
+    for name, beginnings in SAID.items():
+        logging.getLogger(name).addFilter(lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings))  # type: ignore[misc]
+    for name in ("httpx", "accelerate"):  # libraries turn information on for all, where these tell each request and each gathering
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"  # bars that redraw themselves; progress is in the events
+    # PEFT imports gptqmodel: its banner comes as information of a logger that sets its level itself, its warning is of the GIL.
+    logging.getLogger("logbar").isEnabledFor = logging.WARNING.__le__  # type: ignore[method-assign]
+    os.environ["GPTQMODEL_DISABLE_GIL_WARNING"] = "1"
     for message in DEPRECATED:
         warnings.filterwarnings("ignore", message, FutureWarning)

@@ -18,6 +18,7 @@ from tasks import methods
 from tasks.loading import load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, tokenize
 from tasks.rows import read_split
+from tuneline.architectures import reach
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.trainings import SftStage
@@ -47,6 +48,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     prepared = packed(train, stage.max_length) if stage.packing else train
 
     model = methods.load_base(base, stage)
+    check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
     full = stage.method == "full"
     layers = training.targeted_layers(model, stage.lora.target_modules)
     training.score_only_trained_tokens()
@@ -186,6 +188,18 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
             "leave rows without an answer out of the dataset, or set `train_on: all`",
         )
     return Dataset.from_dict({"input_ids": [token.input_ids for token in tokens], "labels": [token.labels for token in tokens]})
+
+
+def check_positions(splits: list[Dataset], positions: float) -> None:
+    """No row is longer than the model's positions reach. TRL and LLaMA-Factory would train on it: positions that are looked up end in an
+    index error, RoPE goes on to where nothing was ever learnt. grpo and evaluations refuse such rows, too."""
+    longest = max(len(tokens) for split in splits for tokens in split["input_ids"])
+    if longest > positions:
+        message = f"max_length: rows have {longest} tokens, more than the model's positions, {positions:.0f}"
+        hint = (
+            f"`max_length: {positions:.0f}` in the dataset stage drops or cuts longer rows; or stretch the model's RoPE in its config.json"
+        )
+        raise StageFailed("config", message, hint)
 
 
 def packed(dataset: Dataset, length: int) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from test_core_plan import build, planned
 
 from tuneline import fits
-from tuneline.architectures import Architecture, architecture_of, read
+from tuneline.architectures import Architecture, architecture_of, reach, read
+from tuneline.checkpoints import Checkpoint
 from tuneline.estimates import Estimate, disk_of, estimates
 from tuneline.load import load
 from tuneline.memory import Job
@@ -354,6 +356,15 @@ def test_weights_and_adapters_are_of_the_size_that_others_state(models: dict[str
     assert disk_of(small) == small.trainable * (3 * 12 + 4)
 
 
+def test_the_copy_of_a_checkpoint_of_other_processes_is_on_the_disk(models: dict[str, Architecture]) -> None:
+    zero = job(models["Qwen2.5-7B"], resources={"strategy": "zero2", "gpus": 2})
+    own, other = (Checkpoint(Path("checkpoint-5"), layout) for layout in ("zero2 over 2 processes", "zero2 over 4 processes"))
+    assert disk_of(zero) == disk_of(zero, own) == zero.trainable * (3 * 14 + 2)
+    assert disk_of(zero, other) == zero.trainable * (2 * 14 + 24)
+    plain = job(models["Qwen2.5-7B"])
+    assert disk_of(plain, Checkpoint(Path("checkpoint-5"), "replicated")) == disk_of(plain)
+
+
 # --- advice -----------------------------------------------------------------------------------------------------------
 
 
@@ -365,7 +376,7 @@ def test_weights_and_adapters_are_of_the_size_that_others_state(models: dict[str
         (20, 8, "--set sft.resources.gradient_checkpointing=true --set sft.resources.micro_batch_size=2"),
         (14, 8, "--set sft.resources.gpus=2 --set sft.resources.strategy=zero3"),
         (14, 1, "--set sft.resources.strategy=zero3 --set sft.resources.offload=all"),
-        (2, 1, "no change of its resources fits: take larger GPUs"),
+        (2, 1, "no change of its resources fits with a tenth to spare: take larger GPUs"),
     ],
 )
 def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: str, models: dict[str, Architecture]) -> None:
@@ -426,6 +437,68 @@ def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch
     (warning,) = warnings_of(folder)
     assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of a GPU are needed, the pool `gpu` has ")
     assert f" has {needed / GIB - 1 / 1024:.3f} GiB for it" in warning
+
+
+def test_a_plan_warns_of_what_is_tight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = Workspace(load(folder / "pipelines.yaml", "demo"))
+    memory = estimates(workspace, "demo", plan(workspace, "demo"))["sft"].memory
+    assert memory is not None
+    for share, tight in ((1.0, True), (0.95, True), (0.89, False)):
+        monkeypatch.setattr(fits, "room_for", lambda stage, _, share=share: round(memory.total / share))
+        warnings = warnings_of(folder)
+        assert len(warnings) == tight
+        assert all(
+            "for it, which is tight: estimates err by a tenth or more\n\nhint: the cheapest change that" in text for text in warnings
+        )
+        assert all("--set sft.resources.micro_batch_size=4`" in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({}, math.inf),
+        ({"n_positions": 1024}, 1024),
+        ({"max_position_embeddings": 2048, "rope_scaling": None}, 2048),
+        ({"max_position_embeddings": 2048, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 2.0}}, 4096),
+        # Llama 3.1, Phi 3 and Qwen2.5 with YaRN as its README has it.
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+            },
+            131072,
+        ),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+    ],
+)
+def test_how_far_positions_reach(fields: dict[str, Any], positions: float) -> None:
+    assert reach(fields) == positions
+
+
+def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
+    def warned(positions: int | None, *sets: str) -> list[str]:
+        (folder / "base" / "config.json").write_text(json.dumps(CONFIGS["Qwen2.5-7B"] | {"max_position_embeddings": positions}))
+        read.cache_clear()
+        return warnings_of(folder, "sft.resources.gpus=0", *sets)
+
+    (warning,) = warned(1024)
+    assert (
+        ":9:67: demo.sft.max_length: rows may have 2048 tokens, more than the model's positions, 1024\n\nhint: `max_length` in `data`"
+        in warning
+    )
+    assert warned(2048) == warned(None) == warned(1024, "data.max_length=1024") == []
+    assert len(warned(1024, "sft.packing=true", "data.max_length=null")) == 1
+    assert warned(1024, "sft.packing=true", "data.max_length=512") == []  # each row of a packed sequence counts from 0
+
+    text = PIPELINE.replace(
+        "kind: sft, model: base, dataset: data, max_length: 4096", "kind: grpo, model: base, dataset: data, rewards: [{type: exact_match}]"
+    )
+    (folder / "pipelines.yaml").write_text(text)
+    (warning,) = warned(2200)
+    assert "demo.sft.max_completion_length: prompts and completions may have 2304 tokens, more than the model's positions, 2200" in warning
+    assert warned(2304) == warned(2200, "data.max_length=null") == []  # how long prompts are is not known
 
 
 def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:

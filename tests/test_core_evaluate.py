@@ -48,6 +48,22 @@ REFUSED = {
         "demo.eval.resources.micro_batch_size: found a micro_batch_size, which vLLM does not have\n\nhint: "
         "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time",
     ),
+    "few-shot without benchmarks": (
+        "model: base, num_fewshot: 0",
+        "demo.eval.num_fewshot: found num_fewshot without benchmarks, which alone it is for\n\nhint: remove it",
+    ),
+    "tasks without benchmarks": (
+        "model: base, include_path: mine",
+        "demo.eval.include_path: found include_path without benchmarks, which alone it is for\n\nhint: remove it",
+    ),
+    "template without benchmarks": (
+        "model: base, apply_chat_template: false",
+        "demo.eval.apply_chat_template: found apply_chat_template without benchmarks, which alone it is for\n\nhint: remove it",
+    ),
+    "code that no benchmark runs": (
+        "model: base, benchmarks: [arc_easy], allow_code_execution: true",
+        "demo.eval.allow_code_execution: found allow_code_execution without human_eval, the only benchmark that runs code\n\nhint: remove it",
+    ),
     "processes": (
         "model: base, backend: vllm, resources: {gpus: 2, processes: 2}",
         "demo.eval.resources.processes: found 2 for evaluate, allowed 1\n\nhint: only trainings run in several processes: remove it",
@@ -76,6 +92,9 @@ def test_what_cannot_work_is_refused(tmp_path: Path, what: str) -> None:
         "model: small, backend: vllm, resources: {gpus: 1}",
         "model: sft, backend: vllm, resources: {gpus: 2, engine: {gpus: 2}}",
         "model: small",
+        "model: base, num_fewshot: null, apply_chat_template: true",
+        "model: base, benchmarks: [human_eval], allow_code_execution: true, num_fewshot: 0, include_path: mine",
+        "model: base, resources: {micro_batch_size: 4}",
     ],
 )
 def test_what_can_work_is_not(tmp_path: Path, rest: str) -> None:

@@ -201,14 +201,26 @@ def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
     )
 
 
+SCORED = """\
+version: 1
+runtimes: {stand-in: {python: bin/python}}
+pipelines:
+  demo:
+    stages:
+      base:   {kind: model, runtime: stand-in, gguf: one.txt}
+      scored: {kind: evaluate, runtime: stand-in, model: base, benchmarks: [any], resources: {micro_batch_size: 4}}
+"""
+
+
 def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
-    stand_in(one=["oom", "oom", "oom", "oom"])
-    record, _ = run("one.resources.micro_batch_size=4", "one.retries=9")
-    assert [call["micro"] for call in calls(demo, "one")] == [4, 2, 1]
+    demo.write(SCORED)
+    stand_in(evaluate=["oom", "oom", "oom", "oom"])
+    record, _ = run("scored.retries=9")
+    assert [call["micro"] for call in calls(demo, "evaluate")] == [4, 2, 1]
     assert record.state == "failed"
-    record, _ = run("one.resources.micro_batch_size=4")  # what was learnt is kept
-    assert [call["micro"] for call in calls(demo, "one")][3:] == [1]
-    assert "planted oom" in record.stages[0].message
+    record, _ = run()  # what was learnt is kept
+    assert [call["micro"] for call in calls(demo, "evaluate")][3:] == [1]
+    assert "planted oom" in record.stages[1].message
 
 
 def test_force_rebuilds_one_stage(demo: Project, run: Callable[..., Any]) -> None:

@@ -597,6 +597,14 @@ def test_warnings(tmp_path: Path) -> None:
     assert run.warnings() == ["parts of messages are not read: messages.weight"]
 
 
+def test_a_split_of_few_rows_is_warned_of(tmp_path: Path) -> None:
+    run = build_rows(tmp_path, sums(40), split={"test": 0.1, "validation": 0.5})
+    assert 0 < len(run.rows("test")) < 10 <= len(run.rows("validation"))
+    assert run.warnings() == [
+        f"the test split has {len(run.rows('test'))} of 40 rows: figures of so few say little; add rows, or raise split.test"
+    ]
+
+
 # --- generator and hub ------------------------------------------------------------------------------------------------
 
 GYM = {"type": "reasoning_gym", "task": "chain_sum", "size": 60, "config": {"max_terms": 3, "max_digits": 1}}

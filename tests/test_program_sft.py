@@ -248,6 +248,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "1 of 11 train rows.*row mute",
     ),
     "over-long": ({"max_length": 30}, "data", r"longer than max_length 30: row row0 has \d+ tokens"),
+    "beyond the positions": (
+        {"max_length": 8192, "rows": [chat(0, turns=150)]},
+        "config",
+        r"max_length: rows have \d+ tokens, more than the model's positions, 2048",
+    ),
     "no rows": ({"rows": []}, "data", "no rows in its train split"),
     "no validation rows": ({"eval_steps": 2}, "data", "no rows in its validation split"),
     "unknown module": ({"lora": {"target_modules": ["q_proj", "v_prj"]}}, "config", "found v_prj, allowed all-linear or some of down_proj"),

@@ -65,6 +65,18 @@ def one(tmp_path_factory: pytest.TempPathFactory, base: Input) -> Request:  # no
     return request
 
 
+NOISE = (
+    "FutureWarning",
+    "Failed to load",
+    "Setting accelerator",
+    "GPT-QModel",
+    "GIL is enabled",
+    "Enum subclass",
+    "Loading weights",
+    "INFO",
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
 def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
@@ -81,7 +93,7 @@ def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
     finish(whole, 2)
     log = (whole.work / "log.txt").read_text() + (whole.work / "ranks" / "1.log").read_text()
     assert f"{strategy} trains, over 2 processes" in log
-    assert not [line for line in log.splitlines() if "FutureWarning" in line or "Failed to load" in line]
+    assert not [line for line in log.splitlines() if any(noise in line for noise in NOISE)]
     for of in ("loss", "eval_loss"):
         assert losses(whole, of) == pytest.approx(losses(one, of), rel=TOLERANCE)
     assert furthest(one, whole) < 1e-3

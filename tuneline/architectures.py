@@ -7,6 +7,7 @@ compares every type with transformers' own model. Of any other type nothing is s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,6 +70,8 @@ class Architecture:
     family: Family
     dtype: str | None
     """Of the weights in its files."""
+    positions: float
+    """Tokens that its positions reach to: `reach`."""
 
     @property
     def sharing(self) -> list[int]:
@@ -192,4 +195,16 @@ def read(file: Path) -> Architecture | str:
         mlp_bias=bool(config.get("mlp_bias")) and model_type in ("llama", "granite", "smollm3"),
         family=family,
         dtype=config.get("dtype") or config.get("torch_dtype"),
+        positions=reach(config),
     )
+
+
+def reach(config: Mapping[str, Any]) -> float:
+    """Tokens that a model's positions reach to, infinite where its config.json does not say: not every model counts them.
+
+    RoPE scaling stretches them. Some models write the stretched number themselves (Llama 3, Phi 3), others that of before (Qwen's YaRN):
+    the larger one holds.
+    """
+    written = config.get("max_position_embeddings") or config.get("n_positions") or math.inf
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}  # its name in transformers 5, and before
+    return max(written, (scaling.get("original_max_position_embeddings") or written) * (scaling.get("factor") or 1))

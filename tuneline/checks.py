@@ -154,10 +154,12 @@ class Checks:
                 hint = "write `gpus: 1`" if field == "gpus" else "remove it"
                 self.problem((*here, "resources", field), found, f"only trainings run in several processes: {hint}")
             elif isinstance(stage, ProgramStage):
-                for field in OF_TRAININGS:
+                unused = dict.fromkeys(OF_TRAININGS, "is no training")
+                if not isinstance(stage, EvaluateStage):
+                    unused["micro_batch_size"] = "does not work in batches"
+                for field, why in unused.items():
                     if (value := getattr(stage.resources, field)) != Resources.model_fields[field].default:
-                        found = f"found {shown(value)} for {stage.kind}, which is no training"
-                        self.problem((*here, "resources", field), found, "remove it")
+                        self.problem((*here, "resources", field), f"found {shown(value)} for {stage.kind}, which {why}", "remove it")
             if isinstance(stage, GateStage):
                 self._metrics(here, stage, stages)
         needs = {name: [need for need in depends_on(stage) if need in stages and need != name] for name, stage in stages.items()}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tuneline.architectures import BYTES, Architecture, architecture_of
+from tuneline.checkpoints import Checkpoint, layout
 from tuneline.memory import PROCESS, Job, Memory
 from tuneline.plan import PlanRow
 from tuneline.spec import DatasetStage, MergeStage
@@ -14,6 +15,7 @@ from tuneline.stages import Stage
 from tuneline.trainings import GrpoStage, SftStage, Training
 from tuneline.workspace import Workspace
 
+UNIVERSAL = 2 * 12  # bytes of a trained parameter that DeepSpeed's converter writes: its states by process, then those by parameter
 PROMPT = 512  # tokens of a prompt for grpo, where its dataset stage sets no max_length
 
 
@@ -51,14 +53,17 @@ def estimates(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> d
     """Of every training and merge among the rows of a plan, by stage."""
     stages, planned = workspace.loaded.pipeline(pipeline).stages, {row.stage: row for row in rows}
     found = {}
-    for name in planned:
+    for name, row in planned.items():
         stage = stages[name]
         if isinstance(stage, Training | MergeStage):
-            found[name] = estimate(stage, architecture_of(workspace, stages, planned, name), stages)
+            resumed = None if row.refused else row.checkpoint
+            found[name] = estimate(stage, architecture_of(workspace, stages, planned, name), stages, resumed)
     return found
 
 
-def estimate(stage: Training | MergeStage, architecture: Architecture | str, stages: Mapping[str, Stage]) -> Estimate:
+def estimate(
+    stage: Training | MergeStage, architecture: Architecture | str, stages: Mapping[str, Stage], checkpoint: Checkpoint | None
+) -> Estimate:
     if isinstance(architecture, str):
         return Estimate(unknown=architecture)
     if isinstance(stage, MergeStage):
@@ -70,7 +75,7 @@ def estimate(stage: Training | MergeStage, architecture: Architecture | str, sta
         sequence_length=job.length,
         device="gpu" if job.on_gpu else "cpu",
         memory=job.memory(),
-        disk=disk_of(job),
+        disk=disk_of(job, checkpoint),
     )
 
 
@@ -105,11 +110,18 @@ def of_merge(architecture: Architecture, stage: MergeStage) -> Estimate:
     )
 
 
-def disk_of(job: Job) -> int | None:
-    """Checkpoints of trained weights and optimizer states, and the artifact. Tokenizers, of a few MB, are left out."""
+def disk_of(job: Job, checkpoint: Checkpoint | None = None) -> int | None:
+    """Checkpoints of trained weights and optimizer states, and the artifact; or, while it begins from a `checkpoint` of other processes,
+    those and what that one is put together to. Tokenizers, of a few MB, are left out."""
     weight, _, state = job.states
-    resources, kept = job.stage.resources, job.stage.resources.checkpoints_kept + 1  # and the one that is being written
+    resources = job.stage.resources
+    kept = resources.checkpoints_kept + 1  # and the one that is being written
     if job.stage.max_steps and resources.checkpoint_minutes is None and not getattr(job.stage, "early_stopping", None):
         kept = min(kept, -(-job.stage.max_steps // resources.checkpoint_steps))
     written = BYTES.get(job.architecture.dtype or "") if job.method == "full" else weight
-    return job.trainable * (kept * (weight + state) + written) if written else None
+    if written is None:
+        return None
+    most = kept * (weight + state) + written
+    if checkpoint and job.deepspeed and checkpoint.layout != layout(resources):
+        most = max(most, min(kept, resources.checkpoints_kept) * (weight + state) + UNIVERSAL)
+    return job.trainable * most

@@ -1,4 +1,5 @@
-"""Whether a training fits the GPUs of its pool, and if not, the cheapest change that makes it fit.
+"""Whether a training fits: its rows the positions of its model, its memory the GPUs of its pool, and if not, the cheapest change that
+makes it fit.
 
 Changes are tried in the order of what they cost: nothing but steps of another shape (micro-batch), a third more time
 (gradient checkpointing), more communication or more GPUs (sharding, then shared sequences), waiting for the CPU's memory
@@ -12,20 +13,24 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-from tuneline.architectures import architecture_of
+from tuneline.architectures import Architecture, architecture_of
 from tuneline.engines import EngineSettings
 from tuneline.errors import Problem
 from tuneline.estimates import job_of
+from tuneline.fields import Finding
 from tuneline.memory import Job
 from tuneline.plan import PlanRow
 from tuneline.pools import DockerPool, KubernetesPool, Pool
 from tuneline.source import Keys, dotted
-from tuneline.trainings import SftStage, Training
+from tuneline.spec import DatasetStage
+from tuneline.stages import Stage
+from tuneline.trainings import GrpoStage, SftStage, Training
 from tuneline.workspace import Workspace
 
 Change = dict[str, Any]  # of a stage: field, dotted, to value
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 MOST_GPUS = 8  # of a machine, where the pool does not say
+SAFE = 0.9  # of a GPU's memory: estimates of LoRA err by up to a tenth, others by more (docs/estimates.md)
 
 
 def gib(size: int, digits: int = 1) -> str:
@@ -33,7 +38,8 @@ def gib(size: int, digits: int = 1) -> str:
 
 
 def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
-    """A warning for each training that needs more than the GPUs of its pool have, or whose model has no heads for so many processes."""
+    """Of each training: rows beyond its model's positions, heads that so many processes cannot share, and more memory than the GPUs of
+    its pool have, or nearly as much."""
     loaded, planned = workspace.loaded, {row.stage: row for row in rows}
     stages = loaded.pipeline(pipeline).stages
     for name, row in planned.items():
@@ -46,6 +52,9 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         if isinstance(architecture, str):
             continue
         path: Keys = ("pipelines", pipeline, "stages", name)
+        if finding := beyond_positions(stage, stages[stage.dataset], architecture):
+            field = (*path, finding.field)
+            yield Problem(loaded.source.place(field), dotted(field), finding.message, finding.hint)
         if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
             heads = f"{architecture.num_attention_heads} heads of its model ({architecture.num_key_value_heads} of keys)"
             allowed = ", ".join(map(str, architecture.sharing))
@@ -55,10 +64,25 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
             continue
         job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
-        if (needed := job.memory().total) > room:
-            digits = next(digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits))
+        if (needed := job.memory().total) > SAFE * room:
+            digits = next((digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits)), 1)
             found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
-            yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, room, gpus_of(pool), name))
+            found += ", which is tight: estimates err by a tenth or more" if needed <= room else ""
+            yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name))
+
+
+def beyond_positions(stage: Training, dataset: Stage, architecture: Architecture) -> Finding | None:
+    """Rows may be longer than the model's positions reach: then programs refuse them (tasks/sft.py says why)."""
+    assert isinstance(dataset, DatasetStage)
+    hint = f"`max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
+    if isinstance(stage, SftStage):
+        row = min(stage.max_length, dataset.max_length or stage.max_length)  # packed ones, too, count from 0 each
+        message = f"rows may have {row} tokens, more than the model's positions, {architecture.positions:.0f}"
+        return Finding("max_length", message, hint) if row > architecture.positions else None
+    assert isinstance(stage, GrpoStage)
+    whole = (dataset.max_length or 1) + stage.max_completion_length
+    message = f"prompts and completions may have {whole} tokens, more than the model's positions, {architecture.positions:.0f}"
+    return Finding("max_completion_length", message, f"lower it; {hint}") if whole > architecture.positions else None
 
 
 def room_for(stage: Training, gpu_memory: str) -> int:
@@ -82,7 +106,7 @@ def remedy(job: Job, room: int, gpus: int, name: str) -> str:
             away = changed.memory().offloaded
             beside = f", and {gib(away)} of the CPU's memory for each process" if away else ""
             return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
-    return "no change of its resources fits: take larger GPUs, a smaller model or shorter sequences"
+    return "no change of its resources fits with a tenth to spare: take larger GPUs, a smaller model or shorter sequences"
 
 
 def changes(job: Job, gpus: int) -> Iterator[Change]:

@@ -104,6 +104,8 @@ class DatasetStage(ProgramStage):
     def findings(self) -> Iterator[Finding]:
         if self.max_length is not None and self.model is None:
             yield Finding("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
+        if self.over_long != "drop" and self.max_length is None:
+            yield Finding("over_long", "found over_long without max_length", "remove it, or set max_length")
         for i, source in enumerate(self.sources):
             if isinstance(source, CodeSource) and self.model is None:
                 hint = "name the model whose tokenizer cuts the chunks: `model: base`"
@@ -116,6 +118,10 @@ class DatasetStage(ProgramStage):
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+# Fields without effect, unless the field is given that they are for.
+OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | {"max_new_tokens": "datasets"}
 
 
 class EvaluateStage(ProgramStage):
@@ -171,6 +177,12 @@ class EvaluateStage(ProgramStage):
         if "human_eval" in self.benchmarks and not self.allow_code_execution:
             hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
             yield Finding(f"benchmarks.{self.benchmarks.index('human_eval')}", "found human_eval without allow_code_execution", hint)
+        if self.allow_code_execution and "human_eval" not in self.benchmarks:
+            found = "found allow_code_execution without human_eval, the only benchmark that runs code"
+            yield Finding("allow_code_execution", found, "remove it")
+        for field, owner in OF_EVALUATIONS.items():
+            if not getattr(self, owner) and getattr(self, field) != type(self).model_fields[field].default:
+                yield Finding(field, f"found {field} without {owner}, which alone it is for", "remove it")
 
 
 # --- merge, quantize --------------------------------------------------------------------------------------------------

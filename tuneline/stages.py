@@ -143,7 +143,7 @@ class ProgramStage(Stage):
 
     def micro_batch_size(self) -> int | None:
         """Rows a device takes at once; None for a kind that does not work in batches."""
-        return self.resources.micro_batch_size
+        return None
 
     def smaller_micro_batch(self, size: int) -> int | None:
         """What to try after an out-of-memory at `size`: about half; None where nothing is smaller."""
