@@ -159,6 +159,8 @@ def plan(
 
         plan_table(rows)
         estimate_table(estimated)
+    if problems := [problem for row in rows for problem in row.problems]:
+        raise ConfigError(problems)  # as `run` would
 
 
 @cli.command()

@@ -136,9 +136,7 @@ def _gpus(loaded: Loaded) -> Diagnosis:
     if most <= there:
         return Diagnosis("gpus", OK, message)
     stage = next(name for name, count in asked.items() if count > there)
-    return Diagnosis(
-        "gpus", WARNING, f"{message} ({stage})", f"give it a `pool:` with GPUs, or --set {stage.partition('.')[2]}.resources.gpus={there}"
-    )
+    return Diagnosis("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
 
 
 def _here(loaded: Loaded, pool: str | None) -> bool:

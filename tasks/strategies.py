@@ -7,7 +7,6 @@ inside `run`. Sequences that several processes share are in `tasks.sequences`. L
 
 from __future__ import annotations
 
-import logging
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,6 @@ def arguments(resources: Resources) -> dict[str, Any]:
         given["deepspeed"] = zero_config(resources)
     elif strategy == "fsdp":
         given |= {"fsdp": True, "fsdp_config": fsdp_config(resources)}
-        logging.getLogger("accelerate.utils.fsdp_utils").setLevel(logging.WARNING)  # four lines for each checkpoint
     return given
 
 

@@ -64,8 +64,8 @@ def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path: Path, bas
 def test_the_best_weights_may_be_those_of_the_last_step(tmp_path: Path, base: Input) -> None:  # noqa: F811
     """Which every process must know, to read its part of the same checkpoint."""
     fields = TURNING | {"method": "full", "learning_rate": 1e-3, "max_steps": 12}
-    one = request_for(tmp_path / "one", base, **fields)
-    expected, _ = run_program(one)
+    whole = request_for(tmp_path / "one", base, **fields)
+    expected, _ = run_program(whole)
     assert expected.metrics["best_step"] == 12
     two = request_for(tmp_path / "two", base, **fields, resources={"processes": 2, "strategy": "fsdp", "gradient_checkpointing": True})
     assert finish(two, 2) == pytest.approx(expected.metrics, rel=1e-3)

@@ -125,6 +125,7 @@ class Checks:
             elif outside(placed(self.root, named), allowed_folders(self.root, self.roots)):
                 places = ", ".join(["the folder of the file", *self.roots])
                 folder = folder_to_allow(named)
+                folder = "'~'" if folder == "~" else folder  # which is nothing in YAML
                 hint = f"add `{folder}` to `roots:`" if self.roots else f"add `roots: [{folder}]` at the top of the file"
                 self.problem(path, f"found '{named}', allowed paths inside {places}", hint)
 

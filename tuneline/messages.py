@@ -31,6 +31,19 @@ FORMS = {  # by pattern; a test holds them against the types
 UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # what is meant by a number without one, or with another of that kind
 UNQUOTED = "write it without quotes"
 MOST_LISTED = 30
+OTHERS_SAY = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
+    "lr": "write `learning_rate`",
+    **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "write `max_length`"),
+    **dict.fromkeys(("lora_r", "lora_rank"), "write `lora: {r: ...}`"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "write `lora: {target_modules: ...}`"),
+    "finetuning_type": "write `method`",
+    "train_type": "write `method`",
+    "gradient_accumulation_steps": "it follows from `global_batch_size`, the rows of a step, and `resources.micro_batch_size`",
+    **dict.fromkeys(
+        ("batch_size", "per_device_train_batch_size"),
+        "write `global_batch_size`, the rows of a step over all devices; those of one pass are `resources.micro_batch_size`",
+    ),
+}
 BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -106,7 +119,8 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         names = _fields_at(path[:-1], tree)
-        hint = _elsewhere(str(path[-1]), path[:-1], tree) or nearest(path[-1], names)
+        others = OTHERS_SAY.get(str(path[-1]), "") if "learning_rate" in names else ""
+        hint = others or _elsewhere(str(path[-1]), path[:-1], tree) or nearest(path[-1], names)
         return True, f"the unknown field `{short(str(path[-1]))}`", ", ".join(names), hint
     if kind == "missing":
         return True, "nothing", _described(path, tree), f"add `{path[-1]}: ...`"

@@ -52,7 +52,7 @@ _SYNTAX = (
         "put quotes around text that holds `: `; check the indentation",
     ),
     ("could not find expected ':'", "found a key without `:`", "write `key: value`; check quotes and indentation near this line"),
-    ("unexpected end of stream", "found the end of the file inside quotes", "close the quote that was opened"),
+    ("unexpected end of stream", "found a quote that is never closed", "close it; a quote inside of quotes is written twice"),
     ("expected <block end>", "found text that does not fit into the block around it", "fields of one mapping start in the same column"),
     ("'<stream end>'", "found the end of the text where a value is wanted", "close the bracket, brace or quote that was opened"),
     ("expected the node content", "found a comma, bracket or brace where a value is wanted", "write the value, or quotes around it"),
@@ -61,6 +61,7 @@ _SYNTAX = (
     ("cannot start any token", "found a character that starts no word of YAML", "put quotes around text that starts with @, ` or %"),
     ("found undefined alias", "found an alias (`*name`) without its anchor", "write `&name` before it; put quotes around text with a `*`"),
 )
+_LATE = ("could not find expected ':'", "found unexpected end of stream")  # noticed far behind the key or quote that began it
 _UNCLOSED = re.compile(r"expected ',' or '(.)', but got '(.*)'")
 _TOKENS = {"<stream end>": "the end of the text", "<scalar>": "text"}
 
@@ -127,6 +128,8 @@ def parse(text: str, name: str) -> Source:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if str(error.problem).startswith(_LATE):
+            mark = error.context_mark or mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else f"{name}:1:1"
         raise ConfigError([Problem(place, "", *_syntax(error))]) from None
     except yaml.reader.ReaderError as error:
