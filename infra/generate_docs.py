@@ -55,26 +55,31 @@ rebuilds nothing. Everything else is in the key, unless it has its default value
 """
 
 
+TITLES: dict[type[BaseModel], str] = {
+    spec.Spec: "The file",
+    spec.Pipeline: "pipelines.NAME",
+    spec.Runtime: "runtimes.NAME",
+    **{model: f"kind: {kind}" for kind, model in spec.STAGES.items()},
+    **{model: re.sub(r"(?<!^)(?=[A-Z])", " ", model.__name__).capitalize() for model in PARTS},
+}
+
+
 def pipelines_page() -> str:
-    parts = [HEAD]
-    for title, model in (("The file", spec.Spec), ("pipelines.NAME", spec.Pipeline), ("runtimes.NAME", spec.Runtime)):
-        parts.append(section(title, model, set()))
-    parts.append(section("Every stage", stages.ProgramStage, {"kind"}, "A gate, which has no program, has none of the last three fields."))
+    parts = [HEAD, *(section(model, set()) for model in (spec.Spec, spec.Pipeline, spec.Runtime))]
+    of_all = "A gate, which has no program, has none of the last three fields."
+    parts.append(section(stages.ProgramStage, {"kind"}, of_all, title="Every stage"))
     base = set(stages.ProgramStage.model_fields)
-    for kind, model in spec.STAGES.items():
+    for model in spec.STAGES.values():
         given = model.model_construct().gives()  # by default: a field may change it, and its description says so
-        parts.append(section(f"kind: {kind}", model, base, f"Gives {'an' if given == 'Adapter' else 'a'} {given}."))
-    for model in PARTS:
-        name = re.sub(r"(?<!^)(?=[A-Z])", " ", model.__name__).lower()
-        parts.append(section(name[0].upper() + name[1:], model, set()))
-    return "\n".join(parts)
+        parts.append(section(model, base, f"Gives {'an' if given == 'Adapter' else 'a'} {given}."))
+    return "\n".join([*parts, *(section(model, set()) for model in PARTS)])
 
 
-def section(title: str, model: type[BaseModel], left_out: set[str], extra: str = "") -> str:
+def section(model: type[BaseModel], left_out: set[str], extra: str = "", title: str = "") -> str:
     text = " ".join(part for part in (inspect.cleandoc(model.__doc__ or ""), extra) if part)
     rows = [row(name, field) for name, field in model.model_fields.items() if name not in left_out]
     table = ["| field | takes | default | effect |", "|---|---|---|---|", *rows]
-    return "\n".join([f"## {title}\n", *([text, ""] if text else []), *table, ""])
+    return "\n".join([f"## {title or TITLES[model]}\n", *([text, ""] if text else []), *table, ""])
 
 
 def row(name: str, field: Any) -> str:
@@ -126,7 +131,8 @@ def type_name(annotation: Any) -> str:
         names = [type_name(argument) for argument in arguments if argument is not type(None) and not isinstance(argument, fields.Strict)]
         return " or ".join(dict.fromkeys(name for name in names if name))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "fields below"
+        title = TITLES[annotation]
+        return f"[{title}](#{re.sub(r'[^a-z0-9 ]', '', title.lower()).replace(' ', '-')})"
     return ""
 
 
