@@ -17,10 +17,12 @@ RUNTIME = PYTHONPATH=. $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f
 RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
 ROWS := .cache/bench-rows.jsonl
 
-.PHONY: help setup demo test test-ready test-flows test-programs test-fast torture lint format docs locks audit bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training clean
+BENCHMARKS := bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training
+
+.PHONY: help setup demo test test-ready test-flows test-programs test-fast torture lint format docs locks audit $(BENCHMARKS) clean
 
 # Not for all: the server that the demo starts is for other pipelines, too.
-test-flows test-programs test-fast torture bench: export HF_HUB_OFFLINE := 1
+test-flows test-programs test-fast torture $(BENCHMARKS): export HF_HUB_OFFLINE := 1
 
 help:  ## lists what one can do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18

@@ -12,6 +12,13 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "infra" / "demo"
 
 
+def test_make_keeps_no_server_from_the_hub() -> None:
+    """The server that `make demo` starts is for other pipelines, too."""
+    env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "--no-print-directory", "--eval", "probe: ; @echo [$$HF_HUB_OFFLINE]", "probe"]
+    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_the_bookings_are_what_the_generator_writes(tmp_path: Path) -> None:
     command = [sys.executable, DEMO / "make_bookings.py", "--out", tmp_path / "b.jsonl"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})

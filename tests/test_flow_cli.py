@@ -99,9 +99,10 @@ def test_a_wrong_call_ends_with_2_and_a_message(project: Project, arguments: lis
     assert result.stdout == ""
 
 
-def test_a_missing_data_file_stops_a_run_before_it_starts(project: Project) -> None:
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_missing_data_file_stops_a_run_before_it_starts(project: Project, command: str) -> None:
     project.write("version: 1\npipelines:\n  p:\n    stages:\n      d: {kind: dataset, sources: [{type: files, path: none.jsonl}]}\n")
-    result = project.tuneline("run", "p", status=2)
+    result = project.tuneline(command, "p", status=2)
     assert re.match(r"pipelines.yaml:5:\d+: p.d.sources.0.path: found no file at .*/none.jsonl\n\nhint: paths are relative", result.stderr)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from program_tools import run_program
-from test_program_resume import finish, kill_at, losses, start, steps
+from test_program_resume import FSDP_ON_CPUS, finish, kill_at, losses, start, steps
 from test_program_sft import TURNING, base, furthest, request_for  # noqa: F401
-from test_program_strategies import FIELDS, FSDP_ON_CPUS, TOLERANCE, failure, one, with_resources  # noqa: F401
+from test_program_strategies import FIELDS, TOLERANCE, failure, one, with_resources  # noqa: F401
 
 from tasks import sft, strategies
 from tuneline.protocol import Input, Request

@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 from pico import save_pico
-from program_tools import ROOT, make_request, payload_digest, run_process, run_program, run_until
+from program_tools import make_request, payload_digest, run_process, run_program, run_until
 from safetensors.torch import load_file, save_file
-from test_program_resume import finish, kill_at, losses, steps
+from test_program_resume import FSDP_ON_CPUS, finish, kill_at, losses, steps
 from test_program_sft import OTHERS, ROWS, TURNING, base, dataset, request_for, weights  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -177,7 +177,7 @@ def test_a_model_split_over_processes_is_whole_again(
 ) -> None:
     """Also where a kill came after the last step, and it is taken from its checkpoint."""
     if strategy == "fsdp":
-        monkeypatch.setenv("PATCHES", str(ROOT / "tests" / "fsdp_on_cpus"))
+        monkeypatch.setenv("PATCHES", str(FSDP_ON_CPUS))
     fields = {**WHOLE, "validation": OTHERS[:3], "eval_steps": 3}
     one = request_for(tmp_path / "one", base, **fields)
     expected, _ = run_program(one)

@@ -21,6 +21,7 @@ from test_program_sft import OTHERS, ROWS, TURNING, base, request_for  # noqa: F
 from tasks import checkpoints, sft
 from tuneline.protocol import Events, Input, Request
 
+FSDP_ON_CPUS = ROOT / "tests" / "fsdp_on_cpus"  # as PATCHES
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from program_tools import ROOT, payload_digest, run_program
-from test_program_resume import finish, kill_at, losses, start, steps
+from program_tools import payload_digest, run_program
+from test_program_resume import FSDP_ON_CPUS, finish, kill_at, losses, start, steps
 from test_program_sft import OTHERS, ROWS, TURNING, base, furthest, request_for  # noqa: F401
 
 from tasks import checkpoints, sft, strategies, universal
@@ -27,7 +27,6 @@ from tuneline.trainings import SftStage
 FIELDS: dict[str, Any] = {
     "rows": [*ROWS, OTHERS[4]], "global_batch_size": 4, "max_steps": 16, "eval_steps": 4, "validation": OTHERS[:3],
 }  # fmt: skip
-FSDP_ON_CPUS = ROOT / "tests" / "fsdp_on_cpus"
 TOLERANCE = 1e-4  # relative, of losses: sums in another order
 ENDS_WITHIN = 60  # seconds that a training may take to end once a process of it has died; torchrun waits 30 for one that hangs
 

@@ -52,7 +52,7 @@ _SYNTAX = (
         "put quotes around text that holds `: `; check the indentation",
     ),
     ("could not find expected ':'", "found a key without `:`", "write `key: value`; check quotes and indentation near this line"),
-    ("unexpected end of stream", "found a quote that is never closed", "close it; a quote inside of quotes is written twice"),
+    ("unexpected end of stream", "found a quote that is never closed", "close it; in single quotes a single quote is written twice"),
     ("expected <block end>", "found text that does not fit into the block around it", "fields of one mapping start in the same column"),
     ("'<stream end>'", "found the end of the text where a value is wanted", "close the bracket, brace or quote that was opened"),
     ("expected the node content", "found a comma, bracket or brace where a value is wanted", "write the value, or quotes around it"),
