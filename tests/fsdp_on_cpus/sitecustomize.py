@@ -5,8 +5,12 @@ Python reads this as it starts where its folder is on the path: so do the proces
 
 from typing import Any
 
-from accelerate import state
-from torch.distributed.fsdp import CPUOffloadPolicy
+from tasks.noise import silence
+
+silence()  # as programs do before they import anything
+
+from accelerate import state  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: E402
 
 REAL = state.AcceleratorState.__init__
 
