@@ -165,7 +165,7 @@ def free_port() -> int:
 
 def server_command(port: int) -> list[str]:
     """The server itself: `prefect server start` would be another process, and a file with its number that outlives it."""
-    uvicorn = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--log-level", "warning"]
+    uvicorn = [sys.executable, "-P", "-m", "uvicorn", "--factory", "flows.prefect_app:create_app", "--log-level", "warning"]
     return [*uvicorn, "--host", "127.0.0.1", "--port", str(port), "--timeout-graceful-shutdown", "3"]  # an open page holds it up
 
 

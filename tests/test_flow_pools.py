@@ -123,6 +123,16 @@ class Cluster:
         with get_client(sync_client=True) as client:
             return "\n".join(entry.message for entry in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run]))))
 
+    def delete_runs(self) -> None:
+        from prefect.client.orchestration import get_client
+        from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+
+        with get_client(sync_client=True) as client:
+            flows = FlowFilter.model_validate({"name": {"any_": ["split", "waiting", "single", "run-stage"]}})
+            unfinished = {"state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING", "CANCELLING"]}}}
+            for run in client.read_flow_runs(flow_filter=flows, flow_run_filter=FlowRunFilter.model_validate(unfinished)):
+                client.delete_flow_run(run.id)
+
     def children(self, flow_run: UUID) -> list[Any]:
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
@@ -136,16 +146,24 @@ class Cluster:
     def wait_for(self, what: Callable[[], Any], seconds: float = STATE_SECONDS) -> Any:
         deadline = time.monotonic() + seconds
         while not (found := what()):
-            assert time.monotonic() < deadline, "it did not happen"
+            assert time.monotonic() < deadline, f"it did not happen\n{self.worker_logs()}"
             time.sleep(0.2)
         return found
+
+    def worker_logs(self) -> str:
+        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in self.project.root.glob("worker-*.log"))
 
     def sleeping(self, name: str) -> bool:
         return (self.project.root / f"sleeping-{name}").exists()
 
     def fresh(self, **actions: list[Any]) -> None:
-        """No stage is built, and the stand-ins do as they are told from now on."""
+        """Nothing runs that an earlier test left, no stage is built, and the stand-ins do as they are told from now on."""
         root = self.project.root
+        self.delete_runs()
+        for pid in self.processes("prefect.engine"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait_for(lambda: not self.processes("prefect.engine") and not self.processes("stand_in.py"))
         for path in [*root.glob("calls-*"), *root.glob("sleeping-*"), *root.glob("waiting-*"), root / "go"]:
             path.unlink(missing_ok=True)
         for name in ("one", "two", "three", "first", "alone"):
