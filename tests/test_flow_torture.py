@@ -27,8 +27,8 @@ from tuneline.load import load
 from tuneline.store import Store
 from tuneline.workspace import Workspace
 
-KILLS = int(os.environ.get("TORTURE_KILLS", "30"))
-PICO_KILLS = int(os.environ.get("TORTURE_KILLS", "12"))
+KILLS = int(os.environ.get("TORTURE_KILLS", "16"))
+PICO_KILLS = int(os.environ.get("TORTURE_KILLS", "8"))
 SEED = int(os.environ.get("TORTURE_SEED", "1"))
 TARGETS = ("tree", "flow", "program", "watchdog")
 STAND_INS = """\
