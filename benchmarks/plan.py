@@ -32,7 +32,7 @@ from table import add_row  # noqa: E402
 from tuneline.keys import key_of  # noqa: E402
 from tuneline.load import load  # noqa: E402
 from tuneline.order import in_order  # noqa: E402
-from tuneline.plan import document_of, input_slots, pinned_only  # noqa: E402
+from tuneline.plan import document_of, input_slots  # noqa: E402
 from tuneline.runs import StageRecord  # noqa: E402
 from tuneline.spec import ProgramStage  # noqa: E402
 from tuneline.store import Artifact, Base, File, Manifest  # noqa: E402
@@ -75,7 +75,7 @@ def build(folder: Path) -> None:
         stage = pipeline.stages[name]
         assert isinstance(stage, ProgramStage)
         inputs = {slot: artifacts[other] for slot, other in input_slots(stage).items()}
-        document, _ = document_of(workspace, stage, inputs, pipeline.salt, pinned_only)
+        document, _ = document_of(workspace, stage, inputs, pipeline.salt, workspace.hub.commit)
         key = key_of(document)
         model = inputs["model"].manifest if stage.kind == "sft" else None
         base = Base(kind=model.kind, key=model.key, digest=model.digest, template=None) if model else None

@@ -137,16 +137,26 @@ def validate(path: Path | None, file: Path) -> None:
 @only_option
 @force_option
 @json_option
+@click.option("--online", is_flag=True, help="Asks the hub what branches and tags are now, and for the config.json of models.")
 def plan(
-    pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], only: str | None, force: tuple[str, ...], as_json: bool
+    pipeline: str,
+    file: Path,
+    sets: tuple[str, ...],
+    variables: tuple[str, ...],
+    only: str | None,
+    force: tuple[str, ...],
+    as_json: bool,
+    online: bool,
 ) -> None:
     """Shows what a run would do, why, and what trainings and merges will take. Changes nothing."""
+    from flows.hub import Hub
     from tuneline import fits
     from tuneline.estimates import estimates
+    from tuneline.hub_cache import HubCache
     from tuneline.plan import plan as make_plan
     from tuneline.plan import refusals
 
-    workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
+    workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn, Hub() if online else HubCache())
     rows = make_plan(workspace, pipeline, only, force)
     estimated = estimates(workspace, pipeline, rows)
     for warning in (*fits.warnings(workspace, pipeline, rows), *refusals(workspace.loaded, pipeline, rows)):

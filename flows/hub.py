@@ -1,4 +1,5 @@
-"""What a branch or tag of a hub repository means right now: its commit. Looked up when a run starts, so that it can be in the key.
+"""What a branch or tag of a hub repository means right now: its commit. Looked up when a run starts, so that it can be in the key, and by
+`tuneline plan --online`, which reads models' config.json as well.
 
 Offline (HF_HUB_OFFLINE=1) the local hub cache answers. Downloading is the programs' work, by huggingface_hub.
 """
@@ -10,46 +11,74 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+from functools import cache
 from pathlib import Path
 
 from tuneline.errors import StageFailed
-from tuneline.hub_cache import COMMIT, cache, cached_commit
+from tuneline.hub_cache import COMMIT, HubCache, cache_folder, cached_commit, cached_file
+
+
+class Hub(HubCache):
+    """Asks each thing once. Both raise StageFailed as `resolve_commit`."""
+
+    @cache  # noqa: B019  (there is one, as long as the process)
+    def commit(self, repository_type: str, repository: str, revision: str) -> str:
+        return resolve_commit(repository_type, repository, revision)
+
+    @cache  # noqa: B019
+    def config(self, repository: str, revision: str) -> bytes | None:
+        commit = self.commit("model", repository, revision)
+        if file := cached_file(repository, commit, "config.json"):
+            return file.read_bytes()
+        return None if _offline() else _fetched(f"{repository}/raw/{commit}/config.json", f"config.json of {repository}")
 
 
 def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
     """`repository_type` is `model` or `dataset`. Raises StageFailed: auth, config or transient."""
     if COMMIT.match(revision):
         return revision
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if _offline():
         return _cached(repository_type, repository, revision)
+    answer = _fetched(
+        f"api/{repository_type}s/{repository}/revision/{urllib.parse.quote(revision, safe='')}",
+        f"{repository_type} {repository} at {revision}",
+    )
+    try:
+        return str(json.loads(answer)["sha"])
+    except (ValueError, KeyError):
+        raise StageFailed("transient", f"the hub's answer for {repository} is no hub's", "is there a portal to log in to?") from None
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def _fetched(path: str, what: str) -> bytes:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    address = f"{endpoint}/api/{repository_type}s/{repository}/revision/{urllib.parse.quote(revision, safe='')}"
-    request = urllib.request.Request(address)
+    request = urllib.request.Request(f"{endpoint}/{path}")
     if token := _token():
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
-            return str(json.load(answer)["sha"])
+            return bytes(answer.read())
     except urllib.error.HTTPError as error:
         error.close()
         if error.code in (401, 403):
             hint = "check the name, ask for access on the hub, and set HF_TOKEN"
-            raise StageFailed("auth", f"the hub refuses {repository} (HTTP {error.code})", hint) from None
+            raise StageFailed("auth", f"the hub refuses {what} (HTTP {error.code})", hint) from None
         if error.code == 404:
-            raise StageFailed("config", f"the hub has no {repository_type} {repository} at {revision}", "check both names") from None
-        raise StageFailed("transient", f"the hub answers HTTP {error.code} for {repository}", "the stage is tried again") from None
-    except (ValueError, KeyError):
-        raise StageFailed("transient", f"the hub's answer for {repository} is no hub's", "is there a portal to log in to?") from None
+            raise StageFailed("config", f"the hub has no {what}", "check both names") from None
+        raise StageFailed("transient", f"the hub answers HTTP {error.code} for {what}", "a run tries the stage again by itself") from None
     except OSError as error:
         hint = "check the network; or write a full commit as `revision:`, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-        raise StageFailed("transient", f"the hub cannot be reached for {repository}: {error}", hint) from None
+        raise StageFailed("transient", f"the hub cannot be reached for {what}: {error}", hint) from None
 
 
 def _cached(repository_type: str, repository: str, revision: str) -> str:
     commit = cached_commit(repository_type, repository, revision)
     if commit is None:
-        hint = "download it once with the network on, or write a full commit as `revision:`"
-        raise StageFailed("config", f"{repository} at {revision} is not in the local hub cache {cache()}, and HF_HUB_OFFLINE is set", hint)
+        found = f"{repository} at {revision} is not in the local hub cache {cache_folder()}, and HF_HUB_OFFLINE is set"
+        raise StageFailed("config", found, "download it once with the network on, or write a full commit as `revision:`")
     return commit
 
 

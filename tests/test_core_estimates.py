@@ -73,7 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Architecture]:
     folder, found = tmp_path_factory.mktemp("configs"), {}
     for name, fields in CONFIGS.items():
         (folder / name).write_text(json.dumps(fields))
-        architecture = read(folder / name)
+        architecture = read((folder / name).read_bytes())
         assert isinstance(architecture, Architecture)
         found[name] = architecture
     return found
@@ -117,7 +117,7 @@ def test_an_adapters_parameters_are_counted_by_layer(name: str, r: int, targets:
         ('{"model_type": "bert"}', "models of type `bert` are not counted, only llama, mistral"),
         ('{"model_type": "llama", "quantization_config": {}}', "its weights are quantized"),
         ('{"model_type": "llama", "hidden_size": 64, "vocab_size": "many"}', "does not say intermediate_size, .*, vocab_size"),
-        ("[", "config.json cannot be read: Expecting value"),
+        ("[", "the config.json of base cannot be read: Expecting value"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_said_and_not_guessed(text: str, why: str, folder: Path) -> None:
@@ -173,12 +173,12 @@ def test_a_fetched_model_is_read_in_the_store_or_in_the_hubs_cache(folder: Path,
     text = PIPELINE.replace("path: base", "hub: owner/name")
     (folder / "pipelines.yaml").write_text(text)
     monkeypatch.setenv("HF_HUB_CACHE", str(folder / "cache"))
-    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet"
+    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet; `--online` asks the hub"
     repository = folder / "cache" / "models--owner--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
     (repository / "snapshots" / ("a" * 40)).mkdir(parents=True)
-    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet"  # only its reference is there
+    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet; `--online` asks the hub"  # only its reference is there
     (folder / "base" / "config.json").rename(repository / "snapshots" / ("a" * 40) / "config.json")
     assert plan_of(folder)["sft"].parameters == 7_615_616_512
     (folder / "model.gguf").write_text("")

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import Project
 
 from flows.hub import resolve_commit
 from tuneline.errors import StageFailed
 
 COMMIT = "0123456789" * 4
+CONFIG = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}  # of Qwen2.5-7B
+PIPELINES = """\
+version: 1
+runtimes: {here: {python: PYTHON}}
+pipelines:
+  large:
+    stages:
+      base: {kind: model, runtime: here, hub: owner/NAME}
+      data: {kind: dataset, runtime: here, sources: [{type: files, path: rows.jsonl}]}
+      sft:  {kind: sft, runtime: here, model: base, dataset: data}
+"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -21,8 +44,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         Hub.tokens.append(self.headers.get("Authorization"))
-        if self.path == "/api/models/owner/open/revision/refs%2Fpr%2F1":
+        if self.path in ("/api/models/owner/open/revision/refs%2Fpr%2F1", "/api/models/owner/open/revision/main"):
             self.answer(200, {"sha": COMMIT})
+        elif self.path == f"/owner/open/raw/{COMMIT}/config.json":
+            self.answer(200, CONFIG)
         elif "gated" in self.path:
             self.answer(403, {})
         elif "broken" in self.path:
@@ -66,6 +91,31 @@ def test_a_refusal_has_its_class_and_no_token_in_it(name: str, failure_class: st
         resolve_commit("dataset", name, "main")
     assert caught.value.failure_class == failure_class
     assert "secret-token" not in str(caught.value)
+
+
+def test_online_a_plan_knows_what_a_hub_model_takes_before_it_is_fetched(project: Project, hub: None) -> None:
+    project.write("{}", "rows.jsonl")
+    project.write(PIPELINES.replace("PYTHON", sys.executable).replace("NAME", "open"))
+    offline = project.json("plan", "large", HF_HUB_CACHE=str(project.root / "hub"))["stages"]
+    assert [stage["status"] for stage in offline] == ["unknown", "run", "unknown"]
+    assert offline[2]["estimate"]["unknown"] == "base has not been fetched yet; `--online` asks the hub"
+    assert not Hub.tokens, "nobody was asked"
+    online = project.json("plan", "large", "--online", HF_HUB_CACHE=str(project.root / "hub"))["stages"]
+    assert [stage["status"] for stage in online] == ["run", "run", "run"]
+    assert online[2]["estimate"]["parameters"] == 7_615_616_512
+    assert Hub.tokens == ["Bearer secret-token"] * 2, "once for each thing"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gated", "the hub refuses model owner/gated at main (HTTP 403)"), ("none", "the hub has no model owner/none at main")],
+)
+def test_online_a_model_that_is_not_to_be_had_is_found_before_a_run(name: str, said: str, project: Project, hub: None) -> None:
+    project.write("{}", "rows.jsonl")
+    project.write(PIPELINES.replace("PYTHON", sys.executable).replace("NAME", name))
+    result = project.tuneline("plan", "large", "--online", status=2, HF_HUB_CACHE=str(project.root / "hub"))
+    assert f"pipelines.yaml:6:47: large.base.hub: {said}\n\nhint: check " in result.stderr
+    assert result.stdout.count(said) == 2, "why the stage cannot be planned, and why nothing can be estimated"
 
 
 def test_an_unreachable_hub_is_transient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ SMALL = {
 def small_model(model_type: str, folder: Path, **fields: Any) -> tuple[Any, Architecture]:
     config = CONFIG_MAPPING[model_type](**SMALL, **{"num_hidden_layers": 2} | fields)
     config.save_pretrained(folder)
-    architecture = read(folder / "config.json")
+    architecture = read((folder / "config.json").read_bytes())
     assert isinstance(architecture, Architecture), architecture
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config), architecture
@@ -43,7 +43,7 @@ def test_defaults_that_a_config_leaves_out_are_those_of_transformers(model_type:
     model, architecture = small_model(model_type, tmp_path)
     config = {"model_type": model_type, **SMALL, "num_hidden_layers": 2}
     (tmp_path / "bare.json").write_text(json.dumps(config))
-    assert read(tmp_path / "bare.json").parameters == architecture.parameters  # type: ignore[union-attr]
+    assert read((tmp_path / "bare.json").read_bytes()).parameters == architecture.parameters  # type: ignore[union-attr]
     assert architecture.parameters == model.num_parameters()
 
 

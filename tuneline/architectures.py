@@ -11,10 +11,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from tuneline.hub_cache import cached_file
+from tuneline.errors import StageFailed
 from tuneline.paths import placed
 from tuneline.plan import PlanRow
 from tuneline.spec import MergeStage, ModelStage
@@ -152,31 +151,34 @@ def _targeted(layers: int, linear: tuple[str, ...], target_modules: tuple[str, .
 
 
 def architecture_of(workspace: Workspace, stages: Mapping[str, Stage], rows: Mapping[str, PlanRow], name: str) -> Architecture | str:
-    """The architecture that the stage `name` works on, or in words why it is not known. Reads no network and no weight."""
+    """The architecture that the stage `name` works on, or in words why it is not known. Reads no weight."""
     stage = stages[name]
     while not isinstance(stage, ModelStage):  # a training or a merge changes weights, never the architecture
         assert isinstance(stage, MergeStage | Training)  # no other gives what can be trained on
         name = stage.adapters[0] if isinstance(stage, MergeStage) else stage.model
         stage = stages[name]
     artifact = rows[name].artifact
-    if stage.path is not None:
-        file = placed(workspace.root, stage.path) / "config.json"
-    elif artifact is not None:
-        file = artifact.payload / "config.json"
-    elif stage.hub is not None and (cached := cached_file(stage.hub, stage.revision, "config.json")):
-        file = cached
-    else:
-        return f"{name} has not been {'converted' if stage.gguf else 'fetched'} yet"
     try:
-        return read(file)
+        if stage.path is not None:
+            return read((placed(workspace.root, stage.path) / "config.json").read_bytes())
+        if artifact is not None:
+            return read((artifact.payload / "config.json").read_bytes())
+        if stage.gguf is not None or stage.hub is None:
+            return f"{name} has not been converted yet"
+        if rows[name].problems:
+            return rows[name].problems[0].message
+        config = workspace.hub.config(stage.hub, stage.revision)
+        return read(config) if config else f"{name} has not been fetched yet; `--online` asks the hub"
+    except StageFailed as error:
+        return error.message
     except (OSError, ValueError) as error:
-        return f"{file} cannot be read: {getattr(error, 'strerror', None) or error}"
+        return f"the config.json of {name} cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 @lru_cache
-def read(file: Path) -> Architecture | str:
-    """A `config.json`. Raises OSError or ValueError where it is none."""
-    config: dict[str, Any] = json.loads(file.read_bytes())
+def read(text: bytes) -> Architecture | str:
+    """A `config.json`. Raises ValueError where it is none."""
+    config: dict[str, Any] = json.loads(text)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         return f"models of type `{model_type}` are not counted, only {', '.join(FAMILIES)}"

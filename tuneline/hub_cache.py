@@ -13,7 +13,7 @@ from pathlib import Path
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
 
@@ -33,5 +33,18 @@ def cached_file(repository: str, revision: str, name: str) -> Path | None:
     return file if file.is_file() else None
 
 
+class HubCache:
+    """What is known of the hub without asking it; `flows.hub.Hub` asks."""
+
+    def commit(self, repository_type: str, repository: str, revision: str) -> str | None:
+        """Of a branch or tag None: what it means now is looked up when a run starts."""
+        return revision if COMMIT.match(revision) else None
+
+    def config(self, repository: str, revision: str) -> bytes | None:
+        """A model's config.json; None where it has not been fetched."""
+        file = cached_file(repository, revision, "config.json")
+        return file.read_bytes() if file else None
+
+
 def _folder(repository_type: str, repository: str) -> Path:
-    return cache() / f"{repository_type}s--{repository.replace('/', '--')}"
+    return cache_folder() / f"{repository_type}s--{repository.replace('/', '--')}"

@@ -1,7 +1,7 @@
 """What a run would do, and why: for every stage its key, whether its artifact is there, and the reasons where it is not.
 
-Planning reads the store and the run records, touches neither network nor clock, and changes nothing. The same
-`document_of` is used by a run, when every input is there, so a plan and a run can never disagree about a key.
+Planning reads the store and the run records, touches no network (unless the workspace's hub is the real one) and no clock, and changes
+nothing. The same `document_of` is used by a run, when every input is there, so a plan and a run can never disagree about a key.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from tuneline.checkpoints import Checkpoint, newest
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
-from tuneline.errors import ConfigError, Problem
+from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.fields import OutsideFile, Reference, annotated_values
-from tuneline.hub_cache import COMMIT
 from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, QLORA_LIBRARIES, key_document, key_of
 from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
@@ -61,11 +60,6 @@ class PlanRow:
     problems: list[Problem] = field(default_factory=list)
 
 
-def pinned_only(repository_type: str, repository: str, revision: str) -> str | None:
-    """A full commit is one already; what a branch or tag means is looked up only when a run starts."""
-    return revision if COMMIT.match(revision) else None
-
-
 def check_stages(loaded: Loaded, pipeline_name: str, only: str | None, force: Sequence[str]) -> None:
     """Raises ConfigError where --only or --force names no stage of the pipeline."""
     pipeline = loaded.pipeline(pipeline_name)
@@ -104,9 +98,10 @@ def _row(
     inputs = {slot: rows[other].artifact for slot, other in slots.items()}
     known = {slot: artifact for slot, artifact in inputs.items() if artifact is not None}
     try:
-        document, unresolved = document_of(workspace, stage, known, pipeline.salt, pinned_only)
-    except ConfigError as error:
-        row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in error.problems]
+        document, unresolved = document_of(workspace, stage, known, pipeline.salt, workspace.hub.commit)
+    except (ConfigError, StageFailed) as error:
+        problems = error.problems if isinstance(error, ConfigError) else [_of_hub(stage, error)]
+        row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in problems]
         row.status, row.reasons = "unknown", [Reason("file", problem.message, problem.path) for problem in row.problems]
         return row
     if forced:
@@ -276,6 +271,11 @@ def _shown(value: Any) -> str:
 
 def _never(stage: Stage) -> Reason:
     return Reason("never_ran", "it has not run yet")
+
+
+def _of_hub(stage: Stage, error: StageFailed) -> Problem:
+    """What the hub did not answer; its message names the repository."""
+    return Problem("", next(path for path, *_ in hub_inputs(stage)), error.message, error.hint)
 
 
 def _placed(problem: Problem, loaded: Loaded, pipeline: str, stage: str) -> Problem:

@@ -20,6 +20,7 @@ from typing import Any
 from tuneline import disk
 from tuneline.data_sources import CodeSource
 from tuneline.errors import ConfigError, Problem, StoreError
+from tuneline.hub_cache import HubCache
 from tuneline.load import Loaded
 from tuneline.paths import placed, refuse_escape
 from tuneline.runs import Runs
@@ -28,8 +29,8 @@ from tuneline.store import Store, sha256
 
 
 class Workspace:
-    def __init__(self, loaded: Loaded, warn: Callable[[str], None] = lambda message: None):
-        self.loaded, self.root = loaded, loaded.root
+    def __init__(self, loaded: Loaded, warn: Callable[[str], None] = lambda message: None, hub: HubCache = HubCache()):  # noqa: B008
+        self.loaded, self.root, self.hub = loaded, loaded.root, hub
         self.home = self.root / ".tuneline"
         self.store = Store(placed(self.root, loaded.spec.store), warn)
         self.store.check()
