@@ -56,6 +56,8 @@ def main() -> None:
         sys.exit(0)
     except click.UsageError as error:
         hint = f"`{error.ctx.command_path} --help`" if error.ctx else "`tuneline --help`"
+        if isinstance(error, click.MissingParameter) and error.param and error.param.name in ("pipeline", "what", "name"):
+            hint = "`tuneline validate` names the pipelines of the file"
         _fail(f"{error.format_message()}\n\nhint: {hint}", WRONG)
     except click.ClickException as error:
         _fail(error.format_message(), WRONG)

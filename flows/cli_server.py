@@ -89,7 +89,7 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", metavar="PIPELINE")
 @file_option
 @set_option
 @var_option
