@@ -259,20 +259,17 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
         if in_browser:
             _report(workspace, record, in_browser)
         return
-    from flows.console import run_table
+    if stage:
+        from flows.report_stage import stages_of
+        from flows.show import print_stage
 
-    run_table(records)
+        print_stage(stages_of(record)[stage])
+    else:
+        from flows.console import run_table
+
+        run_table(records)
     click.echo(f"run {record.run_id}, {record.started}, {record.state}", err=True)
     _report(workspace, record, in_browser)
-    if stage and records[0].message:
-        click.echo(records[0].message)
-    if stage and manifests[stage]:
-        click.echo(
-            json.dumps({name: value for name, value in (manifests[stage] or {}).items() if name != "files"}, indent=1, ensure_ascii=False)
-        )
-        report = Path(records[0].artifact or "", "meta", "report.md")
-        if report.is_file():
-            click.echo(report.read_text(encoding="utf-8"))
 
 
 @cli.command()
