@@ -246,6 +246,8 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
     for entry in record.stages:  # the project, or its store, may have been moved since
         if entry.artifact and entry.key and not Path(entry.artifact).exists():
             entry.artifact = str(workspace.store.folder(entry.kind, entry.key))
+        if entry.key and not entry.artifact and (log := workspace.work(entry.key) / "log.txt").exists():  # until a run completes it
+            entry.message = "; ".join(filter(None, (entry.message, f"its log is {log}")))
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
         ended = ", ".join(entry.stage for entry in record.stages) or "none, as none has ended"

@@ -389,7 +389,9 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
         assert {stage["stage"]: stage["status"] for stage in shown["record"]}["one"] == "cancelled"
         (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
         assert (row[2], row[5:]) == ("cancelled", ["stopped", "with", "the", "run"])
+    killed = demo.json("show", "demo")["run_id"]
     assert demo.json("run", "demo")["state"] == "completed"
+    assert "its log is" not in demo.tuneline("show", "demo", "--run", killed).stdout  # it has gone into the artifact
 
 
 @pytest.mark.slow
