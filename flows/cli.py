@@ -92,7 +92,7 @@ def init() -> None:
 @click.argument("names", nargs=-1, metavar="[RUNTIME]...")
 @file_option
 def setup(names: tuple[str, ...], file: Path) -> None:
-    """Builds the Python environments that the pipelines run in, or those named. vLLM's, of gigabytes, must be named."""
+    """Builds the Python environments that pipelines name. With RUNTIME, those alone. vLLM's, of gigabytes, must be named."""
     from flows.setup import build
     from tuneline.load import BUILT_IN_RUNTIMES
     from tuneline.messages import nearest
@@ -140,7 +140,7 @@ def validate(path: Path | None, file: Path) -> None:
 def plan(
     pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], only: str | None, force: tuple[str, ...], as_json: bool
 ) -> None:
-    """Shows what a run would do, why, and what trainings and merges will take. Changes nothing."""
+    """Shows what a run would do, why, and what it will take. Estimated are trainings and merges. Changes nothing."""
     from tuneline import fits
     from tuneline.estimates import estimates
     from tuneline.plan import plan as make_plan
@@ -221,7 +221,7 @@ def run(
     help="Number of this machine, from 1; the run is machine 0. Slurm and kubernetes say it by themselves.",
 )
 def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
-    """Works as a further machine for a run of the pipeline, the one of now or the next, and ends with it. Flags are those of the run."""
+    """Works as a further machine for a run of the pipeline. That is the run of now or the next; it ends with it. Flags are those of the run."""
     from flows.node import check_rank, only_one, serve
 
     workspace = Workspace(load_pipeline(file, pipeline, sets, variables), warn)
@@ -239,7 +239,7 @@ def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str,
 @click.option("--open", "in_browser", is_flag=True, help="Opens the run's report in a browser.")
 @json_option
 def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
-    """Shows what the last run of a pipeline, or of one of its stages, came to, and where its report lies."""
+    """Shows what a pipeline's last run, or a stage of it, came to. Says where the run's report lies."""
     pipeline, _, stage = what.partition("/")
     workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
     record = workspace.runs.get(pipeline, run_id)
@@ -285,7 +285,7 @@ def schema() -> None:
 @cli.command()
 @file_option
 def verify(file: Path) -> None:
-    """Reads every artifact in the store and compares every byte with its manifest. Damaged ones go to quarantine."""
+    """Reads every artifact in the store and compares every byte. Those that differ from their manifest go to quarantine."""
     store = Workspace(load(file), warn).store
     checked = damaged = 0
     for folder in store.artifacts():
@@ -306,7 +306,7 @@ def verify(file: Path) -> None:
 @click.option("--dry-run", is_flag=True, help="Shows what would go. Changes nothing.")
 @json_option
 def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
-    """Removes from the store what no kept run needs, and what killed runs left behind."""
+    """Removes from the store what no kept run needs. What killed runs left behind goes, too."""
     from tuneline import gc as collection
 
     policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)

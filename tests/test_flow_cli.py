@@ -33,6 +33,12 @@ def test_every_command_explains_itself_and_is_in_the_readme(name: str) -> None:
     assert f"tuneline {name}" in (ROOT / "README.md").read_text()
 
 
+def test_the_list_of_commands_cuts_no_sentence_at_80_columns() -> None:
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).stdout
+    assert "..." not in shown.partition("Commands:")[2]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_init_writes_a_valid_file_and_never_overwrites(project: Project) -> None:
     project.tuneline("init")
     assert project.tuneline("validate").stdout == "pipelines.yaml is valid: first (7 stages)\n"
