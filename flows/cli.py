@@ -221,7 +221,7 @@ def run(
     help="Number of this machine, from 1; the run is machine 0. Slurm and kubernetes say it by themselves.",
 )
 def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
-    """Works as a further machine for a run of the pipeline. That is the run of now or the next; it ends with it. Flags are those of the run."""
+    """Works as a further machine for a run of the pipeline. It takes the one of now or the next and ends with it. Flags are the run's."""
     from flows.node import check_rank, only_one, serve
 
     workspace = Workspace(load_pipeline(file, pipeline, sets, variables), warn)
