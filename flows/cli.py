@@ -94,7 +94,7 @@ def init() -> None:
 @click.argument("names", nargs=-1, metavar="[RUNTIME]...")
 @file_option
 def setup(names: tuple[str, ...], file: Path) -> None:
-    """Builds the Python environments that the pipelines run in, or those named. vLLM's, of gigabytes, must be named."""
+    """Builds the Python environments that pipelines name. With RUNTIME, those alone. vLLM's, of gigabytes, must be named."""
     from flows.setup import build
     from tuneline.load import BUILT_IN_RUNTIMES
     from tuneline.messages import nearest
@@ -150,7 +150,7 @@ def plan(
     as_json: bool,
     online: bool,
 ) -> None:
-    """Shows what a run would do, why, and what trainings and merges will take. Changes nothing."""
+    """Shows what a run would do, why, and what it will take. Estimated are trainings and merges. Changes nothing."""
     from flows.hub import Hub
     from tuneline import fits
     from tuneline.estimates import estimates
@@ -233,7 +233,7 @@ def run(
     help="Number of this machine, from 1; the run is machine 0. Slurm and kubernetes say it by themselves.",
 )
 def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
-    """Works as a further machine for a run of the pipeline, the one of now or the next, and ends with it. Flags are those of the run."""
+    """Works as a further machine for a run of the pipeline. It takes the one of now or the next and ends with it. Flags are the run's."""
     from flows.node import check_rank, only_one, serve
 
     workspace = Workspace(load_pipeline(file, pipeline, sets, variables), warn)
@@ -251,13 +251,15 @@ def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str,
 @click.option("--open", "in_browser", is_flag=True, help="Opens the run's report in a browser.")
 @json_option
 def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
-    """Shows what the last run of a pipeline, or of one of its stages, came to, and where its report lies."""
+    """Shows what a pipeline's last run, or a stage of it, came to. Says where the run's report lies."""
     pipeline, _, stage = what.partition("/")
     workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
     record = workspace.runs.get(pipeline, run_id)
     for entry in record.stages:  # the project, or its store, may have been moved since
         if entry.artifact and entry.key and not Path(entry.artifact).exists():
             entry.artifact = str(workspace.store.folder(entry.kind, entry.key))
+        if entry.key and not entry.artifact and (log := workspace.work(entry.key) / "log.txt").exists():  # until a run completes it
+            entry.message = "; ".join(filter(None, (entry.message, f"its log is {log}")))
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
         ended = ", ".join(entry.stage for entry in record.stages) or "none, as none has ended"
@@ -271,20 +273,17 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
         if in_browser:
             _report(workspace, record, in_browser)
         return
-    from flows.console import run_table
+    if stage:
+        from flows.report_stage import stages_of
+        from flows.show import print_stage
 
-    run_table(records)
+        print_stage(stages_of(record)[stage])
+    else:
+        from flows.console import run_table
+
+        run_table(records)
     click.echo(f"run {record.run_id}, {record.started}, {record.state}", err=True)
     _report(workspace, record, in_browser)
-    if stage and records[0].message:
-        click.echo(records[0].message)
-    if stage and manifests[stage]:
-        click.echo(
-            json.dumps({name: value for name, value in (manifests[stage] or {}).items() if name != "files"}, indent=1, ensure_ascii=False)
-        )
-        report = Path(records[0].artifact or "", "meta", "report.md")
-        if report.is_file():
-            click.echo(report.read_text(encoding="utf-8"))
 
 
 @cli.command()
@@ -298,7 +297,7 @@ def schema() -> None:
 @cli.command()
 @file_option
 def verify(file: Path) -> None:
-    """Reads every artifact in the store and compares every byte with its manifest. Damaged ones go to quarantine."""
+    """Reads every artifact in the store and compares every byte. Those that differ from their manifest go to quarantine."""
     store = Workspace(load(file), warn).store
     checked = damaged = 0
     for folder in store.artifacts():
@@ -319,7 +318,7 @@ def verify(file: Path) -> None:
 @click.option("--dry-run", is_flag=True, help="Shows what would go. Changes nothing.")
 @json_option
 def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
-    """Removes from the store what no kept run needs, and what killed runs left behind."""
+    """Removes from the store what no kept run needs. What killed runs left behind goes, too."""
     from tuneline import gc as collection
 
     policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)

@@ -25,7 +25,7 @@ from tuneline.load import load
 )
 @json_option
 def up(file: Path, port: int | None, database: str | None, as_json: bool) -> None:
-    """Starts a lasting Prefect server, with UI, and a worker for each pool of this machine; or what of them is missing."""
+    """Starts a lasting Prefect server, with UI, and its workers. One for each pool of this machine; what is up already stays."""
     from flows.up import up as start
 
     it = start(load(file), port, database, lambda message: click.echo(message, err=True))
@@ -43,7 +43,7 @@ def up(file: Path, port: int | None, database: str | None, as_json: bool) -> Non
 @file_option
 @json_option
 def down(file: Path, as_json: bool) -> None:
-    """Ends what `up` started: runs in progress in order, then workers and the server."""
+    """Ends what `up` started, and runs in progress in order."""
     from flows.up import down as end
 
     ended = end(file.absolute().parent)
@@ -59,7 +59,7 @@ def down(file: Path, as_json: bool) -> None:
 @click.argument("pool")
 @file_option
 def worker(pool: str, file: Path) -> None:
-    """Works for a pool, in the foreground: for machines other than the one with `up`."""
+    """Works for a pool, in the foreground. For machines other than the one with `up`."""
     from flows.worker import run_worker
 
     run_worker(load(file), pool)
@@ -70,7 +70,7 @@ def worker(pool: str, file: Path) -> None:
 @click.option("--dry-run", is_flag=True, help="Shows what would change. Changes nothing.")
 @json_option
 def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
-    """Makes the server's pools, queues, deployments and schedules what the file says; what left it goes."""
+    """Gives the server the file's pools, deployments and schedules. Queues as well; what left the file goes."""
     from flows.server import connect
     from tuneline.schedules import check_schedules
 
@@ -130,7 +130,7 @@ def submit(
 @click.option("--fix", is_flag=True, help="Tells the server the end of runs whose process on this machine is gone.")
 @json_option
 def doctor(file: Path, fix: bool, as_json: bool) -> None:
-    """Looks for what would make runs fail or hang, and says what to do about it."""
+    """Looks for what would make runs fail or hang, and names remedies."""
     from flows.doctor import PROBLEM, examine
 
     findings = examine(load(file), fix)

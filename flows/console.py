@@ -204,10 +204,11 @@ def doctor_table(findings: Sequence[Diagnosis]) -> None:
 
 def deploy_table(rows: Sequence[Row], dry_run: bool) -> None:
     """What was done, or would be; the sum on stderr."""
-    table = _table("what", "name", "action", "changes")
+    table = _table("what", "name", "action", "details")
     for row in rows:
-        changes = row.note or "\n".join(f"{each.field}: {_short(each.old)} -> {_short(each.new)}" for each in row.changes)
-        table.add_row(row.what, Text(row.name), Text(row.action, STYLES[row.action]), Text(changes))
+        changes = "\n".join(f"{each.field}: {_short(each.old)} -> {_short(each.new)}" for each in row.changes)
+        details = row.note or (str(row.item) if row.action == "create" else changes)
+        table.add_row(row.what, Text(row.name), Text(row.action, STYLES[row.action]), Text(details))
     _print(table)
     verbs = (
         {"create": "to create", "change": "to change", "delete": "to delete"}

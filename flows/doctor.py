@@ -124,19 +124,26 @@ def _store(loaded: Loaded) -> Diagnosis:
 
 
 def _gpus(loaded: Loaded) -> Diagnosis:
-    """What stages ask for that would run on this machine: those of other machines' pools do not."""
-    asked = {
-        f"{pipeline}.{name}": stage.resources.gpus
-        for pipeline, its in loaded.spec.pipelines.items()
-        for name, stage in its.stages.items()
-        if isinstance(stage, ProgramStage) and _here(loaded, stage.pool or its.pool)
-    }
-    there, most = len(visible_gpus()), max(asked.values(), default=0)
+    wanting, there = gpus_asked(loaded), len(visible_gpus())
+    most = max((gpus for _, gpus, _ in wanting), default=0)
     message = f"{there} seen, stages ask for up to {most}"
     if most <= there:
         return Diagnosis("gpus", OK, message)
-    stage = next(name for name, count in asked.items() if count > there)
-    return Diagnosis("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
+    stage, _, pool = next(each for each in wanting if each[1] > there)
+    if pool is None:
+        return Diagnosis("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
+    remedy = f"`local: false` for the pool {pool}, and `tuneline worker {pool}` where the GPUs are"
+    return Diagnosis("gpus", WARNING, f"{message} ({stage}, in the pool {pool} of this machine)", remedy)
+
+
+def gpus_asked(loaded: Loaded) -> list[tuple[str, int, str | None]]:
+    """(stage, its GPUs, its pool) of all that would run on this machine: what is in other machines' pools does not."""
+    return [
+        (f"{pipeline}.{name}", stage.resources.gpus, stage.pool or its.pool)
+        for pipeline, its in loaded.spec.pipelines.items()
+        for name, stage in its.stages.items()
+        if isinstance(stage, ProgramStage) and _here(loaded, stage.pool or its.pool)
+    ]
 
 
 def _here(loaded: Loaded, pool: str | None) -> bool:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows import lasting
+from flows.doctor import gpus_asked
 from flows.server import DATABASE, QUIET, answers, loopback_without_proxy, server_command, tail, wait_for_health
+from flows.slots import visible_gpus
 from flows.worker import heartbeat, worker_command
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.load import Loaded
@@ -66,11 +68,22 @@ def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[st
         for name, pool in loaded.spec.pools.items():
             if not (isinstance(pool, ProcessPool) and pool.local) or name in state.workers and state.workers[name].alive:
                 continue
-            say(f"starting a worker for the pool {name}")
+            say(f"starting a worker for the pool {name}{_without_gpus(loaded, name)}")
             state.workers[name] = _start_worker(folder, state.address, name)
             lasting.write(folder, state)
             started.append(f"worker {name}")
     return Up(state, started)
+
+
+def _without_gpus(loaded: Loaded, pool: str) -> str:
+    """Why its worker may be of no use."""
+    there = len(visible_gpus())
+    found = next(((stage, gpus) for stage, gpus, its in gpus_asked(loaded) if its == pool and gpus > there), None)
+    return (
+        f" (warning: {found[0]} asks for {found[1]} GPU{'s' if found[1] > 1 else ''}, this machine shows {there}: see `tuneline doctor`)"
+        if found
+        else ""
+    )
 
 
 def _refuse(folder: Path, state: lasting.State | None, port: int, database: str | None) -> None:

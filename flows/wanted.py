@@ -50,6 +50,20 @@ class Item:
     name: str
     fields: dict[str, Any]
 
+    def __str__(self) -> str:
+        """What it is, for a table of what is new."""
+        if self.what == "automation":
+            return str(self.fields["actions"][0]["message"])
+        if self.what == "deployment":
+            schedules = (
+                f"{name} {each.get('cron') or 'every {:g} h'.format(each['interval'] / 3600)} {each['timezone']}"
+                + ("" if each["active"] else " (not active)")
+                for name, each in self.fields["schedules"].items()
+            )
+            return ", ".join([f"pool {self.fields['pool']}", f"queue {self.fields['queue']}", *schedules])
+        names = ("type", "priority", "concurrency")
+        return ", ".join(f"{name} {self.fields[name]}" for name in names if self.fields.get(name) is not None)
+
 
 def file_tag(file: Path) -> str:
     """On all that `deploy` made from this file."""

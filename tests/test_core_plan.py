@@ -88,7 +88,7 @@ def reasons(rows: dict[str, PlanRow]) -> dict[str, list[str]]:
 def test_a_first_plan_runs_everything_and_a_second_nothing(folder: Path) -> None:
     rows = planned(folder)
     assert {row.status for row in rows.values()} == {"run"}
-    assert reasons(rows)["sft"] == ["input: base is built first", "input: data is built first", "never_ran: it has not run yet"]
+    assert reasons(rows)["sft"] == ["input: base is built first", "input: data is built first", "never_ran: no run has completed it"]
     build(folder)
     after = planned(folder)
     assert {name: row.status for name, row in after.items()} == {**dict.fromkeys(after, "cached"), "gate": "run"}

@@ -33,6 +33,12 @@ def test_every_command_explains_itself_and_is_in_the_readme(name: str) -> None:
     assert f"tuneline {name}" in (ROOT / "README.md").read_text()
 
 
+def test_the_list_of_commands_cuts_no_sentence_at_80_columns() -> None:
+    shown = CliRunner().invoke(cli, ["--help"], terminal_width=80).stdout
+    assert "..." not in shown.partition("Commands:")[2]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_init_writes_a_valid_file_and_never_overwrites(project: Project) -> None:
     project.tuneline("init")
     assert project.tuneline("validate").stdout == "pipelines.yaml is valid: first (7 stages)\n"
@@ -47,7 +53,7 @@ CALLS = [
     (['validate', 'folder/file/x'], 'folder/file/x: the file cannot be read: Not a directory\n\nhint: check its name and its permissions\n'),
     (['validate', '/proc/self/mem'], '/proc/self/mem: the file cannot be read: Input/output error\n\nhint: check its name and its permissions\n'),
     (['validate', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: `tuneline init` in an empty folder writes a file to start from\n'),
-    (['validate', 'other version.yaml'], 'other version.yaml:1:1: pipelines: found nothing, allowed a value (Pipelines by name)\n\nhint: add `pipelines: ...`\n\nother version.yaml:1:10: version: found 2, allowed 1\n'),
+    (['validate', 'other version.yaml'], 'other version.yaml:1:1: pipelines: found nothing, allowed a value (Pipelines by name)\n\nhint: add `pipelines: ...`\n\nother version.yaml:1:10: version: found 2, allowed 1\n\nhint: write `version: 1`\n'),
     (['validate', "n" * 300 + ".yaml"], 'nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn.yaml: the file cannot be read: File name too long\n\nhint: check its name and its permissions\n'),
     (['plan', 'first', '--file', 'nowhere.yaml'], 'nowhere.yaml: found no such file\n\nhint: `tuneline init` writes one; `--file` names another\n'),
     (['plan', 'frist'], 'pipelines.yaml: found no pipeline `frist`, allowed first\n\nhint: did you mean `first`?\n'),

@@ -104,7 +104,14 @@ ALL = [
 def test_the_server_says_what_the_file_says_and_a_second_deploy_changes_nothing(pico: Project) -> None:
     assert actions(pico.json("deploy", "--dry-run")) == dict.fromkeys(ALL, "create")
     assert deployed() == {}
-    assert "10 created" in pico.tuneline("deploy").stderr
+    made = pico.tuneline("deploy")
+    assert "10 created" in made.stderr
+    rows = {line.split()[1]: " ".join(line.split()[2:]) for line in made.stdout.splitlines() if not line.startswith(" ")}
+    assert rows["name"] == "action details"
+    assert rows["local"] == "create type process, concurrency 4"
+    assert rows["local/nightly"] == "create priority 10, concurrency 1"
+    assert rows["pico/pico"] == "create pool local, queue interactive, often every 6 h UTC (not active)"
+    assert rows["pico/pico-nightly"] == "create pool local, queue nightly, night 0 2 * * * Europe/Berlin"
     found = deployed()
     assert sorted(found) == ["other/other", "pico/pico", "pico/pico-nightly", "run-stage/run-stage-boxes"]
     main, nightly, child = found["pico/pico"], found["pico/pico-nightly"], found["run-stage/run-stage-boxes"]

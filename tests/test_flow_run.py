@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import socketserver
@@ -320,6 +321,12 @@ def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None
     shown = demo.json("show", "demo")
     assert shown["stages"]["two"]["metrics"] == {"figure": 0.75}
     assert demo.json("show", "demo/two")["kind"] == "dataset"
+    facts = demo.tuneline("show", "demo/two").stdout
+    assert re.match(r"stage    two\nkind     dataset\nstatus   cached\nkey      [0-9a-f]{64}\nmade     20..-..-.. ..:..:.. UTC\n", facts)
+    assert "inputs   needs: one\nmetrics  figure 0.75\npayload  .tuneline/store/dataset/" in facts
+    assert demo.tuneline("show", "demo/after", "--run", out["run_id"]).stdout == (
+        "stage    after\nkind     dataset\nstatus   skipped\nmessage  needs gate\ninputs   needs: gate\n"
+    )
     assert demo.json("show", "demo", "--run", out["run_id"])["state"] == "refused"
     assert demo.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"
     Path(out["stages"][0]["artifact"], "payload", "data.json").write_text("x" * 48)
@@ -382,7 +389,9 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
         assert {stage["stage"]: stage["status"] for stage in shown["record"]}["one"] == "cancelled"
         (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
         assert (row[2], row[5:]) == ("cancelled", ["stopped", "with", "the", "run"])
+    killed = demo.json("show", "demo")["run_id"]
     assert demo.json("run", "demo")["state"] == "completed"
+    assert "its log is" not in demo.tuneline("show", "demo", "--run", killed).stdout  # it has gone into the artifact
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ from test_flow_supervisor import gone, marked
 from flows import lasting
 from flows.doctor import file_system, locks_work
 from flows.server import find_server, free_port
-from flows.up import _without_secrets
+from flows.up import _without_gpus, _without_secrets
+from tuneline.load import load
 
 PIPELINES = """\
 version: 1
@@ -244,11 +245,24 @@ def test_the_doctor_names_each_problem_with_its_remedy(fresh: Lasting) -> None:
     status, message, remedy = finding(found, "fastapi")
     assert (status, message.split(",")[0], remedy.split("'")[0]) == ("problem", "0.165.0 is installed", "pip install ")
     assert finding(found, "store") == ("problem", "there is no folder /nowhere/at", "mkdir /nowhere/at, or mount its disk")
-    assert finding(found, "gpus")[:2] == ("warning", "0 seen, stages ask for up to 1 (demo.one)")
+    assert finding(found, "gpus") == (
+        "warning",
+        "0 seen, stages ask for up to 1 (demo.one, in the pool here of this machine)",
+        "`local: false` for the pool here, and `tuneline worker here` where the GPUs are",
+    )
     assert finding(found, "server")[:2][0] == "problem"
     assert found["problems"] == 4
     table = fresh.project.tuneline("doctor", status=1, **environment).stdout
     assert "tuneline setup stand-in" in table
+
+
+def test_a_worker_that_starts_where_its_gpus_are_not_is_told(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(project.write(PIPELINES.replace("one.txt}]}", "one.txt}], resources: {gpus: 1}}")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert _without_gpus(loaded, "here") == " (warning: demo.one asks for 1 GPU, this machine shows 0: see `tuneline doctor`)"
+    assert _without_gpus(loaded, "there") == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert _without_gpus(loaded, "here") == ""
 
 
 def test_locks_and_file_systems_are_looked_at(tmp_path: Path) -> None:

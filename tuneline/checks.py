@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +156,21 @@ class Checks:
                 hint = "write `gpus: 1`" if field == "gpus" else "remove it"
                 self.problem((*here, "resources", field), found, f"only trainings run in several processes: {hint}")
             elif isinstance(stage, ProgramStage):
-                unused = dict.fromkeys(OF_TRAININGS, "is no training")
+                self._unused(here, stage, OF_TRAININGS, "is no training")
                 if not isinstance(stage, EvaluateStage):
-                    unused["micro_batch_size"] = "does not work in batches"
-                for field, why in unused.items():
-                    if (value := getattr(stage.resources, field)) != Resources.model_fields[field].default:
-                        self.problem((*here, "resources", field), f"found {shown(value)} for {stage.kind}, which {why}", "remove it")
+                    self._unused(here, stage, ("micro_batch_size",), "does not work in batches")
             if isinstance(stage, GateStage):
                 self._metrics(here, stage, stages)
         needs = {name: [need for need in depends_on(stage) if need in stages and need != name] for name, stage in stages.items()}
         for ring in cycles(needs):
-            self.problem((*at, ring[0]), f"found a cycle: {' -> '.join(ring)}", "a stage cannot wait for itself", at_key=True)
+            self.problem((*at, ring[0]), f"found a cycle: {' -> '.join(ring)}", _way_out(ring, stages), at_key=True)
+
+    def _unused(self, here: Keys, stage: ProgramStage, fields: Iterable[str], why: str) -> None:
+        """Fields of resources without effect, said once for all of one reason."""
+        given = [field for field in fields if getattr(stage.resources, field) != Resources.model_fields[field].default]
+        if given:
+            found = f"found {listed(given)} for {stage.kind}, which {why}"
+            self.problem((*here, "resources", given[0]), found, "remove it" if len(given) == 1 else "remove them")
 
     def _reference(
         self, path: Keys, name: str, reference: Reference, target: str, raw: Mapping[str, Any], stages: Mapping[str, Stage]
@@ -182,7 +187,9 @@ class Checks:
         if target == name:
             self.problem(path, f"found the stage itself, allowed {allowed}")
         elif given is None:
-            self.problem(path, f"found the unknown stage `{target}`, allowed {allowed}", nearest(target, fitting))
+            only = f"write `{fitting[0]}`, the only one there is" if len(fitting) == 1 else ""
+            hint = nearest(target, fitting) or _same_words(target, fitting) or only
+            self.problem(path, f"found the unknown stage `{target}`, allowed {allowed}", hint)
         else:
             self.problem(path, f"found `{target}`, which gives {with_article(given)}, allowed {allowed}")
 
@@ -248,6 +255,24 @@ class Checks:
                 found = f"found `{names[0]}` with {field} {values[0]}, `{names[1]}` with {values[1]}, allowed the same"
                 path = (*here, "require", i, "improves_on" if requirement.improves_on else "not_below")
                 self.problem(path, f"{found}: else they are asked other things", f"set the same {field} in both")
+
+
+def _way_out(ring: list[str], stages: Mapping[str, Stage]) -> str:
+    """What to cut a ring of stages at: a `needs`, which hands nothing on; else one of the fields."""
+    fields = []
+    for name, other in pairwise(ring):
+        naming = [field for field, _, target in annotated_values(stages[name], Reference) if target == other]
+        fields.append((name, other, min(naming, key=lambda field: field.startswith("needs."))))
+    for name, other, field in fields:
+        if field.startswith("needs."):
+            return f"take `{other}` out of `needs` of `{name}`"
+    return f"name another stage in one of {listed(f'{name}.{field}' for name, _, field in fields)}"
+
+
+def _same_words(name: str, known: Iterable[str]) -> str:
+    """For a stage that got a longer or a shorter name: `base` and `base-model`."""
+    words = set(name.split("-"))
+    return next((f"did you mean `{other}`?" for other in known if words & set(other.split("-"))), "")
 
 
 def with_article(kind: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -43,6 +43,11 @@ OTHERS_SAY = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
         ("batch_size", "per_device_train_batch_size"),
         "write `global_batch_size`, the rows of a step over all devices; those of one pass are `resources.micro_batch_size`",
     ),
+}
+TRAININGS = "what trains is `sft`, on examples (with LoRA, unless `method:` says otherwise), and `grpo`, by rewards"
+OTHER_KINDS = {  # what else a stage is called elsewhere
+    **dict.fromkeys(("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward", "pretrain", "train", "finetune", "lora", "qlora"), TRAININGS),
+    **dict.fromkeys(("gptq", "awq", "gguf"), "write `quantize`, which does GPTQ"),
 }
 BOUNDS = {
     "greater_than": ("gt", "above"),
@@ -103,11 +108,15 @@ def _branch(path: list[str | int], node: Any) -> Any:
     """What pydantic puts into a path behind a stage or a source: its kind or type."""
     if not isinstance(node, dict):
         return None
-    if len(path) == 4 and (path[0], path[2]) == ("pipelines", "stages"):
+    if _is_stage(path):
         return node.get("kind")
     if len(path) == 6 and path[4] == "rewards":
         return type_of(node)
     return node.get("type") if path[-2:-1] == ["sources"] or len(path) == 2 and path[0] == "pools" else None
+
+
+def _is_stage(path: Sequence[str | int]) -> bool:
+    return len(path) == 4 and (path[0], path[2]) == ("pipelines", "stages")
 
 
 def _discriminator(detail: ErrorDetails) -> str:
@@ -123,18 +132,20 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         hint = others or _elsewhere(str(path[-1]), path[:-1], tree) or nearest(path[-1], names)
         return True, f"the unknown field `{short(str(path[-1]))}`", ", ".join(names), hint
     if kind == "missing":
-        return True, "nothing", _described(path, tree), f"add `{path[-1]}: ...`"
+        return True, "nothing", _described(path, tree), "add `version: 1`" if path == ("version",) else f"add `{path[-1]}: ...`"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = _discriminator(detail)
         names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path[4:] else SOURCES)
         if kind == "union_tag_not_found":
             return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
-        return False, shown(node), ", ".join(names), nearest(node, names) if isinstance(node, str) else ""
+        others = OTHER_KINDS.get(str(node).lower().replace("-", ""), "") if tag == "kind" else ""
+        return False, shown(node), ", ".join(names), others or (nearest(node, names) if isinstance(node, str) else "")
     if "[key]" in detail["loc"]:
         return True, f"the name `{short(str(path[-1]))}`", FORMS[NAME], _slug(str(path[-1]))
     if kind == "literal_error":
         names = [name.strip("'") for name in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        return False, shown(node), ", ".join(names), UNQUOTED if node in names else nearest(node, names)
+        hint = "write `version: 1`" if path == ("version",) else nearest(node, names)
+        return False, shown(node), ", ".join(names), UNQUOTED if node in names else hint
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
         return False, shown(node), f"{words} {_plain(context[name])}", ""
@@ -149,20 +160,27 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         return False, found, f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}", ""
     name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float").removesuffix("_attributes")
     name = "dict" if name == "model" else name
+    if name == "dict" and _is_stage(path) and (node is None or node in list(STAGES)):
+        return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields under its name, indented"
     return False, shown(node), TYPES.get(name, detail["msg"]), _as_meant(node, name)
 
 
 def _as_meant(node: Any, wanted: str) -> str:
     """How the value is written if it is meant as what is wanted."""
+    if wanted == "dict" and node is None:
+        return "write what belongs to it under it, indented, or remove it"
     if wanted == "string" and isinstance(node, int | float):
         return "put quotes around it"
     if wanted == "tuple" and isinstance(node, str | int | float):
         return f"write `[{short(str(node))}]`"
     if wanted == "bool" and str(node).lower() in ("yes", "on", "no", "off"):
         return f"write `{'true' if str(node).lower() in ('yes', 'on') else 'false'}`"
+    value = yaml_value(node) if isinstance(node, str) else node
+    if wanted == "int" and isinstance(value, float) and value.is_integer():
+        return f"write `{int(value)}`"
     if not isinstance(node, str) or wanted not in ("int", "float", "bool"):
         return ""
-    if not isinstance(yaml_value(node), str):
+    if not isinstance(value, str):
         return UNQUOTED
     return "write plain decimals, such as 1000 or 1e-4" if node[:1].isdigit() and wanted != "bool" else ""
 

@@ -44,6 +44,9 @@ class Reason:
     new: Any = None
 
 
+NEVER = Reason("never_ran", "no run has completed it")
+
+
 @dataclass
 class PlanRow:
     stage: str
@@ -112,7 +115,7 @@ def _row(
         what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(unresolved)
         row.status = "unknown" if what_is_unknown else "run"
         row.reasons += [Reason("input", f"{repository} is looked up on the hub when a run starts", path) for path, repository in unresolved]
-        row.reasons += list(_compared(earlier, document, slots, set(waiting))) if earlier else [_never(stage)]
+        row.reasons += list(_compared(earlier, document, slots, set(waiting))) if earlier else [NEVER]
         return row
     row.key, row.document = key_of(document), document
     if forced:
@@ -126,7 +129,7 @@ def _row(
     elif earlier and earlier.key == row.key:
         row.reasons.append(Reason("missing", "its artifact is no longer in the store"))
     else:
-        row.reasons += list(_compared(earlier, document, slots, set())) if earlier else [_never(stage)]
+        row.reasons += list(_compared(earlier, document, slots, set())) if earlier else [NEVER]
     if row.status == "run" and isinstance(stage, Training):
         row.checkpoint = newest(workspace.work(row.key), row.key)
         row.refused = row.checkpoint.refused(stage.resources) if row.checkpoint else None
@@ -267,10 +270,6 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
 
 def _shown(value: Any) -> str:
     return "(default)" if value is None else json.dumps(value) if not isinstance(value, str) else value
-
-
-def _never(stage: Stage) -> Reason:
-    return Reason("never_ran", "it has not run yet")
 
 
 def _of_hub(stage: Stage, error: StageFailed) -> Problem:

@@ -154,7 +154,7 @@ class Runs:
                 if record.state != "running":
                     work = self.folder.parent / "work" / (stage.key or "")
                     stage.status, until = "cancelled" if record.state == "cancelled" else "killed", min(until, _last_written(work))
-                    stage.message = _left(work, began.timestamp())
+                    stage.message = _reached(work, began.timestamp())
                 stage.seconds += max(0.0, round((until - began).total_seconds(), 1))
                 stage.started = until.isoformat() if stage.status == "running" else None
 
@@ -208,9 +208,8 @@ def _last_written(folder: Path) -> datetime:
     return datetime.fromtimestamp(max(times, default=0.0), UTC)
 
 
-def _left(folder: Path, since: float) -> str:
-    """The last step of a program's last attempt, and where its log is."""
-    told = []
+def _reached(folder: Path, since: float) -> str:
+    """The last step of a program's last attempt."""
     with contextlib.suppress(OSError):
         for line in reversed((folder / "events.jsonl").read_bytes().splitlines()):
             with contextlib.suppress(ValidationError):  # torn by the kill
@@ -218,11 +217,8 @@ def _left(folder: Path, since: float) -> str:
                 if event.t < since:
                     break
                 if event.type == "progress":
-                    told.append(f"came to step {event.step} of {event.total}")
-                    break
-    if (log := folder / "log.txt").exists():
-        told.append(f"its log is {log}")
-    return "; ".join(told)
+                    return f"came to step {event.step} of {event.total}"
+    return ""
 
 
 def _held(lock: Path) -> bool:

@@ -180,9 +180,12 @@ class EvaluateStage(ProgramStage):
         if self.allow_code_execution and "human_eval" not in self.benchmarks:
             found = "found allow_code_execution without human_eval, the only benchmark that runs code"
             yield Finding("allow_code_execution", found, "remove it")
-        for field, owner in OF_EVALUATIONS.items():
-            if not getattr(self, owner) and getattr(self, field) != type(self).model_fields[field].default:
-                yield Finding(field, f"found {field} without {owner}, which alone it is for", "remove it")
+        for owner in ("benchmarks", "datasets"):
+            its = [field for field, of in OF_EVALUATIONS.items() if of == owner and not getattr(self, owner)]
+            given = [field for field in its if getattr(self, field) != type(self).model_fields[field].default]
+            if given:
+                which, hint = ("it is", "remove it") if len(given) == 1 else ("they are", "remove them")
+                yield Finding(given[0], f"found {', '.join(given)} without {owner}, which alone {which} for", hint)
 
 
 # --- merge, quantize --------------------------------------------------------------------------------------------------
