@@ -139,9 +139,10 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
     from trl import SFTConfig
 
     from tasks.checkpoints import checkpoint_steps
+    from tasks.strategies import sum_in_float32
     from tasks.training import shared_arguments
 
-    return SFTConfig(
+    arguments = SFTConfig(
         **shared_arguments(request, stage),
         # Rows come tokenized, masked and packed; TRL only pads them, or joins them with position ids where packed.
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -157,6 +158,8 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         metric_for_best_model="eval_loss" if stage.early_stopping else None,
         greater_is_better=False if stage.early_stopping else None,
     )
+    sum_in_float32(arguments)
+    return arguments
 
 
 def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:

@@ -20,7 +20,7 @@ from tuneline.protocol import Input
 from tuneline.stages import Resources
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
+    from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments
 
 
 def arguments(resources: Resources) -> dict[str, Any]:
@@ -36,7 +36,21 @@ def arguments(resources: Resources) -> dict[str, Any]:
         given["deepspeed"] = zero_config(resources)
     elif strategy == "fsdp":
         given |= {"fsdp": True, "fsdp_config": fsdp_config(resources)}
+        # Else each process holds the whole gradients until the step's last micro-batch (accelerate's docs/source/concept_guides/
+        # gradient_synchronization.md), which is the memory that FSDP is there to save.
+        given["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return given
+
+
+def sum_in_float32(arguments: TrainingArguments) -> None:
+    """Has FSDP compute in bfloat16, but sum gradients and hand over losses in float32, as ddp does.
+
+    accelerate 1.15 has all of it in bfloat16 (`FullyShardedDataParallelPlugin.set_mixed_precision`), losses too, and transformers has
+    no argument for it. The types are torchtitan's defaults (`mixed_precision_param`, `mixed_precision_reduce`).
+    """
+    if arguments.fsdp and arguments.bf16:
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 def join_processes(resources: Resources) -> None:

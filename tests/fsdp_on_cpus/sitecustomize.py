@@ -10,7 +10,7 @@ from tasks.noise import silence
 silence()  # as programs do before they import anything
 
 from accelerate import state  # noqa: E402
-from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: E402
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule  # noqa: E402
 
 REAL = state.AcceleratorState.__init__
 
@@ -24,5 +24,10 @@ def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         self.distributed_type = state.PartialState._shared_state["distributed_type"] = state.DistributedType.FSDP
 
 
+def whole_gradients(self: Any, requires_gradient_sync: bool) -> None:
+    assert requires_gradient_sync, "between micro-batches each process would hold the whole gradients"
+
+
 state.AcceleratorState.__init__ = init
+FSDPModule.set_requires_gradient_sync = whole_gradients
 CPUOffloadPolicy.__init__.__defaults__ = (False,)  # no pinned memory, which is for copies to a GPU
