@@ -24,115 +24,54 @@ from tuneline.protocol import Events, Input, Request, Result
 from tuneline.trainings import SftStage
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, TrainerState
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
     from trl import SFTConfig
 
     from tasks.sft_trainer import TokenWeightedTrainer
+    from tasks.training import Report
 
 
 CHECKED_TOKENS = 256  # of a row, by `check_loss`
 
 
 def run(request: Request, stage: SftStage, events: Events) -> Result:
-    from transformers import EarlyStoppingCallback, PrinterCallback
-
-    from tasks import checkpoints, sequences, strategies, training
-    from tasks.sft_trainer import TokenWeightedTrainer
+    from tasks import training
 
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
     train = tokenized(request, stage, tokenizer, "train")
     validation = tokenized(request, stage, tokenizer, "validation") if stage.eval_steps else None
-    prepared = packed(train, stage.max_length) if stage.packing else train
 
     model = methods.load_base(base, stage)
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
-    full = stage.method == "full"
     layers = training.targeted_layers(model, stage.lora.target_modules)
-    training.score_only_trained_tokens()
-
-    def rows_of_step() -> list[str]:
-        rows = read_split(request.inputs["dataset"].path, "train")
-        ids = {tuple(tokens): row.id for tokens, row in zip(train["input_ids"], rows, strict=True)}
-        return [ids[tokens] for tokens in trainer.step_rows()]
-
-    report = training.Report(events, rows_of_step)
-    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
-    if stage.early_stopping:
-        callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
-    trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
-        args=arguments,
-        train_dataset=prepared,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        peft_config=None if earlier or full else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
-        callbacks=callbacks,
-        resources=stage.resources,
-    )
-    trainer.remove_callback(PrinterCallback)  # events say the same
-    if stage.method == "qlora":
-        methods.adapter_in_float32(trainer.model, earlier)
-    check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
-    if validation:
-        check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
-    checks = [lambda: strategies.prove(trainer, stage.resources), lambda: check_loss(trainer)]
-    if stage.resources.sequence_parallel_size > 1:
-        sequences.share(model, stage.resources, stage.micro_batch_size())
-        checks.append(lambda: sequences.check(trainer, stage.resources))
-    if stage.packing:
-        checks.append(lambda: check_rows_apart(trainer))
-    trainer.add_callback(training.OncePrepared(*checks))
-    before = {} if full else training.adapter_tensors(trainer.model)
-    trainable, parameters = (methods.parameters(model),) * 2 if full else trainer.model.get_nb_trainable_parameters()
+    report = training.Report(events, lambda: ids_of_step(request, train, trainer.step_rows()))
+    trainer = make_trainer(request, stage, arguments, model, tokenizer, train, validation, report)
+    adapter = stage.method != "full"
+    before = training.adapter_tensors(trainer.model) if adapter else {}
+    trainable, parameters = trainer.model.get_nb_trainable_parameters() if adapter else (methods.parameters(model),) * 2
+    sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
     if arguments.process_index == 0:
-        events.metric("trainable_parameters", trainable)
-        events.metric("all_parameters", parameters)
+        for name, count in sizes.items():
+            events.metric(name, count)
 
-    checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
-    state = checkpoints.ended_at(checkpoint) if checkpoint else None
-    ended = Path(state.best_model_checkpoint or checkpoint) if checkpoint and state else None
-    if ended:
-        if not full:
-            checkpoints.load_adapter(trainer.model, ended)
-    else:
-        if checkpoint:
-            print(f"resuming from {checkpoint.name}", flush=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state = trainer.state
+    state, after = end_of_training(trainer, request, stage, events)
     check_every_row_trained(train, state)
-
-    history = state.log_history
-    metrics = {
-        "loss": training.recent(history, "loss"),
-        "steps": state.global_step,
-        "trained_tokens": sum(entry.get("trained_tokens", 0) for entry in history),
-        "trainable_parameters": trainable,
-        "all_parameters": parameters,
-    }
-    evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    if stage.early_stopping:
-        metrics |= {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
-    elif evaluated:
-        metrics["eval_loss"] = evaluated[max(evaluated)]
-    if full:
-        after = methods.weights_in(ended, model) if ended else methods.weights(trainer.model, arguments.process_index == 0)
-    else:
-        after = training.adapter_tensors(trainer.model)
     if arguments.process_index == 0:
-        training.save_history(history, request.meta)
-        if full:
-            methods.save_model(after, base, tokenizer.eos_token_id, request.payload, events)
-            methods.check_model(request.payload, base)
-        else:
+        training.save_history(state.log_history, request.meta)
+        if adapter:
             training.save_adapter(trainer.model, after, request.payload, base)
             training.check_adapter(request.payload, stage.lora, layers, before)
+        else:
+            methods.save_model(after, base, tokenizer.eos_token_id, request.payload, events)
+            methods.check_model(request.payload, base)
         save_tokenizer(tokenizer, request.payload)
-        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Model" if full else "Adapter"))
+        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter" if adapter else "Model"))
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
-    return Result(metrics=metrics, info=info)
+    return Result(metrics=figures(state, stage, sizes), info=info)
 
 
 def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
@@ -160,6 +99,95 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
     )
     sum_in_float32(arguments)
     return arguments
+
+
+def make_trainer(
+    request: Request, stage: SftStage, arguments: SFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Dataset,
+    validation: Dataset | None, report: Report,
+) -> TokenWeightedTrainer:  # fmt: skip
+    """The trainer, which holds every row, and is looked at once more before the first step."""
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    from tasks import checkpoints, sequences, strategies, training
+    from tasks.sft_trainer import TokenWeightedTrainer
+
+    training.score_only_trained_tokens()
+    base, earlier = request.inputs["model"], request.inputs.get("adapter")
+    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
+    if stage.early_stopping:
+        callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
+    trainer = TokenWeightedTrainer(
+        model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
+        args=arguments,
+        train_dataset=packed(train, stage.max_length) if stage.packing else train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        # TRL seeds before it draws the first weights
+        peft_config=None if earlier or stage.method == "full" else training.lora_config(stage.lora),
+        callbacks=callbacks,
+        resources=stage.resources,
+    )
+    trainer.remove_callback(PrinterCallback)  # events say the same
+    if stage.method == "qlora":
+        methods.adapter_in_float32(trainer.model, earlier)
+    check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
+    if validation:
+        check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
+    checks = [lambda: strategies.prove(trainer, stage.resources), lambda: check_loss(trainer)]
+    if stage.resources.sequence_parallel_size > 1:
+        sequences.share(model, stage.resources, stage.micro_batch_size())
+        checks.append(lambda: sequences.check(trainer, stage.resources))
+    if stage.packing:
+        checks.append(lambda: check_rows_apart(trainer))
+    trainer.add_callback(training.OncePrepared(*checks))
+    return trainer
+
+
+def end_of_training(
+    trainer: TokenWeightedTrainer, request: Request, stage: SftStage, events: Events
+) -> tuple[TrainerState, dict[str, torch.Tensor]]:
+    """The end of the training, and what it has trained, whole and by its saved names: of this process, or of one that was killed after
+    its last step."""
+    from tasks import checkpoints, training
+
+    checkpoint = checkpoints.newest_checkpoint(trainer.args, request, stage.resources, events)
+    state = checkpoints.ended_at(checkpoint) if checkpoint else None
+    ended = Path(state.best_model_checkpoint or checkpoint) if checkpoint and state else None
+    if state is None:
+        if checkpoint:
+            print(f"resuming from {checkpoint.name}", flush=True)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+    if stage.method == "full":
+        keep = trainer.args.process_index == 0
+        return state, methods.weights_in(ended, trainer.model) if ended else methods.weights(trainer.model, keep)
+    if ended:
+        checkpoints.load_adapter(trainer.model, ended)
+    return state, training.adapter_tensors(trainer.model)
+
+
+def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict[str, float]:
+    """The stage's metrics, from the history of all attempts."""
+    from tasks.training import recent
+
+    history = state.log_history
+    found = {
+        "loss": recent(history, "loss"),
+        "steps": state.global_step,
+        "trained_tokens": sum(entry.get("trained_tokens", 0) for entry in history),
+        **sizes,
+    }
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    if stage.early_stopping:
+        return found | {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
+    return found | ({"eval_loss": evaluated[max(evaluated)]} if evaluated else {})
+
+
+def ids_of_step(request: Request, train: Dataset, step: list[tuple[int, ...]]) -> list[str]:
+    """Ids of the rows whose tokens are given."""
+    rows = read_split(request.inputs["dataset"].path, "train")
+    ids = {tuple(tokens): row.id for tokens, row in zip(train["input_ids"], rows, strict=True)}
+    return [ids[tokens] for tokens in step]
 
 
 def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:

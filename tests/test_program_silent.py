@@ -1,7 +1,6 @@
-"""What would be silently wrong is planted here, and must end the stage in which it happens with a message that names it.
+"""Libraries that misbehave: what would be silently wrong must end the stage in which it happens with a message that names it.
 
-Real artifacts of real programs, in a store; each fault is a library that misbehaves, or an artifact that was tampered with.
-`tasks.__main__` runs the program, as for the orchestrator. What is planted elsewhere already:
+Artifacts that were tampered with are in test_program_tampered.py. What is planted elsewhere already:
 
     loss is no number from the start    test_program_sft            test_a_loss_that_is_no_number_ends_the_training
     packed rows see one another         test_program_sft            test_packed_rows_do_not_see_one_another
@@ -15,119 +14,26 @@ from __future__ import annotations
 import copy
 import json
 import random
-import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pico import save_pico
-from program_tools import make_request
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from silent_tools import CONFIGS, World, edit_weights, make_world, refused
 
-import tasks.__main__ as program
 from tasks import dataset, evaluation, loading, merge, quantizer, sft, training
-from tasks.rows import SPLITS, content_hash, read_rows, write_rows
-from tuneline.protocol import Failure, Input, Result
-from tuneline.store import Artifact, Manifest, Store
+from tasks.rows import SPLITS, content_hash, read_rows
+from tuneline.protocol import Input, Result
 
 pytestmark = pytest.mark.usefixtures("gptqmodel_place")
-CONFIGS: dict[str, dict[str, Any]] = {
-    "model": {"path": "model"},
-    "dataset": {"model": "base", "sources": [{"type": "files", "path": "data.jsonl"}], "split": {"validation": 0.15, "test": 0.2}},
-    "sft": {
-        "model": "base", "dataset": "data", "max_steps": 30, "global_batch_size": 4, "learning_rate": 2e-2, "lora": {"r": 4, "lora_alpha": 8},
-    },
-    "merge": {"adapters": ["sft"]},
-    "evaluate": {"model": "sft", "datasets": ["data"], "max_new_tokens": 4, "limit": 4},
-    "quantize": {"model": "merged", "calibration": "data", "samples": 8, "group_size": 32, "max_perplexity_ratio": 3},
-}  # fmt: skip
-TYPES = {"model": "Model", "dataset": "Dataset", "sft": "Adapter", "merge": "Model"}
-
-
-# --- a small world ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class World:
-    """Artifacts in a store, by kind, and what a request says of them."""
-
-    store: Store
-    data: Path
-    artifacts: dict[str, Artifact]
-
-    def input(self, kind: str) -> Input:
-        artifact = self.artifacts[kind]
-        base = self.input("model") if kind == "sft" else None
-        manifest = artifact.manifest
-        return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
-
-    def inputs(self, kind: str) -> dict[str, Input]:
-        wanted = {
-            "dataset": {"model": "model"}, "sft": {"model": "model", "dataset": "dataset"}, "merge": {"adapters.0": "sft"},
-            "evaluate": {"model": "sft", "datasets.0": "dataset"}, "quantize": {"model": "merge", "calibration": "dataset"},
-        }  # fmt: skip
-        return {slot: self.input(other) for slot, other in wanted.get(kind, {}).items()}
-
-    def run(self, folder: Path, kind: str, **fields: Any) -> Result | Failure:
-        """Runs the program as the orchestrator does, but in this process."""
-        files = fields.pop("files", {}) | {
-            "path": [self.data.parent / "pico"],
-            "sources.0.path": [self.data],
-            "sources.1.path": [self.data.parent / "longer.jsonl"],
-        }
-        inputs = fields.pop("inputs", None) or self.inputs(kind)
-        request = make_request(folder, {"kind": kind, **CONFIGS[kind], **fields}, inputs, files=files)
-        request.write(request.work / "request.json")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["tasks", str(request.work / "request.json")])
-            status = program.main()
-        found: Result | Failure = (Failure.read if status else Result.read)(request.work / ("failure.json" if status else "result.json"))
-        return found
-
-    def publish(self, built: Path, kind: str, result: Result) -> Artifact:
-        def manifest(payload_digest: str, files: Any) -> Manifest:
-            return Manifest.model_validate(
-                {
-                    "kind": kind, "type": TYPES[kind], "key": payload_digest, "document": {}, "digest": payload_digest, "files": files,
-                    "parents": {}, "template": result.info.get("template"), "metrics": result.metrics, "info": {}, "host": {},
-                }
-            )  # fmt: skip
-
-        return self.store.publish(built, manifest)
-
-    def copy(self, folder: Path) -> World:
-        """Artifacts of its own, with their times, to be tampered with."""
-        shutil.copytree(self.store.root, folder)
-        moved = {kind: Artifact(folder / a.path.relative_to(self.store.root), a.manifest) for kind, a in self.artifacts.items()}
-        return World(Store(folder), self.data, moved)
+Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A dataset, an adapter that was trained on it, and the model merged from both, each by its program."""
-    folder = tmp_path_factory.mktemp("world")
-    save_pico(folder / "pico")
-    rows = [{"prompt": f"{i} + {i % 7}?", "completion": f"It is {i + i % 7}, of course."} for i in range(60)]
-    for name, more in (("data", []), ("longer", chat("And twice that?", "Let me see.")["messages"])):
-        text = "".join(json.dumps({"messages": chat(**row)["messages"] + more}) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text)
-    made = World(Store(folder / "store"), folder / "data.jsonl", {})
-    for kind in ("model", "dataset", "sft", "merge"):
-        result = made.run(folder / kind, kind)
-        assert isinstance(result, Result), result
-        if kind == "model":  # copied, where the program refers to it: the store's own files are what is tampered with
-            shutil.rmtree(folder / kind / "out" / "payload")
-            shutil.copytree(folder / "pico", folder / kind / "out" / "payload")
-        made.artifacts[kind] = made.publish(folder / kind / "out", kind, result)
-    return made
-
-
-def chat(prompt: str, completion: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]}
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_nothing_planted_nothing_stopped(world: World, tmp_path: Path) -> None:
@@ -136,8 +42,6 @@ def test_nothing_planted_nothing_stopped(world: World, tmp_path: Path) -> None:
 
 
 # --- libraries that misbehave -----------------------------------------------------------------------------------------
-
-Patch = pytest.MonkeyPatch
 
 
 def collator(patch: Patch, change: Callable[[list[dict[str, Any]]], Any]) -> None:
@@ -264,12 +168,6 @@ def merges(patch: Patch, edit: Callable[[dict[str, Any]], Any]) -> None:
         edit_weights(payload / "model.safetensors", edit)
 
     patch.setattr(merge, "merge_streamed", merged)
-
-
-def edit_weights(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def with_another_alpha(patch: Patch) -> None:
@@ -447,163 +345,6 @@ def test_a_library_that_misbehaves_is_noticed(
 ) -> None:
     plant(monkeypatch)
     refused(world.run(tmp_path / "run", kind, **fields), message)
-
-
-def refused(found: Result | Failure, message: str) -> None:
-    import re
-
-    assert isinstance(found, Failure), "nothing was noticed"
-    text = f"{found.failure_class}: {found.message}"
-    assert re.match(message, text), text
-
-
-# --- artifacts that were tampered with --------------------------------------------------------------------------------
-
-
-def rewrite(file: Path, old: str, new: str) -> None:
-    """In place, of the same size."""
-    text = file.read_text(encoding="utf-8")
-    assert old in text
-    assert len(old) == len(new)
-    file.write_text(text.replace(old, new), encoding="utf-8")
-
-
-def edit_template(world: World, kind: str) -> None:
-    rewrite(world.artifacts[kind].payload / "chat_template.jinja", "assistant", "Assistant")
-
-
-def base_in_place_of_merged(world: World) -> None:
-    """Same names, same sizes; with the base's older times, as `cp -p` has it."""
-    base, merged = (world.artifacts[kind].payload / "model.safetensors" for kind in ("model", "merge"))
-    assert base.stat().st_size == merged.stat().st_size
-    merged.unlink()
-    shutil.copy2(base, merged)
-
-
-def another_artifact(world: World) -> None:
-    target = world.artifacts["merge"].path
-    shutil.rmtree(target)
-    shutil.copytree(world.artifacts["model"].path, target)
-
-
-def edit_manifest(world: World, **fields: Any) -> None:
-    file = world.artifacts["merge"].path / "manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-
-def alpha(world: World) -> None:
-    rewrite(world.artifacts["sft"].payload / "adapter_config.json", '"lora_alpha": 8', '"lora_alpha": 4')
-
-
-def other_rows(world: World) -> None:
-    """Calibration from other data: the train split in another order, so of the same size or another."""
-    file = world.artifacts["dataset"].payload / "train.parquet"
-    write_rows(read_rows(file)[::-1], file)
-
-
-CHANGED = "has changed since it was written"
-TAMPERED: list[tuple[str, str, Callable[[World], Any], str]] = [
-    ("the template of an adapter edited", "evaluate", lambda w: edit_template(w, "sft"), rf"data: model: /.*/payload: chat_template\.jinja {CHANGED}"),
-    ("the template of a merged model edited", "quantize", lambda w: edit_template(w, "merge"), rf"data: model: /.*/payload: chat_template\.jinja {CHANGED}"),
-    ("the template of a base edited", "sft", lambda w: edit_template(w, "model"), rf"data: model: /.*/payload: chat_template\.jinja {CHANGED}"),
-    ("the template of a base edited", "dataset", lambda w: edit_template(w, "model"), rf"data: model: /.*/payload: chat_template\.jinja {CHANGED}"),
-    ("the base of an adapter edited", "evaluate", lambda w: edit_template(w, "model"), rf"data: model's base: /.*/payload: chat_template\.jinja {CHANGED}"),
-    ("the base in place of the merged model", "quantize", base_in_place_of_merged, rf"data: model: /.*/payload: model\.safetensors {CHANGED}"),
-    ("another artifact in place of the merged model", "quantize", another_artifact, "data: model: /.*/payload: its manifest is of model/"),
-    ("a manifest of another template", "quantize", lambda w: edit_manifest(w, template="0" * 64), "data: model: /.*/payload: its manifest.json has been edited"),
-    ("a manifest of another file", "quantize", lambda w: edit_manifest(w, files=[]), "data: model: /.*/payload: payload/chat_template.jinja does not belong to it"),
-    ("a file missing", "merge", lambda w: (w.artifacts["sft"].payload / "tokenizer.json").unlink(), "data: adapters.0: /.*: payload/tokenizer.json is missing"),
-    ("another alpha", "merge", alpha, rf"data: adapters.0: /.*/payload: adapter_config\.json {CHANGED}"),
-    ("calibration from other data", "quantize", other_rows, r"data: calibration: /.*/payload: (payload/)?train\.parquet has "),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "plant", "message"), [row[1:] for row in TAMPERED], ids=[f"{row[0]}-{row[1]}" for row in TAMPERED])
-def test_an_artifact_that_was_tampered_with_is_noticed(
-    world: World, tmp_path: Path, kind: str, plant: Callable[[World], Any], message: str
-) -> None:
-    mine = world.copy(tmp_path / "store")
-    plant(mine)
-    found = mine.run(tmp_path / "run", kind)
-    refused(found, message)
-    assert isinstance(found, Failure)
-    assert "tuneline verify" in found.hint
-
-
-def test_a_request_for_another_artifact_is_noticed(world: World, tmp_path: Path) -> None:
-    """The base's folder under the merged model's digest."""
-    inputs = world.inputs("quantize")
-    inputs["model"] = world.input("model").model_copy(update={"digest": world.input("merge").digest})
-    refused(world.run(tmp_path, "quantize", inputs=inputs), "data: model: /.*: found the artifact with digest .{12}, asked for .{12}")
-
-
-def test_what_was_only_copied_or_touched_is_used(world: World, tmp_path: Path) -> None:
-    mine = world.copy(tmp_path / "store")
-    for file in mine.artifacts["sft"].payload.iterdir():
-        file.touch()
-    assert isinstance(mine.run(tmp_path / "run", "evaluate"), Result)
-
-
-# --- artifacts that were built wrong ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def wrong(world: World, tmp_path: Path) -> Callable[..., Input]:
-    """An artifact as of `kind`, its payload edited before it was published: whole, and wrong all the same."""
-
-    def build(kind: str, edit: Callable[[Path], None]) -> Input:
-        built = tmp_path / "built"
-        shutil.copytree(world.artifacts[kind].path, built)
-        (built / "manifest.json").unlink()
-        edit(built / "payload")
-        mine = world.copy(tmp_path / "store")
-        manifest = world.artifacts[kind].manifest
-        result = Result(metrics=manifest.metrics, info={"template": manifest.template})
-        mine.artifacts[kind] = mine.publish(built, kind, result)
-        return mine.input(kind)
-
-    return build
-
-
-def leak(payload: Path) -> None:
-    """Every test row among those to train on."""
-    rows = [row for split in SPLITS for row in read_rows(payload / f"{split}.parquet")]
-    write_rows(rows, payload / "train.parquet")
-
-
-def zero(payload: Path) -> None:
-    edit_weights(payload / "adapter_model.safetensors", lambda tensors: [t.zero_() for name, t in tensors.items() if "lora_B" in name])
-
-
-def rename(part: str) -> Callable[[Path], None]:
-    def edit(tensors: dict[str, Any]) -> None:
-        for name in [name for name in tensors if part in name]:
-            tensors[name.replace("base_model.model.", "base_model.")] = tensors.pop(name)
-
-    return lambda payload: edit_weights(payload / "adapter_model.safetensors", edit)
-
-
-LEAKED = r"data: \d+ groups of rows are in the dataset's \w+ split and in its \w+ split, such as \w+"
-WRONG: list[tuple[str, str, str, str, Callable[[Path], None], str]] = [
-    ("test rows among those to train on", "sft", "dataset", "dataset", leak, LEAKED),
-    ("test rows among those to train on", "evaluate", "datasets.0", "dataset", leak, LEAKED),
-    ("test rows among those to train on", "quantize", "calibration", "dataset", leak, LEAKED),
-    ("B is zero", "merge", "adapters.0", "sft", zero, "bug: the adapter changes nothing: logits with and without it are the same"),
-    ("B is zero", "evaluate", "model", "sft", zero, "bug: the adapter changes nothing: logits with and without it are the same"),
-    ("no key fits", "evaluate", "model", "sft", rename("lora"), r"bug: \d+ tensors of the adapter do not fit the base, first base_model\."),
-    ("some keys do not fit", "evaluate", "model", "sft", rename("layers.1"), r"bug: \d+ tensors of the adapter do not fit the base, first base_model\."),
-    ("some keys do not fit", "sft", "adapter", "sft", rename("layers.1"), r"bug: \d+ tensors of the adapter do not fit the base, first base_model\."),
-    ("some keys do not fit", "merge", "adapters.0", "sft", rename("layers.1"), r"bug: \d+ tensors of the adapter do not fit the base, first base_model\."),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("kind", "slot", "of", "edit", "message"), [row[1:] for row in WRONG], ids=[f"{row[0]}-{row[1]}" for row in WRONG])
-def test_an_artifact_that_was_built_wrong_is_noticed(
-    world: World, wrong: Callable[..., Input], tmp_path: Path, kind: str, slot: str, of: str, edit: Any, message: str
-) -> None:
-    inputs = {**world.inputs(kind), slot: wrong(of, edit)}
-    fields = {"adapter": "other"} if slot == "adapter" else {}
-    refused(world.run(tmp_path / "run", kind, inputs=inputs, **fields), message)
 
 
 @pytest.mark.parametrize("times", [0, 2])
