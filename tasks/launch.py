@@ -70,16 +70,18 @@ def main() -> int:
         shutdown_timeout=max(1, int(float(os.environ.get("TUNELINE_GRACE", "3")))),
         **meeting,
     )
+    ended = threading.Event()
     if resources.nodes > 1:
-        threading.Thread(target=end_with_the_others, args=(ranks, node), daemon=True).start()
+        threading.Thread(target=end_with_the_others, args=(ranks, node, ended), daemon=True).start()
     try:
-        launch_agent(config, sys.executable, ["-u", "-m", "tasks", str(request_file)])
-        return 0
+        try:
+            launch_agent(config, sys.executable, ["-u", "-m", "tasks", str(request_file)])
+            return 0
+        finally:
+            ended.set()
     except ChildFailedError as error:
         status = note_deaths(error.failures, ranks, work / "log.txt")
         failure = first_said(ranks, patience=SECONDS_OF_OTHERS if resources.nodes > 1 else 0)
-        if failure and failure.hint == LOST_PEER and (silent := absent(ranks, resources.nodes, node)):
-            failure = machine_lost(request, silent, failure)
     except SignalException as error:
         failure, status = first_said(ranks), 128 + error.sigval
     except Exception as error:
@@ -90,6 +92,8 @@ def main() -> int:
     finally:
         if node == 0:
             (work / RENDEZVOUS).unlink(missing_ok=True)
+    if failure and failure.hint == LOST_PEER and (silent := absent(ranks, resources.nodes, node)):
+        failure = machine_lost(request, silent, failure)
     if failure is not None:
         print(failure.details or failure.message, file=sys.stderr, flush=True)
         failure.write((work if node == 0 else Path.cwd()) / "failure.json")
@@ -133,14 +137,14 @@ def joining(request: Request, nodes: int) -> str:
     return f"`{request.join} --rank 1`" + (f" to {nodes - 1}" if nodes > 2 else "")
 
 
-def end_with_the_others(ranks: Path, node: int) -> None:
+def end_with_the_others(ranks: Path, node: int, ended: threading.Event) -> None:
     """A process that waits for a dead one on another machine may wait for long (NCCL does): its failure is looked for, and that this
-    machine is still there is said."""
+    machine is still there is said. `ended` says that our own processes have come to an end meanwhile."""
     while not list(ranks.glob(f"*{SAID}")):
         time.sleep(1)
     (ranks / f"{node}{HERE}").touch()
-    time.sleep(SECONDS_OF_OTHERS)  # our own processes may fail of it, too, and say so
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not ended.wait(SECONDS_OF_OTHERS):  # they may fail of it, too, and say so
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def note_deaths(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> int:

@@ -21,6 +21,13 @@ for name in [name for name in os.environ if name.startswith("PREFECT_")]:
 os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # a test without a server must not get one of Prefect's own
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Why a test was tried again (CI's --reruns), which pytest-rerunfailures keeps to itself."""
+    for report in terminalreporter.stats.get("rerun", ()):
+        terminalreporter.section(f"tried again: {report.nodeid}")
+        terminalreporter.line(report.longreprtext)
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Prefect server for the whole session; a test that uses it runs its flows in this process."""

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from program_tools import ROOT
+from program_tools import ROOT, make_request
+
+from tasks.launch import LOST_PEER, RANKS, RENDEZVOUS, transient
+from tuneline.protocol import Failure
 
 LAUNCHER = """\
 import sys, time
@@ -40,3 +43,38 @@ def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
         other.kill()
     with launcher(0):
         assert not left.exists()
+
+
+SLOW_AGENT = """\
+import sys, time
+from pathlib import Path
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher import api
+from tasks import launch
+
+def launch_agent(*arguments):
+    work = Path(sys.argv[1]).parent
+    (work / "said.json").rename(work / launch.RANKS / f"1{launch.SAID}")
+    time.sleep(2)
+    raise ChildFailedError("tasks", {1: ProcessFailure(0, 1, 1, "")})
+
+api.launch_agent = launch_agent
+sys.exit(launch.main())
+"""
+
+
+def test_a_machine_whose_processes_have_ended_is_not_ended_by_itself(tmp_path: Path) -> None:
+    """It had sent itself the SIGTERM that is for processes which wait for a dead one, while it asked what the others say, and told
+    neither of them."""
+    fields = {"kind": "sft", "model": "base", "dataset": "data", "resources": {"processes": 1, "nodes": 2}}
+    request = make_request(tmp_path, fields, {}, join="tuneline node p")
+    (request.work / RANKS).mkdir()
+    (request.work / RENDEZVOUS).write_text('{"endpoint": "127.0.0.1:1", "id": "meeting"}')
+    request.write(request.work / "request.json")
+    transient("its connection broke", LOST_PEER).write(request.work / "said.json")
+    here = tmp_path / "machine"
+    here.mkdir()
+    command = [sys.executable, "-c", SLOW_AGENT, str(request.work / "request.json"), "1"]
+    done = subprocess.run(command, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert Failure.read(here / "failure.json").message == "machine 0 of 2 went away or does not answer"
