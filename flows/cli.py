@@ -55,10 +55,10 @@ def main() -> None:
         click.echo(error.ctx.get_help() if error.ctx else "")
         sys.exit(0)
     except click.UsageError as error:
-        hint = f"`{error.ctx.command_path} --help`" if error.ctx else "`tuneline --help`"
-        if isinstance(error, click.MissingParameter) and error.param and error.param.name in ("pipeline", "what", "name"):
+        message, hint = error.format_message(), f"`{error.ctx.command_path} --help`" if error.ctx else "`tuneline --help`"
+        if message.startswith("Missing argument 'PIPELINE"):
             hint = "`tuneline validate` names the pipelines of the file"
-        _fail(f"{error.format_message()}\n\nhint: {hint}", WRONG)
+        _fail(f"{message}\n\nhint: {hint}", WRONG)
     except click.ClickException as error:
         _fail(error.format_message(), WRONG)
     except TunelineError as error:

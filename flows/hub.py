@@ -71,7 +71,7 @@ def _fetched(path: str, what: str) -> bytes:
         raise StageFailed("transient", f"the hub answers HTTP {error.code} for {what}", "a run tries the stage again by itself") from None
     except OSError as error:
         hint = "check the network; or write a full commit as `revision:`, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-        raise StageFailed("transient", f"the hub cannot be reached for {what}: {error}", hint) from None
+        raise StageFailed("transient", f"the hub cannot be reached for {what}: {getattr(error, 'reason', error)}", hint) from None
 
 
 def _cached(repository_type: str, repository: str, revision: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         Hub.tokens.append(self.headers.get("Authorization"))
         if self.path in ("/api/models/owner/open/revision/refs%2Fpr%2F1", "/api/models/owner/open/revision/main"):
+            self.answer(200, {"sha": COMMIT})
+        elif self.path == "/api/datasets/owner/rows/revision/main":
             self.answer(200, {"sha": COMMIT})
         elif self.path == f"/owner/open/raw/{COMMIT}/config.json":
             self.answer(200, CONFIG)
@@ -118,10 +121,18 @@ def test_online_a_model_that_is_not_to_be_had_is_found_before_a_run(name: str, s
     assert result.stdout.count(said) == 2, "why the stage cannot be planned, and why nothing can be estimated"
 
 
+def test_online_each_repository_is_told_at_its_own_place(project: Project, hub: None) -> None:
+    sources = "{type: hub, repo: owner/rows}, {type: hub, repo: owner/none}, {type: hub, repo: owner/gated}"
+    project.write(f"version: 1\npipelines:\n  p:\n    stages:\n      data: {{kind: dataset, sources: [{sources}]}}\n")
+    result = project.tuneline("plan", "p", "--online", status=2)
+    assert re.findall(r"p\.data\.(\S+): the hub", result.stderr) == ["sources.1.repo", "sources.2.repo"]
+    assert "input: the hub has no dataset owner/none at main" in result.stdout
+
+
 def test_an_unreachable_hub_is_transient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with pytest.raises(StageFailed, match="cannot be reached") as caught:
+    with pytest.raises(StageFailed, match="cannot be reached for model owner/name at main: .*Connection refused\n") as caught:
         resolve_commit("model", "owner/name", "main")
     assert caught.value.retryable
 

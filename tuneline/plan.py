@@ -100,12 +100,16 @@ def _row(
     slots = input_slots(stage)
     inputs = {slot: rows[other].artifact for slot, other in slots.items()}
     known = {slot: artifact for slot, artifact in inputs.items() if artifact is not None}
-    try:
-        document, unresolved = document_of(workspace, stage, known, pipeline.salt, workspace.hub.commit)
-    except (ConfigError, StageFailed) as error:
-        problems = error.problems if isinstance(error, ConfigError) else [_of_hub(stage, error)]
+    code: ReasonCode = "input"
+    problems = tuple(_unanswered(workspace, stage))
+    if not problems:
+        try:
+            document, unresolved = document_of(workspace, stage, known, pipeline.salt, workspace.hub.commit)
+        except ConfigError as error:
+            code, problems = "file", error.problems
+    if problems:
         row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in problems]
-        row.status, row.reasons = "unknown", [Reason("file", problem.message, problem.path) for problem in row.problems]
+        row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.path) for problem in row.problems]
         return row
     if forced:
         row.reasons.append(Reason("forced", "asked for by --force"))
@@ -272,9 +276,13 @@ def _shown(value: Any) -> str:
     return "(default)" if value is None else json.dumps(value) if not isinstance(value, str) else value
 
 
-def _of_hub(stage: Stage, error: StageFailed) -> Problem:
-    """What the hub did not answer; its message names the repository."""
-    return Problem("", next(path for path, *_ in hub_inputs(stage)), error.message, error.hint)
+def _unanswered(workspace: Workspace, stage: Stage) -> Iterator[Problem]:
+    """What a hub that is asked does not tell."""
+    for path, *wanted in hub_inputs(stage):
+        try:
+            workspace.hub.commit(*wanted)
+        except StageFailed as error:
+            yield Problem("", path, error.message, error.hint)
 
 
 def _placed(problem: Problem, loaded: Loaded, pipeline: str, stage: str) -> Problem:
