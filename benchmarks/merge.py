@@ -37,7 +37,7 @@ def make_model(folder: Path, megabytes: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from pico import tokenizer
 
     words, width = tokenizer(), 1024

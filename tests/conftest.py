@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from project import ROOT, Project, place_stand_in
 
-ROOT = Path(__file__).parent.parent
 # No test reads a person's settings or a hub. Pico models gain nothing from a second thread, and lose much to one on a busy machine.
 os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"})
 for name in [name for name in os.environ if name.startswith("PREFECT_")]:
@@ -65,38 +63,10 @@ def vllm_python() -> Path:
 
 @pytest.fixture(scope="session")
 def pico_model(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path) -> Path:
-    """Folder of a pico model; see tests/pico.py."""
+    """Folder of a pico model; see tests/support/pico.py."""
     folder = tmp_path_factory.mktemp("models") / "pico"
-    subprocess.run([runtime_python, ROOT / "tests" / "pico.py", folder], check=True, capture_output=True)
+    subprocess.run([runtime_python, ROOT / "tests" / "support" / "pico.py", folder], check=True, capture_output=True)
     return folder
-
-
-class Project:
-    """A folder with a pipelines.yaml, and `tuneline` on it as a user calls it."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def write(self, text: str, name: str = "pipelines.yaml") -> Path:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Starts the command line in a process of its own."""
-        command = [sys.executable, "-m", "flows", *arguments]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.Popen(command, cwd=self.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def tuneline(self, *arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == status, f"status {process.returncode} instead of {status}\n{out}\n{err}"
-        return subprocess.CompletedProcess(arguments, status, out, err)
-
-    def json(self, *arguments: str, status: int = 0, **environment: str) -> Any:
-        return json.loads(self.tuneline(*arguments, "--json", status=status, **environment).stdout)
 
 
 @pytest.fixture
@@ -107,21 +77,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 @pytest.fixture
 def stand_in(project: Project) -> Callable[..., None]:
-    """Puts tests/stand_in.py in the place of a runtime's Python, to do what no real program does on demand: hang, die, run out
+    """Puts tests/support/stand_in.py in the place of a runtime's Python, to do what no real program does on demand: hang, die, run out
     of memory. Each call of a stage takes its next action from the script; `ok` is done where none is left."""
     return place_stand_in(project)
-
-
-def place_stand_in(project: Project) -> Callable[..., None]:
-    shell = f'#!/bin/sh\nif [ "$1" = -I ]; then exec {sys.executable} "$@"; fi\nexec {sys.executable} {ROOT}/tests/stand_in.py "$3"\n'
-    python = project.write(shell, "bin/python")
-    python.chmod(0o755)
-
-    def script(**actions: list[Any]) -> None:
-        project.write(json.dumps(actions), "script.json")
-
-    script()
-    return script
 
 
 @pytest.fixture(scope="module")

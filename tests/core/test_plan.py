@@ -1,0 +1,182 @@
+"""Keys and plans: what changes a key and what does not, and the reason that a plan gives for every stage that would run."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from plan_tools import PIPELINES, build, planned, publish
+
+from tuneline.errors import ConfigError
+from tuneline.keys import canonical, key_of
+from tuneline.load import load
+from tuneline.plan import PlanRow, plan
+from tuneline.store import sha256
+from tuneline.workspace import FileDigests, Workspace
+
+
+def reasons(rows: dict[str, PlanRow]) -> dict[str, list[str]]:
+    return {name: [f"{reason.code}: {reason.text}" for reason in row.reasons] for name, row in rows.items() if row.reasons}
+
+
+def test_a_first_plan_runs_everything_and_a_second_nothing(folder: Path) -> None:
+    rows = planned(folder)
+    assert {row.status for row in rows.values()} == {"run"}
+    assert reasons(rows)["sft"] == ["input: base is built first", "input: data is built first", "never_ran: no run has completed it"]
+    build(folder)
+    after = planned(folder)
+    assert {name: row.status for name, row in after.items()} == {**dict.fromkeys(after, "cached"), "gate": "run"}
+
+
+def test_a_changed_field_runs_its_stage_and_what_hangs_on_it(folder: Path) -> None:
+    build(folder)
+    rows = planned(folder, "sft.lora.r=8")
+    assert {name: row.status for name, row in rows.items()} == {
+        "base": "cached", "data": "cached", "sft": "run", "merged": "run", "eval": "run", "gate": "run",
+    }  # fmt: skip
+    # 16 is the default, and defaults are not in the document
+    assert reasons(rows) == {
+        "sft": ["config: lora.r (default) -> 8"], "merged": ["input: sft is built first"], "eval": ["input: merged is built first"],
+    }  # fmt: skip
+    reason = rows["sft"].reasons[0]
+    assert (reason.path, reason.old, reason.new) == ("lora.r", None, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["sft.resources.gpus=2", "sft.resources.micro_batch_size=1", "sft.retries=7", "sft.timeout=60", "sft.description=hello",
+     "sft.needs=[data]", "sft.lora.r=16", "sft.seed=0", "sft.warmup_steps=0"],
+)  # fmt: skip
+def test_what_only_says_how_changes_no_key(folder: Path, change: str) -> None:
+    before = {name: row.key for name, row in build(folder).items()}
+    assert {name: row.key for name, row in planned(folder, change).items()} == before
+
+
+@pytest.mark.parametrize("change", ["sft.seed=1", "sft.lora.use_dora=true", "sft.packing=true", "sft.learning_rate=1e-3"])
+def test_what_changes_the_result_changes_the_key(folder: Path, change: str) -> None:
+    before = build(folder)["sft"].key
+    assert planned(folder, change)["sft"].key != before
+
+
+def test_renaming_stages_and_moving_the_folder_change_no_key(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    before = {name: row.key for name, row in build(folder).items()}
+    text = (
+        PIPELINES.replace("sft", "tuned")
+        .replace("kind: tuned", "kind: sft")
+        .replace("data:", "corpus:")
+        .replace("dataset: data", "dataset: corpus")
+    )
+    text = text.replace("datasets: [data]", "datasets: [corpus]").replace("data/", "corpus/").replace('"rows/*.jsonl"', "moved.jsonl")
+    (folder / "pipelines.yaml").write_text(text)
+    (folder / "rows" / "a.jsonl").rename(folder / "moved.jsonl")
+    other = tmp_path_factory.mktemp("elsewhere") / "project"
+    folder.rename(other)
+    rows = planned(other)
+    assert [rows[name].key for name in ("base", "corpus", "tuned", "merged", "eval")] == [
+        before[name] for name in ("base", "data", "sft", "merged", "eval")
+    ]
+
+
+def test_an_edited_file_is_the_reason(folder: Path) -> None:
+    build(folder)
+    (folder / "rows" / "a.jsonl").write_text('{"text": "b"}\n')
+    rows = planned(folder)
+    assert rows["base"].status == "cached"
+    assert reasons(rows)["data"] == ["file: the file of sources.0.path changed"]
+
+
+def test_an_upstream_rebuilt_to_the_same_bytes_busts_nothing(folder: Path) -> None:
+    build(folder)
+    rows = build(folder, "base.seed=1")
+    assert planned(folder, "base.seed=1")["sft"].status == "cached"
+    assert rows["base"].key != planned(folder)["base"].key
+
+
+def test_a_changed_upstream_is_the_reason(folder: Path) -> None:
+    build(folder)
+    workspace = Workspace(load(folder / "pipelines.yaml", "demo"))
+    rows = {row.stage: row for row in plan(workspace, "demo", force=("data",))}
+    publish(workspace, rows["data"], rows, "2")
+    assert reasons(planned(folder))["sft"] == ["input: data changed"]
+
+
+def test_missing_corrupt_and_forced_are_told_apart(folder: Path) -> None:
+    built = build(folder)
+    assert reasons(planned(folder, force=("sft",)))["sft"] == ["forced: asked for by --force"]
+    artifact = built["sft"].artifact
+    assert artifact is not None
+    (artifact.payload / "data").write_text("")
+    assert reasons(planned(folder))["sft"][0].startswith("corrupt: its artifact is broken: payload/data has 0 bytes")
+    artifact.path.rename(folder / "gone")
+    assert reasons(planned(folder))["sft"] == ["missing: its artifact is no longer in the store"]
+
+
+def test_a_new_version_of_a_program_or_library_is_the_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(folder)
+    monkeypatch.setattr("tuneline.plan.program_version", lambda kind: 99 if kind == "merge" else 1)
+    lock = folder / "torch.txt"
+    lock.write_text("torch==9.0\n")
+    (folder / "pipelines.yaml").write_text(PIPELINES.replace("pipelines:", "runtimes: {new: {lock: torch.txt}}\npipelines:", 1))
+    rows = planned(folder, "sft.runtime=new")
+    assert "library: torch 2.13.0 -> 9.0" in reasons(rows)["sft"]
+    assert "code: tuneline's merge program changed" in reasons(rows)["merged"]
+
+
+def test_a_missing_file_is_unknown_to_a_plan_with_its_place(folder: Path) -> None:
+    (folder / "rows" / "a.jsonl").unlink()
+    row = planned(folder)["data"]
+    assert row.status == "unknown"
+    assert "pipelines.yaml:6:" in str(row.problems[0])
+    assert "found no file at" in str(row.problems[0])
+
+
+def test_a_folder_in_the_place_of_rows_is_said_with_its_place(folder: Path) -> None:
+    text = (folder / "pipelines.yaml").read_text()
+    (folder / "pipelines.yaml").write_text(text.replace("rows/*.jsonl", "rows"))
+    row = planned(folder)["data"]
+    assert row.status == "unknown"
+    assert f"found the folder {folder / 'rows'}, allowed a file or a glob\n\nhint: `rows/*.jsonl`, say" in str(row.problems[0])
+
+
+def test_a_hub_branch_is_unknown_and_a_commit_is_known(folder: Path) -> None:
+    text = PIPELINES.replace("path: base}", "hub: owner/name}")
+    (folder / "pipelines.yaml").write_text(text)
+    rows = planned(folder)
+    assert {rows[name].status for name in ("base", "data", "sft", "merged", "eval")} == {"unknown"}
+    (folder / "pipelines.yaml").write_text(text.replace("owner/name}", f"owner/name, revision: {'a' * 40}}}"))
+    assert planned(folder)["base"].key is not None
+
+
+def test_only_takes_the_ancestors_and_names_are_checked(folder: Path) -> None:
+    assert list(planned(folder, only="sft")) == ["base", "data", "sft"]
+    with pytest.raises(ConfigError, match="did you mean `merged`"):
+        planned(folder, only="mergd")
+    with pytest.raises(ConfigError, match="--force: found no stage `x`"):
+        planned(folder, force=("x",))
+
+
+def test_a_plan_changes_nothing_on_disk_but_remembered_digests(folder: Path) -> None:
+    before = {path for path in folder.rglob("*")}
+    planned(folder)
+    new = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {path.relative_to(folder).as_posix() for path in before}
+    assert new == {".tuneline", ".tuneline/digests.json"}
+
+
+def test_digests_are_remembered_by_many_threads_at_once(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.txt" for i in range(200)]
+    for file in files:
+        file.write_text(file.name)
+    digests = FileDigests(tmp_path / "memory" / "digests.json")
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(digests.of, files))
+    assert found == [sha256(file) for file in files]
+    assert len(json.loads((tmp_path / "memory" / "digests.json").read_bytes())) == len(files)
+
+
+def test_a_key_is_the_hash_of_canonical_json() -> None:
+    assert canonical({"b": 1, "a": [1.0, "é"]}) == '{"a":[1.0,"é"],"b":1}'
+    assert key_of({"a": 1, "b": 2}) == key_of(json.loads('{"b": 2, "a": 1}'))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical({"a": float("nan")})

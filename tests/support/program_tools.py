@@ -1,0 +1,80 @@
+"""What the tests of the programs and the benchmarks share: a request, a run of it in this process or another, the digest of what it wrote.
+
+Plain Python beside the programs: the benchmarks run in runtimes, which have no pytest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tasks.__main__ import PROGRAMS
+from tuneline.protocol import Events, Input, Request, Result
+from tuneline.spec import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_request(folder: Path, config: dict[str, Any], inputs: dict[str, Input], **fields: Any) -> Request:
+    """A request for the stage `config`, with its folders below `folder`."""
+    stage = STAGES[config["kind"]].model_validate(config)
+    document = stage.model_dump(mode="json")
+    out, work = folder / "out", folder / "work"
+    for path in (out / "payload", out / "meta", work):
+        path.mkdir(parents=True)
+    return Request(
+        **{
+            "kind": stage.kind, "key": "0" * 64, "config": document, "seed": document["seed"], "inputs": inputs, "files": {}, "commits": {},
+            "out": out, "work": work, "attempt": 1, "resources": document["resources"], **fields,
+        }
+    )  # fmt: skip
+
+
+def run_program(request: Request) -> tuple[Result, list[dict[str, Any]]]:
+    """Runs it in this process; returns the result and the events."""
+    file = request.work / "events.jsonl"
+    program = importlib.import_module(PROGRAMS[request.kind])
+    result = program.run(request, request.stage(), Events(file))
+    return result, [json.loads(line) for line in file.read_text(encoding="utf-8").strip().split("\n")]
+
+
+class Killed(Events):
+    """Events that end the program at a step, as a kill would: before the step's checkpoint is written."""
+
+    step = 0
+
+    def progress(self, step: int, total: int, message: str | None = None) -> None:
+        if step == self.step:
+            raise KeyboardInterrupt
+        super().progress(step, total, message)
+
+
+def run_until(request: Request, step: int) -> None:
+    events = Killed(request.work / "events.jsonl")
+    events.step = step
+    try:
+        importlib.import_module(PROGRAMS[request.kind]).run(request, request.stage(), events)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError(f"the program ended before step {step}")
+
+
+def run_process(request: Request, hash_seed: str = "123") -> subprocess.CompletedProcess[str]:
+    """Runs it as the orchestrator does, in a process of its own."""
+    request.write(request.work / "request.json")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "-m", "tasks", str(request.work / "request.json")]
+    return subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
+
+
+def payload_digest(request: Request) -> str:
+    """As the store's: sha256 over the sorted paths and sha256s of the payload."""
+    files = sorted(path for path in request.payload.rglob("*") if path.is_file())
+    lines = [f"{path.relative_to(request.payload)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
