@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from budget import Budget, summarize
 from project import ROOT, Project, place_stand_in
 
 # No test reads a person's settings or a hub. Pico models gain nothing from a second thread, and lose much to one on a busy machine.
@@ -19,11 +20,16 @@ for name in [name for name in os.environ if name.startswith("PREFECT_")]:
 os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # a test without a server must not get one of Prefect's own
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Why a test was tried again (CI's --reruns), which pytest-rerunfailures keeps to itself."""
-    for report in terminalreporter.stats.get("rerun", ()):
-        terminalreporter.section(f"tried again: {report.nodeid}")
-        terminalreporter.line(report.longreprtext)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("cpu_minutes", "the budget that the summary shows the sum beside", default="0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Budget(), "budget")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    summarize(terminalreporter, float(config.getini("cpu_minutes")))
 
 
 @pytest.fixture(scope="session")
