@@ -52,6 +52,10 @@ REFUSED = {
         "importance_sampling_level: sequence",
         "demo.rl.loss_type: found dapo with importance_sampling_level: sequence, allowed grpo\n\nhint: any other weighs a sequence by its length again (arXiv:2507.18071)",
     ),
+    "a loss that depends on the micro-batch": (
+        "loss_type: bnpo",
+        "demo.rl.loss_type: found 'bnpo', allowed grpo, dr_grpo, dapo\n\nhint: write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size must not change a result",
+    ),
     "unknown engine": ("rollouts: {engine: sglang}", "demo.rl.rollouts.engine: found 'sglang', allowed transformers, vllm"),
     "engine without use": (
         "resources: {engine: {max_num_seqs: 8}}",

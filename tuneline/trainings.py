@@ -213,9 +213,9 @@ class GrpoStage(Training):
     """Clipping of the probability ratio."""
     epsilon_high: float | None = Field(None, gt=0)
     """Clipping above, where it is another one (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
     """How token losses are averaged: `grpo` by sequence, `dr_grpo` by the longest length (arXiv:2503.20783), `dapo` by the tokens of
-    the whole batch, `bnpo` by those of a device's batch (which makes micro_batch_size matter)."""
+    the whole batch."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Probability ratios of tokens, or of whole sequences (GSPO, arXiv:2507.18071)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
