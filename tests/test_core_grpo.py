@@ -96,7 +96,7 @@ def config_in_key(given: ProgramStage) -> Any:
 
 
 def test_the_engine_is_in_the_key_and_how_it_runs_is_not() -> None:
-    plain, vllm = stage(), stage(rollouts={"engine": "vllm"})
+    plain, vllm = (stage(**fields, resources={"gpus": 1}) for fields in ({}, {"rollouts": {"engine": "vllm"}}))
     assert config_in_key(plain) != config_in_key(vllm)
     moved = stage(rollouts={"engine": "vllm"}, resources={"gpus": 2, "engine": {"gpus": 1, "max_num_seqs": 8, "enforce_eager": True}})
     assert config_in_key(vllm) == config_in_key(moved)

@@ -154,6 +154,12 @@ def test_the_micro_batch_changes_nothing(tmp_path: Path, base: Input, loss_type:
     assert completions[0] == completions[1]
 
 
+def test_a_device_that_cannot_compute_in_its_type_is_refused(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(StageFailed, match="torch .* sees no GPU here"):
+        run_program(request_for(tmp_path, base, resources={"gpus": 1}))
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_adapter(tmp_path: Path, base: Input) -> None:
     """Each samples its share, so the completions are others than one process's; a step has as many, and both end with one adapter."""

@@ -11,7 +11,7 @@ from tuneline.engines import MAX_LORA_RANK
 from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelRef, Strict
 from tuneline.rewards import Reward
 from tuneline.rewards import findings as reward_findings
-from tuneline.stages import ProgramStage
+from tuneline.stages import ComputingStage
 from tuneline.strategies import findings as strategy_findings
 
 
@@ -45,7 +45,7 @@ class EarlyStopping(Strict):
     """Least improvement that counts."""
 
 
-class Training(ProgramStage):
+class Training(ComputingStage):
     """What every training has."""
 
     model: ModelRef
@@ -72,8 +72,6 @@ class Training(ProgramStage):
     """Optimizer steps."""
     global_batch_size: int = Field(16, ge=1)
     """Sequences per optimizer step over all devices."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
 
     def gives(self) -> ArtifactType:
         return "Adapter"
