@@ -58,7 +58,7 @@ def build(
     request = Request(
         kind=stage.kind,
         key=key,
-        config=stage.model_dump(mode="json"),
+        config=stage.model_dump(mode="json") | stage.decided(),
         seed=stage.seed,
         inputs={slot: _input(run.workspace, artifact) for slot, artifact in inputs.items()},
         files={path: run.workspace.outside(named, code.get(path))[0] for path, _, named in annotated_values(stage, OutsideFile)},

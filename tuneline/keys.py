@@ -44,7 +44,7 @@ def key_document(
     salt: str,
 ) -> dict[str, Any]:
     """`inputs` by slot (the dotted field), `files` digests by field, `commits` by field, `libraries` name to version."""
-    config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(HOW))
+    config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(HOW)) | stage.decided()
     for marker in (Reference, OutsideFile):
         for path, _, _ in annotated_values(stage, marker):
             _remove(config, path.split("."))

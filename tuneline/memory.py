@@ -70,8 +70,8 @@ class Job:
 
     @property
     def compute(self) -> int:
-        """Bytes of the compute type. `auto` is bfloat16 on GPUs, float32 elsewhere; see `tasks.loading.compute_dtype`."""
-        return BYTES[self.stage.dtype] if self.stage.dtype != "auto" else 2 if self.on_gpu else 4
+        """Bytes of the compute type."""
+        return BYTES[self.stage.compute_type()]
 
     @property
     def deepspeed(self) -> bool:

@@ -29,7 +29,7 @@ from tuneline.fields import (
     Strict,
 )
 from tuneline.pools import AnyPool, Schedule
-from tuneline.stages import ProgramStage, Stage
+from tuneline.stages import ComputingStage, ProgramStage, Stage
 from tuneline.trainings import GrpoStage, SftStage
 
 SHARD = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(MB|GB)$"
@@ -124,7 +124,7 @@ class DatasetStage(ProgramStage):
 OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | {"max_new_tokens": "datasets"}
 
 
-class EvaluateStage(ProgramStage):
+class EvaluateStage(ComputingStage):
     """Benchmarks of lm-eval and test splits of datasets, on a model or an adapter."""
 
     kind: Literal["evaluate"]
@@ -206,7 +206,7 @@ class MergeStage(ProgramStage):
         return "Model"
 
 
-class QuantizeStage(ProgramStage):
+class QuantizeStage(ComputingStage):
     """Weights of fewer bits by GPTQ (arXiv:2210.17323), through gptqmodel."""
 
     kind: Literal["quantize"]

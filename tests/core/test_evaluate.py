@@ -108,10 +108,14 @@ def stage(**fields: Any) -> EvaluateStage:
 def test_the_backend_is_in_the_key_and_how_it_runs_is_not() -> None:
     plain, vllm, moved = (
         key_document(given, 1, {}, {}, {}, {}, "")["config"]
-        for given in (stage(), stage(backend="vllm"), stage(backend="vllm", resources={"gpus": 2, "engine": {"max_num_seqs": 8}}))
+        for given in (
+            stage(),
+            stage(backend="vllm", resources={"gpus": 1}),
+            stage(backend="vllm", resources={"gpus": 2, "engine": {"max_num_seqs": 8}}),
+        )
     )
-    assert plain == {"benchmarks": ["arc_easy"]}
-    assert vllm == moved == {"benchmarks": ["arc_easy"], "backend": "vllm"}
+    assert plain == {"benchmarks": ["arc_easy"], "dtype": "float32"}
+    assert vllm == moved == {"benchmarks": ["arc_easy"], "backend": "vllm", "dtype": "bfloat16"}
 
 
 def test_one_process_asks_vllm_whatever_its_gpus() -> None:

@@ -52,6 +52,10 @@ REFUSED = {
         "importance_sampling_level: sequence",
         "demo.rl.loss_type: found dapo with importance_sampling_level: sequence, allowed grpo\n\nhint: any other weighs a sequence by its length again (arXiv:2507.18071)",
     ),
+    "a loss that depends on the micro-batch": (
+        "loss_type: bnpo",
+        "demo.rl.loss_type: found 'bnpo', allowed grpo, dr_grpo, dapo\n\nhint: write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size must not change a result",
+    ),
     "unknown engine": ("rollouts: {engine: sglang}", "demo.rl.rollouts.engine: found 'sglang', allowed transformers, vllm"),
     "engine without use": (
         "resources: {engine: {max_num_seqs: 8}}",
@@ -92,7 +96,7 @@ def config_in_key(given: ProgramStage) -> Any:
 
 
 def test_the_engine_is_in_the_key_and_how_it_runs_is_not() -> None:
-    plain, vllm = stage(), stage(rollouts={"engine": "vllm"})
+    plain, vllm = (stage(**fields, resources={"gpus": 1}) for fields in ({}, {"rollouts": {"engine": "vllm"}}))
     assert config_in_key(plain) != config_in_key(vllm)
     moved = stage(rollouts={"engine": "vllm"}, resources={"gpus": 2, "engine": {"gpus": 1, "max_num_seqs": 8, "enforce_eager": True}})
     assert config_in_key(vllm) == config_in_key(moved)

@@ -13,6 +13,7 @@ from tuneline.errors import ConfigError
 from tuneline.keys import canonical, key_of
 from tuneline.load import load
 from tuneline.plan import PlanRow, plan
+from tuneline.stages import ComputingStage
 from tuneline.store import sha256
 from tuneline.workspace import FileDigests, Workspace
 
@@ -46,7 +47,7 @@ def test_a_changed_field_runs_its_stage_and_what_hangs_on_it(folder: Path) -> No
 
 @pytest.mark.parametrize(
     "change",
-    ["sft.resources.gpus=2", "sft.resources.micro_batch_size=1", "sft.retries=7", "sft.timeout=60", "sft.description=hello",
+    ["sft.resources.processes=2", "merged.resources.gpus=1", "data.resources.gpus=1", "sft.resources.micro_batch_size=1", "sft.retries=7", "sft.timeout=60", "sft.description=hello",
      "sft.needs=[data]", "sft.lora.r=16", "sft.seed=0", "sft.warmup_steps=0"],
 )  # fmt: skip
 def test_what_only_says_how_changes_no_key(folder: Path, change: str) -> None:
@@ -58,6 +59,33 @@ def test_what_only_says_how_changes_no_key(folder: Path, change: str) -> None:
 def test_what_changes_the_result_changes_the_key(folder: Path, change: str) -> None:
     before = build(folder)["sft"].key
     assert planned(folder, change)["sft"].key != before
+
+
+def test_what_auto_means_is_in_the_key_and_follows_from_the_file(folder: Path) -> None:
+    """bfloat16 with GPUs, float32 without, in every kind that computes; the number of GPUs is not in the key."""
+    (folder / "pipelines.yaml").write_text(
+        PIPELINES.replace("gate:", "small: {kind: quantize, model: merged, calibration: data}\n      gate:", 1)
+    )
+    before = build(folder)
+    for name, most in (("sft", 8), ("eval", 1), ("small", 1)):
+        one, many, without = (planned(folder, f"{name}.resources.gpus={count}")[name] for count in (1, most, 0))
+        assert one.key == many.key == planned(folder, f"{name}.dtype=bfloat16")[name].key != before[name].key
+        assert without.key == planned(folder, f"{name}.resources.gpus=1", f"{name}.dtype=float32")[name].key == before[name].key
+        assert reasons({name: one}) == {name: ["config: dtype float32 -> bfloat16"]}
+
+
+def test_a_store_from_before_the_compute_type_was_in_keys_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows in which type its trainings computed: they are built again. What does not depend on that stays."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ComputingStage, "decided", lambda stage: {})
+        old = build(folder)
+    store = Workspace(load(folder / "pipelines.yaml", "demo")).store
+    assert [store.verify(path) for path in store.artifacts()] == [None] * 5
+    rows = planned(folder)
+    assert {name for name, row in rows.items() if row.status == "cached"} == {"base", "data"}
+    assert reasons(rows)["sft"] == ["config: dtype (default) -> float32"]
+    build(folder)
+    assert planned(folder)["merged"].key == old["merged"].key  # its input has the same bytes
 
 
 def test_renaming_stages_and_moving_the_folder_change_no_key(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

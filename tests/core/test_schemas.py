@@ -55,14 +55,14 @@ def test_the_key_document_of_every_kind_is_as_it_was() -> None:
         "base": {},
         "bookings": {"sources": [{"type": "files"}], "split": {"validation": 0.03}},
         "sft": {
-            "learning_rate": 0.001, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "max_steps": 90, "global_batch_size": 8, "eval_steps": 30,
+            "learning_rate": 0.001, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "max_steps": 90, "global_batch_size": 8, "eval_steps": 30, "dtype": "float32",
         },
-        "eval-base": {"max_new_tokens": 48},
-        "eval-sft": {"max_new_tokens": 48},
+        "eval-base": {"max_new_tokens": 48, "dtype": "float32"},
+        "eval-sft": {"max_new_tokens": 48, "dtype": "float32"},
         "merged": {},
-        "eval-merged": {"max_new_tokens": 48},
-        "gptq": {"group_size": 32, "samples": 64},
-        "eval-gptq": {"max_new_tokens": 48},
+        "eval-merged": {"max_new_tokens": 48, "dtype": "float32"},
+        "gptq": {"group_size": 32, "samples": 64, "dtype": "float32"},
+        "eval-gptq": {"max_new_tokens": 48, "dtype": "float32"},
     }  # fmt: skip
 
 

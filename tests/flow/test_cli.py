@@ -129,24 +129,54 @@ def test_generated_docs_and_program_versions_are_checked() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_moved_code_without_a_word_is_noticed(tmp_path: Path) -> None:
+def test_moved_code_or_defaults_without_a_word_are_noticed(tmp_path: Path) -> None:
     import shutil
 
     for name in ("infra", "tasks", "tuneline"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.gguf", "__pycache__"))
-    harness = tmp_path / "tasks" / "harness.py"
 
     def check(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, tmp_path / "infra" / "program_versions.py", *arguments], capture_output=True, text=True)
 
+    def edit(file: str, before: str, after: str) -> None:
+        text = (tmp_path / file).read_text()
+        assert text.count(before) == 1
+        (tmp_path / file).write_text(text.replace(before, after))
+
+    harness = tmp_path / "tasks" / "harness.py"
     harness.write_text(harness.read_text() + "\n# a comment is no code\n")
     assert check("--check").returncode == 0
     harness.write_text(harness.read_text() + "\nMORE = 1\n")
+    edit("tuneline/trainings.py", "r: int = Field(16, ge=1", "r: int = Field(8, ge=1")
+    edit("tuneline/trainings.py", "max_grad_norm: float = Field(1.0", "max_grad_norm: float = Field(0.3")
+    edit("tuneline/trainings.py", "    epsilon: float = Field(0.2, gt=0)", "    clipping: float = Field(0.2, gt=0)")
+    edit("tuneline/trainings.py", "packing: bool = False", "packing: bool = Field(default_factory=lambda: True)")
+    edit("tuneline/rewards.py", "seconds: float = Field(10.0", "seconds: float = Field(20.0")
+    edit("tuneline/spec.py", "split: Split = Split()", "split: Split = Split(test=0.2)")
+    edit("tuneline/stages.py", "gpus: int = Field(0", "gpus: int = Field(1")  # in no key
     moved = check("--check")
     assert moved.returncode == 1
-    assert "the code of `evaluate` has changed" in moved.stdout
+    lines = moved.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("a default", "the code"))] == [
+        'a default of `dataset` changed: split {} -> {"test": 0.2}',
+        "a default of `sft` changed: lora.r 16 -> 8",
+        "a default of `sft` changed: max_grad_norm 1.0 -> 0.3",
+        "a default of `sft` changed: packing false -> true",
+        "a default of `grpo` changed: lora.r 16 -> 8",
+        "a default of `grpo` changed: max_grad_norm 1.0 -> 0.3",
+        "a default of `grpo` changed: rewards.python_tests.seconds 10.0 -> 20.0",
+        "a default of `grpo` is new: clipping 0.2",
+        "a default of `grpo` is gone: epsilon 0.2",
+        "the code of `evaluate` has changed",
+    ]
+    hints = [line for line in lines if "program_versions.py --" in line]
+    assert [line.split()[2:4] for line in hints] == [
+        ["--raise", "dataset"], ["--raise", "sft"], ["--raise", "grpo"], ["--raise", "evaluate"], ["--same", "evaluate"],
+    ]  # fmt: skip
+    refused = check("--same", "sft")
+    assert (refused.returncode, "--same sft: found other defaults of lora.r, max_grad_norm, packing" in refused.stderr) == (1, True)
     before = json.loads((tmp_path / "tasks" / "versions.json").read_text())["evaluate"]["version"]
-    assert check("--raise", "evaluate").returncode == 0
+    assert check("--raise", "evaluate", "dataset", "sft", "grpo").returncode == 0
     assert check("--check").returncode == 0
     assert json.loads((tmp_path / "tasks" / "versions.json").read_text())["evaluate"]["version"] == before + 1
 

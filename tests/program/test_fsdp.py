@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from process_tools import FSDP_ON_CPUS, finish, kill_at, losses, start, steps
-from program_tools import run_program
+from program_tools import emulates_bfloat16, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
@@ -47,6 +47,7 @@ def test_two_processes_train_the_adapter_of_one(tmp_path: Path, base: Input, one
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpus")
+@pytest.mark.skipif(emulates_bfloat16(), reason="this CPU only emulates bfloat16")
 def test_in_bfloat16_it_trains_what_ddp_does(tmp_path: Path, base: Input) -> None:
     """With accelerate's own policy losses came rounded to bfloat16, off by 3e-3, and gradients were summed in it, also over the
     micro-batches, between which each process held all of them."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from grpo_tools import ROWS, question, request_for, undecided
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tasks import grpo
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input, Result
+from tuneline.trainings import GrpoStage
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_a_reference_is_the_adapter_it_began_with(tmp_path: Path, base: Input) -
     "fields",
     [
         {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {"loss_type": "dr_grpo", "scale_rewards": "none"},
-        {"loss_type": "bnpo", "scale_rewards": "batch", "epsilon_high": 0.28}, {"mask_truncated_completions": True, "top_p": 0.9, "temperature": 0.8},
+        {"scale_rewards": "batch", "epsilon_high": 0.28}, {"mask_truncated_completions": True, "top_p": 0.9, "temperature": 0.8},
     ],
 )  # fmt: skip
 def test_what_is_asked_for_reaches_the_trainer(tmp_path: Path, base: Input, fields: dict[str, Any]) -> None:
@@ -141,14 +142,22 @@ def test_what_is_asked_for_reaches_the_trainer(tmp_path: Path, base: Input, fiel
     run_program(request)
 
 
-def test_the_micro_batch_changes_nothing(tmp_path: Path, base: Input) -> None:
-    requests = [request_for(tmp_path / str(micro), base, max_steps=2, resources={"micro_batch_size": micro}) for micro in (8, 2)]
+@pytest.mark.parametrize("loss_type", get_args(GrpoStage.model_fields["loss_type"].annotation))
+def test_the_micro_batch_changes_nothing(tmp_path: Path, base: Input, loss_type: str) -> None:
+    fields = {"max_steps": 2, "loss_type": loss_type}
+    requests = [request_for(tmp_path / str(micro), base, **fields, resources={"micro_batch_size": micro}) for micro in (8, 2)]
     for request in requests:
         run_program(request)
     one, other = (load_file(request.payload / "adapter_model.safetensors") for request in requests)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-3
     completions = [[line["completion"] for line in lines(request.meta / "rollouts.jsonl")[:8]] for request in requests]
     assert completions[0] == completions[1]
+
+
+def test_a_device_that_cannot_compute_in_its_type_is_refused(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(StageFailed, match="torch .* sees no GPU here"):
+        run_program(request_for(tmp_path, base, resources={"gpus": 1}))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from pico import save_pico
 from process_tools import FSDP_ON_CPUS, finish, kill_at, losses, steps
-from program_tools import make_request, payload_digest, run_process, run_program, run_until
+from program_tools import emulates_bfloat16, make_request, payload_digest, run_process, run_program, run_until
 from safetensors.torch import load_file, save_file
 from sft_tools import OTHERS, ROWS, TURNING, dataset, request_for, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -303,7 +303,9 @@ def test_the_base_is_held_in_4_bits_of_normal_floats_with_quantized_scales(base:
     [
         {"lora": {"r": 4, "lora_alpha": 8, "use_dora": True}},
         {"packing": True, "max_length": 128},
-        {"dtype": "bfloat16", "max_steps": 2},
+        pytest.param(
+            {"dtype": "bfloat16", "max_steps": 2}, marks=pytest.mark.skipif(emulates_bfloat16(), reason="this CPU only emulates bfloat16")
+        ),
         {"resources": {"gradient_checkpointing": True, "micro_batch_size": 2}},
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pico import tokenizer
-from program_tools import ROOT, payload_digest, run_process, run_program, run_until
+from program_tools import ROOT, emulates_bfloat16, payload_digest, run_process, run_program, run_until
 from safetensors.torch import load_file, save_file
 from sft_tools import OTHERS, ROWS, SMALL, TURNING, chat, furthest, request_for, weights
 from transformers import AutoModelForCausalLM
@@ -120,7 +120,11 @@ def test_packed_rows_do_not_see_one_another(tmp_path: Path, base: Input, monkeyp
         ({"lora": {"r": 2, "target_modules": ["v_proj", "self_attn.q_proj"]}}, 8),
         ({"lr_scheduler_type": "cosine", "warmup_steps": 0.5, "weight_decay": 0.1, "max_grad_norm": 0.5}, 28),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "resources": {"gradient_checkpointing": True}}, 28),
-        ({"dtype": "bfloat16", "max_steps": 2}, 28),
+        pytest.param(
+            {"dtype": "bfloat16", "max_steps": 2},
+            28,
+            marks=pytest.mark.skipif(emulates_bfloat16(), reason="this CPU only emulates bfloat16"),
+        ),
     ],
 )
 def test_variants(tmp_path: Path, base: Input, fields: dict[str, Any], tensors: int) -> None:

@@ -20,12 +20,15 @@ from typing import Any
 
 import pytest
 import torch
+from program_tools import emulates_bfloat16
 from safetensors.torch import load_file
 from silent_tools import CONFIGS, World, edit_weights, make_world, refused
 
 from tasks import dataset, evaluation, loading, merge, quantizer, sft, training
 from tasks.rows import SPLITS, content_hash, read_rows
+from tuneline.errors import StageFailed
 from tuneline.protocol import Input, Result
+from tuneline.spec import EvaluateStage
 
 pytestmark = pytest.mark.usefixtures("gptqmodel_place")
 Patch = pytest.MonkeyPatch
@@ -39,6 +42,50 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_nothing_planted_nothing_stopped(world: World, tmp_path: Path) -> None:
     for kind in CONFIGS:
         assert isinstance(world.run(tmp_path / kind, kind), Result), kind
+
+
+# --- devices that compute otherwise than the key says ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sft", "evaluate", "quantize"])
+def test_a_stage_refuses_a_device_that_cannot_compute_in_its_type(world: World, tmp_path: Path, kind: str, monkeypatch: Patch) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx2 avx512f bf16x\n")
+    monkeypatch.setattr(loading, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(world.run(tmp_path / "cpu", kind, dtype="bfloat16"), "config: dtype is bfloat16, which this CPU only emulates")
+    refused(world.run(tmp_path / "gpu", kind, resources={"gpus": 1}), "config: resources.gpus is 1, but torch .* sees no GPU here")
+
+
+def test_bfloat16_is_for_gpus_and_cpus_that_have_it(tmp_path: Path, monkeypatch: Patch) -> None:
+    def stage(**fields: Any) -> EvaluateStage:
+        stage = EvaluateStage.model_validate({"kind": "evaluate", "model": "m", **fields})
+        return stage.model_copy(update=stage.decided())
+
+    monkeypatch.setattr(loading, "CPU_INFO", tmp_path / "cpuinfo")
+    for flags in ("flags\t: fpu avx512_bf16 amx_tile", "flags\t: amx_bf16", "Features\t: fp asimd bf16"):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+        loading.check_device(stage(dtype="bfloat16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: ("A100", "T4")[number])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: ((8, 0), (7, 5))[number])
+    with pytest.raises(StageFailed, match=r"T4 \(compute capability 7.5\) has no bfloat16") as error:
+        loading.check_device(stage(resources={"gpus": 2}))
+    assert (error.value.failure_class, "set `dtype: float32`" in error.value.hint) == ("config", True)
+    loading.check_device(stage(resources={"gpus": 2}, dtype="float32"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    loading.check_device(stage(resources={"gpus": 1}))
+
+
+@pytest.mark.skipif(emulates_bfloat16(), reason="this CPU only emulates bfloat16")
+def test_what_is_asked_for_in_bfloat16_is_computed_in_it(world: World, tmp_path: Path) -> None:
+    scored = {dtype: world.run(tmp_path / dtype, "evaluate", dtype=dtype) for dtype in ("float32", "bfloat16")}
+    assert [result.info["dtype"] for result in scored.values() if isinstance(result, Result)] == ["float32", "bfloat16"]
+    one, other = (result.metrics["dataset0/bits_per_byte"] for result in scored.values() if isinstance(result, Result))
+    assert one != other == pytest.approx(one, rel=0.05)
+    assert isinstance(quantized := world.run(tmp_path / "quantize", "quantize", dtype="bfloat16"), Result), quantized
+    types = {tensor.dtype for tensor in load_file(tmp_path / "quantize" / "out" / "payload" / "model.safetensors").values()}
+    assert types == {torch.bfloat16, torch.float16, torch.int32}  # scales are float16 to any kernel
 
 
 # --- libraries that misbehave -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.__main__ import PROGRAMS
+from tasks.loading import CPU_INFO, CPUS_WITH_BFLOAT16
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import STAGES
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def make_request(folder: Path, config: dict[str, Any], inputs: dict[str, Input], **fields: Any) -> Request:
     """A request for the stage `config`, with its folders below `folder`."""
     stage = STAGES[config["kind"]].model_validate(config)
-    document = stage.model_dump(mode="json")
+    document = stage.model_dump(mode="json") | stage.decided()
     out, work = folder / "out", folder / "work"
     for path in (out / "payload", out / "meta", work):
         path.mkdir(parents=True)
@@ -42,6 +43,11 @@ def run_program(request: Request) -> tuple[Result, list[dict[str, Any]]]:
     program = importlib.import_module(PROGRAMS[request.kind])
     result = program.run(request, request.stage(), Events(file))
     return result, [json.loads(line) for line in file.read_text(encoding="utf-8").strip().split("\n")]
+
+
+def emulates_bfloat16() -> bool:
+    """Whether stages in bfloat16 are refused on this machine's CPU."""
+    return not set(CPU_INFO.read_text().split()) & CPUS_WITH_BFLOAT16
 
 
 class Killed(Events):
