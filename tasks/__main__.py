@@ -16,6 +16,7 @@ from pathlib import Path
 from tasks.launch import LOST_PEER, RANKS, SAID
 from tasks.loading import check_inputs
 from tasks.noise import silence
+from tasks.packages import hidden, hide
 from tuneline import disk
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Failure, Request
@@ -53,6 +54,7 @@ def main() -> int:
         path.mkdir(parents=True, exist_ok=True)
     try:
         check_inputs(request)
+        hide(request)
         program = importlib.import_module(PROGRAMS[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():
@@ -90,7 +92,10 @@ def classify(error: BaseException, request: Request) -> Failure:
         return Failure(failure_class="transient", message="waited in vain for another process", hint=LOST_PEER, details=details)
     if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError):
         return Failure(failure_class="transient", message=text, hint="the stage is tried again", details=details)
-    return Failure(failure_class="bug", message=text, hint="the log has the whole traceback", details=details)
+    hint = "the log has the whole traceback"
+    if isinstance(error, ImportError) and hidden():
+        hint += f"; tasks/packages.py hides {', '.join(hidden())} from this stage"
+    return Failure(failure_class="bug", message=text, hint=hint, details=details)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,27 @@ pipelines:
       gate:      {kind: gate, require: [{metric: words/answer_recall, of: eval-full, not_below: eval-base}]}
 """
 STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
+# Packages that a program of the kind must not import: it has no use for them, and each makes it start later.
+UNUSED = {
+    "model": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval matplotlib",
+    "dataset": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval torch accelerate scipy",
+    "sft": "bitsandbytes deepspeed gptqmodel torchao lm_eval",
+    "merge": "bitsandbytes deepspeed gptqmodel torchao trl datasets lm_eval matplotlib",
+    "evaluate": "bitsandbytes deepspeed gptqmodel torchao trl datasets matplotlib",
+    "quantize": "bitsandbytes deepspeed torchao peft trl lm_eval matplotlib",
+}
+# Python reads it as it starts; a program writes at its end what it has imported.
+SITECUSTOMIZE = """\
+import atexit, json, sys
+from pathlib import Path
+
+def write(request):
+    names = sorted(name for name, module in sys.modules.items() if module is not None and "." not in name)
+    Path(__file__).with_name(f"{request['kind']}-{request['key']}.json").write_text(json.dumps(names))
+
+if Path("request.json").exists():
+    atexit.register(write, json.loads(Path("request.json").read_bytes()))
+"""
 
 
 def digests(project: Project) -> dict[str, Any]:
@@ -64,10 +85,18 @@ def killed(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_
 def test_a_killed_and_an_undisturbed_run_end_with_the_same_digests(
     killed: Project, tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path
 ) -> None:
-    other = make(tmp_path_factory.mktemp("other folder") / "püroject", runtime_python, pico_model)
+    imports = tmp_path_factory.mktemp("imports")
+    (imports / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    python = imports / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={imports}:$PYTHONPATH exec {runtime_python} "$@"\n')
+    python.chmod(0o755)
+    other = make(tmp_path_factory.mktemp("other folder") / "püroject", python, pico_model)
     other.tuneline("run", "pico", PYTHONHASHSEED="2")
     assert set(digests(killed)) == set(STAGES)
     assert digests(other) == digests(killed)
+    written = [(file.name.split("-")[0], set(json.loads(file.read_bytes()))) for file in imports.glob("*.json")]
+    assert sorted(kind for kind, _ in written) == sorted([*UNUSED, "evaluate"])
+    assert [(kind, name) for kind, names in written for name in UNUSED[kind].split() if name in names] == []
 
 
 @pytest.mark.slow
