@@ -1,4 +1,4 @@
-"""Which large packages a stage sees, and what it says where one is missed. What real programs load: test_flow_pico.py."""
+"""Which large packages a stage sees, and what it says where one is missed. What real programs load: flow/test_pico.py."""
 
 from __future__ import annotations
 
