@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from conftest import ROOT, Project
+from conftest import ROOT, Project, shadow
 from test_flow_supervisor import gone
 
 PIPELINES = """\
@@ -51,6 +51,7 @@ pipelines:
 def pico(project: Project, stand_in: Callable[..., None], prefect_server: str) -> Iterator[Project]:
     """A project, and a server that is empty again afterwards."""
     project.write(PIPELINES)
+    shadow(project.root, "flows", "tasks")
     for name in ("one", "two", "other"):
         project.write(name, f"{name}.txt")
     yield project
