@@ -12,8 +12,8 @@ from typing import Any
 
 from prefect.workers.process import ProcessWorker
 
+from tuneline import PACKAGES_ROOT
 from tuneline.pools import AnyPool, DockerPool, KubernetesPool
-from tuneline.runtimes import PACKAGES_ROOT
 
 FOLDER = PACKAGES_ROOT / "infra" / "pools"
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from flows import lasting
 from flows.supervisor import WATCHDOG
+from tuneline import PACKAGES_ROOT
 from tuneline.errors import ConfigError, Problem, StageFailed
 
 STARTUP_SECONDS = 180  # migrations of a new database took 22 s on two busy cores
@@ -166,6 +167,7 @@ def free_port() -> int:
 def server_command(port: int) -> list[str]:
     """The server itself: `prefect server start` would be another process, and a file with its number that outlives it."""
     uvicorn = [sys.executable, "-P", "-m", "uvicorn", "--factory", "flows.prefect_app:create_app", "--log-level", "warning"]
+    uvicorn += ["--app-dir", str(PACKAGES_ROOT)]  # by default the current folder, which would come first on the path
     return [*uvicorn, "--host", "127.0.0.1", "--port", str(port), "--timeout-graceful-shutdown", "3"]  # an open page holds it up
 
 

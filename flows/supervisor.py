@@ -21,10 +21,9 @@ from typing import IO, Literal
 
 from pydantic import ValidationError
 
-from tuneline import watchdog
+from tuneline import PACKAGES_ROOT, watchdog
 from tuneline.errors import StageFailed
 from tuneline.protocol import Event
-from tuneline.runtimes import PACKAGES_ROOT
 from tuneline.secrets import mask_file, masked
 
 WATCHDOG = Path(watchdog.__file__)

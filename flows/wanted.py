@@ -22,10 +22,10 @@ from pydantic import ValidationError
 
 import flows.pipeline
 from flows.pool_templates import base_job_template
+from tuneline import PACKAGES_ROOT
 from tuneline.errors import ConfigError, Problem
 from tuneline.load import Loaded
 from tuneline.pools import ProcessPool, Schedule
-from tuneline.runtimes import PACKAGES_ROOT
 from tuneline.source import Keys, dotted
 from tuneline.spec import Pipeline
 from tuneline.stages import ProgramStage
@@ -145,7 +145,8 @@ def _common(loaded: Loaded, pool: str, queue: str, tags: tuple[str, ...]) -> dic
     environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
     if isinstance(loaded.spec.pools[pool], ProcessPool):  # an image has its own tuneline
         environment["PYTHONPATH"] = str(PACKAGES_ROOT)
-    step = {"prefect.deployments.steps.set_working_directory": {"directory": str(loaded.root)}}
+    # Prefect puts this folder first on the path: in the project's, the user's own flows.py or tasks.py would be imported in place of ours.
+    step = {"prefect.deployments.steps.set_working_directory": {"directory": "/"}}
     return {
         "pool": pool,
         "queue": queue,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from tuneline import PACKAGES_ROOT
 from tuneline.checkpoints import Checkpoint, newest
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem, StageFailed
@@ -21,7 +22,7 @@ from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
 from tuneline.order import in_order, with_ancestors
 from tuneline.runs import StageRecord
-from tuneline.runtimes import PACKAGES_ROOT, find_runtime
+from tuneline.runtimes import find_runtime
 from tuneline.source import dotted
 from tuneline.spec import ModelStage
 from tuneline.stages import ProgramStage, Stage

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from tuneline import PACKAGES_ROOT
 from tuneline.errors import ConfigError, Problem
 from tuneline.paths import placed
 from tuneline.spec import Spec
 
-PACKAGES_ROOT = Path(__file__).resolve().parent.parent
 BUILT_IN_LOCKS = PACKAGES_ROOT / "infra" / "runtimes"
 MARKER = "tuneline-complete"
 _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?\s*(?:(==)\s*([^\s;,]+))?")

@@ -4,6 +4,7 @@ the models of Kubernetes, of docker-py and of Prefect's own workers."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from project import ROOT
+from project import ROOT, shadow
 
 from tuneline.pools import DockerPool, KubernetesPool, ProcessPool, Toleration
 
@@ -106,8 +107,6 @@ def test_a_process_pool_is_as_prefect_has_it() -> None:
 
 
 def test_every_variable_of_a_template_is_used_and_every_use_has_its_variable() -> None:
-    import json
-
     for path in sorted((ROOT / "infra" / "pools").glob("*.json")):
         template = json.loads(path.read_bytes())
         used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
@@ -248,10 +247,14 @@ def test_the_image_copies_what_there_is_and_names_no_host() -> None:
     assert "ENTRYPOINT" not in names
 
 
-@pytest.mark.slow
-def test_the_steps_of_the_image_are_run_in_a_scratch_folder(tmp_path: Path) -> None:
-    """All but the system's packages, its user, and the runtimes, which `make setup` builds by the same command."""
-    image = tmp_path / "image"
+Image = tuple[Path, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    """A folder in which the steps of the Dockerfile were run, and its environment. All but the system's packages, its user, and the
+    runtimes, which `make setup` builds by the same command."""
+    image = tmp_path_factory.mktemp("scratch") / "image"
     (image / "bin").mkdir(parents=True)
     (image / "bin" / "python").symlink_to(sys.executable)
     env = {**os.environ, "PATH": f"{image / 'bin'}:{os.environ['PATH']}", "RUNTIMES": ""}
@@ -270,21 +273,58 @@ def test_the_steps_of_the_image_are_run_in_a_scratch_folder(tmp_path: Path) -> N
         elif instruction == "ENV":
             env |= {name: value.replace("$PATH", env["PATH"]) for name, _, value in (word.partition("=") for word in rest.split())}
         elif instruction == "RUN" and not re.match("apt-get|groupadd", rest):
-            done = subprocess.run(["sh", "-c", rest], env=env, cwd=tmp_path, capture_output=True, text=True)
+            done = subprocess.run(["sh", "-c", rest], env=env, cwd=image, capture_output=True, text=True)
             assert done.returncode == 0, f"{rest}\n{done.stdout}\n{done.stderr}"
             ran += 1
     assert ran == 3
     shutil.rmtree(image / "source")  # what runs is what was installed
     env.pop("PYTHONPATH", None)
+    return image, env
+
+
+def packages(image: Path) -> Path:
+    return next((image / "venv").glob("lib/python*/site-packages"))
+
+
+@pytest.mark.slow
+def test_the_image_holds_the_packages_and_their_data(image: Image) -> None:
+    folder, env = image
 
     def run(*command: str) -> str:
-        return subprocess.run(command, env=env, cwd=image / "setup", capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, env=env, cwd=folder / "setup", capture_output=True, text=True, check=True).stdout
 
     assert "Declarative fine-tuning" in run("tuneline", "--help")
     assert "pipelines.yaml is valid: first" in run("tuneline", "validate")
     program = "from flows.pool_templates import FOLDER; import prefect_docker, prefect_kubernetes; print(*sorted(p.name for p in FOLDER.iterdir()))"
     assert run("python", "-c", program) == "docker.json kubernetes.json\n"
-    site = next((image / "venv").glob("lib/python*/site-packages"))
-    assert (site / "infra" / "runtimes" / "torch.txt").is_file()
-    assert list((site / "flows" / "__pycache__").glob("cli.*.pyc"))
+    site = packages(folder)
+    assert not {"flows", "tasks", "infra"} & {path.name for path in site.iterdir()}
+    assert list((site / "tuneline-packages" / "flows" / "__pycache__").glob("cli.*.pyc"))
     assert list((site / "prefect" / "__pycache__").glob("flows.*.pyc"))
+
+
+@pytest.mark.slow
+def test_the_wheel_works_without_the_clone_beside_packages_of_the_same_names(
+    image: Image, tmp_path: Path, runtime_python: Path, pico_model: Path
+) -> None:
+    """In the environment, on PYTHONPATH and in the current folder. A `torch` of the environment is not the programs': theirs is the runtime's."""
+    folder, env = image
+    shadow(packages(folder), "flows", "tasks", "infra", "torch")
+    shadow(tmp_path, "flows", "tasks")
+    env = {**env, "TUNELINE_RUNTIMES": str(runtime_python.parents[2]), "PYTHONPATH": str(tmp_path)}
+
+    def tuneline(*arguments: str) -> str:
+        done = subprocess.run(["tuneline", *arguments], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    tuneline("init")
+    shutil.copytree(pico_model, tmp_path / "model")
+    starter = tmp_path / "pipelines.yaml"
+    starter.write_text(
+        starter.read_text().replace("hub: HuggingFaceTB/SmolLM2-135M-Instruct", "path: model").replace("size: 600", "size: 20")
+    )
+    assert tuneline("setup").split() == ["torch", str(runtime_python)]
+    tuneline("run", "first", "--only", "data")
+    stages = json.loads(tuneline("show", "first", "--json"))["stages"]
+    assert {name: manifest["kind"] for name, manifest in stages.items() if manifest} == {"base": "model", "data": "dataset"}

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from processes import gone
-from project import ROOT, Project
+from project import ROOT, Project, shadow
 
 PIPELINES = """\
 version: 1
@@ -51,6 +51,7 @@ pipelines:
 def pico(project: Project, stand_in: Callable[..., None], prefect_server: str) -> Iterator[Project]:
     """A project, and a server that is empty again afterwards."""
     project.write(PIPELINES)
+    shadow(project.root, "flows", "tasks")
     for name in ("one", "two", "other"):
         project.write(name, f"{name}.txt")
     yield project

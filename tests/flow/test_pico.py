@@ -3,6 +3,7 @@ again in one folder, undisturbed in another. Both must come to the same digests.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path

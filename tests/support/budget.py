@@ -19,7 +19,7 @@ import pytest
 DEAREST = 15
 TICK = os.sysconf("SC_CLK_TCK")
 MARK = "TUNELINE_TESTS"  # in the environment of every process that a test starts, so that detached ones are found, too
-OURS = ("tasks", "tasks.launch", "flows")  # `python -m` of these
+OURS = ("tasks", "tasks.launch", "flows", "tuneline")  # `python -m` of these
 
 
 class Budget:

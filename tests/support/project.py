@@ -27,7 +27,7 @@ class Project:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Starts the command line in a process of its own."""
-        command = [sys.executable, "-m", "flows", *arguments]
+        command = [sys.executable, "-m", "tuneline", *arguments]
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         return subprocess.Popen(command, cwd=self.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -53,3 +53,10 @@ def place_stand_in(project: Project) -> Callable[..., None]:
 
     script()
     return script
+
+
+def shadow(folder: Path, *names: str) -> None:
+    """Puts packages of these names into a folder. Importing one ends the process."""
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text('raise SystemExit(f"imported {__file__}")')
