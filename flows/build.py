@@ -63,7 +63,7 @@ def build(
         inputs={slot: _input(run.workspace, artifact) for slot, artifact in inputs.items()},
         files={path: run.workspace.outside(named, code.get(path))[0] for path, _, named in annotated_values(stage, OutsideFile)},
         trees={path: _tree(run.workspace, source) for path, source in code.items()},
-        commits={path: run.commit(*wanted) for path, *wanted in hub_inputs(stage)},
+        commits={path: run.commit(*wanted) for path, *wanted in hub_inputs(run.workspace, stage)},
         out=store.building(key),
         work=work,
         attempt=len(attempts.all) + 1,

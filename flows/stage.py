@@ -136,7 +136,7 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
 def _build_elsewhere(run: Run, name: str, stage: ProgramStage, inputs: Mapping[str, Artifact], key: str) -> Artifact:
     """In the stage's own pool, by a child run."""
     wanted = {**(run.parameters or {}), "key": key, "run_id": run.record.run_id, "forced": name in run.forced}
-    wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(stage)]
+    wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(run.workspace, stage)]
     run.reporter.started(name, f"{stage.kind} in pool {stage.pool}")
     with run.attempt(name, key):
         build_in_pool(name, stage, inputs, wanted, run.supervisor)

@@ -43,7 +43,7 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     source = request.inputs["model"]
     tokenizer = load_tokenizer(source)
     datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
-    benchmarks = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else None
+    benchmarks, unpinned = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else (None, [])
     prompt = first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer)
 
     report = Report()
@@ -74,6 +74,8 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     for sample in report.samples[:SHOWN]:
         events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
     info: dict[str, Any] = {"rows": report.rows, "dtype": stage.dtype}
+    if unpinned:
+        info["unpinned"] = unpinned
     if HUMAN_EVAL in stage.benchmarks:
         info[HUMAN_EVAL] = human_eval_info()
     return Result(metrics=report.metrics, info=info)

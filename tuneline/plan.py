@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from tuneline import PACKAGES_ROOT
+from tuneline.benchmarks import NOT_SET_UP, Data, data_of
 from tuneline.checkpoints import Checkpoint, newest
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem, StageFailed
@@ -21,10 +22,11 @@ from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, QLORA_LIBRARIES, key_docum
 from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
 from tuneline.order import in_order, with_ancestors
+from tuneline.paths import placed
 from tuneline.runs import StageRecord
 from tuneline.runtimes import find_runtime
 from tuneline.source import dotted
-from tuneline.spec import ModelStage
+from tuneline.spec import HUMAN_EVAL, EvaluateStage, ModelStage
 from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Artifact
 from tuneline.trainings import SftStage, Training
@@ -178,12 +180,13 @@ def document_of(
             problems.append(Problem("", path, f"{error.filename} cannot be read: {error.strerror}"))
     commits: dict[str, str] = {}
     unresolved: list[tuple[str, str]] = []
-    for path, repository_type, repository, revision in hub_inputs(stage):
+    for path, repository_type, repository, revision in hub_inputs(workspace, stage):
         commit = resolve(repository_type, repository, revision)
         if commit:
             commits[path] = commit
         else:
             unresolved.append((path, repository))
+    unresolved += [(path, "the data of its benchmarks") for path, data in benchmark_data(workspace, stage) if data == NOT_SET_UP]
     try:
         libraries = libraries_of(workspace, stage)
     except ConfigError as error:
@@ -212,13 +215,42 @@ def code_trees(stage: Stage) -> dict[str, CodeSource]:
     return {f"sources.{i}.path": source for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, CodeSource)}
 
 
-def hub_inputs(stage: Stage) -> Iterator[tuple[str, str, str, str]]:
+def hub_inputs(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, str, str, str]]:
     """(field, repository type, repository, revision) of everything that a stage takes from the hub."""
+    for path, data in benchmark_data(workspace, stage):
+        if not data.unknown:
+            yield f"{path}.{data.label}", "dataset", data.repository, data.revision
     if isinstance(stage, ModelStage) and stage.hub:
         yield "hub", "model", stage.hub, stage.revision
     for i, source in enumerate(getattr(stage, "sources", ())):
         if isinstance(source, HubSource):
             yield f"sources.{i}.repo", "dataset", source.repo, source.revision
+
+
+def benchmark_data(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, Data]]:
+    """(field, data) of an evaluation's benchmarks. human_eval's problems come with the runtime."""
+    names = [(i, name) for i, name in enumerate(getattr(stage, "benchmarks", ())) if name != HUMAN_EVAL]
+    if not names or not isinstance(stage, EvaluateStage):
+        return
+    try:
+        runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
+    except ConfigError:  # `libraries_of` reports it
+        return
+    own = placed(workspace.root, stage.include_path) if stage.include_path else None
+    for i, name in names if runtime.ready else ():
+        yield from ((f"benchmarks.{i}", data) for data in data_of(name, own, runtime, workspace.home / "benchmarks"))
+    if not runtime.ready:
+        yield "benchmarks", NOT_SET_UP
+
+
+def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
+    """A warning for each benchmark that would run and whose data may change while its key stays."""
+    stages = workspace.loaded.pipeline(pipeline).stages
+    for row in rows:
+        for path, data in benchmark_data(workspace, stages[row.stage]) if row.artifact is None else ():
+            if data.unknown and data != NOT_SET_UP:
+                message = f"its data is not in the key, and may change: {data.unknown}"
+                yield _placed(Problem("", path, message, ""), workspace.loaded, pipeline, row.stage)
 
 
 @lru_cache
@@ -279,7 +311,7 @@ def _shown(value: Any) -> str:
 
 def _unanswered(workspace: Workspace, stage: Stage) -> Iterator[Problem]:
     """What a hub that is asked does not tell."""
-    for path, *wanted in hub_inputs(stage):
+    for path, *wanted in hub_inputs(workspace, stage):
         try:
             workspace.hub.commit(*wanted)
         except StageFailed as error:

@@ -120,6 +120,7 @@ class DatasetStage(ProgramStage):
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
+HUMAN_EVAL = "human_eval"  # the one benchmark that is not lm-eval's own
 # Fields without effect, unless the field is given that they are for.
 OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | {"max_new_tokens": "datasets"}
 
@@ -174,10 +175,10 @@ class EvaluateStage(ComputingStage):
             yield Finding("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
         if not self.datasets and not self.benchmarks:
             yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
-        if "human_eval" in self.benchmarks and not self.allow_code_execution:
+        if HUMAN_EVAL in self.benchmarks and not self.allow_code_execution:
             hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
-            yield Finding(f"benchmarks.{self.benchmarks.index('human_eval')}", "found human_eval without allow_code_execution", hint)
-        if self.allow_code_execution and "human_eval" not in self.benchmarks:
+            yield Finding(f"benchmarks.{self.benchmarks.index(HUMAN_EVAL)}", "found human_eval without allow_code_execution", hint)
+        if self.allow_code_execution and HUMAN_EVAL not in self.benchmarks:
             found = "found allow_code_execution without human_eval, the only benchmark that runs code"
             yield Finding("allow_code_execution", found, "remove it")
         for owner in ("benchmarks", "datasets"):

@@ -3,7 +3,7 @@
 .tuneline/runtimes/   environments        .tuneline/store/         artifacts (unless `store:` names another place)
 .tuneline/work/<key>/ unfinished stages   .tuneline/digests.json   sha256 of outside files, by path, size, mtime, inode
 .tuneline/runs/       run records         .tuneline/prefect/       the embedded server's database
-.tuneline/server/     of `tuneline up`
+.tuneline/server/     of `tuneline up`    .tuneline/benchmarks/    what lm-eval's task files say about data, by runtime
 """
 
 from __future__ import annotations

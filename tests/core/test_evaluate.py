@@ -29,6 +29,10 @@ HALF = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation 
 REFUSED = {
     "unknown": ("model: base, backend: sglang", "demo.eval.backend: found 'sglang', allowed transformers, vllm"),
     "quantized on a CPU": ("model: small, backend: vllm", f"demo.eval.model: found `small` with {HALF}{HINT}"),
+    "quantized in float32": (
+        "model: small, backend: vllm, resources: {gpus: 1}, dtype: float32",
+        f"demo.eval.model: found `small` with GPTQ in float32: vLLM computes it in half precision only{HINT}",
+    ),
     "bits": (
         "model: small, backend: vllm, resources: {gpus: 1}",
         f"demo.eval.model: found `small` with bits 2 and sym true, where vLLM reads 4 or 8 bits, symmetric{HINT}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from plan_tools import PIPELINES, build, planned, publish
 
 from tuneline.errors import ConfigError
+from tuneline.hub_cache import HubCache
 from tuneline.keys import canonical, key_of
 from tuneline.load import load
-from tuneline.plan import PlanRow, plan
+from tuneline.plan import PlanRow, plan, unpinned
 from tuneline.stages import ComputingStage
 from tuneline.store import sha256
 from tuneline.workspace import FileDigests, Workspace
@@ -175,6 +177,81 @@ def test_a_hub_branch_is_unknown_and_a_commit_is_known(folder: Path) -> None:
     assert {rows[name].status for name in ("base", "data", "sft", "merged", "eval")} == {"unknown"}
     (folder / "pipelines.yaml").write_text(text.replace("owner/name}", f"owner/name, revision: {'a' * 40}}}"))
     assert planned(folder)["base"].key is not None
+
+
+TASK_FILES = {
+    "arc/easy.yaml": "task: easy\ndataset_path: owner/arc\ntag: [all_of_arc]\nprocess_docs: !function utils.docs\n",
+    "arc/_hard": "dataset_path: owner/arc\ndataset_kwargs: {revision: v2}\ntag: all_of_arc\n",
+    "arc/hard.yaml": "task: hard\ninclude: _hard\n",
+    "group.yaml": "group: suite\ntask: [easy, coded, {group: more, task: [{task: easy, dataset_path: owner/other}, linked]}]\n",
+    "coded.yaml": "task: coded\nclass: !function task.Coded\n",
+    "linked.yaml": "task: linked\ndataset_path: json\ndataset_kwargs: {data_files: {test: 'https://host/rows.jsonl'}}\n",
+    "broken.yaml": "task: [easy",
+}
+OWN_FILES = {
+    "mine.yaml": "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n",
+    "folder.yaml": "task: folder\ndataset_path: rows\n",
+    "rows/x": "",
+    "easy.yaml": "task: easy\ndataset_path: owner/mine\n",
+}
+
+
+class KnownHub(HubCache):
+    """Says of every repository the commit that begins with `a`, or that of another day."""
+
+    letter = "a"
+
+    def commit(self, repository_type: str, repository: str, revision: str) -> str:
+        return (self.letter + f"{repository_type} {repository} {revision}").encode().hex().ljust(40, "0")[:40]
+
+
+def test_data_of_benchmarks_is_pinned_by_its_commits(folder: Path) -> None:
+    own = folder / "own"
+    tasks = folder / "env" / "lib" / "python3.11" / "site-packages" / "lm_eval" / "tasks"
+    for place, files in ((tasks, TASK_FILES), (own, OWN_FILES)):
+        for name, text in files.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text(text)
+    (folder / "env" / "bin").mkdir()
+    (folder / "env" / "bin" / "python").symlink_to(sys.executable)
+
+    def of_eval(fields: str, hub: HubCache, more: str = "runtimes: {here: {python: env/bin/python}}\n") -> tuple[PlanRow, list[str]]:
+        stage = f"eval: {{kind: evaluate, runtime: here, model: base, {fields}}}\n"
+        head = PIPELINES[: PIPELINES.index("      data:")].replace("pipelines:", f"{more}pipelines:")
+        (folder / "pipelines.yaml").write_text(f"{head}      {stage}")
+        workspace = Workspace(load(folder / "pipelines.yaml", "demo"), hub=hub)
+        rows = {row.stage: row for row in plan(workspace, "demo")}
+        publish(workspace, rows["base"], rows, "1") if rows["base"].artifact is None else None
+        rows = {row.stage: row for row in plan(workspace, "demo")}
+        return rows["eval"], [f"{problem.path}: {problem.message}" for problem in unpinned(workspace, "demo", list(rows.values()))]
+
+    def commits(fields: str) -> set[str]:
+        row, _ = of_eval(fields, KnownHub())
+        assert row.document is not None
+        return set(row.document["commits"])
+
+    assert commits("benchmarks: [easy]") == {"benchmarks.0.owner/arc"}
+    assert commits("benchmarks: [easy, hard]") == {"benchmarks.0.owner/arc", "benchmarks.1.owner/arc@v2"}
+    assert commits("benchmarks: [all_of_arc]") == {"benchmarks.0.owner/arc", "benchmarks.0.owner/arc@v2"}
+    assert commits("benchmarks: [suite]") == {"benchmarks.0.owner/arc", "benchmarks.0.owner/other"}
+    assert commits("benchmarks: [mine, folder, easy], include_path: own") == {"benchmarks.2.owner/mine"}
+    assert commits("benchmarks: [suite], include_path: own") == {"benchmarks.0.owner/mine", "benchmarks.0.owner/other"}
+
+    place, says = "demo.eval.benchmarks.0", "its data is not in the key, and may change"
+    assert of_eval("benchmarks: [easy, human_eval], allow_code_execution: true", KnownHub())[1] == []
+    assert of_eval("benchmarks: [suite]", KnownHub())[1] == [
+        f"{place}: {says}: code of its own loads it", f"{place}: {says}: its files are on the network",
+    ]  # fmt: skip
+    assert of_eval("benchmarks: [none]", KnownHub())[1] == [f"{place}: {says}: lm-eval has no task file of this name"]
+
+    one, other = KnownHub(), KnownHub()
+    other.letter = "b"
+    assert of_eval("benchmarks: [easy]", one)[0].key != of_eval("benchmarks: [easy]", other)[0].key
+    offline = of_eval("benchmarks: [easy]", HubCache())[0]
+    assert (offline.status, offline.reasons[0].text) == ("unknown", "owner/arc is looked up on the hub when a run starts")
+    (folder / "some.txt").write_text("torch==1.0\n")
+    absent = of_eval("benchmarks: [easy]", one, "runtimes: {here: {lock: some.txt}}\n")[0]
+    assert (absent.status, absent.reasons[0].text) == ("unknown", "the data of its benchmarks is looked up on the hub when a run starts")
 
 
 def test_only_takes_the_ancestors_and_names_are_checked(folder: Path) -> None:

@@ -147,3 +147,16 @@ def test_offline_the_local_cache_answers(tmp_path: Path, monkeypatch: pytest.Mon
     reference.parent.mkdir(parents=True)
     reference.write_text(COMMIT + "\n")
     assert resolve_commit("dataset", "owner/name", "main") == COMMIT
+
+
+def test_offline_what_was_fetched_by_its_commit_is_main_where_it_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshots = tmp_path / "datasets--owner--rows" / "snapshots"
+    (snapshots / COMMIT).mkdir(parents=True)
+    assert resolve_commit("dataset", "owner/rows", "main") == COMMIT
+    with pytest.raises(StageFailed, match="owner/rows at v1 is not in the local hub cache"):
+        resolve_commit("dataset", "owner/rows", "v1")
+    (snapshots / COMMIT[::-1]).mkdir()
+    with pytest.raises(StageFailed, match="owner/rows at main is not in the local hub cache"):
+        resolve_commit("dataset", "owner/rows", "main")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import pytest
 import torch
 from evaluate_tools import CHATS, chat, fails, own_benchmarks, request_for, samples, save_adapter
@@ -18,6 +19,7 @@ from tasks.loading import template_hash
 from tasks.masks import prompt_ids, tokenize
 from tasks.rows import Row
 from tasks.scoring import answer_recall, exact_match, mean, ratio
+from tuneline.benchmarks import task_files
 from tuneline.protocol import Input
 
 
@@ -210,13 +212,73 @@ def test_benchmarks_of_ones_own(base: Input, tmp_path: Path) -> None:
     fails(request_for(tmp_path / "nothing", nothing, **fields), "bug", "the adapter changes nothing")
 
 
-def test_groups_and_unknown_benchmarks(base: Input, tmp_path: Path) -> None:
+def test_groups_and_unknown_benchmarks(base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = own_benchmarks(tmp_path / "own")
     result, _ = run_program(request_for(tmp_path / "group", base, files=files, include_path="own", benchmarks=["both"]))
     assert result.metrics["both/acc"] == result.metrics["even/acc"]
     assert "both/acc_stderr" in result.metrics
+    managers = list[Any]()
+    real = lm_eval.tasks.TaskManager.__init__
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "__init__", lambda self, **options: (real(self, **options), managers.append(self))[0])
     failure = fails(request_for(tmp_path / "bad", base, benchmarks=["arc_eazy"]), "config", "benchmarks.0: found `arc_eazy`")
     assert failure.hint == "did you mean `arc_easy`?"
+
+    # What plans read of lm-eval's 14,000 task files without it (`tuneline.benchmarks`) is what it reads itself.
+    theirs, ours = managers[-1].task_index, task_files(Path(lm_eval.tasks.__file__).parent)
+    assert theirs.keys() == ours.keys()
+    assert len(ours) > 10_000
+    for name, entry in theirs.items():
+        if entry.cfg is None:
+            assert set(ours[name]["tagged"]) == entry.tags
+        else:
+            assert of_data(ours[name]) == of_data(entry.cfg)
+
+
+def of_data(config: Any) -> Any:
+    """What a task file says about data, and a group about its members."""
+    if not isinstance(config, dict):
+        return [of_data(item) for item in config] if isinstance(config, list) else config
+    code = {key: True for key in ("class", "custom_dataset") if config.get(key)}
+    return code | {key: of_data(config[key]) for key in ("group", "task", "dataset_path", "dataset_kwargs") if config.get(key) is not None}
+
+
+def test_data_of_a_benchmark_is_loaded_at_the_commit_of_the_key(base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By task files and by code beside them; what is not in the key is in the report and warned of."""
+    import datasets
+
+    files = own_benchmarks(tmp_path / "own")
+    own, real, loaded = files["include_path"][0], datasets.load_dataset, list[tuple[str, Any]]()
+    for name in ("even", "said"):
+        text = (own / f"{name}.yaml").read_text()
+        (own / f"{name}.yaml").write_text(
+            text.replace("dataset_path: json\ndataset_kwargs: {data_files: {test: questions.jsonl}}", "dataset_path: owner/questions")
+        )
+    (own / "code.py").write_text(
+        "from datasets import load_dataset\n\n\ndef rows(**_):\n    return load_dataset('owner/loose', revision='v1')\n"
+    )
+    (own / "coded.yaml").write_text(
+        (own / "even.yaml")
+        .read_text()
+        .replace("task: even\ndataset_path: owner/questions", "task: coded\ncustom_dataset: !function code.rows")
+    )
+
+    def from_hub(path: str, name: str | None = None, revision: str | None = None) -> Any:
+        loaded.append((path, revision))
+        return real("json", data_files={"test": str(own / "questions.jsonl")})
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    fields: dict[str, Any] = {"files": files, "include_path": "own"}
+    commits = {"benchmarks.0.owner/questions": "c" * 40}
+    request = request_for(tmp_path / "pinned", base, benchmarks=["even", "said"], **fields).model_copy(update={"commits": commits})
+    result, _ = run_program(request)
+    assert loaded == [("owner/questions", "c" * 40)] * 2
+    assert "unpinned" not in result.info
+    result, events = run_program(request_for(tmp_path / "loose", base, benchmarks=["even", "coded"], **fields))
+    assert loaded[2:] == [("owner/questions", None), ("owner/loose", "v1")]
+    assert result.info["unpinned"] == ["owner/questions", "owner/loose@v1", "coded: code of its own loads it"]
+    warned = [event["message"] for event in events if event["type"] == "warning"]
+    assert warned == [f"data of benchmarks that is not in the key, and may change: {', '.join(result.info['unpinned'])}"]
+    assert datasets.load_dataset is from_hub
 
 
 def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path) -> None:
