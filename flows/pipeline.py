@@ -39,6 +39,7 @@ from tuneline.fields import NAME
 from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
 from tuneline.overrides import as_sets
+from tuneline.patches import patch
 from tuneline.plan import check_stages
 from tuneline.runs import RunRecord, Runs, RunState
 from tuneline.workspace import Workspace
@@ -154,7 +155,7 @@ def _maintain_without_ending(lease_id: UUID, seconds: float, **_: Any) -> Abstra
     return maintain_concurrency_lease(lease_id, seconds, raise_on_lease_renewal_failure=False, suppress_warnings=True)
 
 
-prefect.flow_engine.maintain_concurrency_lease = _maintain_without_ending  # type: ignore[assignment]
+patch(prefect.flow_engine, "maintain_concurrency_lease", _maintain_without_ending)
 
 for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_OwnFailuresWithoutTraceback())

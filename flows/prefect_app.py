@@ -16,6 +16,8 @@ from typing import Any
 import aiosqlite
 from prefect.server.api.server import create_app
 
+from tuneline.patches import patch
+
 __all__ = ["create_app"]
 
 
@@ -31,4 +33,4 @@ async def _execute(self: aiosqlite.Cursor, function: Callable[..., Any], *argume
     return await self._conn._execute(run)
 
 
-aiosqlite.Cursor._execute = _execute  # type: ignore[method-assign]
+patch(aiosqlite.Cursor, "_execute", _execute)

@@ -26,6 +26,7 @@ from tasks.harness import LanguageModel
 from tasks.loading import model_folder, runs_code
 from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.protocol import Events, Input, Request
 from tuneline.spec import EvaluateStage
 
@@ -47,9 +48,9 @@ class EngineModel(LanguageModel):
         if runs_code(self.base):
             raise StageFailed("config", "vLLM is not given models whose code comes with them", OTHERWISE)
         super().__init__(without_weights(model_folder(self.base.path)), tokenizer, TOGETHER, events)
-        self._device = torch.device("cpu")
+        patch(self, "_device", torch.device("cpu"))
         # A window of lm-eval's is one token longer than this, and vLLM samples one more after what it scores.
-        self._max_length = self.max_length - 2
+        patch(self, "_max_length", self.max_length - 2)
         self.name, self.seed = BASE if source.type == "Model" else f"adapter-{source.digest[:16]}", seed
         self.engine: Engine
 

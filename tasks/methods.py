@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.loading import code_files, compute_type, device, model_folder, save_configs
 from tasks.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.protocol import Events, Input
 from tuneline.trainings import SftStage
 
@@ -69,7 +70,7 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+            patch(module, "support_avx512bf16_for_cpu", False)
 
 
 def check_bits(bits: int, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.loading import CODE, save_tokenizer, template_hash
 from tasks.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.protocol import Events, Request, Result
 from tuneline.reference import REFERENCE, point
 from tuneline.spec import ModelStage
@@ -102,7 +103,7 @@ def from_gguf(file: Path, payload: Path) -> None:
         hint = "take the file whole, and of an architecture that transformers converts from GGUF"
         raise StageFailed("data", f"{file.name} does not load as GGUF: {first_line(error)}", hint) from error
     # The weights are plain float32 by now; with these marks transformers would refuse to save them.
-    model.hf_quantizer = None
+    patch(model, "hf_quantizer", None)
     del model.config.quantization_config
     model.save_pretrained(payload)
     save_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True), payload)

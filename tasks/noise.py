@@ -6,6 +6,8 @@ import logging
 import os
 import warnings
 
+from tuneline.patches import patch
+
 SAID: dict[str, tuple[str, ...]] = {  # by logger: how the line begins
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # of a package that we leave out; it has no gradient
     "torchao": ("Failed to load ",),  # kernels for other devices; PEFT imports it, and nothing of it is used
@@ -32,7 +34,7 @@ def silence() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"  # bars that redraw themselves; progress is in the events
     # gptqmodel's banner comes as information of a logger that sets its level itself, its warning is of the GIL.
-    logging.getLogger("logbar").isEnabledFor = logging.WARNING.__le__  # type: ignore[method-assign]
+    patch(logging.getLogger("logbar"), "isEnabledFor", logging.WARNING.__le__)
     os.environ["GPTQMODEL_DISABLE_GIL_WARNING"] = "1"
     for message in DEPRECATED:
         warnings.filterwarnings("ignore", message, FutureWarning)

@@ -26,6 +26,7 @@ from typing import Any
 from tasks.loading import compute_type
 from tasks.weights import INDEX, weight_files
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.spec import QuantizeStage
 
 FALLBACK = "fallback"  # gptqmodel's word, in a layer's loss, for a layer that it rounded to nearest
@@ -78,7 +79,7 @@ def quantize(
     model.layer_callback = lambda layer_idx, submodule_finalized: layer_done() if submodule_finalized else None
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
     # Rows of up to 10 tokens would be dropped: gptqmodel 7.5 does not pass on `quantize(calibration_data_min_length=)`.
-    model.prepare_dataset = partial(model.prepare_dataset, calibration_data_min_length=0)
+    patch(model, "prepare_dataset", partial(model.prepare_dataset, calibration_data_min_length=0))
     logs = model.quantize(calibration, batch_size=1)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints each file that it saves
         model.save(str(payload))

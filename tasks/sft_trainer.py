@@ -19,6 +19,7 @@ from trl import SFTTrainer
 from tasks.batches import LongestFirst, lengths, longest_first
 from tasks.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.stages import Resources
 
 
@@ -30,7 +31,7 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         self._resources, self._sharing = resources, resources.sequence_parallel_size
         self._tokens = 0  # of the rows so far, of all processes
         # TRL computes the loss itself, from the hidden states; what a model's own forward accepts has no part in it.
-        self.model_accepts_loss_kwargs = True
+        patch(self, "model_accepts_loss_kwargs", True)
         self._collate, self.data_collator = self.data_collator, self._collate_and_remember
         self._ends: dict[bool, list[int]] = {}  # where the sequences of the last batch end, by whether they are packed ones
 

@@ -24,6 +24,7 @@ from tasks import strategies
 from tasks.loading import check_loaded, compute_type
 from tuneline.checkpoints import FOLDER
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.protocol import Events, Input, Request
 from tuneline.trainings import Lora, Training
 
@@ -188,7 +189,7 @@ def score_only_trained_tokens() -> None:
     """
     from trl.trainer import utils
 
-    utils._use_triton = lambda device: True  # in this module it only decides on that
+    patch(utils, "_use_triton", lambda device: True)  # in this module it only decides on that
 
 
 class OncePrepared(TrainerCallback):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tuneline import checkpoints
+from tuneline.patches import patch
 from tuneline.stages import Resources
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def be_loaded_by(work: Path, resources: Resources) -> None:
     """Has transformers load any layout: what it resumes from, and early stopping's best."""
     from transformers import trainer
 
-    trainer.deepspeed_load_checkpoint = partial(load, work / FOLDER, checkpoints.layout(resources))
+    patch(trainer, "deepspeed_load_checkpoint", partial(load, work / FOLDER, checkpoints.layout(resources)))
 
 
 def load(folder: Path, wanted: str, engine: DeepSpeedEngine, checkpoint: str, load_module_strict: bool) -> None:
@@ -43,7 +44,7 @@ def load(folder: Path, wanted: str, engine: DeepSpeedEngine, checkpoint: str, lo
         convert(written.path, converted)
     torch.distributed.barrier()
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    engine._config.load_universal_checkpoint = converted is not None
+    patch(engine._config, "load_universal_checkpoint", converted is not None)
     engine.load_checkpoint(str(converted or checkpoint), load_module_strict=load_module_strict)
     torch.distributed.barrier()
     if converted:

@@ -277,14 +277,25 @@ def test_without_a_server_it_is_said_how_to_have_one(pico: Project) -> None:
         assert refused.stderr.endswith("hint: `tuneline up` starts one\n")
 
 
-def test_a_lost_lease_ends_no_run(prefect_server: str) -> None:
+def test_a_lost_lease_ends_no_run(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Prefect does when the server was started anew: the lease is gone. Prefect's own would end the run after 3 tries."""
-    from prefect import flow_engine
+    from prefect import flow, flow_engine
+    from prefect.client.schemas.objects import StateDetails
+    from prefect.states import Pending
 
-    import flows.pipeline  # noqa: F401  (puts ours in its place)
+    import flows.pipeline
 
     with flow_engine.maintain_concurrency_lease(uuid4(), 300, raise_on_lease_renewal_failure=True):
         time.sleep(8)  # tries, after about 1 and 2 s, and would be cancelled here
+
+    asked: list[UUID] = []
+    real = flows.pipeline.maintain_concurrency_lease
+    monkeypatch.setattr(flows.pipeline, "maintain_concurrency_lease", lambda lease, *a, **k: asked.append(lease) or real(lease, *a, **k))
+    nothing, lease = flow(name="nothing")(lambda: None), uuid4()
+    with server() as client:
+        run = client.create_flow_run(nothing, state=Pending(state_details=StateDetails(deployment_concurrency_lease_id=lease)))
+    flow_engine.run_flow(nothing, flow_run=run)
+    assert asked == [lease], "Prefect's engine does not hold a lease by the name that flows/pipeline.py replaces"
 
 
 @pytest.mark.slow

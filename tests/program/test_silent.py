@@ -25,13 +25,34 @@ from safetensors.torch import load_file
 from silent_tools import CONFIGS, World, edit_weights, make_world, refused
 
 from tasks import dataset, evaluation, loading, merge, quantizer, sft, training
+from tasks.grpo_trainer import AdapterTrainer, EpochSampler
+from tasks.harness import LanguageModel
+from tasks.harness_vllm import EngineModel
 from tasks.rows import SPLITS, content_hash, read_rows
+from tasks.sft_trainer import TokenWeightedTrainer
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input, Result
 from tuneline.spec import EvaluateStage
 
 pytestmark = pytest.mark.usefixtures("gptqmodel_place")
 Patch = pytest.MonkeyPatch
+
+
+OWN = {  # of our subclasses of library classes: what is theirs alone, and replaces nothing
+    AdapterTrainer: {"step_rows", "_keep"},
+    EpochSampler: {"set_epoch"},
+    TokenWeightedTrainer: {"step_tokens", "step_rows", "_collate_and_remember", "_without_repeats"},
+    LanguageModel: {"_begin", "_advance", "_greedy"},
+    EngineModel: {"serve", "check"},
+}
+
+
+@pytest.mark.parametrize("ours", OWN, ids=lambda ours: ours.__name__)
+def test_overridden_methods_exist_upstream(ours: type) -> None:
+    """A method that a new release has renamed would be overridden by one that nobody calls; one of our own must hide none of theirs."""
+    theirs = {name for base in ours.__mro__ if not base.__module__.startswith("tasks.") for name in vars(base)}
+    defined = {name for name in vars(ours) if not name.startswith("__")}
+    assert defined - theirs == OWN[ours]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,36 @@
+"""Parts of libraries that are replaced: docs/patches.md knows each, and none is replaced that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tuneline import patches
+from tuneline.patches import patch
+
+ROOT = Path(patches.__file__).parent.parent
+
+
+def test_what_is_not_there_is_not_replaced() -> None:
+    class Library:
+        old = 1
+
+    patch(Library, "old", 2)
+    assert Library.old == 2
+    with pytest.raises(RuntimeError, match="found no `new` in Library to replace: .*docs/patches.md"):
+        patch(Library, "new", 2)
+    with pytest.raises(RuntimeError, match="found no `new` in Library to replace"):
+        patch(Library(), "new", 2)
+
+
+def test_the_page_lists_every_patch() -> None:
+    page = (ROOT / "docs" / "patches.md").read_text(encoding="utf-8")
+    found = set()
+    for file in [*(ROOT / "flows").glob("*.py"), *(ROOT / "tasks").glob("*.py")]:
+        found |= {
+            (f"{file.parent.name}/{file.name}", name) for name in re.findall(r'\bpatch\([^"]*"(\w+)"', file.read_text(encoding="utf-8"))
+        }
+    assert len(found) > 8
+    assert [(file, name) for file, name in sorted(found) if f"`{file}" not in page or not re.search(rf"\b{name}\b", page)] == []
