@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from table import add_row  # noqa: E402
 
+from tuneline.inputs import resolve  # noqa: E402
 from tuneline.keys import key_of  # noqa: E402
 from tuneline.load import load  # noqa: E402
 from tuneline.order import in_order  # noqa: E402
@@ -75,7 +76,7 @@ def build(folder: Path) -> None:
         stage = pipeline.stages[name]
         assert isinstance(stage, ProgramStage)
         inputs = {slot: artifacts[other] for slot, other in input_slots(stage).items()}
-        document, _ = document_of(workspace, stage, inputs, pipeline.salt, workspace.hub.commit)
+        document = document_of(stage, inputs, resolve(workspace, stage, workspace.hub.commit), pipeline.salt)
         key = key_of(document)
         model = inputs["model"].manifest if stage.kind == "sft" else None
         base = Base(kind=model.kind, key=model.key, digest=model.digest, template=None) if model else None
