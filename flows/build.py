@@ -57,7 +57,7 @@ def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
     for stale in ("result.json", "failure.json"):
         (work / stale).unlink(missing_ok=True)
     stage, micro_batch = job.stage, attempts.micro_batch(job.stage)
-    resolved = _as_in_key(run, stage, job.resolved)
+    resolved = as_in_key(run, stage, job.resolved)
     request = Request(
         kind=stage.kind,
         key=job.key,
@@ -85,7 +85,7 @@ def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
     outcome = _supervise(run, job, request, held, taken)
     if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
         try:
-            if _as_in_key(run, stage, resolved).facts != resolved.facts:
+            if as_in_key(run, stage, resolved).facts != resolved.facts:
                 raise StageFailed("transient", TOUCHED_WHILE_READ, "what it read is not known, so a run tries the stage again by itself")
             artifact = _publish(run, job, request, attempts, began)
         except OSError as error:
@@ -106,7 +106,7 @@ def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
-def _as_in_key(run: Run, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
+def as_in_key(run: Run, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
     """The outside files as they are now. Raises StageFailed(data) where their content is no longer what the key says.
 
     A program reads files long after they were hashed for the key, and at times that we do not know. So this is called before it

@@ -21,7 +21,7 @@ from prefect.context import TaskRunContext
 from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.build import Job, build
+from flows.build import Job, as_in_key, build
 from flows.child import build_in_pool
 from flows.slots import Taken
 from flows.this_run import Run
@@ -163,6 +163,7 @@ def _cached(run: Run, job: Job) -> Artifact | None:
         if artifact is not None:
             if (artifact.payload / REFERENCE).exists() and isinstance(job.stage, ModelStage) and job.stage.path:
                 point(artifact.path, Path(job.resolved.files["path"][0]))
+                as_in_key(run, job.stage, job.resolved)  # it vouches for the files as they are now, perhaps hours after the key
             run.note(job.name, "cached", artifact)
     return artifact
 

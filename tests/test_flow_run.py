@@ -27,6 +27,7 @@ from test_flow_supervisor import gone, marked
 
 from tuneline import file_memory
 from tuneline.runs import RunRecord
+from tuneline.store import Store
 
 PIPELINES = """\
 version: 1
@@ -281,6 +282,22 @@ def test_a_file_that_changes_while_it_is_read_is_never_stored(
     demo.write("one", "one.txt")
     record, _ = run()
     assert statuses(record)["one"] == "done"
+
+
+def test_a_hit_never_points_at_a_model_that_changed_since_its_key_was_computed(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo.write(PIPELINES.partition("    stages:")[0] + "    stages:\n      base: {kind: model, runtime: stand-in, path: base}\n")
+    (demo.root / "base").mkdir()
+    demo.write("{}", "base/config.json")
+    stand_in(model=["reference"])
+    assert statuses(run()[0]) == {"base": "done"}
+    assert statuses(run()[0]) == {"base": "cached"}
+    real = Store.find
+    monkeypatch.setattr(Store, "find", lambda store, kind, key: demo.write("[]", "base/config.json") and real(store, kind, key))
+    record, _ = run()
+    assert statuses(record) == {"base": "failed"}
+    assert "files that the stage reads have changed since the run began" in record.stages[0].message
 
 
 def test_a_task_lists_a_tree_once_and_writes_the_memory_of_files_once(
