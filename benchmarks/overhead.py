@@ -44,6 +44,7 @@ TIMED = """
 import atexit, json, os, sys, threading, time
 import flows.__main__, flows.stage
 from flows.supervisor import Supervisor
+from flows.this_run import Run
 from tuneline.store import Store
 
 seconds, spans, lock = {}, [], threading.Lock()
@@ -61,6 +62,7 @@ def timed(owner, name, part):
     setattr(owner, name, wrapper)
 
 timed(flows.stage, "_carry_out", "stage")
+timed(Run, "resolve", "key")
 timed(flows.stage, "document_of", "key")
 timed(Supervisor, "run", "program")
 timed(Store, "publish", "publish")

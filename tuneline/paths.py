@@ -29,10 +29,16 @@ def outside(path: Path, allowed: Iterable[Path]) -> bool:
     return not any(path.is_relative_to(folder) for folder in allowed)
 
 
-def refuse_escape(paths: Iterable[Path], root: Path, roots: Sequence[str]) -> None:
+def refuse_escape(paths: Iterable[str], root: Path, roots: Sequence[str]) -> None:
     """Raises ConfigError where one of `paths`, once its links are followed, is outside of what the file in `root` may name."""
     allowed = [Path(os.path.realpath(folder)) for folder in allowed_folders(root, roots)]
+    inside: dict[str, bool] = {}  # by folder: what is in it and is no link is inside, too
     for path in paths:
+        folder = os.path.dirname(path)
+        if folder not in inside:
+            inside[folder] = not outside(Path(os.path.realpath(folder)), allowed)
+        if inside[folder] and not os.path.islink(path):
+            continue
         target = Path(os.path.realpath(path))
         if outside(target, allowed):
             found = f"found a link that leads out of the folder of the file: {path} -> {target}"

@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tuneline.data_sources import CodeSource
-from tuneline.errors import ConfigError
+from tuneline.file_memory import FileMemory, Look
 from tuneline.gitignore import Patterns
+from tuneline.inputs import ResolvedInputs, resolve
 from tuneline.licenses import allows, recognised
 from tuneline.load import load
-from tuneline.plan import code_trees, plan
+from tuneline.plan import plan
 from tuneline.source_tree import Selection, select, walk
+from tuneline.stages import ProgramStage
 from tuneline.workspace import Workspace
 
 MIT = """MIT License
@@ -54,7 +56,11 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def chosen(folder: Path, **fields: object) -> Selection:
-    return select(folder, source(**fields))
+    return select(folder, source(**fields), look())
+
+
+def look() -> Look:
+    return Look(FileMemory(Path(os.devnull)))
 
 
 # --- git --------------------------------------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ def repository(folder: Path) -> Path:
 
 
 def walked(folder: Path) -> list[str]:
-    return sorted(walk(folder, Patterns(()), Counter()))
+    return sorted(prefix + entry.name for prefix, _, kept in walk(folder, Patterns(()), Counter(), look()) for entry in kept)
 
 
 def test_nested_ignore_files_are_respected_as_git_does(tmp_path: Path) -> None:
@@ -312,9 +318,13 @@ def test_only_files_that_are_read_enter_the_key(tmp_path: Path) -> None:
     )
     workspace = Workspace(load(tmp_path / "p.yaml"))
     stage = workspace.loaded.pipeline("p").stages["code"]
-    tree = code_trees(stage)["sources.0.path"]
-    paths, document = workspace.outside("tree", tree)
-    assert paths == [tmp_path / "tree" / "a.py"]
+    assert isinstance(stage, ProgramStage)
+
+    def found() -> ResolvedInputs:
+        return resolve(workspace, stage, workspace.hub.commit)
+
+    document = found().digests["sources.0.path"]
+    assert found().files["sources.0.path"] == [str(tmp_path / "tree" / "a.py")]
     assert document == [{"name": "a.py", "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}]
     write(
         tmp_path,
@@ -326,11 +336,11 @@ def test_only_files_that_are_read_enter_the_key(tmp_path: Path) -> None:
             "tree/out/more.py": "x",
         },
     )
-    assert workspace.outside("tree", tree)[1] == document
+    assert found().digests["sources.0.path"] == document
     write(tmp_path, {"tree/a.py": "y"})
-    assert workspace.outside("tree", tree)[1] != document
+    assert found().digests["sources.0.path"] != document
     (tmp_path / "tree" / "a.py").rename(tmp_path / "tree" / "c.py")
-    assert [entry["name"] for entry in workspace.outside("tree", tree)[1]] == ["c.py"], "a file's name decides its split"
+    assert [entry["name"] for entry in found().digests["sources.0.path"]] == ["c.py"], "a file's name decides its split"
 
 
 @pytest.mark.parametrize(
@@ -352,5 +362,5 @@ def test_a_tree_without_source_is_said_in_the_plan(tmp_path: Path, files: dict[s
 def test_a_tree_behind_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"p/p.yaml": PIPELINE, "elsewhere/a.py": "x"})
     (tmp_path / "p" / "tree").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="found a link that leads out of the folder"):
-        Workspace(load(tmp_path / "p" / "p.yaml")).outside("tree", source())
+    row = plan(Workspace(load(tmp_path / "p" / "p.yaml")), "p")[1]
+    assert "found a link that leads out of the folder" in row.problems[0].message

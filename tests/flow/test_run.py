@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_project import statuses
+from demo_project import PIPELINES, statuses
 from processes import gone, marked
 from project import ROOT, Project
+
+from tuneline import file_memory
+from tuneline.store import Store
 
 
 @pytest.fixture
@@ -213,13 +216,54 @@ def test_log_and_progress_reach_the_server_and_no_path_the_manifest(demo: Projec
 def test_a_file_that_changes_while_it_is_read_is_never_stored(
     demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]
 ) -> None:
-    stand_in(one=["edit"])
+    stand_in(one=["edit"], other=["edit and put back"])
     record, _ = run()
     assert statuses(record)["one"] == "failed"
     assert "files that the stage reads have changed since the run began" in record.stages[0].message
+    # What `other` read is not known, so it does not count; but the stage does not fail.
+    assert statuses(record)["other"] == "done"
+    assert len(calls(demo, "other")) == 2
     demo.write("one", "one.txt")
     record, _ = run()
     assert statuses(record)["one"] == "done"
+
+
+def test_a_hit_never_points_at_a_model_that_changed_since_its_key_was_computed(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo.write(PIPELINES.partition("    stages:")[0] + "    stages:\n      base: {kind: model, runtime: stand-in, path: base}\n")
+    (demo.root / "base").mkdir()
+    demo.write("{}", "base/config.json")
+    stand_in(model=["reference"])
+    assert statuses(run()[0]) == {"base": "done"}
+    assert statuses(run()[0]) == {"base": "cached"}
+    real = Store.find
+    monkeypatch.setattr(Store, "find", lambda store, kind, key: demo.write("[]", "base/config.json") and real(store, kind, key))
+    record, _ = run()
+    assert statuses(record) == {"base": "failed"}
+    assert "files that the stage reads have changed since the run began" in record.stages[0].message
+
+
+def test_a_task_lists_a_tree_once_and_writes_the_memory_of_files_once(
+    demo: Project, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = """
+      base: {kind: model, runtime: stand-in, path: base}
+      code: {kind: dataset, runtime: stand-in, model: base, sources: [{type: code, path: tree}]}
+"""
+    demo.write(PIPELINES.partition("    stages:")[0] + "    stages:" + stages)
+    for name in ("base/config.json", "tree/0/a.py", "tree/1/a.py"):
+        (demo.root / name).parent.mkdir(parents=True)
+        demo.write("{}", name)
+    monkeypatch.setattr(file_memory, "TICK", -(10**12))  # what was just written counts as old
+    listed, saved = list[str](), list[str]()
+    real_entries, real_replace = file_memory.Look.entries, Path.replace
+    monkeypatch.setattr(file_memory.Look, "entries", lambda look, folder: listed.append(folder) or real_entries(look, folder))
+    monkeypatch.setattr(Path, "replace", lambda path, target: saved.append(Path(target).name) or real_replace(path, target))
+    record, _ = run()
+    assert statuses(record) == {"base": "done", "code": "done"}
+    assert sorted(folder.removeprefix(f"{demo.root}/") for folder in listed) == ["base/", "tree/", "tree/0/", "tree/1/"]
+    assert saved.count("digests.json") == 2, "one for each task"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tasks.loading import load_tokenizer
 from tasks.rows import SPLITS, Row, content_hash, read_split
 from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
+from tuneline.file_memory import FileMemory, Look
 from tuneline.protocol import Input, Request, Tree
 from tuneline.source_tree import select
 
@@ -147,7 +148,7 @@ def test_our_own_sources_come_out_whole_and_within_the_limit(limit: int, words: 
 
 def request_of(folder: Path, tree: Path, model: Input, config: dict[str, Any] | None = None, **source: Any) -> Request:
     described = {"type": "code", "path": tree.name, **source}
-    selection = select(tree, CodeSource.model_validate(described))
+    selection = select(tree, CodeSource.model_validate(described), Look(FileMemory(folder / "digests.json")))
     return make_request(
         folder,
         {"kind": "dataset", "model": "base", "sources": [described], "split": {"test": 0.2, "validation": 0.2}, **(config or {})},

@@ -2,7 +2,7 @@
 
 Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `deaf` (to SIGTERM), `die`,
 `oom` (class), `kill` (SIGKILL to itself), `data` (class), `tired` (`transient` after a second and a half), `blab` and `blab and fail` (tell HF_TOKEN to everyone), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;
-`fill` fills the disk and dies without a word, `hoard` does so with checkpoints, `brim` fills it and ends well.
+`edit` and `edit and put back` write to the stage's first file; `reference` keeps a model by reference; `fill` fills the disk and dies without a word, `hoard` does so with checkpoints, `brim` fills it and ends well.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ if action in ("blab", "blab and fail"):
     sys.exit(1)
 if action == "edit":
     source[0].write_text("edited while it was read")
+if action == "edit and put back":
+    before = source[0].read_text()
+    source[0].write_text("another branch")
+    source[0].write_text(before)
 if action == "wait":
     (project / f"waiting-{name}").write_text("")
     while not (project / "go").exists():
@@ -72,6 +76,9 @@ value = float(action) if isinstance(action, int | float) else 1.0
 request.payload.mkdir(parents=True, exist_ok=True)
 request.meta.mkdir(parents=True, exist_ok=True)
 upstream = {slot: entry.digest for slot, entry in request.inputs.items()}
+if action == "reference":
+    entry = {"path": "config.json", "size": 2, "sha256": ""}
+    (request.payload / "reference.json").write_text(json.dumps({"files": [entry]}))
 if action == "slow":
     for i in range(10):
         (request.payload / f"{i}.bin").write_bytes(bytes([i]) * 100_000)
