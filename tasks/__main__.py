@@ -6,7 +6,6 @@ so that programs raise `StageFailed` only for what they themselves can name.
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from tasks.launch import LOST_PEER, RANKS, SAID
 from tasks.loading import check_inputs
 from tasks.noise import silence
-from tasks.packages import hidden, hide
+from tasks.packages import hidden, hide, import_program
 from tuneline import disk
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Failure, Request
@@ -55,7 +54,7 @@ def main() -> int:
     try:
         check_inputs(request)
         hide(request)
-        program = importlib.import_module(PROGRAMS[request.kind])
+        program = import_program(request.kind, PROGRAMS[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():
             result.write(folder / "result.json")

@@ -18,6 +18,11 @@ os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS"
 for name in [name for name in os.environ if name.startswith("PREFECT_")]:
     del os.environ[name]
 os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # a test without a server must not get one of Prefect's own
+# What tests cache is the clone's, and outlives them: the migrated database, vLLM's kernels. Downloads stay the person's.
+caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+for name, folder in (("UV_CACHE_DIR", "uv"), ("PIP_CACHE_DIR", "pip")):
+    os.environ.setdefault(name, os.path.join(caches, folder))
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -70,6 +70,7 @@ def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
 ) -> None:
     if strategy == "fsdp":
         monkeypatch.setenv("PATCHES", str(FSDP_ON_CPUS))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     fields = FIELDS | {"resources": {"processes": 2, "strategy": strategy, "checkpoint_steps": 4}}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
     finish(whole, 2)
@@ -79,6 +80,7 @@ def test_two_processes_train_the_adapter_of_one_also_when_a_rank_is_killed(
     for of in ("loss", "eval_loss"):
         assert losses(whole, of) == pytest.approx(losses(one, of), rel=TOLERANCE)
     assert furthest(one, whole) < 1e-3
+    assert not (tmp_path / "extensions").exists()  # nothing was compiled
 
     process = start(killed, 2)
     wait_for_step(killed, process, 6)
