@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tuneline.errors import ConfigError
+from tuneline.inputs import libraries_of
 from tuneline.keys import key_document, key_of
 from tuneline.load import load
-from tuneline.plan import libraries_of
 from tuneline.spec import STAGES
 from tuneline.stages import ProgramStage
 from tuneline.workspace import Workspace
