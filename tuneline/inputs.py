@@ -20,7 +20,7 @@ from tuneline.errors import ConfigError, Problem
 from tuneline.fields import OutsideFile, annotated_values
 from tuneline.file_memory import Facts, Look, Reading
 from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, QLORA_LIBRARIES
-from tuneline.paths import placed, refuse_escape
+from tuneline.paths import placed, refuse_escape, suffix
 from tuneline.protocol import Tree
 from tuneline.runtimes import find_runtime
 from tuneline.source_tree import select
@@ -155,17 +155,11 @@ def _of_files(
     if not read:
         raise FileNotFoundError(place)
     refuse_escape(read, workspace.root, workspace.loaded.spec.roots)
-    return read, [{"suffix": suffix(file), "sha256": look.read(SHA256, file, look.facts(file))} for file in read]
+    return read, [{"suffix": suffix(Path(file)), "sha256": look.read(SHA256, file, look.facts(file))} for file in read]
 
 
 def _is_file(status: os.stat_result | None) -> bool:
     return status is not None and stat.S_ISREG(status.st_mode)
-
-
-def suffix(file: str) -> str:
-    """What tells a reader the format: `.jsonl`, `.jsonl.gz`."""
-    path = Path(file)
-    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
 def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:

@@ -21,6 +21,11 @@ def placed(root: Path, named: str) -> Path:
     return Path(os.path.normpath(root / os.path.expanduser(named)))
 
 
+def suffix(file: Path) -> str:
+    """What tells a reader the format: `.jsonl`, `.jsonl.gz`."""
+    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+
+
 def allowed_folders(root: Path, roots: Iterable[str]) -> list[Path]:
     return [placed(root, named) for named in (".", *roots)]
 
