@@ -33,7 +33,7 @@ def model_of(request: Request) -> dict[str, torch.Tensor]:
 
 
 def model(folder: Path, **options: Any) -> Input:
-    return Input(path=save_pico(folder, vocabulary=9_700, **options), digest="b" * 64, type="Model")
+    return Input(path=save_pico(folder, **options), digest="b" * 64, type="Model")
 
 
 # --- full -------------------------------------------------------------------------------------------------------------

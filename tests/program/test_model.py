@@ -24,7 +24,7 @@ from tuneline.protocol import Input, Request, Result
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pico(tmp_path_factory.mktemp("pico") / "model")
+    return save_pico(tmp_path_factory.mktemp("pico") / "model", whole=True)
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def save_pico_gguf(file: Path) -> Any:
     import numpy as np
     from gguf import GGUFWriter
 
-    words = tokenizer()
+    words = tokenizer(whole=True)
     model = json.loads(words.backend_tokenizer.to_str())["model"]
     vocabulary, width, heads, kv_heads, inner = 1000, 64, 4, 2, 128
     tokens = sorted(model["vocab"], key=model["vocab"].get)[:vocabulary]

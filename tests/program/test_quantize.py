@@ -43,7 +43,7 @@ TRAIN, TEST = [chat(i) for i in range(40)], [chat(i) for i in range(40, 50)]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Has learnt TRAIN, so that broken weights show in its perplexity, under a template of its own."""
-    folder = save_pico(tmp_path_factory.mktemp("pico") / "model", vocabulary=9_700)  # enough for these rows
+    folder = save_pico(tmp_path_factory.mktemp("pico") / "model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
