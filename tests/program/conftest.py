@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from collections.abc import Iterator
 
 import pytest
+from elsewhere import Elsewhere
 from pico import save_pico
 from program_tools import run_program
 from sft_tools import request_for
@@ -29,6 +31,14 @@ def pytest_collection_finish() -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
     folder = tmp_path_factory.mktemp("pico") / "model"
     return Input(path=save_pico(folder), digest="b" * 64, type="Model")
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """Another process, in which programs must write the same bytes."""
+    process = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield process
+    process.end()
 
 
 @pytest.fixture(scope="module")

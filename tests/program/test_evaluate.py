@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import Elsewhere
 from evaluate_tools import CHATS, chat, fails, own_benchmarks, request_for, samples, save_adapter
 from pico import save_pico, tokenizer
-from program_tools import payload_digest, run_process, run_program
+from program_tools import payload_digest, run_program
 from transformers import AutoModelForCausalLM
 
 from tasks.loading import compute_dtype, template_hash
@@ -219,13 +220,12 @@ def test_groups_and_unknown_benchmarks(base: Input, tmp_path: Path) -> None:
     assert failure.hint == "did you mean `arc_easy`?"
 
 
-def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path) -> None:
+def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path, elsewhere: Elsewhere) -> None:
     files = own_benchmarks(tmp_path / "own")
     adapter = save_adapter(base, tmp_path / "adapter")
     requests = [request_for(tmp_path / name, adapter, CHATS, files=files, include_path="own", benchmarks=["even"]) for name in ("a", "bb")]
     run_program(requests[0])
-    done = run_process(requests[1])
-    assert done.returncode == 0, done.stderr
+    elsewhere.run(requests[1])
     assert payload_digest(requests[0]) == payload_digest(requests[1])
     assert str(tmp_path) not in (requests[1].payload / "results.json").read_text()
 
