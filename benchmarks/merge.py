@@ -40,7 +40,7 @@ def make_model(folder: Path, megabytes: int) -> None:
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     from pico import tokenizer
 
-    words, width = tokenizer(), 1024
+    words, width = tokenizer(whole=True), 1024
     layer = 4 * width * width + 3 * width * 3 * width  # parameters
     layers = max(1, round((megabytes * 1e6 / 2 - len(words) * width) / layer))
     config = LlamaConfig(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from budget import Budget, summarize
 from project import ROOT, Project, place_stand_in
 
@@ -64,6 +65,13 @@ def python_of(name: str) -> Path:
 def runtime_python() -> Path:
     """Python of the runtime `torch`, which `make setup` has built."""
     return python_of("torch")
+
+
+@pytest.fixture(scope="session")
+def warm_python(runtime_python: Path) -> Path:
+    """Stands in the place of the runtime's Python, and has programs forked by a warm parent: see tests/support/warm.py."""
+    os.environ |= {"WARM_SOCKET": warm.parent(str(runtime_python)), "WARM_PYTHON": str(runtime_python)}
+    return ROOT / "tests" / "support" / "warm_python"
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elsewhere import Elsewhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import save_pico
-from program_tools import ROOT, make_request, payload_digest, run_process, run_program
+from program_tools import ROOT, make_request, payload_digest, run_program
 
 from tasks.code_source import FRAME, GRAMMARS, chunks, code_rows, cut, depths, length
 from tasks.loading import load_tokenizer
@@ -198,13 +199,11 @@ def test_files_are_groups_and_what_is_left_out_is_counted(tree: Path, pico: Inpu
     assert any("f_" in event["message"] for event in events if event["type"] == "sample")
 
 
-def test_same_bytes_in_another_folder_and_process(tree: Path, pico: Input, tmp_path: Path) -> None:
+def test_same_bytes_in_another_folder_and_process(tree: Path, pico: Input, tmp_path: Path, elsewhere: Elsewhere) -> None:
     first = request_of(tmp_path / "run", tree, pico)
     run_program(first)
-    elsewhere = tree.rename(tmp_path / "elsewhere")
-    second = request_of(tmp_path / "again", elsewhere, pico)
-    done = run_process(second)
-    assert done.returncode == 0, done.stderr
+    second = request_of(tmp_path / "again", tree.rename(tmp_path / "elsewhere"), pico)
+    elsewhere.run(second)
     assert payload_digest(first) == payload_digest(second)
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from dataset_tools import ASSISTANT, GYM, SYSTEM, TOOL, USER, build, build_rows, sums, write_file
+from elsewhere import Elsewhere
 from hypothesis import given
 from hypothesis import strategies as st
 from pico import save_pico
-from program_tools import make_request, payload_digest, run_process, run_program
+from program_tools import make_request, payload_digest, run_program
 
 from tasks.dataset import bucket, identified, split
 from tasks.masks import prompt_ids, token_counts, tokenize
@@ -249,7 +250,7 @@ def test_a_split_of_few_rows_is_warned_of(tmp_path: Path) -> None:
 # --- determinism ------------------------------------------------------------------------------------------------------
 
 
-def test_same_bytes_in_another_folder_process_and_hash_seed(tmp_path: Path, pico: Input) -> None:
+def test_same_bytes_in_another_folder_process_and_hash_seed(tmp_path: Path, pico: Input, elsewhere: Elsewhere) -> None:
     requests = []
     for name in ("one", "two"):
         folder = tmp_path / name
@@ -261,8 +262,7 @@ def test_same_bytes_in_another_folder_process_and_hash_seed(tmp_path: Path, pico
         files = {"sources.1.path": [folder / f"{name}.jsonl"]}
         requests.append(make_request(folder / "run", config, {"model": pico}, files=files))
     run_program(requests[0])
-    done = run_process(requests[1])
-    assert done.returncode == 0, done.stderr
+    elsewhere.run(requests[1])
     assert payload_digest(requests[0]) == payload_digest(requests[1])
     assert sorted(path.name for path in requests[0].payload.iterdir()) == ["test.parquet", "train.parquet", "validation.parquet"]
     assert b"one.jsonl" not in b"".join(path.read_bytes() for path in requests[0].payload.iterdir())

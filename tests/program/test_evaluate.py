@@ -10,9 +10,10 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 import torch
+from elsewhere import Elsewhere
 from evaluate_tools import CHATS, chat, fails, own_benchmarks, request_for, samples, save_adapter
 from pico import save_pico, tokenizer
-from program_tools import payload_digest, run_process, run_program
+from program_tools import payload_digest, run_program
 from transformers import AutoModelForCausalLM
 
 from tasks.loading import template_hash
@@ -281,13 +282,12 @@ def test_data_of_a_benchmark_is_loaded_at_the_commit_of_the_key(base: Input, tmp
     assert datasets.load_dataset is from_hub
 
 
-def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path) -> None:
+def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path, elsewhere: Elsewhere) -> None:
     files = own_benchmarks(tmp_path / "own")
     adapter = save_adapter(base, tmp_path / "adapter")
     requests = [request_for(tmp_path / name, adapter, CHATS, files=files, include_path="own", benchmarks=["even"]) for name in ("a", "bb")]
     run_program(requests[0])
-    done = run_process(requests[1])
-    assert done.returncode == 0, done.stderr
+    elsewhere.run(requests[1])
     assert payload_digest(requests[0]) == payload_digest(requests[1])
     assert str(tmp_path) not in (requests[1].payload / "results.json").read_text()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from process_tools import FSDP_ON_CPUS, finish, kill_at, losses, start, steps
+from process_tools import SECONDS, finish, kill_at, losses, start, steps
 from program_tools import emulates_bfloat16, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
@@ -21,7 +21,7 @@ from tuneline.trainings import SftStage
 
 @pytest.fixture
 def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATCHES", str(FSDP_ON_CPUS))
+    monkeypatch.setenv("PATCHES", "fsdp_on_cpus")
 
 
 @pytest.mark.slow
@@ -31,8 +31,8 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         {"strategy": "fsdp", "gradient_checkpointing": True, "offload": "all"},
         {"strategy": "fsdp", "sequence_parallel_size": 2},
-        {"strategy": "zero2", "offload": "optimizer"},
-        {"strategy": "zero3", "offload": "all"},
+        pytest.param({"strategy": "zero2", "offload": "optimizer"}, marks=pytest.mark.full),
+        pytest.param({"strategy": "zero3", "offload": "all"}, marks=pytest.mark.full),
     ],
     ids=["fsdp-checkpointing-offload", "fsdp-sequences", "zero2-offload", "zero3-offload"],
 )
@@ -75,7 +75,7 @@ def test_a_checkpoint_is_read_by_another_number_of_processes(tmp_path: Path, bas
     kill_at(killed, 6, 2)  # by the launcher, also one process alone
     known = len(steps(killed))
     finish(with_resources(killed, processes=after), 2)
-    assert steps(killed)[known] in (5, 9)
+    assert steps(killed)[known] == 5
     for of in ("loss", "eval_loss"):
         assert losses(killed, of) == pytest.approx(losses(one, of), rel=TOLERANCE)
     assert furthest(one, killed) < 1e-3
@@ -96,7 +96,7 @@ def test_the_best_weights_may_be_those_of_the_last_step(tmp_path: Path, base: In
 def test_fsdp_on_a_cpu_is_found_out(tmp_path: Path, base: Input) -> None:
     """`validate` refuses it; should it come through all the same, accelerate would train plain DDP."""
     request = request_for(tmp_path, base, resources={"processes": 2, "strategy": "fsdp"})
-    assert start(request, 2).wait(timeout=120) == 1
+    assert start(request, 2).wait(timeout=SECONDS) == 1
     said = failure(request)
     assert said.failure_class == "bug"
     assert "resources.strategy: fsdp was asked for, but what trains is ddp" in said.message

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from elsewhere import Elsewhere
 from grpo_tools import ROWS, question, request_for, undecided
-from program_tools import ROOT, payload_digest, run_process, run_program, run_until
+from process_tools import finish
+from program_tools import payload_digest, run_program, run_until
 from safetensors.torch import load_file
 
 from tasks import grpo
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Result
+from tuneline.protocol import Input
 from tuneline.trainings import GrpoStage
 
 
@@ -90,11 +89,10 @@ def test_it_learns_what_is_rewarded_and_tells_how(tmp_path: Path, base: Input) -
     assert not list(request.payload.glob("*.md"))
 
 
-def test_two_processes_write_the_same_bytes(tmp_path: Path, base: Input) -> None:
+def test_two_processes_write_the_same_bytes(tmp_path: Path, base: Input, elsewhere: Elsewhere) -> None:
     requests = [request_for(tmp_path / name, base) for name in ("a", "b é")]
-    for i, request in enumerate(requests):
-        done = run_process(request, hash_seed=str(i))
-        assert done.returncode == 0, done.stdout + done.stderr
+    run_program(requests[0])
+    elsewhere.run(requests[1])
     assert payload_digest(requests[0]) == payload_digest(requests[1])
 
 
@@ -164,12 +162,7 @@ def test_a_device_that_cannot_compute_in_its_type_is_refused(tmp_path: Path, bas
 def test_two_processes_train_one_adapter(tmp_path: Path, base: Input) -> None:
     """Each samples its share, so the completions are others than one process's; a step has as many, and both end with one adapter."""
     request = request_for(tmp_path, base, max_steps=3, resources={"processes": 2, "micro_batch_size": 2})
-    request.write(request.work / "request.json")
-    command = [sys.executable, "-m", "tasks.launch", str(request.work / "request.json")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-    done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert Result.read(request.work / "result.json").metrics["steps"] == 3
+    assert finish(request, 2)["steps"] == 3
     kept = lines(request.meta / "rollouts.jsonl")
     assert [line["step"] for line in kept] == [step for step in range(1, 4) for _ in range(8)]
     for step in range(1, 4):  # both processes' groups are whole

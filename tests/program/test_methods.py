@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from elsewhere import Elsewhere
 from peft import PeftModel
 from pico import save_pico
-from process_tools import FSDP_ON_CPUS, finish, kill_at, losses, steps
-from program_tools import emulates_bfloat16, make_request, payload_digest, run_process, run_program, run_until
+from process_tools import finish, losses, steps
+from program_tools import emulates_bfloat16, make_request, payload_digest, run_program, run_until
 from safetensors.torch import load_file, save_file
 from sft_tools import OTHERS, ROWS, TURNING, dataset, request_for, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +34,7 @@ def model_of(request: Request) -> dict[str, torch.Tensor]:
 
 
 def model(folder: Path, **options: Any) -> Input:
-    return Input(path=save_pico(folder, vocabulary=9_700, **options), digest="b" * 64, type="Model")
+    return Input(path=save_pico(folder, **options), digest="b" * 64, type="Model")
 
 
 # --- full -------------------------------------------------------------------------------------------------------------
@@ -62,11 +63,10 @@ def test_every_weight_learns_and_a_canonical_model_is_handed_over(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "qlora"])
-def test_another_process_and_folder_give_the_same_bytes(tmp_path: Path, base: Input, method: str) -> None:
+def test_another_process_and_folder_give_the_same_bytes(tmp_path: Path, base: Input, method: str, elsewhere: Elsewhere) -> None:
     here, there = (request_for(tmp_path / name, base, method=method, learning_rate=1e-3) for name in ("here", "there"))
     run_program(here)
-    finished = run_process(there)
-    assert finished.returncode == 0, finished.stderr
+    elsewhere.run(there)
     assert payload_digest(there) == payload_digest(here)
 
 
@@ -142,22 +142,21 @@ def test_early_stopping_keeps_the_best_model(tmp_path: Path, base: Input) -> Non
         assert payload_digest(killed) == payload_digest(whole)
 
 
-@pytest.mark.slow
 def test_killed_a_whole_model_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input) -> None:
-    fields = {**WHOLE, "max_steps": 40, "eval_steps": 7, "validation": OTHERS[:3], "resources": {"checkpoint_steps": 15}}
+    fields = {**WHOLE, "max_steps": 16, "eval_steps": 7, "validation": OTHERS[:3], "resources": {"checkpoint_steps": 5}}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
     expected, _ = run_program(whole)
-    for step in (1, 22):
-        kill_at(killed, step)
+    for step in (2, 9):
+        run_until(killed, step)
     before = len(steps(killed))
-    assert finish(killed) == expected.metrics
-    assert steps(killed)[before:] == list(range(16, 41))
+    assert run_program(killed)[0].metrics == expected.metrics
+    assert steps(killed)[before:] == list(range(6, 17))
     assert payload_digest(killed) == payload_digest(whole)
     assert (losses(killed), losses(killed, "eval_loss")) == (losses(whole), losses(whole, "eval_loss"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "qlora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.full), "qlora"])
 def test_two_processes_train_what_one_does(tmp_path: Path, base: Input, method: str) -> None:
     fields = {"method": method, "learning_rate": 1e-3, "validation": OTHERS[:3], "eval_steps": 3}
     one, two = (request_for(tmp_path / str(n), base, **fields, resources={"processes": n}) for n in (1, 2))
@@ -177,7 +176,7 @@ def test_a_model_split_over_processes_is_whole_again(
 ) -> None:
     """Also where a kill came after the last step, and it is taken from its checkpoint."""
     if strategy == "fsdp":
-        monkeypatch.setenv("PATCHES", str(FSDP_ON_CPUS))
+        monkeypatch.setenv("PATCHES", "fsdp_on_cpus")
     fields = {**WHOLE, "validation": OTHERS[:3], "eval_steps": 3}
     one = request_for(tmp_path / "one", base, **fields)
     expected, _ = run_program(one)

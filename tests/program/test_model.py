@@ -13,9 +13,10 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from elsewhere import Elsewhere
 from hub_tools import COMMIT, hub_layout
 from pico import save_pico, tokenizer
-from program_tools import make_request, payload_digest, run_process, run_program
+from program_tools import make_request, payload_digest, run_program
 
 from tasks.loading import load_model, load_tokenizer, model_folder
 from tuneline.errors import StageFailed
@@ -24,7 +25,7 @@ from tuneline.protocol import Input, Request, Result
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pico(tmp_path_factory.mktemp("pico") / "model")
+    return save_pico(tmp_path_factory.mktemp("pico") / "model", whole=True)
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def save_pico_gguf(file: Path) -> Any:
     import numpy as np
     from gguf import GGUFWriter
 
-    words = tokenizer()
+    words = tokenizer(whole=True)
     model = json.loads(words.backend_tokenizer.to_str())["model"]
     vocabulary, width, heads, kv_heads, inner = 1000, 64, 4, 2, 128
     tokens = sorted(model["vocab"], key=model["vocab"].get)[:vocabulary]
@@ -361,7 +362,7 @@ def save_pico_gguf(file: Path) -> Any:
     return values["blk.0.ffn_up.weight"]
 
 
-def test_gguf_becomes_safetensors_and_is_deterministic(tmp_path: Path) -> None:
+def test_gguf_becomes_safetensors_and_is_deterministic(tmp_path: Path, elsewhere: Elsewhere) -> None:
     import torch
 
     (tmp_path / "other").mkdir()
@@ -380,6 +381,5 @@ def test_gguf_becomes_safetensors_and_is_deterministic(tmp_path: Path) -> None:
 
     config = {"kind": "model", "gguf": "other/renamed.gguf"}
     request = make_request(tmp_path / "b", config, {}, files={"gguf": [tmp_path / "other" / "renamed.gguf"]})
-    done = run_process(request)
-    assert done.returncode == 0, done.stderr
+    elsewhere.run(request)
     assert payload_digest(request) == payload_digest(run.request)

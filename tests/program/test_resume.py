@@ -19,41 +19,38 @@ from tuneline.protocol import Events, Input, Request
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 
 
+# Dropout and a validation on; the checkpoint lies in the middle of an epoch.
+FIELDS: dict[str, Any] = {
+    "lora": DROPOUT, "max_steps": 20, "learning_rate": 2e-3, "eval_steps": 7, "validation": OTHERS[:3], "resources": {"checkpoint_steps": 10},
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fields", "kills"),
-    [({"resources": {"checkpoint_steps": 30, "micro_batch_size": 2}}, (1, 38)), ({"packing": True, "max_length": 128}, (38,))],
-    ids=["before-the-first-checkpoint-and-after", "packed"],
-)
-def test_killed_it_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input, fields: dict[str, Any], kills: tuple[int, ...]) -> None:
-    """Dropout, accumulation and a validation on; the checkpoint lies in the middle of an epoch."""
-    fields = {
-        "lora": DROPOUT, "max_steps": 60, "learning_rate": 2e-3, "eval_steps": 7, "validation": OTHERS[:3],
-        "resources": {"checkpoint_steps": 30}, **fields,
-    }  # fmt: skip
+def test_killed_it_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input) -> None:
+    """Before the first checkpoint, and after; with accumulation."""
+    fields = FIELDS | {"resources": {"checkpoint_steps": 10, "micro_batch_size": 2}}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
     expected, _ = run_program(whole)
-    for step in kills:
+    for step in (1, 13):
         kill_at(killed, step)
-        assert (killed.work / "checkpoints" / "checkpoint-30" / checkpoints.MARKER).exists() == (step > 30)
+        assert (killed.work / "checkpoints" / "checkpoint-10" / checkpoints.MARKER).exists() == (step > 10)
     before = len(steps(killed))
     assert finish(killed) == expected.metrics
-    assert steps(killed)[before:] == list(range(31, 61))
+    assert steps(killed)[before:] == list(range(11, 21))
     assert payload_digest(killed) == payload_digest(whole)
     assert (losses(killed), losses(killed, "eval_loss")) == (losses(whole), losses(whole, "eval_loss"))
 
 
-@pytest.mark.slow
-def test_two_processes_killed_end_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input) -> None:
-    fields = {"lora": DROPOUT, "max_steps": 40, "learning_rate": 2e-3, "eval_steps": 9, "validation": OTHERS[:3]}
-    resources = {"processes": 2, "checkpoint_steps": 10}
-    whole, killed = (request_for(tmp_path / name, base, **fields, resources=resources) for name in ("whole", "killed"))
-    expected = finish(whole, 2)
-    kill_at(killed, 23, 2)
+def test_stopped_while_it_packs_it_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input) -> None:
+    fields = FIELDS | {"packing": True, "max_length": 128}
+    whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
+    expected, _ = run_program(whole)
+    run_until(killed, 13)
     before = len(steps(killed))
-    assert finish(killed, 2) == expected
-    assert steps(killed)[before] in (21, 31)  # a slow look kills a little later
+    assert run_program(killed)[0].metrics == expected.metrics
+    assert steps(killed)[before:] == list(range(11, 21))
     assert payload_digest(killed) == payload_digest(whole)
+    assert (losses(killed), losses(killed, "eval_loss")) == (losses(whole), losses(whole, "eval_loss"))
 
 
 @pytest.mark.slow

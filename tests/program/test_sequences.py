@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from pico import save_pico
-from process_tools import finish, losses
-from program_tools import ROOT
+from process_tools import SECONDS, finish, losses, start
 from sft_tools import furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE
 from transformers import AutoModelForCausalLM
 
 from tasks import sequences
+from tasks.launch import RANKS, SAID
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
+from tuneline.protocol import Failure, Input, Request
 from tuneline.stages import Resources
 
 COUNTS = ("num_tokens", "trained_tokens")  # of a step, by all processes together
-# Runs the program with attention that stays within a process's own tokens.
-ALONE = """\
-import sys
-from pathlib import Path
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from tasks import sequences, sft
-from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Request
-
-def alone(*_):
-    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, shared_sequence=False, **kwargs: whole(*args, **kwargs)
-
-sequences.share = alone
-try:
-    request = Request.read(Path(sys.argv[1]))
-    sft.run(request, request.stage(), Events(request.work / "events.jsonl"))
-except StageFailed as error:
-    print(f"{error.failure_class}: {error.message}", flush=True)
-"""
 
 
 @pytest.mark.slow
@@ -73,15 +50,15 @@ def test_shared_sequences_train_the_adapter_of_one_process(
 
 
 @pytest.mark.slow
-def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Input) -> None:
-    """As of a model whose own code does not hand the argument on: each process would see its own tokens alone."""
+def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process would see its own tokens alone."""
+    monkeypatch.setenv("PATCHES", "alone")
     request = request_for(tmp_path, base, resources={"processes": 2, "sequence_parallel_size": 2})
-    request.write(request.work / "request.json")
-    (tmp_path / "alone.py").write_text(ALONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "alone.py")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, str(request.work / "request.json")], env=env, capture_output=True, text=True, timeout=200)
-    assert done.stdout.count("config: resources.sequence_parallel_size: found a model whose shared sequences differ") == 2, done.stderr
+    assert start(request, 2).wait(timeout=SECONDS) == 1
+    found = "resources.sequence_parallel_size: found a model whose shared sequences differ"
+    for rank in (0, 1):
+        said = Failure.read(request.work / RANKS / f"{rank}{SAID}")
+        assert (said.failure_class, said.message[: len(found)]) == ("config", found)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +88,7 @@ def test_the_parts_are_the_row_and_predict_the_next_token() -> None:
     assert "attention_mask" not in parts[0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(some.integers(1, 60), some.integers(1, 4), some.integers(1, 4), some.integers(1, 3))
 def test_each_group_is_dealt_its_rows_together(count: int, rows: int, size: int, groups: int) -> None:
     """accelerate deals out one micro-batch to each process in turn."""

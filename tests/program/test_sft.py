@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from elsewhere import Elsewhere
 from peft import PeftModel
 from pico import tokenizer
-from program_tools import ROOT, emulates_bfloat16, payload_digest, run_process, run_program, run_until
+from program_tools import emulates_bfloat16, payload_digest, run_program, run_until
 from safetensors.torch import load_file, save_file
 from sft_tools import OTHERS, ROWS, SMALL, TURNING, chat, furthest, request_for, weights
 from transformers import AutoModelForCausalLM
@@ -372,29 +370,10 @@ def test_what_trl_might_drop_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_another_process_and_folder_give_the_same_bytes(tmp_path: Path, base: Input) -> None:
+def test_another_process_and_folder_give_the_same_bytes(tmp_path: Path, base: Input, elsewhere: Elsewhere) -> None:
     here = request_for(tmp_path / "here", base, lora={"r": 4, "lora_dropout": 0.1})
     result, _ = run_program(here)
     there = request_for(tmp_path / "there" / "deeper", base, lora={"r": 4, "lora_dropout": 0.1})
-    finished = run_process(there)
-    assert finished.returncode == 0, finished.stderr
+    elsewhere.run(there)
     assert json.loads((there.work / "result.json").read_text())["metrics"] == json.loads(result.model_dump_json())["metrics"]
     assert payload_digest(there) == payload_digest(here)
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_adapter_of_one(tmp_path: Path, base: Input) -> None:
-    fields = {"rows": ROWS, "validation": OTHERS[:3], "eval_steps": 3}  # neither divides by the processes
-    one = request_for(tmp_path / "one", base, **fields)
-    expected, _ = run_program(one)
-    two = request_for(tmp_path / "two", base, **fields, resources={"processes": 2})
-    two.write(two.work / "request.json")
-    command = [sys.executable, "-m", "tasks.launch", str(two.work / "request.json")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(command, cwd=two.work, env=env, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    metrics = json.loads((two.work / "result.json").read_text())["metrics"]
-    assert metrics == pytest.approx(expected.metrics, rel=1e-3)
-    assert furthest(one, two) < 1e-4
-    events = [json.loads(line) for line in (two.work / "events.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events if e["type"] == "progress"] == [1, 2, 3, 4, 5, 6]

@@ -27,7 +27,7 @@ ROWS = [question(i) for i in range(8)]
 
 def undecided(folder: Path, width: int = 64) -> Input:
     """A model that answers "It is 1." and "It is 2." about as often."""
-    save_pico(folder, width=width, vocabulary=9_700)  # enough for these rows
+    save_pico(folder, width=width)
     asked = [[*question(i).messages, {"role": "assistant", "content": f"It is {answer}."}] for i in range(8) for answer in (1, 2)]  # type: ignore[misc]
     return Input(path=teach(folder, asked), digest="b" * 64, type="Model")
 

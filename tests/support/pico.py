@@ -1,25 +1,54 @@
-"""Pico models for the tests: two layers, 64 wide, with SmolLM2's real tokenizer and template. Needs the torch runtime.
+"""Pico models for the tests: two layers, 64 wide, with SmolLM2's tokenizer and template. Needs the torch runtime.
 
 Also a program of its own (`python tests/support/pico.py FOLDER [WIDTH]`), for tests that run under the orchestrator's Python.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-GGUF = Path(__file__).resolve().parents[2] / "infra" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+ROOT = Path(__file__).resolve().parents[2]
+GGUF = ROOT / "infra" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def tokenizer() -> Any:
-    """SmolLM2's tokenizer. Reading it from the GGUF takes seconds, so it is kept beside it."""
+SMALL = 9_700
+"""Tokens that the tests' tokenizer knows: the first of SmolLM2's, enough for the tests' rows. It is read and trained on in a third of the time."""
+
+
+def tokenizer(*, whole: bool = False) -> Any:
+    """SmolLM2's tokenizer, with its template and special tokens; all 49,152 tokens of it if `whole`.
+
+    Both are kept: to read the tokenizer from the GGUF takes seconds.
+    """
     from transformers import AutoTokenizer
 
-    kept = Path(__file__).resolve().parents[2] / ".cache" / "smollm2-tokenizer"
-    if not (kept / "tokenizer.json").exists():
-        AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name).save_pretrained(kept)
+    kept = ROOT / ".cache" / ("smollm2-tokenizer" if whole else f"smollm2-tokenizer-{SMALL}")
+    if not kept.exists():
+        kept.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as name:  # and renamed: another pytest may do the same at this moment
+            made = Path(name, "made")
+            if whole:
+                AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name).save_pretrained(made)
+            else:
+                tokenizer(whole=True).save_pretrained(made)
+                cut(made / "tokenizer.json")
+            with contextlib.suppress(OSError):
+                made.rename(kept)
     return AutoTokenizer.from_pretrained(kept)
+
+
+def cut(file: Path) -> None:
+    """Leaves the first tokens, and the merges that make them: tokens are numbered in the order of their merges."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    model = content["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < SMALL}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def save_pico(
@@ -31,12 +60,16 @@ def save_pico(
     tied: bool = True,
     dtype: str = "float32",
     vocabulary: int | None = None,
+    whole: bool = False,
 ) -> Path:
-    """Saves a random pico Llama as a Hugging Face folder; returns the folder. `vocabulary` cuts the tokens it knows: faster to train."""
+    """Saves a random pico Llama as a Hugging Face folder; returns the folder.
+
+    `vocabulary` is the number of tokens that it knows, the tokenizer's if None; `whole` gives it SmolLM2's whole tokenizer.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    words = tokenizer()
+    words = tokenizer(whole=whole)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary or len(words), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,

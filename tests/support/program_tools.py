@@ -5,19 +5,21 @@ Plain Python beside the programs: the benchmarks run in runtimes, which have no 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import warm
 
 from tasks.__main__ import PROGRAMS
 from tasks.loading import CPU_INFO, CPUS_WITH_BFLOAT16
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import STAGES
+from tuneline.store import File, digest, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,16 +73,23 @@ def run_until(request: Request, step: int) -> None:
     raise AssertionError(f"the program ended before step {step}")
 
 
-def run_process(request: Request, hash_seed: str = "123") -> subprocess.CompletedProcess[str]:
-    """Runs it as the orchestrator does, in a process of its own."""
+def program_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
+
+
+def run_process(request: Request) -> subprocess.CompletedProcess[str]:
+    """Runs it as the orchestrator does, in a process of its own: a fork of the warm parent (warm.py)."""
     request.write(request.work / "request.json")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": hash_seed}
-    command = [sys.executable, "-m", "tasks", str(request.work / "request.json")]
-    return subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
+    argv = ["-m", "tasks", str(request.work / "request.json")]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        status = warm.start(argv, request.work, program_environment(), out, error).wait(timeout=300)
+        out.seek(0)
+        error.seek(0)
+        return subprocess.CompletedProcess(argv, status, out.read(), error.read())
 
 
 def payload_digest(request: Request) -> str:
-    """As the store's: sha256 over the sorted paths and sha256s of the payload."""
-    files = sorted(path for path in request.payload.rglob("*") if path.is_file())
-    lines = [f"{path.relative_to(request.payload)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    """The store's."""
+    files = [path for path in request.payload.rglob("*") if path.is_file()]
+    entries = (File(path=path.relative_to(request.payload).as_posix(), size=path.stat().st_size, sha256=sha256(path)) for path in files)
+    return digest(tuple(entries))

@@ -1,7 +1,4 @@
-"""Has accelerate use FSDP2 on CPUs, over gloo: torch can, but accelerate 1.15 keeps it to accelerators and trains plain DDP.
-
-Python reads this as it starts where its folder is on the path: so do the processes of a training in program/test_fsdp.py.
-"""
+"""Has accelerate use FSDP2 on CPUs, over gloo: torch can, but accelerate 1.15 keeps it to accelerators and trains plain DDP."""
 
 from typing import Any
 
