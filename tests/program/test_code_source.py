@@ -117,7 +117,7 @@ def test_a_language_without_grammar_is_cut_at_empty_lines(words: Any, tmp_path: 
     assert all(chunk.startswith("set x_0") for chunk in found)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 4)), min_size=1, max_size=40), st.integers(1, 60))
 def test_cuts_lose_and_repeat_no_line(lines: list[tuple[int, int]], room: int) -> None:
     totals = [0]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from dataset_tools import ASSISTANT, GYM, SYSTEM, TOOL, USER, build, build_rows, sums, write_file
 from elsewhere import Elsewhere
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import save_pico
 from program_tools import make_request, payload_digest, run_program
@@ -80,6 +80,7 @@ def items_of(numbers: list[int]) -> list[Item]:
     return [Item(f"row {i}", identified(Row("sources.0", prompt=f"{number}?", completion=str(i)))) for i, number in enumerate(numbers)]
 
 
+@settings(max_examples=40, deadline=None)
 @given(before=prompts, more=prompts, seed=st.integers(0, 2**31 - 1), validation=st.floats(0, 0.49), test=st.floats(0, 0.49))
 def test_more_rows_never_move_a_group(before: list[int], more: list[int], seed: int, validation: float, test: float) -> None:
     shares = Split(validation=validation, test=test)
@@ -96,6 +97,7 @@ def test_more_rows_never_move_a_group(before: list[int], more: list[int], seed: 
     assert homes(more[::-1] + before) == many
 
 
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), share=st.floats(0, 0.5), larger=st.floats(0, 0.4))
 def test_a_larger_test_share_keeps_every_test_group(seed: int, share: float, larger: float) -> None:
     items = items_of(list(range(50)))
