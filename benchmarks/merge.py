@@ -37,10 +37,10 @@ def make_model(folder: Path, megabytes: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from pico import tokenizer
 
-    words, width = tokenizer(), 1024
+    words, width = tokenizer(whole=True), 1024
     layer = 4 * width * width + 3 * width * 3 * width  # parameters
     layers = max(1, round((megabytes * 1e6 / 2 - len(words) * width) / layer))
     config = LlamaConfig(

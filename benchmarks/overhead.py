@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/overhead.py [--stages 20] [--rounds 3]                                    (make bench-overhead)
 
-The program is the tests' stand-in (tests/stand_in.py): it reads its request, writes one small file and ends, so nearly all of its
+The program is the tests' stand-in (tests/support/stand_in.py): it reads its request, writes one small file and ends, so nearly all of its
 time is Python's start. Plain: the same command with the same requests, without a flow, watchdog, store or Prefect. Ours is the real
 command line with timers around its parts. Per stage is the time from the first stage's start to the last one's end by their number;
 Prefect is what of it no other part took. The Prefect server runs already, but for the start-ups that say otherwise. The rounds go by
@@ -44,6 +44,7 @@ TIMED = """
 import atexit, json, os, sys, threading, time
 import flows.__main__, flows.stage
 from flows.supervisor import Supervisor
+from flows.this_run import Run
 from tuneline.store import Store
 
 seconds, spans, lock = {}, [], threading.Lock()
@@ -61,6 +62,7 @@ def timed(owner, name, part):
     setattr(owner, name, wrapper)
 
 timed(flows.stage, "_carry_out", "stage")
+timed(Run, "resolve", "key")
 timed(flows.stage, "document_of", "key")
 timed(Supervisor, "run", "program")
 timed(Store, "publish", "publish")
@@ -87,7 +89,7 @@ def chain(folder: Path, stages: int) -> None:
     (folder / "rows.txt").write_text("rows")
     (folder / "script.json").write_text("{}")
     python = folder / "bin" / "python"
-    shell = f'if [ "$1" = -I ]; then exec {sys.executable} "$@"; fi\nexec {sys.executable} {ROOT}/tests/stand_in.py "$3"\n'
+    shell = f'if [ "$1" = -I ]; then exec {sys.executable} "$@"; fi\nexec {sys.executable} {ROOT}/tests/support/stand_in.py "$3"\n'
     python.write_text(f"#!/bin/sh\n{shell}")
     python.chmod(0o755)
 

@@ -45,7 +45,7 @@ def main() -> None:
     from tuneline.engines import EngineSettings
     from tuneline.protocol import Input
 
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from program_tools import make_request, run_program
 
     scratch = Path(tempfile.mkdtemp(prefix="bench-rollouts-"))

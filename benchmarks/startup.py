@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
 
 from table import add_row  # noqa: E402
 
@@ -111,7 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run([sys.executable, str(ROOT / "tests" / "pico.py"), str(folder / "pico")], folder)
+        run([sys.executable, str(ROOT / "tests" / "support" / "pico.py"), str(folder / "pico")], folder)
         rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
         (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         artifacts: dict[str, Input] = {}

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,49 +23,51 @@ from flows.supervisor import Outcome, program_environment
 from flows.this_run import Run
 from tuneline import disk
 from tuneline.checkpoints import newest
-from tuneline.data_sources import CodeSource
-from tuneline.errors import StageFailed
-from tuneline.fields import OutsideFile, annotated_values
-from tuneline.plan import code_trees, hub_inputs
-from tuneline.protocol import Event, Input, Request, Result, Tree
+from tuneline.errors import ConfigError, StageFailed
+from tuneline.inputs import ResolvedInputs
+from tuneline.protocol import Event, Input, Request, Result
 from tuneline.runtimes import RuntimeEnvironment, find_runtime
 from tuneline.stages import ProgramStage
 from tuneline.store import Artifact, Base, File, Manifest
 from tuneline.workspace import Workspace
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
+TOUCHED_WHILE_READ = "files that the stage reads were written to while its program worked, and hold what they held before"
 
 
-def build(
-    run: Run,
-    name: str,
-    stage: ProgramStage,
-    inputs: Mapping[str, Artifact],
-    document: dict[str, Any],
-    key: str,
-    held: int,
-    taken: Taken,
-) -> Artifact:
+@dataclass(frozen=True)
+class Job:
+    """A stage with all that its key was computed from."""
+
+    name: str
+    stage: ProgramStage
+    inputs: Mapping[str, Artifact]
+    resolved: ResolvedInputs
+    document: dict[str, Any]
+    key: str
+
+
+def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
     """Runs the program and publishes what it made. The caller holds the key's lock."""
-    work, store = run.workspace.work(key), run.workspace.store
+    work, store = run.workspace.work(job.key), run.workspace.store
     attempts = Attempts(work / "attempts.json")
-    if name in run.forced and not attempts.of_run(run.record.run_id):
+    if job.name in run.forced and not attempts.of_run(run.record.run_id):
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     for stale in ("result.json", "failure.json"):
         (work / stale).unlink(missing_ok=True)
-    micro_batch = attempts.micro_batch(stage)
-    code = code_trees(stage)
+    stage, micro_batch = job.stage, attempts.micro_batch(job.stage)
+    resolved = as_in_key(run, stage, job.resolved)
     request = Request(
         kind=stage.kind,
-        key=key,
-        config=stage.model_dump(mode="json"),
+        key=job.key,
+        config=stage.model_dump(mode="json") | stage.decided(),
         seed=stage.seed,
-        inputs={slot: _input(run.workspace, artifact) for slot, artifact in inputs.items()},
-        files={path: run.workspace.outside(named, code.get(path))[0] for path, _, named in annotated_values(stage, OutsideFile)},
-        trees={path: _tree(run.workspace, source) for path, source in code.items()},
-        commits={path: run.commit(*wanted) for path, *wanted in hub_inputs(stage)},
-        out=store.building(key),
+        inputs={slot: _input(run.workspace, artifact) for slot, artifact in job.inputs.items()},
+        files=resolved.files,
+        trees=resolved.trees,
+        commits=resolved.commits,
+        out=store.building(job.key),
         work=work,
         attempt=len(attempts.all) + 1,
         resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
@@ -72,20 +75,19 @@ def build(
         join=node.command(run.pipeline, run.workspace.loaded.file, run.workspace.loaded.overrides),
     )
     request.write(work / "request.json")
-    seen = _as_in_key(run, stage, document, request)
-    checkpoint = newest(work, key)
+    checkpoint = newest(work, job.key)
     if checkpoint and (refused := checkpoint.refused(stage.resources)):
         raise StageFailed("config", *refused)
     told = [f"attempt {request.attempt}"] if attempts.of_run(run.record.run_id) else []
     told += [f"resumes from step {checkpoint.step}"] if checkpoint else []
-    run.reporter.started(name, ", ".join([stage.kind, *told]))
+    run.reporter.started(job.name, ", ".join([stage.kind, *told]))
     began = datetime.now(UTC)
-    outcome = _supervise(run, name, stage, request, held, taken)
+    outcome = _supervise(run, job, request, held, taken)
     if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
-        if _as_in_key(run, stage, document, request) != seen:
-            raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
         try:
-            artifact = _publish(run, stage, request, attempts, inputs, document, began)
+            if as_in_key(run, stage, resolved).facts != resolved.facts:
+                raise StageFailed("transient", TOUCHED_WHILE_READ, "what it read is not known, so a run tries the stage again by itself")
+            artifact = _publish(run, job, request, attempts, began)
         except OSError as error:
             if error.errno in disk.NUMBERS:
                 raise disk.of_flow(error, request.out) from error  # what is free is looked at before what was written is gone
@@ -100,24 +102,28 @@ def build(
     if unsaid and not outcome.stopped and not (work / "failure.json").exists():
         raise unsaid
     if outcome.stopped != "cancelled":
-        run.warn(name, f"its log is {work / 'log.txt'}")
+        run.warn(job.name, f"its log is {work / 'log.txt'}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
-def _as_in_key(run: Run, stage: ProgramStage, document: dict[str, Any], request: Request) -> list[tuple[int, int, int]]:
-    """Size, time and inode of every outside file. Raises StageFailed(data) where its content is no longer what the key says."""
-    code = code_trees(stage)
-    for path, _, named in annotated_values(stage, OutsideFile):
-        if run.workspace.outside(named, code.get(path))[1] != document["files"][path]:
-            raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
-    paths = [path for paths in request.files.values() for path in paths]
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*"))) if file.is_file()]
-    return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in (file.stat() for file in files)]
+def as_in_key(run: Run, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
+    """The outside files as they are now. Raises StageFailed(data) where their content is no longer what the key says.
 
-
-def _tree(workspace: Workspace, source: CodeSource) -> Tree:
-    selection = workspace.selected(source.path, source)
-    return Tree(folder=selection.folder, left_out=selection.left_out)
+    A program reads files long after they were hashed for the key, and at times that we do not know. So this is called before it
+    starts and after it has ended. Only what has the content of the key passes, and `facts` of both calls are compared as well: where they
+    are equal, no file was written to in between (`tuneline.file_memory` says when a stat can vouch for that), so the program read
+    what the key says. Where the content is the same and the facts are not, somebody wrote the same bytes, perhaps after others, as `git
+    checkout` of another branch and back does. What the program read is then unknown: nothing is stored, and the stage is tried again.
+    """
+    if resolved.unchanged():
+        return resolved
+    try:
+        now = run.resolve(stage)
+    except ConfigError:  # a file is gone
+        raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them") from None
+    if now.digests != resolved.digests:
+        raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
+    return now
 
 
 def _input(workspace: Workspace, artifact: Artifact) -> Input:
@@ -139,7 +145,8 @@ def _runtime(run: Run, name: str) -> RuntimeEnvironment:
     return runtime
 
 
-def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held: int, taken: Taken) -> Outcome:
+def _supervise(run: Run, job: Job, request: Request, held: int, taken: Taken) -> Outcome:
+    name, stage = job.name, job.stage
     runtime = _runtime(run, stage.runtime)
     logger, progress = get_run_logger(), ProgressArtifact(name)
 
@@ -164,15 +171,7 @@ def _supervise(run: Run, name: str, stage: ProgramStage, request: Request, held:
         progress.close()
 
 
-def _publish(
-    run: Run,
-    stage: ProgramStage,
-    request: Request,
-    attempts: Attempts,
-    inputs: Mapping[str, Artifact],
-    document: dict[str, Any],
-    began: datetime,
-) -> Artifact:
+def _publish(run: Run, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:
     result: Result = Result.read(request.work / "result.json")
     for name in ("log.txt", "events.jsonl"):
         shutil.copy(request.work / name, request.meta / name)
@@ -189,14 +188,14 @@ def _publish(
 
     def manifest(payload_digest: str, files: tuple[File, ...]) -> Manifest:
         return Manifest(
-            kind=stage.kind,
-            type=stage.gives(),
-            key=request.key,
-            document=document,
+            kind=job.stage.kind,
+            type=job.stage.gives(),
+            key=job.key,
+            document=job.document,
             digest=payload_digest,
             files=files,
-            parents={slot: f"{artifact.manifest.kind}/{artifact.key}" for slot, artifact in inputs.items()},
-            base=_base(stage, inputs),
+            parents={slot: f"{artifact.manifest.kind}/{artifact.key}" for slot, artifact in job.inputs.items()},
+            base=_base(job.stage, job.inputs),
             template=result.info.get("template"),
             metrics=result.metrics,
             info=result.info,

@@ -156,12 +156,16 @@ def plan(
     from tuneline.estimates import estimates
     from tuneline.hub_cache import HubCache
     from tuneline.plan import plan as make_plan
-    from tuneline.plan import refusals
+    from tuneline.plan import refusals, unpinned
 
     workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn, Hub() if online else HubCache())
     rows = make_plan(workspace, pipeline, only, force)
     estimated = estimates(workspace, pipeline, rows)
-    for warning in (*fits.warnings(workspace, pipeline, rows), *refusals(workspace.loaded, pipeline, rows)):
+    for warning in (
+        *fits.warnings(workspace, pipeline, rows),
+        *unpinned(workspace, pipeline, rows),
+        *refusals(workspace.loaded, pipeline, rows),
+    ):
         warn(str(warning))
     if as_json:
         stages = [_plan_json(row) | {"estimate": _estimate_json(estimated.get(row.stage))} for row in rows]

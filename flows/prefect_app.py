@@ -1,4 +1,5 @@
-"""Prefect's own server, with one mend: on SQLite it could stand still for a minute.
+"""Prefect's own server, which saves a new database once it is migrated (`flows.migrated`), and with one mend: on SQLite it could stand
+still for a minute.
 
 A statement that fails ("database is locked") leaves its cursor open, in a cycle with the traceback. The garbage collector frees it later,
 on the event loop's thread, and resets its statement, for which SQLite takes the connection's mutex. If that connection waits for the write
@@ -8,14 +9,20 @@ cursor of a failed statement is closed at once, by the thread of its connection.
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import aiosqlite
 from prefect.server.api.server import create_app
+from prefect.server.database.interface import PrefectDBInterface
+from sqlalchemy.engine import make_url
 
+from flows import migrated
 from tuneline.patches import patch
 
 __all__ = ["create_app"]
@@ -34,3 +41,13 @@ async def _execute(self: aiosqlite.Cursor, function: Callable[..., Any], *argume
 
 
 patch(aiosqlite.Cursor, "_execute", _execute)
+
+
+async def _create_and_save(self: PrefectDBInterface) -> None:
+    await self.run_migrations_upgrade()
+    database = make_url(self.database_config.connection_url).database
+    await asyncio.to_thread(migrated.save, Path(str(database)), Path(os.environ[migrated.SAVE_AS]))
+
+
+if migrated.SAVE_AS in os.environ:
+    patch(PrefectDBInterface, "create_db", _create_and_save)

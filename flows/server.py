@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows import lasting
+from flows import lasting, migrated
 from flows.supervisor import WATCHDOG
 from tuneline import PACKAGES_ROOT
 from tuneline.errors import ConfigError, Problem, StageFailed
 
-STARTUP_SECONDS = 180  # migrations of a new database took 22 s on two busy cores
+STARTUP_SECONDS = 180  # the first one's migrations took 22 s on two busy cores
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
@@ -107,7 +107,7 @@ def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message
         port = free_port()
         url = f"http://127.0.0.1:{port}/api"
         os.environ["PREFECT_API_URL"] = url
-        environment = {**os.environ, **dict.fromkeys(DATABASE, f"sqlite+aiosqlite:///{database}")}
+        environment = {**os.environ, **dict.fromkeys(DATABASE, f"sqlite+aiosqlite:///{database}"), **migrated.prepare(database)}
         log = database.with_suffix(".log")
         with log.open("wb") as output:
             process = subprocess.Popen(

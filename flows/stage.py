@@ -8,9 +8,10 @@ decided by failure class (`flows/attempts.py`), not by exception type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prefect import Task, get_run_logger, task
@@ -20,15 +21,16 @@ from prefect.context import TaskRunContext
 from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.build import build
+from flows.build import Job, as_in_key, build
 from flows.child import build_in_pool
 from flows.slots import Taken
 from flows.this_run import Run
 from tuneline import disk
 from tuneline.errors import StageFailed, StageStopped, StoreError, TunelineError
 from tuneline.gate import judge
+from tuneline.inputs import hub_inputs
 from tuneline.keys import key_of
-from tuneline.plan import document_of, hub_inputs, input_slots
+from tuneline.plan import document_of, input_slots
 from tuneline.reference import REFERENCE, point
 from tuneline.spec import GateStage, ModelStage
 from tuneline.stages import ProgramStage, Stage
@@ -114,32 +116,35 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     assert isinstance(stage, ProgramStage)
     inputs = {slot: needs[other] for slot, other in input_slots(stage).items()}
     salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
-    document, _ = document_of(run.workspace, stage, inputs, salt, run.commit)
+    resolved = run.resolve(stage)
+    document = document_of(stage, inputs, resolved, salt)
     key = run.keys[name] = key_of(document)
+    job = Job(name, stage, inputs, resolved, document, key)
     if run.child_of not in (None, key):
         found = f"found the key {key[:12]}, but the run that asked for the stage computes {(run.child_of or '')[:12]}"
         raise StageFailed("config", found, "both must see the same files and be of the same version of tuneline: docs/operating.md")
-    artifact = _cached(run, name, stage, key)
+    artifact = _cached(run, job)
     if artifact is None and run.parameters is not None and stage.pool not in (None, run.workspace.loaded.spec.pipelines[run.pipeline].pool):
-        return _build_elsewhere(run, name, stage, inputs, key)
+        return _build_elsewhere(run, job)
     if artifact is None:
-        with _lock(run, name, key) as held:
-            artifact = _cached(run, name, stage, key)
+        with _lock(run, job) as held:
+            artifact = _cached(run, job)
             if artifact is None:
-                with _slot(run, name, stage) as taken, run.attempt(name, key):
-                    artifact = build(run, name, stage, inputs, document, key, held, taken)
+                with _slot(run, job) as taken, run.attempt(name, key):
+                    artifact = build(run, job, held, taken)
                 run.note(name, "done", artifact)
                 return artifact
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
 
 
-def _build_elsewhere(run: Run, name: str, stage: ProgramStage, inputs: Mapping[str, Artifact], key: str) -> Artifact:
+def _build_elsewhere(run: Run, job: Job) -> Artifact:
     """In the stage's own pool, by a child run."""
+    name, stage, key = job.name, job.stage, job.key
     wanted = {**(run.parameters or {}), "key": key, "run_id": run.record.run_id, "forced": name in run.forced}
-    wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(stage)]
+    wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(run.workspace, stage)]
     run.reporter.started(name, f"{stage.kind} in pool {stage.pool}")
     with run.attempt(name, key):
-        build_in_pool(name, stage, inputs, wanted, run.supervisor)
+        build_in_pool(name, stage, job.inputs, wanted, run.supervisor)
     with run.workspace.store.steady():
         artifact = run.workspace.store.find(stage.kind, key)
         if artifact is None:
@@ -149,38 +154,39 @@ def _build_elsewhere(run: Run, name: str, stage: ProgramStage, inputs: Mapping[s
     return artifact
 
 
-def _cached(run: Run, name: str, stage: ProgramStage, key: str) -> Artifact | None:
+def _cached(run: Run, job: Job) -> Artifact | None:
     """What the store has, unless the stage is forced; it is in the run's record before `tuneline gc` can look there."""
-    if name in run.forced:
+    if job.name in run.forced:
         return None
     with run.workspace.store.steady():
-        artifact = run.workspace.store.find(stage.kind, key)
+        artifact = run.workspace.store.find(job.stage.kind, job.key)
         if artifact is not None:
-            if (artifact.payload / REFERENCE).exists() and isinstance(stage, ModelStage) and stage.path:
-                point(artifact.path, run.workspace.outside(stage.path)[0][0])
-            run.note(name, "cached", artifact)
+            if (artifact.payload / REFERENCE).exists() and isinstance(job.stage, ModelStage) and job.stage.path:
+                point(artifact.path, Path(job.resolved.files["path"][0]))
+                as_in_key(run, job.stage, job.resolved)  # it vouches for the files as they are now, perhaps hours after the key
+            run.note(job.name, "cached", artifact)
     return artifact
 
 
 @contextmanager
-def _lock(run: Run, name: str, key: str) -> Iterator[int]:
+def _lock(run: Run, job: Job) -> Iterator[int]:
     """The key's lock; whoever waits for another run says so, and stops waiting when its own run stops."""
 
     def say() -> None:
-        run.warn(name, "another run is building the same stage; waiting for it")
+        run.warn(job.name, "another run is building the same stage; waiting for it")
 
     try:
-        with run.workspace.store.locked(key, say, lambda: not run.supervisor.stopping) as held:
+        with run.workspace.store.locked(job.key, say, lambda: not run.supervisor.stopping) as held:
             yield held
     except BlockingIOError:
         raise StageStopped from None
 
 
-def _slot(run: Run, name: str, stage: ProgramStage) -> AbstractContextManager[Taken]:
+def _slot(run: Run, job: Job) -> AbstractContextManager[Taken]:
     """A slot of the run and the stage's GPUs; whoever waits for another stage's says so."""
-    holder = {"stage": f"{run.pipeline}/{name}", "run": run.record.run_id}
-    resources = stage.resources
-    say, going_on = partial(run.warn, name), lambda: not run.supervisor.stopping
+    holder = {"stage": f"{run.pipeline}/{job.name}", "run": run.record.run_id}
+    resources = job.stage.resources
+    say, going_on = partial(run.warn, job.name), lambda: not run.supervisor.stopping
     return run.slots.taken(resources.gpus, resources.devices, holder, say, going_on)
 
 

@@ -18,9 +18,10 @@ from flows.report_markdown import stage_report
 from flows.slots import Slots
 from flows.supervisor import Supervisor
 from tuneline.gate import shown_metrics
+from tuneline.inputs import ResolvedInputs, resolve
 from tuneline.protocol import Event
 from tuneline.runs import RunRecord, StageRecord, StageStatus
-from tuneline.stages import Stage
+from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Artifact, Manifest
 from tuneline.workspace import Workspace
 
@@ -85,6 +86,13 @@ class Run:
             if wanted not in self._commits:
                 self._commits[wanted] = resolve_commit(*wanted)
             return self._commits[wanted]
+
+    def resolve(self, stage: ProgramStage) -> ResolvedInputs:
+        """Raises ConfigError, and StageFailed where the hub does not say a commit."""
+        try:
+            return resolve(self.workspace, stage, self.commit)
+        finally:
+            self.workspace.memory.save()
 
     def know_commits(self, commits: list[list[str]]) -> None:
         """Of a parent: [repository type, repository, revision, commit]."""

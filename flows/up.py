@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import lasting
+from flows import lasting, migrated
 from flows.doctor import gpus_asked
 from flows.server import DATABASE, QUIET, answers, loopback_without_proxy, server_command, tail, wait_for_health
 from flows.slots import visible_gpus
@@ -56,7 +56,7 @@ def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[st
         port = port or (state.port if state else PORT)
         _refuse(folder, state, port, database)
         if state is None or not _runs(state):
-            say(f"starting a Prefect server on port {port} (its first start makes its database: half a minute)")
+            say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
             before = state.workers if state else {}
             state = _start_server(folder, port, database)
             state.workers = before
@@ -132,6 +132,8 @@ def _start_server(folder: Path, port: int, database: str | None) -> lasting.Stat
     # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
     settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **dict.fromkeys(DATABASE, place)}
     settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which deployment has its one run
+    if database is None:
+        settings |= migrated.prepare(folder / "prefect.db")
     process = _start(server_command(port), folder, "server", address, log, settings)
     try:
         wait_for_health(address, process, log, "where the log speaks of the database, see `--database`")

@@ -1,11 +1,13 @@
-"""Keeps tasks/versions.json true: kind -> VERSION (in every key) and a digest of the program's code.
+"""Keeps tasks/versions.json true: kind -> VERSION (in every key), a digest of the program's code, and the defaults of the kind's fields.
 
-    python infra/program_versions.py --check          fails where code moved and nobody said what that means (make lint)
-    python infra/program_versions.py --raise sft      the output changes: artifacts of this kind are made anew
-    python infra/program_versions.py --same sft       the output stays the same (a message, a comment in code, a speed-up)
+    python infra/program_versions.py --check          fails where code or a default moved and nobody said what that means (make lint)
+    python infra/program_versions.py --raise sft      the output changes: the next run builds artifacts of this kind again
+    python infra/program_versions.py --same sft       the output stays the same (a message, a comment in code, a speed-up, a new field
+                                                      whose default does what was done before)
 
 The digest covers the syntax tree of the program and of every module of `tasks` that it imports, without docstrings, comments
-and layout, so that only code counts.
+and layout, so that only code counts. A key leaves out fields that equal their default, so a default with another value gives
+another artifact under the same key: then `--same` is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +16,20 @@ import ast
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, TypeAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the `tuneline` beside this script, wherever another one is installed
+
+from tuneline.keys import HOW, PINNED_BY_COMMIT  # noqa: E402
+from tuneline.spec import STAGES  # noqa: E402
+
 VERSIONS = ROOT / "tasks" / "versions.json"
+Defaults = dict[str, Any]
 
 
 def programs() -> dict[str, str]:
@@ -54,21 +66,87 @@ def code_digest(program: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def defaults_of(model: type[BaseModel], leave_out: frozenset[str] = frozenset(), prefix: str = "") -> Defaults:
+    """Dotted field -> its default as JSON, models inside of fields included: `lora.r`, `sources.files.format`, `rewards.length.weight`.
+
+    A field that must be given has no entry: it is in every key. `leave_out` are fields of the model itself.
+    """
+    found: Defaults = {}
+    for name, field in model.model_fields.items():
+        if name in leave_out or name == PINNED_BY_COMMIT:
+            continue
+        path = f"{prefix}{name}"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True, validated_data={})
+            # What a nested model leaves at its own defaults has entries of its own.
+            found[path] = TypeAdapter(type(value)).dump_python(value, mode="json", exclude_defaults=True)
+        for inner in models_in(field.annotation):
+            more = defaults_of(inner, prefix=f"{path}.{type_of(inner)}")
+            if found.keys() & more.keys():
+                raise SystemExit(f"{model.__name__}.{name} allows two models with the same fields; tell them apart by a field `type`")
+            found |= more
+    return found
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a value of this annotation can hold, near and far: in unions, tuples and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def type_of(model: type[BaseModel]) -> str:
+    """`length.` of a model with `type: Literal["length"]`, which is one of several; empty for any other."""
+    values = get_args(model.model_fields["type"].annotation) if "type" in model.model_fields else ()
+    return f"{values[0]}." if values else ""
+
+
+def changed(before: Defaults, after: Defaults) -> list[str]:
+    """Fields that had a default and have another one: results differ and keys do not."""
+    return sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
+
+
+def moved(kind: str, known: dict[str, Any], code: str, defaults: Defaults) -> Iterator[str]:
+    """What differs from what tasks/versions.json knows of the kind."""
+    if known.get("source") != code:
+        yield f"the code of `{kind}` has changed"
+    before = known.get("defaults", {})
+    for name in changed(before, defaults):
+        yield f"a default of `{kind}` changed: {name} {json.dumps(before[name])} -> {json.dumps(defaults[name])}"
+    for name in sorted(defaults.keys() - before.keys()):
+        yield f"a default of `{kind}` is new: {name} {json.dumps(defaults[name])}"
+    for name in sorted(before.keys() - defaults.keys()):
+        yield f"a default of `{kind}` is gone: {name} {json.dumps(before[name])}"
+
+
 def main(arguments: list[str]) -> int:
     known = json.loads(VERSIONS.read_text())
-    now = {kind: code_digest(module) for kind, module in programs().items()}
+    now = {kind: (code_digest(module), defaults_of(STAGES[kind], HOW)) for kind, module in programs().items()}
     if arguments == ["--check"]:
-        moved = [kind for kind, digest in now.items() if known.get(kind, {}).get("source") != digest]
-        for kind in moved:
-            print(f"the code of `{kind}` has changed; say what that means for its output:")
-            print(f"    python infra/program_versions.py --raise {kind}    other output: its artifacts are made anew")
-            print(f"    python infra/program_versions.py --same {kind}     the same output: they stay valid")
-        return 1 if moved or known.keys() != now.keys() else 0
+        for kind, (code, defaults) in now.items():
+            news = list(moved(kind, known.get(kind, {}), code, defaults))
+            if not news:
+                continue
+            print("\n".join(news))
+            print("say what that means for its output:")
+            print(f"    python infra/program_versions.py --raise {kind}    other output: the next run builds its artifacts again")
+            if changed(known.get(kind, {}).get("defaults", {}), defaults):
+                print("(keys leave out what equals its default: --same would go on serving what the old default made)")
+            else:
+                print(f"    python infra/program_versions.py --same {kind}     the same output: they stay valid")
+        as_known = {kind: (entry["source"], entry.get("defaults")) for kind, entry in known.items()}
+        return 0 if as_known == now else 1
     if len(arguments) < 2 or arguments[0] not in ("--raise", "--same"):
         raise SystemExit(__doc__)
+    rises = arguments[0] == "--raise"
     for kind in now if arguments[1:] == ["all"] else arguments[1:]:
-        before = known.get(kind, {"version": 0 if arguments[0] == "--raise" else 1})
-        known[kind] = {"version": before["version"] + (arguments[0] == "--raise"), "source": now[kind]}
+        code, defaults = now[kind]
+        before = known.get(kind, {"version": 0 if rises else 1, "defaults": {}})
+        if not rises and (other := changed(before["defaults"], defaults)):
+            message = f"--same {kind}: found other defaults of {', '.join(other)}, which keys leave out: its output is not the same"
+            raise SystemExit(f"{message}\nhint: python infra/program_versions.py --raise {kind}")
+        known[kind] = {"version": before["version"] + rises, "source": code, "defaults": defaults}
     VERSIONS.write_text(json.dumps({kind: known[kind] for kind in now if kind in known}, indent=1) + "\n")
     return 0
 

@@ -6,7 +6,6 @@ so that programs raise `StageFailed` only for what they themselves can name.
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from tasks.launch import LOST_PEER, RANKS, SAID
 from tasks.loading import check_inputs
 from tasks.noise import silence
+from tasks.packages import hidden, hide, import_program
 from tuneline import disk
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Failure, Request
@@ -53,7 +53,8 @@ def main() -> int:
         path.mkdir(parents=True, exist_ok=True)
     try:
         check_inputs(request)
-        program = importlib.import_module(PROGRAMS[request.kind])
+        hide(request)
+        program = import_program(request.kind, PROGRAMS[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():
             result.write(folder / "result.json")
@@ -90,7 +91,10 @@ def classify(error: BaseException, request: Request) -> Failure:
         return Failure(failure_class="transient", message="waited in vain for another process", hint=LOST_PEER, details=details)
     if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError):
         return Failure(failure_class="transient", message=text, hint="the stage is tried again", details=details)
-    return Failure(failure_class="bug", message=text, hint="the log has the whole traceback", details=details)
+    hint = "the log has the whole traceback"
+    if isinstance(error, ImportError) and hidden():
+        hint += f"; tasks/packages.py hides {', '.join(hidden())} from this stage"
+    return Failure(failure_class="bug", message=text, hint=hint, details=details)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import sandbox
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import human_eval
 from tasks.scoring import TAIL, Report, Sample
+from tuneline.benchmarks import CODE, READERS, Data
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request
 from tuneline.spec import EvaluateStage
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
     from tasks.harness import LanguageModel
 
 
-def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> Any:
-    """lm-eval's tasks and groups by name, with their documents. Relative files in a task of one's own are beside it."""
+def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> tuple[Any, list[str]]:
+    """lm-eval's tasks and groups by name, with their documents, and which data of theirs no commit pins. Relative files in a task of
+    one's own are beside it."""
     from lm_eval.tasks import TaskManager
 
     if stage.apply_chat_template and tokenizer.chat_template is None:
@@ -48,7 +52,11 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
         if HUMAN_EVAL in stage.benchmarks:
             sandbox.check()
             wanted.append(human_eval(events, chat=stage.apply_chat_template))
-        loaded = manager.load(wanted)
+        with pinned(request.commits) as loose:
+            loaded = manager.load(wanted)
+    loose += [f"{name}: {CODE}" for name, task in loaded["tasks"].items() if name != HUMAN_EVAL and loads_itself(task)]
+    if loose:
+        events.warning(f"data of benchmarks that is not in the key, and may change: {', '.join(loose)}")
     for name, task in loaded["tasks"].items():
         if task.get_config("unsafe_code"):
             raise StageFailed(
@@ -60,7 +68,41 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
         elif stage.num_fewshot is not None or own is None:
             task.set_config(key="num_fewshot", value=stage.num_fewshot or 0)
         task.set_fewshot_seed(seed=request.seed)
-    return loaded
+    return loaded, loose
+
+
+@contextlib.contextmanager
+def pinned(commits: Mapping[str, str]) -> Iterator[list[str]]:
+    """Within it a repository is loaded at the commit that is in the key. Yields what else is loaded from a network.
+
+    lm-eval's tasks, and the code beside their files, call `datasets.load_dataset`, which is replaced meanwhile: a revision in
+    `dataset_kwargs` reaches neither tasks of groups nor that code (lm-eval 0.4.13).
+    """
+    import datasets
+
+    known = {field.split(".", 2)[2]: commit for field, commit in commits.items()}
+    real, loose = datasets.load_dataset, list[str]()
+
+    def load(path: str, *given: Any, **options: Any) -> Any:
+        revision = options.get("revision") or "main"
+        label = Data(path, revision).label
+        if commit := known.get(label):
+            options["revision"] = commit
+        elif "://" in str(options) or path not in READERS and not Path(path).exists():
+            loose.append(label)
+        return real(path, *given, **options)
+
+    datasets.load_dataset = load
+    try:
+        yield loose
+    finally:
+        datasets.load_dataset = real
+
+
+def loads_itself(task: Any) -> bool:
+    from lm_eval.api.task import ConfigurableTask
+
+    return type(task) is not ConfigurableTask or callable(task.config.custom_dataset)
 
 
 def first_question(benchmarks: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

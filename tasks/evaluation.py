@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchmarks, run_benchmarks
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
-from tasks.loading import compute_dtype, load_model, load_tokenizer
+from tasks.loading import check_device, compute_type, load_model, load_tokenizer
 from tasks.masks import prompt_ids, render_text, tokenize
 from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
@@ -39,10 +39,11 @@ SHOWN = 3  # samples among the events
 
 def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     be_quiet()
+    check_device(stage)
     source = request.inputs["model"]
     tokenizer = load_tokenizer(source)
     datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
-    benchmarks = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else None
+    benchmarks, unpinned = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else (None, [])
     prompt = first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer)
 
     report = Report()
@@ -59,7 +60,7 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
         else:
             from tasks.harness import LanguageModel
 
-            model, batch = load_model(source, compute_dtype()), stage.micro_batch_size()
+            model, batch = load_model(source, compute_type(stage)), stage.micro_batch_size()
             assert batch is not None
             lm = LanguageModel(model, tokenizer, batch, events)
             check_logits(lm.model, model, prompt, source)
@@ -72,7 +73,9 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     write(request, report)
     for sample in report.samples[:SHOWN]:
         events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
-    info: dict[str, Any] = {"rows": report.rows, "dtype": str(compute_dtype()).removeprefix("torch.")}
+    info: dict[str, Any] = {"rows": report.rows, "dtype": stage.dtype}
+    if unpinned:
+        info["unpinned"] = unpinned
     if HUMAN_EVAL in stage.benchmarks:
         info[HUMAN_EVAL] = human_eval_info()
     return Result(metrics=report.metrics, info=info)

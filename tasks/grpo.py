@@ -17,7 +17,7 @@ import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import compute_dtype, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
@@ -56,6 +56,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
 
     rewards = reward_functions(stage.rewards, request.files)  # first: what is wrong in a file of one's own should not cost a minute
     gpus = split_devices(stage)
+    check_device(stage)
     arguments = trainer_arguments(request, stage)
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
@@ -64,7 +65,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 
-    model = strategies.load_base(base, stage.resources, compute_dtype(stage.dtype))
+    model = strategies.load_base(base, stage.resources, compute_type(stage))
     longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
     layers = training.targeted_layers(model, stage.lora.target_modules)
     shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}

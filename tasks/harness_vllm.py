@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from tasks.engine import BASE, OUTPUT, Engine, modules_of
 from tasks.gptq import is_gptq
 from tasks.harness import LanguageModel
-from tasks.loading import compute_dtype, model_folder, runs_code
+from tasks.loading import model_folder, runs_code
 from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
@@ -69,9 +69,9 @@ class EngineModel(LanguageModel):
             if OUTPUT in modules:
                 raise StageFailed("config", f"the adapter changes {OUTPUT}, with which vLLM cannot score", OTHERWISE)
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if stage.resources.gpus else None
-        dtype, log = str(compute_dtype()).removeprefix("torch."), request.work / "engine.log"
+        log = request.work / "engine.log"
         engine = Engine(
-            request.engine, model_folder(self.base.path), settings, dtype, rank, longest, log, gpus, sorted(modules or ()) or None
+            request.engine, model_folder(self.base.path), settings, stage.dtype, rank, longest, log, gpus, sorted(modules or ()) or None
         )
         began = time.monotonic()
         print(f"starting vLLM: its log is {log}", flush=True)

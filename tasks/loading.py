@@ -13,6 +13,7 @@ from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
 from tuneline.reference import REFERENCE
 from tuneline.reference import folder_of as model_folder
+from tuneline.stages import ComputingStage
 from tuneline.store import CHANGED, Store, digest, sha256
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 
 CODE = ".py"
+CPU_INFO = Path("/proc/cpuinfo")
+CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86, and of ARM
+LEAST_CAPABILITY = (8, 0)  # of a GPU with bfloat16
 REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
 
 
@@ -61,14 +65,35 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def compute_dtype(dtype: str = "auto") -> torch.dtype:
-    """`auto` is bfloat16 where matrix products are fast in it (a GPU that has it), else float32: AVX2 is 100 times slower in bf16."""
+def compute_type(stage: ComputingStage) -> torch.dtype:
+    """The type that is in the key. A request holds it decided: `auto` raises KeyError."""
     import torch
 
-    if dtype == "auto":
-        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[stage.dtype]
+
+
+def check_device(stage: ComputingStage) -> None:
+    """Raises StageFailed(config) where the GPUs that the stage asks for are not there, or bfloat16 would be emulated.
+
+    Torch looks for GPUs here, and sees no others afterwards.
+    """
+    import torch
+
+    if stage.resources.gpus and not torch.cuda.is_available():
+        found = f"resources.gpus is {stage.resources.gpus}, but torch {torch.__version__} sees no GPU here"
+        raise StageFailed(
+            "config", found, "is the driver there, and the runtime one for GPUs? `gpus: 0` runs on the CPU, under another key"
+        )
+    if stage.dtype != "bfloat16":
+        return
+    if stage.resources.gpus:
+        for number in range(torch.cuda.device_count()):
+            if (capability := torch.cuda.get_device_capability(number)) < LEAST_CAPABILITY:
+                found = f"{torch.cuda.get_device_name(number)} (compute capability {'.'.join(map(str, capability))}) has no bfloat16"
+                raise StageFailed("config", found, "set `dtype: float32` in the stage, or take a GPU of compute capability 8.0 or more")
+    elif not set(CPU_INFO.read_text().split()) & CPUS_WITH_BFLOAT16:
+        found = "dtype is bfloat16, which this CPU only emulates, up to 100 times slower than float32"
+        raise StageFailed("config", found, "set `dtype: float32` in the stage; or take a GPU, or a CPU with AVX512-BF16 or AMX")
 
 
 def runs_code(source: Input) -> bool:

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import code_files, compute_dtype, device, model_folder, save_configs
+from tasks.loading import code_files, compute_type, device, model_folder, save_configs
 from tasks.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
@@ -35,7 +35,7 @@ def load_base(base: Input, stage: SftStage) -> PreTrainedModel:
 
     from tasks import strategies
 
-    dtype = compute_dtype(stage.dtype)
+    dtype = compute_type(stage)
     if stage.method == "lora":
         return strategies.load_base(base, stage.resources, dtype)
     if "quantization_config" in json.loads((model_folder(base.path) / "config.json").read_text(encoding="utf-8")):

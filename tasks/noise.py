@@ -13,6 +13,7 @@ SAID: dict[str, tuple[str, ...]] = {  # by logger: how the line begins
     "torchao": ("Failed to load ",),  # kernels for other devices; PEFT imports it, and nothing of it is used
     "torch.utils._pytree": ("%s is an Enum subclass",),  # torchao's own, of torch 2.13
     "DeepSpeed": ("Setting accelerator to CPU", "MPU is not provided"),
+    "transformers": ("PyTorch was not found",),  # datasets need none of it
     "transformers.trainer_utils": (
         "Warning: The following arguments do not match",  # resources, which may be others after a resume
         "mtime may not be reliable",  # it sorts checkpoints by their numbers then, as we do
@@ -32,7 +33,7 @@ def silence() -> None:
     for name in ("httpx", "accelerate"):  # libraries turn information on for all, where these tell each request and each gathering
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"  # bars that redraw themselves; progress is in the events
-    # PEFT imports gptqmodel: its banner comes as information of a logger that sets its level itself, its warning is of the GIL.
+    # gptqmodel's banner comes as information of a logger that sets its level itself, its warning is of the GIL.
     patch(logging.getLogger("logbar"), "isEnabledFor", logging.WARNING.__le__)
     os.environ["GPTQMODEL_DISABLE_GIL_WARNING"] = "1"
     for message in DEPRECATED:

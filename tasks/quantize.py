@@ -21,7 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import quantizer
 from tasks.gptq import cosines, quantization
-from tasks.loading import compute_dtype, device, load_model, load_tokenizer, model_folder, runs_code, saved_tokenizer, template_hash
+from tasks.loading import (
+    check_device,
+    compute_type,
+    device,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    runs_code,
+    saved_tokenizer,
+    template_hash,
+)
 from tasks.masks import tokenize
 from tasks.model import kept_files
 from tasks.rows import Row, read_split
@@ -46,6 +56,7 @@ HINT = "take more samples, a smaller group_size, or 8 bits"
 
 def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     quantizer.prepare()
+    check_device(stage)
     source, payload = request.inputs["model"], request.payload
     folder = model_folder(source.path)
     layers = quantizable(folder)
@@ -56,7 +67,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     split, measured = measured_rows(dataset, tokenizer, stage)
 
     total, step = 2 + block_count(layers), count(1)
-    loss_before = mean_loss(load_model(source, compute_dtype()), measured)
+    loss_before = mean_loss(load_model(source, compute_type(stage)), measured)
     gc.collect()  # the source is out of memory before gptqmodel loads its own
     events.progress(next(step), total, f"perplexity before: {perplexity(loss_before):.2f}")
     losses = quantizer.quantize(
@@ -72,7 +83,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     quantized_layers = check_files(folder, payload, layers, stage)
     check_weights(folder, payload, layers)
     model = Input(path=payload, digest="", type="Model")
-    quantized_model = load_model(model, compute_dtype())
+    quantized_model = load_model(model, compute_type(stage))
     loss, logits = mean_loss(quantized_model, measured), prompt_logits(quantized_model, measured[0])
     check_loss(loss_before, loss, stage)
     del quantized_model

@@ -25,7 +25,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 
 from tasks.engine import BASE, Completion, Engine
-from tasks.loading import compute_dtype, model_folder
+from tasks.loading import compute_type, model_folder
 from tasks.training import adapter_tensors, save_adapter
 from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
@@ -59,13 +59,12 @@ def start(
 
     assert request.engine is not None
     settings = stage.resources.engine or EngineSettings()
-    dtype = compute_dtype(stage.dtype)
-    model, name = model_folder(request.inputs["model"].path), str(dtype).removeprefix("torch.")
+    model, dtype = model_folder(request.inputs["model"].path), compute_type(stage)
     modules = {layer.rsplit(".", 1)[-1] for layer in layers}
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:
         log = request.work / "engine.log"
-        engine = Engine(request.engine, model, settings, name, stage.lora.r, longest, log, gpus, modules, folder)
+        engine = Engine(request.engine, model, settings, stage.dtype, stage.lora.r, longest, log, gpus, modules, folder)
         try:
             began = time.monotonic()
             if first:

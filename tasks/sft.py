@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import methods
-from tasks.loading import load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.loading import check_device, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, tokenize
 from tasks.rows import read_split
 from tuneline.architectures import reach
@@ -39,6 +39,7 @@ CHECKED_TOKENS = 256  # of a row, by `check_loss`
 def run(request: Request, stage: SftStage, events: Events) -> Result:
     from tasks import training
 
+    check_device(stage)
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)

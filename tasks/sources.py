@@ -28,8 +28,8 @@ from tasks.formats import KNOWN, BadRow, describe, detect, to_row
 from tasks.rows import Row
 from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.errors import StageFailed
+from tuneline.paths import suffix
 from tuneline.protocol import Events, Request
-from tuneline.workspace import suffix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

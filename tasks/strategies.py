@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from tasks.loading import load_model
 from tuneline.checkpoints import processes
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.protocol import Input
 from tuneline.stages import Resources
 
@@ -57,7 +59,12 @@ def join_processes(resources: Resources) -> None:
     """On CPUs; transformers 5.23 does it as well, but leaves `ddp_timeout` to GPUs: a process that hangs would hold up all for ever.
 
     On GPUs accelerate does it, with gloo for what FSDP keeps on the CPU where its own launcher has said so in the environment.
+
+    For CPUs DeepSpeed would compile an operator that sums up in shared memory, at the first training of each runtime and for more than a
+    minute (comm/torch.py of 0.19.8): it is left to gloo, which DeepSpeed uses where nothing can be compiled.
     """
+    if resources.strategy.startswith("zero") or resources.sequence_parallel_size > 1:
+        patch(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     if resources.strategy == "fsdp" and resources.offload:
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
     if "RANK" in os.environ and not torch.cuda.is_available() and not torch.distributed.is_initialized():

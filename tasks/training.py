@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.pytorch_utils import Conv1D
 
 from tasks import strategies
-from tasks.loading import check_loaded, compute_dtype
+from tasks.loading import check_loaded, compute_type
 from tuneline.checkpoints import FOLDER
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
@@ -50,7 +50,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": stage.global_batch_size // (micro * stage.resources.data_parallel_size),
-        "bf16": compute_dtype(stage.dtype) == torch.bfloat16,
+        "bf16": compute_type(stage) == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
         "ddp_timeout": stage.resources.collective_timeout,
         "save_strategy": "steps",

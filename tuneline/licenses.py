@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tuneline.data_sources import LANGUAGES
+from tuneline.file_memory import Look, Reading, digest_of_code
 from tuneline.gitignore import top_of
 
 HEAD = 2000  # characters in which a header stands
@@ -47,18 +48,30 @@ LICENSE_TEXTS: tuple[tuple[str, str, str], ...] = (  # SPDX name, what stands in
 class Licenses:
     """The license of a file: its own SPDX line, else that of the nearest folder with a license file, up to the tree's own."""
 
-    def __init__(self, folder: Path, allowed: Sequence[str]):
-        self._folder, self._allowed = folder, frozenset(name.lower() for name in allowed)
-        self._known: dict[str, list[str] | None] = {}  # by folder
+    def __init__(self, folder: Path, allowed: Sequence[str], look: Look):
+        self._folder, self._look, self._allowed = folder, look, frozenset(name.lower() for name in allowed)
+        self._files: dict[str, list[str]] = {}  # by folder in the tree
+        self._known: dict[str, list[str] | None] = {}
+        self._refusals: dict[tuple[str | None, str], str | None] = {}  # by header, or by folder where there is none
 
-    def refusal(self, name: str, text: str) -> str | None:
-        """Why the file is not read. With no list of licenses everything is."""
+    def enter(self, folder: str, entries: Iterable[os.DirEntry[str]]) -> None:
+        """Before the files of a folder are asked about: what lies in it."""
+        if self._allowed:
+            self._files[folder] = license_files(entries)
+
+    def refusal(self, name: str, header: str | None) -> str | None:
+        """Why the file, with this in its SPDX line, is not read. With no list of licenses everything is."""
         if not self._allowed:
             return None
-        header = SPDX.search(text[:HEAD])
-        if header:
-            return None if allows(header[1], self._allowed) else f"license {header[1].strip()}"
-        found = self._around(os.path.dirname(name))
+        asked = (header, name.rpartition("/")[0] if header is None else "")
+        if asked not in self._refusals:
+            self._refusals[asked] = self._refusal(*asked)
+        return self._refusals[asked]
+
+    def _refusal(self, header: str | None, folder: str) -> str | None:
+        if header is not None:
+            return None if allows(header, self._allowed) else f"license {header}"
+        found = self._around(folder)
         if not found:
             return "license unknown"
         refused = [license for license in found if not allows(license, self._allowed)]  # several texts: all of them hold
@@ -67,38 +80,52 @@ class Licenses:
     def _around(self, folder: str) -> list[str] | None:
         """What the license files of the nearest folder say that has any; empty where one of them is not known."""
         if folder not in self._known:
-            texts = license_texts(self._folder / folder)
-            if texts:
-                known = [recognised(text) for text in texts]
+            if self._files[folder]:
+                known = [self._look.read(RECOGNISED, file, self._look.file(file)) for file in self._files[folder]]
                 self._known[folder] = sorted({name for names in known for name in names}) if all(known) else []
             else:
-                self._known[folder] = self._around(os.path.dirname(folder)) if folder else self._above()
+                self._known[folder] = self._around(folder.rpartition("/")[0]) if folder else self._above()
         return self._known[folder]
 
     def _above(self) -> list[str] | None:
         """Of the folders around the tree, up to the top of its repository."""
         folder = Path(os.path.realpath(self._folder))
-        if top_of(folder) == folder:
+        if top_of(folder, self._look) == folder:
             return None
-        return Licenses(folder.parent, tuple(self._allowed))._around("")
+        above = Licenses(folder.parent, tuple(self._allowed), self._look)
+        above.enter("", self._look.entries(str(folder.parent)))
+        return above._around("")
 
 
-def license_texts(folder: Path) -> list[str]:
+def license_files(entries: Iterable[os.DirEntry[str]]) -> list[str]:
     return [
-        Path(entry.path).read_text(encoding="utf-8", errors="replace")
-        for entry in os.scandir(folder)
+        entry.path
+        for entry in entries
         if LICENSE_FILE.fullmatch(entry.name) and entry.name.rpartition(".")[2] not in LANGUAGES and entry.is_file(follow_symlinks=False)
     ]
 
 
-def recognised(text: str) -> list[str]:
+def spdx_line(text: str) -> str | None:
+    """The license that the head of a text names."""
     header = SPDX.search(text[:HEAD])
-    if header:
-        return [header[1].strip()]
+    return header[1].strip() if header else None
+
+
+def recognised(text: str) -> list[str]:
+    header = spdx_line(text)
+    if header is not None:
+        return [header]
     words = " ".join(re.sub(r"[\"“”'`>*#=_]+", " ", text.lower()).split())
     if "commons clause" in words:  # which takes back what the license around it gives
         return []
     return [name for name, says, says_not in LICENSE_TEXTS if re.search(says, words) and not (says_not and re.search(says_not, words))]
+
+
+def _recognised_in(file: str) -> list[str]:
+    return recognised(Path(file).read_text(encoding="utf-8", errors="replace"))
+
+
+RECOGNISED = Reading("license", digest_of_code(__file__), _recognised_in)
 
 
 def allows(expression: str, allowed: frozenset[str]) -> bool:

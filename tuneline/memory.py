@@ -6,7 +6,7 @@ allowed. Where the formulas come from:
     states        with Adam 16 bytes a trained parameter, a frozen one only its weight: ZeRO (arXiv:1910.02054), section 3.1
     shards        over the processes: optimizer states (zero1), gradients (zero2), weights (zero3, fsdp): the same, section 5
     activations   as in "Reducing Activation Recomputation" (arXiv:2205.05198), section 4, but counted for what transformers,
-                  PEFT and TRL keep today: `tests/test_program_estimates.py` compares with what their code does keep
+                  PEFT and TRL keep today: `tests/program/test_estimates.py` compares with what their code does keep
     QLoRA         NF4 and 0.127 bits a weight for its scales, which are quantized too: arXiv:2305.14314, section 3
 
 What no formula knows is in `other`: the CUDA context and the allocator's slack. docs/estimates.md has the errors.
@@ -70,8 +70,8 @@ class Job:
 
     @property
     def compute(self) -> int:
-        """Bytes of the compute type. `auto` is bfloat16 on GPUs, float32 elsewhere; see `tasks.loading.compute_dtype`."""
-        return BYTES[self.stage.dtype] if self.stage.dtype != "auto" else 2 if self.on_gpu else 4
+        """Bytes of the compute type."""
+        return BYTES[self.stage.compute_type()]
 
     @property
     def deepspeed(self) -> bool:

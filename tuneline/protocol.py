@@ -62,7 +62,7 @@ class Request(Message):
     kind: str
     key: str
     config: dict[str, Any]
-    """The whole stage as written, defaults filled in."""
+    """The whole stage as written, defaults filled in and what is `auto` decided."""
     seed: int
     inputs: dict[str, Input]
     """By slot: `model`, `dataset`, `datasets.0`, ..."""

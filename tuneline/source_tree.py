@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuneline.data_sources import LANGUAGES, CodeSource
-from tuneline.gitignore import Patterns, ignore_files_above, ignored, read_ignore_file
-from tuneline.licenses import HEAD, Licenses
+from tuneline.file_memory import Look, Reading, digest_of_code
+from tuneline.gitignore import IGNORE_FILE, Patterns, ignore_files_above, ignored, read_ignore_file
+from tuneline.licenses import HEAD, RECOGNISED, Licenses, spdx_line
 
-LARGEST = 1_000_000  # bytes; larger texts are data or were written by a program
+LARGEST = 1_000_000  # bytes; larger texts are data or were written by a program, and are not even opened
 # Folders that hold other people's code, or what a build made. Our own workspace is one of them.
 VENDORED = frozenset(
     "node_modules bower_components vendor vendored third_party third-party thirdparty site-packages dist-packages Pods dist build _build"
@@ -51,38 +52,60 @@ class Selection:
         return [self.folder / name for name in self.files]
 
 
-def select(folder: Path, source: CodeSource) -> Selection:
-    """Reads every file that its name does not rule out. Raises OSError for what cannot be read."""
-    found = Selection(folder)
+def select(folder: Path, source: CodeSource, look: Look) -> Selection:
+    """Reads every file that its name does not rule out, unless it is remembered. Raises OSError for what cannot be read.
+
+    Only what the content alone says is remembered; what the source's fields make of it is decided each time.
+    """
+    left_out = Counter[str]()
     include, exclude = (Patterns(re.sub(r"^(!?)\./", r"\1/", glob) for glob in globs) for globs in (source.include, source.exclude))
-    licenses = Licenses(folder, source.licenses)
+    licenses = Licenses(folder, source.licenses, look)
     files = {}
-    for name in walk(folder, exclude, found.left_out):
-        reason = named(name, source, include)
-        if reason is None:
-            content = (folder / name).read_bytes()
-            reason = unreadable(content) or licenses.refusal(name, content.decode())
+    for prefix, entries, kept in walk(folder, exclude, left_out, look):
+        licenses.enter(prefix.removesuffix("/"), entries)
+        for entry in kept:
+            name = prefix + entry.name
+            reason = named(name, source, include)
             if reason is None:
-                files[name] = hashlib.sha256(content).hexdigest()
-        if reason is not None:
-            found.left_out[reason] += 1
-    return Selection(folder, dict(sorted(files.items())), found.left_out)
+                facts = look.file(entry.path)
+                if facts[0] > LARGEST:
+                    reason = "over 1 MB"
+                else:
+                    digest, reason, header = look.read(TEXT, entry.path, facts)
+                    reason = reason or licenses.refusal(name, header)
+            if reason is None:
+                files[name] = digest
+            else:
+                left_out[reason] += 1
+    return Selection(folder, dict(sorted(files.items())), left_out)
 
 
-def walk(folder: Path, exclude: Patterns, left_out: Counter[str]) -> Iterator[str]:
-    """Names of the files that neither git nor `exclude` leaves out. Links are not followed: git keeps them as links, too."""
-    above, rules = ignore_files_above(folder)
+def walk(
+    folder: Path, exclude: Patterns, left_out: Counter[str], look: Look
+) -> Iterator[tuple[str, list[os.DirEntry[str]], list[os.DirEntry[str]]]]:
+    """(folder with `/` at its end, all that lies there, the files that neither git nor `exclude` leaves out), by folder.
+
+    Links are not followed: git keeps them as links, too.
+    """
+    above, rules = ignore_files_above(folder, look)
     waiting = [("", rules)]
     while waiting:
         prefix, rules = waiting.pop()
-        own = read_ignore_file(folder / prefix)
-        rules = [*rules, (above + prefix, own)] if own else rules
-        for entry in os.scandir(folder / prefix):
+        entries = look.entries(os.path.join(folder, prefix))
+        if prefix and any(entry.name in REPOSITORY for entry in entries):  # one inside of another: git lists none of its files either
+            left_out["vendored"] += 1
+            continue
+        for entry in entries:
+            if entry.name == IGNORE_FILE and entry.is_file(follow_symlinks=False):
+                look.file(entry.path)
+                rules = [*rules, (above + prefix, read_ignore_file(entry.path))]
+        kept = []
+        for entry in entries:
             name, is_folder = prefix + entry.name, entry.is_dir(follow_symlinks=False)
             if entry.name in REPOSITORY:
                 continue
             reason = "link" if entry.is_symlink() else "ignored" if ignored(above + name, is_folder, rules) else None
-            if reason is None and is_folder and (entry.name in VENDORED or entry.name.endswith(".egg-info") or is_repository(entry.path)):
+            if reason is None and is_folder and (entry.name in VENDORED or entry.name.endswith(".egg-info")):
                 reason = "vendored"
             if reason is None and exclude.decide(name, is_folder):
                 reason = "excluded"
@@ -95,12 +118,8 @@ def walk(folder: Path, exclude: Patterns, left_out: Counter[str]) -> Iterator[st
             elif is_folder:
                 waiting.append((name + "/", rules))
             else:
-                yield name
-
-
-def is_repository(folder: str) -> bool:
-    """A repository inside of another: git lists none of its files either."""
-    return any(os.path.lexists(os.path.join(folder, name)) for name in REPOSITORY)
+                kept.append(entry)
+        yield prefix, entries, kept
 
 
 def named(name: str, source: CodeSource, include: Patterns) -> str | None:
@@ -116,12 +135,21 @@ def named(name: str, source: CodeSource, include: Patterns) -> str | None:
 def unreadable(content: bytes) -> str | None:
     if not content.strip():
         return "empty"
-    if len(content) > LARGEST:
-        return "over 1 MB"
     if b"\0" in content:
         return "binary"
     try:
-        text = content.decode()
+        head = content.decode()[:HEAD]
     except UnicodeDecodeError:
         return "not UTF-8"
-    return "generated" if GENERATED_HEADER.search(text[:HEAD]) else None
+    return "generated" if "generated" in head.lower() and GENERATED_HEADER.search(head) else None  # the word alone is found faster
+
+
+def _text(file: str) -> tuple[str, str | None, str | None]:
+    """(sha256, why it is not read, license in its head): from one read."""
+    with open(file, "rb") as opened:
+        content = opened.read()
+    reason = unreadable(content)
+    return hashlib.sha256(content).hexdigest(), reason, None if reason else spdx_line(content.decode())
+
+
+TEXT = Reading("text", digest_of_code(__file__) + RECOGNISED.rules, _text)

@@ -29,7 +29,7 @@ from tuneline.fields import (
     Strict,
 )
 from tuneline.pools import AnyPool, Schedule
-from tuneline.stages import ProgramStage, Stage
+from tuneline.stages import ComputingStage, ProgramStage, Stage
 from tuneline.trainings import GrpoStage, SftStage
 
 SHARD = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(MB|GB)$"
@@ -120,11 +120,12 @@ class DatasetStage(ProgramStage):
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
+HUMAN_EVAL = "human_eval"  # the one benchmark that is not lm-eval's own
 # Fields without effect, unless the field is given that they are for.
 OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | {"max_new_tokens": "datasets"}
 
 
-class EvaluateStage(ProgramStage):
+class EvaluateStage(ComputingStage):
     """Benchmarks of lm-eval and test splits of datasets, on a model or an adapter."""
 
     kind: Literal["evaluate"]
@@ -174,10 +175,10 @@ class EvaluateStage(ProgramStage):
             yield Finding("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
         if not self.datasets and not self.benchmarks:
             yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
-        if "human_eval" in self.benchmarks and not self.allow_code_execution:
+        if HUMAN_EVAL in self.benchmarks and not self.allow_code_execution:
             hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
-            yield Finding(f"benchmarks.{self.benchmarks.index('human_eval')}", "found human_eval without allow_code_execution", hint)
-        if self.allow_code_execution and "human_eval" not in self.benchmarks:
+            yield Finding(f"benchmarks.{self.benchmarks.index(HUMAN_EVAL)}", "found human_eval without allow_code_execution", hint)
+        if self.allow_code_execution and HUMAN_EVAL not in self.benchmarks:
             found = "found allow_code_execution without human_eval, the only benchmark that runs code"
             yield Finding("allow_code_execution", found, "remove it")
         for owner in ("benchmarks", "datasets"):
@@ -206,7 +207,7 @@ class MergeStage(ProgramStage):
         return "Model"
 
 
-class QuantizeStage(ProgramStage):
+class QuantizeStage(ComputingStage):
     """Weights of fewer bits by GPTQ (arXiv:2210.17323), through gptqmodel."""
 
     kind: Literal["quantize"]

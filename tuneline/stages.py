@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -105,6 +105,10 @@ class ProgramStage(Stage):
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random in the stage."""
 
+    def decided(self) -> dict[str, Any]:
+        """What fields that are `auto` mean in this stage, by the file alone: it is in the key, and what the program gets."""
+        return {}
+
     def common_findings(self) -> Iterator[Finding]:
         devices = self.resources.devices
         if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
@@ -148,3 +152,22 @@ class ProgramStage(Stage):
     def smaller_micro_batch(self, size: int) -> int | None:
         """What to try after an out-of-memory at `size`: about half; None where nothing is smaller."""
         return size // 2 or None
+
+
+ComputeType = Literal["float32", "bfloat16"]
+
+
+class ComputingStage(ProgramStage):
+    """A stage whose result depends on the type that its model computes in."""
+
+    dtype: Literal["auto", ComputeType] = "auto"
+    """Compute type; `auto` is bfloat16 for a stage with GPUs (`resources.gpus`), else float32. What it means is in the key."""
+
+    def compute_type(self) -> ComputeType:
+        """By what the stage asks for, never by the machine: the key must be known before one is. An engine's GPUs are among the stage's."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.resources.gpus else "float32"
+
+    def decided(self) -> dict[str, Any]:
+        return {"dtype": self.compute_type()}

@@ -11,7 +11,7 @@ from tuneline.engines import MAX_LORA_RANK
 from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelRef, Strict
 from tuneline.rewards import Reward
 from tuneline.rewards import findings as reward_findings
-from tuneline.stages import ProgramStage
+from tuneline.stages import ComputingStage
 from tuneline.strategies import findings as strategy_findings
 
 
@@ -45,7 +45,7 @@ class EarlyStopping(Strict):
     """Least improvement that counts."""
 
 
-class Training(ProgramStage):
+class Training(ComputingStage):
     """What every training has."""
 
     model: ModelRef
@@ -72,8 +72,6 @@ class Training(ProgramStage):
     """Optimizer steps."""
     global_batch_size: int = Field(16, ge=1)
     """Sequences per optimizer step over all devices."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
 
     def gives(self) -> ArtifactType:
         return "Adapter"
@@ -213,9 +211,9 @@ class GrpoStage(Training):
     """Clipping of the probability ratio."""
     epsilon_high: float | None = Field(None, gt=0)
     """Clipping above, where it is another one (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dapo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
     """How token losses are averaged: `grpo` by sequence, `dr_grpo` by the longest length (arXiv:2503.20783), `dapo` by the tokens of
-    the whole batch, `bnpo` by those of a device's batch (which makes micro_batch_size matter)."""
+    the whole batch."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Probability ratios of tokens, or of whole sequences (GSPO, arXiv:2507.18071)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -27,10 +28,13 @@ def test_what_is_not_there_is_not_replaced() -> None:
 
 def test_the_page_lists_every_patch() -> None:
     page = (ROOT / "docs" / "patches.md").read_text(encoding="utf-8")
-    found = set()
-    for file in [*(ROOT / "flows").glob("*.py"), *(ROOT / "tasks").glob("*.py")]:
-        found |= {
-            (f"{file.parent.name}/{file.name}", name) for name in re.findall(r'\bpatch\([^"]*"(\w+)"', file.read_text(encoding="utf-8"))
-        }
+    files = [*(ROOT / "flows").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")]
+    calls = [
+        (file.relative_to(ROOT).as_posix(), node)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "patch"
+    ]
+    found = {(file, ast.literal_eval(call.args[1])) for file, call in calls}
     assert len(found) > 8
     assert [(file, name) for file, name in sorted(found) if f"`{file}" not in page or not re.search(rf"\b{name}\b", page)] == []

@@ -1,0 +1,131 @@
+"""What `validate` says of an evaluation by vLLM, and what of it is in its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneline.errors import ConfigError
+from tuneline.keys import key_document
+from tuneline.load import load
+from tuneline.spec import EvaluateStage
+
+STAGE: dict[str, Any] = {"kind": "evaluate", "model": "base", "benchmarks": ["arc_easy"]}
+FILE = """\
+version: 1
+pipelines:
+  demo:
+    stages:
+      base:  {{kind: model, path: model}}
+      data:  {{kind: dataset, sources: [{{type: files, path: a.jsonl}}]}}
+      sft:   {{kind: sft, model: base, dataset: data, lora: {{{lora}}}}}
+      small: {{kind: quantize, model: base, calibration: data{bits}}}
+      eval:  {{kind: evaluate, datasets: [data], {rest}}}
+"""
+HINT = "\n\nhint: set `backend: transformers`"
+HALF = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
+REFUSED = {
+    "unknown": ("model: base, backend: sglang", "demo.eval.backend: found 'sglang', allowed transformers, vllm"),
+    "quantized on a CPU": ("model: small, backend: vllm", f"demo.eval.model: found `small` with {HALF}{HINT}"),
+    "quantized in float32": (
+        "model: small, backend: vllm, resources: {gpus: 1}, dtype: float32",
+        f"demo.eval.model: found `small` with GPTQ in float32: vLLM computes it in half precision only{HINT}",
+    ),
+    "bits": (
+        "model: small, backend: vllm, resources: {gpus: 1}",
+        f"demo.eval.model: found `small` with bits 2 and sym true, where vLLM reads 4 or 8 bits, symmetric{HINT}",
+    ),
+    "dora": ("model: sft, backend: vllm", f"demo.eval.model: found `sft` with DoRA, which vLLM does not serve{HINT}"),
+    "rank": ("model: sft, backend: vllm", f"demo.eval.model: found `sft` with rank 600, where vLLM serves at most 512{HINT}"),
+    "engine without use": (
+        "model: base, resources: {engine: {max_num_seqs: 8}}",
+        "demo.eval.resources.engine: found an engine in a stage that uses none\n\nhint: remove it, or choose the engine vllm",
+    ),
+    "some of the GPUs": (
+        "model: base, backend: vllm, resources: {gpus: 4, engine: {gpus: 2}}",
+        "demo.eval.resources.engine.gpus: found 2, allowed resources.gpus, 4: all of them are the engine's\n\nhint: leave it out",
+    ),
+    "micro-batch": (
+        "model: base, backend: vllm, resources: {micro_batch_size: 4}",
+        "demo.eval.resources.micro_batch_size: found a micro_batch_size, which vLLM does not have\n\nhint: "
+        "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time",
+    ),
+    "few-shot without benchmarks": (
+        "model: base, num_fewshot: 0",
+        "demo.eval.num_fewshot: found num_fewshot without benchmarks, which alone it is for\n\nhint: remove it",
+    ),
+    "tasks without benchmarks": (
+        "model: base, include_path: mine",
+        "demo.eval.include_path: found include_path without benchmarks, which alone it is for\n\nhint: remove it",
+    ),
+    "template without benchmarks": (
+        "model: base, apply_chat_template: false",
+        "demo.eval.apply_chat_template: found apply_chat_template without benchmarks, which alone it is for\n\nhint: remove it",
+    ),
+    "code that no benchmark runs": (
+        "model: base, benchmarks: [arc_easy], allow_code_execution: true",
+        "demo.eval.allow_code_execution: found allow_code_execution without human_eval, the only benchmark that runs code\n\nhint: remove it",
+    ),
+    "processes": (
+        "model: base, backend: vllm, resources: {gpus: 2, processes: 2}",
+        "demo.eval.resources.processes: found 2 for evaluate, allowed 1\n\nhint: only trainings run in several processes: remove it",
+    ),
+}
+
+
+def written(folder: Path, rest: str, what: str = "") -> Path:
+    lora = {"dora": "use_dora: true", "rank": "r: 600"}.get(what, "r: 8")
+    file = folder / "p.yaml"
+    file.write_text(FILE.format(rest=rest, lora=lora, bits=", bits: 2" if what == "bits" else ""))
+    return file
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_work_is_refused(tmp_path: Path, what: str) -> None:
+    rest, message = REFUSED[what]
+    with pytest.raises(ConfigError) as caught:
+        load(written(tmp_path, rest, what))
+    assert str(caught.value).partition(": ")[2] == message
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "model: small, backend: vllm, resources: {gpus: 1}",
+        "model: sft, backend: vllm, resources: {gpus: 2, engine: {gpus: 2}}",
+        "model: small",
+        "model: base, num_fewshot: null, apply_chat_template: true",
+        "model: base, benchmarks: [human_eval], allow_code_execution: true, num_fewshot: 0, include_path: mine",
+        "model: base, resources: {micro_batch_size: 4}",
+    ],
+)
+def test_what_can_work_is_not(tmp_path: Path, rest: str) -> None:
+    load(written(tmp_path, rest))
+
+
+def stage(**fields: Any) -> EvaluateStage:
+    return EvaluateStage.model_validate({**STAGE, **fields})
+
+
+def test_the_backend_is_in_the_key_and_how_it_runs_is_not() -> None:
+    plain, vllm, moved = (
+        key_document(given, 1, {}, {}, {}, {}, "")["config"]
+        for given in (
+            stage(),
+            stage(backend="vllm", resources={"gpus": 1}),
+            stage(backend="vllm", resources={"gpus": 2, "engine": {"max_num_seqs": 8}}),
+        )
+    )
+    assert plain == {"benchmarks": ["arc_easy"], "dtype": "float32"}
+    assert vllm == moved == {"benchmarks": ["arc_easy"], "backend": "vllm", "dtype": "bfloat16"}
+
+
+def test_one_process_asks_vllm_whatever_its_gpus() -> None:
+    given = stage(backend="vllm", resources={"gpus": 4})
+    assert given.runtimes() == ["torch", "vllm"]
+    assert given.world_size() == 1
+    assert given.micro_batch_size() is None
+    assert stage().runtimes() == ["torch"]
+    assert stage(resources={"gpus": 2}).world_size() == 2  # which the loader refuses

@@ -1,0 +1,85 @@
+"""The libraries named in keys are those that programs import, in whatever function of whatever helper in `tasks`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuneline.keys import LIBRARIES, QLORA_LIBRARIES
+
+ROOT = Path(__file__).resolve().parents[2]
+PINS = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "infra" / "runtimes" / "torch.txt").read_text(), re.MULTILINE))
+NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"}
+ALL = tuple(LIBRARIES)
+# Imported, and no version of it can change what comes out: library -> kinds and the reason.
+CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
+    "deepspeed": (("sft", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
+    "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
+    "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
+    "jinja2": (tuple(kind for kind in ALL if kind != "model"), "the name of its error alone; transformers renders"),
+    "logbar": (("quantize",), "kept quiet"),
+    "matplotlib": (("dataset", "sft", "grpo"), "draws pictures for people into meta/"),
+    "numpy": (ALL, "takes the bits of GPTQ weights apart, exactly"),
+    "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
+    "pyarrow": (("sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
+    "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
+    "torch": (("dataset",), "loads weights, of which a dataset needs none"),
+}
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "infra" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Names of modules imported while the program runs; what only types need is not."""
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    if isinstance(node, ast.ImportFrom):
+        assert node.module
+        assert not node.level
+        yield node.module
+    for child in ast.iter_child_nodes(node):
+        yield from imported(child)
+
+
+def libraries_of(module: Path) -> set[str]:
+    """Distributions that a file of `tasks` imports. Where it imports by name, any library that a text in it names may be meant."""
+    tree = ast.parse(module.read_text())
+    names = set(imported(tree))
+    if "import_module" in {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}:
+        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        names |= {text for text in texts if text.isidentifier() and text.replace("_", "-") in PINS}
+    return {top.replace("_", "-") for name in names if (top := name.partition(".")[0]) not in NOT_OF_A_PROGRAM}
+
+
+def unnamed(named: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:
+    """By kind, what its program imports, `named` does not have and CHANGES_NOTHING does not excuse."""
+    versions, found = script("program_versions"), {}
+    for kind, program in versions.programs().items():
+        used = set().union(*map(libraries_of, versions.modules_of(program)))
+        assert used <= PINS, "a library is imported by another name than its distribution has"
+        excused = {library for library, (kinds, _) in CHANGES_NOTHING.items() if kind in kinds}
+        assert excused <= used - set(named[kind]), "an excuse for what is not imported, or is named all the same"
+        found[kind] = used - set(named[kind]) - excused
+    return {kind: libraries for kind, libraries in found.items() if libraries}
+
+
+def test_what_programs_import_is_in_their_keys() -> None:
+    named = LIBRARIES | {"sft": LIBRARIES["sft"] + QLORA_LIBRARIES}
+    assert unnamed(named) == {}
+    forgotten = {"merge": "huggingface-hub", "dataset": "tree-sitter-go", "grpo": "math-verify"}
+    without = {kind: tuple(library for library in libraries if library != forgotten.get(kind)) for kind, libraries in named.items()}
+    assert unnamed(without) == {kind: {library} for kind, library in forgotten.items()}

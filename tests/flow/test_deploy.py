@@ -1,0 +1,498 @@
+"""`tuneline deploy` against a real server, and runs of what it made by a real worker, with a stand-in for the programs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from processes import gone
+from project import ROOT, Project, shadow
+
+PIPELINES = """\
+version: 1
+runtimes: {stand-in: {python: bin/python}}
+vars: {rows: one}
+pools:
+  local: {type: process, concurrency: 4, queues: {interactive: {priority: 1}, nightly: {priority: 10, concurrency: 1}}}
+  boxes: {type: docker, image: "tuneline:1", gpus: 2}
+pipelines:
+  pico:
+    description: Small.
+    pool: local
+    queue: interactive
+    tags: [mine]
+    schedules:
+      night: {cron: 0 2 * * *, timezone: Europe/Berlin, queue: nightly, overrides: {one.seed: 7}, variables: {rows: one}}
+      often: {interval: 6h, active: false}
+    stages:
+      one:  {kind: dataset, runtime: stand-in, sources: [{type: files, path: "${rows}.txt"}]}
+      two:  {kind: dataset, runtime: stand-in, sources: [{type: files, path: two.txt}], needs: [one]}
+      gate: {kind: gate, require: [{metric: figure, of: two, at_least: 0.5}]}
+  other:
+    pool: local
+    schedules: {weekly: {interval: 7d, overrides: {one.seed: 1}}}
+    stages:
+      one: {kind: dataset, runtime: stand-in, pool: boxes, sources: [{type: files, path: other.txt}]}
+  here:
+    stages:
+      one: {kind: dataset, runtime: stand-in, sources: [{type: files, path: other.txt}]}
+"""
+
+
+@pytest.fixture
+def pico(project: Project, stand_in: Callable[..., None], prefect_server: str) -> Iterator[Project]:
+    """A project, and a server that is empty again afterwards."""
+    project.write(PIPELINES)
+    shadow(project.root, "flows", "tasks")
+    for name in ("one", "two", "other"):
+        project.write(name, f"{name}.txt")
+    yield project
+    with server() as client:
+        for deployment in client.read_deployments():
+            client.delete_deployment(deployment.id)
+        for automation in client.read_automations():
+            client.delete_automation(automation.id)
+        for pool in client.read_work_pools():
+            client.delete_work_pool(pool.name)
+
+
+def server() -> Any:
+    from prefect.client.orchestration import get_client
+
+    return get_client(sync_client=True)
+
+
+def deployed() -> dict[str, Any]:
+    with server() as client:
+        return {f"{client.read_flow(each.flow_id).name}/{each.name}": each for each in client.read_deployments()}
+
+
+def actions(document: Any) -> dict[str, str]:
+    return {
+        f"{item['what']} {item['name'].rpartition('-')[0] if item['what'] == 'automation' else item['name']}": item["action"]
+        for item in document["items"]
+    }
+
+
+def queues(pool: str) -> dict[str, tuple[int, int | None]]:
+    with server() as client:
+        found = client.request("POST", f"/work_pools/{pool}/queues/filter", json={}).json()
+    return {queue["name"]: (queue["priority"], queue["concurrency_limit"]) for queue in found}
+
+
+ALL = [
+    "pool local",
+    "queue local/interactive",
+    "queue local/nightly",
+    "pool boxes",
+    "deployment pico/pico-nightly",
+    "deployment pico/pico",
+    "deployment other/other",
+    "deployment run-stage/run-stage-boxes",
+    "automation tuneline-lost",
+    "automation tuneline-pending",
+]
+
+
+def test_the_server_says_what_the_file_says_and_a_second_deploy_changes_nothing(pico: Project) -> None:
+    assert actions(pico.json("deploy", "--dry-run")) == dict.fromkeys(ALL, "create")
+    assert deployed() == {}
+    made = pico.tuneline("deploy")
+    assert "10 created" in made.stderr
+    rows = {line.split()[1]: " ".join(line.split()[2:]) for line in made.stdout.splitlines() if not line.startswith(" ")}
+    assert rows["name"] == "action details"
+    assert rows["local"] == "create type process, concurrency 4"
+    assert rows["local/nightly"] == "create priority 10, concurrency 1"
+    assert rows["pico/pico"] == "create pool local, queue interactive, often every 6 h UTC (not active)"
+    assert rows["pico/pico-nightly"] == "create pool local, queue nightly, night 0 2 * * * Europe/Berlin"
+    found = deployed()
+    assert sorted(found) == ["other/other", "pico/pico", "pico/pico-nightly", "run-stage/run-stage-boxes"]
+    main, nightly, child = found["pico/pico"], found["pico/pico-nightly"], found["run-stage/run-stage-boxes"]
+    assert main.entrypoint == "flows.pipeline.pico"
+    assert main.parameters == {"pipeline": "pico", "file": str(pico.root / "pipelines.yaml")}
+    assert (main.work_pool_name, main.work_queue_name, main.description) == ("local", "interactive", "Small.")
+    assert (main.global_concurrency_limit.limit, main.concurrency_options.collision_strategy.value) == (1, "ENQUEUE")
+    assert {"tuneline", "pico", "mine"} < set(main.tags)
+    assert main.job_variables["env"] == {"PYTHONPATH": str(ROOT), "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
+    (often,) = main.schedules
+    assert (often.slug, often.active, often.schedule.interval, often.parameters) == ("often", False, datetime.timedelta(hours=6), {})
+    (night,) = nightly.schedules
+    assert (night.slug, night.active, night.schedule.cron, night.schedule.timezone) == ("night", True, "0 2 * * *", "Europe/Berlin")
+    assert night.parameters == {"overrides": {"one.seed": 7}, "variables": {"rows": "one"}}
+    assert nightly.work_queue_name == "nightly"
+    assert (child.entrypoint, child.parameters, child.enforce_parameter_schema) == ("flows.pipeline.run_stage", {}, False)
+    assert "PYTHONPATH" not in child.job_variables["env"]  # its image has a tuneline of its own
+    assert queues("local") == {"interactive": (1, None), "default": (2, None), "nightly": (10, 1)}
+    with server() as client:
+        pool = client.read_work_pool("local")
+        assert (pool.type, pool.concurrency_limit) == ("process", 4)
+    again = pico.tuneline("deploy")
+    assert again.stderr == "nothing to change\n"
+    assert actions(pico.json("deploy")) == dict.fromkeys(ALL, "same")
+    assert deployed() == found
+
+
+def test_what_somebody_changed_on_the_server_is_set_right_field_by_field(pico: Project) -> None:
+    from prefect.client.schemas.actions import WorkPoolUpdate
+
+    pico.tuneline("deploy")
+    nightly = deployed()["pico/pico-nightly"]
+    with server() as client:
+        client.request("PATCH", f"/deployments/{nightly.id}/schedules/{nightly.schedules[0].id}", json={"active": False})
+        client.update_work_pool("local", WorkPoolUpdate(concurrency_limit=9))
+        client.request("PATCH", "/work_pools/local/queues/nightly", json={"priority": 1})
+    changed = {item["name"]: item["changes"] for item in pico.json("deploy")["items"] if item["action"] != "same"}
+    assert changed == {
+        "local": [{"field": "concurrency", "old": 9, "new": 4}],
+        "local/interactive": [{"field": "priority", "old": 2, "new": 1}],
+        "local/nightly": [{"field": "priority", "old": 1, "new": 10}],
+        "pico/pico-nightly": [
+            {"field": "schedules.night.active", "old": False, "new": True},
+            # Prefect 3.9.1 forgets a schedule's parameters when it is switched; docs/operating/deploy.md warns of it.
+            {"field": "schedules.night.parameters.overrides", "old": None, "new": {"one.seed": 7}},
+            {"field": "schedules.night.parameters.variables", "old": None, "new": {"rows": "one"}},
+        ],
+    }
+    assert deployed()["pico/pico-nightly"].id == nightly.id  # and so its runs are still its own
+    assert pico.tuneline("deploy").stderr == "nothing to change\n"
+
+
+def test_what_left_the_file_goes_and_what_is_others_stays(pico: Project) -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    pico.tuneline("deploy")
+    with server() as client:
+        client.create_work_pool(WorkPoolCreate(name="theirs", type="process"))
+        client.create_deployment(client.create_flow_from_name("theirs"), "theirs", work_pool_name="boxes", tags=["tuneline"])
+        client.create_deployment(client.create_flow_from_name("theirs"), "more", work_pool_name="local", work_queue_name="their-queue")
+    text = PIPELINES[: PIPELINES.index("  other:")].replace(", nightly: {priority: 10, concurrency: 1}", "")
+    lines = [line for line in text.splitlines() if "night:" not in line and "boxes" not in line]
+    pico.write("\n".join(lines))
+    before = deployed()
+    expected = {
+        "pool local": "same",
+        "queue local/interactive": "same",
+        "deployment pico/pico": "same",
+        "automation tuneline-lost": "same",
+        "automation tuneline-pending": "same",
+        "deployment pico/pico-nightly": "delete",
+        "deployment other/other": "delete",
+        "deployment run-stage/run-stage-boxes": "delete",
+        "queue local/nightly": "delete",
+        "pool boxes": "left",
+    }
+    planned = pico.json("deploy", "--dry-run")
+    assert actions(planned) == expected
+    assert planned["items"][-1]["note"] == "not in the file any more, but used by theirs/theirs"
+    assert deployed() == before
+    assert "4 deleted" in pico.tuneline("deploy").stderr
+    assert sorted(deployed()) == ["pico/pico", "theirs/more", "theirs/theirs"]
+    assert sorted(queues("local")) == ["default", "interactive", "their-queue"]
+    pico.write(
+        pico.root.joinpath("pipelines.yaml")
+        .read_text()
+        .replace("      often: {interval: 6h, active: false}\n", "")
+        .replace("    schedules:\n", "")
+    )
+    (schedule,) = next(item["changes"] for item in pico.json("deploy")["items"] if item["name"] == "pico/pico")
+    assert (schedule["field"], schedule["old"]["interval"], schedule["new"]) == ("schedules.often", 21600, None)
+    assert deployed()["pico/pico"].schedules == []
+    pico.write(
+        PIPELINES[: PIPELINES.index("pools:")]
+        + "pipelines:\n"
+        + PIPELINES[PIPELINES.index("  here:") :].replace("other.txt", '"${rows}.txt"')
+    )
+    pico.tuneline("deploy")
+    assert sorted(deployed()) == ["theirs/more", "theirs/theirs"]
+    with server() as client:
+        assert sorted(pool.name for pool in client.read_work_pools()) == ["boxes", "local", "theirs"]
+        assert client.read_automations() == []
+        for deployment in client.read_deployments():
+            client.delete_deployment(deployment.id)
+    pico.tuneline("deploy")
+    with server() as client:
+        assert [pool.name for pool in client.read_work_pools()] == ["theirs"]
+
+
+def test_names_that_others_have_are_refused(pico: Project) -> None:
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    with server() as client:
+        client.create_work_pool(WorkPoolCreate(name="boxes", type="process"))
+        client.create_deployment(client.create_flow_from_name("pico"), "pico", tags=["tuneline"])
+    refused = pico.tuneline("deploy", status=2).stderr
+    assert (
+        "pipelines.yaml:6:17: pools.boxes.type: found docker, but the server has a pool `boxes` of type process\n\nhint: a pool keeps"
+        in refused
+    )
+    assert (
+        "pipelines.yaml:8:3: pico: found a deployment pico/pico on the server that was not made from this file\n\nhint: rename" in refused
+    )
+    assert sorted(deployed()) == ["pico/pico"]
+
+
+def test_stages_of_several_files_share_their_pools_deployment(pico: Project) -> None:
+    second = PIPELINES.replace("  pico:\n", "  pico-two:\n").replace("  other:\n", "  other-two:\n")
+    pico.tuneline("deploy")
+    pico.write(second, "second.yaml")
+    name = "deployment run-stage/run-stage-boxes"
+    assert actions(pico.json("deploy", "--file", "second.yaml"))[name] == "change"
+    assert actions(pico.json("deploy", "--file", "second.yaml"))[name] == "same"
+    assert actions(pico.json("deploy"))[name] == "same"
+    alone = PIPELINES[: PIPELINES.index("  other:")]
+    pico.write(alone)
+    assert actions(pico.json("deploy"))[name] == "change"
+    assert "run-stage/run-stage-boxes" in deployed()
+    pico.write(alone.replace("  pico:\n", "  pico-two:\n"), "second.yaml")
+    assert actions(pico.json("deploy", "--file", "second.yaml"))[name] == "delete"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0 2 * * *", "0 2 * * MOO", "pipelines.yaml:14:21: pico.schedules.night.cron: found '0 2 * * MOO': "),
+        ("  pico:", "  wait:", "pipelines.yaml:8:3: wait: found the name `wait`, which has a meaning of its own in flows/pipeline.py, "),
+        ("{one.seed: 7}", "{one.sed: 7}", "pipelines.yaml:14:94: pico.schedules.night.overrides.one.sed: found the unknown field `sed`"),
+    ],
+)
+def test_what_could_not_run_is_refused(pico: Project, old: str, new: str, message: str) -> None:
+    pico.write(PIPELINES.replace(old, new))
+    refused = pico.tuneline("deploy", status=2)
+    assert refused.stderr.startswith(message), refused.stderr
+    assert deployed() == {}
+
+
+def test_without_a_server_it_is_said_how_to_have_one(pico: Project) -> None:
+    for command in (["deploy"], ["submit", "pico"]):
+        refused = pico.tuneline(*command, status=2, PREFECT_API_URL="")
+        assert refused.stderr.startswith("PREFECT_API_URL: found no ")
+        assert refused.stderr.endswith("hint: `tuneline up` starts one\n")
+
+
+def test_a_lost_lease_ends_no_run(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Prefect does when the server was started anew: the lease is gone. Prefect's own would end the run after 3 tries."""
+    from prefect import flow, flow_engine
+    from prefect.client.schemas.objects import StateDetails
+    from prefect.states import Pending
+
+    import flows.pipeline
+
+    with flow_engine.maintain_concurrency_lease(uuid4(), 300, raise_on_lease_renewal_failure=True):
+        time.sleep(8)  # tries, after about 1 and 2 s, and would be cancelled here
+
+    asked: list[UUID] = []
+    real = flows.pipeline.maintain_concurrency_lease
+    monkeypatch.setattr(flows.pipeline, "maintain_concurrency_lease", lambda lease, *a, **k: asked.append(lease) or real(lease, *a, **k))
+    nothing, lease = flow(name="nothing")(lambda: None), uuid4()
+    with server() as client:
+        run = client.create_flow_run(nothing, state=Pending(state_details=StateDetails(deployment_concurrency_lease_id=lease)))
+    flow_engine.run_flow(nothing, flow_run=run)
+    assert asked == [lease], "Prefect's engine does not hold a lease by the name that flows/pipeline.py replaces"
+
+
+@pytest.mark.slow
+def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Project) -> None:
+    """The automations that `deploy` makes, with windows of 10 s instead of minutes; only runs of this file are marked."""
+    from prefect.events import emit_event
+    from prefect.events.schemas.automations import AutomationCore
+    from prefect.states import Pending, Running
+
+    from flows.wanted import crash_after, file_tag
+
+    pico.tuneline("deploy")
+    tag = file_tag(pico.root / "pipelines.yaml")
+    with server() as client:
+        for what, after in (("lost", "prefect.flow-run.heartbeat"), ("pending", "prefect.flow-run.Submitting")):
+            item = crash_after(f"tuneline-{what}-soon", tag, {after}, 10, f"{what} in the test")
+            client.create_automation(AutomationCore(name=item.name, **item.fields))
+        theirs = client.create_deployment(client.create_flow_from_name("theirs"), "theirs", work_pool_name="local")
+        pending, lost, foreign = (
+            client.create_flow_run_from_deployment(deployment).id
+            for deployment in (deployed()["pico/pico"].id, deployed()["other/other"].id, theirs)
+        )
+        time.sleep(2)  # until the server knows its new automations
+        client.set_flow_run_state(pending, Pending(name="Submitting"))
+        client.set_flow_run_state(foreign, Pending(name="Submitting"))
+        client.set_flow_run_state(lost, Running(), force=True)
+        related = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}]
+        emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{lost}"}, related=related)
+        deadline = time.monotonic() + 120
+        while not all(client.read_flow_run(each).state.is_crashed() for each in (pending, lost)):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert client.read_flow_run(pending).state.message == "pending in the test"
+        assert client.read_flow_run(lost).state.message == "lost in the test"
+        assert client.read_flow_run(foreign).state.is_pending()
+
+
+# --- runs by a worker -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker(pico: Project) -> Iterator[subprocess.Popen[str]]:
+    """A worker for the pool `local`, in a folder of its own, as a user starts one."""
+    pico.tuneline("deploy")
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--type", "process", "--install-policy", "never"]
+    env = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "2", "MARK": mark(pico)}
+    folder = pico.root / "elsewhere"
+    folder.mkdir()
+    with (pico.root / "worker.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    assert gone(mark(pico))
+
+
+def mark(project: Project) -> str:
+    return f"{project.root.name}{os.getpid()}"
+
+
+def prefect(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments], env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True, timeout=240
+    )
+
+
+def logs(run_id: str) -> list[str]:
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    with server() as client:
+        return [log.message for log in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[UUID(run_id)])))]
+
+
+def state(run_id: str) -> Any:
+    with server() as client:
+        return client.read_flow_run(UUID(run_id)).state
+
+
+@pytest.mark.slow
+def test_deployments_run_as_prefects_users_run_them(pico: Project, worker: subprocess.Popen[str]) -> None:
+    done = prefect("deployment", "run", "pico/pico", "-p", 'overrides={"one.seed": 1}', "--watch")
+    assert done.returncode == 0, done.stdout + done.stderr + (pico.root / "worker.log").read_text()
+    record = pico.json("show", "pico")
+    assert record["state"] == "completed"
+    assert record["stages"]["one"]["document"]["config"] == {
+        "seed": 1,
+        **{k: v for k, v in record["stages"]["one"]["document"]["config"].items() if k != "seed"},
+    }
+    wrong = prefect("deployment", "run", "pico/pico", "-p", 'overrides={"one.sed": 1}', "--watch")
+    assert wrong.returncode == 1
+    run_id = next(part for part in wrong.stdout.split() if len(part) == 36 and part.count("-") == 4)
+    assert "--set one.sed: pico.one.sed: found the unknown field `sed`" in state(run_id).message
+    assert "did you mean `seed`?" in "\n".join(logs(run_id))
+    assert "Traceback" not in "\n".join(logs(run_id))
+    refused = prefect("deployment", "run", "pico")
+    assert refused.returncode != 0  # the name without the slash: docs/operating/deploy.md says so
+
+
+@pytest.mark.slow
+def test_submit_follows_a_run_and_ends_as_it_does(pico: Project, stand_in: Callable[..., None], worker: subprocess.Popen[str]) -> None:
+    done = pico.tuneline("submit", "pico", "--set", "one.seed=3", "--watch")
+    run_id, page = done.stdout.split()
+    assert page == f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{run_id}"
+    assert "one: stand-in one: ok" in done.stderr
+    assert done.stderr.rstrip().endswith("run Completed")
+    refused = pico.json("submit", "pico", "--set", "gate.require.0.at_least=2", "--queue", "nightly", "--watch", status=3)
+    assert refused["state"] == "refused"
+    assert "Traceback" not in "\n".join(logs(refused["flow_run_id"]))
+    stand_in(two=["ok", "data"])
+    failed = pico.json("submit", "pico", "--force", "two", "--watch", status=1)
+    assert failed["state"] == "failed"
+    assert "planted data" in "\n".join(logs(failed["flow_run_id"]))
+    scheduled = pico.json("submit", "pico", "--only", "one")
+    assert (scheduled["pipeline"], scheduled["state"]) == ("pico", "scheduled")
+    with server() as client:
+        parameters = client.read_flow_run(UUID(refused["flow_run_id"])).parameters
+    assert parameters["overrides"] == {"gate.require.0.at_least": 2}
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_watched_run_going_and_says_how_to_end_it(
+    pico: Project, stand_in: Callable[..., None], worker: subprocess.Popen[str]
+) -> None:
+    stand_in(one=["sleep"])
+    process = pico.start("submit", "pico", "--watch")
+    deadline = time.monotonic() + 120
+    while not (pico.root / "sleeping-one").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    run_id = out.split()[0]
+    assert (
+        err.splitlines()[-1]
+        == f"the run goes on; to end it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run_id}"
+    )
+    assert state(run_id).is_running()
+    watcher = pico.start("submit", "pico", "--json", "--watch")  # one place: it waits, and starts when the other has ended
+    assert prefect("flow-run", "cancel", run_id).returncode == 0
+    out, err = watcher.communicate(timeout=180)
+    assert watcher.returncode == 0, err
+    assert state(run_id).is_cancelled()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_wrongly_marked_as_crashed_ends_as_it_does(
+    pico: Project, stand_in: Callable[..., None], worker: subprocess.Popen[str]
+) -> None:
+    from prefect.states import Crashed
+
+    stand_in(one=["wait"])
+    run_id = pico.json("submit", "pico")["flow_run_id"]
+    deadline = time.monotonic() + 120
+    while not (pico.root / "waiting-one").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with server() as client:
+        client.set_flow_run_state(UUID(run_id), Crashed(message="No sign of life"))
+    assert state(run_id).is_crashed()
+    pico.write("", "go")
+    while not state(run_id).is_completed():
+        assert time.monotonic() < deadline, state(run_id)
+        time.sleep(0.2)
+
+
+def test_a_wrong_submit_ends_with_2_and_a_message(pico: Project) -> None:
+    def told(*arguments: str) -> str:
+        return pico.tuneline("submit", *arguments, status=2).stderr
+
+    assert told("here").startswith(
+        "submit here: found no such deployment on the server, allowed none (there is none)\n\nhint: `tuneline deploy` makes one"
+    )
+    pico.tuneline("deploy")
+    known = "other/other, pico/pico, pico/pico-nightly, run-stage/run-stage-boxes"
+    assert told("pico/picoo").startswith("submit pico/picoo: found no such deployment on the server, allowed ")
+    assert sorted(told("pico/picoo").split("allowed ")[1].split("\n")[0].split(", ")) == known.split(", ")
+    assert told("pco").startswith("pipelines.yaml: found no pipeline `pco`, allowed pico, other, here")
+    assert told("pico", "--set", "one.sed=1").startswith("--set one.sed: pico.one.sed: found the unknown field `sed`")
+    assert told("pico", "--force", "on").startswith("--force: found no stage `on` in pico, allowed one, two, gate")
+    assert told("pico", "--queue", "nightli") == (
+        "--queue: found the unknown queue `nightli` of pool `local`, allowed interactive, default, nightly\n\nhint: did you mean `nightly`?\n"
+    )
+    with server() as client:
+        client.create_deployment(client.create_flow_from_name("theirs"), "pico", work_pool_name="local")
+    several = told("pico")
+    assert several.startswith("submit pico: found 2 deployments of that name, allowed one of ")
+    assert {"pico/pico", "theirs/pico"} == set(several.split("one of ")[1].split("\n")[0].split(", "))
+    assert pico.json("submit", "pico/pico")["state"] == "scheduled"
+    pico.write(PIPELINES, "second.yaml")
+    assert told("pico/pico", "--file", "second.yaml").startswith(
+        f"submit pico/pico: found pico/pico, which was deployed from {pico.root}/pipelines.yaml"
+    )

@@ -1,0 +1,176 @@
+"""The pages of docs/ that tell people what to type: their commands are run, their code is applied, their output compared.
+
+A fenced block names what it is for: ```console holds commands and what they print, ```diff FILE a change of a file, any other with a
+name a new file. Blocks without a name, such as ```sh, are only read. Numbers, keys and folders differ from machine to machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from project import ROOT
+
+from tuneline.errors import FailureClass
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    file: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    return [Block(*(part or "" for part in found.groups())) for found in BLOCK.finditer((DOCS / page).read_text(encoding="utf-8"))]
+
+
+class Reader:
+    """Somebody who does what a page says, in a project folder, with the packages in `packages`."""
+
+    def __init__(self, project: Path, packages: Path):
+        self.project, self.packages = project, packages
+        bin = project.parent / "bin"
+        bin.mkdir()
+        for name, call in (("tuneline", "-m flows"), ("python", "")):
+            (bin / name).write_text(f'#!/bin/sh\nexec {sys.executable} {call} "$@"\n')
+            (bin / name).chmod(0o755)
+        self.env = {**os.environ, "PYTHONPATH": str(packages), "PATH": f"{bin}:{os.environ['PATH']}", "COLUMNS": "200"}
+        (project / ".tuneline").mkdir(parents=True)
+        (project / ".tuneline" / "runtimes").symlink_to(ROOT / ".tuneline" / "runtimes")
+
+    def follow(self, block: Block, folder: Path) -> None:
+        if block.language == "console":
+            for command, expected in commands(block.text):
+                self.run(command, expected, folder)
+        elif block.language == "diff":
+            change(folder / block.file, block.text)
+        elif block.file:
+            (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.file).write_text(block.text, encoding="utf-8")
+
+    def run(self, command: str, expected: str, folder: Path) -> None:
+        done = subprocess.run(command, shell=True, cwd=folder, env=self.env, capture_output=True, text=True, timeout=600)
+        found = done.stdout + ("" if done.returncode == 0 else done.stderr)
+        assert agree(found, expected), f"$ {command}\nprints\n{done.stdout}\n{done.stderr}\nthe page says\n{expected}"
+
+
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+        command, _, expected = part.partition("\n")
+        yield command.partition("  #")[0].strip(), expected
+
+
+def agree(found: str, expected: str) -> bool:
+    """Line by line, less spaces and what differs between machines; a line `...` stands for any lines."""
+    lines = [re.escape(plain(line)) if line.strip() != "..." else "(?:.*\n)*?.*" for line in expected.strip().splitlines()]
+    return re.fullmatch("\n".join(lines), "\n".join(map(plain, found.strip().splitlines()))) is not None
+
+
+def plain(line: str) -> str:
+    line = re.sub(r"(/\S+)?/\.tuneline/", ".tuneline/", line)
+    line = re.sub(r"\d{8}T\d{6}Z?-\w+", "RUN", line)
+    line = re.sub(r"\b[0-9a-f]{2}/[0-9a-f]{64}\b", "KEY", line)
+    line = re.sub(r"\b[0-9a-f]{12,64}\b", "KEY", line)
+    line = re.sub(r"-?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( min \d\d)?\b", "N", line)
+    return " ".join(line.split())
+
+
+def change(file: Path, diff: str) -> None:
+    """Lines with `-` or a space are what is there, once; lines with `+` or a space what is there afterwards."""
+    lines = diff.splitlines()
+    before, after = ("".join(f"{line[1:]}\n" for line in lines if line[:1] in marks) for marks in ("- ", "+ "))
+    text = file.read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{file.name} holds this {text.count(before)} times:\n{before}"
+    file.write_text(text.replace(before, after), encoding="utf-8")
+
+
+def test_a_page_that_says_something_else_is_found_out() -> None:
+    assert agree("sft  done  1.2 s  loss 3e-05\nmore\n", "sft done 9 min 02 s loss 0.5\n...\n")
+    assert agree("a\nb\nc\n", "a\n...\nc\n")
+    assert not agree("sft  failed  1.2 s\n", "sft  done  1.2 s\n")
+    assert not agree("a\nb\n", "a\n")
+
+
+@pytest.mark.slow
+def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: Path) -> None:
+    code = tmp_path / "code"
+    for name in ("flows", "tasks", "tuneline", "infra", "tests", "docs"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__", "*.gguf"))
+    for name in ("README.md", "pipelines.yaml", "pyproject.toml"):
+        shutil.copyfile(ROOT / name, code / name)
+    shutil.rmtree(code / "docs" / "images", ignore_errors=True)
+    reader = Reader(tmp_path / "project", code)
+    versions = [sys.executable, code / "infra" / "program_versions.py"]
+    subprocess.run([*versions, "--same", "all"], cwd=code, env=reader.env, check=True)  # what is being worked on is not the page's
+    seen = []
+    for block in blocks("adding-a-stage.md"):
+        in_project = block.file in ("poems.jsonl", "pipelines.yaml") or "tuneline" in block.text and block.language == "console"
+        reader.follow(block, reader.project if in_project else code)
+        seen.append(block.language)
+    assert seen.count("diff") >= 5
+    assert seen.count("console") == 2
+    for check in ("program_versions.py", "generate_docs.py"):
+        subprocess.run([sys.executable, code / "infra" / check, "--check"], cwd=code, env=reader.env, check=True)
+    assert "## kind: vocabulary" in (code / "docs" / "pipelines.md").read_text()
+    for command in ("check", "format --check"):  # the page shows code as the project has it
+        files = ["tuneline/spec.py", "tasks/vocabulary.py", "tests/program/test_vocabulary.py"]
+        subprocess.run([Path(sys.executable).parent / "ruff", *command.split(), *files], cwd=code, check=True)
+    env = {**os.environ, "PYTHONPATH": f"{code}:{ROOT / '.cache' / 'test-tools'}"}
+    test = [runtime_python, "-m", "pytest", "tests/program/test_vocabulary.py", "-c", "tests/program/pytest.toml", "--rootdir", ".", "-q"]
+    done = subprocess.run(test, cwd=code, env=env, capture_output=True, text=True)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path) -> None:
+    reader = Reader(tmp_path / "my-project", ROOT)
+    shutil.copytree(pico_model, reader.project / "my-model")
+    ran = 0
+    for block in blocks("tutorial.md"):
+        reader.follow(block, reader.project)
+        ran += block.language == "console"
+    assert ran >= 8
+    reader.run("tuneline validate gpu/pipelines.yaml", "gpu/pipelines.yaml is valid: sums (7 stages)", reader.project)
+
+
+# --- troubleshooting ----------------------------------------------------------------------------------------------------
+
+
+def texts() -> str:
+    """Every text that stands in the code, places for values left out, a line each."""
+    found = []
+    for file in [path for folder in ("flows", "tasks", "tuneline") for path in sorted((ROOT / folder).glob("*.py"))]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        joined = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in joined:
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_troubleshooting_speaks_of_messages_that_there_are() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    by_class, by_message = page.split("## By message")
+    assert set(re.findall(r"^\| `(\w+)` \|", by_class, re.M)) == set(get_args(FailureClass))
+    said = [message for row in re.findall(r"^\| (`.*?`) \|", by_message, re.M) for message in re.findall(r"`(.*?)`", row)]
+    assert len(said) > 25
+    known = texts()
+    # What a value stands in for is passed over: `loss is nan` is `{name} is {value}`.
+    built = {"loss is nan": "\0 is \0 at step \0"}
+    unknown = [message for message in said if not all(part.strip() in known for part in built.get(message, message).split("…"))]
+    assert unknown == []

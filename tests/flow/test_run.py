@@ -1,0 +1,504 @@
+"""Runs through Prefect, with a stand-in for the programs that fails on demand: states, retries by class, gates, skips, records."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo_project import PIPELINES, statuses
+from processes import gone, marked
+from project import ROOT, Project
+
+from tuneline import file_memory
+from tuneline.store import Store
+
+
+@pytest.fixture
+def mark(demo: Project) -> str:
+    return f"{demo.root.name}{os.getpid()}"
+
+
+def calls(project: Project, name: str) -> list[dict[str, Any]]:
+    path = project.root / f"calls-{name}"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_then_everything_cached(demo: Project, run: Callable[..., Any]) -> None:
+    record, states = run()
+    assert record.state == "completed"
+    assert set(statuses(record).values()) == {"done"}
+    assert states.pop("id")
+    assert states == {**dict.fromkeys(["flow", "one", "two", "other", "gate", "after"], "Completed")}
+    record, states = run()
+    assert statuses(record) == {"one": "cached", "two": "cached", "other": "cached", "gate": "done", "after": "cached"}
+    assert {name: states[name] for name in ("one", "two", "gate", "flow")} == {
+        "one": "Cached",
+        "two": "Cached",
+        "gate": "Completed",
+        "flow": "Completed",
+    }
+    assert len(calls(demo, "one")) == 1
+    work = demo.root / ".tuneline" / "work"
+    assert not any(work.iterdir())
+
+
+def test_a_failure_skips_what_needs_it_and_spares_the_rest(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(one=["data", "ok"])
+    record, states = run()
+    assert record.state == "failed"
+    assert statuses(record) == {"one": "failed", "two": "skipped", "other": "done", "gate": "skipped", "after": "skipped"}
+    assert states.pop("id")
+    assert states == {
+        "flow": "Failed",
+        "one": "Failed: data",
+        "two": "Skipped",
+        "other": "Completed",
+        "gate": "Skipped",
+        "after": "Skipped",
+    }
+    assert record.stages[0].message == "data: planted data\n\nhint: none"
+    assert len(calls(demo, "one")) == 1  # class data is not tried again
+    assert run()[0].state == "completed"  # and a failure is never cached
+
+
+def test_a_gate_refuses_with_every_figure(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(two=[0.25])
+    record, states = run()
+    assert record.state == "refused"
+    assert (states["gate"], states["after"], states["flow"]) == ("Refused", "Skipped", "Refused")
+    gate = next(stage for stage in record.stages if stage.stage == "gate")
+    assert gate.message == "NOT met: figure of two is 0.25, required at least 0.5"
+
+
+def test_a_passing_failure_is_tried_again_within_the_budget(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(one=["transient", "transient", "ok"])
+    assert run()[0].state == "completed"
+    assert [call["attempt"] for call in calls(demo, "one")] == [1, 2, 3]
+
+
+def test_the_time_of_a_stage_is_that_of_all_its_attempts(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.console import run_table
+
+    stand_in(one=["tired", "tired", "ok"])
+    record, _ = run()
+    stages = {stage.stage: stage for stage in record.stages}
+    assert (stages["one"].attempts, stages["two"].attempts, stages["gate"].attempts) == (3, 1, 0)
+    assert stages["one"].seconds > 3
+    run_table([stages["one"]])
+    assert " s in 3 attempts " in capsys.readouterr().out
+
+
+def test_an_unexplained_death_is_tried_once_and_then_a_bug(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(one=["kill", "die"])
+    record, _ = run("one.retries=5")
+    assert len(calls(demo, "one")) == 2
+    assert "ended with status 9 without saying why, twice" in record.stages[0].message
+    assert "stand-in one: die" in record.stages[0].message  # the tail of its log
+    assert run()[0].state == "completed"
+
+
+def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill() -> None:
+        while not (demo.root / "sleeping-one").exists():
+            time.sleep(0.05)
+        program = calls(demo, "one")[-1]["pid"]  # `other` may have its watchdog at the same time
+        watchdog = int(Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1])
+        assert b"watchdog.py" in Path(f"/proc/{watchdog}/cmdline").read_bytes()
+        os.kill(watchdog, signal.SIGKILL)
+
+    monkeypatch.setenv("MARK", mark)
+    stand_in(one=["sleep"])
+    killer = threading.Thread(target=kill)
+    killer.start()
+    record, _ = run()
+    killer.join()
+    assert record.state == "completed"
+    assert len(calls(demo, "one")) == 2
+    assert gone(mark)  # also the process that the first attempt had started
+    stand_in(one=["ok", "ok", "sleep"])
+    (demo.root / "sleeping-one").unlink()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    record, _ = run("one.retries=0", force=["one"])
+    killer.join()
+    assert (
+        record.stages[0].message
+        == "transient: the program's watchdog was ended by signal 9\n\nhint: within `retries` it is tried once more"
+    )
+
+
+SCORED = """\
+version: 1
+runtimes: {stand-in: {python: bin/python}}
+pipelines:
+  demo:
+    stages:
+      base:   {kind: model, runtime: stand-in, gguf: one.txt}
+      scored: {kind: evaluate, runtime: stand-in, model: base, benchmarks: [any], resources: {micro_batch_size: 4}}
+"""
+
+
+def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    demo.write(SCORED)
+    stand_in(evaluate=["oom", "oom", "oom", "oom"])
+    record, _ = run("scored.retries=9")
+    assert [call["micro"] for call in calls(demo, "evaluate")] == [4, 2, 1]
+    assert record.state == "failed"
+    record, _ = run()  # what was learnt is kept
+    assert [call["micro"] for call in calls(demo, "evaluate")][3:] == [1]
+    assert "planted oom" in record.stages[1].message
+
+
+def test_force_rebuilds_one_stage(demo: Project, run: Callable[..., Any]) -> None:
+    run()
+    record, _ = run(force=["one"])
+    assert statuses(record)["one"] == "done"
+    assert statuses(record)["two"] == "cached"  # the same bytes came out
+    assert len(calls(demo, "one")) == 2
+
+
+def test_a_timeout_ends_a_stage_without_another_try(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
+    stand_in(other=["sleep"])
+    record, states = run("other.timeout=2")
+    assert states["other"] == "Failed: config"
+    assert "ended after its timeout of 2 s" in next(stage.message for stage in record.stages if stage.stage == "other")
+    assert len(calls(demo, "other")) == 1
+
+
+def test_a_broken_artifact_is_rebuilt_with_a_warning(demo: Project, run: Callable[..., Any]) -> None:
+    record, _ = run()
+    artifact = record.stages[0].artifact
+    assert artifact is not None
+    Path(artifact, "payload", "data.json").unlink()
+    record, _ = run()
+    assert statuses(record) == {"one": "done", "two": "cached", "other": "cached", "gate": "done", "after": "cached"}
+
+
+def test_log_and_progress_reach_the_server_and_no_path_the_manifest(demo: Project, run: Callable[..., Any]) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
+    from prefect.logging.handlers import APILogHandler
+
+    record, states = run()
+    APILogHandler().flush()
+    with get_client(sync_client=True) as client:
+        logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[states["id"]])))
+        bars = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[states["id"]])))
+    assert "stand-in one: ok" in [log.message for log in logs]
+    assert {(bar.data, bar.task_run_id is None) for bar in bars if bar.type == "progress"} == {(50.0, False)}
+    folder = Path(record.stages[0].artifact or "")
+    assert "stand-in one: ok" in (folder / "meta" / "log.txt").read_text()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert str(demo.root) not in json.dumps(manifest)
+
+
+def test_a_file_that_changes_while_it_is_read_is_never_stored(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]
+) -> None:
+    stand_in(one=["edit"], other=["edit and put back"])
+    record, _ = run()
+    assert statuses(record)["one"] == "failed"
+    assert "files that the stage reads have changed since the run began" in record.stages[0].message
+    # What `other` read is not known, so it does not count; but the stage does not fail.
+    assert statuses(record)["other"] == "done"
+    assert len(calls(demo, "other")) == 2
+    demo.write("one", "one.txt")
+    record, _ = run()
+    assert statuses(record)["one"] == "done"
+
+
+def test_a_hit_never_points_at_a_model_that_changed_since_its_key_was_computed(
+    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo.write(PIPELINES.partition("    stages:")[0] + "    stages:\n      base: {kind: model, runtime: stand-in, path: base}\n")
+    (demo.root / "base").mkdir()
+    demo.write("{}", "base/config.json")
+    stand_in(model=["reference"])
+    assert statuses(run()[0]) == {"base": "done"}
+    assert statuses(run()[0]) == {"base": "cached"}
+    real = Store.find
+    monkeypatch.setattr(Store, "find", lambda store, kind, key: demo.write("[]", "base/config.json") and real(store, kind, key))
+    record, _ = run()
+    assert statuses(record) == {"base": "failed"}
+    assert "files that the stage reads have changed since the run began" in record.stages[0].message
+
+
+def test_a_task_lists_a_tree_once_and_writes_the_memory_of_files_once(
+    demo: Project, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = """
+      base: {kind: model, runtime: stand-in, path: base}
+      code: {kind: dataset, runtime: stand-in, model: base, sources: [{type: code, path: tree}]}
+"""
+    demo.write(PIPELINES.partition("    stages:")[0] + "    stages:" + stages)
+    for name in ("base/config.json", "tree/0/a.py", "tree/1/a.py"):
+        (demo.root / name).parent.mkdir(parents=True)
+        demo.write("{}", name)
+    monkeypatch.setattr(file_memory, "TICK", -(10**12))  # what was just written counts as old
+    listed, saved = list[str](), list[str]()
+    real_entries, real_replace = file_memory.Look.entries, Path.replace
+    monkeypatch.setattr(file_memory.Look, "entries", lambda look, folder: listed.append(folder) or real_entries(look, folder))
+    monkeypatch.setattr(Path, "replace", lambda path, target: saved.append(Path(target).name) or real_replace(path, target))
+    record, _ = run()
+    assert statuses(record) == {"base": "done", "code": "done"}
+    assert sorted(folder.removeprefix(f"{demo.root}/") for folder in listed) == ["base/", "tree/", "tree/0/", "tree/1/"]
+    assert saved.count("digests.json") == 2, "one for each task"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "disk: /store: No space left on device"), (errno.ENOENT, "FileNotFoundError: ")]
+)
+def test_a_full_disk_is_told_from_a_bug_of_ours(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number), "/store")
+
+    monkeypatch.setattr("tuneline.store.Store.publish", fail)
+    record, _ = run()
+    assert record.state == "failed"
+    assert record.stages[0].message.startswith(message)
+
+
+# --- the real command, in a process of its own ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None]) -> None:
+    stand_in(two=[0.25, 0.75])
+    out = demo.json("run", "demo", status=3)
+    assert out["state"] == "refused"
+    assert [stage["status"] for stage in out["stages"]] == ["done", "done", "done", "refused", "skipped"]
+    again = demo.tuneline("run", "demo", "--force", "two", "--verbose")
+    assert "stand-in two: 0.75" in again.stderr
+    assert "demo completed" in again.stderr
+    assert "figure 0.75" in again.stdout
+    refused = demo.tuneline("run", "demo", "--set", "gate.require.0.at_least=2", status=3)
+    assert "starting Prefect" not in refused.stderr
+    assert "NOT met: figure of two is 0.75, required at least 2" in refused.stdout
+    assert "after: skipped (needs gate)" in refused.stderr
+    no_gpu = demo.tuneline("run", "demo", "--set", "one.resources.gpus=1", "--force", "one", status=2, CUDA_VISIBLE_DEVICES="")
+    assert "demo.one.resources.gpus: found 1, but this machine shows 0" in no_gpu.stderr
+    Path(out["stages"][0]["artifact"], "payload", "data.json").unlink()
+    assert "store: warning: dataset/" in demo.tuneline("run", "demo").stderr
+    cached = demo.tuneline("run", "demo")
+    assert "starting Prefect" not in cached.stderr
+    assert {stage["status"] for stage in demo.json("plan", "demo")["stages"] if stage["kind"] != "gate"} == {"cached"}
+    shown = demo.json("show", "demo")
+    assert shown["stages"]["two"]["metrics"] == {"figure": 0.75}
+    assert demo.json("show", "demo/two")["kind"] == "dataset"
+    facts = demo.tuneline("show", "demo/two").stdout
+    assert re.match(r"stage    two\nkind     dataset\nstatus   cached\nkey      [0-9a-f]{64}\nmade     20..-..-.. ..:..:.. UTC\n", facts)
+    assert "inputs   needs: one\nmetrics  figure 0.75\npayload  .tuneline/store/dataset/" in facts
+    assert demo.tuneline("show", "demo/after", "--run", out["run_id"]).stdout == (
+        "stage    after\nkind     dataset\nstatus   skipped\nmessage  needs gate\ninputs   needs: gate\n"
+    )
+    assert demo.json("show", "demo", "--run", out["run_id"])["state"] == "refused"
+    assert demo.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"
+    Path(out["stages"][0]["artifact"], "payload", "data.json").write_text("x" * 48)
+    assert "payload/data.json" in demo.tuneline("verify", status=1).stdout
+
+
+def test_a_configured_server_that_is_away_is_said(demo: Project) -> None:
+    result = demo.tuneline("run", "demo", status=2, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert result.stderr.startswith("PREFECT_API_URL: found no Prefect server at http://127.0.0.1:9/api")
+    assert "hint: start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL" in result.stderr
+
+
+def test_a_configured_server_that_is_another_is_said(demo: Project) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}/api"
+        result = demo.tuneline("run", "demo", status=2, PREFECT_API_URL=address)
+        server.shutdown()
+        thread.join()
+    assert result.stderr.startswith(f"PREFECT_API_URL: found no Prefect server at {address} (HTTP Error 404")
+
+
+def asleep(project: Project, process: subprocess.Popen[str], name: str = "one") -> None:
+    """Waits until the stage sleeps."""
+    deadline = time.monotonic() + 120
+    while not (project.root / f"sleeping-{name}").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_killed_run_leaves_no_process_and_the_next_completes(
+    demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str, number: signal.Signals
+) -> None:
+    stand_in(one=["sleep"])
+    own_server = {"PREFECT_API_URL": ""} if number == signal.SIGKILL else {}
+    process = demo.start("run", "demo", MARK=mark, **own_server)
+    asleep(demo, process)
+    assert demo.json("show", "demo")["state"] == "running"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert gone(mark)
+    assert "Traceback" not in err
+    if number == signal.SIGKILL:
+        assert demo.json("show", "demo")["state"] == "killed"
+        (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
+        assert row[:3] == ["one", "dataset", "killed"]
+        assert float(row[3]) > 0
+        (stage,) = [stage for stage in demo.json("show", "demo")["record"] if stage["stage"] == "one"]
+        (log,) = demo.root.glob(".tuneline/work/*/log.txt")
+        assert stage["message"] == f"came to step 1 of 2; its log is {log}"
+    else:
+        assert process.returncode == 130, err
+        assert "one: cancelled (stopped with the run)" in err
+        shown = demo.json("show", "demo")
+        assert shown["state"] == "cancelled"
+        assert {stage["stage"]: stage["status"] for stage in shown["record"]}["one"] == "cancelled"
+        (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
+        assert (row[2], row[5:]) == ("cancelled", ["stopped", "with", "the", "run"])
+    killed = demo.json("show", "demo")["run_id"]
+    assert demo.json("run", "demo")["state"] == "completed"
+    assert "its log is" not in demo.tuneline("show", "demo", "--run", killed).stdout  # it has gone into the artifact
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_the_run_in_order_but_not_under_nohup(
+    demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str
+) -> None:
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    stand_in(one=["sleep"])
+    ours, theirs = os.openpty()
+    command, env = [sys.executable, "-m", "flows", "run", "demo"], {**os.environ, "PYTHONPATH": str(ROOT), "MARK": mark}
+    process = subprocess.Popen(
+        command, cwd=demo.root, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=own_terminal
+    )
+    os.close(theirs)
+    while not (demo.root / "sleeping-one").exists():
+        os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(30) == 130
+    assert gone(mark)
+    assert demo.json("show", "demo")["state"] == "cancelled"
+    stand_in(one=["ok", "slow"])
+    with subprocess.Popen(["nohup", *command], cwd=demo.root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(calls(demo, "one")) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_the_run_at_once(demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str) -> None:
+    stand_in(one=["deaf"])
+    process = demo.start("run", "demo", MARK=mark, TUNELINE_GRACE="60")
+    asleep(demo, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # it gives its program the grace
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=2)
+    assert process.returncode == 130
+    assert "stopping; Ctrl-C again ends it at once" in err
+    assert gone(mark)
+    assert demo.json("show", "demo")["state"] == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: Callable[..., None], mark: str) -> None:
+    stand_in(one=["slow"], other=["slow"])
+    # One retry of 2 s instead of two that take 6: every request after the server's end waits for them.
+    process = demo.start("run", "demo", MARK=mark, PREFECT_API_URL="", PREFECT_CLIENT_MAX_RETRIES="1")
+    while not calls(demo, "one"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    for pid in marked(mark):
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"uvicorn" in line and b"watchdog" not in line:
+            os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert "Prefect: warning: the Prefect server has ended; the stages go on without it" in err
+    assert "does not answer and has not heard how this run ended" in err
+    assert "Traceback" not in err
+    assert "Error logging to API" not in err
+    shown = demo.json("show", "demo")
+    assert shown["state"] == "completed"
+    assert all(shown["stages"][name] for name in ("one", "two", "other", "after"))
+
+
+@pytest.mark.slow
+def test_eight_runs_at_once_build_each_stage_once(demo: Project, stand_in: Callable[..., None], prefect_server: str) -> None:
+    stand_in(**{name: ["slow"] for name in ("one", "two", "other", "after")})
+    own_server = {"PREFECT_API_URL": ""}
+    runs = [demo.start("run", "demo", "--json", **(own_server if i < 2 else {})) for i in range(8)]
+    ends = [(*process.communicate(timeout=240), process.returncode) for process in runs]
+    assert [code for _, _, code in ends] == [0] * 8, "\n".join(err for _, err, _ in ends)
+    documents = [json.loads(out) for out, _, _ in ends]
+    assert len({document["run_id"] for document in documents}) == 8
+    for i, name in enumerate(("one", "two", "other", "gate", "after")):
+        statuses = sorted(document["stages"][i]["status"] for document in documents)
+        assert [document["stages"][i]["stage"] for document in documents] == [name] * 8
+        assert statuses == ["done"] * 8 if name == "gate" else ["cached"] * 7 + ["done"]
+        assert len(calls(demo, name)) == (name != "gate")
+    assert demo.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"
+
+
+@pytest.mark.slow
+def test_a_busy_server_is_waited_for(demo: Project, prefect_server: str) -> None:
+    """Prefect on SQLite answers 503 while others write; its client gives up after a few tries, and ends in a traceback."""
+    refused, port = 0, int(prefect_server.split(":")[2].split("/")[0])
+
+    def pipe(source: socket.socket, target: socket.socket, guarded: bool) -> None:
+        nonlocal refused
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if guarded and data.startswith(b"POST /api/flow_runs/ ") and refused < 5:
+                    refused += 1
+                    source.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", port)) as server:
+                back = threading.Thread(target=pipe, args=(server, self.request, False))
+                back.start()
+                pipe(self.request, server, True)
+                back.join()
+
+    class Proxy(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        block_on_close = False
+
+    with Proxy(("127.0.0.1", 0), Handler) as proxy:
+        threading.Thread(target=proxy.serve_forever).start()
+        address = f"http://127.0.0.1:{proxy.server_address[1]}/api"
+        result = demo.tuneline("run", "demo", PREFECT_API_URL=address, PREFECT_CLIENT_MAX_RETRIES="1")
+        proxy.shutdown()
+    assert result.returncode == 0, result.stderr
+    assert refused == 5

@@ -1,0 +1,166 @@
+"""Slots and GPUs of one run, and the progress bar that never keeps a supervisor waiting."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from project import ROOT
+
+from flows import progress
+from flows.slots import Slots, visible_gpus
+from flows.supervisor import Supervisor
+from tuneline.errors import StageFailed
+from tuneline.protocol import Event
+
+
+def test_no_gpu_is_handed_out_twice_and_who_waits_gets_it(tmp_path: Path) -> None:
+    slots = [Slots(None, ["0", "1", "2"], tmp_path), Slots(None, ["0", "1", "2"], tmp_path)]  # two runs of one machine
+    most, seen, lock = [0], set[str](), threading.Lock()
+
+    def stage(run: int, gpus: int) -> None:
+        with slots[run].taken(gpus) as taken:
+            with lock:
+                assert not seen & set(taken.gpus)
+                seen.update(taken.gpus)
+                most[0] = max(most[0], len(seen))
+            time.sleep(0.05)
+            with lock:
+                seen.difference_update(taken.gpus)
+
+    threads = [threading.Thread(target=stage, args=(i % 2, gpus)) for i, gpus in enumerate((1, 2, 1, 3, 1, 2, 0, 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert most[0] == 3
+
+
+def test_what_the_machine_has_not_got_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match=r"resources\.gpus is 2, but this machine shows 1"), Slots(None, ["0"], tmp_path).taken(2):
+        pass
+    with pytest.raises(StageFailed, match=r"resources\.devices names 3, but this machine shows 0, 1"):
+        Slots(None, ["0", "1"], tmp_path).taken(1, [3]).__enter__()
+
+
+def test_pinned_devices_are_those_that_are_taken(tmp_path: Path) -> None:
+    slots, other = Slots(None, ["0", "1", "2"], tmp_path), Slots(None, ["0", "1", "2"], tmp_path)
+    with slots.taken(2, [2, 0]) as taken:
+        assert taken.gpus == ["2", "0"]
+        with other.taken(1) as rest:
+            assert rest.gpus == ["1"]
+
+
+def test_several_are_taken_at_once_or_not_at_all(tmp_path: Path) -> None:
+    """Two runs that want both GPUs, and each would hold one: nobody waits for ever."""
+    first, second = Slots(None, ["0", "1"], tmp_path), Slots(None, ["0", "1"], tmp_path)
+    told: list[str] = []
+    with first.taken(1, holder={"stage": "demo/sft"}):
+        waiting = threading.Thread(target=lambda: second.taken(2, on_wait=told.append, keep_waiting=lambda: not done).__enter__())
+        done: list[bool] = []
+        waiting.start()
+        while not told:
+            time.sleep(0.01)
+        assert re.fullmatch(rf"waits for 2 of GPU 0, 1: 0 is held by demo/sft \(process {os.getpid()}, since \d\d:\d\d\)", told[0])
+        with first.taken(1) as taken:  # what the waiting one could not use is free for others
+            assert taken.gpus == ["1"]
+    waiting.join(30)
+    assert not waiting.is_alive()
+
+
+def test_a_wait_ends_with_its_run(tmp_path: Path) -> None:
+    slots = Slots(2, ["0"], tmp_path)
+    with slots.taken(1), pytest.raises(StageFailed, match="stopped with the run") as error:
+        slots.taken(1, keep_waiting=lambda: False).__enter__()
+    assert error.value.final
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from flows.slots import Slots
+with Slots(None, ["0"], Path(sys.argv[1])).taken(1, holder={"stage": "other/sft"}):
+    print("has it", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "has it\n"
+        slots = Slots(None, ["0"], tmp_path)
+        assert slots.held_by_others(["0"])[0].startswith(f"0 is held by other/sft (process {holder.pid}, since ")
+        holder.kill()
+        holder.wait()
+        with slots.taken(1) as taken:
+            assert taken.gpus == ["0"]
+    finally:
+        holder.kill()
+        holder.stdout.close()  # type: ignore[union-attr]
+
+
+def test_one_stage_at_a_time_without_gpus(tmp_path: Path) -> None:
+    slots = Slots(None, [], tmp_path)
+    with slots.taken(0):
+        waiting = threading.Thread(target=lambda: slots.taken(0).__enter__(), daemon=True)
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+
+
+def test_visible_gpus_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert visible_gpus() == ["3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("TUNELINE_GPUS", "2")
+    assert visible_gpus() == ["0", "1"]
+
+
+def test_a_pause_ends_with_the_run() -> None:
+    supervisor = Supervisor()
+    threading.Timer(0.1, supervisor.stop).start()
+    started = time.monotonic()
+    supervisor.pause(60)
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_that_is_away_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def hang(percent: float, description: str) -> None:
+        asked.append(percent)
+        time.sleep(30)
+
+    monkeypatch.setattr(progress, "create_progress_artifact", hang)
+    bar = progress.ProgressArtifact("sft")
+    started = time.monotonic()
+    for step in range(1000):
+        bar.show(Event(t=0, type="progress", step=step, total=1000))
+    bar.close()
+    assert time.monotonic() - started < 10
+    assert len(asked) == 1
+
+
+def test_the_last_progress_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[float] = []
+    monkeypatch.setattr(progress, "create_progress_artifact", lambda percent, description: shown.append(percent) or "id")
+    monkeypatch.setattr(progress, "update_progress_artifact", lambda artifact, percent, description: shown.append(percent))
+    bar = progress.ProgressArtifact("sft")
+    for step in (10, 100):
+        bar.show(Event(t=0, type="progress", step=step, total=100, message="x"))
+        time.sleep(0.2)
+    bar.close()
+    assert shown == [10.0, 100.0]

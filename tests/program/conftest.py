@@ -1,0 +1,49 @@
+"""Fixtures of the program tests."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+from elsewhere import Elsewhere
+from pico import save_pico
+from program_tools import run_program
+from sft_tools import request_for
+from strategy_tools import FIELDS
+
+from tuneline.protocol import Input, Request
+
+
+def pytest_collection_finish() -> None:
+    """Has the garbage collector leave the libraries alone: accelerate has it look through all there is after each training, which takes
+    longer than a pico model's training itself."""
+    if "transformers" in sys.modules:
+        for name in ("tasks.sft_trainer", "tasks.grpo_trainer", "tasks.checkpoints", "tasks.harness"):
+            importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
+    folder = tmp_path_factory.mktemp("pico") / "model"
+    return Input(path=save_pico(folder), digest="b" * 64, type="Model")
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """Another process, in which programs must write the same bytes."""
+    process = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield process
+    process.end()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, base: Input) -> Request:
+    """Trained by one process."""
+    request = request_for(tmp_path_factory.mktemp("one") / "one", base, **FIELDS)
+    run_program(request)
+    return request

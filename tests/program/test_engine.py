@@ -1,0 +1,266 @@
+"""vLLM as a program's engine: its figures are transformers', the adapter asked for is the one that answers, nothing outlives it.
+
+One server for most of them: a start takes half a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pico import save_pico
+from program_tools import ROOT
+from transformers import AutoModelForCausalLM
+
+from tasks.engine import BASE, Engine
+from tuneline.engines import EngineSettings
+from tuneline.errors import StageFailed
+from tuneline.watchdog import descendants
+
+pytestmark = pytest.mark.slow
+WORDS, END = 128, 2  # few enough that a random model comes upon its end token
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8, 9, 10, 11, 12, 13], [100]]
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+SAMPLED: dict[str, Any] = {"max_tokens": 64, "temperature": 1.0}
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tasks.engine import Engine
+from tuneline.engines import EngineSettings
+python, model, log = map(Path, sys.argv[1:])
+with Engine(python, model, EngineSettings(enforce_eager=True), "float32", None, 64, log):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pico(tmp_path_factory.mktemp("model"), width=128, vocabulary=WORDS)  # vLLM takes heads of 32 and more on a CPU
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[Path]:
+    """Two that do something, and name their base as ours do."""
+    folders = [tmp_path_factory.mktemp("adapter") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        peft = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, lora_alpha=32, target_modules="all-linear"))
+        for name, weight in peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        peft.save_pretrained(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": f"tuneline:{seed:064x}"}))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def engine(vllm_python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with start(vllm_python, model, tmp_path_factory.mktemp("engine") / "engine.log", 4, LAYERS) as engine:
+        yield engine
+
+
+def start(python: Path, model: Path, log: Path, lora_rank: int | None = None, lora_modules: Sequence[str] | None = None) -> Engine:
+    settings = EngineSettings(enforce_eager=True, cpu_memory=0.25, start_timeout=300)
+    return Engine(python, model, settings, "float32", lora_rank, 128, log, lora_modules=lora_modules)
+
+
+def expected(model: Path, adapter: Path | None, tokens: list[int]) -> torch.Tensor:
+    """transformers' log-probabilities of what may follow each token, shape [tokens, words]."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    with torch.inference_mode():
+        return loaded(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+
+def check_greedy(engine: Engine, name: str, model: Path, adapter: Path | None) -> list[list[int]]:
+    completions = engine.generate(PROMPTS, model=name, **GREEDY)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        likely = expected(model, adapter, prompt + completion.ids)[len(prompt) - 1 : -1]
+        assert completion.ids == likely.argmax(-1).tolist()
+        assert completion.logprobs == pytest.approx(likely.max(-1).values.tolist(), abs=1e-3)
+        assert completion.model == name
+    return [completion.ids for completion in completions]
+
+
+def test_greedy_is_that_of_transformers(engine: Engine, model: Path) -> None:
+    check_greedy(engine, BASE, model, None)
+
+
+def test_the_adapter_that_is_asked_for_answers(engine: Engine, model: Path, adapters: list[Path]) -> None:
+    engine.load("first", adapters[0])
+    engine.load("second", adapters[1])
+    answers = [check_greedy(engine, name, model, adapter) for name, adapter in zip(("first", "second"), adapters, strict=True)]
+    assert answers[0] != answers[1] != check_greedy(engine, BASE, model, None) != answers[0]
+    with pytest.raises(StageFailed, match=r"cannot load the adapter third beside \['first', 'second'\]"):
+        engine.load("third", adapters[0])
+    engine.unload("first")
+    with pytest.raises(StageFailed, match="cannot load the adapter first"):
+        engine.load("first", adapters[1])
+    with pytest.raises(StageFailed, match="404: The model `first` does not exist"):
+        engine.generate(PROMPTS, model="first", **GREEDY)
+    engine.load("fourth", adapters[0])
+    assert check_greedy(engine, "fourth", model, adapters[0]) == answers[0]
+    assert check_greedy(engine, "second", model, adapters[1]) == answers[1]
+    engine.unload("second")
+    engine.unload("fourth")
+
+
+def test_more_prompts_than_fit_a_batch_with_a_seed_each(engine: Engine) -> None:
+    prompts = [[3 + (i + k) % 100 for k in range(100)] for i in range(40)]  # 4,000 tokens, of which it computes 2,048 together
+    completions = engine.generate(prompts, model=BASE, max_tokens=4, temperature=1.0, seed=7)
+    assert all(completion.ids for completion in completions)
+
+
+def test_an_adapter_of_layers_that_it_was_not_told_of_is_refused(engine: Engine, model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(StageFailed, match="the adapter output has weights for lm_head, which the engine was not told of"):
+        engine.load("output", tmp_path)
+
+
+def test_an_engine_of_adapters_for_the_output_layer_does_not_score(model: Path, tmp_path: Path) -> None:
+    for layers in (None, [*LAYERS, "lm_head"]):
+        with pytest.raises(StageFailed, match="whose adapters may change lm_head cannot score"):
+            start(Path("python"), model, tmp_path / "engine.log", 4, layers).score(PROMPTS, BASE)
+
+
+def test_another_process_of_the_training_may_ask_it_too(engine: Engine, vllm_python: Path, model: Path, tmp_path: Path) -> None:
+    other = start(vllm_python, model, tmp_path / "engine.log")
+    other.join(engine.address)
+    assert other.generate(PROMPTS, model=BASE, **GREEDY) == engine.generate(PROMPTS, model=BASE, **GREEDY)
+    other.__exit__(None, None, None)
+    engine.generate(PROMPTS, model=BASE, **GREEDY)
+
+
+def test_without_its_key_it_does_not_answer(engine: Engine, vllm_python: Path, model: Path, tmp_path: Path) -> None:
+    other = start(vllm_python, model, tmp_path / "engine.log")
+    other.join((engine.address[0], "guessed"))
+    with pytest.raises(StageFailed, match="answers POST /v1/completions with 401"):
+        other.generate(PROMPTS, model=BASE, **GREEDY)
+
+
+def test_what_vllm_does_not_take_is_refused_in_its_words(engine: Engine, adapters: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 99, "lora_alpha": 1, "target_modules": ["q_proj"]}')
+    shutil.copy(adapters[0] / "adapter_model.safetensors", tmp_path)
+    with pytest.raises(
+        StageFailed, match="answers POST /v1/load_lora_adapter with 500: .*LoRA rank 99 is greater than max_lora_rank 8"
+    ) as failed:
+        engine.load("broad", tmp_path)
+    assert failed.value.failure_class == "bug"
+
+
+def test_samples_differ_by_seed_and_end_with_the_end_token(engine: Engine, model: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    completions = engine.generate([PROMPTS[0]] * 40, model=BASE, **SAMPLED, seed=7, done=lambda *state: heard.append(state))
+    assert len({tuple(completion.ids) for completion in completions}) == 40
+    ended = [completion for completion in completions if completion.finish_reason == "stop"]
+    assert 0 < len(ended) < 40
+    for completion in completions:
+        assert (completion.ids[-1] == END) == (completion.finish_reason == "stop")
+        assert END not in completion.ids[:-1]
+        assert len(completion.ids) == 64 or completion.finish_reason == "stop"
+        likely = expected(model, None, PROMPTS[0] + completion.ids)[len(PROMPTS[0]) - 1 : -1]
+        given = likely.gather(-1, torch.tensor([completion.ids]).T)[:, 0]
+        assert completion.logprobs == pytest.approx(given.tolist(), abs=1e-3)
+    assert heard == sorted(heard)
+    assert heard[-1] == (40, sum(len(completion.ids) for completion in completions))
+    again = engine.generate([PROMPTS[0]] * 3, model=BASE, **SAMPLED, seed=[9, 7, 46])
+    assert [completion.ids for completion in again] == [completions[i].ids for i in (2, 0, 39)]
+
+
+def test_log_probabilities_are_those_before_temperature(engine: Engine, model: Path) -> None:
+    (completion,) = engine.generate(PROMPTS[:1], model=BASE, max_tokens=12, temperature=0.5, top_p=0.9, seed=1)
+    likely = expected(model, None, PROMPTS[0] + completion.ids)[len(PROMPTS[0]) - 1 : -1]
+    assert completion.logprobs == pytest.approx(likely.gather(-1, torch.tensor([completion.ids]).T)[:, 0].tolist(), abs=1e-3)
+
+
+def test_a_token_of_the_caller_ends_it_too(engine: Engine) -> None:
+    (whole,) = engine.generate(PROMPTS[:1], model=BASE, **GREEDY)
+    (cut,) = engine.generate(PROMPTS[:1], model=BASE, **GREEDY, stop_token_ids=[whole.ids[3]])
+    assert cut.ids == whole.ids[: whole.ids.index(whole.ids[3]) + 1]
+    assert (cut.finish_reason, whole.finish_reason) == ("stop", "length")
+
+
+def test_scores_are_those_of_transformers(engine: Engine, model: Path, adapters: list[Path]) -> None:
+    greedy = engine.generate(PROMPTS, model=BASE, **GREEDY)
+    engine.load("scorer", adapters[0])
+    likeliest: list[bool] = []
+    for name, adapter in ((BASE, None), ("scorer", adapters[0])):
+        sequences = [prompt + completion.ids for prompt, completion in zip(PROMPTS, greedy, strict=True)]
+        for tokens, score in zip(sequences, engine.score(sequences, name), strict=True):
+            likely = expected(model, adapter, tokens)[:-1]
+            following = torch.tensor(tokens[1:])
+            assert score.logprobs == pytest.approx(likely.gather(-1, following[:, None])[:, 0].tolist(), abs=1e-3)
+            assert score.greedy == (likely.argmax(-1) == following).tolist()
+            likeliest += score.greedy
+    assert 0 < sum(likeliest) < len(likeliest)
+    engine.unload("scorer")
+
+
+def test_a_prompt_that_is_too_long_is_refused_not_cut(engine: Engine) -> None:
+    with pytest.raises(StageFailed, match="a prompt and its 12 tokens are 132, but the engine was started for 128"):
+        engine.generate([[5] * 120], model=BASE, **GREEDY)
+
+
+def test_one_that_cannot_come_up_says_why(vllm_python: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NobodysModel"]}')
+    with pytest.raises(StageFailed, match=r"(?s)ended with status 1 before it was ready; the end of engine.log:\n.*NobodysModel") as failed:
+        start(vllm_python, tmp_path, tmp_path / "engine.log").__enter__()
+    assert failed.value.failure_class == "config"
+    assert len(failed.value.message.splitlines()) <= 21
+
+
+def test_a_server_that_dies_at_work_is_a_passing_failure(vllm_python: Path, model: Path, tmp_path: Path) -> None:
+    with start(vllm_python, model, tmp_path / "engine.log") as engine:
+        family = family_of(engine._server.process.pid)
+        engine.generate(PROMPTS, model=BASE, **GREEDY)
+        worker = next(process for process, name in family.items() if "Worker" in name)
+        threading.Timer(1, os.kill, (worker, signal.SIGKILL)).start()
+        with pytest.raises(StageFailed, match="engine.log:\n") as failed:
+            engine.generate([[5]] * 10_000, model=BASE, **SAMPLED)
+    assert failed.value.failure_class == "transient"
+    assert not alive(family)
+
+
+def test_killing_the_program_kills_the_server(vllm_python: Path, model: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLDER, str(vllm_python), str(model), str(tmp_path / "engine.log")]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        family = family_of(holder.pid)
+        assert len(family) >= 4  # the watchdog, the server, its core and its worker
+        holder.kill()
+        assert wait_until(lambda: not alive(family))
+
+
+def family_of(process: int) -> dict[int, str]:
+    """The command of everything that `process` has started, by process id."""
+    return {found: Path(f"/proc/{found}/cmdline").read_text().replace("\0", " ") for found in descendants(process)}
+
+
+def alive(family: dict[int, str]) -> list[str]:
+    return [name for process, name in family.items() if Path(f"/proc/{process}").exists()]
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return holds()

@@ -1,0 +1,35 @@
+"""A pipeline with every real stage on a pico model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from project import Project
+
+PIPELINES = """\
+version: 1
+roots: ["%(models)s"]
+runtimes: {here: {python: "%(python)s"}}
+pipelines:
+  pico:
+    stages:
+      base:     {kind: model, path: %(model)s, runtime: here}
+      words:    {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {validation: 0.1, test: 0.2}, runtime: here}
+      sft:      {kind: sft, model: base, dataset: words, lora: {r: 8, lora_dropout: 0.1}, learning_rate: 5e-3, max_steps: 150,
+                 global_batch_size: 4, runtime: here, resources: {checkpoint_steps: 5}}
+      merged:   {kind: merge, adapters: [sft], runtime: here}
+      gptq:     {kind: quantize, model: merged, calibration: words, group_size: 32, samples: 8, max_perplexity_ratio: 3, runtime: here}
+      eval:     {kind: evaluate, model: gptq, datasets: [words], max_new_tokens: 4, runtime: here}
+      eval-sft: {kind: evaluate, model: sft, datasets: [words], max_new_tokens: 4, runtime: here}
+      gate:     {kind: gate, require: [{metric: words/bits_per_byte, of: eval, at_most: 100}]}
+"""
+
+
+def make(root: Path, python: Path, model: Path, pipelines: str = PIPELINES) -> Project:
+    root.mkdir()
+    project = Project(root)
+    project.write(pipelines % {"python": python, "model": model, "models": model.parent})
+    rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
+    project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
+    return project
