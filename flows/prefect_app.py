@@ -4,7 +4,7 @@ still for a minute.
 A statement that fails ("database is locked") leaves its cursor open, in a cycle with the traceback. The garbage collector frees it later,
 on the event loop's thread, and resets its statement, for which SQLite takes the connection's mutex. If that connection waits for the write
 lock just then, a minute at most, and a transaction of the same loop holds it, each waits for the other, and no request is answered. So the
-cursor of a failed statement is closed at once, by the thread of its connection. (Prefect 3.8.8, SQLAlchemy 2.0.58, aiosqlite 0.22.1.)
+cursor of a failed statement is closed at once, by the thread of its connection. (Prefect 3.9.1, SQLAlchemy 2.1.9, aiosqlite 0.22.1.)
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def test_what_somebody_changed_on_the_server_is_set_right_field_by_field(pico: P
         "local/nightly": [{"field": "priority", "old": 1, "new": 10}],
         "pico/pico-nightly": [
             {"field": "schedules.night.active", "old": False, "new": True},
-            # Prefect 3.8.8 forgets a schedule's parameters when it is switched; docs/operating/deploy.md warns of it.
+            # Prefect 3.9.1 forgets a schedule's parameters when it is switched; docs/operating/deploy.md warns of it.
             {"field": "schedules.night.parameters.overrides", "old": None, "new": {"one.seed": 7}},
             {"field": "schedules.night.parameters.variables", "old": None, "new": {"rows": "one"}},
         ],
