@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from demo_project import PIPELINES
+from once import once
+from pico_project import make
+from processes import gone, until
 from project import Project
 
 from tuneline.load import load
 from tuneline.runs import RunRecord
+
+
+@pytest.fixture(autouse=True)
+def processes_where_they_are_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("process"):
+        monkeypatch.setattr(Project, "warm", False)
+
+
+@pytest.fixture(scope="session")
+def program_python(runtime_python: Path) -> Path:
+    """Python of the programs of all tests but those of tests/flow/test_pico.py: the runtime's. A warm one would be named here."""
+    return runtime_python
+
+
+@pytest.fixture(scope="session")
+def pico_run(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path, prefect_server: str) -> Project:
+    """Each kind of a real program but grpo, as a process of its own on a pico model. The run was killed with -9 in the middle of its
+    training, and run again. To be copied by who changes it."""
+
+    def build(root: Path) -> None:
+        project, mark = make(root, runtime_python, pico_model), f"pico-{os.getpid()}"
+        process = project.start("run", "pico", MARK=mark, PYTHONHASHSEED="1")
+        until(lambda: list(root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")), process)
+        process.kill()
+        process.communicate()
+        assert gone(mark)
+        assert not list(root.glob(".tuneline/store/sft/*/*"))  # nothing half-written is visible
+        again = project.tuneline("run", "pico", "--verbose")
+        assert "base: cached" in again.stderr
+        assert "sft: done" in again.stderr
+        assert "sft: started (sft, resumes from step " in again.stderr
+        assert "resuming from checkpoint-" in again.stderr
+
+    return Project(once(tmp_path_factory, "pico_run", build))
 
 
 @pytest.fixture

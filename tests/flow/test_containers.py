@@ -249,6 +249,7 @@ def test_the_image_copies_what_there_is_and_names_no_host() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_steps_of_the_image_are_run_in_a_scratch_folder(tmp_path: Path) -> None:
     """All but the system's packages, its user, and the runtimes, which `make setup` builds by the same command."""
     image = tmp_path / "image"

@@ -135,7 +135,7 @@ def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: 
 
 
 @pytest.mark.slow
-def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path) -> None:
+def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path, prefect_server: str) -> None:
     reader = Reader(tmp_path / "my-project", ROOT)
     shutil.copytree(pico_model, reader.project / "my-model")
     ran = 0

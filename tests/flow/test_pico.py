@@ -4,16 +4,15 @@ again in one folder, undisturbed in another. Both must come to the same digests.
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pico_project import make
-from processes import gone
+from pico_project import copied, make
 from project import Project
 from report_page import Page
 
+pytestmark = pytest.mark.usefixtures("prefect_server")
 OTHER_METHODS = """\
 version: 1
 roots: ["%(models)s"]
@@ -38,33 +37,15 @@ def digests(project: Project) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path) -> Project:
-    """A project whose run was killed with -9 in the middle of training, and run again."""
-    project = make(tmp_path_factory.mktemp("killed") / "project", runtime_python, pico_model)
-    mark = f"pico-{os.getpid()}"
-    process = project.start("run", "pico", MARK=mark, PYTHONHASHSEED="1")
-    deadline = time.monotonic() + 300
-    while not list(project.root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert gone(mark, 5.0)
-    assert not list(project.root.glob(".tuneline/store/sft/*/*"))  # nothing half-written is visible
-    again = project.tuneline("run", "pico", "--verbose")
-    assert "base: cached" in again.stderr
-    assert "sft: done" in again.stderr
-    assert "sft: started (sft, resumes from step " in again.stderr
-    assert "resuming from checkpoint-" in again.stderr
-    return project
+def killed(tmp_path_factory: pytest.TempPathFactory, pico_run: Project) -> Project:
+    return copied(pico_run, tmp_path_factory.mktemp("killed") / "project")
 
 
 @pytest.mark.slow
 def test_a_killed_and_an_undisturbed_run_end_with_the_same_digests(
-    killed: Project, tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path
+    killed: Project, tmp_path_factory: pytest.TempPathFactory, program_python: Path, pico_model: Path
 ) -> None:
-    other = make(tmp_path_factory.mktemp("other folder") / "püroject", runtime_python, pico_model)
+    other = make(tmp_path_factory.mktemp("other folder") / "püroject", program_python, pico_model)
     other.tuneline("run", "pico", PYTHONHASHSEED="2")
     assert set(digests(killed)) == set(STAGES)
     assert digests(other) == digests(killed)
@@ -120,9 +101,10 @@ def test_a_touched_base_model_is_the_same_model(killed: Project, pico_model: Pat
 
 
 @pytest.mark.slow
-def test_a_model_trained_whole_is_evaluated_trained_on_and_shown(killed: Project, runtime_python: Path, pico_model: Path) -> None:
+@pytest.mark.full
+def test_a_model_trained_whole_is_evaluated_trained_on_and_shown(killed: Project, program_python: Path, pico_model: Path) -> None:
     file = "methods.yaml"
-    killed.write(OTHER_METHODS % {"python": runtime_python, "model": pico_model, "models": pico_model.parent}, file)
+    killed.write(OTHER_METHODS % {"python": program_python, "model": pico_model, "models": pico_model.parent}, file)
     assert killed.tuneline("validate", file).stdout == "methods.yaml is valid: methods (8 stages)\n"
     planned = {row["stage"]: row for row in killed.json("plan", "methods", "--file", file)["stages"]}
     assert {name: row["status"] for name, row in planned.items()} == {
