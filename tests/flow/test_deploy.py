@@ -478,6 +478,7 @@ def test_submit_follows_a_run_and_ends_as_it_does(working: Project) -> None:
     assert "planted data" in "\n".join(logs(failed["flow_run_id"]))
     scheduled = working.json("submit", "pico", "--only", "one")
     assert (scheduled["pipeline"], scheduled["state"]) == ("pico", "scheduled")
+    until(lambda: state(scheduled["flow_run_id"]).is_completed())
     with server() as client:
         parameters = client.read_flow_run(UUID(refused["flow_run_id"])).parameters
     assert parameters["overrides"] == {"gate.require.0.at_least": 2}
