@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,21 @@ def processes_where_they_are_asked_for(request: pytest.FixtureRequest, monkeypat
 
 @pytest.fixture(scope="session")
 def program_python(runtime_python: Path) -> Path:
-    """Python of the programs of all tests but those of tests/flow/test_pico.py: the runtime's. A warm one would be named here."""
+    """Python of the programs, except in `pico_run`, where each kind is a process of its own. A warm one would be named here."""
     return runtime_python
+
+
+@pytest.fixture(scope="session")
+def program_runtimes(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, program_python: Path) -> Path:
+    """A folder of runtimes, for TUNELINE_RUNTIMES, whose `torch` is `program_python`."""
+    real = runtime_python.parents[1]
+    runtimes = tmp_path_factory.mktemp("program") / ".tuneline" / "runtimes"
+    (runtimes / real.name / "bin").mkdir(parents=True)
+    shutil.copyfile(real / "tuneline-complete", runtimes / real.name / "tuneline-complete")
+    python = runtimes / real.name / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {program_python} "$@"\n')
+    python.chmod(0o755)
+    return runtimes
 
 
 @pytest.fixture(scope="session")

@@ -485,6 +485,7 @@ def test_submit_follows_a_run_and_ends_as_it_does(working: Project) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_ctrl_c_leaves_a_watched_run_going_and_says_how_to_end_it(working: Project) -> None:
     working.write(json.dumps({"one": ["sleep"]}), "script.json")
     process = working.start("submit", "pico", "--watch")

@@ -18,7 +18,7 @@ from project import ROOT
 
 from flows import lasting
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_server_of_the_session")]
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.usefixtures("no_server_of_the_session")]
 PIPELINES = """\
 version: 1
 runtimes: {stand-in: {python: bin/python}}

@@ -213,6 +213,7 @@ def test_a_full_disk_is_told_from_a_bug_of_ours(
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_command_line_end_to_end(demo: Project, stand_in: Callable[..., None], prefect_server: str) -> None:
     own_server = {"PREFECT_API_URL": ""}
     stand_in(two=[0.25, 0.75])
@@ -279,7 +280,7 @@ def asleep(project: Project, process: subprocess.Popen[str], name: str = "one") 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.process), signal.SIGTERM])
 def test_a_killed_run_leaves_no_process_and_the_next_completes(
     demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str, number: signal.Signals
 ) -> None:

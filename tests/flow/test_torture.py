@@ -196,6 +196,7 @@ def test_stand_ins_killed_at_random(project: Project, stand_in: Callable[..., No
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_pico_pipeline_killed_at_random(tmp_path: Path, pico_run: Project, prefect_server: str) -> None:
     project = copied(pico_run, tmp_path / "project")
     with seed_on_failure("pico") as dice:
