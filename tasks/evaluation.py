@@ -22,7 +22,8 @@ from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchma
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import compute_dtype, load_model, load_tokenizer
-from tasks.masks import prompt_ids, render_text, tokenize
+from tasks.masks import prompt_ids, tokenize
+from tasks.rendering import render_text
 from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
 from tuneline.errors import StageFailed

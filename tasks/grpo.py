@@ -18,7 +18,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from tasks.loading import compute_dtype, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
-from tasks.masks import prompt_ids, render_text
+from tasks.masks import prompt_ids
+from tasks.rendering import render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
 from tuneline.architectures import reach
