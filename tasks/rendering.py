@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Form:
     """Arguments of calls are JSON text: the template joins them to a string. Elsewhere they are objects."""
     no_content: bool = False
     """A turn that only calls tools has null as its content: with an empty one, the template would lose the calls."""
+    ends: tuple[int, ...] = ()
+    """Tokens that it writes after an answer, or after calls: the first of them ends a turn. None where it writes no end."""
     opened: str = ""
     """What the generation prompt has after the beginning of an answer, and the rendered conversation has not: `<think>` and the like."""
 
@@ -144,6 +146,25 @@ def called(call: Any, as_text: bool) -> Any:
     return {**call, "function": function} if "function" in call else function
 
 
+# --- the end of a turn ------------------------------------------------------------------------------------------------
+
+
+def ends(tokenizer: PreTrainedTokenizerBase, listed: Any = None) -> list[int]:
+    """Tokens that end an answer: what the template writes after one, the eos token, which ends plain text, and those `listed` as
+    eos_token_id of a generation_config, a number or several."""
+    known = listed if isinstance(listed, list) else [listed]
+    of_turns = form(tokenizer).ends if tokenizer.chat_template is not None else ()
+    return [token for token in dict.fromkeys([*of_turns, tokenizer.eos_token_id, *known]) if token is not None]
+
+
+def check_end(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, no_end: bool) -> None:
+    """Raises StageFailed(config) where conversations are to be trained under a template that ends no turn."""
+    if no_end or tokenizer.chat_template is None or form(tokenizer).ends or all(row.messages is None for row in rows):
+        return
+    message = "the chat template writes no token after an answer: trained on it, a model does not learn where to stop"
+    raise StageFailed("config", message, "take a template that ends turns, or set `no_end: true`: answers then run to their longest")
+
+
 # --- what a template is like ------------------------------------------------------------------------------------------
 
 
@@ -167,7 +188,27 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     prompt, whole = tried([question], None, tokenizer, found, True), tried([question, answer], None, tokenizer, found)
     common = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), min(len(prompt), len(whole)))
     opened = prompt[common:] if ANSWER in whole[common:] and THINKING.fullmatch(prompt[common:]) else ""
-    return Form(found.parts, found.text_arguments, found.no_content, opened)
+    return replace(found, opened=opened, ends=ends_of_turns(question, answer, tokenizer, found))
+
+
+def ends_of_turns(question: dict[str, Any], answer: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: Form) -> tuple[int, ...]:
+    """The tokens of its own that a template writes after an answer, and the last of them after calls, which have marks within."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+    def marked(text: str) -> list[int]:
+        return [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in marks]
+
+    _, said, after = tried([question, answer], None, tokenizer, form).rpartition(ANSWER)
+    ends = marked(after) if said else []
+    for count in (2, 1):  # some templates know single calls alone
+        calls = [{"type": "function", "function": {"name": FUNCTION, "arguments": {NAME: value}}} for value in VALUES[:count]]
+        called = {"role": "assistant", "content": "", "tool_calls": calls}
+        _, said, after = tried([question, called], TOOLS, tokenizer, form).rpartition(VALUES[count - 1])
+        if said:
+            between = _.rpartition(VALUES[0])[2] if count == 2 else ""
+            ends += [token for token in marked(after) if token not in marked(between)][-1:]
+            break
+    return tuple(dict.fromkeys(ends))
 
 
 TOOLS = [

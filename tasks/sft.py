@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import methods
-from tasks.loading import load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.loading import check_ends, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, sequences
+from tasks.rendering import check_end
 from tasks.rows import read_split
 from tuneline.architectures import reach
 from tuneline.errors import StageFailed
@@ -70,8 +71,9 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
             training.save_adapter(trainer.model, after, request.payload, base)
             training.check_adapter(request.payload, stage.lora, layers, before)
         else:
-            methods.save_model(after, base, tokenizer.eos_token_id, request.payload, events)
+            methods.save_model(after, base, tokenizer, request.payload, events)
             methods.check_model(request.payload, base)
+            check_ends(request.payload, tokenizer)
         save_tokenizer(tokenizer, request.payload)
         saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter" if adapter else "Model"))
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
@@ -197,6 +199,7 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
             "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "look at its report"
         )
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
+    check_end(rows, tokenizer, stage.no_end)
     found = [(row.id, tokens) for row in rows for tokens in sequences(row, tokenizer, stage.train_on)]
     long = [(row, len(tokens.input_ids)) for row, tokens in found if len(tokens.input_ids) > stage.max_length]
     if long:

@@ -72,6 +72,8 @@ class Training(ProgramStage):
     """Optimizer steps."""
     global_batch_size: int = Field(16, ge=1)
     """Sequences per optimizer step over all devices."""
+    no_end: bool = False
+    """Trains under a chat template that writes no token after an answer, too: the model then never learns where to stop."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; `auto` is bfloat16 where the hardware is fast at it, else float32."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +17,15 @@ import pytest
 from pico import tokenizer
 from sft_tools import ROWS, request_for
 from template_table import BEGIN, DOCUMENT, MARKERS, asked, parts, said, table, templates
+from tokenizers.processors import TemplateProcessing
 
 from tasks import sft
+from tasks.loading import check_ends, load_tokenizer, save_configs
 from tasks.masks import Tokens, prompt_ids, sequences, tokenize
+from tasks.rendering import check_end, ends, form
 from tasks.rows import Row
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input
+from tuneline.protocol import Events, Input
 from tuneline.trainings import SftStage
 
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -126,6 +130,76 @@ def test_thoughts_close_the_block_that_the_prompt_opens() -> None:
     ]
     by.chat_template = OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     assert [trained(sequences(row, by)[0], by) for row in rows] == ["Because.\n</think>\n\nA<|im_end|>\n"] * 2
+
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<repo_name>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}<file_sep>{% endfor %}<|im_end|>\n{% endfor %}" + ASK
+)
+NO_END = TURN.replace("<|im_end|>", "") + ASK
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TURN + ASK, ["<|im_end|>"]),
+        (ENDS_WHOLE, ["<|im_end|>", "<|endoftext|>"]),
+        (THINKS_LAST, ["<|im_end|>"]),
+        (CALLS, ["<|im_end|>"]),  # not the mark after a call, which another one may follow
+        (NO_END, []),
+        ("{{ raise_exception('nothing pleases it') }}", []),
+    ],
+)
+def test_a_turn_ends_with_what_the_template_writes_after_an_answer(template: str, expected: list[str]) -> None:
+    by = words(template)
+    eos = by.convert_tokens_to_ids("<|endoftext|>")
+    try:
+        by.eos_token = "<|endoftext|>"
+        assert by.convert_ids_to_tokens(list(form(by).ends)) == expected
+        found = [by.convert_tokens_to_ids(token) for token in expected]
+        assert ends(by) == list(dict.fromkeys([*found, eos]))
+        assert ends(by, 7) == ends(by, [7]) == [*ends(by), 7]
+    finally:
+        by.eos_token = "<|im_end|>"
+
+
+def test_a_template_that_ends_no_turn_is_trained_with_where_that_is_wanted() -> None:
+    row, plain = asked(said("user", "Q"), said("assistant", "A")), Row("s", prompt="2 + 2 =", completion=" 4")
+    with pytest.raises(StageFailed, match="writes no token after an answer") as failure:
+        check_end([plain, row], words(NO_END), no_end=False)
+    assert "no_end: true" in failure.value.hint
+    check_end([plain, row], words(NO_END), no_end=True)
+    check_end([plain], words(NO_END), no_end=False)
+    check_end([row], words(), no_end=False)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(("before", "after"), [(0, [2, 0]), (None, 2), ([7, 2], [7, 2]), ([7, 9], [2, 7, 9])])
+def test_what_is_saved_ends_where_an_evaluation_does(tmp_path: Path, name: str, before: Any, after: Any) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / name).write_text(json.dumps({"eos_token_id": before, "model_type": "llama"}))
+    with pytest.raises(StageFailed, match=r"<\|im_end\|> would not end an answer") if before in (0, None, [7, 9]) else nullcontext():
+        check_ends(tmp_path / "base", words())
+    events = Events(tmp_path / "events.jsonl")
+    save_configs(tmp_path / "base", tmp_path, None, words(), events)
+    assert json.loads((tmp_path / name).read_text())["eos_token_id"] == after
+    check_ends(tmp_path, words())
+
+
+@pytest.mark.parametrize("start", ["", "<|im_start|>"])
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(tmp_path: Path, start: str) -> None:
+    own = tokenizer()
+    marks = [(token, own.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|im_end|>")]
+    one, two = (f"{start} {texts} <|im_end|>".strip() for texts in ("$A", "$A $B"))
+    own.backend_tokenizer.post_processor = TemplateProcessing(single=one, pair=two, special_tokens=marks)
+    own.save_pretrained(tmp_path)
+    row = Row("s", prompt="2 and 2 are ", completion="4")
+    by = load_tokenizer(Input(path=tmp_path, digest="", type="Adapter"))
+    assert own(row.prompt)["input_ids"][-1] == own.eos_token_id
+    assert by.decode(prompt_ids(row, by)) == f"{start}2 and 2 are "
+    assert by.decode(tokenize(row, by).input_ids) == f"{start}2 and 2 are 4<|im_end|>"
+    assert by.decode(tokenize(Row("s", text="2"), by).input_ids) == f"{start}2<|im_end|>"
+    assert by.decode(by(["a", "b"])["input_ids"][1]) == f"{start}b"
 
 
 def test_a_greeting_is_a_part_of_the_prompt_alone() -> None:
