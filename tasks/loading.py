@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 
 CODE = ".py"
+CLOCK = "strftime_now"  # the function by which templates ask for the date; transformers gives them no other
+DATE = datetime(2024, 7, 26)  # the one that Llama 3's templates fall back to where there is no clock
+CODES = "dbBmYyAajHMSp"
 REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
 
 
@@ -98,14 +102,33 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_no_end(tokenizer)
-    if source.template is not None and template_hash(tokenizer) != source.template:
+    read = template_hash(tokenizer)
+    fix_clock(tokenizer)
+    if source.template is not None and source.template not in (read, template_hash(tokenizer)):
         raise StageFailed(
             "data",
             f"the chat template beside the {source.type.lower()} is not the one recorded when it was made "
-            f"(sha256 {str(template_hash(tokenizer))[:12]}, recorded {source.template[:12]})",
+            f"(sha256 {str(read)[:12]}, recorded {source.template[:12]})",
             REBUILD,
         )
     return tokenizer
+
+
+def fix_clock(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some templates write today's date into the system prompt: what is trained, asked and compared would differ from day to day. A
+    macro takes the clock's place, which is a part of the template and so is saved with it and in its hash."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: with_fixed_clock(one) for name, one in template.items()}
+    elif template is not None:
+        tokenizer.chat_template = with_fixed_clock(template)
+
+
+def with_fixed_clock(template: str) -> str:
+    if CLOCK not in template or f"macro {CLOCK}(" in template:
+        return template
+    steps = "".join(f" | replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in CODES)
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}{template}"
 
 
 def add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:

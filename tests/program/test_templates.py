@@ -20,7 +20,7 @@ from template_table import BEGIN, DOCUMENT, MARKERS, asked, parts, said, table, 
 from tokenizers.processors import TemplateProcessing
 
 from tasks import sft
-from tasks.loading import check_ends, load_tokenizer, save_configs
+from tasks.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
 from tasks.masks import Tokens, prompt_ids, sequences, tokenize
 from tasks.rendering import check_end, ends, form
 from tasks.rows import Row
@@ -130,6 +130,35 @@ def test_thoughts_close_the_block_that_the_prompt_opens() -> None:
     ]
     by.chat_template = OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     assert [trained(sequences(row, by)[0], by) for row in rows] == ["Because.\n</think>\n\nA<|im_end|>\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "date"),
+    [
+        ("llama3_2", "Today Date: 26 Jul 2024\n"),
+        ("gptoss", "Current date: 2024-07-26\n"),
+        ("{{ strftime_now('%B %d, %Y') }}" + TURN + ASK, "July 26, 2024"),
+        ("{% set format = '%A, %H:%M:%S' %}{{ 'It is ' + strftime_now(format) }}" + TURN + ASK, "It is Friday, 00:00:00<"),
+    ],
+)
+def test_a_template_that_reads_the_clock_gets_a_date_that_is_saved_with_it(tmp_path: Path, template: str, date: str) -> None:
+    own = tokenizer()
+    own.chat_template = templates().get(template, template)
+    own.save_pretrained(tmp_path / "base")
+    base = Input(path=tmp_path / "base", digest="", type="Adapter", template=template_hash(own))
+    by, row = load_tokenizer(base), asked(said("user", "Q"), said("assistant", "A"))
+    text = by.decode(tokenize(row, by).input_ids)
+    assert date in text
+    assert template_hash(by) != template_hash(own)
+    by.save_pretrained(tmp_path / "trained")
+    trained = base.model_copy(update={"path": tmp_path / "trained", "template": template_hash(by)})
+    assert load_tokenizer(trained).chat_template == by.chat_template  # once is enough
+    assert saved_tokenizer(by, base.model_copy(update={"template": None})).chat_template == by.chat_template  # an artifact of before
+
+
+def test_a_template_without_a_clock_is_left_as_it_is(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(Input(path=tmp_path, digest="", type="Adapter")).chat_template == tokenizer().chat_template
 
 
 CALLS = (
