@@ -9,11 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.masks import Tokens, tokenize
+from tasks.masks import Tokens, sequences
 from tasks.rows import SPLITS, Row
 from tasks.sources import AnySource, Counts, Item
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
-from tuneline.errors import StageFailed
 from tuneline.protocol import Events
 from tuneline.spec import DatasetStage
 
@@ -58,7 +57,7 @@ def write_report(
     parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not as a model sees them.'}\n")
     train = [item.row for item in splits["train"]]
     for row in (train[position] for position in sorted({0, len(train) // 2, len(train) - 1})):
-        text = rendered(row, tokenizer, events) if tokenizer is not None else plain(row)
+        text = rendered(row, tokenizer) if tokenizer is not None else plain(row)
         text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
         events.sample(text, {"id": row.id, "source": row.source})
         parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
@@ -134,14 +133,9 @@ def plot(lengths: list[int], max_length: int | None, file: Path) -> None:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def rendered(row: Row, tokenizer: PreTrainedTokenizerBase, events: Events) -> str:
-    """The row as the model sees it, what is trained on between ⟦ and ⟧."""
-    try:
-        tokens = tokenize(row, tokenizer, "assistant")
-    except StageFailed as error:
-        events.warning(f"{error.message}; {error.hint}")
-        tokens = tokenize(row, tokenizer, "completion")
-    return marked(tokens, tokenizer)
+def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row as the model sees it, what is trained on between ⟦ and ⟧; one text below the other where it is trained as several."""
+    return "\n\n".join(marked(tokens, tokenizer) for tokens in sequences(row, tokenizer))
 
 
 def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
