@@ -17,6 +17,7 @@ import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from tasks import special_tokens
 from tasks.loading import compute_dtype, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids, render_text
 from tasks.rewards import check_rows, reward_functions
@@ -61,6 +62,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     tokenizer = load_tokenizer(earlier or base)
     rows = read_split(request.inputs["dataset"].path, "train")
     check_rows(rewards, rows)
+    special_tokens.refuse(rows, tokenizer)
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 

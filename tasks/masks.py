@@ -35,6 +35,8 @@ class Tokens:
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> Tokens:
     """`train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
 
+    A turn of weight 0 is never trained on.
+
     Raises StageFailed(data) where the template renders a conversation so that an answer's beginning cannot be told.
     """
     if row.text is not None:
@@ -49,8 +51,10 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assi
 
     ids = render(row.messages, row, tokenizer)
     trained = [train_on == "all"] * len(ids)
-    turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    for turn in turns if train_on == "assistant" else turns[-1:] if train_on == "completion" else []:
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    silent = {i for i in answers if row.messages[i].get("weight") == 0}
+    turns = {"assistant": [i for i in answers if i not in silent], "completion": [i for i in answers[-1:] if i not in silent]}
+    for turn in turns.get(train_on, sorted(silent)):
         start = render(row.messages[:turn], row, tokenizer, add_generation_prompt=True)
         end = render(row.messages[: turn + 1], row, tokenizer)
         if ids[: len(start)] != start or ids[: len(end)] != end:
@@ -59,7 +63,7 @@ def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assi
                 f"the chat template renders row {row.id} so that the beginning of message {turn} changes with what follows it",
                 "train on the last answer alone (`train_on: completion`), or split the conversation into rows",
             )
-        trained[len(start) : len(end)] = [True] * (len(end) - len(start))
+        trained[len(start) : len(end)] = [train_on != "all"] * (len(end) - len(start))
     return Tokens(ids, trained)
 
 
@@ -103,8 +107,7 @@ def render_text(messages: Any, row: Row, tokenizer: PreTrainedTokenizerBase, add
     if tokenizer.chat_template is None:
         hint = "use an instruct model, or rows of plain text"
         raise StageFailed("data", "the model has no chat template, but rows are conversations", hint)
-    # TemplateError is the template's own refusal, as of a system prompt; jinja2 comes with transformers.
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError  # comes with transformers
 
     try:
         return str(
@@ -112,8 +115,9 @@ def render_text(messages: Any, row: Row, tokenizer: PreTrainedTokenizerBase, add
                 list(messages), tools=row.extra.get("tools"), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         )
-    except TemplateError as error:
-        raise StageFailed("data", f"the chat template refuses row {row.id}: {error}", "change the rows, or take another model") from error
+    except Exception as error:  # the template's own refusal, as of a system prompt, or whatever its code raises on this row
+        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise StageFailed("data", f"the chat template refuses row {row.id}: {why}", "change the rows, or take another model") from error
 
 
 def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import methods
+from tasks import methods, special_tokens
 from tasks.loading import load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, tokenize
 from tasks.rows import read_split
@@ -200,6 +200,7 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
             "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "look at its report"
         )
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
+    special_tokens.refuse(rows, tokenizer)
     tokens = [tokenize(row, tokenizer, stage.train_on) for row in rows]
     long = [(row.id, len(token.input_ids)) for row, token in zip(rows, tokens, strict=True) if len(token.input_ids) > stage.max_length]
     if long:
