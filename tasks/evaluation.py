@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from tasks import special_tokens
 from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchmarks, run_benchmarks
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
@@ -44,6 +45,8 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     source = request.inputs["model"]
     tokenizer = load_tokenizer(source)
     datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
+    for rows in datasets:
+        special_tokens.refuse(rows, tokenizer)
     benchmarks, unpinned = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else (None, [])
     prompt = first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer)
 

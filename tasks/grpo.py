@@ -17,6 +17,7 @@ import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from tasks import special_tokens
 from tasks.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids
 from tasks.rendering import check_end, ends, render_text
@@ -63,6 +64,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     tokenizer = load_tokenizer(earlier or base)
     rows = read_split(request.inputs["dataset"].path, "train")
     check_rows(rewards, rows)
+    special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)

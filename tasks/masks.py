@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tasks.rendering import Turn, conversation, render_text, turn
 from tasks.rows import Row
+from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "ass
     """What is trained on of a row: one sequence, or one for each answer where no single text holds them all as they are asked for.
 
     `train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
+    A turn of weight 0 is never trained on.
     Raises StageFailed(data) where the template does not show which part of the text an answer is.
     """
     if row.text is not None:
@@ -56,14 +58,18 @@ def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "ass
         completion = with_eos(tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer)
         return [Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))]
 
-    turns = [turn(row, position, tokenizer) for position in answers(row)[-1 if train_on == "completion" else 0 :]]
-    ends_with_answer = row.messages[-1]["role"] == "assistant"
-    text = turns[-1].text if turns and ends_with_answer else conversation(row, tokenizer)
-    if train_on == "all":
-        ids = token_ids(text, tokenizer)
-        return [Tokens(ids, [True] * len(ids))]
+    silent = [position for position in answers(row) if row.messages[position].get("weight") == 0]
+    asked = answers(row)[-1 if train_on == "completion" else 0 :]
+    positions = silent if train_on == "all" else [position for position in asked if position not in silent]
+    turns = [turn(row, position, tokenizer) for position in positions]
+    text = turns[-1].text if positions and positions[-1] == len(row.messages) - 1 else conversation(row, tokenizer)
     whole = at_once(text, turns, tokenizer) if all(text.startswith(each.text) for each in turns) else None
-    return [whole] if whole else [apart(each, tokenizer) for each in turns]
+    if train_on != "all":
+        return [whole] if whole else [apart(each, tokenizer) for each in turns]
+    if whole is None:
+        message = f"the chat template renders row {row.id} so that its messages of weight 0 cannot be left out"
+        raise StageFailed("data", message, "train on answers alone (`train_on: assistant`)")
+    return [Tokens(whole.input_ids, [not answer for answer in whole.trained])]
 
 
 def answers(row: Row) -> list[int]:

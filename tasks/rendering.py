@@ -108,8 +108,11 @@ def render_text(messages: Messages, row: Row, tokenizer: PreTrainedTokenizerBase
     try:
         return rendered(messages, row.extra.get("tools"), tokenizer, form(tokenizer), add_generation_prompt)
     except Exception as error:  # a template may raise anything: its own refusal, as of a system prompt, or what Python says of a type
+        from jinja2 import TemplateError  # comes with transformers
+
+        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         hint = "change the rows, or take another model"
-        raise StageFailed("data", f"the chat template refuses row {row.id}: {str(error) or type(error).__name__}", hint) from error
+        raise StageFailed("data", f"the chat template refuses row {row.id}: {why}", hint) from error
 
 
 def rendered(messages: Messages, tools: Any, tokenizer: PreTrainedTokenizerBase, form: Form, add_generation_prompt: bool = False) -> str:

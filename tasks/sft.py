@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import methods
+from tasks import methods, special_tokens
 from tasks.loading import check_device, check_ends, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, sequences
 from tasks.rendering import check_end
@@ -200,6 +200,7 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
             "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "look at its report"
         )
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
+    special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
     found = [(row.id, tokens) for row in rows for tokens in sequences(row, tokenizer, stage.train_on)]
     long = [(row, len(tokens.input_ids)) for row, tokens in found if len(tokens.input_ids) > stage.max_length]
