@@ -7,12 +7,15 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 from process_tools import SECONDS, environment, state, steps, until
 from sft_tools import request_for
 from strategy_tools import failure
 from warm import descendants
 
 from tuneline.protocol import Input, Request
+
+pytestmark = pytest.mark.process  # the client is one
 
 
 def stopped(request: Request, warm_python: Path) -> tuple[subprocess.Popen[bytes], int]:
