@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 from grpo_tools import SMALL, request_for
-from process_tools import finish, start, until
+from process_tools import finish, start
+from processes import until
 from program_tools import run_program
 from safetensors.torch import load_file, save_file
 from vllm_tools import GREEDY, PROMPTS, SAMPLED, alive, borrowed_from, family_of

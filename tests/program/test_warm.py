@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from process_tools import SECONDS, environment, state, steps, until
+from process_tools import SECONDS, environment, state, steps
+from processes import until
 from sft_tools import request_for
 from strategy_tools import failure
 from warm import descendants
