@@ -6,15 +6,21 @@ import gc
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from elsewhere import Elsewhere
-from pico import save_pico
+from grpo_tools import undecided
+from pico import save_pico, tokenizer
 from program_tools import run_program
 from sft_tools import request_for
 from silent_tools import World, make_world
 from strategy_tools import FIELDS
+from vllm_tools import LAYERS, ROOM
 
+from tasks.engine import Engine
+from tasks.loading import template_hash
+from tuneline.engines import EngineSettings
 from tuneline.protocol import Input, Request
 
 
@@ -46,6 +52,22 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """To be read only; `World.copy` is for tampering."""
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Input:
+    """A model that vLLM takes: on a CPU its heads are 32 wide or more."""
+    made = undecided(tmp_path_factory.mktemp("taught") / "model", width=128)
+    return made.model_copy(update={"template": template_hash(tokenizer())})
+
+
+@pytest.fixture(scope="session")
+def server(taught: Input, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One for all tests of vLLM, in files that follow one another: a start takes half a minute. The last of them kills it."""
+    settings = EngineSettings(enforce_eager=True, cpu_memory=0.25, start_timeout=600)
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
+    with Engine(vllm_python, taught.path, settings, "float32", 4, ROOM, log, None, LAYERS) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_in_bfloat16_it_trains_what_ddp_does(tmp_path: Path, base: Input) -> Non
         finish(request, 2)
     assert "fsdp trains, over 2 processes" in (fsdp.work / "log.txt").read_text()
     for of in ("loss", "eval_loss"):
-        assert losses(fsdp, of) == pytest.approx(losses(ddp, of), rel=TOLERANCE)  # with gradients summed in bfloat16: 5e-4
+        assert losses(fsdp, of) == pytest.approx(losses(ddp, of), rel=2e-4)  # with gradients summed in bfloat16: 5e-4
         assert losses(fsdp, of) == pytest.approx(losses(alone, of), rel=1e-3)
     assert furthest(ddp, fsdp) < 1e-3
 
@@ -104,7 +104,9 @@ def test_fsdp_on_a_cpu_is_found_out(tmp_path: Path, base: Input) -> None:
 
 def test_fsdp_is_configured_by_decoder_layer(tmp_path: Path, base: Input) -> None:
     resources = Resources.model_validate({"gpus": 2, "strategy": "fsdp", "offload": "all", "gradient_checkpointing": True})
-    stage = SftStage.model_validate({"kind": "sft", "model": "base", "dataset": "data", "resources": resources.model_dump()})
+    stage = SftStage.model_validate(
+        {"kind": "sft", "model": "base", "dataset": "data", "dtype": "float32", "resources": resources.model_dump()}
+    )
     arguments = sft.trainer_arguments(request_for(tmp_path, base), stage)
     plugin = arguments.fsdp_plugin_args
     assert (plugin["fsdp_version"], plugin["auto_wrap_policy"], plugin["state_dict_type"]) == (

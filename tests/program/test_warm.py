@@ -7,12 +7,16 @@ import signal
 import subprocess
 from pathlib import Path
 
-from process_tools import SECONDS, environment, state, steps, until
+import pytest
+from process_tools import SECONDS, environment, state, steps
+from processes import until
 from sft_tools import request_for
 from strategy_tools import failure
 from warm import descendants
 
 from tuneline.protocol import Input, Request
+
+pytestmark = pytest.mark.process  # the client is one
 
 
 def stopped(request: Request, warm_python: Path) -> tuple[subprocess.Popen[bytes], int]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import warm
+from processes import until
 from program_tools import ROOT, program_environment
 from warm import Program, descendants
 
@@ -64,15 +62,6 @@ def start_until(request: Request, step: int, processes: int = 1, real: bool = Fa
     ranks = [process.pid] if processes == 1 else descendants(process.pid)
     assert first == ranks[0]
     return process, ranks
-
-
-def until(holds: Callable[[], Any]) -> Any:
-    """What `holds` returns once that is true."""
-    deadline = time.monotonic() + SECONDS
-    while not (value := holds()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return value
 
 
 def state(pid: int) -> str:

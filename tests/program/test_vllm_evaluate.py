@@ -1,13 +1,12 @@
 """evaluate with vLLM: figures, prompts and answers are those of transformers, and the same faults are found.
 
-One server for most of them, which the stages borrow: a start takes half a minute.
+The stages borrow one server for most of them: a start takes half a minute.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,20 @@ import pytest
 import torch
 from evaluate_tools import CHATS, chat, fails, own_benchmarks, request_for, samples, save_adapter
 from peft import LoraConfig, get_peft_model
-from pico import save_pico, tokenizer
+from pico import tokenizer
 from program_tools import run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from vllm_tools import ROOM, borrowed_from
 
 from tasks import harness_vllm
-from tasks.engine import Engine, modules_of
-from tasks.loading import template_hash
+from tasks.engine import Engine
 from tasks.masks import prompt_ids
 from tasks.rows import Row
-from tuneline.engines import EngineSettings
 from tuneline.protocol import Input, Request
 
 PLAIN = [Row(source="s", prompt=f"{i} and {i} are", completion=f" {2 * i}, naïvely", id=f"plain{i}") for i in range(3)]
 TEXTS = [Row(source="s", text="One text, é and all. " * (i + 1), id=f"text{i}") for i in range(3)]
-ROOM = 192
 LIKELY = ("even", "rolled")  # benchmarks whose answers are log-probabilities
 Started = tuple[Any, ...]
 """What an Engine was asked for."""
@@ -38,44 +35,21 @@ Found = tuple[dict[str, float], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
-    folder = save_pico(tmp_path_factory.mktemp("pico") / "model", width=128)  # vLLM takes heads of 32 and more on a CPU
-    return Input(path=folder, digest="b" * 64, type="Model", template=template_hash(tokenizer()))
+def base(taught: Input) -> Input:
+    return taught
 
 
 @pytest.fixture(scope="module")
 def adapter(base: Input, tmp_path_factory: pytest.TempPathFactory) -> Input:
+    """With it the model says all kinds of things."""
     return save_adapter(base, tmp_path_factory.mktemp("adapter"))
-
-
-@pytest.fixture(scope="module")
-def server(base: Input, adapter: Input, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    settings, log = EngineSettings(enforce_eager=True, cpu_memory=0.25), tmp_path_factory.mktemp("engine") / "engine.log"
-    with Engine(vllm_python, base.path, settings, "float32", 4, ROOM, log, None, sorted(modules_of(adapter.path))) as engine:
-        yield engine
 
 
 @pytest.fixture
 def borrowed(server: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Started]:
     """Stages get this server in place of one of their own; what they would have started is in the list."""
     asked: list[Started] = []
-
-    class Borrowed:
-        def __init__(self, *arguments: Any):
-            asked.append(arguments)
-            arguments[6].write_text("")
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: Any) -> None:
-            for name in list(server._loaded):
-                server.unload(name)
-                server._names.discard(name)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(server, name)
-
-    monkeypatch.setattr(harness_vllm, "Engine", Borrowed)
+    monkeypatch.setattr(harness_vllm, "Engine", borrowed_from(server, lambda *arguments: asked.append(arguments)))
     return asked
 
 
@@ -147,17 +121,19 @@ def test_figures_are_those_of_transformers(tmp_path: Path, base: Input, adapter:
 
 
 @pytest.mark.slow
-def test_answers_end_with_the_text_that_they_are_cut_at(server: Engine) -> None:
+def test_answers_end_with_the_text_that_they_are_cut_at(server: Engine, adapter: Input) -> None:
     words = tokenizer()
+    server.load("talkative", adapter.path)
     prompts = [words(f"What is {i}?")["input_ids"] for i in range(8)]
-    for completion in server.generate(prompts, model="base", max_tokens=64, temperature=0.0, stop=["e", "a"]):
+    for completion in server.generate(prompts, model="talkative", max_tokens=64, temperature=0.0, stop=["e", "a"]):
         assert len(completion.ids) == len(completion.logprobs) < 64
         assert any(end in words.decode(completion.ids) for end in "ea")
         assert not any(end in words.decode(completion.ids[:-1]) for end in "ea")
+    server.unload("talkative")
 
 
 @pytest.mark.slow
-def test_sampled_answers_are_the_seeds(tmp_path: Path, base: Input, borrowed: list[Started]) -> None:
+def test_sampled_answers_are_the_seeds(tmp_path: Path, adapter: Input, borrowed: list[Started]) -> None:
     files = benchmarks(tmp_path / "own")
     task = tmp_path / "own" / "said.yaml"
     greedy = task.read_text()
@@ -165,7 +141,7 @@ def test_sampled_answers_are_the_seeds(tmp_path: Path, base: Input, borrowed: li
     for name, seed, sampling in (("a", 1, ""), ("b", 1, ""), ("c", 2, ""), ("d", 1, ", top_k: 3")):
         task.write_text(greedy.replace("do_sample: false", f"do_sample: true, temperature: 1.0{sampling}"))
         request = with_vllm(
-            request_for(tmp_path / name, base, files=files, include_path="own", benchmarks=["said"], backend="vllm", seed=seed)
+            request_for(tmp_path / name, adapter, files=files, include_path="own", benchmarks=["said"], backend="vllm", seed=seed)
         )
         if sampling:
             fails(request, "config", "a benchmark generates with top_k, which vLLM is not given")

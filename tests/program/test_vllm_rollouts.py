@@ -1,73 +1,48 @@
 """grpo with vLLM: the adapter that it serves is the trainer's at every step, and where it is not the stage ends.
 
-One server for most of them: a start takes half a minute, so the trainings borrow it.
+The trainings borrow one server for most of them: a start takes half a minute.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from grpo_tools import SMALL, request_for, undecided
-from program_tools import ROOT, run_program
+from grpo_tools import SMALL, request_for
+from process_tools import finish, start
+from processes import until
+from program_tools import run_program
 from safetensors.torch import load_file, save_file
+from vllm_tools import GREEDY, PROMPTS, SAMPLED, alive, borrowed_from, family_of
 
 from tasks import grpo, rollouts
 from tasks.engine import BASE, Engine
 from tasks.rollouts import MEMORY, folder_in_memory
-from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input, Request
 from tuneline.trainings import GrpoStage
-from tuneline.watchdog import descendants
 
-LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
-    return undecided(tmp_path_factory.mktemp("pico") / "model", width=128)  # vLLM takes heads of 32 and more on a CPU
-
-
-@pytest.fixture(scope="module")
-def server(base: Input, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    settings = EngineSettings(enforce_eager=True, cpu_memory=0.25)
-    with Engine(
-        vllm_python, base.path, settings, "float32", 4, 128, tmp_path_factory.mktemp("engine") / "engine.log", None, LAYERS
-    ) as engine:
-        yield engine
+def base(taught: Input) -> Input:
+    return taught
 
 
 @pytest.fixture
-def borrowed(server: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    """Trainings get this server in place of one of their own. Seeds must differ between tests: names of adapters are used once."""
-
-    class Borrowed:
-        def __init__(self, python: Path, model: Path, settings: EngineSettings, dtype: str, rank: int, longest: int, log: Path, *_: Any):
-            log.write_text("")
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: Any) -> None: ...
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(server, name)
-
-    monkeypatch.setattr(rollouts, "Engine", Borrowed)
-    yield server
-    for name in list(server._loaded):
-        server.unload(name)
+def borrowed(server: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Trainings get this server in place of one of their own."""
+    monkeypatch.setattr(rollouts, "Engine", borrowed_from(server, lambda *_: None))
+    return server
 
 
 def with_vllm(folder: Path, base: Input, seed: int, **fields: Any) -> Request:
@@ -152,37 +127,22 @@ def test_another_name_in_the_reply_is_found_out(tmp_path: Path, base: Input, bor
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, base: Input, vllm_python: Path) -> None:
     fields = {"max_steps": 6, "resources": {"checkpoint_steps": 2, "engine": {"enforce_eager": True, "cpu_memory": 0.25}}}
     request = request_for(tmp_path, base, engine=vllm_python, rollouts={"engine": "vllm"}, **fields)
-    request.write(request.work / "request.json")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", "tasks", str(request.work / "request.json")]
-    process = subprocess.Popen(command, cwd=request.work, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (request.work / "checkpoints" / "checkpoint-2" / "complete").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    servers = descendants(process.pid)
-    assert servers
+    process = start(request, real=True)
+    until(lambda: (request.work / "checkpoints" / "checkpoint-2" / "complete").exists() or process.poll() is not None)
+    family = family_of(process.pid)
+    assert len(family) >= 4  # the watchdog, the server, its core and its worker
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(
-        Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" for pid in servers
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    while list(MEMORY.glob("tuneline-000000000000-*")):  # the server's watchdog takes the adapter along
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resuming from checkpoint-" in done.stdout
-    result = json.loads((request.work / "result.json").read_text())
-    assert result["metrics"]["steps"] == 6
-    assert result["metrics"]["freshness_max_logprob_diff"] < 1e-3
+    until(lambda: not alive(family))
+    until(lambda: not list(MEMORY.glob("tuneline-000000000000-*")))  # the server's watchdog takes the adapter along
+    metrics = finish(request)
+    assert "resuming from checkpoint-" in (request.work / "log.txt").read_text()
+    assert metrics["steps"] == 6
+    assert metrics["freshness_max_logprob_diff"] < 1e-3
     config = json.loads((request.payload / "adapter_config.json").read_text())
     assert config["r"] == 4
     kept = [json.loads(line)["step"] for line in (request.meta / "rollouts.jsonl").read_text().splitlines()]
@@ -193,13 +153,8 @@ def test_killed_in_the_middle_it_leaves_no_server_and_goes_on(tmp_path: Path, ba
 def test_two_processes_share_one_engine(tmp_path: Path, base: Input, vllm_python: Path) -> None:
     resources = {"processes": 2, "micro_batch_size": 2, "engine": {"enforce_eager": True, "cpu_memory": 0.25}}
     request = request_for(tmp_path, base, engine=vllm_python, rollouts={"engine": "vllm"}, max_steps=3, resources=resources)
-    request.write(request.work / "request.json")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", "tasks.launch", str(request.work / "request.json")]
-    done = subprocess.run(command, cwd=request.work, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("starting vLLM") == 1
-    metrics = json.loads((request.work / "result.json").read_text())["metrics"]
+    metrics = finish(request, 2)
+    assert (request.work / "log.txt").read_text().count("starting vLLM") == 1
     assert metrics["steps"] == 3
     assert metrics["freshness_max_logprob_diff"] < 1e-3
     kept = [json.loads(line) for line in (request.meta / "rollouts.jsonl").read_text().splitlines()]
@@ -254,3 +209,24 @@ def test_devices_are_split(
 def room(tmp_path: Path) -> Iterator[None]:
     yield
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+# --- the last, for it kills the server --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_at_work_is_a_passing_failure(server: Engine) -> None:
+    assert server._server.process is not None
+    family = family_of(server._server.process.pid)
+    server.generate(PROMPTS, model=BASE, **GREEDY)
+    worker = next(process for process, name in family.items() if "Worker" in name)
+
+    def kill(*_: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+
+    with pytest.raises(StageFailed, match="engine.log:\n") as failed:
+        server.generate([[5]] * 500, model=BASE, **SAMPLED, done=kill)
+    server.__exit__(None, None, None)
+    assert failed.value.failure_class == "transient"
+    assert not alive(family)

@@ -1,55 +1,38 @@
 """vLLM as a program's engine: its figures are transformers', the adapter asked for is the one that answers, nothing outlives it.
 
-One server for most of them: a start takes half a minute.
+That it dies at work is in program/test_vllm_rollouts.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pico import save_pico
-from program_tools import ROOT
 from transformers import AutoModelForCausalLM
+from vllm_tools import GREEDY, LAYERS, PROMPTS, ROOM, SAMPLED
 
 from tasks.engine import BASE, Engine
 from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
-from tuneline.watchdog import descendants
+from tuneline.protocol import Input
 
 pytestmark = pytest.mark.slow
-WORDS, END = 128, 2  # few enough that a random model comes upon its end token
-PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8, 9, 10, 11, 12, 13], [100]]
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
-SAMPLED: dict[str, Any] = {"max_tokens": 64, "temperature": 1.0}
-HOLDER = """
-import sys, time
-from pathlib import Path
-from tasks.engine import Engine
-from tuneline.engines import EngineSettings
-python, model, log = map(Path, sys.argv[1:])
-with Engine(python, model, EngineSettings(enforce_eager=True), "float32", None, 64, log):
-    print("ready", flush=True)
-    time.sleep(600)
-"""
+END = 2
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pico(tmp_path_factory.mktemp("model"), width=128, vocabulary=WORDS)  # vLLM takes heads of 32 and more on a CPU
+def model(taught: Input) -> Path:
+    return taught.path
+
+
+@pytest.fixture
+def engine(server: Engine) -> Engine:
+    return server
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +51,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[Path
     return folders
 
 
-@pytest.fixture(scope="module")
-def engine(vllm_python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with start(vllm_python, model, tmp_path_factory.mktemp("engine") / "engine.log", 4, LAYERS) as engine:
-        yield engine
-
-
 def start(python: Path, model: Path, log: Path, lora_rank: int | None = None, lora_modules: Sequence[str] | None = None) -> Engine:
-    settings = EngineSettings(enforce_eager=True, cpu_memory=0.25, start_timeout=300)
+    settings = EngineSettings(enforce_eager=True, cpu_memory=0.25, start_timeout=600)
     return Engine(python, model, settings, "float32", lora_rank, 128, log, lora_modules=lora_modules)
 
 
@@ -214,8 +191,8 @@ def test_scores_are_those_of_transformers(engine: Engine, model: Path, adapters:
 
 
 def test_a_prompt_that_is_too_long_is_refused_not_cut(engine: Engine) -> None:
-    with pytest.raises(StageFailed, match="a prompt and its 12 tokens are 132, but the engine was started for 128"):
-        engine.generate([[5] * 120], model=BASE, **GREEDY)
+    with pytest.raises(StageFailed, match=f"a prompt and its 12 tokens are {ROOM + 4}, but the engine was started for {ROOM}"):
+        engine.generate([[5] * (ROOM - 8)], model=BASE, **GREEDY)
 
 
 def test_one_that_cannot_come_up_says_why(vllm_python: Path, tmp_path: Path) -> None:
@@ -224,43 +201,3 @@ def test_one_that_cannot_come_up_says_why(vllm_python: Path, tmp_path: Path) -> 
         start(vllm_python, tmp_path, tmp_path / "engine.log").__enter__()
     assert failed.value.failure_class == "config"
     assert len(failed.value.message.splitlines()) <= 21
-
-
-def test_a_server_that_dies_at_work_is_a_passing_failure(vllm_python: Path, model: Path, tmp_path: Path) -> None:
-    with start(vllm_python, model, tmp_path / "engine.log") as engine:
-        family = family_of(engine._server.process.pid)
-        engine.generate(PROMPTS, model=BASE, **GREEDY)
-        worker = next(process for process, name in family.items() if "Worker" in name)
-        threading.Timer(1, os.kill, (worker, signal.SIGKILL)).start()
-        with pytest.raises(StageFailed, match="engine.log:\n") as failed:
-            engine.generate([[5]] * 10_000, model=BASE, **SAMPLED)
-    assert failed.value.failure_class == "transient"
-    assert not alive(family)
-
-
-def test_killing_the_program_kills_the_server(vllm_python: Path, model: Path, tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HOLDER, str(vllm_python), str(model), str(tmp_path / "engine.log")]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "ready\n"
-        family = family_of(holder.pid)
-        assert len(family) >= 4  # the watchdog, the server, its core and its worker
-        holder.kill()
-        assert wait_until(lambda: not alive(family))
-
-
-def family_of(process: int) -> dict[int, str]:
-    """The command of everything that `process` has started, by process id."""
-    return {found: Path(f"/proc/{found}/cmdline").read_text().replace("\0", " ") for found in descendants(process)}
-
-
-def alive(family: dict[int, str]) -> list[str]:
-    return [name for process, name in family.items() if Path(f"/proc/{process}").exists()]
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return holds()
