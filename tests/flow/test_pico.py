@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pico_project import make
 from processes import gone
-from project import Project
+from project import Project, python_of
 from report_page import Page
 
 OTHER_METHODS = """\
@@ -89,10 +89,11 @@ def test_a_killed_and_an_undisturbed_run_end_with_the_same_digests(
 ) -> None:
     imports = tmp_path_factory.mktemp("imports")
     (imports / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    python = imports / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={imports}:$PYTHONPATH exec {runtime_python} "$@"\n')
-    python.chmod(0o755)
-    other = make(tmp_path_factory.mktemp("other folder") / "püroject", python, pico_model)
+    pythons = imports / "python", imports / "python-quantize"
+    for python, real in zip(pythons, (runtime_python, python_of("quantize")), strict=True):
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={imports}:$PYTHONPATH exec {real} "$@"\n')
+        python.chmod(0o755)
+    other = make(tmp_path_factory.mktemp("other folder") / "püroject", pythons[0], pico_model, quantize=pythons[1])
     other.tuneline("run", "pico", PYTHONHASHSEED="2")
     assert set(digests(killed)) == set(STAGES)
     assert digests(other) == digests(killed)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, browser
-from project import ROOT, Project
+from project import ROOT, Project, python_of
 
 from flows.server import free_port
 from flows.supervisor import WATCHDOG
@@ -43,7 +43,7 @@ pipelines:
 PICO = """\
 version: 1
 roots: ["%(models)s"]
-runtimes: {here: {python: "%(python)s"}}
+runtimes: {here: {python: "%(python)s"}, apart: {python: "%(quantize)s"}}
 pipelines:
   words:
     description: A pico model learns which word belongs to which number.
@@ -53,7 +53,7 @@ pipelines:
       corpus:    {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {validation: 0.1, test: 0.2}, runtime: here}
       sft:       {kind: sft, model: base, dataset: corpus, lora: {r: 8}, learning_rate: 5e-3, max_steps: 150, global_batch_size: 4, runtime: here}
       merged:    {kind: merge, adapters: [sft], runtime: here}
-      gptq:      {kind: quantize, model: merged, calibration: corpus, group_size: 32, samples: 8, max_perplexity_ratio: 3, runtime: here}
+      gptq:      {kind: quantize, model: merged, calibration: corpus, group_size: 32, samples: 8, max_perplexity_ratio: 3, runtime: apart}
       eval-base: {kind: evaluate, model: base, datasets: [corpus], max_new_tokens: 4, runtime: here}
       eval-sft:  {kind: evaluate, model: sft, datasets: [corpus], max_new_tokens: 4, runtime: here}
       eval-gptq: {kind: evaluate, model: gptq, datasets: [corpus], max_new_tokens: 4, runtime: here}
@@ -199,7 +199,7 @@ def test_every_state_the_graph_progress_and_reports_are_there(
 def test_a_real_run_shows_its_curve_and_its_models_side_by_side(
     project: Project, runtime_python: Path, pico_model: Path, server: str, page: Page
 ) -> None:
-    project.write(PICO % {"python": runtime_python, "model": pico_model, "models": pico_model.parent})
+    project.write(PICO % {"python": runtime_python, "quantize": python_of("quantize"), "model": pico_model, "models": pico_model.parent})
     rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
     project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
     project.tuneline("run", "words", PREFECT_API_URL=f"{server}/api")

@@ -14,8 +14,6 @@ from silent_tools import World, edit_weights, make_world, refused
 from tasks.rows import SPLITS, read_rows, write_rows
 from tuneline.protocol import Failure, Input, Result
 
-pytestmark = pytest.mark.usefixtures("gptqmodel_place")
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

@@ -9,8 +9,7 @@ are killed. Ranks are forked by the launcher, in place of torch's `SubprocessHan
 
 What a fork hides: a module that a program forgot to import; what a library says or reads from the environment while it is imported
 (OMP_*, HF_*, CUDA_VISIBLE_DEVICES, PYTHONHASHSEED: they are the parent's). So each kind and strategy starts as a real process once, and
-all do with WARM=0. Programs that need a package of ABSENT become a real process by exec: gptqmodel starts threads as it is imported,
-and a fork would wait for them for ever. To the outside a child has the parent's command line and environment in /proc. It is no
+all do with WARM=0. Programs that need a package of ABSENT become a real process by exec. To the outside a child has the parent's command line and environment in /proc. It is no
 descendant of whoever asked: a watchdog does not see it, so `start` passes signals on to it. Kills of whole trees, orphans, and searches
 in /proc need real processes.
 """
@@ -44,7 +43,7 @@ PROGRAMS = (
     "accelerate", "datasets", "deepspeed", "matplotlib.figure", "transformers.models.llama.modeling_llama", "torch.distributed.launcher.api",
     "torch.distributed.elastic.multiprocessing", "torch.distributed.fsdp",
 )  # fmt: skip
-ABSENT = ("bitsandbytes", "gptqmodel", "torchao")  # libraries import them wherever they are installed, used or not
+ABSENT = ("bitsandbytes",)  # libraries import them wherever they are installed, used or not
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 # --- who asks ---------------------------------------------------------------------------------------------------------
@@ -319,11 +318,7 @@ def needs_absent(request: Path) -> bool:
     content = json.loads(request.read_bytes())
     models = [given["path"] for given in content["inputs"].values() if given["type"] == "Model"]
     bases = [given["base"]["path"] for given in content["inputs"].values() if given.get("base")]
-    return (
-        content["kind"] == "quantize"
-        or content["config"].get("method") == "qlora"
-        or any(quantization(model_folder(Path(path))) for path in (*models, *bases))
-    )
+    return content["config"].get("method") == "qlora" or any(quantization(model_folder(Path(path))) for path in (*models, *bases))
 
 
 class Rank(subprocess.Popen):  # type: ignore[type-arg]
