@@ -1,4 +1,4 @@
-"""What a program imports before it works: seconds by package, for each kind.
+"""What a program imports before it works: seconds by package, for each kind; and the CPU seconds that hiding packages saves.
 
     PYTHONPATH=. <python of the torch runtime> benchmarks/startup.py [--rounds 3]                        (make bench-startup)
 
@@ -6,6 +6,9 @@ Each program runs whole, on a pico model, under `python -X importtime`, so what 
 own, added up by package (importtime itself makes them about a tenth longer); the median of the rounds by kind counts. The table names
 the packages that cost most, and who imported each first. Ours are `tasks` and `tuneline`: the rest is the libraries' own, and cannot
 be shorter unless a library is not needed. Files are read from the page cache, from compiled bytecode.
+
+Each also runs twice more without importtime: as it is, and with `tasks.packages` left out, when libraries import whatever is installed
+while the garbage collector works. The median CPU seconds of the two stand side by side; what they write must be the same.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmar
 
 from table import add_row  # noqa: E402
 
-from tuneline.protocol import Input, Result  # noqa: E402
+from tuneline.protocol import Input, Request, Result  # noqa: E402
 
 OURS = ("tasks", "tuneline")
 SHOWN = 6  # packages named in a row
@@ -45,11 +49,20 @@ PICO: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {  # kind: (fields
 }
 
 
-def imports_of(folder: Path, python: list[str], kind: str, artifacts: dict[str, Input]) -> tuple[Counter[str], dict[str, str], float]:
-    """(seconds by package, who imported each first, CPU seconds of the process); leaves the artifact in `artifacts`."""
+AS_IT_IS = ["-m", "tasks"]
+ALL_IMPORTED = """\
+import importlib, sys
+from tasks import __main__ as program
+program.hide, program.import_program = lambda request: None, lambda kind, name: importlib.import_module(name)
+sys.exit(program.main())
+"""
+
+
+def request_for(folder: Path, kind: str, artifacts: dict[str, Input]) -> Request:
+    """A request in a folder of its own."""
     from program_tools import make_request
 
-    config, slots, gives = PICO[kind]
+    config, slots, _ = PICO[kind]
     files: dict[str, list[Path]] = {}
     config = {"kind": kind, **config}
     if kind == "model":
@@ -60,13 +73,21 @@ def imports_of(folder: Path, python: list[str], kind: str, artifacts: dict[str, 
         folder / str(len(os.listdir(folder))), config, {slot: artifacts[name] for slot, name in slots.items()}, files=files
     )
     request.write(request.work / "request.json")
-    before = cpu()
-    done = run([*python, "-X", "importtime", "-m", "tasks", str(request.work / "request.json")], request.work)
-    seconds = cpu() - before
+    return request
+
+
+def artifact_of(request: Request, artifacts: dict[str, Input]) -> Input:
     template = Result.read(request.work / "result.json").info.get("template")
+    gives = PICO[request.kind][2]
     base = artifacts["model"] if gives == "Adapter" else None
-    artifacts[kind] = Input(path=request.payload, digest="", type=gives, template=template, base=base)  # type: ignore[arg-type]
-    return *by_package(done), seconds
+    return Input(path=request.payload, digest="", type=gives, template=template, base=base)  # type: ignore[arg-type]
+
+
+def seconds_of(request: Request, how: list[str]) -> tuple[float, str]:
+    """(CPU seconds, what it said) of a program that is started as `how`."""
+    before = cpu()
+    said = run([sys.executable, *how, str(request.work / "request.json")], request.work)
+    return cpu() - before, said
 
 
 def by_package(output: str) -> tuple[Counter[str], dict[str, str]]:
@@ -105,6 +126,8 @@ def cpu() -> float:
 
 
 def main() -> None:
+    from program_tools import payload_digest
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=Path, help="file that the rows of the common table are appended to")
@@ -115,14 +138,22 @@ def main() -> None:
         rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
         (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         artifacts: dict[str, Input] = {}
-        print(f"median of {arguments.rounds}\n{'kind':<10}{'CPU s':>7}{'imports':>9}{'ours':>7}   most, and who imports it first")
+        print(f"median of {arguments.rounds}\n{'kind':<10}{'CPU s':>7}{'all':>7}{'imports':>9}{'ours':>7}   most, and who imports it first")
         for kind in PICO:
-            found = [imports_of(folder, [sys.executable], kind, artifacts) for _ in range(arguments.rounds)]
-            seconds, importer, spent = sorted(found, key=lambda figures: figures[0].total())[len(found) // 2]
+            imports, spent = [], []
+            for _ in range(arguments.rounds):
+                traced, plain, whole = (request_for(folder, kind, artifacts) for _ in range(3))
+                imports.append(by_package(seconds_of(traced, ["-X", "importtime", *AS_IT_IS])[1]))
+                spent.append((seconds_of(plain, AS_IT_IS)[0], seconds_of(whole, ["-c", ALL_IMPORTED])[0]))
+                assert payload_digest(plain) == payload_digest(whole), kind
+            artifacts[kind] = artifact_of(plain, artifacts)
+            seconds, importer = sorted(imports, key=lambda figures: figures[0].total())[len(imports) // 2]
             total, own = seconds.total(), sum(seconds[package] for package in OURS)
+            ours, all_imported = (statistics.median(pair) for pair in zip(*spent, strict=True))
             most = ", ".join(f"{package} {s:.2f} ({importer[package]})" for package, s in seconds.most_common(SHOWN))
-            print(f"{kind:<10}{spent:>7.1f}{total:>9.2f}{own:>7.2f}   {most}", flush=True)
+            print(f"{kind:<10}{ours:>7.1f}{all_imported:>7.1f}{total:>9.2f}{own:>7.2f}   {most}", flush=True)
             add_row(arguments.rows, f"start of {kind}: our own modules", own, "all that it imports", total, "s", 0.05)
+            add_row(arguments.rows, f"{kind} of a pico model: CPU", ours, "importing all that is there", all_imported, "s", 1)
 
 
 if __name__ == "__main__":

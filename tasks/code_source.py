@@ -21,6 +21,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import special_tokens
 from tasks.rows import Row, content_hash
 from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
@@ -59,7 +60,7 @@ def code_rows(
 ) -> Iterator[tuple[str, Row]]:
     """(place, row) of every chunk, file by file; a file is a group. Counts in `left_out` the chunks that are not used, by reason."""
     frame = fill_in_the_middle_tokens(name, tokenizer) if source.fim_rate else None
-    special = special_tokens(tokenizer)
+    special = special_tokens.pattern(tokenizer)
     for file in files:
         relative = file.relative_to(tree.folder).as_posix()
         lines = [f"{line}\n" for line in file.read_text(encoding="utf-8-sig").split("\n")]  # splitlines knows ends that grammars do not
@@ -72,20 +73,14 @@ def code_rows(
             elif length(text, tokenizer) > source.chunk_length:
                 left_out["line over chunk_length"] += 1
             else:
-                if frame:
-                    text = moved_middle(text, frame, source, seed, tokenizer)
-                extra = {"file": relative, "lines": [start + 1, end]}
-                yield f"{file}:{start + 1}", Row(name, text=text, group=content_hash(relative), extra=extra)
+                moved = moved_middle(text, frame, source, seed, tokenizer) if frame else text
+                extra = {"file": relative, "lines": [start + 1, end]} | ({"special_tokens": "keep"} if moved != text else {})
+                yield f"{file}:{start + 1}", Row(name, text=moved, group=content_hash(relative), extra=extra)
 
 
 def length(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of a row of this text, with the one that ends it."""
     return len(tokenizer(text)["input_ids"]) + 1
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens))
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
 # --- where a file may be cut ------------------------------------------------------------------------------------------

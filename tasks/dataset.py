@@ -15,11 +15,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tasks.dataset_report import write_report
+from tasks import special_tokens
+from tasks.dataset_report import ignored, write_report
+from tasks.formats import BadRow, refuse_row
 from tasks.loading import load_tokenizer
 from tasks.masks import token_counts
-from tasks.rows import SPLITS, Row, content_hash, row_count, write_rows
-from tasks.sources import Counts, Item, read_source
+from tasks.rows import SPLITS, Row, content_hash, row_count, tidy, write_rows
+from tasks.sources import Counts, Item, drop, read_source
+from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
 from tuneline.spec import DatasetStage, Split
@@ -39,10 +42,12 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
     steps = len(stage.sources) + 3
 
     items = list(read(request, stage, tokenizer, counts, events))
+    for message in unclear(items):
+        events.warning(message)
     if tokenizer is not None:
         items = list(measured(items, stage, tokenizer, counts, events))
     events.progress(steps - 2, steps, "splitting")
-    items = list(deduplicated(items, counts))
+    items = list(deduplicated(items, stage.dedup, counts))
     splits = split(items, stage.split, request.seed)
     check(splits, stage.split, counts)
     events.progress(steps - 1, steps, "writing")
@@ -53,7 +58,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
             raise StageFailed("bug", f"{file.name} holds {written} rows, but {len(splits[name])} were given", "please report this")
     for message in warnings(items, splits, stage, counts):
         events.warning(message)
-    figures = write_report(request.meta, stage, splits, counts, tokenizer, events)
+    figures = write_report(request.meta, request.payload, stage, splits, counts, tokenizer, events)
     events.progress(steps, steps, f"wrote {len(items):,} rows")
     return Result(
         metrics={
@@ -72,20 +77,34 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
 def read(
     request: Request, stage: DatasetStage, tokenizer: PreTrainedTokenizerBase | None, counts: Counts, events: Events
 ) -> Iterator[Item]:
+    special = special_tokens.pattern(tokenizer) if tokenizer is not None else None
     for index, source in enumerate(stage.sources):
         events.progress(index, len(stage.sources) + 3, f"reading sources.{index}")
         for number, item in enumerate(read_source(request, index, source, tokenizer, counts, events), 1):
-            row = item.row
-            if stage.system is not None and row.messages is not None and row.messages[0]["role"] != "system":
-                row = replace(row, messages=({"role": "system", "content": stage.system}, *row.messages))
-            yield replace(item, row=identified(row))
+            try:
+                row = with_system(item.row, stage.system)
+                if special is not None and not isinstance(source, CodeSource):  # which leaves them out itself
+                    row = special_tokens.treated(row, special, stage.special_tokens)
+                yield Item(item.place, identified(row))
+            except BadRow as error:
+                drop(error, item.place, item.row.source, source, counts, events)
             if number % (10 * BATCH) == 0:
                 events.progress(index, len(stage.sources) + 3, f"read {number:,} rows of sources.{index}")
 
 
+def with_system(row: Row, system: str | None) -> Row:
+    if system is None or row.messages is None or row.messages[0]["role"] == "system":
+        return row
+    return replace(row, messages=({"role": "system", "content": system}, *row.messages))
+
+
 def identified(row: Row) -> Row:
     """With its id and, unless its source gave one, its group."""
-    return replace(row, id=content_hash(row.content()), group=row.group or group_of(row))
+    try:
+        return replace(row, id=content_hash(row.content()), group=row.group or group_of(row))
+    except (TypeError, ValueError, RecursionError) as error:
+        refuse_row(row)
+        raise BadRow("found lists and objects nested too deeply to be compared, allowed a few hundred") from error
 
 
 def group_of(row: Row) -> str:
@@ -111,7 +130,9 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
         batch = items[start : start + BATCH]
         events.progress(steps - 3, steps, f"counted tokens of {start:,} of {len(items):,} rows")
         for item, tokens in zip(batch, counted(batch, tokenizer), strict=True):
-            if stage.max_length is None or tokens <= stage.max_length:
+            if isinstance(tokens, BadRow):
+                drop(tokens, item.place, item.row.source, stage.sources[int(item.row.source.split(".")[1])], counts, events)
+            elif stage.max_length is None or tokens <= stage.max_length:
                 yield replace(item, tokens=tokens)
             elif stage.over_long == "drop":
                 counts.fates["over_long", item.row.source] += 1
@@ -124,16 +145,21 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
                 raise StageFailed("data", message, "shorten it, raise max_length, or set `over_long: drop`")
 
 
-def counted(batch: list[Item], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def counted(batch: list[Item], tokenizer: PreTrainedTokenizerBase) -> list[int] | list[int | BadRow]:
+    """Tokens of each row, or why the template refuses it."""
+    rows = [item.row for item in batch]
     try:
-        return token_counts([item.row for item in batch], tokenizer)
+        return token_counts(rows, tokenizer)
     except StageFailed:
-        for item in batch:  # one by one, to name the row that the template refuses
-            try:
-                token_counts([item.row], tokenizer)
-            except StageFailed as error:
-                raise StageFailed(error.failure_class, f"{item.place}: {error.message}", error.hint) from error
-        raise
+        if tokenizer.chat_template is None:
+            raise
+    found: list[int | BadRow] = []
+    for row in rows:  # one by one, to find those that the template refuses
+        try:
+            found += token_counts([row], tokenizer)
+        except StageFailed as error:
+            found.append(BadRow(error.message, error.hint))
+    return found
 
 
 def truncated(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Item:
@@ -154,14 +180,15 @@ def truncated(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 # --- deduplicate and split --------------------------------------------------------------------------------------------
 
 
-def deduplicated(items: list[Item], counts: Counts) -> Iterator[Item]:
-    """Keeps the first of rows that say the same."""
+def deduplicated(items: list[Item], by: str, counts: Counts) -> Iterator[Item]:
+    """Keeps the first of rows that say the same (`content`), or that ask the same (`prompt`)."""
     seen: set[str] = set()
     for item in items:
-        if item.row.id in seen:
+        what = item.row.asked() if by == "prompt" else item.row.id
+        if by != "none" and what in seen:
             counts.fates["duplicates", item.row.source] += 1
         else:
-            seen.add(item.row.id)
+            seen.add(what)
             yield item
 
 
@@ -202,6 +229,18 @@ def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
             raise StageFailed("data", message, hint)
 
 
+def unclear(items: list[Item]) -> Iterator[str]:
+    """Of all rows that were read: which of them are dropped later must not hide that their answers differ."""
+    answers: dict[str, set[str | None]] = defaultdict(set)
+    for item in items:
+        if item.row.messages is None or item.row.prompt_messages() == opening(item.row.messages):
+            answers[item.row.group].add(tidy(item.row.reference()))
+    differing = [group for group, given in answers.items() if len(given) > 1]
+    if differing:
+        first = next(item.place for item in items if item.row.group == differing[0])
+        yield f"{len(differing)} prompts have differing answers, the first at {first}"
+
+
 def warnings(items: list[Item], splits: dict[str, list[Item]], stage: DatasetStage, counts: Counts) -> Iterator[str]:
     for name in ("validation", "test"):
         if 0 < (held := len(splits[name])) < FEW:
@@ -210,14 +249,6 @@ def warnings(items: list[Item], splits: dict[str, list[Item]], stage: DatasetSta
     largest = max(groups.values(), default=0)
     if len(items) > 1 and 2 * largest > len(items):
         yield f"{largest} of {len(items)} rows have the same prompt or file, and so are all in one split"
-    answers: dict[str, set[str | None]] = defaultdict(set)
-    for item in items:
-        if item.row.messages is None or item.row.prompt_messages() == opening(item.row.messages):
-            answers[item.row.group].add(item.row.reference())
-    unclear = [group for group, given in answers.items() if len(given) > 1]
-    if unclear:
-        first = next(item.place for item in items if item.row.group == unclear[0])
-        yield f"{len(unclear)} prompts have differing answers, the first at {first}"
     different = {item.row.reference() for item in items}
     if len(items) > 1 and len(different) == 1 and different != {None}:
         yield f"all {len(items)} rows have the same answer: {str(different.pop())[:80]!r}"
@@ -227,6 +258,5 @@ def warnings(items: list[Item], splits: dict[str, list[Item]], stage: DatasetSta
     others = sum(item.row.messages is None for item in items)
     if stage.system is not None and others:
         yield f"the system prompt is for conversations: {others} rows of another format go without"
-    fields = sorted(name for name in counts.ignored if "." in name)  # parts of messages; other columns are only in the report
-    if fields:
-        yield f"parts of messages are not read: {', '.join(fields)}"
+    if counts.ignored:
+        yield f"columns and parts of messages are not read: {ignored(counts)}"

@@ -9,11 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.masks import Tokens, tokenize
-from tasks.rows import SPLITS, Row
+from tasks.masks import Tokens, sequences
+from tasks.rows import SPLITS, Row, read_rows
 from tasks.sources import AnySource, Counts, Item
 from tuneline.data_sources import CodeSource, FilesSource, HubSource
-from tuneline.errors import StageFailed
 from tuneline.protocol import Events
 from tuneline.spec import DatasetStage
 
@@ -27,6 +26,7 @@ BAR = 40  # characters of the longest bar
 
 def write_report(
     meta: Path,
+    payload: Path,
     stage: DatasetStage,
     splits: dict[str, list[Item]],
     counts: Counts,
@@ -39,8 +39,7 @@ def write_report(
     """
     parts = ["# Dataset\n", source_table(stage, splits, counts)]
     if counts.ignored:
-        columns = ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.ignored.items()))
-        parts.append(f"Not read: {columns}.\n")
+        parts.append(f"Not read: {ignored(counts)}.\n")
     if counts.left_out:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in counts.left_out.most_common())
         parts.append(f"Left out of the source trees (files, whole folders, chunks): {reasons}.\n")
@@ -56,9 +55,9 @@ def write_report(
         plot(lengths, stage.max_length, meta / "lengths.png")
     trained = "What is trained on stands between ⟦ and ⟧ (`train_on: assistant`)."
     parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not as a model sees them.'}\n")
-    train = [item.row for item in splits["train"]]
-    for row in (train[position] for position in sorted({0, len(train) // 2, len(train) - 1})):
-        text = rendered(row, tokenizer, events) if tokenizer is not None else plain(row)
+    last = len(splits["train"]) - 1
+    for row in read_rows(payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back: as they are stored
+        text = rendered(row, tokenizer) if tokenizer is not None else plain(row)
         text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
         events.sample(text, {"id": row.id, "source": row.source})
         parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
@@ -71,6 +70,10 @@ def write_report(
     }
     (meta / "report.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return figures
+
+
+def ignored(counts: Counts) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.ignored.items()))
 
 
 def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> Iterator[dict[str, Any]]:
@@ -134,14 +137,9 @@ def plot(lengths: list[int], max_length: int | None, file: Path) -> None:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def rendered(row: Row, tokenizer: PreTrainedTokenizerBase, events: Events) -> str:
-    """The row as the model sees it, what is trained on between ⟦ and ⟧."""
-    try:
-        tokens = tokenize(row, tokenizer, "assistant")
-    except StageFailed as error:
-        events.warning(f"{error.message}; {error.hint}")
-        tokens = tokenize(row, tokenizer, "completion")
-    return marked(tokens, tokenizer)
+def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row as the model sees it, what is trained on between ⟦ and ⟧; one text below the other where it is trained as several."""
+    return "\n\n".join(marked(tokens, tokenizer) for tokens in sequences(row, tokenizer))
 
 
 def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,11 +18,13 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from tasks import special_tokens
 from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchmarks, run_benchmarks
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import check_device, compute_type, load_model, load_tokenizer
-from tasks.masks import prompt_ids, render_text, tokenize
+from tasks.masks import prompt_ids, tokenize
+from tasks.rendering import render_text
 from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
 from tuneline.errors import StageFailed
@@ -43,6 +45,8 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     source = request.inputs["model"]
     tokenizer = load_tokenizer(source)
     datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
+    for rows in datasets:
+        special_tokens.refuse(rows, tokenizer)
     benchmarks, unpinned = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else (None, [])
     prompt = first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer)
 
@@ -130,7 +134,8 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     samples = [Sample(name, row.id, prompt_text(row, lm.tokenizer)[-TAIL:], "", row.reference() or row.text or "") for row in rows]
     asked = [i for i, row in enumerate(rows) if row.reference() is not None]
     lm.phase = f"{name}: answers"
-    for i, answer in zip(asked, answers([rows[i] for i in asked], stage.max_new_tokens, lm), strict=True):
+    given, stopped = answers([rows[i] for i in asked], stage.max_new_tokens, lm)
+    for i, answer in zip(asked, given, strict=True):
         samples[i].answer = answer
         samples[i].scores |= {"exact_match": exact_match(answer, samples[i].reference)}
         samples[i].scores |= {"answer_recall": answer_recall(answer, samples[i].reference)}
@@ -150,6 +155,8 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
             report.add(f"{name}/{metric}", mean(values))
     if measured := [sample.scores for sample in scored if "bits" in sample.scores]:
         report.add(f"{name}/bits_per_byte", ratio([scores["bits"] for scores in measured], [scores["bytes"] for scores in measured]))
+    if asked:
+        report.add(f"{name}/stopped", mean([1.0] * stopped + [0.0] * (len(asked) - stopped)))
     report.rows[name] = len(scored)
     report.samples += scored
 
@@ -159,11 +166,13 @@ def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     return render_text(messages, row, tokenizer, add_generation_prompt=True) if messages is not None else row.prompt or ""
 
 
-def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> list[str]:
-    """Greedy answers, in order. What lm-eval makes of each prompt's text is compared with the ids that training saw."""
+def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tuple[list[str], int]:
+    """Greedy answers, in order, and how many of them ended by themselves. What lm-eval makes of each prompt's text is compared with
+    the ids that training saw."""
     from lm_eval.api.instance import Instance
 
     found: dict[int, str] = {}
+    stopped = 0
     for templated in (True, False):
         lm.add_bos_token = False if templated else None  # a template writes its own; before plain text the tokenizer's habit holds
         chosen = [i for i, row in enumerate(rows) if (row.messages is not None) == templated]
@@ -177,7 +186,8 @@ def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> list
         requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
         if requests:
             found |= dict(zip(chosen, lm.generate_until(requests), strict=True))
-    return [found[i] for i in range(len(rows))]
+            stopped += lm.stopped
+    return [found[i] for i in range(len(rows))], stopped
 
 
 def check_length(row: Row, tokens: int, lm: LanguageModel, hint: str) -> None:

@@ -17,8 +17,10 @@ import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from tasks import special_tokens
 from tasks.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
-from tasks.masks import prompt_ids, render_text
+from tasks.masks import prompt_ids
+from tasks.rendering import check_end, ends, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
 from tuneline.architectures import reach
@@ -62,10 +64,13 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     tokenizer = load_tokenizer(earlier or base)
     rows = read_split(request.inputs["dataset"].path, "train")
     check_rows(rewards, rows)
+    special_tokens.refuse(rows, tokenizer)
+    check_end(rows, tokenizer, stage.no_end)
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 
     model = strategies.load_base(base, stage.resources, compute_type(stage))
+    model.generation_config.eos_token_id = ends(tokenizer, model.generation_config.eos_token_id)  # TRL and vLLM end completions there
     longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
     layers = training.targeted_layers(model, stage.lora.target_modules)
     shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}

@@ -15,6 +15,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
+from tasks.rendering import ends
 from tuneline.protocol import Events
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ class LanguageModel(HFLM):  # type: ignore[misc]
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, events: Events):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.events, self.largest_batch, self.phase = events, batch_size, ""
-        self.done = self.total = 0
-        listed = model.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+        self.done = self.total = self.stopped = 0
+        self.ends = set(ends(tokenizer, model.generation_config.eos_token_id))
         # Only the ends are kept of what the model suggests: its penalties and temperature would make greedy something else.
         model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=tokenizer.pad_token_id)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._begin(len(requests))
+        self.stopped = 0
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
@@ -52,6 +53,10 @@ class LanguageModel(HFLM):  # type: ignore[misc]
 
     def _begin(self, total: int) -> None:
         self.done, self.total = 0, total
+
+    def _count_stopped(self, answers: torch.Tensor) -> None:
+        """Counts the rows of token ids that end, and are filled up with ends after that."""
+        self.stopped += int(torch.isin(answers, torch.tensor(sorted(self.ends), device=answers.device)).any(dim=1).sum())
 
     def _advance(self, rows: int) -> None:
         if rows:
@@ -71,6 +76,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
             tokens = self._greedy(context, mask, max_length - context.shape[1])
         else:
             tokens = super()._model_generate(context, max_length, stop, **options)
+        self._count_stopped(tokens[:, context.shape[1] :])
         self._advance(len(context))
         return tokens
 

@@ -133,6 +133,7 @@ class EngineModel(LanguageModel):
         for row, completion in zip(answers, completions, strict=True):
             ids = [token for token in completion.ids if token not in self.ends]  # one of them is the last, if any
             row[: len(ids)] = torch.tensor(ids)
+        self._count_stopped(answers)
         return torch.cat([context, answers], dim=1)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.gptq import is_gptq, load_dense
+from tasks.rendering import ends
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
 from tuneline.reference import REFERENCE
@@ -26,6 +28,9 @@ CODE = ".py"
 CPU_INFO = Path("/proc/cpuinfo")
 CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86, and of ARM
 LEAST_CAPABILITY = (8, 0)  # of a GPU with bfloat16
+CLOCK = "strftime_now"  # the function by which templates ask for the date; transformers gives them no other
+DATE = datetime(2024, 7, 26)  # the one that Llama 3's templates fall back to where there is no clock
+CODES = "dbBmYyAajHMSp"
 REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
 
 
@@ -121,14 +126,49 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code(source))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if source.template is not None and template_hash(tokenizer) != source.template:
+    add_no_end(tokenizer)
+    read = template_hash(tokenizer)
+    fix_clock(tokenizer)
+    if source.template is not None and source.template not in (read, template_hash(tokenizer)):
         raise StageFailed(
             "data",
             f"the chat template beside the {source.type.lower()} is not the one recorded when it was made "
-            f"(sha256 {str(template_hash(tokenizer))[:12]}, recorded {source.template[:12]})",
+            f"(sha256 {str(read)[:12]}, recorded {source.template[:12]})",
             REBUILD,
         )
     return tokenizer
+
+
+def fix_clock(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some templates write today's date into the system prompt: what is trained, asked and compared would differ from day to day. A
+    macro takes the clock's place, which is a part of the template and so is saved with it and in its hash."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: with_fixed_clock(one) for name, one in template.items()}
+    elif template is not None:
+        tokenizer.chat_template = with_fixed_clock(template)
+
+
+def with_fixed_clock(template: str) -> str:
+    if CLOCK not in template or f"macro {CLOCK}(" in template:
+        return template
+    steps = "".join(f" | replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in CODES)
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}{template}"
+
+
+def add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some tokenizers put an end after any text: after a prompt as well, which would then look answered. Where an end belongs,
+    `tasks.masks` puts it."""
+    if not tokenizer.is_fast or tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        return
+    from tokenizers import Tokenizer
+
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    for step in document["post_processor"].get("processors", [document["post_processor"]]):
+        for pieces in (step.get("single"), step.get("pair")):
+            while pieces and pieces[-1].get("SpecialToken", {}).get("id") == tokenizer.eos_token:
+                pieces.pop()
+    tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(document)).post_processor
 
 
 def load_model(
@@ -197,9 +237,9 @@ def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTraine
     return tokenizer
 
 
-def save_configs(folder: Path, payload: Path, dtype: str | None, eos: int, events: Events) -> None:
-    """The base's config.json and generation_config.json, with the type that weights have been given, and with the trained
-    end-of-sequence token where theirs would not end an answer."""
+def save_configs(folder: Path, payload: Path, dtype: str | None, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
+    """The base's config.json and generation_config.json, with the type that weights have been given, and with the tokens that end a
+    trained answer beside those that ended one before: `generate` is to stop where an evaluation does."""
     for name in ("config.json", "generation_config.json"):
         if not (folder / name).exists():
             continue
@@ -208,11 +248,22 @@ def save_configs(folder: Path, payload: Path, dtype: str | None, eos: int, event
         if dtype and name == "config.json":
             document.pop("torch_dtype", None)  # its name before transformers 5
             document["dtype"] = dtype
-        ends = document.get("eos_token_id")
-        if eos not in (ends if isinstance(ends, list) else [ends]):
-            events.warning(f"{name}: eos_token_id was {ends}, and is {eos} as in the trained tokenizer")
-            document["eos_token_id"] = eos
+        before, trained = document.get("eos_token_id"), ends(tokenizer)
+        if not set(trained) <= set(before if isinstance(before, list) else [before]):
+            every = ends(tokenizer, before)
+            document["eos_token_id"] = every if len(every) > 1 else every[0]
+            events.warning(f"{name}: eos_token_id was {before}, and is {document['eos_token_id']}: {trained} end what was trained")
         write_json(payload / name, document)
+
+
+def check_ends(payload: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers' `generate` with its defaults ends where an evaluation does."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json" if (payload / "generation_config.json").exists() else "config.json"
+    found = GenerationConfig.from_pretrained(payload, config_file_name=name).eos_token_id
+    if lost := sorted(set(ends(tokenizer)) - set(found if isinstance(found, list) else [found])):
+        raise StageFailed("bug", f"the model was saved so that {', '.join(tokenizer.convert_ids_to_tokens(lost))} would not end an answer")
 
 
 def write_json(file: Path, document: Any) -> None:

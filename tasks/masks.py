@@ -1,16 +1,20 @@
 """Which tokens of a row are trained on, decided once for training, samples, calibration and scoring.
 
-A turn's span is found by tokenizing the conversation up to it with the generation prompt, as a server would, and *checking*
-that this is a prefix of the whole; where a template breaks that, the row is refused instead of being trained on the wrong
-tokens. TRL's own masks are not used: `assistant_only_loss` needs `{% generation %}` marks that few templates have.
+An answer is found in the rendered text (`tasks.rendering`), and its tokens by their places there. The prompt before it has the
+tokens that a server sends, so that what is asked later is what was trained: where a token would lie across the border, as where an
+answer begins with a line end, the two are tokenized apart. Where a conversation is rendered otherwise once it goes on, as thoughts of
+earlier turns are left out, one text cannot hold every answer as it was asked for: such a row becomes a sequence for each answer.
+TRL's own masks are not used: `assistant_only_loss` needs `{% generation %}` marks that few templates have.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tasks.rendering import Turn, conversation, render_text, turn
 from tasks.rows import Row
 from tuneline.errors import StageFailed
 
@@ -22,7 +26,7 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of a row, and for each whether it counts in the loss."""
+    """Token ids of a sequence, and for each whether it counts in the loss."""
 
     input_ids: list[int]
     trained: list[bool]
@@ -33,52 +37,102 @@ class Tokens:
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> Tokens:
-    """`train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
+    """The last of a row's sequences, which ends with its last answer; see `sequences`."""
+    return sequences(row, tokenizer, train_on)[-1]
 
-    Raises StageFailed(data) where the template renders a conversation so that an answer's beginning cannot be told.
+
+def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> list[Tokens]:
+    """What is trained on of a row: one sequence, or one for each answer where no single text holds them all as they are asked for.
+
+    `train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
+    A turn of weight 0 is never trained on.
+    Raises StageFailed(data) where the template does not show which part of the text an answer is.
     """
     if row.text is not None:
         ids = with_eos(tokenizer(row.text)["input_ids"], tokenizer)
-        return Tokens(ids, [True] * len(ids))
+        return [Tokens(ids, [True] * len(ids))]
     if row.messages is None:
         prompt = tokenizer(row.prompt)["input_ids"]
         if row.completion is None:
-            return Tokens(prompt, [train_on == "all"] * len(prompt))
+            return [Tokens(prompt, [train_on == "all"] * len(prompt))]
         completion = with_eos(tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer)
-        return Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))
+        return [Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))]
 
-    ids = render(row.messages, row, tokenizer)
-    trained = [train_on == "all"] * len(ids)
-    turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
-    for turn in turns if train_on == "assistant" else turns[-1:] if train_on == "completion" else []:
-        start = render(row.messages[:turn], row, tokenizer, add_generation_prompt=True)
-        end = render(row.messages[: turn + 1], row, tokenizer)
-        if ids[: len(start)] != start or ids[: len(end)] != end:
-            raise StageFailed(
-                "data",
-                f"the chat template renders row {row.id} so that the beginning of message {turn} changes with what follows it",
-                "train on the last answer alone (`train_on: completion`), or split the conversation into rows",
-            )
-        trained[len(start) : len(end)] = [True] * (len(end) - len(start))
+    silent = [position for position in answers(row) if row.messages[position].get("weight") == 0]
+    asked = answers(row)[-1 if train_on == "completion" else 0 :]
+    positions = silent if train_on == "all" else [position for position in asked if position not in silent]
+    turns = [turn(row, position, tokenizer) for position in positions]
+    text = turns[-1].text if positions and positions[-1] == len(row.messages) - 1 else conversation(row, tokenizer)
+    whole = at_once(text, turns, tokenizer) if all(text.startswith(each.text) for each in turns) else None
+    if train_on != "all":
+        return [whole] if whole else [apart(each, tokenizer) for each in turns]
+    if whole is None:
+        message = f"the chat template renders row {row.id} so that its messages of weight 0 cannot be left out"
+        raise StageFailed("data", message, "train on answers alone (`train_on: assistant`)")
+    return [Tokens(whole.input_ids, [not answer for answer in whole.trained])]
+
+
+def answers(row: Row) -> list[int]:
+    """Positions of the messages that answer something; a greeting before the first message of somebody else does not."""
+    assert row.messages is not None
+    roles = [message["role"] for message in row.messages]
+    return [position for position, role in enumerate(roles) if role == "assistant" and set(roles[:position]) - {"assistant"}]
+
+
+def at_once(text: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
+    """One sequence with every answer in it; None where a token lies across the border of one."""
+    ids, places = cut(text, [place for each in turns for place in (len(each.prompt), len(each.text))], tokenizer)
+    if places is None:
+        return None
+    trained = [False] * len(ids)
+    for first, last in zip(places[::2], places[1::2], strict=True):
+        trained[first:last] = [True] * (last - first)
     return Tokens(ids, trained)
+
+
+def cut(text: str, borders: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
+    """Token ids of a text, and how many of them stand before each border; None where a token lies across one."""
+    if not tokenizer.is_fast:  # it does not tell where its tokens are
+        ids, before = token_ids(text, tokenizer), [token_ids(text[:border], tokenizer) for border in borders]
+        return ids, [len(each) for each in before] if all(ids[: len(each)] == each for each in before) else None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = ([offset[side] for offset in encoded["offset_mapping"]] for side in (0, 1))
+    places = [bisect_left(starts, border) for border in borders]
+    across = any(ends[place - 1] > border for place, border in zip(places, borders, strict=True) if place)
+    return list(encoded["input_ids"]), None if across else places
+
+
+def apart(one: Turn, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The sequence of one answer: the prompt's tokens as a server sends them, then those of the answer."""
+    prompt, whole = token_ids(one.prompt, tokenizer), token_ids(one.text, tokenizer)
+    ids, start = whole, len(prompt)
+    if whole[:start] != prompt:
+        ids = prompt + token_ids(one.answer, tokenizer)
+        if tokenizer.decode(ids) != tokenizer.decode(whole):  # a tokenizer that marks the beginning of any text, as SentencePiece's may
+            ids, start = whole, next(i for i in range(start) if whole[i] != prompt[i])
+    return Tokens(ids, [False] * start + [True] * (len(ids) - start))
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the row's prompt as a server would send it to the model; empty for plain text."""
     messages = row.prompt_messages()
     if messages is not None:
-        return render(messages, row, tokenizer, add_generation_prompt=True)
+        return token_ids(render_text(messages, row, tokenizer, add_generation_prompt=True), tokenizer)
     return list(tokenizer(row.prompt)["input_ids"]) if row.prompt is not None else []
 
 
 def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """len(tokenize(row).input_ids) of every row, several times as fast: tokenized together, and no turn is looked for."""
+    """Tokens of every row's longest sequence, several times as fast as by `sequences`: tokenized together, and no turn is looked for."""
 
     def batch(texts: list[str | None], add_special_tokens: bool) -> Iterator[list[int]]:
         return iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
 
     plain = [row for row in rows if row.messages is None]
-    conversations = batch([render_text(row.messages, row, tokenizer) for row in rows if row.messages is not None], False)
+    conversations = batch([conversation(row, tokenizer) for row in rows if row.messages is not None], False)
     beginnings = batch([row.prompt if row.text is None else row.text for row in plain], True)
     completions = batch([row.completion for row in plain if row.completion is not None], False)
     counts = []
@@ -92,28 +146,6 @@ def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[in
         else:
             counts.append(len(next(beginnings)))
     return counts
-
-
-def render(messages: Any, row: Row, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:
-    text = render_text(messages, row, tokenizer, add_generation_prompt)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def render_text(messages: Any, row: Row, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
-    if tokenizer.chat_template is None:
-        hint = "use an instruct model, or rows of plain text"
-        raise StageFailed("data", "the model has no chat template, but rows are conversations", hint)
-    # TemplateError is the template's own refusal, as of a system prompt; jinja2 comes with transformers.
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tools=row.extra.get("tools"), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except TemplateError as error:
-        raise StageFailed("data", f"the chat template refuses row {row.id}: {error}", "change the rows, or take another model") from error
 
 
 def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

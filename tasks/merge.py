@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tasks.loading import (
+    check_ends,
     code_files,
     load_model,
     load_tokenizer,
@@ -107,7 +108,8 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     model = Input(path=payload, digest="", type="Model")
     tokenizer = saved_tokenizer(load_tokenizer(adapter), model)
     dtype = None if stage.dtype == "auto" else stage.dtype
-    save_configs(payload if reason else base, payload, dtype, tokenizer.eos_token_id, events)
+    save_configs(payload if reason else base, payload, dtype, tokenizer, events)
+    check_ends(payload, tokenizer)
 
     written = stored_tensors(payload)
     check_tensors(weights, written)

@@ -26,7 +26,7 @@ from tuneline.trainings import SftStage
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_base(base: Input, stage: SftStage) -> PreTrainedModel:
@@ -165,7 +165,7 @@ def weights_in(checkpoint: Path, model: PreTrainedModel) -> dict[str, torch.Tens
     return {name: by_parameter[id(parameter)] for name, parameter in named.items()}
 
 
-def save_model(trained: dict[str, torch.Tensor], base: Input, eos: int, payload: Path, events: Events) -> None:
+def save_model(trained: dict[str, torch.Tensor], base: Input, tokenizer: PreTrainedTokenizerBase, payload: Path, events: Events) -> None:
     """The base's files with the trained values in them. Tokenizer and template are not among them."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -183,7 +183,7 @@ def save_model(trained: dict[str, torch.Tensor], base: Input, eos: int, payload:
     for file in (folder / INDEX, *code_files(base)):
         if file.exists():
             shutil.copyfile(file, payload / file.name)
-    save_configs(folder, payload, None, eos, events)
+    save_configs(folder, payload, None, tokenizer, events)
 
 
 def check_model(payload: Path, base: Input) -> None:

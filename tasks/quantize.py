@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import quantizer
+from tasks import quantizer, special_tokens
 from tasks.gptq import cosines, quantization
 from tasks.loading import (
     check_device,
@@ -177,6 +177,7 @@ def measured_rows(dataset: Input, tokenizer: PreTrainedTokenizerBase, stage: Qua
 
 
 def token_ids(rows: list[Row], tokenizer: PreTrainedTokenizerBase, stage: QuantizeStage) -> list[list[int]]:
+    special_tokens.refuse(rows, tokenizer)
     return [tokenize(row, tokenizer, "all").input_ids[: stage.max_length] for row in rows]
 
 

@@ -2,14 +2,18 @@
 
 A row is a conversation (`messages`), a `prompt` with its `completion`, or plain `text`. `answer` is what a right answer says;
 `extra` is a JSON object (the scorer's entry of reasoning-gym, `tools` for the template, `tests` and more for rewards). A row
-for rewards alone has no completion: its conversation ends with the user.
+for rewards alone has no completion: its conversation ends with the user. A message has `role` and `content`, and may have
+`tool_calls`, `name`, `tool_call_id`, `reasoning_content`, `thinking`, and `weight`: 0 where an answer is not trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,14 @@ import pyarrow.parquet as pq
 from tuneline.errors import StageFailed
 
 SPLITS = ("train", "validation", "test")
-MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())])  # tool_calls: JSON
-SCHEMA = pa.schema(
-    [("id", pa.string()), ("group", pa.string()), ("source", pa.string()), ("messages", pa.list_(MESSAGE)), ("prompt", pa.string())]
-    + [(name, pa.string()) for name in ("completion", "text", "answer", "extra")]
-)
+COLUMNS = ("id", "group", "source", "messages", "prompt", "completion", "text", "answer", "extra")
+PARTS = ("role", "content", "tool_calls")  # of a message; tool_calls: JSON
+MORE = "more"  # JSON of a message's other fields; only files in which a message has one have this part
+_STORED = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+UNASKED = ("scorer", "special_tokens")  # names in `extra` that are about a row, not part of it
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,23 @@ class Row:
     id: str = ""
 
     def content(self) -> str:
-        """Canonical JSON of what a model sees, whitespace at line ends and around each text ignored: equal rows, equal ids."""
-        return _canonical({"messages": self.messages, "prompt": self.prompt, "completion": self.completion, "text": self.text})
+        """Canonical JSON of what a model sees and what is asked of it: equal rows, equal ids.
+
+        Whitespace at line ends and around each text is ignored, and so is the form in which Unicode writes an accent. An `answer` counts
+        where the row does not end with it, and all of `extra` but the scorer's entry, which numbers its rows.
+        """
+        document: dict[str, Any] = {"messages": self.messages, "prompt": self.prompt, "completion": self.completion, "text": self.text}
+        if self.text is None:
+            last = self.messages[-1] if self.messages else {}
+            said = last["content"] if last.get("role") == "assistant" else self.completion
+            document["answer"] = self.answer if self.answer != said else None
+            extra = {name: value for name, value in self.extra.items() if name not in UNASKED}
+            document["extra"] = _canonical_text(_STORED.encode(extra)) if extra else None
+        return _canonical(document)
+
+    def asked(self) -> str:
+        """Canonical JSON of all that stands before the answer: the same for rows that differ only in it."""
+        return _canonical({"messages": self.prompt_messages(), "prompt": self.prompt, "text": self.text})
 
     def prompt_messages(self) -> tuple[dict[str, Any], ...] | None:
         """The conversation up to the answer that it ends with; None where the row is no conversation."""
@@ -59,18 +81,31 @@ class Row:
         return self.completion
 
 
-def _tidy(value: Any) -> Any:
+def tidy(value: Any) -> Any:
+    """`value` with every text in it in one form (NFC), without whitespace at line ends and around it."""
     if isinstance(value, str):
-        return "\n".join(line.rstrip() for line in value.strip().splitlines())
+        value = value.strip()
+        if not value.isascii():
+            value = unicodedata.normalize("NFC", value)
+        return value if value.isprintable() else "\n".join([line.rstrip() for line in value.splitlines()])  # printable: one line
     if isinstance(value, dict):
-        return {key: _tidy(item) for key, item in value.items() if item is not None}
+        return {_one_form(key): tidy(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_tidy(item) for item in value]
+        return [tidy(item) for item in value]
     return value
 
 
+def _one_form(key: Any) -> Any:
+    return key if not isinstance(key, str) or key.isascii() else unicodedata.normalize("NFC", key)
+
+
 def _canonical(value: Any) -> str:
-    return json.dumps(_tidy(value), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _CANONICAL.encode(tidy(value))
+
+
+@lru_cache(maxsize=1000)  # most rows of a dataset have the same tools
+def _canonical_text(text: str) -> str:
+    return _canonical(json.loads(text))
 
 
 def content_hash(value: Any) -> str:
@@ -79,29 +114,39 @@ def content_hash(value: Any) -> str:
 
 
 def write_rows(rows: list[Row], path: Path) -> None:
-    """Writes parquet in row order, without statistics of time or host: the same rows give the same bytes."""
+    """Writes parquet in row order, without statistics of time or host: the same rows give the same bytes.
+
+    Calls, schemas and what else is an object keep the order of their keys: a template renders it.
+    """
     records = []
     for row in rows:
-        messages = row.messages and [
-            {
-                "role": m["role"],
-                "content": m.get("content"),
-                "tool_calls": json.dumps(m["tool_calls"], sort_keys=True) if m.get("tool_calls") else None,
-            }
-            for m in row.messages
-        ]
-        record = {name: getattr(row, name) for name in SCHEMA.names}
-        records.append(record | {"messages": messages, "extra": json.dumps(row.extra, sort_keys=True, ensure_ascii=False)})
-    pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), path, compression="zstd")
+        record = {name: getattr(row, name) for name in COLUMNS}
+        messages = row.messages and [_stored(message) for message in row.messages]
+        records.append(record | {"messages": messages, "extra": _STORED.encode(row.extra)})
+    parts = (*PARTS, MORE) if any(MORE in message for record in records for message in record["messages"] or ()) else PARTS
+    message = pa.struct([(name, pa.string()) for name in parts])
+    schema = pa.schema([(name, pa.list_(message) if name == "messages" else pa.string()) for name in COLUMNS])
+    pq.write_table(pa.Table.from_pylist(records, schema=schema), path, compression="zstd")
 
 
-def read_rows(path: Path) -> list[Row]:
+def _stored(message: dict[str, Any]) -> dict[str, str | None]:
+    calls = message.get("tool_calls")
+    stored = {"role": message["role"], "content": message.get("content"), "tool_calls": json.dumps(calls) if calls else None}
+    more = {name: value for name, value in message.items() if name not in PARTS} if len(message) > 2 else None
+    return stored | {MORE: _STORED.encode(more)} if more else stored
+
+
+def read_rows(path: Path, positions: Sequence[int] | None = None) -> list[Row]:
+    """The rows of a file, all of them or those at `positions`."""
+    table = pq.read_table(path, columns=list(COLUMNS))
     rows = []
-    for record in pq.read_table(path, schema=SCHEMA).to_pylist():
+    for record in (table if positions is None else table.take(positions)).to_pylist():
         messages = record.pop("messages")
         if messages is not None:
             messages = tuple(
-                {"role": m["role"], "content": m["content"]} | ({"tool_calls": json.loads(m["tool_calls"])} if m["tool_calls"] else {})
+                {"role": m["role"], "content": m["content"]}
+                | ({"tool_calls": json.loads(m["tool_calls"])} if m["tool_calls"] else {})
+                | (json.loads(m[MORE]) if m.get(MORE) else {})
                 for m in messages
             )
         rows.append(Row(**{**record, "messages": messages, "extra": json.loads(record["extra"])}))

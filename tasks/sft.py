@@ -14,9 +14,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import methods
-from tasks.loading import check_device, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
-from tasks.masks import IGNORED, tokenize
+from tasks import methods, special_tokens
+from tasks.loading import check_device, check_ends, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.masks import IGNORED, sequences
+from tasks.rendering import check_end
 from tasks.rows import read_split
 from tuneline.architectures import reach
 from tuneline.errors import StageFailed
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 CHECKED_TOKENS = 256  # of a row, by `check_loss`
+APART = "no single one holds every answer as it is asked for, where the chat template changes earlier turns once a conversation goes on"
 
 
 def run(request: Request, stage: SftStage, events: Events) -> Result:
@@ -43,13 +45,16 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
-    train = tokenized(request, stage, tokenizer, "train")
-    validation = tokenized(request, stage, tokenizer, "validation") if stage.eval_steps else None
+    train, ids = tokenized(request, stage, tokenizer, "train")
+    validation = tokenized(request, stage, tokenizer, "validation")[0] if stage.eval_steps else None
+    if len(train) > (rows := len(set(ids))):
+        events.warning(f"{rows} rows are trained as {len(train)} sequences: {APART}")
 
     model = methods.load_base(base, stage)
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
     layers = training.targeted_layers(model, stage.lora.target_modules)
-    report = training.Report(events, lambda: ids_of_step(request, train, trainer.step_rows()))
+    row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
+    report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
     trainer = make_trainer(request, stage, arguments, model, tokenizer, train, validation, report)
     adapter = stage.method != "full"
     before = training.adapter_tensors(trainer.model) if adapter else {}
@@ -67,8 +72,9 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
             training.save_adapter(trainer.model, after, request.payload, base)
             training.check_adapter(request.payload, stage.lora, layers, before)
         else:
-            methods.save_model(after, base, tokenizer.eos_token_id, request.payload, events)
+            methods.save_model(after, base, tokenizer, request.payload, events)
             methods.check_model(request.payload, base)
+            check_ends(request.payload, tokenizer)
         save_tokenizer(tokenizer, request.payload)
         saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter" if adapter else "Model"))
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
@@ -184,15 +190,8 @@ def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict
     return found | ({"eval_loss": evaluated[max(evaluated)]} if evaluated else {})
 
 
-def ids_of_step(request: Request, train: Dataset, step: list[tuple[int, ...]]) -> list[str]:
-    """Ids of the rows whose tokens are given."""
-    rows = read_split(request.inputs["dataset"].path, "train")
-    ids = {tuple(tokens): row.id for tokens, row in zip(train["input_ids"], rows, strict=True)}
-    return [ids[tokens] for tokens in step]
-
-
-def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
-    """A split as input ids and labels; refuses rows that TRL would cut or drop."""
+def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str) -> tuple[Dataset, list[str]]:
+    """A split as input ids and labels, and the id of the row of each sequence; refuses rows that TRL would cut or drop."""
     from datasets import Dataset
 
     rows = read_split(request.inputs["dataset"].path, split)
@@ -201,25 +200,28 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
             "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "look at its report"
         )
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
-    tokens = [tokenize(row, tokenizer, stage.train_on) for row in rows]
-    long = [(row.id, len(token.input_ids)) for row, token in zip(rows, tokens, strict=True) if len(token.input_ids) > stage.max_length]
+    special_tokens.refuse(rows, tokenizer)
+    check_end(rows, tokenizer, stage.no_end)
+    found = [(row.id, tokens) for row in rows for tokens in sequences(row, tokenizer, stage.train_on)]
+    long = [(row, len(tokens.input_ids)) for row, tokens in found if len(tokens.input_ids) > stage.max_length]
     if long:
         longest = max(length for _, length in long)
         raise StageFailed(
             "data",
-            f"{len(long)} of {len(rows)} {split} rows are longer than max_length {stage.max_length}: "
+            f"{len(long)} of {len(found)} {split} rows are longer than max_length {stage.max_length}: "
             f"row {long[0][0]} has {long[0][1]} tokens, the longest {longest}",
             f"set `max_length: {longest}` here, or `max_length: {stage.max_length}` in the dataset stage, which drops or cuts them",
         )
     # The first token of a row is never predicted, so one that is trained on alone counts for nothing.
-    masked = [row.id for row, token in zip(rows, tokens, strict=True) if not any(token.trained[1:])]
+    masked = [row for row, tokens in found if not any(tokens.trained[1:])]
     if masked:
         raise StageFailed(
             "data",
-            f"{len(masked)} of {len(rows)} {split} rows have no token to train on with `train_on: {stage.train_on}`: row {masked[0]}, say",
+            f"{len(masked)} of {len(found)} {split} rows have no token to train on with `train_on: {stage.train_on}`: row {masked[0]}, say",
             "leave rows without an answer out of the dataset, or set `train_on: all`",
         )
-    return Dataset.from_dict({"input_ids": [token.input_ids for token in tokens], "labels": [token.labels for token in tokens]})
+    columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}
+    return Dataset.from_dict(columns), [row for row, _ in found]
 
 
 def check_positions(splits: list[Dataset], positions: float) -> None:

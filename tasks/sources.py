@@ -1,4 +1,4 @@
-"""Reads the sources of a Dataset: every row with the place it came from, so that an error names file and line.
+"""The sources of a Dataset: every row with the place it came from, so that an error names file and line. `readers.py` opens files.
 
 A row that cannot be read ends the stage, or is dropped and counted, as its source says (`on_bad_row`); what is wrong with a whole
 file ends the stage always. Left out on purpose: loading scripts of hub repositories (they run code), and any repair of broken rows.
@@ -6,36 +6,25 @@ file ends the stage always. Left out on purpose: loading scripts of hub reposito
 
 from __future__ import annotations
 
-import codecs
-import csv
 import difflib
-import gzip
-import io
 import json
-import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from tasks.code_source import code_rows
-from tasks.formats import KNOWN, BadRow, describe, detect, to_row
+from tasks.formats import KNOWN, BadRow, describe, detect, readable, to_row
+from tasks.readers import Records, file_records, plain
 from tasks.rows import Row
 from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.errors import StageFailed
-from tuneline.paths import suffix
 from tuneline.protocol import Events, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AnySource = FilesSource | HubSource | ReasoningGymSource | CodeSource
-Records = Iterator[tuple[str, Any]]  # (place, what stands there, or a BadRow)
 
 
 @dataclass(frozen=True)
@@ -56,7 +45,7 @@ class Counts:
     fates: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By fate (`bad_rows`, `duplicates`, `over_long`: dropped; `truncated`: kept) and source."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Values that no format reads, by column."""
+    """Values that no format reads, by column or part of a message."""
     left_out: Counter[str] = field(default_factory=Counter)
     """What of source trees was not read: files, whole folders and chunks, by reason."""
 
@@ -122,6 +111,7 @@ def rows_of(records: Records, name: str, source: FilesSource | HubSource, counts
                 raise record
             if not isinstance(record, dict):
                 raise BadRow(f"found {describe(record)}, allowed an object")
+            readable(record)
             if absent is None and (absent := sorted(set(source.columns.values()) - record.keys())):
                 message = f"{place}: found columns {', '.join(record)}, but {name}.columns names {', '.join(absent)}"
                 raise StageFailed("data", message, "our name comes first, then the file's")
@@ -129,119 +119,26 @@ def rows_of(records: Records, name: str, source: FilesSource | HubSource, counts
             row_format = detect(record) if row_format == "auto" else row_format
             yield Item(place, to_row(record, row_format, name, counts.ignored))
         except BadRow as error:
-            if source.on_bad_row == "error":
-                hint = error.hint or "mend or remove the row, or set `on_bad_row: drop` in its source"
-                raise StageFailed("data", f"{place}: {error.message}", hint) from error
-            if not counts.fates["bad_rows", name]:
-                events.warning(f"rows that cannot be read are dropped, the first at {place}: {error.message}")
-            counts.fates["bad_rows", name] += 1
+            drop(error, place, name, source, counts, events)
             yield None
+
+
+def drop(error: BadRow, place: str, name: str, source: AnySource, counts: Counts, events: Events) -> None:
+    """Counts the row as dropped where its source allows that; else raises StageFailed(data). Warns of the first of each source."""
+    if not isinstance(source, FilesSource | HubSource):
+        raise StageFailed("data", f"{place}: {error.message}", error.hint) from error
+    if source.on_bad_row == "error":
+        hint = error.hint or "mend or remove the row, or set `on_bad_row: drop` in its source"
+        raise StageFailed("data", f"{place}: {error.message}", hint) from error
+    if not counts.fates["bad_rows", name]:
+        hint = f" ({error.hint})" if error.hint else ""
+        events.warning(f"rows that cannot be read are dropped, the first at {place}: {error.message}{hint}")
+    counts.fates["bad_rows", name] += 1
 
 
 def renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     moved = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
     return {name: value for name, value in record.items() if name not in columns and name not in columns.values()} | moved
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def file_records(file: Path) -> Records:
-    readers = {".jsonl": jsonl_records, ".json": json_records, ".csv": csv_records}
-    ending, packed = suffix(file), file.suffix == ".gz"
-    if ending == ".parquet":
-        yield from parquet_records(file)
-        return
-    if ending.removesuffix(".gz") not in readers:
-        allowed = f"{', '.join(readers)} (each also with .gz), .parquet"
-        raise StageFailed("config", f"{file}: found ending {ending or 'none'}, allowed {allowed}")
-    try:
-        with gzip.open(file) if packed else file.open("rb") as content:
-            yield from readers[ending.removesuffix(".gz")](file, content)
-    except UnicodeDecodeError as error:
-        raise StageFailed("data", f"{file}: found bytes that are not UTF-8 ({error})", "convert the file to UTF-8") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise StageFailed("data", f"{file}: found no whole gzip file ({error})", "fetch or pack it again") from error
-
-
-def jsonl_records(file: Path, lines: IO[bytes]) -> Records:
-    for number, line in enumerate(lines, 1):
-        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise StageFailed("data", f"{file}: found UTF-16, allowed UTF-8", "convert the file to UTF-8")
-        if line.strip():
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # of bytes it would guess the encoding
-            except (ValueError, RecursionError) as error:
-                record = BadRow(f"found no JSON ({error})", "a .jsonl file holds one object a line; `on_bad_row: drop` leaves others out")
-            yield f"{file}:{number}", record
-
-
-def json_records(file: Path, content: IO[bytes]) -> Records:
-    """Elements of one list, decoded one by one, so that each is known by its line."""
-    text = content.read().decode("utf-8-sig")
-    decoder = json.JSONDecoder()
-    position, line, counted = skip_space(text, 0), 1, 0
-    if text[position : position + 1] != "[":
-        raise StageFailed("data", f"{file}:1: found no list, allowed a list of objects", "one object a line? name the file .jsonl")
-    position, first = skip_space(text, position + 1), True
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            if not first:
-                if text[position : position + 1] != ",":
-                    raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-                position = skip_space(text, position + 1)
-                line, counted = line + text.count("\n", counted, position), position
-            record, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            message = f"{file}:{error.lineno}: found no JSON ({error})"
-            raise StageFailed("data", message, "check the file with `python -m json.tool`") from error
-        yield f"{file}:{line}", record
-        position, first = skip_space(text, position), False
-
-
-def skip_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def parquet_records(file: Path) -> Records:
-    try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise StageFailed("data", f"{file}: found no parquet ({error})", "fetch or write it again") from error
-    number = 0
-    for batch in table.iter_batches(batch_size=1000):
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{file}: row {number}", record
-
-
-def csv_records(file: Path, content: IO[bytes]) -> Records:
-    """An empty cell is no value. A row may span lines; its place is the first."""
-    csv.field_size_limit(sys.maxsize)
-    with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
-        try:
-            header = next(reader, [])
-            if not header:
-                raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
-            twice = sorted(name for name, count in Counter(header).items() if count > 1)
-            if twice:
-                raise StageFailed(
-                    "data", f"{file}:1: found the column {twice[0]} twice, allowed once", "give each column a name of its own"
-                )
-            for cells in filter(None, reader):
-                place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
-                if len(cells) == len(header):
-                    yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
-                else:
-                    message = f"found {len(cells)} cells, allowed {len(header)}, as in the header"
-                    yield place, BadRow(message, "quote cells that hold commas or line ends, or set `on_bad_row: drop` in the source")
-        except csv.Error as error:
-            message = f"{file}:{reader.line_num}: found no CSV ({error})"
-            raise StageFailed("data", message, "quote cells that hold quotes or line ends") from error
 
 
 # --- hub and generator ------------------------------------------------------------------------------------------------
@@ -257,8 +154,9 @@ def hub_records(name: str, source: HubSource, commit: str) -> Records:
         raise
     except (ValueError, RuntimeError, DatasetsError) as error:  # unknown subset or split, a loading script, broken files
         raise StageFailed("data", f"{name}: {source.repo}: {error}", "check subset and split; loading scripts are never run") from error
+    shown = plain(data.features.arrow_schema)
     for number, record in enumerate(data, 1):
-        yield f"{source.repo}: row {number}", record
+        yield f"{source.repo}: row {number}", shown(record)
 
 
 def gym_rows(name: str, source: ReasoningGymSource, seed: int) -> Iterator[Item]:

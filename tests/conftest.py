@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import warm
 from budget import Budget, summarize
+from once import once
 from project import ROOT, Project, place_stand_in, python_of
 
 # No test reads a person's settings or a hub. Pico models gain nothing from a second thread, and lose much to one on a busy machine.
@@ -74,9 +75,12 @@ def vllm_python() -> Path:
 @pytest.fixture(scope="session")
 def pico_model(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path) -> Path:
     """Folder of a pico model; see tests/support/pico.py."""
-    folder = tmp_path_factory.mktemp("models") / "pico"
-    subprocess.run([runtime_python, ROOT / "tests" / "support" / "pico.py", folder], check=True, capture_output=True)
-    return folder
+
+    def save(folder: Path) -> None:
+        command = [runtime_python, ROOT / "tests" / "support" / "pico.py", folder / "pico"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    return once(tmp_path_factory, "models", save) / "pico"
 
 
 @pytest.fixture

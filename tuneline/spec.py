@@ -91,6 +91,12 @@ class DatasetStage(ProgramStage):
     """Where rows come from, in order."""
     system: str | None = None
     """System prompt put before conversations that have none."""
+    dedup: Literal["content", "prompt", "none"] = "content"
+    """Which rows are duplicates, of which the first is kept: those that say and ask the same, `answer`, `tests`, `extra` and `tools` with
+    it; those of one prompt, whatever the answer; or no rows."""
+    special_tokens: Literal["error", "escape", "keep"] = "error"
+    """What happens to a row whose text holds a special token of the model, as `<|im_end|>`: it counts as a bad row; a space is written
+    into the token, so that it is text; or it stays, and is the real token, as in text that is rendered already."""
     split: Split = Split()
     """Shares held out."""
     max_length: int | None = Field(None, ge=8)
@@ -104,6 +110,8 @@ class DatasetStage(ProgramStage):
     def findings(self) -> Iterator[Finding]:
         if self.max_length is not None and self.model is None:
             yield Finding("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
+        if self.special_tokens != "error" and self.model is None:
+            yield Finding("special_tokens", "found special_tokens without model", "name the model whose tokens they are: `model: base`")
         if self.over_long != "drop" and self.max_length is None:
             yield Finding("over_long", "found over_long without max_length", "remove it, or set max_length")
         for i, source in enumerate(self.sources):

@@ -72,6 +72,8 @@ class Training(ComputingStage):
     """Optimizer steps."""
     global_batch_size: int = Field(16, ge=1)
     """Sequences per optimizer step over all devices."""
+    no_end: bool = False
+    """Trains under a chat template that writes no token after an answer, too: the model then never learns where to stop."""
 
     def gives(self) -> ArtifactType:
         return "Adapter"

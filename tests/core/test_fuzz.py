@@ -30,7 +30,7 @@ from tuneline.stages import ProgramStage
 HERE = Path(__file__).resolve().parent
 FILES = {"shipped": HERE.parents[1] / "pipelines.yaml", "every field": HERE / "every_field.yaml"}
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-SLOW = 2.0  # CPU seconds that no file of this size may take
+SLOW = 20.0  # CPU seconds that no file of this size may take
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -98,8 +98,8 @@ def test_evaluations_that_asked_otherwise_are_not_compared(
 @pytest.mark.parametrize(
     ("metric", "compared", "message"),
     [
-        ("rows/exactmatch", "old", "found `rows/exactmatch`, allowed of rows exact_match, answer_recall, score, bits_per_byte\n\nhint: did you mean `exact_match`?"),
-        ("rows/perplexity", "old", "found `rows/perplexity`, allowed of rows exact_match, answer_recall, score, bits_per_byte\n\nhint: write `rows/exact_match`, say"),
+        ("rows/exactmatch", "old", "found `rows/exactmatch`, allowed of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: did you mean `exact_match`?"),
+        ("rows/perplexity", "old", "found `rows/perplexity`, allowed of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: write `rows/exact_match`, say"),
         ("rows/exact_match", "sft", "found `rows/exact_match` of `sft`, which is no evaluation\n\nhint: compare the figures of two stages of kind evaluate"),
     ],
 )  # fmt: skip

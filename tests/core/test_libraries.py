@@ -19,15 +19,16 @@ NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"}
 ALL = tuple(LIBRARIES)
 # Imported, and no version of it can change what comes out: library -> kinds and the reason.
 CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
+    "charset-normalizer": (("dataset",), "names the encoding of a file in the hint of an error"),
     "deepspeed": (("sft", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
     "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
-    "jinja2": (tuple(kind for kind in ALL if kind != "model"), "the name of its error alone; transformers renders"),
+    "jinja2": (ALL, "the name of its error alone; transformers renders"),
     "logbar": (("quantize",), "kept quiet"),
     "matplotlib": (("dataset", "sft", "grpo"), "draws pictures for people into meta/"),
     "numpy": (ALL, "takes the bits of GPTQ weights apart, exactly"),
     "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
-    "pyarrow": (("sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
+    "pyarrow": (("model", "sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
     "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
     "torch": (("dataset",), "loads weights, of which a dataset needs none"),
 }

@@ -2,15 +2,87 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from demo_project import PIPELINES
-from project import Project
+from once import once
+from pico_project import make
+from processes import gone, until
+from project import Project, python_of
 
 from tuneline.load import load
 from tuneline.runs import RunRecord
+
+# Python reads it as it starts; a program writes at its end what it has imported, and how many objects its garbage collector passes over.
+SITECUSTOMIZE = """\
+import atexit, gc, json, sys
+from pathlib import Path
+
+def write(request):
+    names = sorted(name for name, module in sys.modules.items() if module is not None and "." not in name)
+    found = {"modules": names, "frozen": gc.get_freeze_count(), "others": len(gc.get_objects())}
+    Path(__file__).with_name(f"{request['kind']}-{request['key']}.json").write_text(json.dumps(found))
+
+if Path("request.json").exists():
+    atexit.register(write, json.loads(Path("request.json").read_bytes()))
+"""
+
+
+@pytest.fixture(autouse=True)
+def processes_where_they_are_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("process"):
+        monkeypatch.setattr(Project, "warm", False)
+
+
+@pytest.fixture(scope="session")
+def program_python(runtime_python: Path) -> Path:
+    """Python of the programs, except in `pico_run`, where each kind is a process of its own. A warm one would be named here."""
+    return runtime_python
+
+
+@pytest.fixture(scope="session")
+def program_runtimes(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, program_python: Path) -> Path:
+    """A folder of runtimes, for TUNELINE_RUNTIMES, whose `torch` is `program_python`."""
+    real = runtime_python.parents[1]
+    runtimes = tmp_path_factory.mktemp("program") / ".tuneline" / "runtimes"
+    (runtimes / real.name / "bin").mkdir(parents=True)
+    shutil.copyfile(real / "tuneline-complete", runtimes / real.name / "tuneline-complete")
+    python = runtimes / real.name / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {program_python} "$@"\n')
+    python.chmod(0o755)
+    return runtimes
+
+
+@pytest.fixture(scope="session")
+def pico_run(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path, prefect_server: str) -> Project:
+    """Each kind of a real program but grpo, as a process of its own on a pico model. The run was killed with -9 in the middle of its
+    training, and run again. To be copied by who changes it."""
+
+    def build(root: Path) -> None:
+        python, quantize = root / "imports" / "python", root / "imports" / "quantize"
+        project, mark = make(root, python, pico_model, quantize=quantize), f"pico-{os.getpid()}"
+        project.write(SITECUSTOMIZE, "imports/sitecustomize.py")
+        for wrapper, real in ((python, runtime_python), (quantize, python_of("quantize"))):
+            wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={wrapper.parent}:$PYTHONPATH exec {real} "$@"\n')
+            wrapper.chmod(0o755)
+        process = project.start("run", "pico", MARK=mark, PYTHONHASHSEED="1")
+        until(lambda: list(root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")), process)
+        process.kill()
+        process.communicate()
+        assert gone(mark)
+        assert not list(root.glob(".tuneline/store/sft/*/*"))  # nothing half-written is visible
+        again = project.tuneline("run", "pico", "--verbose")
+        assert "base: cached" in again.stderr
+        assert "sft: done" in again.stderr
+        assert "sft: started (sft, resumes from step " in again.stderr
+        assert "resuming from checkpoint-" in again.stderr
+
+    return Project(once(tmp_path_factory, "pico_run", build))
 
 
 @pytest.fixture

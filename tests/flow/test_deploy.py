@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from processes import gone
-from project import ROOT, Project, shadow
+from processes import PATIENCE, gone, until
+from project import ROOT, Project, place_stand_in, shadow
 
 PIPELINES = """\
 version: 1
@@ -55,6 +58,10 @@ def pico(project: Project, stand_in: Callable[..., None], prefect_server: str) -
     for name in ("one", "two", "other"):
         project.write(name, f"{name}.txt")
     yield project
+    empty()
+
+
+def empty() -> None:
     with server() as client:
         for deployment in client.read_deployments():
             client.delete_deployment(deployment.id)
@@ -281,12 +288,23 @@ def test_a_lost_lease_ends_no_run(prefect_server: str, monkeypatch: pytest.Monke
     """What Prefect does when the server was started anew: the lease is gone. Prefect's own would end the run after 3 tries."""
     from prefect import flow, flow_engine
     from prefect.client.schemas.objects import StateDetails
+    from prefect.concurrency import _leases
     from prefect.states import Pending
 
     import flows.pipeline
 
-    with flow_engine.maintain_concurrency_lease(uuid4(), 300, raise_on_lease_renewal_failure=True):
-        time.sleep(8)  # tries, after about 1 and 2 s, and would be cancelled here
+    monkeypatch.setattr(_leases, "_RENEWAL_RETRY_BASE_DELAY", 0.01)
+
+    def until_it_is_given_up(maintain: Any) -> None:
+        lease = uuid4()
+        with maintain(lease, 300, raise_on_lease_renewal_failure=True):
+            (renewal,) = [thread for thread in threading.enumerate() if str(lease) in thread.name]
+            renewal.join(PATIENCE)
+            assert not renewal.is_alive()
+
+    with pytest.raises(asyncio.CancelledError):
+        until_it_is_given_up(_leases.maintain_concurrency_lease)
+    until_it_is_given_up(flow_engine.maintain_concurrency_lease)
 
     asked: list[UUID] = []
     real = flows.pipeline.maintain_concurrency_lease
@@ -311,162 +329,32 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
     tag = file_tag(pico.root / "pipelines.yaml")
     with server() as client:
         for what, after in (("lost", "prefect.flow-run.heartbeat"), ("pending", "prefect.flow-run.Submitting")):
-            item = crash_after(f"tuneline-{what}-soon", tag, {after}, 10, f"{what} in the test")
+            item = crash_after(f"tuneline-{what}-soon", tag, {after}, 10, f"{what} in the test")  # Prefect's least
             client.create_automation(AutomationCore(name=item.name, **item.fields))
         theirs = client.create_deployment(client.create_flow_from_name("theirs"), "theirs", work_pool_name="local")
         pending, lost, foreign = (
             client.create_flow_run_from_deployment(deployment).id
             for deployment in (deployed()["pico/pico"].id, deployed()["other/other"].id, theirs)
         )
-        time.sleep(2)  # until the server knows its new automations
-        client.set_flow_run_state(pending, Pending(name="Submitting"))
-        client.set_flow_run_state(foreign, Pending(name="Submitting"))
         client.set_flow_run_state(lost, Running(), force=True)
         related = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}]
-        emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{lost}"}, related=related)
-        deadline = time.monotonic() + 120
-        while not all(client.read_flow_run(each).state.is_crashed() for each in (pending, lost)):
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
+
+        def silent() -> bool:
+            """After a last sign of life; another one where the server did not know its new automations yet."""
+            for each in (pending, foreign):
+                client.set_flow_run_state(each, Pending(name="Submitting"), force=True)
+            emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{lost}"}, related=related)
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not (
+                crashed := all(client.read_flow_run(each).state.is_crashed() for each in (pending, lost))
+            ):
+                time.sleep(0.5)
+            return crashed
+
+        until(silent)
         assert client.read_flow_run(pending).state.message == "pending in the test"
         assert client.read_flow_run(lost).state.message == "lost in the test"
         assert client.read_flow_run(foreign).state.is_pending()
-
-
-# --- runs by a worker -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def worker(pico: Project) -> Iterator[subprocess.Popen[str]]:
-    """A worker for the pool `local`, in a folder of its own, as a user starts one."""
-    pico.tuneline("deploy")
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--type", "process", "--install-policy", "never"]
-    env = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "2", "MARK": mark(pico)}
-    folder = pico.root / "elsewhere"
-    folder.mkdir()
-    with (pico.root / "worker.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    assert gone(mark(pico))
-
-
-def mark(project: Project) -> str:
-    return f"{project.root.name}{os.getpid()}"
-
-
-def prefect(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "prefect", *arguments], env={**os.environ, "COLUMNS": "300"}, capture_output=True, text=True, timeout=240
-    )
-
-
-def logs(run_id: str) -> list[str]:
-    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
-
-    with server() as client:
-        return [log.message for log in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[UUID(run_id)])))]
-
-
-def state(run_id: str) -> Any:
-    with server() as client:
-        return client.read_flow_run(UUID(run_id)).state
-
-
-@pytest.mark.slow
-def test_deployments_run_as_prefects_users_run_them(pico: Project, worker: subprocess.Popen[str]) -> None:
-    done = prefect("deployment", "run", "pico/pico", "-p", 'overrides={"one.seed": 1}', "--watch")
-    assert done.returncode == 0, done.stdout + done.stderr + (pico.root / "worker.log").read_text()
-    record = pico.json("show", "pico")
-    assert record["state"] == "completed"
-    assert record["stages"]["one"]["document"]["config"] == {
-        "seed": 1,
-        **{k: v for k, v in record["stages"]["one"]["document"]["config"].items() if k != "seed"},
-    }
-    wrong = prefect("deployment", "run", "pico/pico", "-p", 'overrides={"one.sed": 1}', "--watch")
-    assert wrong.returncode == 1
-    run_id = next(part for part in wrong.stdout.split() if len(part) == 36 and part.count("-") == 4)
-    assert "--set one.sed: pico.one.sed: found the unknown field `sed`" in state(run_id).message
-    assert "did you mean `seed`?" in "\n".join(logs(run_id))
-    assert "Traceback" not in "\n".join(logs(run_id))
-    refused = prefect("deployment", "run", "pico")
-    assert refused.returncode != 0  # the name without the slash: docs/operating/deploy.md says so
-
-
-@pytest.mark.slow
-def test_submit_follows_a_run_and_ends_as_it_does(pico: Project, stand_in: Callable[..., None], worker: subprocess.Popen[str]) -> None:
-    done = pico.tuneline("submit", "pico", "--set", "one.seed=3", "--watch")
-    run_id, page = done.stdout.split()
-    assert page == f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{run_id}"
-    assert "one: stand-in one: ok" in done.stderr
-    assert done.stderr.rstrip().endswith("run Completed")
-    refused = pico.json("submit", "pico", "--set", "gate.require.0.at_least=2", "--queue", "nightly", "--watch", status=3)
-    assert refused["state"] == "refused"
-    assert "Traceback" not in "\n".join(logs(refused["flow_run_id"]))
-    stand_in(two=["ok", "data"])
-    failed = pico.json("submit", "pico", "--force", "two", "--watch", status=1)
-    assert failed["state"] == "failed"
-    assert "planted data" in "\n".join(logs(failed["flow_run_id"]))
-    scheduled = pico.json("submit", "pico", "--only", "one")
-    assert (scheduled["pipeline"], scheduled["state"]) == ("pico", "scheduled")
-    with server() as client:
-        parameters = client.read_flow_run(UUID(refused["flow_run_id"])).parameters
-    assert parameters["overrides"] == {"gate.require.0.at_least": 2}
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_a_watched_run_going_and_says_how_to_end_it(
-    pico: Project, stand_in: Callable[..., None], worker: subprocess.Popen[str]
-) -> None:
-    stand_in(one=["sleep"])
-    process = pico.start("submit", "pico", "--watch")
-    deadline = time.monotonic() + 120
-    while not (pico.root / "sleeping-one").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
-    run_id = out.split()[0]
-    assert (
-        err.splitlines()[-1]
-        == f"the run goes on; to end it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run_id}"
-    )
-    assert state(run_id).is_running()
-    watcher = pico.start("submit", "pico", "--json", "--watch")  # one place: it waits, and starts when the other has ended
-    assert prefect("flow-run", "cancel", run_id).returncode == 0
-    out, err = watcher.communicate(timeout=180)
-    assert watcher.returncode == 0, err
-    assert state(run_id).is_cancelled()
-
-
-@pytest.mark.slow
-def test_a_run_that_was_wrongly_marked_as_crashed_ends_as_it_does(
-    pico: Project, stand_in: Callable[..., None], worker: subprocess.Popen[str]
-) -> None:
-    from prefect.states import Crashed
-
-    stand_in(one=["wait"])
-    run_id = pico.json("submit", "pico")["flow_run_id"]
-    deadline = time.monotonic() + 120
-    while not (pico.root / "waiting-one").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    with server() as client:
-        client.set_flow_run_state(UUID(run_id), Crashed(message="No sign of life"))
-    assert state(run_id).is_crashed()
-    pico.write("", "go")
-    while not state(run_id).is_completed():
-        assert time.monotonic() < deadline, state(run_id)
-        time.sleep(0.2)
 
 
 def test_a_wrong_submit_ends_with_2_and_a_message(pico: Project) -> None:
@@ -496,3 +384,149 @@ def test_a_wrong_submit_ends_with_2_and_a_message(pico: Project) -> None:
     assert told("pico/pico", "--file", "second.yaml").startswith(
         f"submit pico/pico: found pico/pico, which was deployed from {pico.root}/pipelines.yaml"
     )
+
+
+# --- runs by a worker -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def at_work(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iterator[Project]:
+    """A deployed project, and a worker for its pool `local` in another folder, as a user starts one."""
+    project = Project(tmp_path_factory.mktemp("at-work"))
+    place_stand_in(project)
+    project.write(PIPELINES)
+    for name in ("one", "two", "other"):
+        project.write(name, f"{name}.txt")
+    project.tuneline("deploy")
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local", "--type", "process", "--install-policy", "never"]
+    env = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "2", "MARK": mark(project)}
+    folder = project.root / "elsewhere"
+    folder.mkdir()
+    with (project.root / "worker.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield project
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        empty()
+    assert gone(mark(project))
+
+
+@pytest.fixture
+def working(at_work: Project) -> Project:
+    """With nothing built yet."""
+    for path in [*at_work.root.glob("calls-*"), *at_work.root.glob("sleeping-*"), *at_work.root.glob("waiting-*"), at_work.root / "go"]:
+        path.unlink(missing_ok=True)
+    for name in ("one", "two", "other"):
+        at_work.write(f"{name} {time.time_ns()}", f"{name}.txt")
+    at_work.write("{}", "script.json")
+    return at_work
+
+
+def mark(project: Project) -> str:
+    return f"{project.root.name}{os.getpid()}"
+
+
+def prefect(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments],
+        env={**os.environ, "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+def logs(run_id: str) -> list[str]:
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    with server() as client:
+        return [log.message for log in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[UUID(run_id)])))]
+
+
+def state(run_id: str) -> Any:
+    with server() as client:
+        return client.read_flow_run(UUID(run_id)).state
+
+
+@pytest.mark.slow
+def test_deployments_run_as_prefects_users_run_them(working: Project) -> None:
+    done = prefect("deployment", "run", "pico/pico", "-p", 'overrides={"one.seed": 1}', "--watch")
+    assert done.returncode == 0, done.stdout + done.stderr + (working.root / "worker.log").read_text()
+    record = working.json("show", "pico")
+    assert record["state"] == "completed"
+    assert record["stages"]["one"]["document"]["config"] == {
+        "seed": 1,
+        **{k: v for k, v in record["stages"]["one"]["document"]["config"].items() if k != "seed"},
+    }
+    wrong = prefect("deployment", "run", "pico/pico", "-p", 'overrides={"one.sed": 1}', "--watch")
+    assert wrong.returncode == 1
+    run_id = next(part for part in wrong.stdout.split() if len(part) == 36 and part.count("-") == 4)
+    assert "--set one.sed: pico.one.sed: found the unknown field `sed`" in state(run_id).message
+    assert "did you mean `seed`?" in "\n".join(logs(run_id))
+    assert "Traceback" not in "\n".join(logs(run_id))
+    refused = prefect("deployment", "run", "pico")
+    assert refused.returncode != 0  # the name without the slash: docs/operating/deploy.md says so
+
+
+@pytest.mark.slow
+def test_submit_follows_a_run_and_ends_as_it_does(working: Project) -> None:
+    done = working.tuneline("submit", "pico", "--set", "one.seed=3", "--watch")
+    run_id, page = done.stdout.split()
+    assert page == f"{os.environ['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{run_id}"
+    assert "one: stand-in one: ok" in done.stderr
+    assert done.stderr.rstrip().endswith("run Completed")
+    refused = working.json("submit", "pico", "--set", "gate.require.0.at_least=2", "--queue", "nightly", "--watch", status=3)
+    assert refused["state"] == "refused"
+    assert "Traceback" not in "\n".join(logs(refused["flow_run_id"]))
+    working.write(json.dumps({"two": ["ok", "data"]}), "script.json")
+    failed = working.json("submit", "pico", "--force", "two", "--watch", status=1)
+    assert failed["state"] == "failed"
+    assert "planted data" in "\n".join(logs(failed["flow_run_id"]))
+    scheduled = working.json("submit", "pico", "--only", "one")
+    assert (scheduled["pipeline"], scheduled["state"]) == ("pico", "scheduled")
+    until(lambda: state(scheduled["flow_run_id"]).is_completed())
+    with server() as client:
+        parameters = client.read_flow_run(UUID(refused["flow_run_id"])).parameters
+    assert parameters["overrides"] == {"gate.require.0.at_least": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_ctrl_c_leaves_a_watched_run_going_and_says_how_to_end_it(working: Project) -> None:
+    working.write(json.dumps({"one": ["sleep"]}), "script.json")
+    process = working.start("submit", "pico", "--watch")
+    until(lambda: (working.root / "sleeping-one").exists(), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, err
+    run_id = out.split()[0]
+    assert (
+        err.splitlines()[-1]
+        == f"the run goes on; to end it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run_id}"
+    )
+    assert state(run_id).is_running()
+    watcher = working.start("submit", "pico", "--json", "--watch")  # one place: it waits, and starts when the other has ended
+    assert prefect("flow-run", "cancel", run_id).returncode == 0
+    out, err = watcher.communicate(timeout=PATIENCE)
+    assert watcher.returncode == 0, err
+    assert state(run_id).is_cancelled()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_wrongly_marked_as_crashed_ends_as_it_does(working: Project) -> None:
+    from prefect.states import Crashed
+
+    working.write(json.dumps({"one": ["wait"]}), "script.json")
+    run_id = working.json("submit", "pico")["flow_run_id"]
+    until(lambda: (working.root / "waiting-one").exists())
+    with server() as client:
+        client.set_flow_run_state(UUID(run_id), Crashed(message="No sign of life"))
+    assert state(run_id).is_crashed()
+    working.write("", "go")
+    until(lambda: state(run_id).is_completed())

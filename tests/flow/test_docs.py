@@ -40,7 +40,7 @@ def blocks(page: str) -> list[Block]:
 class Reader:
     """Somebody who does what a page says, in a project folder, with the packages in `packages`."""
 
-    def __init__(self, project: Path, packages: Path):
+    def __init__(self, project: Path, packages: Path, runtimes: Path):
         self.project, self.packages = project, packages
         bin = project.parent / "bin"
         bin.mkdir()
@@ -48,8 +48,8 @@ class Reader:
             (bin / name).write_text(f'#!/bin/sh\nexec {sys.executable} {call} "$@"\n')
             (bin / name).chmod(0o755)
         self.env = {**os.environ, "PYTHONPATH": str(packages), "PATH": f"{bin}:{os.environ['PATH']}", "COLUMNS": "200"}
-        (project / ".tuneline").mkdir(parents=True)
-        (project / ".tuneline" / "runtimes").symlink_to(ROOT / ".tuneline" / "runtimes")
+        self.env["TUNELINE_RUNTIMES"] = str(runtimes)
+        project.mkdir(parents=True)
 
     def follow(self, block: Block, folder: Path) -> None:
         if block.language == "console":
@@ -105,14 +105,14 @@ def test_a_page_that_says_something_else_is_found_out() -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: Path) -> None:
+def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: Path, program_runtimes: Path, prefect_server: str) -> None:
     code = tmp_path / "code"
     for name in ("flows", "tasks", "tuneline", "infra", "tests", "docs"):
         shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__", "*.gguf"))
     for name in ("README.md", "pipelines.yaml", "pyproject.toml"):
         shutil.copyfile(ROOT / name, code / name)
     shutil.rmtree(code / "docs" / "images", ignore_errors=True)
-    reader = Reader(tmp_path / "project", code)
+    reader = Reader(tmp_path / "project", code, program_runtimes)
     versions = [sys.executable, code / "infra" / "program_versions.py"]
     subprocess.run([*versions, "--same", "all"], cwd=code, env=reader.env, check=True)  # what is being worked on is not the page's
     seen = []
@@ -135,8 +135,8 @@ def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: 
 
 
 @pytest.mark.slow
-def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path) -> None:
-    reader = Reader(tmp_path / "my-project", ROOT)
+def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path, program_runtimes: Path, prefect_server: str) -> None:
+    reader = Reader(tmp_path / "my-project", ROOT, program_runtimes)
     shutil.copytree(pico_model, reader.project / "my-model")
     ran = 0
     for block in blocks("tutorial.md"):

@@ -12,6 +12,7 @@ from processes import gone
 from project import ROOT, Project
 from report_page import Page
 
+pytestmark = pytest.mark.usefixtures("prefect_server")
 PIPELINES = """\
 version: 1
 roots: ["%(models)s"]
@@ -44,7 +45,7 @@ def vowels(prompts, completions, **columns):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, vllm_python: Path) -> Project:
+def trained(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, vllm_python: Path, prefect_server: str) -> Project:
     model = tmp_path_factory.mktemp("models") / "wide"
     subprocess.run([runtime_python, ROOT / "tests" / "support" / "pico.py", model, "128"], check=True, capture_output=True)
     project = Project(tmp_path_factory.mktemp("grpo") / "project é")
@@ -54,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, vllm
     project.write("".join(json.dumps({"prompt": f"Say {i}.", "completion": f"word{i}"}) + "\n" for i in range(30)), "words.jsonl")
     out = project.tuneline("run", "pico", "--verbose", MARK="trained by rewards")
     assert "vLLM is ready after" in out.stderr
-    assert gone("trained by rewards", 5.0)
+    assert gone("trained by rewards")
     return project
 
 
@@ -100,9 +101,9 @@ def test_a_changed_reward_is_trained_for_anew_and_a_moved_engine_is_not(trained:
 
 
 @pytest.mark.slow
-def test_a_runtime_that_is_not_set_up_is_told_before_anything_runs(project: Project, runtime_python: Path) -> None:
+def test_a_runtime_that_is_not_set_up_is_told_before_anything_runs(project: Project, program_python: Path) -> None:
     project.write(
-        PIPELINES.replace("runtime: mine, ", "") % {"python": runtime_python, "engine": runtime_python, "model": "model", "models": "/tmp"}
+        PIPELINES.replace("runtime: mine, ", "") % {"python": program_python, "engine": program_python, "model": "model", "models": "/tmp"}
     )
     project.write(REWARD, "rewards/mine.py")
     project.write("", "words.jsonl")
@@ -116,16 +117,14 @@ def test_a_runtime_that_is_not_set_up_is_told_before_anything_runs(project: Proj
     ("text", "message"),
     [
         (None, "found no file at"),
-        ("def other(prompts, completions, **columns): ...\n", "`vowels`"),
-        ("def vowels(completions, strange): ...\n", "strange"),
         ("def vowels(:\n", "mine.py:1: the file does not load: SyntaxError"),
     ],
 )
-def test_a_reward_file_that_does_not_fit(project: Project, runtime_python: Path, pico_model: Path, text: str | None, message: str) -> None:
+def test_a_reward_file_that_does_not_fit(project: Project, program_python: Path, pico_model: Path, text: str | None, message: str) -> None:
     pipelines = PIPELINES.replace("rollouts: {engine: vllm}", "").replace(
         "engine: {runtime: mine, enforce_eager: true, cpu_memory: 0.25}", ""
     )
-    project.write(pipelines % {"python": runtime_python, "engine": runtime_python, "model": pico_model, "models": pico_model.parent})
+    project.write(pipelines % {"python": program_python, "engine": program_python, "model": pico_model, "models": pico_model.parent})
     project.write("".join(json.dumps({"prompt": f"Say {i}.", "completion": f"word{i}"}) + "\n" for i in range(30)), "words.jsonl")
     if text is not None:
         project.write(text, "rewards/mine.py")

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pico_project import make
-from processes import gone
-from project import Project, python_of
+from pico_project import copied, make
+from project import Project
 from report_page import Page
 
+pytestmark = pytest.mark.usefixtures("prefect_server")
 OTHER_METHODS = """\
 version: 1
 roots: ["%(models)s"]
@@ -41,19 +40,6 @@ UNUSED = {
     "evaluate": "bitsandbytes deepspeed gptqmodel torchao trl datasets matplotlib",
     "quantize": "bitsandbytes deepspeed torchao peft trl lm_eval matplotlib",
 }
-# Python reads it as it starts; a program writes at its end what it has imported, and how many objects its garbage collector passes over.
-SITECUSTOMIZE = """\
-import atexit, gc, json, sys
-from pathlib import Path
-
-def write(request):
-    names = sorted(name for name, module in sys.modules.items() if module is not None and "." not in name)
-    found = {"modules": names, "frozen": gc.get_freeze_count(), "others": len(gc.get_objects())}
-    Path(__file__).with_name(f"{request['kind']}-{request['key']}.json").write_text(json.dumps(found))
-
-if Path("request.json").exists():
-    atexit.register(write, json.loads(Path("request.json").read_bytes()))
-"""
 
 
 def digests(project: Project) -> dict[str, Any]:
@@ -61,43 +47,23 @@ def digests(project: Project) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path) -> Project:
-    """A project whose run was killed with -9 in the middle of training, and run again."""
-    project = make(tmp_path_factory.mktemp("killed") / "project", runtime_python, pico_model)
-    mark = f"pico-{os.getpid()}"
-    process = project.start("run", "pico", MARK=mark, PYTHONHASHSEED="1")
-    deadline = time.monotonic() + 300
-    while not list(project.root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert gone(mark, 5.0)
-    assert not list(project.root.glob(".tuneline/store/sft/*/*"))  # nothing half-written is visible
-    again = project.tuneline("run", "pico", "--verbose")
-    assert "base: cached" in again.stderr
-    assert "sft: done" in again.stderr
-    assert "sft: started (sft, resumes from step " in again.stderr
-    assert "resuming from checkpoint-" in again.stderr
-    return project
+def killed(tmp_path_factory: pytest.TempPathFactory, pico_run: Project) -> Project:
+    return copied(pico_run, tmp_path_factory.mktemp("killed") / "project")
 
 
 @pytest.mark.slow
 def test_a_killed_and_an_undisturbed_run_end_with_the_same_digests(
-    killed: Project, tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path
+    killed: Project, tmp_path_factory: pytest.TempPathFactory, program_python: Path, pico_model: Path
 ) -> None:
-    imports = tmp_path_factory.mktemp("imports")
-    (imports / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    pythons = imports / "python", imports / "python-quantize"
-    for python, real in zip(pythons, (runtime_python, python_of("quantize")), strict=True):
-        python.write_text(f'#!/bin/sh\nPYTHONPATH={imports}:$PYTHONPATH exec {real} "$@"\n')
-        python.chmod(0o755)
-    other = make(tmp_path_factory.mktemp("other folder") / "püroject", pythons[0], pico_model, quantize=pythons[1])
+    other = make(tmp_path_factory.mktemp("other folder") / "püroject", program_python, pico_model)
     other.tuneline("run", "pico", PYTHONHASHSEED="2")
     assert set(digests(killed)) == set(STAGES)
     assert digests(other) == digests(killed)
-    written = [(file.name.split("-")[0], json.loads(file.read_bytes())) for file in imports.glob("*.json")]
+
+
+@pytest.mark.slow
+def test_programs_import_what_their_kind_needs(killed: Project) -> None:
+    written = [(file.name.split("-")[0], json.loads(file.read_bytes())) for file in (killed.root / "imports").glob("*.json")]
     assert sorted(kind for kind, _ in written) == sorted([*UNUSED, "evaluate"])
     assert [(kind, name) for kind, found in written for name in UNUSED[kind].split() if name in found["modules"]] == []
     assert [(kind, found) for kind, found in written if kind != "dataset" and found["frozen"] < 2 * found["others"]] == []
@@ -153,9 +119,10 @@ def test_a_touched_base_model_is_the_same_model(killed: Project, pico_model: Pat
 
 
 @pytest.mark.slow
-def test_a_model_trained_whole_is_evaluated_trained_on_and_shown(killed: Project, runtime_python: Path, pico_model: Path) -> None:
+@pytest.mark.full
+def test_a_model_trained_whole_is_evaluated_trained_on_and_shown(killed: Project, program_python: Path, pico_model: Path) -> None:
     file = "methods.yaml"
-    killed.write(OTHER_METHODS % {"python": runtime_python, "model": pico_model, "models": pico_model.parent}, file)
+    killed.write(OTHER_METHODS % {"python": program_python, "model": pico_model, "models": pico_model.parent}, file)
     assert killed.tuneline("validate", file).stdout == "methods.yaml is valid: methods (8 stages)\n"
     planned = {row["stage"]: row for row in killed.json("plan", "methods", "--file", file)["stages"]}
     assert {name: row["status"] for name, row in planned.items()} == {

@@ -18,7 +18,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from project import ROOT, Project
+from processes import PATIENCE
+from project import ROOT, Project, place_stand_in
 
 from tuneline.load import load
 from tuneline.runs import RunRecord
@@ -49,7 +50,6 @@ pipelines:
     stages:
       alone: {ONE.replace("NAME", "alone")}, resources: {{gpus: 1}}}}
 """
-STATE_SECONDS = 120  # in which a run must come to an end, on a busy machine
 
 
 class Cluster:
@@ -79,7 +79,7 @@ class Cluster:
             with suppress(ProcessLookupError):
                 worker.terminate()
         for worker in self.workers.values():
-            worker.wait(60)
+            worker.wait(PATIENCE)
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -110,7 +110,7 @@ class Cluster:
             return client.read_flow_run(flow_run).state
 
     def end(self, flow_run: UUID) -> Any:
-        deadline = time.monotonic() + STATE_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while not (state := self.state(flow_run)).is_final():
             assert time.monotonic() < deadline, f"still {state.name}\n{self.logs(flow_run)}"
             time.sleep(0.5)
@@ -143,7 +143,7 @@ class Cluster:
     def record(self, pipeline: str) -> RunRecord:
         return Workspace(load(self.project.root / "pipelines.yaml")).runs.get(pipeline, None)
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = STATE_SECONDS) -> Any:
+    def wait_for(self, what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert time.monotonic() < deadline, f"it did not happen\n{self.worker_logs()}"
@@ -174,10 +174,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iterator[Cluster]:
     project = Project(tmp_path_factory.mktemp("pools"))
-    shell = (
-        f'#!/bin/sh\nif [ "$1" = -I ]; then exec {sys.executable} "$@"; fi\nexec {sys.executable} {ROOT}/tests/support/stand_in.py "$3"\n'
-    )
-    project.write(shell, "bin/python").chmod(0o755)
+    place_stand_in(project)
     project.write(PIPELINES)
     cluster = Cluster(project, prefect_server)
     cluster.fresh()
@@ -228,7 +225,7 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
     cluster.start_worker("idle")
     hear("first: in pool idle: running")
     cluster.project.write("", "go")
-    _, err = watcher.communicate(timeout=STATE_SECONDS)
+    _, err = watcher.communicate(timeout=PATIENCE)
     assert watcher.returncode == 0, err
     for words in ("first: stand-in first: wait", "first: in pool idle: completed", "run Completed"):
         assert any(line.partition(" ")[2].strip() == words for line in [*told, *err.splitlines()]), (words, told, err)
@@ -294,7 +291,7 @@ def test_a_killed_flow_process_leaves_no_program(cluster: Cluster) -> None:
     (watchdog,) = cluster.processes("watchdog.py", "-m tasks")
     flow = int(Path(f"/proc/{watchdog}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(flow, signal.SIGKILL)
-    cluster.wait_for(lambda: not cluster.processes("stand_in.py") and not cluster.processes("sleep 1000"), 15)
+    cluster.wait_for(lambda: not cluster.processes("stand_in.py") and not cluster.processes("sleep 1000"))
     assert cluster.end(flow_run).is_crashed(), "its worker has seen it die"
     again = cluster.submit("single")
     assert cluster.end(again).is_completed()
@@ -307,7 +304,7 @@ def test_a_killed_worker_leaves_no_orphan(cluster: Cluster) -> None:
     cluster.workers["cpu"].kill()
     cluster.workers["cpu"].wait()
     try:
-        cluster.wait_for(lambda: not cluster.processes("stand_in.py") and not cluster.processes("sleep 1000"), 15)
+        cluster.wait_for(lambda: not cluster.processes("stand_in.py") and not cluster.processes("sleep 1000"))
         assert cluster.end(flow_run).is_crashed()
     finally:
         cluster.start_worker("cpu")

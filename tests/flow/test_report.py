@@ -267,7 +267,7 @@ def test_a_long_chain_is_laid_out_at_once() -> None:
     names = [f"s{i}" for i in range(1000)]
     began = time.process_time()
     drawn = graph({name: names[max(0, i - 3) : i] for i, name in enumerate(names)})
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 20  # 0.1 here; each further edge twice the time would take years
     assert len(drawn.nodes) == 1000
     assert len(drawn.edges) == 999
     assert graph({}).nodes == []
@@ -314,7 +314,9 @@ def test_a_failed_run_shows_why(demo: Project, stand_in: Callable[..., None], ru
 
 def test_a_refused_run_shows_the_figures_it_was_refused_for(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
     stand_in(two=[0.25])
-    record, _ = run(only="gate", force=["one"])
+    record, states = run(only="gate", force=["one"])
+    assert record.state == "refused"
+    assert (states["gate"], states["flow"]) == ("Refused", "Refused")
     page = page_of(record)
     assert "gate refused NOT met: figure of two is 0.25, required at least 0.5" in " ".join(page.text.split())
     assert page.nodes == {"one: dataset, done", "two: dataset, done", "gate: gate, refused"}
@@ -323,7 +325,7 @@ def test_a_refused_run_shows_the_figures_it_was_refused_for(demo: Project, stand
 
 
 @pytest.mark.slow
-def test_run_and_show_name_the_report_and_open_it(demo: Project, stand_in: Callable[..., None]) -> None:
+def test_run_and_show_name_the_report_and_open_it(demo: Project, stand_in: Callable[..., None], prefect_server: str) -> None:
     stand_in(one=["config"])
     failed = demo.tuneline("run", "demo", status=1)
     path = Path(failed.stderr.splitlines()[-1].removeprefix("report: "))

@@ -82,7 +82,7 @@ def test_a_token_is_found_nowhere(
 @pytest.mark.slow
 def test_the_command_line_shows_none_either(demo: Project, stand_in: Callable[..., None]) -> None:
     stand_in(one=["blab"], other=["blab and fail"])
-    failed = demo.tuneline("run", "demo", "-v", status=1, HF_TOKEN=TOKEN)
+    failed = demo.tuneline("run", "demo", "-v", status=1, HF_TOKEN=TOKEN, PREFECT_API_URL="")
     assert "cannot reach https://user:***@hub" in failed.stderr
     assert TOKEN not in failed.stdout + failed.stderr
     assert files_with(demo.root, TOKEN) == [], "not in the database of the run's own server either"

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE, until
 from project import ROOT
 
 from flows import progress
@@ -131,27 +132,29 @@ def test_visible_gpus_follow_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_pause_ends_with_the_run() -> None:
     supervisor = Supervisor()
-    threading.Timer(0.1, supervisor.stop).start()
-    started = time.monotonic()
-    supervisor.pause(60)
-    assert time.monotonic() - started < 10
+    pausing = threading.Thread(target=supervisor.pause, args=(3600,), daemon=True)
+    pausing.start()
+    supervisor.stop()
+    pausing.join(PATIENCE)
+    assert not pausing.is_alive()
 
 
 def test_a_server_that_is_away_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
+    back = threading.Event()
 
     def hang(percent: float, description: str) -> None:
         asked.append(percent)
-        time.sleep(30)
+        back.wait(PATIENCE)
 
     monkeypatch.setattr(progress, "create_progress_artifact", hang)
     bar = progress.ProgressArtifact("sft")
-    started = time.monotonic()
     for step in range(1000):
         bar.show(Event(t=0, type="progress", step=step, total=1000))
     bar.close()
-    assert time.monotonic() - started < 10
+    assert not back.is_set()
     assert len(asked) == 1
+    back.set()
 
 
 def test_the_last_progress_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +162,8 @@ def test_the_last_progress_is_published(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(progress, "create_progress_artifact", lambda percent, description: shown.append(percent) or "id")
     monkeypatch.setattr(progress, "update_progress_artifact", lambda artifact, percent, description: shown.append(percent))
     bar = progress.ProgressArtifact("sft")
-    for step in (10, 100):
-        bar.show(Event(t=0, type="progress", step=step, total=100, message="x"))
-        time.sleep(0.2)
+    bar.show(Event(t=0, type="progress", step=10, total=100, message="x"))
+    until(lambda: shown)
+    bar.show(Event(t=0, type="progress", step=100, total=100, message="x"))
     bar.close()
     assert shown == [10.0, 100.0]

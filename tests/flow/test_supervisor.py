@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import gone, marked
+from processes import PATIENCE, gone, marked
 
 from flows.supervisor import WATCHDOG, WORK, Outcome, Supervisor
 from tuneline.protocol import Event, Events
@@ -26,16 +26,26 @@ def mark(tmp_path: Path) -> str:
 
 
 def run(
-    folder: Path, mark: str, script: str, supervisor: Supervisor | None = None, timeout: float | None = None
+    folder: Path,
+    mark: str,
+    script: str,
+    supervisor: Supervisor | None = None,
+    timeout: float | None = None,
+    once_up: Callable[[], None] = lambda: None,
 ) -> tuple[Outcome, list[str], list[Event]]:
+    """`once_up` is called in a thread of its own once the script says so."""
     lines: list[str] = []
     events: list[Event] = []
+
+    def heard(line: str) -> None:
+        lines.append(line)
+        if line == "up":
+            threading.Thread(target=once_up).start()
+
     environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "0.5"}
     held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        outcome = (supervisor or Supervisor()).run(
-            ["bash", "-c", script], environment, folder, timeout, (held,), lines.append, events.append
-        )
+        outcome = (supervisor or Supervisor()).run(["bash", "-c", script], environment, folder, timeout, (held,), heard, events.append)
     finally:
         os.close(held)
     return outcome, lines, events
@@ -64,20 +74,20 @@ def test_events_arrive_whole_and_damaged_lines_are_passed_over(tmp_path: Path, m
 def test_a_timeout_ends_a_tree_that_ignores_sigterm(tmp_path: Path, mark: str) -> None:
     outcome, _, _ = run(tmp_path, mark, TREE, timeout=0.5)
     assert outcome.stopped == "timeout"
-    assert gone(mark, 0.5)
+    assert gone(mark)
 
 
 def test_stop_from_another_thread_ends_everything_and_nothing_starts_after(tmp_path: Path, mark: str) -> None:
     supervisor = Supervisor()
-    threading.Timer(0.5, supervisor.stop).start()
-    assert run(tmp_path, mark, TREE, supervisor)[0].stopped == "cancelled"
-    assert gone(mark, 0.5)
+    assert run(tmp_path, mark, TREE, supervisor, once_up=supervisor.stop)[0].stopped == "cancelled"
+    assert gone(mark)
     assert run(tmp_path, mark, "touch never", supervisor)[0].stopped == "cancelled"
     assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_death_of_the_flow_ends_the_tree_and_frees_the_lock_last(tmp_path: Path, mark: str, number: signal.Signals) -> None:
+    tree = TREE.replace('trap ""', "trap 'while [ ! -e go ]; do sleep 0.1; done; exit'")
     flow = f"""
 import os, sys
 sys.path.insert(0, {str(WATCHDOG.parent.parent)!r})
@@ -85,9 +95,9 @@ from flows.supervisor import Supervisor
 from tuneline.store import Store
 from pathlib import Path
 with Store(Path({str(tmp_path)!r})).locked("key") as held:
-    Supervisor().run(["bash", "-c", {TREE!r}], os.environ, Path({str(tmp_path)!r}), None, (held,), print, print)
+    Supervisor().run(["bash", "-c", {tree!r}], os.environ, Path({str(tmp_path)!r}), None, (held,), print, print)
 """
-    environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "2"}
+    environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "3600"}
     process = subprocess.Popen([sys.executable, "-u", "-c", flow], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout as output:
@@ -96,8 +106,9 @@ with Store(Path({str(tmp_path)!r})).locked("key") as held:
         process.wait()
     with subprocess.Popen(["flock", "--nonblock", str(tmp_path / ".locks" / "key"), "true"]) as taken:
         assert taken.wait() == 1  # the program may still be writing
+    (tmp_path / "go").touch()
     assert gone(mark)
-    assert subprocess.run(["flock", "--timeout", "5", str(tmp_path / ".locks" / "key"), "true"]).returncode == 0
+    assert subprocess.run(["flock", "--timeout", "60", str(tmp_path / ".locks" / "key"), "true"]).returncode == 0
 
 
 def test_the_death_of_the_watchdog_is_noticed(tmp_path: Path, mark: str) -> None:
@@ -105,8 +116,7 @@ def test_the_death_of_the_watchdog_is_noticed(tmp_path: Path, mark: str) -> None
         watchdog = next(pid for pid in marked(mark) if b"watchdog.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(watchdog, signal.SIGKILL)
 
-    threading.Timer(0.7, kill).start()
-    outcome, _, _ = run(tmp_path, mark, TREE)
+    outcome, _, _ = run(tmp_path, mark, TREE, once_up=kill)
     assert outcome.status == -signal.SIGKILL
     assert not marked(mark)  # the program goes with it, and what that had started
 
@@ -117,7 +127,7 @@ def test_what_an_earlier_attempt_left_is_ended_before_the_next_starts(tmp_path: 
     other = subprocess.Popen(["sleep", "1000"], env={**environment, WORK: f"{tmp_path}-other"})
     try:
         assert run(tmp_path, mark, "exit 0")[0].status == 0
-        assert stray.wait(5) == -signal.SIGKILL
+        assert stray.wait(PATIENCE) == -signal.SIGKILL
         assert other.poll() is None
     finally:
         other.kill()
@@ -125,16 +135,15 @@ def test_what_an_earlier_attempt_left_is_ended_before_the_next_starts(tmp_path: 
 
 
 def test_a_stop_in_a_hurry_leaves_no_time_to_a_tree_that_ignores_sigterm(tmp_path: Path, mark: str) -> None:
-    command = [sys.executable, "-I", "-S", str(WATCHDOG), "bash", "-c", TREE]
-    environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "60"}
+    command = [sys.executable, "-I", "-S", str(WATCHDOG), "bash", "-c", TREE.replace('trap ""', "trap 'echo asked'")]
+    environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "3600"}
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.stdin.write(b"e")
         process.stdin.flush()
-        time.sleep(0.5)
-        assert process.poll() is None
+        assert process.stdout.readline() == b"asked\n"
         process.stdin.close()
-        assert process.wait(2) == 128 + signal.SIGKILL
-    assert gone(mark, 1.0)
+        assert process.wait(PATIENCE) == 128 + signal.SIGKILL
+    assert gone(mark)

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, browser
-from project import ROOT, Project, python_of
+from pico_project import copied
+from processes import PATIENCE, until
+from project import ROOT, Project
 
 from flows.server import free_port
 from flows.supervisor import WATCHDOG
@@ -39,25 +40,6 @@ pipelines:
       after:  {kind: dataset, runtime: stand-in, sources: [{type: files, path: after.txt}], needs: [broken]}
       live:   {kind: dataset, runtime: stand-in, sources: [{type: files, path: live.txt}], needs: [kept]}
       gate:   {kind: gate, require: [{metric: figure, of: live, at_least: 2}]}
-"""
-PICO = """\
-version: 1
-roots: ["%(models)s"]
-runtimes: {here: {python: "%(python)s"}, apart: {python: "%(quantize)s"}}
-pipelines:
-  words:
-    description: A pico model learns which word belongs to which number.
-    tags: [nightly]
-    stages:
-      base:      {kind: model, path: %(model)s, runtime: here}
-      corpus:    {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {validation: 0.1, test: 0.2}, runtime: here}
-      sft:       {kind: sft, model: base, dataset: corpus, lora: {r: 8}, learning_rate: 5e-3, max_steps: 150, global_batch_size: 4, runtime: here}
-      merged:    {kind: merge, adapters: [sft], runtime: here}
-      gptq:      {kind: quantize, model: merged, calibration: corpus, group_size: 32, samples: 8, max_perplexity_ratio: 3, runtime: apart}
-      eval-base: {kind: evaluate, model: base, datasets: [corpus], max_new_tokens: 4, runtime: here}
-      eval-sft:  {kind: evaluate, model: sft, datasets: [corpus], max_new_tokens: 4, runtime: here}
-      eval-gptq: {kind: evaluate, model: gptq, datasets: [corpus], max_new_tokens: 4, runtime: here}
-      gate:      {kind: gate, require: [{metric: corpus/bits_per_byte, of: eval-gptq, at_most: 100}]}
 """
 LOSS_CURVE = "[...document.images].some(image => image.src.startsWith('data:image/svg') && image.naturalWidth > 400)"
 NEEDS = {"kept": set(), "broken": {"kept"}, "after": {"broken"}, "live": {"kept"}, "gate": {"live"}}
@@ -86,11 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 180
-        while not healthy(address):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        until(lambda: healthy(address), process)
         yield address
     finally:
         assert process.stdin is not None
@@ -142,14 +120,12 @@ def test_every_state_the_graph_progress_and_reports_are_there(
     secret = "hf-secret-in-the-environment"
     process = project.start("run", "demo", **here, HF_TOKEN=secret)
     try:
-        while not (project.root / "waiting-live").exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
+        until((project.root / "waiting-live").exists, process)
         run = newest_run(server, "demo")
         page.open(f"{server}/v2/runs/flow-run/{run['id']}?tab=Artifacts")
         page.until("Running", "live: step 1 of 2, half")  # while it goes on
         project.write("", "go")
-        process.communicate(timeout=120)
+        process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
         process.communicate()
@@ -196,35 +172,30 @@ def test_every_state_the_graph_progress_and_reports_are_there(
     page.until("gate: refused", "NOT met: figure of live is 1, required at least 2")
 
 
-def test_a_real_run_shows_its_curve_and_its_models_side_by_side(
-    project: Project, runtime_python: Path, pico_model: Path, server: str, page: Page
-) -> None:
-    project.write(PICO % {"python": runtime_python, "quantize": python_of("quantize"), "model": pico_model, "models": pico_model.parent})
-    rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
-    project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
-    project.tuneline("run", "words", PREFECT_API_URL=f"{server}/api")
-    run = newest_run(server, "words")
+def test_a_real_run_shows_its_curve_and_its_models_side_by_side(tmp_path: Path, pico_run: Project, server: str, page: Page) -> None:
+    """Its training is made again, with the same bytes, and the rest is cached."""
+    project = copied(pico_run, tmp_path / "project")
+    project.tuneline("run", "pico", "--force", "sft", PREFECT_API_URL=f"{server}/api")
+    run = newest_run(server, "pico")
     found = ask(server, "artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
     bars = [str(artifact["description"]) for artifact in found if artifact["type"] == "progress"]
     (training,) = [text for text in bars if text.startswith("sft: ")]
     assert re.fullmatch(r"sft: step [\d,]+ of 150, loss \d\.\d+, [\d,]+ tokens/s(, about .+ left)?", training)
 
     shown = artifacts(server, run)
-    metrics = project.json("show", "words")["stages"]["eval-sft"]["metrics"]
+    metrics = project.json("show", "pico")["stages"]["eval-sft"]["metrics"]
     for version in ("v2/", ""):
-        page.open(f"{server}/{version}artifacts/artifact/{shown['run-words']['id']}")
-        page.until(
-            "base base", "adapter sft", "quantized gptq", "corpus bits_per_byte", f"{metrics['dataset0/bits_per_byte']:.4g}", "met: "
-        )
+        page.open(f"{server}/{version}artifacts/artifact/{shown['run-pico']['id']}")
+        page.until("adapter sft", "quantized gptq", "words bits_per_byte", f"{metrics['dataset0/bits_per_byte']:.4g}", "met: ")
         page.until_true(LOSS_CURVE)
-        page.open(f"{server}/{version}artifacts/artifact/{shown['stage-words-corpus']['id']}")
-        page.until("corpus: done", "rows_train", "words.jsonl", "Say the word number")  # the program's own report
+        page.open(f"{server}/{version}artifacts/artifact/{shown['stage-pico-words']['id']}")
+        page.until("words: cached", "rows_train", "words.jsonl", "Say the word number")  # the program's own report
     page.open(f"{server}/v2/runs/flow-run/{run['id']}?tab=TaskRuns")
-    page.until(run["name"], *(f"eval-{name}" for name in ("base", "sft", "gptq")), "9 Task runs")
+    page.until(run["name"], "eval", "eval-sft", "gptq", "8 Task runs")
     assert page.colours("canvas") > 20
     if folder := os.environ.get("PICTURES"):
         page.screenshot(Path(ROOT, folder, "prefect-run.png"))
-        page.open(f"{server}/v2/artifacts/artifact/{shown['run-words']['id']}")
+        page.open(f"{server}/v2/artifacts/artifact/{shown['run-pico']['id']}")
         page.until_true(LOSS_CURVE)
         page.value("[...document.querySelectorAll('h3')].find(head => head.innerText.startsWith('Models')).scrollIntoView()")
         page.screenshot(Path(ROOT, folder, "prefect-report.png"))

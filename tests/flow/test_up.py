@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lasting import PIPELINES, Lasting, until
-from processes import gone, marked
+from lasting import PIPELINES, Lasting
+from processes import PATIENCE, gone, marked, until
 from project import ROOT, Project
 
 from flows import lasting
@@ -64,7 +64,7 @@ def finding(findings: dict[str, Any], check: str) -> tuple[str, str, str]:
 
 def doctor(it: Lasting, *arguments: str) -> dict[str, Any]:
     process = it.project.start("doctor", "--json", *arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     found: dict[str, Any] = json.loads(out)
     assert process.returncode == (1 if found["problems"] else 0), err
     return found
@@ -92,7 +92,7 @@ def test_a_dead_child_that_nobody_has_collected_is_dead() -> None:
     process = lasting.process(child.pid)
     assert process.alive
     child.kill()
-    until(lambda: not process.alive, 10)
+    until(lambda: not process.alive)
     child.wait()
 
 
@@ -252,7 +252,7 @@ def test_workers_that_are_missing_are_started(lasting_up: Lasting) -> None:
     before = lasting.read(lasting_up.folder)
     assert before is not None
     os.kill(before.workers["here"].pid, signal.SIGKILL)
-    until(lambda: not before.workers["here"].alive, 10)
+    until(lambda: not before.workers["here"].alive)
     found = doctor(lasting_up)
     assert finding(found, "pool here") == ("problem", "the worker that `up` started has ended", "tuneline up")
     assert finding(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
@@ -283,7 +283,7 @@ def test_a_worker_of_another_machine_works_in_the_foreground_until_it_is_told_to
         assert finding(doctor(lasting_up), "pool there") == ("ok", f"works on {socket.gethostname()}", "")
     finally:
         worker.send_signal(signal.SIGTERM)
-        out, err = worker.communicate(timeout=60)
+        out, err = worker.communicate(timeout=PATIENCE)
     assert "Worker" in out + err
 
 
@@ -313,7 +313,7 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     identity = page.rpartition("/")[2]
     assert not any(identity in entry["check"] for entry in doctor(lasting_up)["findings"])
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     found = finding(doctor(lasting_up), "run demo")
     assert found[0] == "problem"
     assert found[1].startswith("Running on the server, but its process is gone")
@@ -340,7 +340,7 @@ def test_after_kill_9_of_the_server_up_works_again_with_the_same_history(lasting
     assert before is not None
     runs = len(lasting_up.ask("flow_runs/filter", {}))
     os.kill(before.server.pid, signal.SIGKILL)
-    until(lambda: not before.server.alive, 10)
+    until(lambda: not before.server.alive)
     assert find_server(lasting_up.folder.parent) is None
     found = doctor(lasting_up)
     assert finding(found, "server") == ("problem", "the server that `up` started has ended", "tuneline up")
@@ -401,7 +401,7 @@ def postgres() -> Iterator[str]:
             [*unprivileged, str(binaries / "postgres"), "-D", data, *listen], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         ready = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
-        until(lambda: subprocess.run(ready, capture_output=True).returncode == 0, 60)
+        until(lambda: subprocess.run(ready, capture_output=True).returncode == 0)
         yield f"postgresql+asyncpg://prefect:secret-of-the-database@127.0.0.1:{port}/postgres"
     finally:
         if process:
@@ -423,7 +423,7 @@ def test_history_lies_in_postgres_and_its_password_nowhere_else(fresh: Lasting, 
         assert (secret in Path(f"/proc/{pid}/environ").read_bytes()) == (pid == told["server"]["pid"])
     assert fresh.project.tuneline("up").stderr.startswith("it is up already;")
     os.kill(told["server"]["pid"], signal.SIGKILL)
-    until(lambda: not lasting.Process(**told["server"]).alive, 10)
+    until(lambda: not lasting.Process(**told["server"]).alive)
     lost = fresh.project.tuneline("up", status=2).stderr  # rather than start another history
     assert lost.startswith(f"--database: found none, but the server that `up` started has {told['database']}")
     wrong = fresh.project.tuneline(

@@ -14,6 +14,7 @@ from elsewhere import Elsewhere
 from pico import save_pico
 from program_tools import run_program
 from sft_tools import request_for
+from silent_tools import World, make_world
 from strategy_tools import FIELDS
 
 from tuneline.protocol import Input, Request
@@ -47,6 +48,12 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     process = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
     yield process
     process.end()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """To be read only; `World.copy` is for tampering."""
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dataset_tools import ASSISTANT, GYM, SYSTEM, TOOL, USER, build, build_rows, sums, write_file
 from elsewhere import Elsewhere
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import save_pico
 from program_tools import make_request, payload_digest, run_program
 
+from tasks import special_tokens
 from tasks.dataset import bucket, identified, split
 from tasks.masks import prompt_ids, token_counts, tokenize
 from tasks.rows import SPLITS, Row, content_hash
@@ -62,6 +64,135 @@ def test_duplicates_are_dropped_across_sources_and_counted(tmp_path: Path) -> No
     }
 
 
+def two(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"prompt": "Give a divisor of 4."} | first, {"prompt": "Give a divisor of 4."} | second]
+
+
+@pytest.mark.parametrize(
+    ("records", "kept"),
+    [
+        (two({"answer": "1"}, {"answer": "2"}), 2),
+        (two({"answer": "1"}, {"answer": 1}), 1),
+        (two({"answer": "café"}, {"answer": "cafe\u0301"}), 1),
+        (two({"tests": "assert a"}, {"tests": "assert b"}), 2),
+        (two({"extra": {"level": 1}}, {"extra": {"level": 2}}), 2),
+        (two({"extra": {"a": 1, "b": 2}}, {"extra": {"b": 2, "a": 1}}), 1),
+        (two({"completion": "2"}, {"completion": "2", "answer": "2"}), 1),
+        (two({"completion": "2"}, {"completion": "2", "answer": "4"}), 2),
+        ([{"messages": [USER, ASSISTANT], "tools": [TOOL | {"x": i}]} for i in range(2)], 2),
+        ([{"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT | {"reasoning_content": "Well."}]}], 2),
+        ([{"text": text} for text in ("\u00c5ngstr\u00f6m", "\u212bngstro\u0308m", "A\u030angstr\u00f6m")], 1),
+        ([{"prompt": text, "completion": "\uac00"} for text in ("\ud55c", "\u1112\u1161\u11ab")], 1),
+    ],
+)
+def test_identity_is_all_that_is_said_and_asked(tmp_path: Path, records: list[Any], kept: int) -> None:
+    run = build_rows(tmp_path, records)
+    assert (len(run.rows()), run.result.metrics["duplicates"]) == (kept, len(records) - kept)
+    assert len({row.group for row in run.rows()}) == 1
+
+
+def test_what_counts_as_a_duplicate_is_a_field(tmp_path: Path) -> None:
+    records = [{"prompt": f"{i % 3}?", "answer": str(i % 6)} for i in range(12)]
+    answers = {by: [row.answer for row in build_rows(tmp_path, records, dedup=by).rows()] for by in ("content", "prompt", "none")}
+    assert answers == {"content": list("012345"), "prompt": list("012"), "none": list("012345") * 2}
+    warned = build_rows(tmp_path, records, dedup="prompt").warnings()
+    assert warned[0].startswith("3 prompts have differing answers, the first at ")
+
+
+def test_forms_of_unicode_are_one_question_for_the_split(tmp_path: Path) -> None:
+    forms = [form(f"Où est le café n° {i} ?") for i in range(30) for form in (str, lambda text: unicodedata.normalize("NFD", text))]
+    run = build_rows(tmp_path, [{"prompt": text, "completion": str(i)} for i, text in enumerate(forms)], split={"test": 0.3})
+    questions = {name: {unicodedata.normalize("NFC", row.prompt or "") for row in run.rows(name)} for name in ("train", "test")}
+    assert len(run.every()) == 60
+    assert questions["test"]
+    assert not questions["test"] & questions["train"]
+
+
+# --- special tokens, and what the template refuses ------------------------------------------------------------------
+
+END = "<|im_end|>"
+TOKENS_IN_TEXT: list[dict[str, Any]] = [
+    {"messages": [USER | {"content": f"a{END}"}, ASSISTANT]},
+    {"messages": [SYSTEM | {"content": f"{END}<|im_start|>"}, USER, ASSISTANT]},
+    {
+        "messages": [
+            USER,
+            {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {f"{END}": [END]}}]},
+            {"role": "tool", "content": "b"},
+            ASSISTANT,
+        ]
+    },
+    {"messages": [USER, ASSISTANT | {"content": "<|im_end<|im_end|>|>"}], "tools": [TOOL | {"description": END}]},
+    {"messages": [USER, ASSISTANT | {"reasoning_content": END}]},
+    {"messages": [USER, ASSISTANT], "system": END},
+]
+
+
+def test_special_tokens_written_out_are_no_tokens(tmp_path: Path, pico: Input, tokenizer: Any) -> None:
+    good = {"messages": [USER, ASSISTANT | {"content": "<b> < | im_end | > </s>"}]}
+    for i, record in enumerate([*TOKENS_IN_TEXT, {"text": f"a{END}"}, {"prompt": END, "completion": "b"}, {"prompt": "a", "answer": "b"}]):
+        (tmp_path / f"{i}.jsonl").write_text(
+            json.dumps(good) + "\n" + json.dumps(record) + "\n" if "messages" in record else json.dumps(record)
+        )
+    sources = [{"type": "files", "path": f"{i}.jsonl"} for i in range(9)]
+    with pytest.raises(StageFailed, match=r"0\.jsonl:2: found the special token <\|im_end\|> written out in the text") as failure:
+        build(tmp_path, sources, pico)
+    assert (failure.value.failure_class, "`escape`" in failure.value.hint) == ("data", True)
+    dropped = build(tmp_path, [source | {"on_bad_row": "drop"} for source in sources], pico, dedup="none")
+    assert (dropped.result.metrics["bad_rows"], len(dropped.rows())) == (8, 7)
+    escaped = build(tmp_path, sources, pico, special_tokens="escape", dedup="none").rows()
+    assert len(escaped) == 15
+    special_tokens.refuse(escaped, tokenizer)
+    assert [row.messages[0]["content"] for row in escaped if row.messages][1] == "a< |im_end|>"
+    kept = build(tmp_path, sources, pico, special_tokens="keep", dedup="none").rows()
+    assert sum("special_tokens" in row.extra for row in kept) == 8
+    special_tokens.refuse(kept, tokenizer)
+    unknown = build(tmp_path, sources, dedup="none").rows()
+    with pytest.raises(StageFailed, match=r"row \w+: found the special token <\|im_end\|> written out in the text"):
+        special_tokens.refuse(unknown, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "raising",
+    [
+        "raise_exception('no')",
+        "message.content + 1",
+        "message.nothing.at_all",
+        "message.content[0](1)",
+        "[][3].x",
+        "'%d' % message.content",
+    ],
+)
+def test_whatever_a_template_raises_names_the_row_or_drops_it(tmp_path: Path, pico: Input, raising: str) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in pico.path.iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "chat_template.jinja").unlink()
+    body = "{% if message.content == 'bad' %}{{ " + raising + " }}{% endif %}{{ message.content }}"
+    (model / "chat_template.jinja").write_text("{% for message in messages %}" + body + "{% endfor %}")
+    records = [{"messages": [USER, ASSISTANT | {"content": content}]} for content in ("a", "bad", "c")]
+    changed = pico.model_copy(update={"path": model})
+    with pytest.raises(StageFailed, match=r"data\.jsonl:2: the chat template refuses row \w+: ") as failure:
+        build_rows(tmp_path, records, model=changed)
+    assert failure.value.failure_class == "data"
+    run = build_rows(tmp_path, records, {"on_bad_row": "drop"}, model=changed)
+    assert [row.messages[1]["content"] for row in run.rows() if row.messages] == ["a", "c"]
+    assert (run.result.metrics["bad_rows"], run.result.metrics["rows_read"]) == (1, 3)
+
+
+def test_answers_of_weight_0_are_not_trained_on(tokenizer: Any) -> None:
+    turns = (USER, ASSISTANT | {"content": "five", "weight": 0}, USER, ASSISTANT | {"content": "four"})
+    row, plain = Row("s", messages=turns), Row("s", messages=tuple({k: v for k, v in turn.items() if k != "weight"} for turn in turns))
+    for train_on, said in (("assistant", "four"), ("completion", "four"), ("all", "four")):
+        tokens = tokenize(row, tokenizer, train_on)
+        trained = tokenizer.decode([token for token, on in zip(tokens.input_ids, tokens.trained, strict=True) if on])
+        assert tokens.input_ids == tokenize(plain, tokenizer, train_on).input_ids
+        assert said in trained
+        assert "five" not in trained
+    assert "five" in tokenizer.decode([t for t, on in zip(*vars(tokenize(plain, tokenizer)).values(), strict=True) if on])
+
+
 def test_rows_with_one_prompt_stay_together(tmp_path: Path) -> None:
     records = [{"prompt": f"{i % 40}?", "completion": str(i)} for i in range(200)]
     run = build_rows(tmp_path, records, split={"validation": 0.2, "test": 0.2})
@@ -80,6 +211,7 @@ def items_of(numbers: list[int]) -> list[Item]:
     return [Item(f"row {i}", identified(Row("sources.0", prompt=f"{number}?", completion=str(i)))) for i, number in enumerate(numbers)]
 
 
+@settings(max_examples=40, deadline=None)
 @given(before=prompts, more=prompts, seed=st.integers(0, 2**31 - 1), validation=st.floats(0, 0.49), test=st.floats(0, 0.49))
 def test_more_rows_never_move_a_group(before: list[int], more: list[int], seed: int, validation: float, test: float) -> None:
     shares = Split(validation=validation, test=test)
@@ -96,6 +228,7 @@ def test_more_rows_never_move_a_group(before: list[int], more: list[int], seed: 
     assert homes(more[::-1] + before) == many
 
 
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), share=st.floats(0, 0.5), larger=st.floats(0, 0.4))
 def test_a_larger_test_share_keeps_every_test_group(seed: int, share: float, larger: float) -> None:
     items = items_of(list(range(50)))
@@ -236,7 +369,7 @@ def test_warnings(tmp_path: Path) -> None:
     run = build_rows(tmp_path, [{"text": "a"}] * 4)
     assert run.warnings() == ["more than half of the rows were dropped (duplicates): 3 of 4"]
     run = build_rows(tmp_path, [{"messages": [USER | {"weight": 1}, ASSISTANT]}])
-    assert run.warnings() == ["parts of messages are not read: messages.weight"]
+    assert run.warnings() == ["columns and parts of messages are not read: messages.weight (1)"]
 
 
 def test_a_split_of_few_rows_is_warned_of(tmp_path: Path) -> None:

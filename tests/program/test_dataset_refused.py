@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dataset_tools import build, build_rows, sums, write_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tasks.dataset import identified
+from tasks.formats import DECODER, KNOWN, ROLES, BadRow, detect, readable, to_row
+from tasks.readers import Records, file_records
 from tuneline.errors import StageFailed
+
+
+def asked(answer: str, beside: str = '"tools": []') -> str:
+    """A line whose answer, or whose columns beside the conversation, are given as JSON."""
+    return f'{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", {answer}}}], {beside}}}\n'
+
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 BAD_ROWS = [
@@ -44,7 +61,7 @@ BAD_ROWS = [
         r"d\.jsonl:1: extra: found id, allowed names other than prompts, completions, id,",
     ),
     ("d.jsonl", '{"prompt": "a", "tests": NaN}\n', r"d\.jsonl:1: extra, tests: found what JSON cannot hold \(Out of range float"),
-    ("d.jsonl", '{"prompt": "a", "tests": "\\ud800"}\n', r"d\.jsonl:1: extra, tests: found what JSON cannot hold \('utf-8' codec"),
+    ("d.jsonl", '{"prompt": "a", "tests": "\\ud800"}\n', r"d\.jsonl:1: extra, tests: found half a surrogate pair \('\\ud800'\)"),
     (
         "d.jsonl",
         '{"messages": [{"role": "bot", "content": "a"}]}\n',
@@ -62,7 +79,11 @@ BAD_ROWS = [
         '{"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]}\n',
         r"d\.jsonl:1: messages\[0\]\.tool_calls: found calls of user, allowed only those of assistant",
     ),
-    ("d.jsonl", '{"conversations": [{"from": "me", "value": "a"}]}\n', r"d\.jsonl:1: conversations\[0\]\.from: found 'me', allowed human,"),
+    (
+        "d.jsonl",
+        '{"conversations": [{"from": "me", "value": "a"}]}\n',
+        r"d\.jsonl:1: conversations\[0\]\.from: found 'me', allowed system,",
+    ),
     (
         "d.jsonl",
         '{"conversations": [{"role": "user", "content": "a"}]}\n',
@@ -91,6 +112,84 @@ BAD_ROWS = [
     ("d.csv", "prompt,prompt,completion\na,b,c\n", r"d\.csv:1: found the column prompt twice, allowed once"),
     ("d.parquet", "no parquet", r"d\.parquet: found no parquet"),
     ("d.jsonl", "\n", r"the train split is empty: 0 rows in 0 groups are left"),
+    (
+        "d.json",
+        '[{"text": "a"}]\n[{"text": "b"}]',
+        r"d\.json:2: found '\[\{\"text\": \"b\"\}\]' after the end of the list, allowed one list",
+    ),
+    ("d.json", '[{"text": "a"}],\n\n{"text": "b"}\n', r"d\.json:1: found ',"),
+    ("d.json", '[\n{"text": "a"},\n{"id": ' + 5000 * "9" + "}]", r"d\.json:3: found no JSON \(Exceeds the limit"),
+    ("d.json", '[{"text": "a"},\n' + 5000 * "[" + 5000 * "]" + "]", r"d\.json:2: found no JSON \(maximum recursion"),
+    ("d.json", '[{"text": "a", "text": "b"}]', r"d\.json:1: found no JSON \(the key 'text' stands twice in one object"),
+    (
+        "d.jsonl",
+        GOOD + '{"prompt": "a", "completion": "b", "completion": "c"}\n',
+        r"d\.jsonl:2: found no JSON \(the key 'completion' stands twice",
+    ),
+    ("d.jsonl", GOOD + '{"prompt": "a", "completion": "b", "n": ' + 5000 * "9" + "}\n", r"d\.jsonl:2: found no JSON \(Exceeds the limit"),
+    (
+        "d.jsonl",
+        GOOD + '{"prompt": "a", "completion": "b", "\\udc00": 1}\n',
+        r"d\.jsonl:2: column '.*\\udc00': found half a surrogate pair",
+    ),
+    ("d.jsonl", GOOD + '{"prompt": "a", "completion": "b", "system": "c"}\n', r"d\.jsonl:2: found system beside a prompt that is text"),
+    ("d.jsonl", GOOD + '{"prompt": "[{\'role\': \'user\'}]", "completion": "b"}\n', r"d\.jsonl:2: prompt: found text that is no JSON"),
+    ("d.jsonl", '{"prompt": "a", "answer": Infinity}\n', r"d\.jsonl:1: answer: found inf, allowed text or a number"),
+    ("d.jsonl", '{"prompt": "a", "answer": false}\n', r"d\.jsonl:1: answer: found bool False, allowed text"),
+    (
+        "d.jsonl",
+        '{"system": "b", "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]}\n',
+        r"d\.jsonl:1: found a system prompt in the column system and another one in the conversation",
+    ),
+    (
+        "d.jsonl",
+        asked('"content": [{"type": "image_url", "image_url": "x"}]'),
+        r"messages\[1\]\.content\[0\]: found image_url, allowed parts",
+    ),
+    ("d.jsonl", asked('"content": "b", "weight": 0.5'), r"messages\[1\]\.weight: found float 0\.5, allowed 0 \(not trained on\) or 1"),
+    ("d.jsonl", asked('"content": "b", "loss": false'), r"d\.jsonl:1: every answer has weight 0"),
+    ("d.jsonl", asked('"content": "b", "tool_calls": 5'), r"messages\[1\]\.tool_calls: found int 5, allowed a list of calls"),
+    ("d.jsonl", asked('"tool_calls": "7"'), r"messages\[1\]\.tool_calls: found int 7, allowed a list of calls"),
+    ("d.jsonl", asked('"tool_calls": ["f", "g"]'), r"messages\[1\]\.tool_calls\[0\]: found 'f', allowed an object with name and arguments"),
+    (
+        "d.jsonl",
+        asked('"tool_calls": {"name": "f", "arguments": {}}'),
+        r"tool_calls: found an object with name, arguments, allowed a list of calls",
+    ),
+    ("d.jsonl", asked('"tool_calls": [{"function": "f"}]'), r"tool_calls\[0\]: found 'f', allowed an object with name and arguments"),
+    ("d.jsonl", asked('"tool_calls": [{"arguments": {}}]'), r"tool_calls\[0\]\.name: found nothing, allowed text"),
+    (
+        "d.jsonl",
+        asked('"tool_calls": [{"name": "f", "arguments": [1]}]'),
+        r"tool_calls\[0\]\.arguments: found a list of 1, allowed an object",
+    ),
+    ("d.jsonl", asked('"tool_calls": [{"name": "f", "arguments": "{1"}]'), r"tool_calls\[0\]\.arguments: found text that is no JSON"),
+    (
+        "d.jsonl",
+        asked('"tool_calls": [{"name": "f", "parameters": {"a": 1}}]'),
+        r"tool_calls\[0\]: found no arguments \(fields: name, parameters\)",
+    ),
+    (
+        "d.jsonl",
+        asked('"tool_calls": [{"name": "f", "arguments": {"a": "\\ud800"}}]'),
+        r"messages\[1\]\.tool_calls: found half a surrogate pair",
+    ),
+    (
+        "d.jsonl",
+        asked('"tool_calls": [{"name": "f", "arguments": {"\\udfff": 1}}]'),
+        r"messages\[1\]\.tool_calls: found half a surrogate pair",
+    ),
+    ("d.jsonl", asked('"tool_calls": [{"name": "f", "arguments": {"a": NaN}}]'), r"messages\[1\]\.tool_calls: found what JSON cannot hold"),
+    ("d.jsonl", asked('"content": "b"', '"tools": [{"name": "\\ud800"}]'), r"d\.jsonl:1: tools: found half a surrogate pair"),
+    ("d.jsonl", asked('"content": "b"', '"tools": ["search"]'), r"d\.jsonl:1: tools\[0\]: found text that is no JSON"),
+    ("d.jsonl", asked('"content": "b"', '"tools": 3'), r"d\.jsonl:1: tools: found int 3, allowed a list of JSON schemas"),
+    ("d.jsonl", asked('"content": "b"', '"tools": "' + 5000 * "[" + '"'), r"d\.jsonl:1: tools: found text that is no JSON"),
+    (
+        "d.jsonl",
+        asked('"content": "b"', '"extra": {"a": ' + 900 * "[" + 900 * "]" + "}"),
+        r"d\.jsonl:1: (extra|found lists and objects nested too)",
+    ),
+    ("d.jsonl", '{"messages": [{"from": "human", "value": "a"}]}\n', r"d\.jsonl:1: messages\[0\]\.role: found nothing, allowed system"),
 ]
 
 
@@ -117,14 +216,109 @@ def test_utf_16_is_never_guessed(tmp_path: Path, encoding: str, on_bad_row: str)
 
 def test_bad_bytes_and_parquet_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_bytes(b"text\n\xff\xfe\n")
-    with pytest.raises(StageFailed, match=r"d\.csv: found bytes that are not UTF-8"):
+    with pytest.raises(StageFailed, match=r"d\.csv:2: found bytes that are not UTF-8"):
         build(tmp_path, [{"type": "files", "path": "d.csv"}])
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(StageFailed, match=r"d\.jsonl:2: found no JSON \('utf-8' codec can't decode"):
+    with pytest.raises(StageFailed, match=r"d\.jsonl:2: found bytes that are not UTF-8 \('utf-8' codec can't decode"):
         build(tmp_path, [{"type": "files", "path": "d.jsonl"}])
     write_file(tmp_path / "d.parquet", [{"text": "a"}, {"text": " "}])
     with pytest.raises(StageFailed, match=r"d\.parquet: row 2: text: found empty text"):
         build(tmp_path, [{"type": "files", "path": "d.parquet"}])
+
+
+SENTENCES = [
+    ("cp1252", "Où est le café ? là, {}"),
+    ("cp1252", "Wo ist die Straße? “über” – {} €"),
+    ("cp1250", "Gdzie jest książka? Zażółć gęślą jaźń {}"),
+    ("cp1251", "Где находится музей? Там {}"),
+    ("cp932", "東京はどこですか {}"),
+    ("gb18030", "北京在哪里？那里 {}"),
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "json", "jsonl.gz"])
+@pytest.mark.parametrize(("encoding", "sentence"), SENTENCES, ids=[encoding for encoding, _ in SENTENCES])
+def test_the_hint_names_the_encoding_that_fits(tmp_path: Path, encoding: str, sentence: str, ending: str) -> None:
+    plain, *rest = [
+        json.dumps({"prompt": text, "completion": "b"}, ensure_ascii=False) for text in ("a", *(sentence.format(i) for i in range(20)))
+    ]
+    text = {"csv": "prompt\n" + "\n".join([plain, *rest]).replace('"', ""), "json": "[" + ",\n".join([plain, *rest]) + "]"}.get(
+        ending, "\n".join([plain, *rest])
+    )
+    content = text.encode(encoding)
+    (tmp_path / f"d.{ending}").write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    with pytest.raises(StageFailed, match=rf"d\.{ending}:{3 if ending == 'csv' else 2}: found bytes that are not UTF-8") as failure:
+        list(raised(file_records(tmp_path / f"d.{ending}")))
+    assert f"it reads as {encoding} (`iconv -f {encoding} -t utf-8`)" in failure.value.hint
+
+
+def raised(records: Records) -> Iterator[Any]:
+    for place, record in records:
+        if isinstance(record, BadRow):
+            raise StageFailed("data", f"{place}: {record.message}", record.hint)
+        yield record
+
+
+def test_columnar_files_name_what_cannot_be_read(tmp_path: Path) -> None:
+    lengths, letters = np.array([0, 1, 2, 3], np.int32), b"a\xffb"
+    broken = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(lengths), pa.py_buffer(letters)])
+    pq.write_table(pa.table({"text": broken}), tmp_path / "d.parquet")
+    found = list(file_records(tmp_path / "d.parquet"))
+    assert [record for _, record in found if isinstance(record, dict)] == [{"text": "a"}, {"text": "b"}]
+    assert found[1][0].endswith("d.parquet: row 2")
+    assert "found a value that cannot be read ('utf-8' codec" in found[1][1].message
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "e.parquet")
+    with pytest.raises(StageFailed, match=r"e\.parquet: found the column text twice"):
+        list(file_records(tmp_path / "e.parquet"))
+    calls = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"day": datetime.date(2024, 1, 1)}}]}]
+    write_file(tmp_path / "f.parquet", [{"messages": [{"role": "user", "content": "a"}, *calls]}])
+    with pytest.raises(StageFailed, match=r"f\.parquet: row 1: messages\[1\]\.tool_calls: found what JSON cannot hold"):
+        build(tmp_path, [{"type": "files", "path": "f.parquet"}])
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=[]), max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=[]), max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from([*ROLES, "bot"]),
+            "content": st.sampled_from(["a", "", None, [{"type": "text", "text": "a"}]]) | json_values,
+        },
+        optional={name: json_values for name in ("tool_calls", "function_call", "name", "weight", "reasoning_content")},
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    record=st.fixed_dictionaries(
+        {},
+        optional={
+            **{name: json_values for name in sorted(KNOWN)},
+            "messages": messages,
+            "prompt": messages | st.just("a"),
+            "system": st.text(),
+        },
+    )
+)
+def test_a_record_is_read_whole_or_refused(record: dict[str, Any]) -> None:
+    """Whatever JSON holds: a row that can be stored, or a BadRow that can be printed, and nothing else is raised."""
+    ignored: Counter[str] = Counter()
+    try:
+        record = DECODER.decode(json.dumps(record))
+        readable(record)
+        given = {name: value for name, value in record.items() if value is not None}
+        row = identified(to_row(given, detect(given), "sources.0", ignored))
+    except BadRow as error:
+        error.message.encode()  # raises where it cannot be printed
+        return
+    assert json.dumps([row.messages, row.extra, row.answer], allow_nan=False, ensure_ascii=False).encode()
 
 
 def test_bad_rows_are_dropped_and_counted_where_the_source_says_so(tmp_path: Path) -> None:

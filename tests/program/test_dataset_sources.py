@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dataset_tools import ASSISTANT, GYM, SYSTEM, TOOL, USER, build, build_rows, write_file
 from hypothesis import HealthCheck, given, settings
@@ -86,7 +90,7 @@ def test_formats(tmp_path: Path, name: str, record: dict[str, Any], expected: di
 texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x00\r"), min_size=1, max_size=20).filter(str.strip)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
 def test_every_file_type_and_format_gives_the_same_rows(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     rows = []
@@ -112,6 +116,153 @@ def test_every_file_type_and_format_gives_the_same_rows(tmp_path: Path, pairs: l
             write_file(tmp_path / f"{name}.{suffix}", records)
             ids.append([(row.id, row.group) for row in build(tmp_path, [{"type": "files", "path": f"{name}.{suffix}"}]).every()])
     assert all(other == ids[0] for other in ids)
+
+
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"b": 2, "a": None}}}]
+TEXT_CALL = '{"name": "add", "arguments": {"b": 2, "a": null}}'
+TURNS = [USER, ASSISTANT]
+EARLIER = ({"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"})
+SILENT = EARLIER[1] | {"weight": 0}
+WHOLE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # file, record, the row of it
+    ("jsonl", {"messages": TURNS, "system": "Be brief."}, {"messages": (SYSTEM, USER, ASSISTANT)}),
+    ("jsonl", {"messages": [SYSTEM, *TURNS], "system": "Be brief. "}, {"messages": (SYSTEM, USER, ASSISTANT)}),
+    ("jsonl", {"messages": TURNS, "system": "", "tools": "", "history": "", "extra": " "}, {"messages": (USER, ASSISTANT)}),
+    ("jsonl", {"messages": [{"role": "system", "content": ""}, *TURNS], "tools": []}, {"messages": (USER, ASSISTANT)}),
+    ("jsonl", {"messages": [SYSTEM, *TURNS], "history": [["1 + 1?", "2"]]}, {"messages": (SYSTEM, *EARLIER, USER, ASSISTANT)}),
+    ("jsonl", {"messages": TURNS, "history": list(EARLIER)}, {"messages": (*EARLIER, USER, ASSISTANT)}),
+    ("jsonl", {"prompt": [USER], "completion": [ASSISTANT], "system": "Be brief."}, {"messages": (SYSTEM, USER, ASSISTANT)}),
+    ("jsonl", {"prompt": [USER], "answer": "4", "history": '[["1 + 1?", "2"]]'}, {"messages": (*EARLIER, USER), "answer": "4"}),
+    ("jsonl", {"instruction": "2 + 2?", "output": "4", "input": " ", "history": ""}, {"messages": (USER, ASSISTANT)}),
+    ("csv", {"messages": json.dumps(TURNS)}, {"messages": (USER, ASSISTANT)}),
+    ("parquet", {"messages": json.dumps(TURNS)}, {"messages": (USER, ASSISTANT)}),
+    ("csv", {"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}, {"messages": (USER, ASSISTANT)}),
+    ("csv", {"prompt": "[1, 2]", "completion": "[3]"}, {"prompt": "[1, 2]", "completion": "[3]"}),
+    (
+        "jsonl",
+        {"conversations": json.dumps([{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}])},
+        {"messages": (USER, ASSISTANT)},
+    ),
+    (
+        "jsonl",
+        {"messages": [USER | {"content": [{"type": "text", "text": "2 +"}, {"type": "text", "text": " 2?"}]}, ASSISTANT]},
+        {"messages": (USER, ASSISTANT)},
+    ),
+    ("jsonl", {"messages": [SYSTEM | {"role": "developer"}, *TURNS]}, {"messages": (SYSTEM, USER, ASSISTANT)}),
+    (
+        "jsonl",
+        {
+            "conversations": [
+                {"from": "human", "value": "2 + 2?"},
+                {"from": "function_call", "value": TEXT_CALL},
+                {"from": "observation", "value": "4"},
+                {"from": "gpt", "value": "4"},
+            ]
+        },
+        {"messages": (USER, {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "4"}, ASSISTANT)},
+    ),
+    (
+        "jsonl",
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "function_call": json.loads(TEXT_CALL)},
+                {"role": "function", "name": "add", "content": "4"},
+                ASSISTANT,
+            ]
+        },
+        {
+            "messages": (
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": CALLS},
+                {"role": "tool", "content": "4", "name": "add"},
+                ASSISTANT,
+            )
+        },
+    ),
+    (
+        "jsonl",
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": None, "tool_calls": CALLS},
+                {"role": "ipython", "tool_call_id": "c1", "content": "4"},
+                ASSISTANT,
+            ]
+        },
+        {
+            "messages": (
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": CALLS},
+                {"role": "tool", "content": "4", "tool_call_id": "c1"},
+                ASSISTANT,
+            )
+        },
+    ),
+    (
+        "jsonl",
+        {"messages": [USER, ASSISTANT | {"reasoning_content": "Two twos."}]},
+        {"messages": (USER, ASSISTANT | {"reasoning_content": "Two twos."})},
+    ),
+    *(
+        (
+            "jsonl",
+            {"messages": [EARLIER[0], EARLIER[1] | {name: value}, USER, ASSISTANT | {name: 1}]},
+            {"messages": (EARLIER[0], SILENT, USER, ASSISTANT)},
+        )
+        for name, value in (("weight", 0), ("loss", False), ("train", 0.0))
+    ),
+    ("jsonl", {"prompt": "2 - 2 = ", "answer": 0}, {"prompt": "2 - 2 = ", "answer": "0"}),
+    ("jsonl", {"prompt": "2 - 2 = ", "answer": 0.50}, {"prompt": "2 - 2 = ", "answer": "0.5"}),
+    ("json", {"prompt": "2 - 2 = ", "tests": "assert 1", "answer": ""}, {"prompt": "2 - 2 = ", "extra": {"tests": "assert 1"}}),
+    ("parquet", {"prompt": "6 / 2 = ", "answer": 3.0}, {"prompt": "6 / 2 = ", "answer": "3"}),
+    ("parquet", {"prompt": "6 / 2 = ", "answer": 3}, {"prompt": "6 / 2 = ", "answer": "3"}),
+    ("parquet", {"prompt": "7 / 2 = ", "answer": 3.5}, {"prompt": "7 / 2 = ", "answer": "3.5"}),
+    ("parquet", {"prompt": "7 / 2 = ", "answer": Decimal("3.50")}, {"prompt": "7 / 2 = ", "answer": "3.50"}),
+    ("parquet", {"prompt": "a", "completion": "b", "answer": float("nan")}, {"prompt": "a", "completion": "b"}),
+]
+
+
+def test_readers_lose_nothing(tmp_path: Path) -> None:
+    for number, (ending, record, _) in enumerate(WHOLE):
+        write_file(tmp_path / f"{number}.{ending}", [record])
+    run = build(tmp_path, [{"type": "files", "path": f"{number}.{ending}"} for number, (ending, _, _) in enumerate(WHOLE)], dedup="none")
+    for number, (row, (_, record, expected)) in enumerate(zip(run.rows(), WHOLE, strict=True)):
+        assert replace(row, id="", group="") == Row(f"sources.{number}", **expected), record
+    assert not any("not read" in warning for warning in run.warnings())
+
+
+def test_numbers_stand_as_the_file_shows_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": 3.10}\n{"prompt": "b", "answer": 1e3}\n')
+    pq.write_table(pa.table({"prompt": ["c", "d"], "answer": pa.array([0.1, 3], pa.float32())}), tmp_path / "b.parquet")
+    run = build(tmp_path, [{"type": "files", "path": "*.*", "format": "prompt"}])
+    assert [row.answer for row in run.rows()] == ["3.10", "1e3", "0.1", "3"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_calls_and_schemas_keep_their_order_without_filled_in_nulls(tmp_path: Path, ending: str) -> None:
+    def record(name: str, arguments: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        schema = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+        return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [schema]}
+
+    records = [
+        record("wake", {"time": "7:30", "label": "run", "count": 1}, {"time": {"type": "string"}, "label": {"type": "string"}}),
+        record("play", {"song": "x", "count": 2, "by": ["b", "a"]}, {"song": {"type": "string", "enum": ["x"]}}),
+        record("wait", {"count": 0.5}, {"count": {"type": "number"}}),
+    ]
+    write_file(tmp_path / f"d.{ending}", records)
+    rows = build(tmp_path, [{"type": "files", "path": f"d.{ending}"}]).rows()
+    found = [{"messages": list(row.messages or ()), "tools": row.extra["tools"]} for row in rows]
+    assert found == records
+    if ending == "jsonl":  # a columnar file has one order for all rows
+        assert json.dumps(found) == json.dumps(records)
+
+
+def test_what_is_not_read_is_counted_on_the_terminal(tmp_path: Path) -> None:
+    records = [{"messages": [USER | {"mood": "curious"}, ASSISTANT | {"content": str(i)}], "id": i, "source": "web"} for i in range(3)]
+    assert (
+        build_rows(tmp_path, records).warnings()[-1] == "columns and parts of messages are not read: id (3), messages.mood (3), source (3)"
+    )
 
 
 def test_columns_are_renamed(tmp_path: Path) -> None:

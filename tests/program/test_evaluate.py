@@ -30,13 +30,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
     return Input(path=folder, digest="b" * 64, type="Model", template=template_hash(tokenizer()))
 
 
-@torch.no_grad()
 def greedy(model: Any, row: Row, max_new_tokens: int = 12) -> str:
     """The model's answer, one row at a time by transformers."""
+    return str(tokenizer().decode(generated(model, row, max_new_tokens), skip_special_tokens=True))
+
+
+@torch.no_grad()
+def generated(model: Any, row: Row, max_new_tokens: int) -> Any:
     words = tokenizer()
     ids = torch.tensor([prompt_ids(row, words)])
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": words.eos_token_id, "pad_token_id": words.eos_token_id}
-    return str(words.decode(model.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True))
+    return model.generate(ids, **options)[0, ids.shape[1] :]
 
 
 @torch.no_grad()
@@ -71,21 +75,30 @@ def test_answers_are_the_models_own_and_scored_exactly(base: Input, tmp_path: Pa
 
 
 def test_answers_end_at_the_end_token(base: Input, tmp_path: Path) -> None:
-    """A head that favours the end token makes rows end at different steps: they leave the batch, the rest goes on unharmed."""
+    """A head that favours the end token makes rows end at different steps: they leave the batch, the rest goes on unharmed. It is the
+    token with which the template ends turns, and neither the tokenizer nor the generation_config calls it an end."""
     folder = tmp_path / "ending"
     model = AutoModelForCausalLM.from_pretrained(save_pico(folder, seed=3, tied=False))
     words = tokenizer()
     with torch.no_grad():
         model.lm_head.weight[words.eos_token_id] *= 1.5
     model.generation_config.repetition_penalty = 1.8  # what a model suggests must not make greedy something else
+    other = tokenizer()
+    other.eos_token = other.pad_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = model.config.eos_token_id = other.eos_token_id
     model.save_pretrained(folder)
+    other.save_pretrained(folder)
     ending = base.model_copy(update={"path": folder})
     rows = [chat(i, "x") for i in range(12)]
     request = request_for(tmp_path / "run", ending, rows, max_new_tokens=24)
-    run_program(request)
+    result, _ = run_program(request)
     model.generation_config.repetition_penalty = None
-    expected = [greedy(model, row, 24) for row in rows]
+    own = [generated(model, row, 24) for row in rows]
+    expected = [words.decode(ids, skip_special_tokens=True) for ids in own]
     assert [sample["answer"] for sample in samples(request)] == expected
+    stopped = sum(words.eos_token_id in ids for ids in own)
+    assert 0 < stopped
+    assert result.metrics["dataset0/stopped"] == stopped / 12
     assert len({len(words(answer)["input_ids"]) for answer in expected}) > 3
 
 
@@ -165,7 +178,9 @@ def test_rows_without_a_reference_are_counted_out(base: Input, tmp_path: Path) -
         "dataset0: 1 of 2 test rows have no answer to compare with and are left out"
     ]
     assert result.info == {"rows": {"dataset0": 1}, "dtype": "float32"}
-    assert set(result.metrics) == {f"dataset0/{name}" for name in ("exact_match", "answer_recall", "bits_per_byte")}  # no spread of one
+    assert set(result.metrics) == {
+        f"dataset0/{name}" for name in ("exact_match", "answer_recall", "bits_per_byte", "stopped")
+    }  # no spread of one
 
 
 def test_a_task_of_reasoning_gym_scores_itself(base: Input, tmp_path: Path) -> None:

@@ -358,8 +358,7 @@ def training(folder: Path, base: Input, **fields: Any) -> Request:
     return make_request(folder / "sft", config, {"model": base, "dataset": rows_in(folder / "rows")})
 
 
-@pytest.mark.parametrize("merged_by", ["streaming", "PEFT"])
-def test_every_program_runs_a_trusted_models_code(merged_by: str, own: Path, tmp_path: Path) -> None:
+def test_every_program_runs_a_trusted_models_code(own: Path, tmp_path: Path) -> None:
     """model -> sft -> evaluate -> merge -> evaluate, each in a process of its own; quantize refuses."""
     request, _ = fetch(tmp_path / "model", own, trust_remote_code=True)
     base = Input(path=request.payload, digest="b" * 64, type="Model")
@@ -374,14 +373,15 @@ def test_every_program_runs_a_trusted_models_code(merged_by: str, own: Path, tmp
     rows = Input(path=tmp_path / "rows", digest="d" * 64, type="Dataset")
     scored = evaluated(tmp_path / "eval-adapter", adapter, rows)
 
-    if merged_by == "PEFT":  # where the base's tensors have other names than the adapter's
-        edit(adapter.path / "adapter_config.json", rank_pattern={"q_proj": 4})
-    merge = make_request(tmp_path / "merge", {"kind": "merge", "adapters": ["sft"]}, {"adapters.0": adapter})
-    assert finish(merge).info["merged_by"] == merged_by
-    assert sorted(file.name for file in merge.payload.glob("*.py")) == ["configuration_own.py", "modeling_own.py"]
-    merged = Input(path=merge.payload, digest="m" * 64, type="Model")
-    assert runs_code(merged)
-    assert evaluated(tmp_path / "eval-merged", merged, rows) == pytest.approx(scored, rel=1e-3)
+    for merged_by in ("streaming", "PEFT"):
+        if merged_by == "PEFT":  # where the base's tensors have other names than the adapter's
+            edit(adapter.path / "adapter_config.json", rank_pattern={"q_proj": 4})
+        merge = make_request(tmp_path / merged_by, {"kind": "merge", "adapters": ["sft"]}, {"adapters.0": adapter})
+        assert finish(merge).info["merged_by"] == merged_by
+        assert sorted(file.name for file in merge.payload.glob("*.py")) == ["configuration_own.py", "modeling_own.py"]
+        merged = Input(path=merge.payload, digest="m" * 64, type="Model")
+        assert runs_code(merged)
+        assert evaluated(tmp_path / f"eval-{merged_by}", merged, rows) == pytest.approx(scored, rel=1e-3)
 
     quantize = make_request(
         tmp_path / "gptq", {"kind": "quantize", "model": "merged", "calibration": "rows"}, {"model": merged, "calibration": rows}

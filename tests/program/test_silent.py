@@ -22,7 +22,7 @@ import pytest
 import torch
 from program_tools import emulates_bfloat16
 from safetensors.torch import load_file
-from silent_tools import CONFIGS, World, edit_weights, make_world, refused
+from silent_tools import CONFIGS, World, edit_weights, refused
 
 from tasks import dataset, evaluation, loading, merge, sft, training
 from tasks.grpo_trainer import AdapterTrainer, EpochSampler
@@ -52,11 +52,6 @@ def test_overridden_methods_exist_upstream(ours: type) -> None:
     theirs = {name for base in ours.__mro__ if not base.__module__.startswith("tasks.") for name in vars(base)}
     defined = {name for name in vars(ours) if not name.startswith("__")}
     assert defined - theirs == OWN[ours]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_nothing_planted_nothing_stopped(world: World, tmp_path: Path) -> None:

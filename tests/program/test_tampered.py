@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from silent_tools import World, edit_weights, make_world, refused
+from silent_tools import World, edit_weights, refused
 
 from tasks.rows import SPLITS, read_rows, write_rows
 from tuneline.protocol import Failure, Input, Result
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
 
 # --- artifacts that were tampered with --------------------------------------------------------------------------------
 

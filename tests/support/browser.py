@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from processes import PATIENCE
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = Path("/usr/bin/chromium")
-SECONDS = 90.0  # until a page shows what it must, on a busy machine
+SECONDS = PATIENCE  # until a page shows what it must, on a busy machine
 
 
 class Page:

@@ -38,9 +38,9 @@ class Budget:
         self.starts += 1
         command = arguments[1]
         words = [os.fsdecode(word) for word in command] if isinstance(command, list | tuple) else [os.fsdecode(command)]
-        module = next((after for word, after in zip(words, words[1:], strict=False) if word == "-m"), "")
-        if module in OURS:
-            self.real.append(module)
+        for python, option, module in zip(words, words[1:], words[2:], strict=False):
+            if option == "-m" and module in OURS and not stands_in(python):
+                self.real.append(module)
 
     def _cpu(self) -> float:
         """CPU seconds so far of this process, of its children, and of what they left running."""
@@ -71,6 +71,15 @@ class Budget:
         real, self._before, self.starts, self.real = self.real, now, 0, []
         if real and not item.get_closest_marker("process"):
             pytest.fail(f"starts {', '.join(real)} as a real process without the marker `process`", pytrace=False)
+
+
+def stands_in(python: str) -> bool:
+    """Whether it is a script in the place of a Python, which starts in milliseconds."""
+    try:
+        with open(python, "rb") as file:
+            return file.read(2) == b"#!"
+    except OSError:
+        return False
 
 
 def summarize(terminal: Any, minutes: float) -> None:

@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +63,3 @@ class Lasting:
         process.communicate(timeout=120)
         for pid in marked(self.mark):
             os.kill(pid, signal.SIGKILL)
-
-
-def until(true: Callable[[], Any], seconds: float = 120.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from project import Project, python_of
@@ -35,3 +36,9 @@ def make(root: Path, python: Path, model: Path, pipelines: str = PIPELINES, quan
     rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}"} for i in range(60)]
     project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
     return project
+
+
+def copied(project: Project, root: Path) -> Project:
+    """The project in another folder, with its store: what it has built is cached there."""
+    shutil.copytree(project.root, root, symlinks=True)
+    return Project(root)

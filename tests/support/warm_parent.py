@@ -1,0 +1,208 @@
+"""The parent of the tests' programs (see warm.py): imports what they import, then forks one for each request.
+
+    python tests/support/warm_parent.py SOCKET      until its stdin closes
+
+A request is Python's arguments (`-m MODULE ...`), environment, folder and three descriptors. The child takes them over and runs the
+module as __main__. The answer is its process id, later its status. Ranks are forked by the launcher, in place of torch's
+`SubprocessHandler._popen`. A program that needs a package of ABSENT becomes a real process by exec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(__file__))
+from warm import PATCHES, descendants, kill  # noqa: E402
+
+sys.path.pop(0)
+MODULES = (
+    "tasks.launch", "tasks.checkpoints", "tasks.dataset", "tasks.evaluation", "tasks.grpo", "tasks.grpo_trainer", "tasks.harness", "tasks.merge",
+    "tasks.model", "tasks.rollouts", "tasks.sequences", "tasks.sft", "tasks.sft_trainer", "tasks.strategies", "tasks.universal",
+    "accelerate", "datasets", "deepspeed", "matplotlib.figure", "transformers.models.llama.modeling_llama", "torch.distributed.launcher.api",
+    "torch.distributed.elastic.multiprocessing", "torch.distributed.fsdp",
+)  # fmt: skip
+ABSENT = ("bitsandbytes",)  # libraries import it wherever it is installed, used or not
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def serve(address: str) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    print("listening", flush=True)
+    import_all()
+    deaths, noted = os.pipe()
+    os.set_blocking(noted, False)
+    signal.set_wakeup_fd(noted, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    programs: dict[int, socket.socket] = {}
+    ready = selectors.DefaultSelector()
+    for source in (listener, sys.stdin, deaths):
+        ready.register(source, selectors.EVENT_READ)
+    while True:
+        for key, _ in ready.select():
+            if key.fileobj is sys.stdin:
+                kill(descendants(os.getpid()))
+                return
+            if key.fileobj == deaths:
+                os.read(deaths, 4096)
+                for pid, status in ended():
+                    if asker := programs.pop(pid, None):
+                        ready.unregister(asker)
+                        answer(asker, status=status)
+                        asker.close()
+            elif key.fileobj is listener:
+                asker, _ = listener.accept()
+                if pid := accept(asker):
+                    programs[pid] = asker
+                    ready.register(asker, selectors.EVENT_READ)
+            elif pid := next((pid for pid, asker in programs.items() if asker is key.fileobj), None):  # who asked went away
+                asker = programs.pop(pid)
+                ready.unregister(asker)
+                asker.close()
+                kill([*descendants(pid), pid])
+
+
+def import_all() -> None:
+    from tasks.noise import silence
+
+    silence()
+    for name in ABSENT:
+        sys.modules[name] = None  # type: ignore[assignment]
+    for name in MODULES:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
+def accept(asker: socket.socket) -> int | None:
+    """Forks a program; its process id. None if there are threads, whose locks a child would wait for in vain."""
+    _, files, _, _ = socket.recv_fds(asker, 1, 3)
+    with asker.makefile("rb") as stream:
+        request = json.loads(stream.readline())
+    if len(os.listdir("/proc/self/task")) > 1:
+        names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+        answer(asker, error=f"the warm parent has threads: {', '.join(names)}")
+        asker.close()
+        return None
+    pid = os.fork()
+    if pid == 0:
+        run_as_child(files, request)
+    for file in files:
+        os.close(file)
+    answer(asker, pid=pid)
+    return pid
+
+
+def answer(asker: socket.socket, **said: Any) -> None:
+    with contextlib.suppress(OSError):
+        asker.sendall(json.dumps(said).encode() + b"\n")
+
+
+def ended() -> list[tuple[int, int]]:
+    """(process id, status) of children that have ended, orphans of programs among them."""
+    found = []
+    with contextlib.suppress(ChildProcessError):
+        while (got := os.waitpid(-1, os.WNOHANG))[0]:
+            found.append((got[0], os.waitstatus_to_exitcode(got[1])))
+    return found
+
+
+# --- the child --------------------------------------------------------------------------------------------------------
+
+
+def run_as_child(files: Sequence[int], request: dict[str, Any]) -> None:
+    """Becomes the program, and never returns."""
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.closerange(3, 1024)
+        status = become(request["argv"], request["folder"], request["environment"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def become(argv: list[str], folder: str, environment: Mapping[str, str]) -> int:
+    """Runs `python ARGV...` in this process; its status."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    module = argv.index("-m") + 1
+    if needs_absent(Path(argv[module + 1])):
+        os.execv(sys.executable, [sys.executable, *argv])
+    tempfile.tempdir = None
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if modules := sys.modules.get("transformers.dynamic_module_utils"):
+        modules.HF_MODULES_CACHE = environment.get("HF_MODULES_CACHE", modules.HF_MODULES_CACHE)
+    sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place not in sys.path]
+    if str(PATCHES) in sys.path:
+        runpy.run_path(str(PATCHES / "sitecustomize.py"))
+    if argv[module] == "tasks.launch":
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+        SubprocessHandler._popen = lambda self, args, env: Rank(args, env)  # type: ignore[assignment,return-value]
+    sys.modules.pop(argv[module], None)  # runpy warns of a module that is there already
+    sys.argv = ["", *argv[module + 1 :]]
+    try:
+        runpy.run_module(argv[module], run_name="__main__", alter_sys=True)
+    except SystemExit as left:
+        if not isinstance(left.code, int | None):
+            print(left.code, file=sys.stderr)
+            return 1
+        return left.code or 0
+    return 0
+
+
+def needs_absent(request: Path) -> bool:
+    """Whether the program imports what the parent must not."""
+    from tasks.gptq import quantization
+    from tasks.loading import model_folder
+
+    content = json.loads(request.read_bytes())
+    models = [given["path"] for given in content["inputs"].values() if given["type"] == "Model"]
+    bases = [given["base"]["path"] for given in content["inputs"].values() if given.get("base")]
+    return content["config"].get("method") == "qlora" or any(quantization(model_folder(Path(path))) for path in (*models, *bases))
+
+
+class Rank(subprocess.Popen):  # type: ignore[type-arg]
+    """A rank, forked by the launcher."""
+
+    def __init__(self, args: Sequence[str], environment: Mapping[str, str]):
+        self.args, self.returncode, self.stdin, self.stdout, self.stderr = args, None, None, None, None
+        self._child_created, self._waitpid_lock, self._sigint_wait_secs = True, threading.Lock(), 0.25
+        self.pid = os.fork()
+        if self.pid == 0:
+            run_as_child((), {"argv": args[1:], "folder": os.getcwd(), "environment": environment})
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
