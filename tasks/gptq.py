@@ -1,8 +1,8 @@
 """Reads a GPTQ model without its kernels: packed weights are decoded once, into ordinary linear layers.
 
-gptqmodel's CPU kernels decode every weight again at every call, and optimum needs seconds to swap the layers in: over 10 times
-slower than the dense model. The values are the same: the code minus its zero, times the scale, rounded to the scale's type, as
-the kernels do it. This costs the memory of an unquantized model, so it is for CPUs; a GPU takes transformers' own loading.
+So gptqmodel, which pins other libraries, is in the runtime of `quantize` alone. On a CPU its kernels are over 10 times slower than the
+dense model. The values are the same: the code minus its zero, times the scale, rounded to the scale's type, as the kernels do it. This
+costs the memory of an unquantized model; an evaluation with `backend: vllm` has kernels that compute with packed weights.
 
 Left out: layouts other than `gptq` and `gptq_v2`, and layers padded because their width is no multiple of 32.
 """
@@ -34,8 +34,8 @@ def is_gptq(folder: Path) -> bool:
     return (quantization(folder) or {}).get("quant_method") == "gptq"
 
 
-def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The GPTQ model in `folder` with its weights decoded to `dtype`, on the CPU."""
+def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> PreTrainedModel:
+    """The GPTQ model in `folder` with its weights decoded to `dtype`, on the CPU, or by the device map `place`."""
     import transformers
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -53,7 +53,7 @@ def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     # Of AutoModelForCausalLM, only the classes themselves take a state without a folder.
     model, info = getattr(transformers, config.architectures[0]).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=state, dtype=dtype, device_map=place, output_loading_info=True
     )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:

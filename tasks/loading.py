@@ -177,8 +177,7 @@ def load_model(
     """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device; `balanced` spreads
     its layers over all of them.
 
-    A GPTQ model is decoded where there is no GPU, because its kernels are slow there (see `tasks.gptq`); on a GPU it is
-    transformers' own, through optimum, placed while it is loaded because its kernels are chosen for the device.
+    A GPTQ model is decoded (see `tasks.gptq`), unless its layers come with code of its own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -186,8 +185,8 @@ def load_model(
     assert base is not None
     folder = model_folder(base.path)
     code = runs_code(base)
-    if is_gptq(folder) and device() == "cpu" and not code:
-        model = load_dense(folder, dtype)
+    if is_gptq(folder) and not code:
+        model = load_dense(folder, dtype, place if place == "balanced" else None)
     else:
         placed: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
         options = {"quantization_config": quantization} if quantization else {}

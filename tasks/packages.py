@@ -53,7 +53,7 @@ def needed(request: Request) -> set[str]:
     if runs_own_code(stage, models) or methods - {"none", "gptq"}:
         return set(LARGE)
     found = set() if isinstance(stage, DatasetStage) else {"torch"}  # a tokenizer needs none
-    if isinstance(stage, QuantizeStage) or "gptq" in methods:
+    if isinstance(stage, QuantizeStage):
         found.add("gptqmodel")
     if isinstance(stage, SftStage) and stage.method == "qlora":
         found.add("bitsandbytes")

@@ -1,4 +1,4 @@
-"""One model through gptqmodel 7.5: GPTQ with settings that were measured on CPUs, and files that are the same each time.
+"""One model through gptqmodel 7.6: GPTQ with settings that were measured on CPUs, and files that are the same each time.
 
 Importing gptqmodel patches transformers and safetensors, sets environment variables and starts threads, so `prepare` comes
 before torch is imported, and this runs only in a program's own process. On a GPU gptqmodel's own defaults stand.
@@ -78,7 +78,7 @@ def quantize(
     model = GPTQModel.load(str(source), config, dtype=compute_type(stage))
     model.layer_callback = lambda layer_idx, submodule_finalized: layer_done() if submodule_finalized else None
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
-    # Rows of up to 10 tokens would be dropped: gptqmodel 7.5 does not pass on `quantize(calibration_data_min_length=)`.
+    # Rows of up to 10 tokens would be dropped: gptqmodel 7.6 does not pass on `quantize(calibration_data_min_length=)`.
     patch(model, "prepare_dataset", partial(model.prepare_dataset, calibration_data_min_length=0))
     logs = model.quantize(calibration, batch_size=1)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints each file that it saves

@@ -13,7 +13,7 @@ import pytest
 import warm
 from budget import Budget, summarize
 from once import once
-from project import ROOT, Project, place_stand_in
+from project import ROOT, Project, place_stand_in, python_of
 
 # No test reads a person's settings or a hub. Pico models gain nothing from a second thread, and lose much to one on a busy machine.
 os.environ.update({"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"})
@@ -51,15 +51,6 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         refresh_global_settings_context()  # a test before may have had Prefect read its settings, without the address
         del os.environ["PREFECT_CLIENT_MAX_RETRIES"]  # a command that a test starts chooses its own
         yield address
-
-
-def python_of(name: str) -> Path:
-    from tuneline.load import load
-    from tuneline.runtimes import find_runtime
-
-    runtime = find_runtime(name, load(ROOT / "pipelines.yaml").spec, ROOT)
-    assert runtime.ready, f"the runtime `{name}` is not set up: run `tuneline setup {name}`"
-    return runtime.python
 
 
 @pytest.fixture(scope="session")

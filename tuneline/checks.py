@@ -26,7 +26,7 @@ from tuneline.spec import AnyStage, DatasetStage, EvaluateStage, GateStage, Quan
 from tuneline.stages import ProgramStage, Resources, Stage
 from tuneline.trainings import SftStage, Training
 
-BUILT_IN_RUNTIMES = ("torch", CPU_RUNTIME, GPU_RUNTIME)
+BUILT_IN_RUNTIMES = ("torch", "quantize", CPU_RUNTIME, GPU_RUNTIME)
 # Of `resources`: without effect elsewhere.
 OF_TRAININGS = (
     "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",

@@ -27,7 +27,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "dataset": ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym", "tree-sitter", *GRAMMARS),
     "sft": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets"),
     "grpo": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets", "math-verify", "reasoning-gym"),
-    "evaluate": ("torch", "transformers", "tokenizers", "peft", "lm-eval", "gptqmodel", "reasoning-gym", "datasets"),
+    "evaluate": ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets"),
     "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub"),
     "quantize": ("torch", "transformers", "tokenizers", "safetensors", "gptqmodel"),
 }

@@ -216,9 +216,14 @@ class MergeStage(ProgramStage):
 
 
 class QuantizeStage(ComputingStage):
-    """Weights of fewer bits by GPTQ (arXiv:2210.17323), through gptqmodel."""
+    """Weights of fewer bits by GPTQ (arXiv:2210.17323), through gptqmodel, in the runtime `quantize`.
+
+    An evaluation decodes them, on GPUs as on CPUs, and takes the memory of the unquantized model; with `backend: vllm` it computes with
+    packed weights.
+    """
 
     kind: Literal["quantize"]
+    runtime: Name = "quantize"
     method: Literal["gptq"] = "gptq"
     """How weights are rounded."""
     model: ModelRef

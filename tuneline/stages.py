@@ -97,7 +97,7 @@ class ProgramStage(Stage):
     """A stage that a program in `tasks/` carries out."""
 
     runtime: Name = "torch"
-    """The Python environment it runs in."""
+    """The Python environment it runs in; for `quantize` it is `quantize`, because gptqmodel holds other libraries back."""
     resources: Resources = Resources()
     """Devices and batches."""
     pool: Name | None = None

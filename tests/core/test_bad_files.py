@@ -174,7 +174,7 @@ BAD = {
     'code without model': ('{type: files, path: rows.jsonl}', '{type: code, path: src}', 'p.yaml:7:41: demo.data.sources.0: found source code without model\n\nhint: name the model whose tokenizer cuts the chunks: `model: base`'),
     'human_eval': ('datasets: [data]', 'datasets: [data], benchmarks: [human_eval]', 'p.yaml:11:75: demo.eval.benchmarks.0: found human_eval without allow_code_execution\n\nhint: set `allow_code_execution: true`: it runs what the model writes, in a sandbox'),
     'trc gguf': ('path: models/base', 'gguf: a.gguf, trust_remote_code: true', 'p.yaml:6:62: demo.base.trust_remote_code: found trust_remote_code with gguf, which holds no code\n\nhint: remove it'),
-    'runtime unknown': ('kind: merge', 'kind: merge, runtime: trch', 'p.yaml:9:38: demo.merged.runtime: found `trch`, allowed torch, vllm, vllm-cpu\n\nhint: did you mean `torch`?'),
+    'runtime unknown': ('kind: merge', 'kind: merge, runtime: trch', 'p.yaml:9:38: demo.merged.runtime: found `trch`, allowed quantize, torch, vllm, vllm-cpu\n\nhint: did you mean `torch`?'),
     'runtime builtin': ('vars:', 'runtimes: {torch: {lock: a.txt}}\nvars:', 'p.yaml:2:12: runtimes.torch: found `torch`, which is built in\n\nhint: choose another name'),
     'runtime both': ('vars:', 'runtimes: {a: {lock: a.txt, python: b}}\nvars:', 'p.yaml:2:12: runtimes.a: found lock and python, allowed exactly one of lock, python'),
     'runtime neither': ('vars:', 'runtimes: {a: {}}\nvars:', 'p.yaml:2:12: runtimes.a: found nothing, allowed exactly one of lock, python'),

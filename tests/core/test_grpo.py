@@ -71,7 +71,7 @@ REFUSED = {
     ),
     "unknown runtime": (
         "rollouts: {engine: vllm}, resources: {engine: {runtime: vlm}}",
-        "demo.rl.resources.engine.runtime: found `vlm`, allowed torch, vllm, vllm-cpu\n\nhint: did you mean `vllm`?",
+        "demo.rl.resources.engine.runtime: found `vlm`, allowed quantize, torch, vllm, vllm-cpu\n\nhint: did you mean `vllm`?",
     ),
 }
 

@@ -13,7 +13,8 @@ from typing import Any
 from tuneline.keys import LIBRARIES, QLORA_LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[2]
-PINS = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "infra" / "runtimes" / "torch.txt").read_text(), re.MULTILINE))
+LOCKS = "".join((ROOT / "infra" / "runtimes" / f"{name}.txt").read_text() for name in ("torch", "quantize"))
+PINS = set(re.findall(r"^([a-z0-9-]+)==", LOCKS, re.MULTILINE))
 NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"}
 ALL = tuple(LIBRARIES)
 # Imported, and no version of it can change what comes out: library -> kinds and the reason.

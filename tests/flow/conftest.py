@@ -13,7 +13,7 @@ from demo_project import PIPELINES
 from once import once
 from pico_project import make
 from processes import gone, until
-from project import Project
+from project import Project, python_of
 
 from tuneline.load import load
 from tuneline.runs import RunRecord
@@ -64,10 +64,12 @@ def pico_run(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pic
     training, and run again. To be copied by who changes it."""
 
     def build(root: Path) -> None:
-        python = root / "imports" / "python"
-        project, mark = make(root, python, pico_model), f"pico-{os.getpid()}"
+        python, quantize = root / "imports" / "python", root / "imports" / "quantize"
+        project, mark = make(root, python, pico_model, quantize=quantize), f"pico-{os.getpid()}"
         project.write(SITECUSTOMIZE, "imports/sitecustomize.py")
-        project.write(f'#!/bin/sh\nPYTHONPATH={python.parent}:$PYTHONPATH exec {runtime_python} "$@"\n', "imports/python").chmod(0o755)
+        for wrapper, real in ((python, runtime_python), (quantize, python_of("quantize"))):
+            wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={wrapper.parent}:$PYTHONPATH exec {real} "$@"\n')
+            wrapper.chmod(0o755)
         process = project.start("run", "pico", MARK=mark, PYTHONHASHSEED="1")
         until(lambda: list(root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")), process)
         process.kill()

@@ -78,7 +78,7 @@ CALLS = [
     (['plan', 'first', '--var', 'rank'], '--var rank: found no `=`, allowed name=value\n'),
     (['run', 'first'], 'runtimes: torch: found a runtime that is not set up\n\nhint: `tuneline setup torch` builds it\n'),
     (['run', 'first', '--json'], 'runtimes: torch: found a runtime that is not set up\n\nhint: `tuneline setup torch` builds it\n'),
-    (['setup', 'trch'], 'setup: found no runtime `trch`, allowed torch, vllm, vllm-cpu\n\nhint: did you mean `torch`?\n'),
+    (['setup', 'trch'], 'setup: found no runtime `trch`, allowed quantize, torch, vllm, vllm-cpu\n\nhint: did you mean `torch`?\n'),
     (['show', 'first'], 'show: found no run of first\n\nhint: start one with `tuneline run first`\n'),
     (['show', 'frist'], 'pipelines.yaml: found no pipeline `frist`, allowed first\n\nhint: did you mean `first`?\n'),
     (['show', 'first/sft'], 'show: found no run of first\n\nhint: start one with `tuneline run first`\n'),

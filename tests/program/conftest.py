@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,17 @@ from tasks.loading import template_hash
 from tuneline.engines import EngineSettings
 from tuneline.protocol import Input, Request
 
+QUANTIZES = importlib.util.find_spec("gptqmodel") is not None  # the runtime `quantize`, which has none of the other programs' libraries
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if collection_path.suffix == ".py" and (collection_path.name == "test_quantize.py") != QUANTIZES else None
+
 
 def pytest_collection_finish() -> None:
     """Has the garbage collector leave the libraries alone: accelerate has it look through all there is after each training, which takes
     longer than a pico model's training itself."""
-    if "transformers" in sys.modules:
+    if "transformers" in sys.modules and not QUANTIZES:
         for name in ("tasks.sft_trainer", "tasks.grpo_trainer", "tasks.checkpoints", "tasks.harness"):
             importlib.import_module(name)
         gc.collect()

@@ -45,7 +45,7 @@ def request_for(folder: Path, config: dict[str, Any], model: dict[str, Any] | No
         (DATASET, CODE, LARGE),
         (SFT, PLAIN, "torch"),
         (SFT, CODE, LARGE),
-        (SFT, GPTQ, "gptqmodel torch"),
+        (SFT, GPTQ, "torch"),
         (SFT, BNB, LARGE),
         ({**SFT, "method": "qlora"}, PLAIN, "bitsandbytes torch"),
         ({**SFT, "resources": {"processes": 2, "strategy": "zero1"}}, PLAIN, "deepspeed torch"),
@@ -56,7 +56,7 @@ def request_for(folder: Path, config: dict[str, Any], model: dict[str, Any] | No
         ({"kind": "merge", "adapters": ["sft"]}, PLAIN, "torch"),
         ({"kind": "evaluate", "model": "m", "benchmarks": ["arc_easy"]}, PLAIN, "torch"),
         ({"kind": "evaluate", "model": "m", "benchmarks": ["mine"], "include_path": "mine"}, PLAIN, LARGE),
-        ({"kind": "evaluate", "model": "m", "benchmarks": ["arc_easy"]}, GPTQ, "gptqmodel torch"),
+        ({"kind": "evaluate", "model": "m", "benchmarks": ["arc_easy"]}, GPTQ, "torch"),
         ({"kind": "quantize", "model": "m", "calibration": "words"}, PLAIN, "gptqmodel torch"),
     ],
 )

@@ -14,11 +14,11 @@ import pytest
 import torch
 from elsewhere import Elsewhere
 from pico import save_pico, tokenizer
-from program_tools import make_request, payload_digest, run_program
+from program_tools import emulates_bfloat16, make_request, payload_digest, run_program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tasks import gptq, quantize, quantizer
+from tasks import gptq, loading, quantize, quantizer
 from tasks.loading import load_model
 from tasks.masks import tokenize
 from tasks.rows import SPLITS, Row, write_rows
@@ -319,6 +319,12 @@ def scrambled(tensors: dict[str, Any]) -> None:
         tensors[name] = tensors[name].flatten()[torch.randperm(tensors[name].numel())].view_as(tensors[name]) * 4
 
 
+def noise(tensors: dict[str, Any]) -> None:
+    name = "model.layers.1.self_attn.v_proj.qweight"
+    tensors[name] = torch.randint(-(2**31), 2**31 - 1, tensors[name].shape, generator=torch.Generator().manual_seed(0)).int()
+
+
+NOT_WHAT_IT_WAS = "was quantized to is not what it was"
 FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any], str, str]] = [
     ("one-dense", one_dense, "bug", f"1 of 14 layers are not quantized, first {DOWN}"),
     ("untied", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}), "bug", "the quantized model takes"),
@@ -330,6 +336,8 @@ FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any], str, str]] = [
     ),
     ("no-norm", lambda t: t.pop("model.norm.weight"), "data", "1 tensors, first model.norm.weight"),
     ("scrambled", scrambled, "data", "perplexity rose from"),
+    ("noise", noise, "bug", rf"what model\.layers\.1\.self_attn\.v_proj {NOT_WHAT_IT_WAS}"),
+    ("zero-scales", lambda t: t[f"{DOWN}.scales"].zero_(), "bug", f"what {DOWN} {NOT_WHAT_IT_WAS}"),
     ("nan", lambda t: t[f"{DOWN}.scales"].fill_(torch.nan), "bug", "the cosine of the two is nan"),
 ]
 
@@ -339,9 +347,34 @@ def test_stops_wrong_weights(
     tmp_path: Path, base: Path, done: Done, monkeypatch: pytest.MonkeyPatch, edit: Any, failure_class: str, message: str
 ) -> None:
     plant(monkeypatch, done.request.payload, lambda folder: edit_weights(folder, edit))
+    lenient = {"max_perplexity_ratio": 1e9} if NOT_WHAT_IT_WAS in message else {}
     with pytest.raises(StageFailed, match=message) as failure:
-        run_program(request_for(tmp_path, base))
+        run_program(request_for(tmp_path, base, **lenient))
     assert failure.value.failure_class == failure_class
+
+
+def test_stops_calibration_on_less(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptqmodel.models.base import BaseQModel
+
+    real = BaseQModel.quantize
+    monkeypatch.setattr(BaseQModel, "quantize", lambda self, rows, **options: real(self, rows[:-1], **options))
+    with pytest.raises(StageFailed, match=r"gptqmodel calibrated on \d+ tokens, but was given \d+"):
+        run_program(request_for(tmp_path, base))
+
+
+def test_a_device_that_cannot_compute_in_its_type_is_refused(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx2 avx512f bf16x\n")
+    monkeypatch.setattr(loading, "CPU_INFO", tmp_path / "cpuinfo")
+    with pytest.raises(StageFailed, match="dtype is bfloat16, which this CPU only emulates"):
+        loading.check_device(request_for(tmp_path / "a", base, dtype="bfloat16").stage())
+
+
+@pytest.mark.skipif(emulates_bfloat16(), reason="this CPU only emulates bfloat16")
+def test_what_is_asked_for_in_bfloat16_is_written_in_it(tmp_path: Path, base: Path) -> None:
+    request = request_for(tmp_path, base, dtype="bfloat16")
+    run_program(request)
+    types = {tensor.dtype for tensor in load_file(request.payload / "model.safetensors").values()}
+    assert types == {torch.bfloat16, torch.float16, torch.int32}  # scales are float16 to any kernel
 
 
 def test_stops_what_transformers_reads_otherwise(tmp_path: Path, base: Path, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,6 @@ from silent_tools import World, edit_weights, refused
 from tasks.rows import SPLITS, read_rows, write_rows
 from tuneline.protocol import Failure, Input, Result
 
-pytestmark = pytest.mark.usefixtures("gptqmodel_place")
-
-
 # --- artifacts that were tampered with --------------------------------------------------------------------------------
 
 

@@ -38,8 +38,7 @@ MODULES = (
     "accelerate", "datasets", "deepspeed", "matplotlib.figure", "transformers.models.llama.modeling_llama", "torch.distributed.launcher.api",
     "torch.distributed.elastic.multiprocessing", "torch.distributed.fsdp",
 )  # fmt: skip
-# Libraries import them wherever they are installed, used or not. gptqmodel starts threads: a fork would wait for them for ever.
-ABSENT = ("bitsandbytes", "gptqmodel", "torchao")
+ABSENT = ("bitsandbytes",)  # libraries import it wherever it is installed, used or not
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -191,11 +190,7 @@ def needs_absent(request: Path) -> bool:
     content = json.loads(request.read_bytes())
     models = [given["path"] for given in content["inputs"].values() if given["type"] == "Model"]
     bases = [given["base"]["path"] for given in content["inputs"].values() if given.get("base")]
-    return (
-        content["kind"] == "quantize"
-        or content["config"].get("method") == "qlora"
-        or any(quantization(model_folder(Path(path))) for path in (*models, *bases))
-    )
+    return content["config"].get("method") == "qlora" or any(quantization(model_folder(Path(path))) for path in (*models, *bases))
 
 
 class Rank(subprocess.Popen):  # type: ignore[type-arg]
