@@ -1,6 +1,8 @@
 """`tuneline setup`: builds runtimes from their locks with uv, byte-compiled (importing trl uncompiled costs 18 s more each time).
 
 A lock is complete, so nothing is resolved: `--no-deps` leaves out what a lock leaves out, as vLLM's does (see LEFT_OUT in the Makefile).
+Only torch is asked for its needs: a lock resolved with a CPU build lacks the CUDA packages of the build that uv takes on a machine with a
+GPU, and torch does not import without them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def build(runtime: RuntimeEnvironment, say: Callable[[str], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         _uv("venv", "--quiet", "--python", sys.executable, str(folder))
         _uv("pip", "install", "--no-deps", "--compile-bytecode", "--python", str(runtime.python), "-r", str(runtime.lock))
+        if (torch := runtime.versions(["torch"])["torch"]) != "absent":
+            _uv("pip", "install", "--compile-bytecode", "--python", str(runtime.python), f"torch=={torch}")
         (folder / MARKER).write_text("")
         say(f"runtime {runtime.name}: ready after {time.monotonic() - started:.0f} s")
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from tasks.formats import DECODER, BadRow, Number, describe
 from tuneline.errors import StageFailed
-from tuneline.workspace import suffix
+from tuneline.paths import suffix
 
 Records = Iterator[tuple[str, Any]]  # (place, what stands there, or a BadRow)
 # Encodings that training data is found in, beside UTF-8: of Western, Central and Eastern Europe, of the Near and of the Far East.
