@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 from pico import tokenizer
 from sft_tools import ROWS, request_for
-from template_table import BEGIN, DOCUMENT, MARKERS, asked, parts, said, table, templates
+from template_table import BEGIN, CALL, DOCUMENT, MARKERS, asked, parts, said, table, templates
 from tokenizers.processors import TemplateProcessing
 
 from tasks import sft
 from tasks.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
-from tasks.masks import Tokens, prompt_ids, sequences, tokenize
+from tasks.masks import Tokens, prompt_ids, reference, sequences, tokenize
 from tasks.rendering import check_end, ends, form
 from tasks.rows import Row
+from tasks.scoring import exact_match
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
 from tuneline.trainings import SftStage
@@ -165,6 +166,57 @@ CALLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<repo_name>{{ c.function.name }} "
     "{{ c.function.arguments | tojson }}<file_sep>{% endfor %}<|im_end|>\n{% endfor %}" + ASK
 )
+THOUGHT = "<think>\nBecause.\n</think>\n\nA"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "expected"),
+    [
+        ("", asked(said("user", "Q"), said("assistant", "\n A")), "\n A"),
+        (THINKS_LAST, asked(said("user", "Q"), said("assistant", "A")), "<think>\n\n</think>\n\nA"),
+        (OPENS, asked(said("user", "Q"), said("assistant", "A")), "\n</think>\n\nA"),
+        (ENDS_WHOLE, THREE, "a3"),
+        (TURN.replace("m.content", "m.content | upper") + ASK, asked(said("user", "Q"), said("assistant", "a")), "A"),
+        ("", Row("s", messages=(said("user", "Q"), said("assistant", "A")), answer="42"), "42"),
+        ("", Row("s", prompt="Q", completion=" A"), " A"),
+        ("", asked(said("user", "Q")), None),
+        ("", asked(said("user", "Q"), said("assistant", "", tool_calls=[CALL])), None),  # the template leaves calls out
+        (CALLS, asked(said("user", "Q"), said("assistant", "", tool_calls=[CALL])), 'alarm {"zone": "Oslo", "at": "7:30"}'),
+    ],
+)
+def test_the_reference_is_what_the_model_is_taught_to_say(template: str, row: Row, expected: str | None) -> None:
+    assert reference(row, words(template)) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "calls", "expected"),
+    [
+        (THOUGHT, "A", False, 1.0),
+        ("\n</think>\n\nA", "<think>\n\n</think>\n\nA", False, 1.0),
+        ("[THINK]Because.[/THINK]A", "A", False, 1.0),
+        ("<think>\nA", "A", False, 0.0),  # cut off while it was thinking
+        ("<think>A</think>B", "A", False, 0.0),
+        ("a <b> {", "a <b> {", False, 1.0),
+        (
+            '<tool_call>{"b": 1,\n "a": {"d": 2, "c": 3}}</tool_call>',
+            '<tool_call>\n{"a": {"c": 3, "d": 2}, "b": 1}\n</tool_call>',
+            True,
+            1.0,
+        ),
+        ('{"b": 1, "a": 2}', '{"a": 2, "b": 1}', False, 0.0),
+        ('call {"b": 1}', 'call {"b": 2}', True, 0.0),
+        ('{"b": 1} {"c": 2}', '{"c": 2} {"b": 1}', True, 0.0),
+        ('other {"b": 1}', 'call {"b": 1}', True, 0.0),
+        ('call {"b": 1', 'call {"b": 1', True, 1.0),
+        ("", 'call {"b": 1}', True, 0.0),
+    ],
+)
+def test_answers_are_compared_without_thoughts_and_calls_without_the_order_of_keys(
+    answer: str, right: str, calls: bool, expected: float
+) -> None:
+    assert exact_match(answer, right, calls) == expected
+
+
 NO_END = TURN.replace("<|im_end|>", "") + ASK
 
 
