@@ -86,12 +86,12 @@ def write_rows(rows: list[Row], path: Path) -> None:
             {
                 "role": m["role"],
                 "content": m.get("content"),
-                "tool_calls": json.dumps(m["tool_calls"], sort_keys=True) if m.get("tool_calls") else None,
+                "tool_calls": json.dumps(m["tool_calls"]) if m.get("tool_calls") else None,
             }
             for m in row.messages
         ]
         record = {name: getattr(row, name) for name in SCHEMA.names}
-        records.append(record | {"messages": messages, "extra": json.dumps(row.extra, sort_keys=True, ensure_ascii=False)})
+        records.append(record | {"messages": messages, "extra": json.dumps(row.extra, ensure_ascii=False)})
     pq.write_table(pa.Table.from_pylist(records, schema=SCHEMA), path, compression="zstd")
 
 

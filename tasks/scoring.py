@@ -16,8 +16,10 @@ from typing import Any
 TAIL = 400  # characters of a prompt kept with each sample
 
 
-CLOSED = re.compile(r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\])", re.DOTALL)
-OPENED = re.compile(r"(?:<(?:think|thinking|thought|reasoning|seed:think)>|\[THINK\]).*", re.DOTALL)
+NAMES = "think|thinking|thought|reasoning|seed:think"
+TAGS = re.compile(rf"</?(?:{NAMES})>|\[/?THINK\]")
+CLOSED = re.compile(rf".*(?:</(?:{NAMES})>|\[/THINK\])", re.DOTALL)
+OPENED = re.compile(rf"(?:<(?:{NAMES})>|\[THINK\]).*", re.DOTALL)
 
 
 def said(answer: str) -> str:
