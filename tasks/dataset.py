@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tasks import special_tokens
 from tasks.dataset_report import ignored, write_report
 from tasks.formats import BadRow, refuse_row
-from tasks.loading import load_tokenizer
+from tasks.loading import load_tokenizer, template_hash
 from tasks.masks import token_counts
+from tasks.rendering import conversation, unrendered
 from tasks.rows import SPLITS, Row, content_hash, row_count, tidy, write_rows
 from tasks.sources import Counts, Item, drop, read_source
 from tuneline.data_sources import CodeSource
@@ -30,7 +31,11 @@ from tuneline.spec import DatasetStage, Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WORDS = {"bad_rows": "could not be read", "duplicates": "are there twice", "over_long": "are over max_length"}
+WORDS = {
+    "bad_rows": "could not be read", "duplicates": "are there twice", "over_long": "are over max_length",
+    "unrendered": "are not rendered whole",
+}  # fmt: skip
+LEFT_OUT = "take a model whose template knows it, change the rows, or set `on_unrendered: drop` or `keep`"
 DROPPED = tuple(WORDS)
 FEW = 10  # rows: of 9, a share of right answers has a standard error of up to 0.17
 BATCH = 2000  # rows tokenized together, and between two signs of life
@@ -56,6 +61,8 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
         write_rows([item.row for item in splits[name]], file)
         if (written := row_count(file)) != len(splits[name]):
             raise StageFailed("bug", f"{file.name} holds {written} rows, but {len(splits[name])} were given", "please report this")
+    if kept := counts.total("kept_unrendered"):
+        events.warning(f"{kept} of {counts.read.total()} rows are kept although the chat template leaves something of them out")
     for message in warnings(items, splits, stage, counts):
         events.warning(message)
     figures = write_report(request.meta, request.payload, stage, splits, counts, tokenizer, events)
@@ -64,7 +71,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
         metrics={
             "rows_read": counts.read.total(),
             **{f"rows_{name}": len(splits[name]) for name in SPLITS},
-            **{fate: counts.total(fate) for fate in ("bad_rows", "duplicates", "over_long", "truncated")},
+            **{fate: counts.total(fate) for fate in (*WORDS, "truncated")},
             "groups": len({item.row.group for item in items}),
             **figures,
         }
@@ -127,12 +134,10 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
     """Counts tokens; what is over max_length is dropped, cut or refused, as the stage says."""
     steps = len(stage.sources) + 3
     for start in range(0, len(items), BATCH):
-        batch = items[start : start + BATCH]
+        batch, texts = rendered(items[start : start + BATCH], stage, tokenizer, counts, events)
         events.progress(steps - 3, steps, f"counted tokens of {start:,} of {len(items):,} rows")
-        for item, tokens in zip(batch, counted(batch, tokenizer), strict=True):
-            if isinstance(tokens, BadRow):
-                drop(tokens, item.place, item.row.source, stage.sources[int(item.row.source.split(".")[1])], counts, events)
-            elif stage.max_length is None or tokens <= stage.max_length:
+        for item, tokens in zip(batch, token_counts([item.row for item in batch], tokenizer, texts), strict=True):
+            if stage.max_length is None or tokens <= stage.max_length:
                 yield replace(item, tokens=tokens)
             elif stage.over_long == "drop":
                 counts.fates["over_long", item.row.source] += 1
@@ -145,21 +150,36 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
                 raise StageFailed("data", message, "shorten it, raise max_length, or set `over_long: drop`")
 
 
-def counted(batch: list[Item], tokenizer: PreTrainedTokenizerBase) -> list[int] | list[int | BadRow]:
-    """Tokens of each row, or why the template refuses it."""
-    rows = [item.row for item in batch]
-    try:
-        return token_counts(rows, tokenizer)
-    except StageFailed:
-        if tokenizer.chat_template is None:
-            raise
-    found: list[int | BadRow] = []
-    for row in rows:  # one by one, to find those that the template refuses
-        try:
-            found += token_counts([row], tokenizer)
-        except StageFailed as error:
-            found.append(BadRow(error.message, error.hint))
-    return found
+def rendered(
+    items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, counts: Counts, events: Events
+) -> tuple[list[Item], list[str]]:
+    """The rows, less those that the stage drops because the template leaves something of them out, and the texts of the conversations."""
+    kept, texts = [], []
+    for item in items:
+        row = item.row
+        if row.messages is not None:
+            try:
+                text = conversation(row, tokenizer)
+            except StageFailed as error:
+                if tokenizer.chat_template is None:
+                    raise
+                source = stage.sources[int(row.source.split(".")[1])]
+                drop(BadRow(error.message, error.hint), item.place, row.source, source, counts, events)
+                continue
+            if missing := unrendered(row, text):
+                message = f"{item.place}: the chat template (sha256 {str(template_hash(tokenizer))[:12]}) leaves out {', '.join(missing)}"
+                if stage.on_unrendered == "error":
+                    raise StageFailed("data", message, LEFT_OUT)
+                fate = "unrendered" if stage.on_unrendered == "drop" else "kept_unrendered"
+                if not counts.total(fate):
+                    what = "dropped" if stage.on_unrendered == "drop" else "kept"
+                    events.warning(f"rows of which the chat template leaves something out are {what}, the first is {message}")
+                counts.fates[fate, row.source] += 1
+                if stage.on_unrendered == "drop":
+                    continue
+            texts.append(text)
+        kept.append(item)
+    return kept, texts
 
 
 def truncated(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Item:

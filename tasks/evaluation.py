@@ -23,7 +23,7 @@ from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchma
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import check_device, compute_type, load_model, load_tokenizer
-from tasks.masks import prompt_ids, tokenize
+from tasks.masks import last_answer, prompt_ids, reference
 from tasks.rendering import render_text
 from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
@@ -131,13 +131,17 @@ def check_rendering(lm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: LanguageModel, report: Report, events: Events) -> None:
-    samples = [Sample(name, row.id, prompt_text(row, lm.tokenizer)[-TAIL:], "", row.reference() or row.text or "") for row in rows]
-    asked = [i for i, row in enumerate(rows) if row.reference() is not None]
+    references = [reference(row, lm.tokenizer) for row in rows]
+    samples = [
+        Sample(name, row.id, prompt_text(row, lm.tokenizer)[-TAIL:], "", right or row.text or "")
+        for row, right in zip(rows, references, strict=True)
+    ]
+    asked = [i for i, right in enumerate(references) if right is not None]
     lm.phase = f"{name}: answers"
     given, stopped = answers([rows[i] for i in asked], stage.max_new_tokens, lm)
     for i, answer in zip(asked, given, strict=True):
         samples[i].answer = answer
-        samples[i].scores |= {"exact_match": exact_match(answer, samples[i].reference)}
+        samples[i].scores |= {"exact_match": exact_match(answer, samples[i].reference, calls(rows[i]))}
         samples[i].scores |= {"answer_recall": answer_recall(answer, samples[i].reference)}
         if "scorer" in rows[i].extra:
             samples[i].scores["score"] = task_score(answer, rows[i].extra["scorer"])
@@ -224,12 +228,9 @@ def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, l
             ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
             windows = list(map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1)))
         else:
-            tokens = tokenize(row, lm.tokenizer, "completion")
-            start = tokens.trained.index(True)
-            end = max(i for i, trained in enumerate(tokens.trained) if trained) + 1
-            end = max((i for i in range(start, end) if tokens.input_ids[i] in lm.ends), default=end)
+            ids, start, end = last_answer(row, lm.tokenizer, lm.ends)
             check_length(row, end, lm, "shorten the dataset's max_length")
-            windows = [(tokens.input_ids[:start], tokens.input_ids[start:end])]
+            windows = [(ids[:start], ids[start:end])]
         requests += [(None, context, continuation) for context, continuation in windows]
         owners += [i] * len(windows)
         sizes[i] = len(text.encode())
@@ -238,8 +239,13 @@ def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, l
 
 def longest_request(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> int:
     """Tokens of the longest prompt with its answer, or of the longest scored sequence with the token that vLLM samples after it."""
-    asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if row.reference() is not None]
+    asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if reference(row, lm.tokenizer) is not None]
     return max(asked + [len(context) + len(continuation) + 1 for _, context, continuation in to_score(rows, lm)[0]], default=0)
+
+
+def calls(row: Row) -> bool:
+    """Whether a right answer calls tools."""
+    return row.answer is None and row.messages is not None and bool(row.messages[-1].get("tool_calls"))
 
 
 def completion(row: Row) -> str | None:

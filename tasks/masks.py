@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tasks.rendering import Turn, conversation, render_text, turn
+from tasks.rendering import Turn, conversation, ends, render_text, turn
 from tasks.rows import Row
+from tasks.scoring import said
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -125,14 +126,35 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(row.prompt)["input_ids"]) if row.prompt is not None else []
 
 
-def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of every row's longest sequence, several times as fast as by `sequences`: tokenized together, and no turn is looked for."""
+def reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a right answer says: the row's `answer`, its completion, or the last answer as the model is taught to write it, without its
+    end. None where there is none, or none to be seen: nothing is right for saying nothing."""
+    found = row.reference()
+    if row.answer is None and row.messages is not None and row.messages[-1]["role"] == "assistant":
+        ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
+        found = str(tokenizer.decode(ids[start:end], skip_special_tokens=True))
+    return found if found and said(found).strip() else None
+
+
+def last_answer(row: Row, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> tuple[list[int], int, int]:
+    """Token ids of the row, and where its last answer begins and where the first of `ends` ends it."""
+    tokens = tokenize(row, tokenizer, "completion")
+    start = tokens.trained.index(True)
+    last = max(place for place, trained in enumerate(tokens.trained) if trained) + 1
+    return tokens.input_ids, start, next((i for i in range(start, last) if tokens.input_ids[i] in ends), last)
+
+
+def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, texts: list[str] | None = None) -> list[int]:
+    """Tokens of every row's longest sequence, several times as fast as by `sequences`: tokenized together, and no turn is looked for.
+    `texts` are those of the conversations among them, where they are rendered already."""
 
     def batch(texts: list[str | None], add_special_tokens: bool) -> Iterator[list[int]]:
         return iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
 
     plain = [row for row in rows if row.messages is None]
-    conversations = batch([conversation(row, tokenizer) for row in rows if row.messages is not None], False)
+    if texts is None:
+        texts = [conversation(row, tokenizer) for row in rows if row.messages is not None]
+    conversations = batch([*texts], False)
     beginnings = batch([row.prompt if row.text is None else row.text for row in plain], True)
     completions = batch([row.completion for row in plain if row.completion is not None], False)
     counts = []

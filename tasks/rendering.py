@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.rows import Row
+from tasks.scoring import TAGS, said
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Messages = Sequence[dict[str, Any]]
 
 # Words that no template writes by itself.
 QUESTION, ANSWER, FUNCTION, NAME, VALUES = "Zquestion", "Zanswer", "zfunction", "zname", ("Zvalue", "Zother")
+HEAD = 24  # characters
 # What a generation prompt may open (`<think>`), or open and close at once.
 THINKING = re.compile(r"\s*(?:(?P<open>[<\[])(?P<name>[\w:|]+)(?P<close>[>\]])\s*(?P<closed>[<\[]/(?P=name)[>\]]\s*)?)?")
 
@@ -88,8 +90,8 @@ def turn(row: Row, position: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
     block = THINKING.fullmatch(opened)
     if block and block["open"] and not block["closed"]:  # what was opened is closed before anything is said
         start, end = (f"{block['open']}{slash}{block['name']}{block['close']}" for slash in ("", "/"))
-        thought, said = thoughts(message, start, end)
-        answer = f"{thought}\n{end}\n\n{answer if said else answer.lstrip(chr(10))}"
+        thought, apart = thoughts(message, start, end)
+        answer = f"{thought}\n{end}\n\n{answer if apart else answer.lstrip(chr(10))}"
     return Turn(prompt, answer)
 
 
@@ -149,6 +151,87 @@ def called(call: Any, as_text: bool) -> Any:
     return {**call, "function": function} if "function" in call else function
 
 
+# --- what a template leaves out ---------------------------------------------------------------------------------------
+
+
+def unrendered(row: Row, text: str) -> list[str]:
+    """The fields of a row that its rendered text does not hold, such as `messages[0].content`. Contents of users, tools and the
+    assistant are looked for one after another, so that a short one is not found within a later one; a template may put a system
+    prompt anywhere."""
+    missing, position = [], 0
+    assert row.messages is not None
+    for number, message in enumerate(row.messages):
+        where, content, last = f"messages[{number}]", message.get("content") or "", number == len(row.messages) - 1
+        pieces = [content]
+        if message["role"] == "assistant" and (
+            "</" in content or "[/" in content
+        ):  # a template may write thoughts in its own way, and leaves those of earlier turns out
+            pieces = TAGS.split(content) if last else [said(content)]
+        place = 0 if message["role"] == "system" else position
+        for piece in pieces:
+            if place >= 0:
+                place = found(piece.strip(), text, place)
+        if place < 0:
+            missing.append(f"{where}.content")
+        elif message["role"] != "system":
+            position = place
+        if last and found((message.get("reasoning_content") or "").strip(), text) < 0:
+            missing.append(f"{where}.reasoning_content")
+        for each, call in enumerate(message.get("tool_calls") or []):
+            missing += lost_of_call(called(call, False), text, f"{where}.tool_calls[{each}]")
+    for number, tool in enumerate(row.extra.get("tools") or []):
+        if found(name_of(tool), text) < 0:
+            missing.append(f"tools[{number}]")
+    return missing
+
+
+def name_of(of: Any) -> str:
+    """The name of a tool, or of the one that is called."""
+    function = of.get("function", of) if isinstance(of, dict) else None
+    return str(function.get("name") or "") if isinstance(function, dict) else ""
+
+
+def lost_of_call(call: Any, text: str, where: str) -> Iterator[str]:
+    if found(name_of(call), text) < 0:
+        yield f"{where}.name"
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if any(found(value, text) < 0 for value in values_of(arguments)):
+        yield f"{where}.arguments"
+
+
+def values_of(value: Any) -> Iterator[str]:
+    """Keys and values of what a call hands over, as text."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from values_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from values_of(item)
+    elif isinstance(value, str):
+        yield value.strip()
+    elif value is not None and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def found(wanted: str, text: str, start: int = 0) -> int:
+    """Where the wanted text ends, as it is or as JSON and Python write it; -1 where it is not there."""
+    if (place := found_as_it_is(wanted, text, start)) >= 0:
+        return place
+    written = dict.fromkeys([json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1], repr(wanted)[1:-1]])
+    return next((place for each in written if (place := found_as_it_is(each, text, start)) >= 0), -1)
+
+
+def found_as_it_is(wanted: str, text: str, start: int) -> int:
+    """As by str.find, which prepares for ten times as long as it searches where it looks for a long text."""
+    head = wanted[:HEAD]
+    place = text.find(head, start)
+    while place >= 0 and not text.startswith(wanted, place):
+        place = text.find(head, place + 1)
+    return place + len(wanted) if place >= 0 else -1
+
+
 # --- the end of a turn ------------------------------------------------------------------------------------------------
 
 
@@ -201,13 +284,13 @@ def ends_of_turns(question: dict[str, Any], answer: dict[str, Any], tokenizer: P
     def marked(text: str) -> list[int]:
         return [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in marks]
 
-    _, said, after = tried([question, answer], None, tokenizer, form).rpartition(ANSWER)
-    ends = marked(after) if said else []
+    _, there, after = tried([question, answer], None, tokenizer, form).rpartition(ANSWER)
+    ends = marked(after) if there else []
     for count in (2, 1):  # some templates know single calls alone
         calls = [{"type": "function", "function": {"name": FUNCTION, "arguments": {NAME: value}}} for value in VALUES[:count]]
         called = {"role": "assistant", "content": "", "tool_calls": calls}
-        _, said, after = tried([question, called], TOOLS, tokenizer, form).rpartition(VALUES[count - 1])
-        if said:
+        _, there, after = tried([question, called], TOOLS, tokenizer, form).rpartition(VALUES[count - 1])
+        if there:
             between = _.rpartition(VALUES[0])[2] if count == 2 else ""
             ends += [token for token in marked(after) if token not in marked(between)][-1:]
             break

@@ -16,9 +16,36 @@ from typing import Any
 TAIL = 400  # characters of a prompt kept with each sample
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """1.0 where the answer is the reference, space around both aside."""
-    return float(answer.strip() == reference.strip())
+NAMES = "think|thinking|thought|reasoning|seed:think"
+TAGS = re.compile(rf"</?(?:{NAMES})>|\[/?THINK\]")
+CLOSED = re.compile(rf".*(?:</(?:{NAMES})>|\[/THINK\])", re.DOTALL)
+OPENED = re.compile(rf"(?:<(?:{NAMES})>|\[THINK\]).*", re.DOTALL)
+
+
+def said(answer: str) -> str:
+    """The answer without what the model thought before it; nothing of one that was still thinking when it was cut off."""
+    return OPENED.sub("", CLOSED.sub("", answer)).strip()
+
+
+def exact_match(answer: str, reference: str, calls: bool = False) -> float:
+    """1.0 where the answer says what the reference says, space around both and thoughts before them aside. Where the two are `calls`
+    of tools, the order of keys does not count."""
+    one, other = said(answer), said(reference)
+    return float(one == other or (calls and with_sorted_keys(one) == with_sorted_keys(other)))
+
+
+def with_sorted_keys(text: str) -> str:
+    """The text with each JSON object in it written in one way, whatever a template has put around them."""
+    pieces, position = [], 0
+    while (start := text.find("{", position)) >= 0:
+        pieces.append(text[position:start].strip())
+        try:
+            value, position = json.JSONDecoder().raw_decode(text, start)
+            pieces.append(json.dumps(value, sort_keys=True))
+        except (ValueError, RecursionError):
+            pieces.append("{")
+            position = start + 1
+    return "\n".join([*pieces, text[position:].strip()])
 
 
 def answer_recall(answer: str, reference: str) -> float:
@@ -27,6 +54,7 @@ def answer_recall(answer: str, reference: str) -> float:
     Of a JSON object, the share of its leaf values (null says nothing) that stand in the answer; of any other reference, whether
     it does as a whole. Upper and lower case are one, and a value counts only where words begin and end: 12 is not in 3125.
     """
+    answer, reference = said(answer), said(reference)
     try:
         document = json.loads(reference)
     except ValueError:
@@ -50,7 +78,7 @@ def task_score(answer: str, scorer: dict[str, Any]) -> float:
     """By reasoning-gym's own scorer of the row's task, in [0, 1]."""
     from reasoning_gym.factory import get_score_answer_fn
 
-    return float(get_score_answer_fn(scorer["dataset"])(answer.strip(), scorer["entry"]))
+    return float(get_score_answer_fn(scorer["dataset"])(said(answer), scorer["entry"]))
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:

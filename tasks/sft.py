@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from tasks import methods, special_tokens
 from tasks.loading import check_device, check_ends, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, sequences
-from tasks.rendering import check_end
-from tasks.rows import read_split
+from tasks.rendering import check_end, conversation, unrendered
+from tasks.rows import Row, read_split
 from tuneline.architectures import reach
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
@@ -202,6 +202,8 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
+    if stage.on_unrendered == "error":
+        check_rendered(rows, tokenizer)
     found = [(row.id, tokens) for row in rows for tokens in sequences(row, tokenizer, stage.train_on)]
     long = [(row, len(tokens.input_ids)) for row, tokens in found if len(tokens.input_ids) > stage.max_length]
     if long:
@@ -222,6 +224,18 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
         )
     columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}
     return Dataset.from_dict(columns), [row for row, _ in found]
+
+
+def check_rendered(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing is lost between what a row says and what the model sees; a dataset stage without a model could not look."""
+    for row in rows:
+        if row.messages is not None and (missing := unrendered(row, conversation(row, tokenizer))):
+            raise StageFailed(
+                "data",
+                f"the chat template leaves out {', '.join(missing)} of row {row.id}",
+                "take a model whose template knows it, set `on_unrendered: drop` and this `model` in the dataset stage, or "
+                "`on_unrendered: keep` here",
+            )
 
 
 def check_positions(splits: list[Dataset], positions: float) -> None:

@@ -104,10 +104,15 @@ class DatasetStage(ProgramStage):
     over_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to a row over max_length; only plain text can be truncated. Counted in the report."""
 
+    on_unrendered: Literal["error", "drop", "keep"] = "error"
+    """What happens to a conversation of which the model's chat template leaves something out, as calls or a system prompt."""
+
     def gives(self) -> ArtifactType:
         return "Dataset"
 
     def findings(self) -> Iterator[Finding]:
+        if self.on_unrendered != "error" and self.model is None:
+            yield Finding("on_unrendered", "found on_unrendered without model", "name the model whose template renders: `model: base`")
         if self.max_length is not None and self.model is None:
             yield Finding("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
         if self.special_tokens != "error" and self.model is None:

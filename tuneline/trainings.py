@@ -130,6 +130,8 @@ class SftStage(Training):
     """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
     max_length: int = Field(1024, ge=8)
     """Tokens a sequence may have, and the length of a packed one. A longer row is an error: cut it in the dataset stage."""
+    on_unrendered: Literal["error", "keep"] = "error"
+    """What happens where the chat template leaves something of a conversation out, as calls or a system prompt."""
     packing: bool = False
     """Fills sequences with several rows: fewer, fuller steps."""
     eval_steps: int | None = Field(None, ge=1)

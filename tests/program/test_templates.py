@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dataset_tools import build_rows
 from pico import tokenizer
 from sft_tools import ROWS, request_for
-from template_table import BEGIN, DOCUMENT, MARKERS, asked, parts, said, table, templates
+from template_table import BEGIN, CALL, DOCUMENT, MARKERS, TOOL, asked, parts, said, table, templates
 from tokenizers.processors import TemplateProcessing
 
 from tasks import sft
 from tasks.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
-from tasks.masks import Tokens, prompt_ids, sequences, tokenize
-from tasks.rendering import check_end, ends, form
-from tasks.rows import Row
+from tasks.masks import Tokens, prompt_ids, reference, sequences, tokenize
+from tasks.rendering import check_end, conversation, ends, form, unrendered
+from tasks.rows import Row, read_rows, write_rows
+from tasks.scoring import exact_match
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
 from tuneline.trainings import SftStage
@@ -165,6 +167,128 @@ CALLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<repo_name>{{ c.function.name }} "
     "{{ c.function.arguments | tojson }}<file_sep>{% endfor %}<|im_end|>\n{% endfor %}" + ASK
 )
+THOUGHT = "<think>\nBecause.\n</think>\n\nA"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "expected"),
+    [
+        ("", asked(said("user", "Q"), said("assistant", "\n A")), "\n A"),
+        (THINKS_LAST, asked(said("user", "Q"), said("assistant", "A")), "<think>\n\n</think>\n\nA"),
+        (OPENS, asked(said("user", "Q"), said("assistant", "A")), "\n</think>\n\nA"),
+        (ENDS_WHOLE, THREE, "a3"),
+        (TURN.replace("m.content", "m.content | upper") + ASK, asked(said("user", "Q"), said("assistant", "a")), "A"),
+        ("", Row("s", messages=(said("user", "Q"), said("assistant", "A")), answer="42"), "42"),
+        ("", Row("s", prompt="Q", completion=" A"), " A"),
+        ("", asked(said("user", "Q")), None),
+        ("", asked(said("user", "Q"), said("assistant", "", tool_calls=[CALL])), None),  # the template leaves calls out
+        (CALLS, asked(said("user", "Q"), said("assistant", "", tool_calls=[CALL])), 'alarm {"zone": "Oslo", "at": "7:30"}'),
+    ],
+)
+def test_the_reference_is_what_the_model_is_taught_to_say(template: str, row: Row, expected: str | None) -> None:
+    assert reference(row, words(template)) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "calls", "expected"),
+    [
+        (THOUGHT, "A", False, 1.0),
+        ("\n</think>\n\nA", "<think>\n\n</think>\n\nA", False, 1.0),
+        ("[THINK]Because.[/THINK]A", "A", False, 1.0),
+        ("<think>\nA", "A", False, 0.0),  # cut off while it was thinking
+        ("<think>A</think>B", "A", False, 0.0),
+        ("a <b> {", "a <b> {", False, 1.0),
+        (
+            '<tool_call>{"b": 1,\n "a": {"d": 2, "c": 3}}</tool_call>',
+            '<tool_call>\n{"a": {"c": 3, "d": 2}, "b": 1}\n</tool_call>',
+            True,
+            1.0,
+        ),
+        ('{"b": 1, "a": 2}', '{"a": 2, "b": 1}', False, 0.0),
+        ('call {"b": 1}', 'call {"b": 2}', True, 0.0),
+        ('{"b": 1} {"c": 2}', '{"c": 2} {"b": 1}', True, 0.0),
+        ('other {"b": 1}', 'call {"b": 1}', True, 0.0),
+        ('call {"b": 1', 'call {"b": 1', True, 1.0),
+        ("", 'call {"b": 1}', True, 0.0),
+    ],
+)
+def test_answers_are_compared_without_thoughts_and_calls_without_the_order_of_keys(
+    answer: str, right: str, calls: bool, expected: float
+) -> None:
+    assert exact_match(answer, right, calls) == expected
+
+
+SYSTEM = said("system", "You are polite.")
+QUESTION, ANSWER = said("user", "Q"), said("assistant", "A")
+CALLED = asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[TOOL])
+AS_TEXT = {"type": "function", "function": CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}}
+SPEAKERS = TURN.replace("{% for m in messages %}", "{% for m in messages if m.role in ['user', 'assistant'] %}") + ASK
+NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.arguments.zone }}")
+WITH_TOOLS = "{{ tools | tojson if tools }}" + CALLS
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "missing"),
+    [
+        ("", asked(SYSTEM, QUESTION, ANSWER), []),
+        (SPEAKERS, asked(SYSTEM, QUESTION, ANSWER), ["messages[0].content"]),
+        (SPEAKERS, asked(QUESTION, ANSWER, said("tool", "A"), ANSWER), ["messages[3].content"]),  # the last A was found as the tool's
+        ("", CALLED, ["messages[1].tool_calls[0].name", "messages[1].tool_calls[0].arguments", "tools[0]"]),
+        (CALLS, CALLED, []),
+        (CALLS, asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[{"name": "other"}]), ["tools[0]"]),
+        (WITH_TOOLS, CALLED, []),
+        (WITH_TOOLS, asked(QUESTION, said("assistant", "", tool_calls=[AS_TEXT]), tools=[TOOL]), []),
+        (NAMED, CALLED, ["messages[1].tool_calls[0].arguments"]),
+        ("", asked(QUESTION, said("assistant", "A", reasoning_content="Why")), ["messages[1].reasoning_content"]),
+        ("", asked(QUESTION, said("assistant", THOUGHT)), []),
+        (OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"), asked(QUESTION, said("assistant", THOUGHT)), []),
+        ("", asked(said("user", '\n say "hi"\t'), said("assistant", " é\n")), []),
+        (TURN.replace("m.content", "m.content | tojson") + ASK, asked(said("user", 'say "hi"\té'), said("assistant", " é\n")), []),
+        (TURN.replace("m.content", "m.content | trim") + ASK, asked(said("user", "\n x "), said("assistant", " é\n")), []),
+        (
+            TURN.replace("m.content", "m.content[:9]") + ASK,
+            asked(said("user", "x"), said("assistant", "0123456789")),
+            ["messages[1].content"],
+        ),
+        (THINKS_LAST, THREE, []),
+    ],
+)
+def test_what_the_template_leaves_out_is_found(template: str, row: Row, missing: list[str]) -> None:
+    by = words(template)
+    assert unrendered(row, conversation(row, by)) == missing
+
+
+def test_the_dataset_and_sft_refuse_rows_of_which_something_is_left_out(tmp_path: Path) -> None:
+    base = Input(path=tmp_path / "base", digest="0" * 64, type="Model")
+    words(SPEAKERS).save_pretrained(base.path)
+    records = [{"messages": [QUESTION, ANSWER]}, {"messages": [SYSTEM, QUESTION | {"content": "R"}, ANSWER]}]
+    with pytest.raises(StageFailed, match=r"data\.jsonl:2: the chat template .* leaves out messages\[0\]\.content\n") as failure:
+        build_rows(tmp_path, records, model=base)
+    assert failure.value.failure_class == "data"
+    assert "on_unrendered: drop" in failure.value.hint
+    dropped = build_rows(tmp_path, records, model=base, on_unrendered="drop")
+    assert (len(dropped.every()), dropped.result.metrics["unrendered"]) == (1, 1)
+    assert "rows of which the chat template leaves something out are dropped" in dropped.warnings()[0]
+    kept = build_rows(tmp_path, records, model=base, on_unrendered="keep")
+    assert (len(kept.every()), kept.result.metrics["unrendered"]) == (2, 0)
+    assert any("1 of 2 rows are kept although" in warning for warning in kept.warnings())
+
+    request = request_for(tmp_path / "sft", base, kept.every())
+    stage = request.stage()
+    assert isinstance(stage, SftStage)
+    with pytest.raises(StageFailed, match=r"leaves out messages\[0\]\.content of row [0-9a-f]+\n"):
+        sft.tokenized(request, stage, words(SPEAKERS), "train")
+    assert len(sft.tokenized(request, stage.model_copy(update={"on_unrendered": "keep"}), words(SPEAKERS), "train")[1]) == 2
+
+
+def test_calls_and_schemas_are_written_in_the_files_order(tmp_path: Path) -> None:
+    write_rows([CALLED], tmp_path / "rows.parquet")
+    (read,) = read_rows(tmp_path / "rows.parquet")
+    by = words(WITH_TOOLS)
+    assert conversation(read, by) == conversation(CALLED, by)
+    assert '{"zone": "Oslo", "at": "7:30"}' in conversation(read, by)
+
+
 NO_END = TURN.replace("<|im_end|>", "") + ASK
 
 
