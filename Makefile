@@ -21,10 +21,10 @@ ROWS := .cache/bench-rows.jsonl
 
 BENCHMARKS := bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training
 
-.PHONY: help setup demo test test-full test-fast test-ready test-core test-flows test-programs torture lint format docs locks audit $(BENCHMARKS) clean
+.PHONY: help setup demo test test-full test-fast test-ready test-core test-flows test-programs test-python torture lint format docs locks audit $(BENCHMARKS) clean
 
 # Not for all: the server that the demo starts is for other pipelines, too.
-test-core test-flows test-programs torture $(BENCHMARKS): export HF_HUB_OFFLINE := 1
+test-core test-flows test-programs test-python torture $(BENCHMARKS): export HF_HUB_OFFLINE := 1
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -60,6 +60,13 @@ test-flows: test-ready
 test-programs: test-ready
 	for name in torch quantize; do \
 	  PYTHONPATH=.:.cache/test-tools nice -n 19 $(call python_of,$$name) -m pytest tests/program -c tests/program/pytest.toml --rootdir . $(SELECT) || exit 1; done
+
+# In a folder of its own: an environment and runtimes of that Python.
+test-python: OTHER = .cache/$(notdir $(PYTHON))
+test-python: $(GGUF)  ## the core's tests and a pico pipeline with another Python: make test-python PYTHON=python3.12
+	$(MAKE) VENV=$(OTHER) $(OTHER)/dev-ready
+	$(OTHER)/bin/pytest tests/core $(SELECT)
+	export TUNELINE_RUNTIMES=$(CURDIR)/$(OTHER)/runtimes; $(OTHER)/bin/tuneline setup && $(OTHER)/bin/pytest tests/flow/test_pico.py $(SELECT)
 
 torture: setup $(VENV)/dev-ready  ## kills runs at random, for hours if you like: make torture KILLS=500 SEED=7
 	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/flow/test_torture.py -q -s -k at_random

@@ -52,6 +52,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, pico_run: Project) -> Proje
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_killed_and_an_undisturbed_run_end_with_the_same_digests(
     killed: Project, tmp_path_factory: pytest.TempPathFactory, program_python: Path, pico_model: Path
 ) -> None:
