@@ -197,6 +197,7 @@ def test_a_file_missing_by_flag_is_reported_as_the_flags(project: Project) -> No
     assert result.stderr.startswith("--set d.sources.0.path: p.d.sources.0.path: found no file at ")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["click", "yaml", "pydantic"])
 def test_ctrl_c_while_modules_are_imported_ends_with_a_word(project: Project, module: str) -> None:
     """A module of that name, found first, sends the signal at the very moment of its import."""

@@ -359,6 +359,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_closed_terminal_ends_the_run_in_order_but_not_under_nohup(
     demo: Project, stand_in: Callable[..., None], prefect_server: str, mark: str
 ) -> None:

@@ -169,6 +169,7 @@ def test_the_doctor_without_a_server_imports_no_prefect_and_says_what_is_wrong(f
     assert finding(found, "prefect")[0] == "ok"
 
 
+@pytest.mark.process
 def test_the_doctor_names_each_problem_with_its_remedy(fresh: Lasting) -> None:
     root = fresh.project.root
     text = PIPELINES.replace("{stand-in: {python: bin/python}}", "{stand-in: {lock: lock.txt}}").replace(

@@ -63,6 +63,10 @@ class Budget:
         self._orphans = orphans
         return total + self._ended
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self) -> None:
+        self.real = []  # what fixtures start is for all who use them, whichever comes first
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
         yield
