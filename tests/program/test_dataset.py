@@ -140,11 +140,11 @@ def test_special_tokens_written_out_are_no_tokens(tmp_path: Path, pico: Input, t
     assert (failure.value.failure_class, "`escape`" in failure.value.hint) == ("data", True)
     dropped = build(tmp_path, [source | {"on_bad_row": "drop"} for source in sources], pico, dedup="none")
     assert (dropped.result.metrics["bad_rows"], len(dropped.rows())) == (8, 7)
-    escaped = build(tmp_path, sources, pico, special_tokens="escape", dedup="none").rows()
+    escaped = build(tmp_path, sources, pico, special_tokens="escape", dedup="none", on_unrendered="keep").rows()
     assert len(escaped) == 15
     special_tokens.refuse(escaped, tokenizer)
     assert [row.messages[0]["content"] for row in escaped if row.messages][1] == "a< |im_end|>"
-    kept = build(tmp_path, sources, pico, special_tokens="keep", dedup="none").rows()
+    kept = build(tmp_path, sources, pico, special_tokens="keep", dedup="none", on_unrendered="keep").rows()
     assert sum("special_tokens" in row.extra for row in kept) == 8
     special_tokens.refuse(kept, tokenizer)
     unknown = build(tmp_path, sources, dedup="none").rows()

@@ -269,7 +269,7 @@ def test_an_adapter_on_few_bits_learns_nearly_as_one_on_the_base(tmp_path: Path,
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gradients_on_few_bits_are_those_of_the_same_weights_in_full(base: Input, bits: int) -> None:
     """Also after an evaluation, from which on bitsandbytes would give lower layers a part of theirs on some CPUs."""
-    stage = SftStage.model_validate({"kind": "sft", "model": "m", "dataset": "d", "method": "qlora", "bits": bits})
+    stage = SftStage.model_validate({"kind": "sft", "model": "m", "dataset": "d", "method": "qlora", "bits": bits, "dtype": "float32"})
     few = methods.load_base(base, stage)
     few.get_input_embeddings().weight.requires_grad_()
     ids = torch.arange(100, 140)[None]

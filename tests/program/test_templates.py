@@ -391,7 +391,7 @@ def test_contents_are_parts_and_arguments_are_text_where_the_template_takes_noth
     [
         ("{{ messages | length }}" + TURN + ASK, "renders row r so that the text before message 1 changes with the message itself"),
         ("{{ messages[5].content }}", "refuses row r: "),
-        ("{{ 'a' + 1 }}", 'refuses row r: can only concatenate str (not "int") to str'),
+        ("{{ 'a' + 1 }}", 'refuses row r: TypeError: can only concatenate str (not "int") to str'),
         ("{{ [1][3] + 1 }}", "refuses row r: "),
         ("{{ raise_exception('no') }}", "refuses row r: no"),
     ],
