@@ -1,6 +1,6 @@
 """Special tokens of a model that are written out in the text of a row: a tokenizer would take them for the real ones.
 
-A message that holds `<|im_end|>` would end its turn there, and whoever writes it could write the next turn, too. So rows with such
+A message that holds `<|im_end|>` would end its turn there, and could go on with a turn of another role. So rows with such
 text are refused; a dataset may have it escaped, or kept where it is meant (`special_tokens`).
 """
 
