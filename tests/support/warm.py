@@ -28,6 +28,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCHES = ROOT / "tests" / "support" / "patches"
+ZYGOTE = "zygote"  # name of the process that forks a launcher's ranks
 
 
 class Program:
@@ -128,12 +129,12 @@ def kill(pids: Iterable[int]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """From the kernel: no library, so that `start` stays quick."""
+    """Without zygotes, which end with their launcher. From the kernel: no library, so that `start` stays quick."""
     found = []
     with contextlib.suppress(OSError):
         for task in os.listdir(f"/proc/{pid}/task"):
             for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-                found += [int(child), *descendants(int(child))]
+                found += [int(child)] * (Path(f"/proc/{child}/comm").read_text() != f"{ZYGOTE}\n") + descendants(int(child))
     return found
 
 

@@ -3,8 +3,9 @@
     python tests/support/warm_parent.py SOCKET      until its stdin closes
 
 A request is Python's arguments (`-m MODULE ...`), environment, folder and three descriptors. The child takes them over and runs the
-module as __main__. The answer is its process id, later its status. Ranks are forked by the launcher, in place of torch's
-`SubprocessHandler._popen`. A program that needs a package of ABSENT becomes a real process by exec.
+module as __main__. The answer is its process id, later its status. A program that needs a package of ABSENT becomes a real process by
+exec. A launcher has threads by the time it starts its ranks, and a lock that one of them holds would be held for ever in a fork: so, before
+its first thread, it forks a zygote, which serves as the parent does and forks the ranks, in place of torch's `SubprocessHandler._popen`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,15 @@ import runpy
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(__file__))
-from warm import PATCHES, descendants, kill  # noqa: E402
+from warm import PATCHES, ZYGOTE, Program, descendants, kill  # noqa: E402
 
 sys.path.pop(0)
 MODULES = (
@@ -39,27 +38,30 @@ MODULES = (
     "torch.distributed.elastic.multiprocessing", "torch.distributed.fsdp",
 )  # fmt: skip
 ABSENT = ("bitsandbytes",)  # libraries import it wherever it is installed, used or not
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 
-def serve(address: str) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def listen(address: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
-    print("listening", flush=True)
-    import_all()
+    return listener
+
+
+def serve(listener: socket.socket, lifeline: int) -> None:
+    """Until the other end of `lifeline` is closed."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     deaths, noted = os.pipe()
     os.set_blocking(noted, False)
     signal.set_wakeup_fd(noted, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     programs: dict[int, socket.socket] = {}
     ready = selectors.DefaultSelector()
-    for source in (listener, sys.stdin, deaths):
+    for source in (listener, lifeline, deaths):
         ready.register(source, selectors.EVENT_READ)
     while True:
         for key, _ in ready.select():
-            if key.fileobj is sys.stdin:
+            if key.fileobj == lifeline:
                 kill(descendants(os.getpid()))
                 return
             if key.fileobj == deaths:
@@ -133,7 +135,9 @@ def run_as_child(files: Sequence[int], request: dict[str, Any]) -> None:
     """Becomes the program, and never returns."""
     status = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl = ctypes.CDLL(None).prctl
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(PR_SET_NAME, b"python", 0, 0, 0)
         os.setsid()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
@@ -169,7 +173,8 @@ def become(argv: list[str], folder: str, environment: Mapping[str, str]) -> int:
     if argv[module] == "tasks.launch":
         from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-        SubprocessHandler._popen = lambda self, args, env: Rank(args, env)  # type: ignore[assignment,return-value]
+        ranks = zygote()
+        SubprocessHandler._popen = lambda self, args, env: Rank(ranks, args[1:], Path.cwd(), env, [0, 1, 2])  # type: ignore[assignment,return-value]
     sys.modules.pop(argv[module], None)  # runpy warns of a module that is there already
     sys.argv = ["", *argv[module + 1 :]]
     try:
@@ -193,16 +198,33 @@ def needs_absent(request: Path) -> bool:
     return content["config"].get("method") == "qlora" or any(quantization(model_folder(Path(path))) for path in (*models, *bases))
 
 
-class Rank(subprocess.Popen):  # type: ignore[type-arg]
-    """A rank, forked by the launcher."""
+def zygote() -> str:
+    """Forks one, which ends with this process; returns its address."""
+    address = f"\0ranks-{os.getpid()}"
+    listener, (lifeline, held) = listen(address), os.pipe()
+    if os.fork() == 0:
+        prctl = ctypes.CDLL(None).prctl
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(PR_SET_NAME, ZYGOTE.encode(), 0, 0, 0)
+        os.close(held)
+        serve(listener, lifeline)
+        os._exit(0)
+    listener.close()
+    os.close(lifeline)
+    return address
 
-    def __init__(self, args: Sequence[str], environment: Mapping[str, str]):
-        self.args, self.returncode, self.stdin, self.stdout, self.stderr = args, None, None, None, None
-        self._child_created, self._waitpid_lock, self._sigint_wait_secs = True, threading.Lock(), 0.25
-        self.pid = os.fork()
-        if self.pid == 0:
-            run_as_child((), {"argv": args[1:], "folder": os.getcwd(), "environment": environment})
+
+class Rank(Program):
+    """What torch's launcher asks of a rank."""
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    parent = listen(sys.argv[1])
+    print("listening", flush=True)
+    import_all()
+    serve(parent, sys.stdin.fileno())
