@@ -1,5 +1,5 @@
-"""The command line: `tuneline init | setup | validate | plan | run | node | show | schema | verify | gc`, and in `flows/cli_server.py` what
-speaks to a server: `up | down | worker | deploy | submit | doctor`.
+"""The command line: `tuneline init | setup | validate | plan | run | node | show | schema | verify | gc`. The commands that look at
+runs are in `flows/cli_look.py`, those that speak to a server in `flows/cli_server.py`.
 
 stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify`
 found damage or `doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
@@ -9,16 +9,21 @@ by a `run` that has something to do and by what speaks to a server; torch never.
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import webbrowser
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows import meant
 from flows.__main__ import INTERRUPTED
+from flows.cli_look import cancel, completion, list_command, logs, runs, status
 from flows.cli_server import deploy, doctor, down, submit, up, worker
+from flows.names import pipelines_of, runs_of, stages_of
 from flows.options import (
     EXIT,
     FAILED,
@@ -55,10 +60,8 @@ def main() -> None:
         click.echo(error.ctx.get_help() if error.ctx else "")
         sys.exit(0)
     except click.UsageError as error:
-        message, hint = error.format_message(), f"`{error.ctx.command_path} --help`" if error.ctx else "`tuneline --help`"
-        if message.startswith("Missing argument 'PIPELINE"):
-            hint = "`tuneline validate` names the pipelines of the file"
-        _fail(f"{message}\n\nhint: {hint}", WRONG)
+        hint = meant.hint(error) or (f"`{error.ctx.command_path} --help`" if error.ctx else "`tuneline --help`")
+        _fail(f"{error.format_message()}\n\nhint: {hint}", WRONG)
     except click.ClickException as error:
         _fail(error.format_message(), WRONG)
     except TunelineError as error:
@@ -75,7 +78,7 @@ def _fail(message: str, status: int) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(__version__, prog_name="tuneline")
+@click.version_option(__version__, message=f"tuneline %(version)s, Prefect {version('prefect')}, Python {platform.python_version()}")
 def cli() -> None:
     """Declarative fine-tuning: dataset, LoRA, benchmarks, merge, GPTQ, gate, from one cached pipelines.yaml."""
 
@@ -132,7 +135,7 @@ def validate(path: Path | None, file: Path) -> None:
 
 
 @cli.command()
-@click.argument("pipeline")
+@click.argument("pipeline", shell_complete=pipelines_of)
 @file_option
 @set_option
 @var_option
@@ -180,7 +183,7 @@ def plan(
 
 
 @cli.command()
-@click.argument("pipeline")
+@click.argument("pipeline", shell_complete=pipelines_of)
 @file_option
 @set_option
 @var_option
@@ -224,7 +227,7 @@ def run(
 
 
 @cli.command()
-@click.argument("pipeline")
+@click.argument("pipeline", shell_complete=pipelines_of)
 @file_option
 @set_option
 @var_option
@@ -249,9 +252,9 @@ def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str,
 
 
 @cli.command()
-@click.argument("what", metavar="PIPELINE[/STAGE]")
+@click.argument("what", metavar="PIPELINE[/STAGE]", shell_complete=stages_of)
 @file_option
-@click.option("--run", "run_id", metavar="ID", help="Another run than the last one.")
+@click.option("--run", "run_id", metavar="ID", shell_complete=runs_of, help="Another run than the last one.")
 @click.option("--open", "in_browser", is_flag=True, help="Opens the run's report in a browser.")
 @json_option
 def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
@@ -336,7 +339,7 @@ def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry
         gc_table(items, dry_run)
 
 
-for _command in (up, down, worker, deploy, submit, doctor):
+for _command in (list_command, runs, status, logs, cancel, completion, up, down, worker, deploy, submit, doctor):
     cli.add_command(_command)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from flows.names import pipelines_of
 from flows.options import EXIT, FAILED, file_option, force_option, json_option, load_with_warnings, only_option, set_option, var_option
 from tuneline.load import load
 
@@ -23,12 +25,14 @@ from tuneline.load import load
     show_envvar=True,
     help="postgresql+asyncpg://USER:PASSWORD@HOST/NAME, instead of a SQLite file; a password belongs in the environment.",
 )
+@click.option("--auth", is_flag=True, help="Has the server ask for a user and a password, which are asked for here.")
 @json_option
-def up(file: Path, port: int | None, database: str | None, as_json: bool) -> None:
+def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: bool) -> None:
     """Starts a lasting Prefect server, with UI, and its workers. One for each pool of this machine; what is up already stays."""
     from flows.up import up as start
 
-    it = start(load(file), port, database, lambda message: click.echo(message, err=True))
+    password = _password() if auth else None
+    it = start(load(file), port, database, password, lambda message: click.echo(message, err=True))
     if as_json:
         document = {"ui": it.state.ui, "started": it.started, **it.state.model_dump()}
         click.echo(json.dumps(document, indent=1))
@@ -37,6 +41,14 @@ def up(file: Path, port: int | None, database: str | None, as_json: bool) -> Non
     told = f"started {', '.join(it.started)}" if it.started else "it is up already"
     click.echo(f"{told}; runs go there now; `tuneline down` ends it", err=True)
     click.echo(f"for the command `prefect`: export PREFECT_API_URL={it.state.address}", err=True)
+
+
+def _password() -> str:
+    """`user:password`, from PREFECT_SERVER_API_AUTH_STRING or from the terminal."""
+    if given := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        return given
+    user = click.prompt("user", default="tuneline", err=True)
+    return f"{user}:{click.prompt('password', hide_input=True, confirmation_prompt=True, err=True)}"
 
 
 @click.command()
@@ -89,7 +101,7 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", metavar="PIPELINE")
+@click.argument("name", metavar="PIPELINE", shell_complete=pipelines_of)
 @file_option
 @set_option
 @var_option

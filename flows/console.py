@@ -11,7 +11,8 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -30,6 +31,7 @@ from tuneline.runs import StageRecord
 if TYPE_CHECKING:
     from flows.deploy import Row  # which imports Prefect; `plan` does not
     from flows.doctor import Diagnosis
+    from flows.status import OnServer, Working
 
 STYLES = {
     "done": "green",
@@ -121,6 +123,50 @@ class ConsoleReporter:
     def _forget(self, stage: str) -> None:
         if self._bars and stage in self._tasks:
             self._bars.remove_task(self._tasks.pop(stage))
+
+
+def list_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Pipelines, or the stages of one, with what became of them in the last run."""
+    shown = [{**row, "started": moment(row["started"])} if "started" in row else dict(row) for row in rows]
+    columns = [name for name in shown[0] if name != "run" and any(row[name] for row in shown)]
+    table = _table(*columns)
+    for row in shown:
+        table.add_row(*(Text(str(row[name] or ""), STYLES.get(str(row[name]), "")) for name in columns))
+    _print(table)
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Runs with their times and what became of their stages."""
+    table = _table("run", "pipeline", "state", "started", "took", "stages", "overrides")
+    for row in rows:
+        ended = datetime.fromisoformat(row["finished"]) if row["finished"] else None
+        took = _duration((ended - datetime.fromisoformat(row["started"])).total_seconds()) if ended else ""
+        stages = ", ".join(f"{count} {status}" for status, count in row["stages"].items())
+        state = Text(row["state"], STYLES.get(row["state"], "green"))
+        table.add_row(row["run_id"], row["pipeline"], state, moment(row["started"]), took, stages, Text(" ".join(row["overrides"])))
+    _print(table)
+
+
+def status_tables(here: Sequence[Working], there: Sequence[OnServer]) -> None:
+    """Stages in progress; then what the server knows of runs that have not ended."""
+    if here:
+        table = _table("pipeline", "run", "stage", "kind", "time", "progress")
+        for row in here:
+            progress = Text(row.progress or ("starting" if row.stage else "between two stages"))
+            table.add_row(row.pipeline, row.run_id, row.stage, row.kind, _duration(row.seconds), progress)
+        _print(table)
+    if there:
+        if here:
+            print()
+        server = _table("on the server", "state", "since or at", "pool", "flow run", "message")
+        for each in there:
+            server.add_row(each.name, each.state, each.since, each.pool, each.flow_run, Text(each.message))
+        _print(server)
+
+
+def moment(started: str | None) -> str:
+    """In local time."""
+    return datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M:%S") if started else ""
 
 
 def run_table(records: Sequence[StageRecord]) -> None:

@@ -21,7 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from flows import lasting
+from flows import api, lasting
 from flows.server import connect
 from flows.slots import visible_gpus
 from tuneline import disk
@@ -222,7 +222,7 @@ def file_system(folder: Path) -> str:
 
 
 def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Diagnosis:
-    if os.environ.get("PREFECT_API_URL"):
+    if api.setting(api.URL):
         return Diagnosis("server", PROBLEM, problem.message, problem.hint)
     if lasting.read(home / "server"):
         return Diagnosis("server", PROBLEM, "the server that `up` started has ended", "tuneline up")

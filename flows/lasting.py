@@ -1,6 +1,7 @@
 """What `tuneline up` has started and written down, and which of it lives.
 
     .tuneline/server/state.json   address, database, and the processes by number and start time
+    .tuneline/server/auth         user and password of `up --auth`
     .tuneline/server/*.log        what they say           .tuneline/server/prefect.db   history, unless `--database` names another
 
 A process number alone proves nothing: the system gives it to another process later. So it counts only with the start time that
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flows.api import AUTH
 
 UP = "TUNELINE_UP"  # in the environment of all that `up` started: the folder of its state
 ROLE = "TUNELINE_ROLE"  # and what it was started as
@@ -79,6 +82,18 @@ def write(folder: Path, state: State) -> None:
     temporary = folder / ".state.json"
     temporary.write_text(state.model_dump_json(indent=1), encoding="utf-8")
     temporary.replace(folder / "state.json")
+
+
+def password(folder: Path) -> dict[str, str]:
+    """PREFECT_API_AUTH_STRING for the server of `up --auth`, from a file that its user alone may read."""
+    with contextlib.suppress(OSError):
+        return {AUTH: (folder / "auth").read_text(encoding="utf-8")}
+    return {}
+
+
+def keep_password(folder: Path, text: str) -> None:
+    with open(os.open(folder / "auth", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from flows.names import stages_of
 from tuneline.load import Loaded, load
 
 FAILED, WRONG, REFUSED = 1, 2, 3
@@ -17,8 +18,10 @@ file_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
 set_option = click.option("--set", "sets", multiple=True, metavar="STAGE.FIELD=VALUE", help="Overrides a field. May be repeated.")
 var_option = click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Overrides a variable. May be repeated.")
-only_option = click.option("--only", metavar="STAGE", help="This stage and what it depends on, nothing else.")
-force_option = click.option("--force", multiple=True, metavar="STAGE", help="Builds the stage again. May be repeated.")
+only_option = click.option("--only", metavar="STAGE", shell_complete=stages_of, help="This stage and what it depends on, nothing else.")
+force_option = click.option(
+    "--force", multiple=True, metavar="STAGE", shell_complete=stages_of, help="Builds the stage again. May be repeated."
+)
 
 
 def load_pipeline(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:

@@ -22,10 +22,11 @@ from prefect.concurrency._leases import maintain_concurrency_lease
 from prefect.exceptions import FailedRun
 from prefect.futures import wait
 from prefect.runtime import deployment, flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.urls import url_for
 
 from flows.artifacts import Publisher
+from flows.cancellation import Watch
 from flows.orphan import end_with_parent
 from flows.report import report_of
 from flows.report_markdown import run_report
@@ -83,7 +84,10 @@ def run_pipeline(
         end_with_parent()
     run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, publisher, frozenset(force), parameters if in_pool else None)
 
+    watch = Watch(UUID(flow_run.id), run.supervisor)
+
     def end(outcome: RunState) -> None:
+        watch.close()
         workspace.runs.finish(record, outcome)
         about = spec.description or f"run {record.run_id} of {pipeline}"
         publisher.markdown(f"run-{pipeline}", lambda: _report(workspace.runs, record), about)
@@ -101,6 +105,9 @@ def run_pipeline(
         run.supervisor.stop()
         end("failed" if isinstance(error, Exception) else "cancelled")
         raise
+    if watch.why:
+        end("cancelled")
+        return Cancelled(message=watch.why, data=record.run_id)
     record.stages.sort(key=lambda stage: list(futures).index(stage.stage))
     state = _state({name: future.state for name, future in futures.items()}, record.run_id)
     outcome: dict[str, RunState] = {"Completed": "completed", "Refused": "refused"}

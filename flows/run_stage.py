@@ -6,19 +6,17 @@ see the same project. It stops itself once its parent has ended, whatever became
 
 from __future__ import annotations
 
-import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_run_logger
-from prefect.client.orchestration import get_client
 from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.artifacts import Publisher
+from flows.cancellation import Watch
 from flows.child import NAME
 from flows.orphan import end_with_parent
 from flows.slots import Slots, visible_gpus
@@ -33,8 +31,6 @@ from tuneline.plan import input_slots
 from tuneline.runs import RunRecord
 from tuneline.store import Artifact
 from tuneline.workspace import Workspace
-
-PARENT_POLL = 2.0  # seconds between two looks at the parent's state
 
 
 @flow(name=NAME)
@@ -60,19 +56,21 @@ def run_stage(
     run.know_commits(commits)
     needs = {other: _input(workspace, inputs[slot]) for slot, other in input_slots(spec.stages[stage]).items()}
     end_with_parent()
-    ended = threading.Event()
-    threading.Thread(target=_stop_with_parent, args=(flow_run.parent_flow_run_id, supervisor, ended), daemon=True).start()
+    watches = [Watch(UUID(flow_run.id), supervisor)]
+    if parent := flow_run.parent_flow_run_id:
+        watches.append(Watch(UUID(parent), supervisor, of_parent=True))
     try:
         wait([stage_task(run, stage).submit(needs)])
     except BaseException:  # a signal reaches only this thread
         supervisor.stop()
         raise
     finally:
-        ended.set()
+        for watch in watches:
+            watch.close()
         publisher.close()
     entry = record.stages[-1]
-    ended = {"done": Completed, "cached": Completed, "cancelled": Cancelled}.get(entry.status, Failed)
-    return ended(message=entry.message or f"{entry.kind}/{key[:12]}")
+    outcome = {"done": Completed, "cached": Completed, "cancelled": Cancelled}.get(entry.status, Failed)
+    return outcome(message=entry.message or f"{entry.kind}/{key[:12]}")
 
 
 def _input(workspace: Workspace, name: str) -> Artifact:
@@ -82,11 +80,3 @@ def _input(workspace: Workspace, name: str) -> Artifact:
         found = f"found no {kind}/{key[:12]}, an input of the stage, in the store {workspace.store.root} of this machine"
         raise StageFailed("config", found, "every pool must see the same project folder and store: docs/operating.md")
     return artifact
-
-
-def _stop_with_parent(parent: str | None, supervisor: Supervisor, ended: threading.Event) -> None:
-    while parent is not None and not ended.wait(PARENT_POLL):
-        with suppress(Exception), get_client(sync_client=True) as client:  # whatever an unreachable server raises
-            state = client.read_flow_run(UUID(parent)).state
-            if state is not None and (state.is_final() or state.is_cancelling()):
-                supervisor.stop()

@@ -1,4 +1,4 @@
-"""Which Prefect server a run goes to: PREFECT_API_URL, else that of `tuneline up`, else one of its own, for that run alone.
+"""Which Prefect server a run goes to: that of Prefect's settings, else that of `tuneline up`, else one of its own, for that run alone.
 
 Prefect's own ephemeral server outlives a flow that is killed with -9, and two of them on one database can lock each other out.
 Ours is the same server as a child under our watchdog, so it goes when the run goes, and each run at the same time has a
@@ -10,17 +10,17 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows import lasting, migrated
+from flows import api, lasting, migrated
 from flows.supervisor import WATCHDOG
 from tuneline import PACKAGES_ROOT
 from tuneline.errors import ConfigError, Problem, StageFailed
@@ -36,9 +36,10 @@ DATABASE = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONN
 
 
 def find_server(home: Path) -> str | None:
-    """Address of the API: the configured one, answering or not, else that of `tuneline up`, if it is there. `home` is `.tuneline`."""
-    if configured := os.environ.get("PREFECT_API_URL"):
-        return configured
+    """Address of the API: the one that Prefect's settings name, answering or not, else that of `tuneline up`, if it is there. `home` is
+    `.tuneline`."""
+    if configured := api.setting(api.URL):
+        return str(configured)
     state = lasting.read(home / "server")
     return state.address if state and state.server.alive and answers(state.address) else None
 
@@ -46,29 +47,34 @@ def find_server(home: Path) -> str | None:
 def connect(home: Path) -> str:
     """The address, also set as PREFECT_API_URL. Must be called before prefect is imported, which reads its settings once.
 
-    Raises ConfigError where there is none, or where PREFECT_API_URL names one that does not answer: Prefect itself would end in a
-    traceback.
+    Raises ConfigError where there is none, where the one of Prefect's settings does not answer (Prefect itself would end in a
+    traceback), and where it refuses the password.
     """
-    configured, address = os.environ.get("PREFECT_API_URL"), find_server(home)
+    configured, address = api.setting(api.URL), find_server(home)
     if address is None:
         found = "found no address of a Prefect server, and none of `tuneline up` that runs"
-        raise ConfigError([Problem("PREFECT_API_URL", "", found, "`tuneline up` starts one")])
+        raise ConfigError([Problem(api.URL, "", found, "`tuneline up` starts one")])
     loopback_without_proxy()
     if configured:
         _require(configured.rstrip("/"))
     else:
-        os.environ |= {"PREFECT_API_URL": address, "PREFECT_HOME": str(home / "server"), "DO_NOT_TRACK": "1"}
+        os.environ |= {"PREFECT_HOME": str(home / "server"), "DO_NOT_TRACK": "1"}
+    os.environ[api.URL] = address
+    if (state := lasting.read(home / "server")) and state.address == address.rstrip("/"):
+        os.environ |= lasting.password(home / "server")
+    for name in (api.AUTH, api.KEY):  # from wherever they come: what is in the environment is masked in logs
+        if value := api.setting(name):
+            os.environ[name] = str(value)
+    api.admitted(address.rstrip("/"))
     return address
 
 
 def answers(address: str) -> bool:
     loopback_without_proxy()
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=10):
-            return True
-    except OSError as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
+        api.ask(f"{address}/health")
+        return True
+    except (OSError, ValueError):
         return False
 
 
@@ -81,15 +87,14 @@ def loopback_without_proxy() -> None:
 
 def _require(address: str) -> None:
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=10):
-            return
+        api.ask(f"{address}/health")
     except (OSError, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-            if error.code != 404:  # it answers; whether it lets us in is Prefect's to say
-                return
-        hint = "start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL: each run then brings a server of its own"
-        raise ConfigError([Problem("PREFECT_API_URL", "", f"found no Prefect server at {address} ({error})", hint)]) from None
+        if isinstance(error, urllib.error.HTTPError) and error.code != 404:  # it answers; whether it lets us in is asked next
+            return
+        hint = "start it (`tuneline up`, if it was that one), or unset it: each run then brings a server of its own"
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            hint = f"{api.CERTIFICATES} names a file with the certificate of who signed the server's"
+        raise ConfigError([Problem(api.URL, "", f"found no Prefect server at {address} ({error})", hint)]) from None
 
 
 @contextmanager

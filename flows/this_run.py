@@ -123,7 +123,7 @@ class Run:
     def note(self, name: str, status: StageStatus, artifact: Artifact | None = None, message: str = "") -> None:
         """Keeps how a stage ended, in the record on disk as well."""
         stage, attempts = self.stages[name], self.attempts.get(name, [])
-        record = StageRecord(stage=name, kind=stage.kind, status=status, message=message)
+        record = StageRecord(stage=name, kind=stage.kind, status=status, key=self.keys.get(name), message=message)
         record.attempts, record.seconds = len(attempts), round(sum(attempts), 1)
         if artifact:
             manifest = artifact.manifest

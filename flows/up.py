@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import lasting, migrated
+from flows import api, lasting, migrated
 from flows.doctor import gpus_asked
 from flows.server import DATABASE, QUIET, answers, loopback_without_proxy, server_command, tail, wait_for_health
 from flows.slots import visible_gpus
@@ -47,14 +47,20 @@ class Ended:
     flow_run: str | None = None
 
 
-def up(loaded: Loaded, port: int | None, database: str | None, say: Callable[[str], None]) -> Up:
-    """Starts what is missing. Raises ConfigError for a call that does not fit what is there, StageFailed for what does not start."""
+def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None, say: Callable[[str], None]) -> Up:
+    """Starts what is missing. `auth`: what the server is to ask for, as `user:password`.
+
+    Raises ConfigError for a call that does not fit what is there, StageFailed for what does not start.
+    """
     folder, started = lasting.folder_of(loaded.root), []
     loopback_without_proxy()
     with lasting.alone(folder):
         state = lasting.read(folder)
         port = port or (state.port if state else PORT)
-        _refuse(folder, state, port, database)
+        _refuse(folder, state, port, database, auth)
+        if auth:
+            lasting.keep_password(folder, auth)
+        os.environ |= lasting.password(folder)
         if state is None or not _runs(state):
             say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
             before = state.workers if state else {}
@@ -86,7 +92,7 @@ def _without_gpus(loaded: Loaded, pool: str) -> str:
     )
 
 
-def _refuse(folder: Path, state: lasting.State | None, port: int, database: str | None) -> None:
+def _refuse(folder: Path, state: lasting.State | None, port: int, database: str | None, auth: str | None) -> None:
     problems = []
     place = _without_secrets(database) if database else None
     if place and place.partition("://")[0] not in DATABASES:
@@ -95,10 +101,13 @@ def _refuse(folder: Path, state: lasting.State | None, port: int, database: str 
     elif state and place != state.database and (place or not _runs(state)):
         found = f"found {place or 'none'}, but the server that `up` started has {state.database or 'a file of its own'}"
         problems.append(Problem("--database", "", found, "name that one, or `tuneline down` first"))
+    if auth and state and _runs(state) and lasting.password(folder).get(api.AUTH) != auth:
+        found = "found a password, but the server that `up` has started asks for another one, or for none"
+        problems.append(Problem("--auth", "", found, "`tuneline down` first"))
     if state and port != state.port and lasting.ours(folder):
         found = f"found {port}, but what `up` has started works on port {state.port}"
         problems.append(Problem("--port", "", found, "`tuneline down` first"))
-    configured = os.environ.get("PREFECT_API_URL")
+    configured = api.setting(api.URL)
     if configured and configured.rstrip("/") != _address(port):
         found = f"found {configured}, to which runs would go, not to the server of `up`"
         problems.append(Problem("PREFECT_API_URL", "", found, "unset it; for that server, `tuneline worker POOL` starts a worker"))
@@ -132,6 +141,8 @@ def _start_server(folder: Path, port: int, database: str | None) -> lasting.Stat
     # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
     settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **dict.fromkeys(DATABASE, place)}
     settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which deployment has its one run
+    if password := lasting.password(folder).get(api.AUTH):
+        settings["PREFECT_SERVER_API_AUTH_STRING"] = password
     if database is None:
         settings |= migrated.prepare(folder / "prefect.db")
     process = _start(server_command(port), folder, "server", address, log, settings)
@@ -209,7 +220,8 @@ def down(root: Path) -> list[Ended]:
                 raise StageFailed(
                     "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "end them, then `tuneline down`"
                 )
-        (folder / "state.json").unlink(missing_ok=True)
+        for name in ("state.json", "auth"):
+            (folder / name).unlink(missing_ok=True)
     return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _told(found, workers)]
 
 

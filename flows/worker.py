@@ -6,14 +6,13 @@ It takes the place of this process, so that systemd and shells watch the worker 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import socket
 import sys
 import urllib.error
-import urllib.request
 from typing import NoReturn
 
+from flows.api import ask
 from flows.server import QUIET, connect
 from tuneline.errors import ConfigError, Problem
 from tuneline.load import Loaded
@@ -50,22 +49,16 @@ def worker_command(pool: str, kind: str) -> list[str]:
 
 def heartbeat(address: str, pool: str) -> str | None:
     """When this machine's worker for a pool last told the server that it lives."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/work_pools/{pool}/workers/filter", b"{}", headers)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            found = [worker["last_heartbeat_time"] for worker in json.load(answer) if worker["name"] == socket.gethostname()]
-    except OSError as error:  # no such pool yet, or no answer this time
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
+        workers = ask(f"{address}/work_pools/{pool}/workers/filter", {})
+    except (OSError, ValueError):  # no such pool yet, or no answer this time
         return None
-    return found[0] if found else None
+    return next((worker["last_heartbeat_time"] for worker in workers if worker["name"] == socket.gethostname()), None)
 
 
 def _unknown(address: str, pool: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{address}/work_pools/{pool}", timeout=10):
-            return False
+        ask(f"{address}/work_pools/{pool}")
+        return False
     except urllib.error.HTTPError as error:
-        error.close()
         return error.code == 404  # whether it lets us in is Prefect's to say

@@ -123,6 +123,15 @@ class Runs:
         """Whether the run of a record has neither ended nor been killed."""
         return record.state == "running" and _held(self._lock(record.run_id))
 
+    def process(self, record: RunRecord) -> int | None:
+        """Number of the process that the run lives in; None where it has ended, or lives on another machine or as another user."""
+        lock = str(self._lock(record.run_id).resolve())
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # gone, or another user's
+                if folder.name.isdecimal() and any(os.readlink(link) == lock for link in (folder / "fd").iterdir()):
+                    return int(folder.name)
+        return None
+
     def _lock(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.lock"
 
@@ -158,14 +167,14 @@ class Runs:
                 stage.seconds += max(0.0, round((until - began).total_seconds(), 1))
                 stage.started = until.isoformat() if stage.status == "running" else None
 
-    def newest_first(self, pipeline: str) -> Iterator[RunRecord]:
-        """Records that can be read; a damaged one tells nothing and is passed over."""
+    def newest_first(self, pipeline: str | None = None) -> Iterator[RunRecord]:
+        """Records of the pipeline, or of all. One that cannot be read is passed over."""
         for path in sorted(self.folder.glob("*.json"), reverse=True):
             try:
                 record = self._read(path)
             except (OSError, ValidationError):
                 continue
-            if record.pipeline == pipeline:
+            if pipeline in (None, record.pipeline):
                 yield record
 
     def every(self) -> list[RunRecord]:

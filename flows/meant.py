@@ -1,0 +1,51 @@
+"""Hints for a call that the command line does not know: what the user of another tool most likely means."""
+
+from __future__ import annotations
+
+import click
+
+COMMANDS = {
+    "build": "run", "check": "validate", "clean": "gc", "config": "validate", "create": "init", "delete": "gc", "describe": "show",
+    "diff": "plan", "dry-run": "plan", "execute": "run", "explain": "plan", "get": "show", "help": "--help", "history": "runs",
+    "info": "show", "inspect": "show", "install": "setup", "kill": "cancel", "log": "logs", "ls": "list", "new": "init", "open": "show",
+    "pipelines": "list", "prune": "gc", "ps": "status", "queue": "submit", "report": "show", "restart": "run", "resume": "run",
+    "retry": "run", "rm": "gc", "schedule": "deploy", "serve": "up", "server": "up", "start": "run", "stop": "cancel", "tail": "logs",
+    "test": "validate", "top": "status", "ui": "up", "version": "--version", "watch": "status", "workers": "worker",
+}  # fmt: skip
+STAGES = {
+    "benchmark": "evaluate", "convert": "merge", "data": "dataset", "dataset": "dataset", "dpo": "sft", "eval": "evaluate",
+    "evaluate": "evaluate", "finetune": "sft", "fine-tune": "sft", "export": "merge", "gate": "gate", "grpo": "grpo", "merge": "merge",
+    "quantize": "quantize", "rl": "grpo", "sft": "sft", "train": "sft",
+}  # fmt: skip
+OPTIONS = {
+    "--config": "`--file FILE` names the pipelines file",
+    "--dry-run": "`tuneline plan` shows what a run would do",
+    "--debug": "`--verbose` shows the programs' own output",
+    "--follow": "`tuneline logs PIPELINE --follow` follows a run",
+    "--no-cache": "`--force STAGE` builds a stage again",
+    "--output": "`--json` prints JSON",
+    "--resume": "runs go on from their last checkpoint by themselves",
+    "--skip": "`--only STAGE` runs a stage and what it depends on",
+    "--stage": "`--only STAGE` runs a stage and what it depends on",
+    "--watch": "`tuneline logs PIPELINE --follow` follows a run",
+}
+
+
+def hint(error: click.UsageError) -> str:
+    """What to write instead; empty where nothing better than `--help` is known."""
+    command = error.ctx.command.name if error.ctx else ""
+    if isinstance(error, click.exceptions.NoSuchCommand):
+        if error.possibilities:
+            return ""
+        name = error.command_name.lower()
+        if name in STAGES:
+            return f"`tuneline run PIPELINE` builds every stage; `--only STAGE` one of kind {STAGES[name]} and what it depends on"
+        return f"`tuneline {COMMANDS[name]}`" if name in COMMANDS else ""
+    if isinstance(error, click.NoSuchOption):
+        return OPTIONS.get(error.option_name, "")
+    message = error.format_message()
+    if message.startswith("Missing argument 'PIPELINE"):
+        return "`tuneline list` names the pipelines of the file"
+    if message.startswith("Got unexpected extra argument") and command in ("run", "plan", "submit"):
+        return f"`tuneline {command} PIPELINE --only STAGE` for a stage and what it depends on; fields are set by `--set STAGE.FIELD=VALUE`"
+    return ""

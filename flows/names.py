@@ -1,0 +1,48 @@
+"""What a shell completes: names of pipelines, stages and runs. A file that cannot be read completes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tuneline.errors import TunelineError
+from tuneline.load import load
+from tuneline.runs import Runs
+from tuneline.spec import Pipeline
+
+
+def pipelines_of(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    return [name for name in _pipelines(context) if name.startswith(begun)]
+
+
+def stages_of(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """Of an argument PIPELINE/STAGE: pipelines, then the stages of the one that is there. Of an option: stages of the pipeline."""
+    pipelines = _pipelines(context)
+    given = context.params.get("pipeline") or context.params.get("name")
+    if given:
+        return [name for name in (pipelines[given].stages if given in pipelines else ()) if name.startswith(begun)]
+    if "/" in begun:
+        name = begun.partition("/")[0]
+        return [full for stage in (pipelines[name].stages if name in pipelines else ()) if (full := f"{name}/{stage}").startswith(begun)]
+    return [name for name in pipelines if name.startswith(begun)]
+
+
+def runs_of(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """Ids of runs; of an argument also the pipelines."""
+    pipelines = _pipelines(context)
+    pipeline = str(context.params.get("what") or "").partition("/")[0] or None
+    runs = Runs(_file(context).absolute().parent / ".tuneline" / "runs")
+    names = [record.run_id for record in runs.newest_first(pipeline)] + ([] if pipeline else list(pipelines))
+    return [name for name in names if name.startswith(begun)]
+
+
+def _pipelines(context: click.Context) -> dict[str, Pipeline]:
+    try:
+        return dict(load(_file(context)).spec.pipelines)
+    except (TunelineError, OSError):
+        return {}
+
+
+def _file(context: click.Context) -> Path:
+    return Path(context.params.get("file") or "pipelines.yaml")
