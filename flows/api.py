@@ -107,8 +107,13 @@ def _headers() -> dict[str, str]:
     return headers
 
 
+def unverified() -> bool:
+    """Whether any certificate will do."""
+    return str(setting(UNVERIFIED)).lower() in ("1", "true", "t", "yes", "y", "on")
+
+
 def _tls() -> ssl.SSLContext:
-    if str(setting(UNVERIFIED)).lower() in ("1", "true", "t", "yes", "y", "on"):
+    if unverified():
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context

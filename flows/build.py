@@ -15,7 +15,7 @@ from typing import Any
 
 from prefect import get_run_logger
 
-from flows import node
+from flows import forced, node
 from flows.attempts import Attempts
 from flows.progress import ProgressArtifact
 from flows.slots import Taken
@@ -50,9 +50,9 @@ class Job:
 def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
     """Runs the program and publishes what it made. The caller holds the key's lock."""
     work, store = run.workspace.work(job.key), run.workspace.store
+    if job.name in run.forced:
+        forced.begin(work, run.record, tried=bool(Attempts(work / "attempts.json").of_run(run.record.run_id)))
     attempts = Attempts(work / "attempts.json")
-    if job.name in run.forced and not attempts.of_run(run.record.run_id):
-        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     for stale in ("result.json", "failure.json"):
         (work / stale).unlink(missing_ok=True)
@@ -102,6 +102,7 @@ def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
     if unsaid and not outcome.stopped and not (work / "failure.json").exists():
         raise unsaid
     if outcome.stopped != "cancelled":
+        forced.failed(work)
         run.warn(job.name, f"its log is {work / 'log.txt'}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 

@@ -49,7 +49,7 @@ def run_stage(
     """Builds one stage for a run in another pool, which gives all of these."""
     workspace = Workspace(load(Path(file), pipeline, as_sets(overrides), as_sets(variables)), get_run_logger().warning)
     spec = workspace.loaded.pipeline(pipeline)
-    record = RunRecord(run_id=run_id, pipeline=pipeline, started="", planned=planned(spec, None))
+    record = RunRecord(run_id=run_id, pipeline=pipeline, started="", planned=planned(spec, None), flow_run=flow_run.parent_flow_run_id)
     slots, supervisor = Slots(spec.parallel, visible_gpus()), Supervisor()
     publisher, force = Publisher(), frozenset([stage] if forced else [])
     run = Run(workspace, pipeline, record, supervisor, slots, NoReporter(), publisher, force, child_of=key)

@@ -155,9 +155,12 @@ def _build_elsewhere(run: Run, job: Job) -> Artifact:
 
 
 def _cached(run: Run, job: Job) -> Artifact | None:
-    """What the store has, unless the stage is forced; it is in the run's record before `tuneline gc` can look there."""
+    """What the store has, unless the stage is to be built again; it is in the run's record before `tuneline gc` can look there."""
     if job.name in run.forced:
-        return None
+        paid = run.workspace.runs.paid(run.pipeline, job.name, job.key, run.record.flow_run)
+        if paid is None:
+            return None
+        get_run_logger().info(f"`--force`: run {paid}, which was stopped later, has built it again already")
     with run.workspace.store.steady():
         artifact = run.workspace.store.find(job.stage.kind, job.key)
         if artifact is not None:

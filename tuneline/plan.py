@@ -114,9 +114,12 @@ def _row(
         row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.path) for problem in row.problems]
         return row
     document = document_of(stage, known, resolved, pipeline.salt)
+    waiting = [slot for slot in slots if slot not in known]
+    if forced and not waiting and (paid := workspace.runs.paid(pipeline_name, name, key_of(document))):
+        row.reasons.append(Reason("forced", f"run {paid}, which was stopped later, has built it again already"))
+        forced = False
     if forced:
         row.reasons.append(Reason("forced", "asked for by --force"))
-    waiting = [slot for slot in slots if slot not in known]
     row.reasons += [Reason("input", f"{slots[slot]} is built first", slot) for slot in waiting]
     if waiting or resolved.unresolved:
         what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(resolved.unresolved)

@@ -199,6 +199,19 @@ class Runs:
         what = f"run {run_id} of {pipeline}" if run_id else f"run of {pipeline}"
         raise ConfigError([Problem("--run" if run_id else "show", "", f"found no {what}", f"start one with `tuneline run {pipeline}`")])
 
+    def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
+        """The run that has built the stage's key by `--force` already, where what was asked for then is asked for again: since that
+        run every one was killed or cancelled, or it is the same run of Prefect's, `flow_run`, tried again there."""
+        stopped = True  # every run that is newer
+        for record in self.newest_first(pipeline):
+            same = flow_run is not None and record.flow_run == flow_run
+            if (stopped and record.state in ("killed", "cancelled") or same) and stage in record.force:
+                built = (entry for entry in record.stages if entry.stage == stage and entry.key == key)
+                if any(entry.status == "done" for entry in built):
+                    return record.run_id
+            stopped = stopped and record.state in ("killed", "cancelled", "running")
+        return None
+
     def last_success(self, pipeline: str, stages: set[str]) -> dict[str, StageRecord]:
         """By stage name: its newest record that ended with an artifact."""
         found: dict[str, StageRecord] = {}

@@ -42,7 +42,7 @@ d.apply()
 
 @pytest.fixture(scope="module")
 def lasting_up(tmp_path_factory: pytest.TempPathFactory, no_server_of_the_session: None) -> Iterator[Lasting]:
-    it = Lasting(tmp_path_factory.mktemp("up"))
+    it = Lasting(tmp_path_factory.mktemp("up"), auth="me:a secret")
     try:
         it.up()
         yield it
@@ -338,6 +338,20 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
     status, message, remedy = finding(doctor(lasting_up), f"run stuck {run}")
     assert (status, message.endswith("it holds a place in its pool"), remedy) == ("problem", True, f"prefect flow-run cancel {run}")
     lasting_up.prefect("-m", "prefect", "--no-prompt", "flow-run", "delete", run)
+
+
+def test_a_server_with_a_password_says_so_to_who_has_another(lasting_up: Lasting) -> None:
+    """Every other test here has the right one, from the file that `up --auth` keeps."""
+    assert (lasting_up.folder / "auth").stat().st_mode & 0o777 == 0o600
+    told = lasting_up.project.tuneline("up", "--auth", status=2, PREFECT_SERVER_API_AUTH_STRING="me:another").stderr
+    assert told.startswith("--auth: found a password, but the server that `up` has started asks for another one, or for none")
+    elsewhere = Project(lasting_up.project.root / "elsewhere")
+    elsewhere.write(PIPELINES)
+    for given, found in (({}, "none"), ({"PREFECT_API_AUTH_STRING": "me:another"}, "another one")):
+        told = elsewhere.tuneline("status", status=2, PREFECT_API_URL=lasting_up.address, **given).stderr
+        wanted = f"PREFECT_API_AUTH_STRING: found {found} than {lasting_up.address} wants (HTTP 401)"
+        assert told == f"{wanted}\n\nhint: `export PREFECT_API_AUTH_STRING=user:password`\n"
+    elsewhere.tuneline("status", PREFECT_API_URL=lasting_up.address, PREFECT_API_AUTH_STRING="me:a secret")
 
 
 @pytest.mark.slow
