@@ -10,7 +10,7 @@ import contextvars
 import re
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from queue import SimpleQueue
 
 from prefect import get_run_logger
@@ -32,11 +32,12 @@ class Publisher:
         self._put(lambda: create_markdown_artifact(render(), key=key_for(name), description=description))
 
     def name_run(self, name: str, tags: Iterable[str]) -> None:
-        """Names the caller's flow run, and adds tags to those that its deployment gave it."""
+        """Names the caller's flow run, unless a user has named it, and adds tags to those that its deployment gave it."""
 
         def rename() -> None:
             with get_client(sync_client=True) as client:
-                client.update_flow_run(flow_run.id, name=name, tags=sorted({*flow_run.tags, *tags}))
+                new = name if _generated(flow_run.name) else None
+                client.update_flow_run(flow_run.id, name=new, tags=sorted({*flow_run.tags, *tags}))
 
         self._put(rename)
 
@@ -58,6 +59,19 @@ def _attempt(job: Callable[[], object]) -> None:
         job()
     except Exception as error:  # whatever Prefect's client raises: no stage fails for what is shown of it
         get_run_logger().warning(f"not shown in Prefect: {type(error).__name__}: {error}")
+
+
+def _generated(name: str) -> bool:
+    """Whether Prefect has made the name up, of two words of its lists, as `brave-otter`."""
+    words = name.split("-")
+    return len(words) == 2 and all(word in _words() for word in words)
+
+
+@lru_cache
+def _words() -> frozenset[str]:
+    from coolname.data import config  # type: ignore[import-untyped]
+
+    return frozenset(str(word) for of_kind in config.values() if of_kind["type"] == "words" for word in of_kind["words"])
 
 
 def key_for(name: str) -> str:

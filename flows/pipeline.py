@@ -8,6 +8,7 @@ enough to say `Skipped`. The task runner has a thread for each stage; how many p
 from __future__ import annotations
 
 import logging
+import os
 import re
 from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ from prefect.utilities.urls import url_for
 
 from flows.artifacts import Publisher
 from flows.cancellation import Watch
+from flows.missed import SKIPPED, missed
 from flows.orphan import end_with_parent
 from flows.report import report_of
 from flows.report_markdown import run_report
@@ -35,7 +37,8 @@ from flows.slots import Slots, visible_gpus
 from flows.stage import FAILED, stage_task
 from flows.supervisor import Supervisor
 from flows.this_run import NoReporter, Reporter, Run
-from tuneline.errors import StageFailed, StoreError, TunelineError
+from tuneline import __version__
+from tuneline.errors import ConfigError, Problem, StageFailed, StoreError, TunelineError
 from tuneline.fields import NAME
 from tuneline.load import load
 from tuneline.order import depends_on, in_order, planned, with_ancestors
@@ -46,10 +49,11 @@ from tuneline.runs import RunRecord, Runs, RunState
 from tuneline.workspace import Workspace
 
 __all__ = ["REPORTER", "run_pipeline", "run_stage"]  # run_stage: the entrypoint of child deployments
+DEPLOYED = "TUNELINE_DEPLOYED"  # in the environment of a deployment's runs: the version of tuneline that made it
 REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=NoReporter())  # noqa: B039  (it has no state)
 
 
-@flow(name="pipeline", flow_run_name="{pipeline}", validate_parameters=True)
+@flow(name="pipeline", validate_parameters=True)
 def run_pipeline(
     pipeline: str,
     file: str = "pipelines.yaml",
@@ -58,8 +62,22 @@ def run_pipeline(
     only: str | None = None,
     force: list[str] = [],  # noqa: B006
 ) -> Any:
-    """Runs a pipeline of a pipelines.yaml. `overrides` as `{"sft.lora.r": 32}`; they are checked as those of the command line are."""
+    """Runs a pipeline of a pipelines.yaml.
+
+    Args:
+        pipeline: The pipeline's name.
+        file: The pipelines file.
+        overrides: Fields of stages to change, as {"sft.lora.r": 32}. They are checked as `--set` of the command line is.
+        variables: Variables of the file (`vars`) to change, as {"lr": 0.0001}.
+        only: A stage: it and what it depends on is run, nothing else.
+        force: Stages to build again, though the store has them.
+    """
     logger = get_run_logger()
+    if (theirs := os.environ.get(DEPLOYED, __version__)) != __version__:
+        logger.warning(f"deployed by tuneline {theirs}, this worker has {__version__}: upgrade one of them, then `tuneline deploy`")
+    if deployment.id is not None and pipeline != flow_run.flow_name:
+        found = f"found {pipeline}, allowed {flow_run.flow_name}, the pipeline of the deployment"
+        raise ConfigError([Problem("pipeline", "", found, f"`tuneline run {pipeline}`, or `tuneline submit {pipeline}`")])
     loaded = load(Path(file), pipeline, as_sets(overrides), as_sets(variables))
     check_stages(loaded, pipeline, only, force)
     reporter = REPORTER.get()
@@ -72,6 +90,8 @@ def run_pipeline(
     with suppress(StoreError):  # a store that is only read will do for what it has; what is to be built meets the same error
         workspace.prepare_store()
     spec = loaded.pipeline(pipeline)
+    if deployment.id is not None and (why := missed(UUID(flow_run.id), spec)):
+        return Completed(name=SKIPPED, message=why)
     record = workspace.runs.begin(pipeline, loaded.overrides)
     record.planned, record.only, record.force, record.flow_run = planned(spec, only), only, tuple(force), flow_run.id
     workspace.runs.save(record)
@@ -116,7 +136,7 @@ def run_pipeline(
 
 
 def __getattr__(name: str) -> Any:
-    """`flows.pipeline.NAME`, the entrypoint of the deployment NAME/NAME: one flow function under the name of each pipeline."""
+    """What `tuneline.deployed.NAME`, the entrypoint of the deployment NAME/NAME, is: one flow function under the name of each pipeline."""
     if re.fullmatch(NAME.strip("^$"), name):
         return run_pipeline.with_options(name=name)
     raise AttributeError(name)

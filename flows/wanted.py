@@ -21,11 +21,12 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 import flows.pipeline
+from flows.pipeline import DEPLOYED
 from flows.pool_templates import base_job_template
-from tuneline import PACKAGES_ROOT
+from tuneline import __version__
 from tuneline.errors import ConfigError, Problem
 from tuneline.load import Loaded
-from tuneline.pools import ProcessPool, Schedule
+from tuneline.pools import Schedule
 from tuneline.source import Keys, dotted
 from tuneline.spec import Pipeline
 from tuneline.stages import ProgramStage
@@ -111,15 +112,15 @@ def _deployments(loaded: Loaded, name: str, pipeline: Pipeline) -> Iterator[Item
             "active": schedule.active,
             "parameters": _parameters(schedule),
         }
-    schema = _json(parameter_schema(flows.pipeline.run_pipeline).model_dump())
+    schema = _form()
     for queue, schedules in by_queue.items():
         fields = {
             "description": pipeline.description,
-            "entrypoint": f"flows.pipeline.{name}",
-            "parameters": {"pipeline": name, "file": str(loaded.file)},
+            "entrypoint": f"tuneline.deployed.{name}",
+            "parameters": {"pipeline": name, "file": str(loaded.file), **(_of_only(schedules) if queue != own else {})},
             "schedules": schedules,
             # A run that waits to start holds its place no longer than the automation below lets it wait.
-            "concurrency": {"limit": 1, "collision_strategy": "ENQUEUE", "grace_period_seconds": PENDING_SECONDS},
+            "concurrency": {"limit": pipeline.concurrency, "collision_strategy": "ENQUEUE", "grace_period_seconds": PENDING_SECONDS},
             "enforce_parameter_schema": True,
             "parameter_openapi_schema": schema,
         }
@@ -127,11 +128,24 @@ def _deployments(loaded: Loaded, name: str, pipeline: Pipeline) -> Iterator[Item
         yield Item("deployment", f"{name}/{name}" if queue == own else f"{name}/{name}-{queue}", {**fields, **common})
 
 
+def _form() -> dict[str, Any]:
+    """What the UI asks for at a run by hand: neither the pipeline nor the file, which are the deployment's."""
+    schema: dict[str, Any] = _json(parameter_schema(flows.pipeline.run_pipeline).model_dump())
+    fixed = ("pipeline", "file")
+    properties = {name: field for name, field in schema["properties"].items() if name not in fixed}
+    return {**schema, "properties": properties, "required": [name for name in schema.get("required", ()) if name not in fixed]}
+
+
+def _of_only(schedules: dict[str, Any]) -> dict[str, Any]:
+    """What the one schedule of a deployment overrides, so that its form shows it; several may differ."""
+    return dict(next(iter(schedules.values()))["parameters"]) if len(schedules) == 1 else {}
+
+
 def _run_stage(loaded: Loaded, pool: str) -> Item:
     """Where the stages run that name this pool: what they are is told by the run that they belong to."""
     fields = {
         "description": f"Stages that name the pool `{pool}`, each started by its pipeline's run.",
-        "entrypoint": "flows.pipeline.run_stage",
+        "entrypoint": "tuneline.deployed.run_stage",
         "parameters": {},
         "schedules": {},
         "concurrency": None,
@@ -142,9 +156,8 @@ def _run_stage(loaded: Loaded, pool: str) -> Item:
 
 
 def _common(loaded: Loaded, pool: str, queue: str, tags: tuple[str, ...]) -> dict[str, Any]:
-    environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}
-    if isinstance(loaded.spec.pools[pool], ProcessPool):  # an image has its own tuneline
-        environment["PYTHONPATH"] = str(PACKAGES_ROOT)
+    # Of where it was deployed; a worker compares it with its own.
+    environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), DEPLOYED: __version__}
     # Prefect puts this folder first on the path: in the project's, the user's own flows.py or tasks.py would be imported in place of ours.
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/"}}
     return {

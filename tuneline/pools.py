@@ -111,6 +111,8 @@ class Schedule(Strict):
     """Name of the time zone that cron's hours are in, as `Europe/Berlin`."""
     active: bool = True
     """Whether it starts runs; a schedule may be kept without."""
+    catch_up: Literal["latest", "all", "none"] = "latest"
+    """Which runs start that were missed while the server or every worker was away: the newest, all, or none that is ten minutes late."""
     queue: Name | None = None
     """Queue of the pipeline's pool, if another than the pipeline's."""
     overrides: dict[str, Override] = {}

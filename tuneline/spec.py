@@ -347,6 +347,8 @@ class Pipeline(Strict):
     """Pool that it runs in once deployed. Without one it is not deployed."""
     queue: Name | None = None
     """Queue of that pool."""
+    concurrency: int = Field(1, ge=1)
+    """Runs of its deployment that may work at the same time; further ones wait."""
     tags: tuple[str, ...] = ()
     """Tags of its runs in Prefect, beside its name."""
     schedules: dict[Name, Schedule] = {}

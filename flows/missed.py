@@ -1,0 +1,65 @@
+"""Runs of a schedule that could not start when they were due, because the server or every worker was away.
+
+Prefect keeps them and starts them all, the oldest first. `catch_up` of a schedule says which of them run: the newest alone (`latest`), all,
+or none. The first one that starts tells those that it stands for.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Completed
+
+from tuneline.spec import Pipeline
+
+LATE = timedelta(minutes=10)  # after which a run counts as missed where `catch_up` is `none`
+SKIPPED = "Skipped"
+
+
+def missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
+    """Why the run is not to go on; None for one that is to. Marks older runs of its schedule that wait as skipped, too."""
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(flow_run)
+        schedule = _schedule(run)
+        if schedule is None or run.run_count > 1 or run.deployment_id is None or run.expected_start_time is None:  # by hand, or again
+            return None
+        name = run.created_by.display_value if run.created_by else None
+        known = pipeline.schedules.get(name or "")
+        catch_up, now = known.catch_up if known else "latest", datetime.now(UTC)
+        if catch_up == "all":
+            return None
+        if catch_up == "none":
+            late = now - run.expected_start_time
+            return f"missed: it could start {late // timedelta(minutes=1)} min late alone (catch_up: none)" if late > LATE else None
+        due = FlowRunFilter(
+            deployment_id=FlowRunFilterDeploymentId(any_=[run.deployment_id]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+            expected_start_time=FlowRunFilterExpectedStartTime(before_=now),
+        )
+        runs = client.read_flow_runs(flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=200)
+        waiting = [each for each in runs if _schedule(each) == schedule and each.id != run.id and each.expected_start_time is not None]
+        newest = max((each.expected_start_time for each in waiting if each.expected_start_time), default=run.expected_start_time)
+        newest = max(newest, run.expected_start_time)
+        message = f"missed: the run of {newest.astimezone():%Y-%m-%d %H:%M} stands for it (catch_up: latest)"
+        for each in waiting:
+            if each.expected_start_time and each.expected_start_time < newest:
+                client.set_flow_run_state(each.id, Completed(name=SKIPPED, message=message), force=True)
+        return message if run.expected_start_time < newest else None
+
+
+def _schedule(run: Any) -> UUID | None:
+    """Which schedule has made a run."""
+    created = run.created_by
+    return created.id if run.auto_scheduled and created and created.type == "SCHEDULE" else None

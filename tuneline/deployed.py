@@ -1,0 +1,21 @@
+"""Entrypoints of deployments: `tuneline.deployed.NAME` is the flow of the pipeline NAME, `tuneline.deployed.run_stage` that of stages in
+pools of their own.
+
+A worker imports them from its own installation. Our packages' folder comes first on the path: others named `flows` and `tasks` may be
+installed there, or lie in a folder of PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from tuneline import PACKAGES_ROOT
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    sys.path.insert(0, str(PACKAGES_ROOT))
+    return getattr(import_module("flows.pipeline"), name)  # by name: no module of the core depends on flows
