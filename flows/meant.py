@@ -35,8 +35,6 @@ def hint(error: click.UsageError) -> str:
     """What to write instead; empty where nothing better than `--help` is known."""
     command = error.ctx.command.name if error.ctx else ""
     if isinstance(error, click.exceptions.NoSuchCommand):
-        if error.possibilities:
-            return ""
         name = error.command_name.lower()
         if name in STAGES:
             return f"`tuneline run PIPELINE` builds every stage; `--only STAGE` one of kind {STAGES[name]} and what it depends on"

@@ -20,6 +20,7 @@ def stages_of(context: click.Context, _parameter: click.Parameter, begun: str) -
     """Of an argument PIPELINE/STAGE: pipelines, then the stages of the one that is there. Of an option: stages of the pipeline."""
     pipelines = _pipelines(context)
     given = context.params.get("pipeline") or context.params.get("name")
+    given = given or next(iter(context.args), None)  # an option without its value yet keeps click from reading arguments
     if given:
         return [name for name in (pipelines[given].stages if given in pipelines else ()) if name.startswith(begun)]
     if "/" in begun:

@@ -157,7 +157,7 @@ def _through_prefect(
     force: tuple[str, ...],
 ) -> RunRecord:
     import httpx
-    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
     from prefect.logging.handlers import APILogHandler
 
     from flows.pipeline import REPORTER, run_pipeline
@@ -182,6 +182,10 @@ def _through_prefect(
         if record.state == "running":  # unless it was interrupted in that as well
             workspace.runs.finish(record, "cancelled")
         return record
+    except ObjectNotFound:  # the run was deleted on the server, and so ended
+        if reporter.run_id is None:
+            raise
+        return workspace.runs.get(pipeline, reporter.run_id)
     except httpx.HTTPError as error:
         address = os.environ["PREFECT_API_URL"]
         if reporter.run_id is None:

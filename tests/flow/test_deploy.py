@@ -19,6 +19,8 @@ import pytest
 from processes import PATIENCE, gone, until
 from project import ROOT, Project, place_stand_in, shadow
 
+from tuneline import __version__
+
 PIPELINES = """\
 version: 1
 runtimes: {stand-in: {python: bin/python}}
@@ -123,19 +125,23 @@ def test_the_server_says_what_the_file_says_and_a_second_deploy_changes_nothing(
     found = deployed()
     assert sorted(found) == ["other/other", "pico/pico", "pico/pico-nightly", "run-stage/run-stage-boxes"]
     main, nightly, child = found["pico/pico"], found["pico/pico-nightly"], found["run-stage/run-stage-boxes"]
-    assert main.entrypoint == "flows.pipeline.pico"
+    assert main.entrypoint == "tuneline.deployed.pico"
     assert main.parameters == {"pipeline": "pico", "file": str(pico.root / "pipelines.yaml")}
     assert (main.work_pool_name, main.work_queue_name, main.description) == ("local", "interactive", "Small.")
     assert (main.global_concurrency_limit.limit, main.concurrency_options.collision_strategy.value) == (1, "ENQUEUE")
     assert {"tuneline", "pico", "mine"} < set(main.tags)
-    assert main.job_variables["env"] == {"PYTHONPATH": str(ROOT), "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
+    assert main.job_variables["env"] == {"TUNELINE_DEPLOYED": __version__, "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60"}
+    form = main.parameter_openapi_schema["properties"]
+    assert set(form) == {"overrides", "variables", "only", "force"}
+    assert all(field["description"] for field in form.values())
+    assert nightly.parameters["overrides"] == {"one.seed": 7}  # shown in its form
     (often,) = main.schedules
     assert (often.slug, often.active, often.schedule.interval, often.parameters) == ("often", False, datetime.timedelta(hours=6), {})
     (night,) = nightly.schedules
     assert (night.slug, night.active, night.schedule.cron, night.schedule.timezone) == ("night", True, "0 2 * * *", "Europe/Berlin")
     assert night.parameters == {"overrides": {"one.seed": 7}, "variables": {"rows": "one"}}
     assert nightly.work_queue_name == "nightly"
-    assert (child.entrypoint, child.parameters, child.enforce_parameter_schema) == ("flows.pipeline.run_stage", {}, False)
+    assert (child.entrypoint, child.parameters, child.enforce_parameter_schema) == ("tuneline.deployed.run_stage", {}, False)
     assert "PYTHONPATH" not in child.job_variables["env"]  # its image has a tuneline of its own
     assert queues("local") == {"interactive": (1, None), "default": (2, None), "nightly": (10, 1)}
     with server() as client:
@@ -452,6 +458,41 @@ def logs(run_id: str) -> list[str]:
 def state(run_id: str) -> Any:
     with server() as client:
         return client.read_flow_run(UUID(run_id)).state
+
+
+@pytest.mark.slow
+def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Project) -> None:
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+
+    nightly, now = deployed()["pico/pico-nightly"], datetime.datetime.now(datetime.UTC)
+    days = {"start_time": (now - datetime.timedelta(days=4)).isoformat(), "end_time": now.isoformat()}
+    with server() as client:
+        client.request("POST", f"/deployments/{nightly.id}/schedule", json=days)
+
+        def due() -> list[Any]:
+            its = DeploymentFilter(id=DeploymentFilterId(any_=[nightly.id]))
+            runs = [run for run in client.read_flow_runs(deployment_filter=its) if run.expected_start_time < now]
+            return sorted(runs, key=lambda run: run.expected_start_time)
+
+        assert len(due()) == 4
+        until(lambda: all(run.state.is_final() for run in due()))
+        assert [run.state.name for run in due()] == ["Skipped"] * 3 + ["Completed"]
+        assert due()[0].state.message.startswith("missed: the run of ")
+    assert len((working.root / "calls-one").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_name_that_the_user_gave_stays_and_another_pipeline_is_refused(working: Project) -> None:
+    done = prefect("deployment", "run", "pico/pico", "-p", 'only="one"', "--flow-run-name", "before-the-release", "--watch")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = working.json("runs", "pico", "--last", "1")[0]
+    with server() as client:
+        run = client.read_flow_run(UUID(record["flow_run"]))
+    assert (run.name, {"tuneline", "pico"} < set(run.tags)) == ("before-the-release", True)
+    refused = prefect("deployment", "run", "pico/pico", "-p", "pipeline=other", "--watch")
+    assert refused.returncode == 1
+    (wrong,) = [line for line in logs(refused.stdout.split("UUID: ")[1].split()[0]) if "allowed pico" in line]
+    assert wrong.startswith("pipeline: found other, allowed pico, the pipeline of the deployment")
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_list_shows_pipelines_and_stages_with_their_last_state(demo: Project, en
     assert (row["pipeline"], row["stages"], row["run"], row["status"]) == ("demo", 5, ended.run_id, "failed")
     assert "failed" in demo.tuneline("list").stdout
     stages = {row["stage"]: row["status"] for row in demo.json("list", "demo")}
-    assert stages == {"one": "done", "two": "failed", "other": "done", "gate": "done", "after": "done"} or stages["two"] == "failed"
+    assert stages == {"one": "done", "two": "failed", "other": "done", "gate": "skipped", "after": "skipped"}
     assert "failed" in demo.tuneline("list", "demo").stdout
 
 
@@ -98,7 +98,7 @@ def test_a_shell_completes_commands_and_names(demo: Project, line: str, found: l
     words = line.split()
     env = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_TUNELINE_COMPLETE": "bash_complete"}
     answered = demo.tuneline(**env).stdout.splitlines()
-    assert [each.partition(",")[2] for each in answered] == found
+    assert [each.partition(",")[2] for each in answered if each] == found
 
 
 def test_completion_prints_a_script_for_each_shell(project: Project) -> None:
