@@ -137,7 +137,7 @@ def cancel(run: str, file: Path) -> None:
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Prints a script that completes commands and names in your shell: `source <(tuneline completion bash)`."""
+    """Prints a script that has a shell complete names. As in `source <(tuneline completion bash)`."""
     from click.shell_completion import get_completion_class
 
     root = click.get_current_context().find_root()

@@ -55,7 +55,7 @@ def _password() -> str:
 @file_option
 @json_option
 def down(file: Path, as_json: bool) -> None:
-    """Ends what `up` started, and runs in progress in order."""
+    """Ends what `up` started. Runs in progress end in order."""
     from flows.up import down as end
 
     ended = end(file.absolute().parent)
