@@ -124,7 +124,7 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 @click.argument("path", type=click.Path(path_type=Path), required=False, metavar="[FILE]")
 @file_option
 def validate(path: Path | None, file: Path) -> None:
-    """Checks a pipelines file: every problem at once, with its place."""
+    """Checks a pipelines file. Shows every problem at once, with its place."""
     from tuneline.schedules import check_schedules
 
     loaded = load(path or file)
@@ -258,7 +258,7 @@ def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str,
 @click.option("--open", "in_browser", is_flag=True, help="Opens the run's report in a browser.")
 @json_option
 def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
-    """Shows what a pipeline's last run, or a stage of it, came to. Says where the run's report lies."""
+    """Shows what the last run, or a stage of it, came to. Says where the run's report lies."""
     pipeline, _, stage = what.partition("/")
     workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
     record = workspace.runs.get(pipeline, run_id)

@@ -57,7 +57,7 @@ def _stages(workspace: Workspace, pipeline: str) -> list[dict[str, Any]]:
 @click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="So many, newest first.")
 @json_option
 def runs(pipeline: str | None, file: Path, last: int, as_json: bool) -> None:
-    """Lists runs, newest first: id, state, times, and what became of their stages."""
+    """Lists runs, newest first, with their states and times."""
     workspace = Workspace(load_pipeline(file, pipeline, (), ()) if pipeline else load(file), warn)
     records = [record for record, _ in zip(workspace.runs.newest_first(pipeline), range(last), strict=False)]
     rows = [_run(record) for record in records]
@@ -81,7 +81,7 @@ def _run(record: RunRecord) -> dict[str, Any]:
 @file_option
 @json_option
 def status(file: Path, as_json: bool) -> None:
-    """Shows what runs now, how far it is, and what waits on the server."""
+    """Shows what runs now and how far it is. Also what waits on the server."""
     from flows.server import connect, find_server
     from flows.status import on_server, working
 

@@ -142,7 +142,7 @@ def submit(
 @click.option("--fix", is_flag=True, help="Tells the server the end of runs whose process on this machine is gone.")
 @json_option
 def doctor(file: Path, fix: bool, as_json: bool) -> None:
-    """Looks for what would make runs fail or hang, and names remedies."""
+    """Looks for what would make runs fail or hang. Names remedies."""
     from flows.doctor import PROBLEM, examine
 
     findings = examine(load(file), fix)

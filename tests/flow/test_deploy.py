@@ -474,9 +474,9 @@ def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Proj
             runs = [run for run in client.read_flow_runs(deployment_filter=its) if run.expected_start_time < now]
             return sorted(runs, key=lambda run: run.expected_start_time)
 
-        assert len(due()) == 4
+        assert len(due()) == 3  # as many as Prefect plans at once
         until(lambda: all(run.state.is_final() for run in due()))
-        assert [run.state.name for run in due()] == ["Skipped"] * 3 + ["Completed"]
+        assert [run.state.name for run in due()] == ["Skipped"] * 2 + ["Completed"]
         assert due()[0].state.message.startswith("missed: the run of ")
     assert len((working.root / "calls-one").read_text().splitlines()) == 1
 
