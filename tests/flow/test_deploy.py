@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from processes import PATIENCE, gone, until
-from project import ROOT, Project, place_stand_in, shadow
+from project import Project, place_stand_in, shadow
 
 from tuneline import __version__
 
@@ -490,9 +490,14 @@ def test_a_name_that_the_user_gave_stays_and_another_pipeline_is_refused(working
         run = client.read_flow_run(UUID(record["flow_run"]))
     assert (run.name, {"tuneline", "pico"} < set(run.tags)) == ("before-the-release", True)
     refused = prefect("deployment", "run", "pico/pico", "-p", "pipeline=other", "--watch")
-    assert refused.returncode == 1
-    (wrong,) = [line for line in logs(refused.stdout.split("UUID: ")[1].split()[0]) if "allowed pico" in line]
-    assert wrong.startswith("pipeline: found other, allowed pico, the pipeline of the deployment")
+    said = refused.stdout + refused.stderr
+    assert refused.returncode == 1, said
+    assert "The following parameters are available on the deployment: 'overrides', 'variables', 'only', 'force'" in said
+    with server() as client:
+        asked = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, parameters={"pipeline": "other"})
+    until(lambda: state(str(asked.id)).is_final())
+    assert state(str(asked.id)).is_failed()
+    assert [line for line in logs(str(asked.id)) if "pipeline: found other, allowed pico, the pipeline of the deployment" in line]
 
 
 @pytest.mark.slow

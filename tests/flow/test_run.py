@@ -25,7 +25,9 @@ from demo_project import PIPELINES, statuses
 from processes import PATIENCE, gone, marked, until
 from project import ROOT, Project
 
+from flows import forced
 from tuneline import file_memory
+from tuneline.runs import RunRecord
 from tuneline.store import Store
 
 
@@ -356,6 +358,56 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
     killed = demo.json("show", "demo")["run_id"]
     assert demo.json("run", "demo")["state"] == "completed"
     assert "its log is" not in demo.tuneline("show", "demo", "--run", killed).stdout  # it has gone into the artifact
+
+
+@pytest.mark.slow
+def test_a_force_is_paid_once(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], mark: str) -> None:
+    """Called again after a kill, it takes what it has built; called again after its end, it builds again."""
+    force = ("--force", "one", "--force", "two")
+    run()
+    stand_in(two=["ok", "sleep"])
+    process = demo.start("run", "demo", *force, MARK=mark)
+    until((demo.root / "sleeping-two").exists, process)
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    assert gone(mark)
+    rows = {
+        row["stage"]: (row["status"], [reason["code"] for reason in row["reasons"]]) for row in demo.json("plan", "demo", *force)["stages"]
+    }
+    assert (rows["one"], rows["two"]) == (("cached", ["forced"]), ("run", ["forced"]))
+    again = demo.json("run", "demo", *force)
+    assert {row["stage"]: row["status"] for row in again["stages"]} | {"gate": ""} == {
+        "one": "cached",
+        "two": "done",
+        "other": "cached",
+        "gate": "",
+        "after": "cached",
+    }
+    assert (len(calls(demo, "one")), len(calls(demo, "two"))) == (2, 3)
+    assert demo.json("run", "demo", "--force", "one")["stages"][0]["status"] == "done"
+    assert len(calls(demo, "one")) == 3
+
+
+def test_a_force_goes_on_with_what_it_began(tmp_path: Path) -> None:
+    def record(run: str) -> RunRecord:
+        return RunRecord(run_id=run, pipeline="demo", started="", flow_run=f"flow-{run}")
+
+    work, checkpoint = tmp_path / "key", tmp_path / "key" / "checkpoint"
+
+    def left(run: str, tried: bool = False) -> bool:
+        """Whether a checkpoint is left once the run begins."""
+        work.mkdir(exist_ok=True)
+        checkpoint.touch()
+        forced.begin(work, record(run), tried)
+        return checkpoint.exists()
+
+    assert not left("a")  # of a run without --force
+    assert left("a", tried=True)  # the second attempt of one run
+    assert left("b")  # `a` was killed
+    forced.failed(work)
+    assert left("b")  # Prefect's Retry of the run that failed
+    forced.failed(work)
+    assert not left("c")  # called again after a failure
 
 
 @pytest.mark.slow
