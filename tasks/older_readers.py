@@ -1,0 +1,101 @@
+"""Writes what transformers 5 writes the way that other readers know it, too: transformers 4.57, and what follows its keys (vLLM, SGLang,
+llama.cpp, MLX).
+
+transformers 5 moved `rope_theta` and `rope_scaling` of config.json into `rope_parameters`. 4.57 takes its own default where a key is
+missing, without a word: a theta of 10000 in place of 1e6. tokenizer_config.json names classes that only version 5 has: 4.57 refuses them.
+So the older keys are added. What is there already stays, and version 5 reads the same values with them.
+
+Source: configuration and tokenizer classes of transformers 4.57.6 and 5.23, which tests/program/test_older_readers.py compares.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+# What 4.57 calls theta, the share of a head that is rotated, and the theta of layers that look at a window, where it has names of its own.
+THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base", "modernbert-decoder": "global_rope_theta"}
+SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+LOCAL_THETA = {"modernbert-decoder": "local_rope_theta"}
+# It refuses a scaling with any other key.
+SCALING = {"phi3": ("type", "short_factor", "long_factor")}
+# It does not know the names that version 5 gives to layers; version 5 reads both.
+LAYERS = {"granitemoehybrid": "layer_types", "zamba": "layers_block_type", "zamba2": "layers_block_type"}
+LAYER_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
+DEFAULTS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")  # of tokenizers: each class has its own
+
+
+def readable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with 4.57's keys beside those of version 5; as it was, where version 5 would read another value from it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return config
+    added = with_older_keys(config)
+    before, after = (CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(each)).to_dict() for each in (config, added))
+    return added if all(after.get(name) == value for name, value in before.items()) else config
+
+
+def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
+    found = {name: with_older_keys(value) if is_config(value) else value for name, value in config.items()}
+    kind = str(found.get("model_type"))
+    if isinstance(found.get("dtype"), str):
+        found.setdefault("torch_dtype", found["dtype"])
+    if rope := found.get("rope_parameters"):
+        for name, value in older_rope(rope, kind).items():
+            if found.get(name) is None:
+                found[name] = value
+    if found.get(LAYERS.get(kind, "")):
+        found[LAYERS[kind]] = [LAYER_NAMES.get(layer, layer) for layer in found[LAYERS[kind]]]
+    return found
+
+
+def is_config(value: Any) -> bool:
+    return isinstance(value, dict) and ("model_type" in value or "rope_parameters" in value)
+
+
+def older_rope(rope: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Of `rope_parameters`. Where each type of layer has its own, those of layers that see everything are the model's."""
+    whole = rope.get("full_attention") or rope
+    found = {THETA.get(kind, "rope_theta"): whole.get("rope_theta")}
+    if "partial_rotary_factor" in whole:
+        found[SHARE.get(kind, "partial_rotary_factor")] = whole["partial_rotary_factor"]
+    if local := rope.get("sliding_attention"):
+        found[LOCAL_THETA.get(kind, "rope_local_base_freq")] = local.get("rope_theta")
+    scaling = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if all(value == "default" for value in scaling.values()):
+        return found | {"rope_scaling": None}
+    if scaling.get("rope_type") == "longrope":  # 4.57 looks for it outside
+        found["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    if kind in SCALING:
+        scaling = {name: value for name, value in {**scaling, "type": scaling["rope_type"]}.items() if name in SCALING[kind]}
+    return found | {"rope_scaling": scaling}
+
+
+def make_tokenizer_readable(folder: Path) -> None:
+    """Rewrites the tokenizer_config.json that transformers 5 has saved into a folder; leaves one that an earlier version wrote as it is.
+
+    Every reader is told to take tokenizer.json to the letter: 4.57's class for a model sets up much by defaults of its own, such as a
+    beginning that is added to texts. What no tokenizer.json says, and was a default of the class, is written out.
+    """
+    from transformers import AutoTokenizer
+
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.pop("backend", None) != "tokenizers" or "auto_map" in config:  # only version 5 writes `backend`
+        return
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    ids = tokenizer("a")["input_ids"]
+    if extra := config.pop("extra_special_tokens", None):  # 4.57 expects named ones here
+        config["additional_special_tokens"] = extra
+    if named := config.pop("model_specific_special_tokens", None):
+        config["extra_special_tokens"] = named
+    config |= {name: getattr(tokenizer, name) for name in DEFAULTS}
+    config |= {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
+    state = tokenizer.backend_tokenizer.pre_tokenizer and json.loads(tokenizer.backend_tokenizer.pre_tokenizer.__getstate__())
+    if state and "add_prefix_space" in state:  # 4.57 changes it to what it finds here, and to false where it finds nothing
+        config["add_prefix_space"] = state["add_prefix_space"]
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
