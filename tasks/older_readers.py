@@ -20,9 +20,11 @@ THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base", 
 SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 LOCAL_THETA = {"modernbert-decoder": "local_rope_theta"}
 # It refuses a scaling with any other key.
-SCALING = {"phi3": ("type", "short_factor", "long_factor")}
-# It does not know the names that version 5 gives to layers; version 5 reads both.
+SCALING = dict.fromkeys(("phi3", "phi4_multimodal"), ("type", "short_factor", "long_factor"))
+# Version 5 reads both names, and writes one that 4.57 does not know: of a number, and of layers in a list.
+NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 LAYERS = {"granitemoehybrid": "layer_types", "zamba": "layers_block_type", "zamba2": "layers_block_type"}
+FLOAT = "__float__"
 LAYER_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
 DEFAULTS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")  # of tokenizers: each class has its own
 
@@ -33,9 +35,17 @@ def readable_config(config: dict[str, Any]) -> dict[str, Any]:
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return config
+    config = with_floats(config)  # as version 5 reads a file, and 4.57 does not
     added = with_older_keys(config)
     before, after = (CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(each)).to_dict() for each in (config, added))
     return added if all(after.get(name) == value for name, value in before.items()) else config
+
+
+def with_floats(value: Any) -> Any:
+    """Version 5 writes `{"__float__": "Infinity"}`, 4.57 `Infinity`; both read the latter."""
+    if isinstance(value, dict):
+        return float(value[FLOAT]) if value.keys() == {FLOAT} else {name: with_floats(item) for name, item in value.items()}
+    return [with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -44,9 +54,12 @@ def with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(found.get("dtype"), str):
         found.setdefault("torch_dtype", found["dtype"])
     if rope := found.get("rope_parameters"):
-        for name, value in older_rope(rope, kind).items():
+        for name, value in older_rope(rope, found).items():
             if found.get(name) is None:
                 found[name] = value
+    for theirs, older in NAMES.get(kind, {}).items():
+        if theirs in found:
+            found.setdefault(older, found[theirs])
     if found.get(LAYERS.get(kind, "")):
         found[LAYERS[kind]] = [LAYER_NAMES.get(layer, layer) for layer in found[LAYERS[kind]]]
     return found
@@ -56,9 +69,9 @@ def is_config(value: Any) -> bool:
     return isinstance(value, dict) and ("model_type" in value or "rope_parameters" in value)
 
 
-def older_rope(rope: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Of `rope_parameters`. Where each type of layer has its own, those of layers that see everything are the model's."""
-    whole = rope.get("full_attention") or rope
+def older_rope(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The keys in place of `rope_parameters`. Where each type of layer has its own, those of layers that see everything are the model's."""
+    kind, whole = str(config.get("model_type")), rope.get("full_attention") or rope
     found = {THETA.get(kind, "rope_theta"): whole.get("rope_theta")}
     if "partial_rotary_factor" in whole:
         found[SHARE.get(kind, "partial_rotary_factor")] = whole["partial_rotary_factor"]
@@ -67,8 +80,10 @@ def older_rope(rope: dict[str, Any], kind: str) -> dict[str, Any]:
     scaling = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
     if all(value == "default" for value in scaling.values()):
         return found | {"rope_scaling": None}
-    if scaling.get("rope_type") == "longrope":  # 4.57 looks for it outside
-        found["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    if scaling.get("rope_type") == "longrope":  # 4.57 looks for it outside, and takes the factor from it
+        context = scaling.pop("original_max_position_embeddings", None)
+        if context and scaling.get("factor") in (None, config["max_position_embeddings"] / context):
+            found["original_max_position_embeddings"] = context
     if kind in SCALING:
         scaling = {name: value for name, value in {**scaling, "type": scaling["rope_type"]}.items() if name in SCALING[kind]}
     return found | {"rope_scaling": scaling}
@@ -80,7 +95,7 @@ def make_tokenizer_readable(folder: Path) -> None:
     Every reader is told to take tokenizer.json to the letter: 4.57's class for a model sets up much by defaults of its own, such as a
     beginning that is added to texts. What no tokenizer.json says, and was a default of the class, is written out.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -88,9 +103,11 @@ def make_tokenizer_readable(folder: Path) -> None:
         return
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer("a")["input_ids"]
-    if extra := config.pop("extra_special_tokens", None):  # 4.57 expects named ones here
-        config["additional_special_tokens"] = extra
-    if named := config.pop("model_specific_special_tokens", None):
+    if extra := config.pop("extra_special_tokens", None):
+        config["additional_special_tokens"] = extra  # 4.57 has those with a name under the other key
+    config.pop("model_specific_special_tokens", None)
+    usual = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+    if named := {name: token for name, token in config.items() if name.endswith("_token") and isinstance(token, str) and name not in usual}:
         config["extra_special_tokens"] = named
     config |= {name: getattr(tokenizer, name) for name in DEFAULTS}
     config |= {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}

@@ -130,35 +130,58 @@ def test_tokenizers_of_other_classes(older: Older, tmp_path: Path, name: str, pr
 
 # --- configurations ---------------------------------------------------------------------------------------------------
 
-# Written by a version, or for it alone.
-SKIPPED = {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}
+SPECIAL = [
+    "cohere2", "gemma3_text", "gpt_neox", "gpt_oss", "granitemoehybrid", "llama", "mamba2", "modernbert-decoder", "olmo3", "phi", "phi3", "qwen3_moe",
+    "zamba2",
+]  # fmt: skip
+SKIPPED = {"transformers_version", "torch_dtype", "dtype", "_name_or_path"}  # of the version that reads
+# (model type, key): why 4.57 reads another value than before.
+KNOWN = {
+    ("bamba", "partial_rotary_factor"): "version 5 takes the half, whatever stands there",
+    ("dbrx", "refused"): "it has parts that 4.57 takes with no further key",
+    ("falcon_mamba", "use_falcon_mambapy"): "has another name in version 5, and changes no result",
+    ("fuyu", "use_cache"): "is a part's in version 5, and changes no result",
+    ("granitemoehybrid", "layer_types"): "nothing is a list of mamba",
+    ("longcat_flash", "num_hidden_layers"): "is twice num_layers, whatever stands there",
+    **dict.fromkeys([("xlm", f"{name}_index") for name in ("bos", "eos", "pad")], "is the token's id, whatever stands there"),
+}
 
 
-def test_configurations_of_other_models(older: Older) -> None:
-    """Of every causal language model: what 4.57 has written, and version 5 has read and written again, says the same to both."""
-    originals, rewritten, ours = [], [], []
-    for kind, changed, config in older.ask("variants", None):
+@pytest.mark.parametrize("kinds", [SPECIAL, pytest.param(None, marks=pytest.mark.full)], ids=["special", "all"])
+def test_configurations_of_other_models(older: Older, kinds: list[str] | None) -> None:
+    """What 4.57 has written, and version 5 has read and written again, says the same to both."""
+    tried, written, ours = [], [], []
+    for kind, changed, config in older.ask("variants", kinds):
         try:
             read = CONFIG_MAPPING[kind].from_dict(deepcopy(config))
-        except Exception:  # of any type: version 5 takes no such model, or not with this value
+        except Exception:  # of any type: version 5 knows no such model, or takes no such value
             continue
-        written = json.loads(read.to_json_string())
-        originals.append((kind, changed, config))
-        rewritten.append(written)
-        ours.append(readable_config(written))
-        assert ours[-1] is not written, kind
-    lost = differences(originals, older.ask("read_configs", ours))
+        tried.append((kind, changed, config, read.to_dict()))
+        written.append(json.loads(read.to_json_string()))
+        ours.append(readable_config(written[-1]))
+        if "rope_parameters" in ours[-1]:  # version 5 reads the same, or they would not be there
+            assert "rope_scaling" in ours[-1]
+    before, after, without = (older.ask("read_configs", configs) for configs in ([config for _, _, config, _ in tried], ours, written))
+    lost = {place: changed for place, changed in differences(tried, before, after).items() if place not in KNOWN}
     assert not lost
-    assert (
-        len({kind for kind, _ in differences(originals, older.ask("read_configs", rewritten))}) > 50
-    )  # what 4.57 reads without the older keys
+    assert {("llama", "rope_theta"), ("gpt_neox", "rotary_pct"), ("qwen3_moe", "num_experts")} <= differences(tried, before, without).keys()
 
 
-def differences(originals: list[tuple[str, str, Any]], read: list[Any]) -> dict[tuple[str, str], list[str]]:
-    """(model type, key): what was changed where 4.57 reads another value."""
+def differences(tried: list[Any], before: list[Any], after: list[Any]) -> dict[tuple[str, str], list[str]]:
+    """(model type, key): what was changed where 4.57 reads another value than before, but where version 5 itself does."""
     found = defaultdict(list)
-    for (kind, changed, config), back in zip(originals, read, strict=True):
-        for name, value in config.items():
-            if name not in SKIPPED and back.get(name) != value:
-                found[kind, name].append(changed)
+    for (kind, changed, _, read), one, other in zip(tried, before, after, strict=True):
+        for name in unequal(one, other, read) if "refused" not in other else ["refused"]:
+            found[kind, name].append(changed)
+    return found
+
+
+def unequal(before: Any, after: Any, read: Any) -> list[str]:
+    found = []
+    for name in before.keys() - SKIPPED:
+        one, other, ours = before[name], after.get(name), read.get(name)
+        if isinstance(one, dict) and isinstance(other, dict) and "model_type" in one:
+            found += unequal(one, other, ours)
+        elif one != other and (ours == one or ours != other):
+            found.append(name)
     return found

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -88,25 +89,33 @@ def variants(kinds: list[str] | None) -> list[tuple[str, str, Document]]:
 
     found = []
     for kind in kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        defaults = document(CONFIG_MAPPING[kind]())
+        try:
+            defaults = document(CONFIG_MAPPING[kind]())
+        except ValueError:  # of parts that must be given
+            continue
         for name, fields in {"defaults": {}, **changes(defaults)}.items():
             try:
-                found.append((kind, name, document(CONFIG_MAPPING[kind](**fields))))
+                found.append((kind, name, json.loads(CONFIG_MAPPING[kind](**fields).to_json_string())))
             except Exception:  # of any type: the class refuses the value
                 continue
     return found
 
 
 def changes(defaults: Document) -> dict[str, Document]:
+    from transformers import PretrainedConfig
+
     found: dict[str, Document] = {}
+    general = document(PretrainedConfig()).keys() - {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
     for name, value in defaults.items():
+        if name in general:
+            continue
         if isinstance(value, bool):
             found[name] = {name: not value}
         elif isinstance(value, int):
             found[name] = {name: value + 1 if name.endswith("_id") or value < 1 else value * 2}
         elif isinstance(value, float):
             found[name] = {name: value * 1.5 or 0.25}
-    if "rope_scaling" in defaults:
+    if {"rope_scaling", "hidden_size", "num_attention_heads"} <= defaults.keys():
         found |= {name: {"rope_scaling": scaling, "rope_theta": 54321.0} for name, scaling in scalings(defaults).items()}
     return found
 
@@ -123,8 +132,7 @@ def scalings(defaults: Document) -> dict[str, Document]:
         "llama3": {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": context // 8,
         },
-        "longrope": {"rope_type": "longrope", "factor": 4.0, **factors},
-        "longrope of phi3": {"type": "longrope", **factors},
+        "longrope": {"type": "longrope", **factors} if defaults["model_type"].startswith("phi") else {"rope_type": "longrope", "factor": 4.0, **factors},
     }  # fmt: skip
 
 
@@ -177,6 +185,9 @@ def read_model(folder: str, ids: list[int], adapter: str | None = None) -> Docum
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
+    gc.disable()
+    for name in ("bitsandbytes", "deepspeed", "gptqmodel", "optimum", "pandas", "scipy", "sklearn", "torchao"):  # imported if they are there
+        sys.modules[name] = None  # type: ignore[assignment]
     import peft
     import transformers
 
