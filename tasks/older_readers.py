@@ -33,7 +33,7 @@ def readable_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json with 4.57's keys beside those of version 5; as it was, where version 5 would read another value from it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if config.get("model_type") not in CONFIG_MAPPING:
+    if config.get("model_type") not in CONFIG_MAPPING or "auto_map" in config:  # read by code of its own
         return config
     config = with_floats(config)  # as version 5 reads a file, and 4.57 does not
     added = with_older_keys(config)
@@ -105,7 +105,8 @@ def make_tokenizer_readable(folder: Path) -> None:
     ids = tokenizer("a")["input_ids"]
     if extra := config.pop("extra_special_tokens", None):
         config["additional_special_tokens"] = extra  # 4.57 has those with a name under the other key
-    config.pop("model_specific_special_tokens", None)
+    for name in ("model_specific_special_tokens", "is_local", "local_files_only"):  # the latter say where it was read
+        config.pop(name, None)
     usual = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
     if named := {name: token for name, token in config.items() if name.endswith("_token") and isinstance(token, str) and name not in usual}:
         config["extra_special_tokens"] = named

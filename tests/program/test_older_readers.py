@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tasks.loading import save_tokenizer
-from tasks.older_readers import readable_config
+from tasks.older_readers import make_tokenizer_readable, readable_config
 from tuneline.protocol import Input
 
 ROPE = {
@@ -126,6 +126,9 @@ def test_tokenizers_of_other_classes(older: Older, tmp_path: Path, name: str, pr
     save_tokenizer(words, tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert tokens(again) == older.ask("read_tokenizer", tmp_path) == tokens(words)
+    before = (tmp_path / "tokenizer_config.json").read_bytes()
+    make_tokenizer_readable(tmp_path)
+    assert (tmp_path / "tokenizer_config.json").read_bytes() == before
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -156,6 +159,8 @@ def test_configurations_of_other_models(older: Older, kinds: list[str] | None) -
             read = CONFIG_MAPPING[kind].from_dict(deepcopy(config))
         except Exception:  # of any type: version 5 knows no such model, or takes no such value
             continue
+        if changed == "defaults":
+            assert readable_config(config) == config  # what others read already stays as it is
         tried.append((kind, changed, config, read.to_dict()))
         written.append(json.loads(read.to_json_string()))
         ours.append(readable_config(written[-1]))

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,9 @@ class Older:
         print(json.dumps([what, *arguments], default=str), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         assert line, self.log.read_text()
-        return json.loads(line)
+        answer = json.loads(line)
+        assert "raised" not in answer, answer["raised"]
+        return answer
 
     def end(self) -> None:
         self._process.communicate()
@@ -186,7 +189,16 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
     gc.disable()
-    for name in ("bitsandbytes", "deepspeed", "gptqmodel", "optimum", "pandas", "scipy", "sklearn", "torchao"):  # imported if they are there
+    for name in (
+        "bitsandbytes",
+        "deepspeed",
+        "gptqmodel",
+        "optimum",
+        "pandas",
+        "scipy",
+        "sklearn",
+        "torchao",
+    ):  # imported if they are there
         sys.modules[name] = None  # type: ignore[assignment]
     import peft
     import transformers
@@ -196,7 +208,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     for line in sys.stdin:
         what, *arguments = json.loads(line)
-        print(json.dumps(globals()[what](*arguments)), file=answers, flush=True)
+        try:
+            answer = globals()[what](*arguments)
+        except Exception:  # of any type: the test is told
+            answer = {"raised": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
