@@ -139,7 +139,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
         messages = [message for column, value in given for message in message_list(value, column, ignored)]
     messages = around(record, messages, ignored)
     check_conversation(messages, row, name)
-    return replace(row, messages=tuple(messages))
+    return Row(source, tuple(messages), answer=row.answer, extra=row.extra)
 
 
 def check_conversation(messages: list[dict[str, Any]], row: Row, name: str) -> None:
