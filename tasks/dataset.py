@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import special_tokens
 from tasks.dataset_report import ignored, write_report
-from tasks.formats import BadRow, refuse_row
+from tasks.formats import refuse_row
 from tasks.loading import load_tokenizer, template_hash
 from tasks.masks import token_counts
 from tasks.rendering import conversation, unrendered
 from tasks.rows import SPLITS, Row, content_hash, row_count, seldom_collected, tidy, write_rows
 from tasks.sources import Counts, Item, drop, read_source
+from tasks.values import BadRow
 from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
