@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Has learnt TRAIN, so that broken weights show in its perplexity, under a template of its own."""
     folder = save_pico(tmp_path_factory.mktemp("pico") / "model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    edit_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=1e6))
+    edit_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=3e4))
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch = words().pad({"input_ids": [ids(row) for row in TRAIN]}, return_tensors="pt")
