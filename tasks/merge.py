@@ -91,11 +91,15 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     parts, others = lora_parts(adapter)
     refuse(adapter, config, [*parts, *others])
 
+    dtype = None if stage.dtype == "auto" else stage.dtype
     reason = why_not_streamed(config, parts, others, weights)
     if reason:
         events.warning(f"merged by PEFT, with the whole model in memory, because {reason}")
-        dtype = main_dtype(weights) if stage.dtype == "auto" else stage.dtype
+        dtype = dtype or main_dtype(weights)
         merged = merge_with_peft(adapter, payload, dtype, stage.max_shard_size)
+        for file in (base / "config.json", base / "generation_config.json"):  # not as transformers 5 has rewritten them
+            if file.exists():
+                shutil.copyfile(file, payload / file.name)
     else:
         merge_streamed(config, parts, weights, payload, stage, events)
         merged = len(parts)
@@ -107,7 +111,6 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
             shutil.copyfile(file, payload / file.name)
     model = Input(path=payload, digest="", type="Model")
     tokenizer = saved_tokenizer(load_tokenizer(adapter), model)
-    dtype = None if stage.dtype == "auto" else stage.dtype
     save_configs(payload if reason else base, payload, dtype, tokenizer, events)
     check_ends(payload, tokenizer)
 

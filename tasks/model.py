@@ -21,7 +21,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import CODE, save_tokenizer, template_hash
+from tasks.loading import CODE, save_tokenizer, template_hash, write_json
+from tasks.older_readers import readable_config
 from tasks.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
@@ -106,6 +107,8 @@ def from_gguf(file: Path, payload: Path) -> None:
     patch(model, "hf_quantizer", None)
     del model.config.quantization_config
     model.save_pretrained(payload)
+    config = json.loads((payload / "config.json").read_text(encoding="utf-8"))
+    write_json(payload / "config.json", readable_config(config))
     save_tokenizer(AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True), payload)
 
 

@@ -11,6 +11,7 @@ layers that hold several experts in one tensor. A killed stage begins anew: gptq
 from __future__ import annotations
 
 import gc
+import json
 import math
 import random
 import re
@@ -29,11 +30,14 @@ from tasks.loading import (
     load_tokenizer,
     model_folder,
     runs_code,
+    saved_config,
     saved_tokenizer,
     template_hash,
+    write_json,
 )
 from tasks.masks import tokenize
 from tasks.model import kept_files
+from tasks.older_readers import make_tokenizer_readable
 from tasks.rows import Row, read_split
 from tasks.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
@@ -76,12 +80,14 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     for file in kept_files(folder):  # tokenizer, template and generation settings, to the byte
         if file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
             shutil.copyfile(file, payload / file.name)
+    make_tokenizer_readable(payload)  # but where only transformers 5 could read them
     rounded = quantizer.rounded(losses)
     if rounded:
         events.warning(f"{len(rounded)} layers saw too few tokens and are rounded to nearest, first {rounded[0]}")
 
     quantized_layers = check_files(folder, payload, layers, stage)
     check_weights(folder, payload, layers)
+    save_config(folder, payload)
     model = Input(path=payload, digest="", type="Model")
     quantized_model = load_model(model, compute_type(stage))
     loss, logits = mean_loss(quantized_model, measured), prompt_logits(quantized_model, measured[0])
@@ -109,6 +115,12 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     }
     (request.meta / "report.md").write_text(report(stage, metrics, info, losses, rounded), encoding="utf-8")
     return Result(metrics=metrics, info=info)
+
+
+def save_config(source: Path, payload: Path) -> None:
+    """The source's config.json with what gptqmodel says of the weights, in place of one that transformers 5 has rewritten."""
+    before, after = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (source, payload))
+    write_json(payload / "config.json", saved_config(before, after["dtype"], quantization_config=after["quantization_config"]))
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.formats import DECODER, BadRow, Number, describe
+from tasks.values import DECODER, BadRow, Number, describe
 from tuneline.errors import StageFailed
 from tuneline.paths import suffix
 

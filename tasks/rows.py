@@ -8,12 +8,14 @@ for rewards alone has no completion: its conversation ends with the user. A mess
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,18 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=Fals
 
 
 UNASKED = ("scorer", "special_tokens")  # names in `extra` that are about a row, not part of it
+
+
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Has the garbage collector look for cycles less often. Rows are in none, and it would walk through all of them again and again: for a
+    quarter of the time, where they have tools."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,14 @@ class Row:
             said = last["content"] if last.get("role") == "assistant" else self.completion
             document["answer"] = self.answer if self.answer != said else None
             extra = {name: value for name, value in self.extra.items() if name not in UNASKED}
-            document["extra"] = _canonical_text(_STORED.encode(extra)) if extra else None
+            stored = self.stored_extra if len(extra) == len(self.extra) else _STORED.encode(extra)
+            document["extra"] = _canonical_text(stored) if extra else None
         return _canonical(document)
+
+    @cached_property
+    def stored_extra(self) -> str:
+        """`extra` as it is stored: JSON in the order of its keys."""
+        return _STORED.encode(self.extra)
 
     def asked(self) -> str:
         """Canonical JSON of all that stands before the answer: the same for rows that differ only in it."""
@@ -122,7 +142,7 @@ def write_rows(rows: list[Row], path: Path) -> None:
     for row in rows:
         record = {name: getattr(row, name) for name in COLUMNS}
         messages = row.messages and [_stored(message) for message in row.messages]
-        records.append(record | {"messages": messages, "extra": _STORED.encode(row.extra)})
+        records.append(record | {"messages": messages, "extra": row.stored_extra})
     parts = (*PARTS, MORE) if any(MORE in message for record in records for message in record["messages"] or ()) else PARTS
     message = pa.struct([(name, pa.string()) for name in parts])
     schema = pa.schema([(name, pa.list_(message) if name == "messages" else pa.string()) for name in COLUMNS])

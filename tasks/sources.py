@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tasks.code_source import code_rows
-from tasks.formats import KNOWN, BadRow, describe, detect, readable, to_row
+from tasks.formats import KNOWN, detect, to_row
 from tasks.readers import Records, file_records, plain
 from tasks.rows import Row
+from tasks.values import BadRow, describe, readable
 from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Request

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tasks.formats import BadRow
 from tasks.rows import Row
+from tasks.values import BadRow
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:

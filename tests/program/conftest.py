@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from elsewhere import Elsewhere
 from grpo_tools import undecided
+from older import Older
 from pico import save_pico, tokenizer
 from program_tools import run_program
 from sft_tools import request_for
@@ -51,6 +52,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     """Another process, in which programs must write the same bytes."""
     process = Elsewhere(tmp_path_factory.mktemp("elsewhere"))
+    yield process
+    process.end()
+
+
+@pytest.fixture(scope="session")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Older]:
+    """transformers 4.57, in a process that all tests share."""
+    process = Older(tmp_path_factory.mktemp("older"))
     yield process
     process.end()
 

@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.dataset import identified
-from tasks.formats import DECODER, KNOWN, ROLES, BadRow, detect, readable, to_row
+from tasks.formats import KNOWN, detect, to_row
+from tasks.messages import ROLES
 from tasks.readers import Records, file_records
+from tasks.values import DECODER, BadRow, readable
 from tuneline.errors import StageFailed
 
 

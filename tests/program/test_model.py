@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from elsewhere import Elsewhere
 from hub_tools import COMMIT, hub_layout
+from older import Older, agree
 from pico import save_pico, tokenizer
 from program_tools import make_request, payload_digest, run_program
 
@@ -341,7 +342,7 @@ def save_pico_gguf(file: Path) -> Any:
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_rope_dimension_count(width // heads)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(1e6)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocabulary)
     random = np.random.default_rng(0)
@@ -362,7 +363,7 @@ def save_pico_gguf(file: Path) -> Any:
     return values["blk.0.ffn_up.weight"]
 
 
-def test_gguf_becomes_safetensors_and_is_deterministic(tmp_path: Path, elsewhere: Elsewhere) -> None:
+def test_gguf_becomes_safetensors_and_is_deterministic(tmp_path: Path, elsewhere: Elsewhere, older: Older) -> None:
     import torch
 
     (tmp_path / "other").mkdir()
@@ -378,6 +379,7 @@ def test_gguf_becomes_safetensors_and_is_deterministic(tmp_path: Path, elsewhere
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, torch.from_numpy(written))
     conversation = [{"role": "user", "content": "What is 2 + 2?"}]
     assert "<|im_start|>user\nWhat is 2 + 2?" in load_tokenizer(source).apply_chat_template(conversation, tokenize=False)
+    agree(older, source)
 
     config = {"kind": "model", "gguf": "other/renamed.gguf"}
     request = make_request(tmp_path / "b", config, {}, files={"gguf": [tmp_path / "other" / "renamed.gguf"]})

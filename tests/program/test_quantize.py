@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from elsewhere import Elsewhere
+from older import Older, agree
 from pico import save_pico, tokenizer
 from program_tools import emulates_bfloat16, make_request, payload_digest, run_program
 from safetensors.torch import load_file, save_file
@@ -46,6 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Has learnt TRAIN, so that broken weights show in its perplexity, under a template of its own."""
     folder = save_pico(tmp_path_factory.mktemp("pico") / "model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    edit_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=3e4))
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch = words().pad({"input_ids": [ids(row) for row in TRAIN]}, return_tensors="pt")
@@ -135,8 +137,8 @@ def test_quantizes(base: Path, done: Done) -> None:
 
 def test_payload_is_of_no_host_and_keeps_the_tokenizer(base: Path, done: Done) -> None:
     payload = done.request.payload
-    kept = {"chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    written = {"config.json", "quantize_config.json", "model.safetensors"}
+    kept = {"chat_template.jinja", "generation_config.json", "tokenizer.json"}
+    written = {"config.json", "quantize_config.json", "model.safetensors", "tokenizer_config.json"}  # the last as others read it, too
     assert {file.name for file in payload.iterdir()} == kept | written
     for name in kept:
         assert (payload / name).read_bytes() == (base / name).read_bytes()
@@ -147,6 +149,10 @@ def test_payload_is_of_no_host_and_keeps_the_tokenizer(base: Path, done: Done) -
     assert after.pop("quantization_config")["bits"] == 4
     assert after == {**before, "dtype": "float16"} | {name: after[name] for name in after.keys() - before.keys()}
     assert after["tie_word_embeddings"]
+
+
+def test_others_read_it(older: Older, done: Done) -> None:
+    agree(older, Input(path=done.request.payload, digest="a", type="Model"))
 
 
 def test_calibrates_on_train_rows_alone(done: Done) -> None:
