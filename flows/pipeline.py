@@ -75,7 +75,7 @@ def run_pipeline(
     logger = get_run_logger()
     if (theirs := os.environ.get(DEPLOYED, __version__)) != __version__:
         logger.warning(f"deployed by tuneline {theirs}, this worker has {__version__}: upgrade one of them, then `tuneline deploy`")
-    if deployment.id is not None and pipeline != flow_run.flow_name:
+    if deployment.id is not None and flow_run.flow_name not in (pipeline, run_pipeline.name):
         found = f"found {pipeline}, allowed {flow_run.flow_name}, the pipeline of the deployment"
         raise ConfigError([Problem("pipeline", "", found, f"`tuneline run {pipeline}`, or `tuneline submit {pipeline}`")])
     loaded = load(Path(file), pipeline, as_sets(overrides), as_sets(variables))
