@@ -71,6 +71,10 @@ class Row:
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
         return self.messages[:last]
 
+    def calls(self) -> bool:
+        """Whether a right answer calls tools."""
+        return self.messages is not None and bool(self.messages[-1].get("tool_calls"))
+
     def reference(self) -> str | None:
         """What a right answer says: `answer`, else the completion or the last assistant turn; None for plain text."""
         if self.answer is not None:
