@@ -92,16 +92,21 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
         for each, call in enumerate(message.get("tool_calls") or []):
             missing += lost_of_call(called(call, False), text, before, f"{where}.tool_calls[{each}]")
     if tools := row.extra.get("tools"):
-        missing += lost_tools(json.dumps(tools), tokenizer, str(tokenizer.chat_template))
+        prompt = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
+        missing += [
+            f"tools[{number}]"
+            for number, name in lost_tools(json.dumps(tools), tokenizer, str(tokenizer.chat_template))
+            if found(name, prompt) < 0  # some have their tools written out there
+        ]
     return missing
 
 
 @lru_cache(maxsize=1000)  # most rows of a dataset have the same tools
-def lost_tools(tools: str, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
-    """Those whose name does not stand beside a question in which nobody speaks of them."""
+def lost_tools(tools: str, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple[int, str], ...]:
+    """Number and name of those whose name does not stand beside a question in which nobody speaks of them."""
     listed = json.loads(tools)
     text = tried([{"role": "user", "content": QUESTION}], listed, tokenizer, form(tokenizer), True)
-    return tuple(f"tools[{number}]" for number, tool in enumerate(listed) if found(name_of(tool), text) < 0)
+    return tuple((number, name) for number, name in enumerate(map(name_of, listed)) if found(name, text) < 0)
 
 
 def name_of(of: Any) -> str:

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from pico import tokenizer
 from sft_tools import ROWS, request_for
-from template_table import BEGIN, DOCUMENT, MARKERS, asked, more_templates, said, tables, templates
-from template_tools import ASK, CALLS, ENDS_WHOLE, OPENS, THINKS_LAST, THREE, TURN, trained, words
+from template_table import BEGIN, DOCUMENT, MARKERS, TOOL, asked, more_templates, said, tables, templates
+from template_tools import ANSWER, ASK, CALLS, ENDS_WHOLE, OPENS, QUESTION, SYSTEM, THINKS_LAST, THREE, TURN, trained, words
 from tokenizers.processors import TemplateProcessing
 
 from tasks import sft
 from tasks.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids, sequences, tokenize
-from tasks.rendering import check_end, ends, form
+from tasks.rendering import check_end, conversation, ends, form
 from tasks.rows import Row
+from tasks.unrendered import unrendered
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
 from tuneline.trainings import SftStage
@@ -68,6 +69,28 @@ def test_where_earlier_turns_change_each_answer_is_trained_as_it_is_asked_for(te
         assert tokens.trained == [False] * len(prompt) + [True] * (len(tokens.input_ids) - len(prompt))
     assert sequences(THREE, by, "completion") == [found[-1]]
     assert tokenize(THREE, by, "all").input_ids == by(by.decode(found[-1].input_ids), add_special_tokens=False)["input_ids"]
+
+
+def test_a_system_prompt_that_moves_with_the_last_question_is_in_every_prompt() -> None:
+    """As in Mistral's: whole conversations are rendered without it."""
+    by = words(more_templates()["mistral_v0_3"])
+    row = asked(SYSTEM, *(THREE.messages or ()), tools=[TOOL])
+    found = sequences(row, by)
+    assert [trained(tokens, by) for tokens in found] == [f" a{i}<|im_end|>" for i in (1, 2, 3)]
+    texts = [by.decode(tokens.input_ids) for tokens in found]
+    assert [text.count("You are polite.") for text in texts] == [text.count("Wakes.") for text in texts] == [1, 1, 1]
+    assert "[INST] You are polite.\n\nu3[/INST] a3" in texts[2]
+    assert unrendered(row, conversation(row, by), by) == []
+
+
+@pytest.mark.parametrize("model", ["hermes", "command_r"])
+def test_of_several_templates_the_one_for_tools_renders_rows_with_tools(model: str) -> None:
+    by = words(more_templates()[model])
+    texts = [conversation(asked(QUESTION, ANSWER, **extra), by) for extra in ({}, {"tools": [TOOL]})]
+    assert ["Wakes." in text for text in texts] == [False, True]
+    by.chat_template = {"rag": by.chat_template["default"], "tool_use": by.chat_template["tool_use"]}
+    with pytest.raises(StageFailed, match="refuses row r: .*multiple chat templates with no default"):
+        conversation(asked(QUESTION, ANSWER), by)
 
 
 def test_sft_knows_the_row_of_each_sequence(tmp_path: Path) -> None:

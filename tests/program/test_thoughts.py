@@ -73,7 +73,7 @@ ALARM = said("assistant", "", tool_calls=[CALL])
 def asked_and_answered(row: Row, by: Any) -> tuple[str, str]:
     """The prompt of the last answer, and what a model writes that has learnt it."""
     tokens = sequences(row, by)[-1]
-    start = tokens.trained.index(True)
+    start = tokens.trained.index(True) if any(tokens.trained) else len(tokens.trained)
     return by.decode(tokens.input_ids[:start]), thoughts.written(tokens.input_ids[start:], by, set(ends(by)))
 
 

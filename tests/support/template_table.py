@@ -95,7 +95,7 @@ def with_markers(tokenizer: Any) -> Any:
 def table(tokenizer: Any, known: dict[str, Any]) -> str:
     lines = [f"| template | {' | '.join(SHAPES)} | ends a turn |", "|---" * (2 + len(SHAPES)) + "|"]
     for name, tokenizer.chat_template in known.items():
-        ends = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(list(form(tokenizer).ends)))
+        ends = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(list(form(tokenizer).ends))).replace("|", "\\|")
         lines.append(
             f"| `{name}` | {' | '.join(outcome(shape, tokenizer) for shape in SHAPES)} | {ends or 'nothing'} |".replace("<|", "<\\|")
         )
