@@ -237,7 +237,7 @@ def test_a_function_as_trl_documents_them_works_and_an_edited_file_is_read_anew(
 def test_columns_of_rows_that_differ_are_none_where_a_row_has_none(tmp_path: Path) -> None:
     text = "def score(prompts, completions, **columns):\n    assert columns['a'] == [1, None]\n    assert columns['b'] == [None, 2]\n    return [0, 0]\n"
     (reward,) = make({"file": "mine.py", "function": "score"}, file=user_file(tmp_path, text))
-    ids = {"completion_ids": [[], []], "id": ["1", "2"], "answer": [None, None]}
+    ids = {"completion_ids": [[], []], "id": ["1", "2"], "answer": [None, None], "calls": [False, False], "said": ["c", "c"]}
     assert reward(prompts=["p", "p"], completions=["c", "c"], extra=['{"a": 1}', '{"b": 2}'], **ids) == [0.0, 0.0]
 
 

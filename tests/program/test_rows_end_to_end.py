@@ -70,7 +70,7 @@ class Line:
     def __init__(self, folder: Path, template: str, eos: str = END):
         self.folder, words = folder, tokenizer()
         words.chat_template, words.eos_token = template, eos
-        model = AutoModelForCausalLM.from_pretrained(save_pico(folder / "base"))
+        model = AutoModelForCausalLM.from_pretrained(save_pico(folder / "base", tied=False))  # tied, the head of the padding token is zero
         model.generation_config.eos_token_id = model.config.eos_token_id = words.eos_token_id
         model.save_pretrained(folder / "base")
         words.save_pretrained(folder / "base")
@@ -97,8 +97,8 @@ class Line:
         return self.stage(name, config, {"model": model, "datasets.0": data})[1]
 
 
-FULL = {"method": "full", "learning_rate": 1e-2, "max_steps": 60}
-LORA = {"learning_rate": 3e-2, "max_steps": 60, "lora": {"r": 16, "lora_alpha": 32}}
+FULL = {"method": "full", "learning_rate": 1e-2, "max_steps": 30}
+LORA = {"learning_rate": 1e-2, "max_steps": 40, "lora": {"r": 16, "lora_alpha": 32}}
 
 
 @pytest.mark.slow
@@ -126,15 +126,15 @@ def test_answers_end_in_our_evaluation_and_in_plain_transformers_whatever_eos_is
 def test_calls_are_learnt_and_compared_where_the_template_writes_them(tmp_path: Path) -> None:
     line = Line(tmp_path, DUMPS)
     data = line.dataset(calls())
-    model = line.sft(data, **FULL | {"max_steps": 80})
+    model = line.sft(data, **FULL | {"global_batch_size": 8})
     assert line.evaluate(model, data)["dataset0/exact_match"] > 0.8
-    assert line.evaluate(line.base, data, "before")["dataset0/exact_match"] < 0.1
+    assert line.evaluate(line.base, data, "before", limit=4)["dataset0/exact_match"] < 0.1
 
 
 def test_calls_are_refused_where_the_template_leaves_them_out(tmp_path: Path) -> None:
     """By the dataset, by a training on rows of a dataset without a model, and by an evaluation."""
     line = Line(tmp_path, TURN + ASK)
-    lost = r"leaves out messages\[1\]\.tool_calls\[0\]\.name"
+    lost = r"leaves out .*messages\[1\]\.tool_calls\[0\]\.name"
     with pytest.raises(StageFailed, match=rf"data\.jsonl:1: the chat template .* {lost}"):
         line.dataset(calls())
     built = build_rows(tmp_path, calls(), split={"test": 0.2})
@@ -151,16 +151,15 @@ def test_calls_are_refused_where_the_template_leaves_them_out(tmp_path: Path) ->
 def test_thoughts_in_a_channel_are_learnt_and_count_neither_for_evaluations_nor_for_rewards(tmp_path: Path) -> None:
     line = Line(tmp_path, CHANNELS)
     data = line.dataset(animals(reasoning_content="One of two."))
-    model = line.sft(data, **LORA)
-    metrics = line.evaluate(model, data)
-    assert metrics["dataset0/exact_match"] > 0.8
+    model = line.sft(data, **FULL)
+    assert line.evaluate(model, data)["dataset0/exact_match"] > 0.8
     samples = (tmp_path / "evaluate" / "out" / "meta" / "samples.jsonl").read_text(encoding="utf-8")
     assert "<file_sep>analysis<repo_name>One of two.<gh_stars><|im_start|>assistant<file_sep>final<repo_name>a" in samples
     assert line.evaluate(model, data, "cut", max_new_tokens=6)["dataset0/exact_match"] == 0.0  # while it thinks
 
-    grpo = {**GRPO, "adapter": "sft", "max_steps": 1, "max_completion_length": 32, "temperature": 2.0}
-    _, rewarded = line.stage("grpo", grpo, {"model": line.base, "dataset": data, "adapter": model})
-    assert rewarded["reward/exact_match"] > 0.2
+    grpo = {**GRPO, "max_steps": 1, "global_batch_size": 16, "max_completion_length": 32, "temperature": 1.1}
+    _, rewarded = line.stage("grpo", grpo, {"model": model, "dataset": data})
+    assert rewarded["reward/exact_match"] > 0.4
 
 
 THREE = [{"messages": [said(role, f"{turn}{i}") for turn in "abc" for role in ("user", "assistant")]} for i in range(8)]
