@@ -33,8 +33,8 @@ class Marks:
     end: str = ""
     opened: bool = False
     """The generation prompt ends with the start."""
-    lead: str = ""
-    """What it writes before an answer that follows no thoughts, as the name of a channel."""
+    leads: tuple[str, ...] = ()
+    """What it may write before an answer, as the name of a channel; or of the role, where it knows no generation prompt."""
 
 
 def written(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, ends: Container[int]) -> str:
@@ -48,12 +48,10 @@ def said(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     found = marks(tokenizer)
     if found.opened and prompt.rstrip().endswith(found.start):
         answer = found.start + answer
-    while found.start and answer.lstrip().startswith(found.start):
-        _, closed, answer = answer.partition(found.end)
+    while mark := next((mark for mark in (found.start, *found.leads) if mark and answer.lstrip().startswith(mark)), None):
+        _, closed, answer = answer.partition(found.end if mark == found.start else mark)
         if not closed:
             return ""
-    if found.lead:
-        answer = answer.rpartition(found.lead)[2]
     special = _special(tokenizer)
     answer = scoring.said(answer)  # before special tokens go: they may mark thoughts, too
     return (special.sub("", answer) if special else answer).strip()
@@ -65,33 +63,39 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
 
 @lru_cache(maxsize=8)
 def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> Marks:
-    for answer in ({"content": ANSWER}, {"content": "", "tool_calls": made_up_calls(1)}):  # some show thoughts before calls alone
-        _, plain = _tried(answer, tokenizer)
-        prompt, thoughtful = _tried(answer | {"reasoning_content": THOUGHT}, tokenizer)
-        before, there, after = thoughtful.partition(THOUGHT)
-        if not there or ANSWER in before:
-            continue
-        opened = not before.strip()
-        start = LAST_MARK.search(prompt) if opened else None
-        lead = ""
-        if after != plain and after.endswith(plain):
-            end, lead = after.removesuffix(plain), plain.partition(ANSWER)[0] if ANSWER in plain else ""
-        else:
-            end = after.partition(ANSWER)[0] if ANSWER in after else ""
-        found = Marks((start.group() if start else before).strip(), end.strip(), opened, lead.strip())
-        if found.start and found.end:
-            return found
-    return Marks()
+    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    (call,) = calls = made_up_calls(1)
+    called = {"role": "assistant", "content": "", "tool_calls": calls}
+    result = {"role": "tool", "content": QUESTION, "tool_call_id": call["id"]}
+    found = _thoughts([question, answer], tokenizer) or _thoughts([question, called], tokenizer)  # some show them before calls alone
+    start, end, opened = found or ("", "", False)
+    before = [_tried(each, tokenizer)[1].partition(ANSWER) for each in ([question, answer], [question, called, result, answer])]
+    leads = dict.fromkeys(lead.strip() for lead, there, _ in before if there and not (start and (start in lead or end in lead)))
+    return Marks(start, end, opened, tuple(lead for lead in leads if lead))
 
 
-def _tried(answer: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _thoughts(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, bool] | None:
+    """What stands before and after the thoughts of a made-up answer, and whether the prompt ends with the former."""
+    plain = _tried(messages, tokenizer)[1]
+    prompt, thoughtful = _tried([*messages[:-1], messages[-1] | {"reasoning_content": THOUGHT}], tokenizer)
+    before, there, after = thoughtful.partition(THOUGHT)
+    if not there or ANSWER in before:
+        return None
+    opened = not before.strip()
+    mark = LAST_MARK.search(prompt) if opened else None
+    start = (mark.group() if mark else before).strip()
+    end = (after.removesuffix(plain) if after != plain and after.endswith(plain) else after.rpartition(ANSWER)[0]).strip()
+    return (start, end, opened) if start and end else None
+
+
+def _tried(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The prompt of a made-up answer and its text; nothing where the template refuses it."""
-    messages = ({"role": "user", "content": QUESTION}, {"role": "assistant", **answer})
+    tools = {"tools": TOOLS} if any("tool_calls" in message for message in messages) else {}
     try:
-        made_up = turn(Row("", messages=messages, extra={"tools": TOOLS} if "tool_calls" in answer else {}), 1, tokenizer)
+        last = turn(Row("", messages=tuple(messages), extra=tools), len(messages) - 1, tokenizer)
     except StageFailed:
         return "", ""
-    return made_up.prompt, made_up.answer
+    return last.prompt, last.answer
 
 
 @lru_cache(maxsize=8)

@@ -72,7 +72,7 @@ ALARM = said("assistant", "", tool_calls=[CALL])
 
 def asked_and_answered(row: Row, by: Any) -> tuple[str, str]:
     """The prompt of the last answer, and what a model writes that has learnt it."""
-    tokens = sequences(row, by)[-1]
+    tokens = sequences(row, by, "completion")[-1]
     start = tokens.trained.index(True) if any(tokens.trained) else len(tokens.trained)
     return by.decode(tokens.input_ids[:start]), thoughts.written(tokens.input_ids[start:], by, set(ends(by)))
 
@@ -80,10 +80,13 @@ def asked_and_answered(row: Row, by: Any) -> tuple[str, str]:
 def test_thoughts_count_on_neither_side_however_a_template_marks_them() -> None:
     """In each template that shows them: channels, blocks, and blocks that the generation prompt has opened."""
     by = with_markers(tokenizer())
-    found: dict[str, set[str]] = {"answers": set(), "calls": set()}
+    question, result, done = said("user", "Q1"), said("tool", "T1", tool_call_id=CALL["id"]), said("assistant", "A1")
+    kinds = {"answers": [question, done], "calls": [question, ALARM], "after calls": [question, ALARM, result, done]}
+    found: dict[str, set[str]] = {kind: set() for kind in kinds}
     for name, by.chat_template in {**templates(), **more_templates()}.items():
-        for kind, answer, extra in (("answers", said("assistant", "A1"), {}), ("calls", ALARM, {"tools": [TOOL]})):
-            plain, thoughtful = (asked(said("user", "Q1"), message, **extra) for message in (answer, answer | WHY))
+        for kind, messages in kinds.items():
+            tools = {} if kind == "answers" else {"tools": [TOOL]}
+            plain, thoughtful = (asked(*messages[:-1], messages[-1] | extra, **tools) for extra in ({}, WHY))
             try:
                 prompt, text = asked_and_answered(thoughtful, by)
                 right = with_reference(plain, by).answer
@@ -92,11 +95,12 @@ def test_thoughts_count_on_neither_side_however_a_template_marks_them() -> None:
             if WHY["reasoning_content"] not in text or kind == "calls" and "Oslo" not in text:
                 continue
             found[kind].add(name)
-            assert right == "A1" if kind == "answers" else "Oslo" in str(right), (name, right)
+            assert "Oslo" in str(right) if kind == "calls" else right == "A1", (name, right)
             assert with_reference(thoughtful, by).answer == right, name
             for written in (text, asked_and_answered(plain, by)[1]):
                 assert exact_match(thoughts.said(written, prompt, by), str(right), kind == "calls") == 1.0, (name, written)
             assert thoughts.said(text[: text.index("A2")], prompt, by) == "", (name, text)  # cut off
+    assert found["after calls"] >= {"gptoss", "gemma4_v5", "diffusion_gemma", "qwen3", "command_a_reasoning"}
     assert found["answers"] >= {
         "gptoss",
         "gemma4_v5",
@@ -119,6 +123,7 @@ def test_thoughts_count_on_neither_side_however_a_template_marks_them() -> None:
         ("<|START_THINKING|>Why<|END_THINKING|><|START_RESPONSE|>A<|END_RESPONSE|>", "A"),
         ("<seed:think>Why</seed:think>A", "A"),
         ("A <b> [x]", "A <b> [x]"),
+        ("assistant\nA", "assistant\nA"),
     ],
 )
 def test_thoughts_that_no_template_marks_are_known_by_their_tags(written: str, expected: str) -> None:
@@ -127,3 +132,11 @@ def test_thoughts_that_no_template_marks_are_known_by_their_tags(written: str, e
     by.chat_template = TURN + ASK
     ids = by(written + "<|im_end|>", add_special_tokens=False)["input_ids"]
     assert thoughts.said(thoughts.written(ids, by, set(ends(by))), "", by) == expected
+
+
+def test_what_a_template_without_a_generation_prompt_writes_before_an_answer_is_none_of_it() -> None:
+    by = words(TURN)
+    row = asked(said("user", "Q"), said("assistant", "A"))
+    prompt, text = asked_and_answered(row, by)
+    assert text.startswith("<|im_start|>assistant\nA")
+    assert thoughts.said(text, prompt, by) == with_reference(row, by).answer == "A"
