@@ -23,7 +23,7 @@ from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchma
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import check_device, compute_type, load_model, load_tokenizer
-from tasks.masks import last_answer, prompt_ids, with_reference
+from tasks.masks import in_the_order_of, last_answer, prompt_ids, with_reference
 from tasks.rendering import render_text
 from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
@@ -141,6 +141,8 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     given, stopped = answers([rows[i] for i in asked], stage.max_new_tokens, lm)
     for i, answer in zip(asked, given, strict=True):
         right, final = samples[i].reference, said(answer, prompts[i], lm.tokenizer)
+        if rows[i].calls():
+            final = in_the_order_of(rows[i], final, lm.tokenizer)
         samples[i].answer = answer
         samples[i].scores |= {"exact_match": exact_match(final, right, rows[i].calls()), "answer_recall": answer_recall(final, right)}
         if "scorer" in rows[i].extra:

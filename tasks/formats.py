@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from tasks.rows import Row
+from tasks.rows import THOUGHTS, Row
 
 CALLING = ("function_call", "tool_call")  # roles whose content is a call
 # Role, or `from`, as files write it -> the role that templates know.
@@ -35,7 +35,6 @@ ROLES = {
     **dict.fromkeys(CALLING, "assistant"),
     **dict.fromkeys(("function", "observation", "ipython", "tool_response"), "tool"),
 }
-THOUGHTS = ("reasoning_content", "thinking")
 WEIGHTS = ("weight", "loss", "train")
 FOR_REWARDS = ("answer", "tests", "extra")
 AROUND = ("system", "history")  # columns that hold what stands before a conversation

@@ -12,6 +12,7 @@ from typing import Any
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from tasks.masks import in_the_order_of
 from tasks.rows import Row
 from tasks.thoughts import said, written
 from tuneline.protocol import Events
@@ -53,6 +54,8 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
         """Rewards that compare answers also get what each completion says, apart from its thoughts."""
         words, ends = self.processing_class, set(self.eos_token_ids)
         texts = [said(written(each, words, ends), prompt, words) for each, prompt in zip(ids, prompts, strict=True)]
+        asked = [self.rows[prompt] for prompt in prompts]
+        texts = [in_the_order_of(row, text, words) if row.calls() else text for row, text in zip(asked, texts, strict=True)]
         inputs = [one | {"said": text} for one, text in zip(inputs, texts, strict=True)]
         return super()._calculate_rewards(inputs, prompts, completions, ids)
 

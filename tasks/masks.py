@@ -12,10 +12,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import islice, permutations, product
+from typing import TYPE_CHECKING, Any
 
 from tasks import scoring
-from tasks.rendering import Turn, conversation, ends, render_text, turn
+from tasks.rendering import Turn, called, conversation, ends, render_text, turn
 from tasks.rows import Row
 from tasks.thoughts import said, written
 from tuneline.errors import StageFailed
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+MOST_ORDERS = 1000  # of the arguments of calls: all of six
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,30 @@ def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
             ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
             answer = said(written(ids[start:end], tokenizer, ()), tokenizer.decode(ids[:start]), tokenizer)
     return replace(row, answer=answer if answer and scoring.said(answer) else None)
+
+
+def in_the_order_of(row: Row, answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model said, with the arguments of its calls in the order of those in the row, `with_reference`, where nothing else differs:
+    however a template writes them."""
+    assert row.messages is not None
+    if answer == row.answer or row.answer is None or sorted(answer) != sorted(row.answer):
+        return answer
+    *before, last = row.messages
+    for calls in islice(product(*map(orders, last["tool_calls"])), MOST_ORDERS):
+        other = with_reference(replace(row, messages=(*before, last | {"tool_calls": [*calls]}), answer=None), tokenizer)
+        if other.answer == answer:
+            return row.answer
+    return answer
+
+
+def orders(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The call with its arguments in each order."""
+    call = called(call, as_text=False)
+    function = call.get("function", call)
+    arguments = function["arguments"]
+    for items in permutations(arguments.items()) if isinstance(arguments, dict) else ():
+        function = function | {"arguments": dict(items)}
+        yield call | {"function": function} if "function" in call else function
 
 
 def last_answer(row: Row, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> tuple[list[int], int, int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tasks.rows import Row
+from tasks.rows import THOUGHTS, Row
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -110,9 +110,10 @@ def after_question(asked: dict[str, Any], prompt: str, whole: str) -> str | None
 def thoughts(message: dict[str, Any], start: str, end: str) -> tuple[str, bool]:
     """What the model thought before it answered, and whether the message has it in a field of its own, not within its content."""
     before, closed, _ = (message.get("content") or "").partition(end)
-    if closed and not message.get("reasoning_content"):
+    thought = next((message[name] for name in THOUGHTS if message.get(name)), "")
+    if closed and not thought:
         return before.removeprefix(start).strip("\n"), False
-    return str(message.get("reasoning_content") or "").strip("\n"), True
+    return str(thought).strip("\n"), True
 
 
 def render_text(messages: Messages, row: Row, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:

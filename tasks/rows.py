@@ -25,6 +25,7 @@ from tuneline.errors import StageFailed
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "group", "source", "messages", "prompt", "completion", "text", "answer", "extra")
 PARTS = ("role", "content", "tool_calls")  # of a message; tool_calls: JSON
+THOUGHTS = ("reasoning_content", "thinking")  # of a message; where it has one, transformers gives templates both
 MORE = "more"  # JSON of a message's other fields; only files in which a message has one have this part
 _STORED = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

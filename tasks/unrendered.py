@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.loading import template_hash
 from tasks.rendering import QUESTION, called, conversation, form, render_text, tried
-from tasks.rows import Row
+from tasks.rows import THOUGHTS, Row
 from tasks.scoring import TAGS, said
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events
@@ -64,7 +64,7 @@ def lost_in_asking(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if row.answer is None and len(prompt) < len(row.messages):
         answer = f"messages[{len(prompt)}]."
         missing += [field for field in lost_in_training(row, tokenizer) if field.startswith(answer)]
-    return [field for field in missing if not field.endswith(".reasoning_content")]
+    return [field for field in missing if field.rpartition(".")[2] not in THOUGHTS]
 
 
 def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -87,8 +87,8 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
             missing.append(f"{where}.content")
         elif message["role"] != "system":
             position = place
-        if last and found((message.get("reasoning_content") or "").strip(), text, before) < 0:
-            missing.append(f"{where}.reasoning_content")
+        if last:
+            missing += [f"{where}.{name}" for name in THOUGHTS if found((message.get(name) or "").strip(), text, before) < 0]
         for each, call in enumerate(message.get("tool_calls") or []):
             missing += lost_of_call(called(call, False), text, before, f"{where}.tool_calls[{each}]")
     if tools := row.extra.get("tools"):

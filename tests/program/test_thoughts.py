@@ -10,7 +10,7 @@ from template_table import CALL, TOOL, asked, more_templates, said, templates, w
 from template_tools import ASK, CALLS, ENDS_WHOLE, OPENS, THINKS_LAST, THOUGHT, THREE, TURN, words
 
 from tasks import thoughts
-from tasks.masks import sequences, with_reference
+from tasks.masks import in_the_order_of, sequences, with_reference
 from tasks.rendering import ends
 from tasks.rows import Row
 from tasks.scoring import exact_match
@@ -132,6 +132,41 @@ def test_thoughts_that_no_template_marks_are_known_by_their_tags(written: str, e
     by.chat_template = TURN + ASK
     ids = by(written + "<|im_end|>", add_special_tokens=False)["input_ids"]
     assert thoughts.said(thoughts.written(ids, by, set(ends(by))), "", by) == expected
+
+
+def test_calls_are_the_same_in_whatever_order_a_model_writes_their_arguments() -> None:
+    """Also where a template writes them as tags, as Python or in a way of its own: each that the pico tokenizer can tell apart."""
+    by = with_markers(tokenizer())
+    calls = [CALL, {**CALL, "function": {"name": "alarm", "arguments": {"zone": "Rome", "at": "8:00"}}}]
+    swapped = [
+        {**call, "function": call["function"] | {"arguments": dict(reversed(call["function"]["arguments"].items()))}} for call in calls
+    ]
+    other = [{**calls[0], "function": calls[1]["function"]}, {**calls[1], "function": calls[0]["function"]}]
+    compared = set()
+    for name, by.chat_template in {**templates(), **more_templates()}.items():
+        for count in (1, 2):
+            row, turned, wrong = (
+                asked(said("user", "Q1"), said("assistant", "", tool_calls=each[:count]), tools=[TOOL]) for each in (calls, swapped, other)
+            )
+            try:
+                row = with_reference(row, by)
+                texts = [with_reference(each, by).answer or "" for each in (turned, wrong)]
+            except StageFailed:
+                continue
+            if row.answer and "Oslo" in row.answer and (count == 1 or "Rome" in row.answer):
+                scores = [exact_match(in_the_order_of(row, text, by), row.answer, row.calls()) for text in texts]
+                assert scores == [1.0, 0.0], (name, row.answer, texts)
+                compared.add((name, count))
+    assert {name for name, _ in compared} >= {
+        "qwen3",
+        "qwen3_6",
+        "lfm2_v2",
+        "glm4moe",
+        "gemma4_v5",
+        "seed_oss",
+        "deepseekv3",
+        "mistral_v0_3",
+    }
 
 
 def test_what_a_template_without_a_generation_prompt_writes_before_an_answer_is_none_of_it() -> None:

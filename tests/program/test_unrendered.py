@@ -44,6 +44,8 @@ NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.argu
         (WITH_TOOLS, asked(QUESTION, said("assistant", "", tool_calls=[AS_TEXT]), tools=[TOOL]), []),
         (NAMED, CALLED, ["messages[1].tool_calls[0].arguments", "tools[0]"]),
         ("", asked(QUESTION, said("assistant", "A", reasoning_content="Why")), ["messages[1].reasoning_content"]),
+        ("", asked(QUESTION, said("assistant", "A", thinking="Why")), ["messages[1].thinking"]),
+        (OPENS, asked(QUESTION, said("assistant", "A", thinking="Why")), []),
         ("", asked(QUESTION, said("assistant", THOUGHT)), []),
         (OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"), asked(QUESTION, said("assistant", THOUGHT)), []),
         ("", asked(said("user", '\n say "hi"\t'), said("assistant", " é\n")), []),
