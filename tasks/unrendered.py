@@ -106,7 +106,8 @@ def lost_tools(tools: str, tokenizer: PreTrainedTokenizerBase, template: str) ->
     """Number and name of those whose name does not stand beside a question in which nobody speaks of them."""
     listed = json.loads(tools)
     text = tried([{"role": "user", "content": QUESTION}], listed, tokenizer, form(tokenizer), True)
-    return tuple((number, name) for number, name in enumerate(map(name_of, listed)) if found(name, text) < 0)
+    names = enumerate(map(name_of, listed)) if text else ()  # some refuse a question alone
+    return tuple((number, name) for number, name in names if found(name, text) < 0)
 
 
 def name_of(of: Any) -> str:

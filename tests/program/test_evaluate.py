@@ -173,10 +173,12 @@ def test_prompts_without_completions_are_asked_and_have_no_bits(base: Input, tmp
 
 def test_rows_without_a_reference_are_counted_out(base: Input, tmp_path: Path) -> None:
     silent = Row(source="s", messages=({"role": "user", "content": "Well?"},), id="silent")
-    request = request_for(tmp_path, base, [CHATS[0], silent])
+    question, answer = CHATS[1].messages or ()
+    untaught = Row(source="s", messages=(question, answer | {"weight": 0}), id="untaught")
+    request = request_for(tmp_path, base, [CHATS[0], silent, untaught])
     result, events = run_program(request)
     assert [event["message"] for event in events if event["type"] == "warning"] == [
-        "dataset0: 1 of 2 test rows have no answer to compare with and are left out"
+        "dataset0: 2 of 3 test rows have no answer to compare with and are left out"
     ]
     assert result.info == {"rows": {"dataset0": 1}, "dtype": "float32"}
     assert set(result.metrics) == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,11 @@ def test_thoughts_in_a_channel_are_learnt_and_count_neither_for_evaluations_nor_
     assert line.evaluate(model, data, "cut", max_new_tokens=6)["dataset0/exact_match"] == 0.0  # while it thinks
 
     grpo = {**GRPO, "max_steps": 1, "global_batch_size": 16, "max_completion_length": 32, "temperature": 1.1}
-    _, rewarded = line.stage("grpo", grpo, {"model": model, "dataset": data})
+    request, rewarded = line.stage("grpo", grpo, {"model": model, "dataset": data})
     assert rewarded["reward/exact_match"] > 0.4
+    rollouts = [json.loads(rollout) for rollout in (request.meta / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {rollout["answer"] for rollout in rollouts} <= set(NOUNS.values())
+    assert any(rollout["completion"].startswith("analysis") for rollout in rollouts)  # the whole of it
 
 
 THREE = [{"messages": [said(role, f"{turn}{i}") for turn in "abc" for role in ("user", "assistant")]} for i in range(8)]
