@@ -59,6 +59,8 @@ class Form:
     """What the generation prompt has after the beginning of an answer, and the rendered conversation has not: `<think>` and the like."""
     apart: bool = False
     """A prompt is not the beginning of the conversation that goes on from it: a system prompt goes into the last question, say."""
+    closing: str = ""
+    """The end of an answer that the template writes where the conversation goes on alone, not after the last one."""
 
 
 def conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -66,7 +68,7 @@ def conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     assert row.messages is not None
     last = len(row.messages) - 1
     known = form(tokenizer)
-    if (known.opened or known.apart) and row.messages[last]["role"] == "assistant":
+    if (known.opened or known.apart or known.closing) and row.messages[last]["role"] == "assistant":
         return turn(row, last, tokenizer).text
     return render_text(row.messages, row, tokenizer)
 
@@ -77,7 +79,7 @@ def turn(row: Row, position: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
     assert row.messages is not None
     message, opened = row.messages[position], form(tokenizer).opened
     prompt = render_text(row.messages[:position], row, tokenizer, add_generation_prompt=True)
-    whole = render_text(row.messages[: position + 1], row, tokenizer)
+    whole = render_text(row.messages[: position + 1], row, tokenizer) + form(tokenizer).closing
     if whole.startswith(prompt):
         return Turn(prompt, whole[len(prompt) :])
     begun = prompt.removesuffix(opened)
@@ -209,24 +211,30 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     for before in ([question], [{"role": "system", "content": FUNCTION}, question], [question, answer, question]):
         prompt, whole = tried(before, None, tokenizer, found, True), tried([*before, answer], None, tokenizer, found)
         apart = apart or bool(whole) and not whole.startswith(prompt.removesuffix(opened))
-    return replace(found, opened=opened, apart=apart, ends=ends_of_turns(question, answer, tokenizer, found))
+    ends = ends_of_turns(question, answer, tokenizer, found)
+    between = tried([question, answer, question], None, tokenizer, found).partition(ANSWER)[2].rpartition(QUESTION)[0]
+    if not ends and len(marked := marks_in(between, tokenizer)) > 1:  # a single one begins what follows
+        ends = (marked[0],)
+        return replace(found, opened=opened, apart=apart, ends=ends, closing=tokenizer.decode(marked[0]))
+    return replace(found, opened=opened, apart=apart, ends=ends)
+
+
+def marks_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of its own that a tokenizer knows, in order."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in marks]
 
 
 def ends_of_turns(question: dict[str, Any], answer: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: Form) -> tuple[int, ...]:
     """The tokens of its own that a template writes after an answer, and the last of them after calls, which have marks within."""
-    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-
-    def marked(text: str) -> list[int]:
-        return [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in marks]
-
     _, there, after = tried([question, answer], None, tokenizer, form).rpartition(ANSWER)
-    ends = marked(after) if there else []
+    ends = marks_in(after, tokenizer) if there else []
     for count in (2, 1):  # some templates know single calls alone
         called = {"role": "assistant", "content": "", "tool_calls": made_up_calls(count)}
         _, there, after = tried([question, called], TOOLS, tokenizer, form).rpartition(VALUES[count - 1])
         if there:
             between = _.rpartition(VALUES[0])[2] if count == 2 else ""
-            ends += [token for token in marked(after) if token not in marked(between)][-1:]
+            ends += [token for token in marks_in(after, tokenizer) if token not in marks_in(between, tokenizer)][-1:]
             break
     return tuple(dict.fromkeys(ends))
 

@@ -93,6 +93,15 @@ def test_of_several_templates_the_one_for_tools_renders_rows_with_tools(model: s
         conversation(asked(QUESTION, ANSWER), by)
 
 
+def test_a_last_answer_ends_as_an_earlier_one_does() -> None:
+    """Where the template writes an end only if the conversation goes on, as that of Qwen1.5."""
+    by = words(ENDS_BETWEEN)
+    (tokens,) = sequences(THREE, by)
+    assert trained(tokens, by) == "a1<|im_end|>a2<|im_end|>a3<|im_end|>"
+    assert conversation(THREE, by).endswith("a3<|im_end|>")
+    check_end([THREE], by, no_end=False)
+
+
 def test_sft_knows_the_row_of_each_sequence(tmp_path: Path) -> None:
     rows = [replace(THREE, id="three"), replace(asked(said("user", "Q"), said("assistant", "A")), id="one")]
     request = request_for(tmp_path, Input(path=tmp_path, digest="0" * 64, type="Model"), rows)
@@ -158,6 +167,7 @@ def test_a_template_without_a_clock_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 NO_END = TURN.replace("<|im_end|>", "") + ASK
+ENDS_BETWEEN = TURN.replace("<|im_end|>\n", "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}") + ASK
 
 
 @pytest.mark.parametrize(
@@ -168,6 +178,7 @@ NO_END = TURN.replace("<|im_end|>", "") + ASK
         (THINKS_LAST, ["<|im_end|>"]),
         (CALLS, ["<|im_end|>"]),  # not the mark after a call, which another one may follow
         (NO_END, []),
+        (ENDS_BETWEEN, ["<|im_end|>"]),
         ("{{ raise_exception('nothing pleases it') }}", []),
     ],
 )
