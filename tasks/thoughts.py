@@ -49,9 +49,7 @@ def said(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if found.opened and prompt.rstrip().endswith(found.start):
         answer = found.start + answer
     while mark := next((mark for mark in (found.start, *found.leads) if mark and answer.lstrip().startswith(mark)), None):
-        _, closed, answer = answer.partition(found.end if mark == found.start else mark)
-        if not closed:
-            return ""
+        answer = answer.partition(found.end if mark == found.start else mark)[2]
     special = _special(tokenizer)
     answer = scoring.said(answer)  # before special tokens go: they may mark thoughts, too
     return (special.sub("", answer) if special else answer).strip()

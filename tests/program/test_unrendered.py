@@ -41,6 +41,11 @@ NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.argu
         (CALLS, asked(said("system", "There is alarm(zone, at)."), *(CALLED.messages or ()), tools=[TOOL]), []),
         (CALLS, asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[{"name": "other"}]), ["tools[0]"]),
         (WITH_TOOLS, CALLED, []),
+        (  # all of the call's words stand before it, in the schema and in the question
+            "{{ tools | tojson if tools }}" + TURN + ASK,
+            asked(said("user", "Oslo, 7:30"), said("assistant", "", tool_calls=[CALL]), tools=[TOOL]),
+            ["messages[1].tool_calls[0].name", "messages[1].tool_calls[0].arguments"],
+        ),
         (WITH_TOOLS, asked(QUESTION, said("assistant", "", tool_calls=[AS_TEXT]), tools=[TOOL]), []),
         (NAMED, CALLED, ["messages[1].tool_calls[0].arguments", "tools[0]"]),
         ("", asked(QUESTION, said("assistant", "A", reasoning_content="Why")), ["messages[1].reasoning_content"]),
