@@ -188,13 +188,14 @@ def check_turns(row: Row, tokenizer: PreTrainedTokenizerBase, known: set[Any]) -
     """Raises StageFailed(data) where a training would not find one of the answers that it trains. Rows of one answer are alike to a
     template where they have the same roles and fields: of those `known`, the first was looked at."""
     assert row.messages is not None
-    positions = answers_to_learn(row)
     shape = ("tools" in row.extra, *(tuple(message) + (message["role"],) for message in row.messages))
-    if len(positions) == 1 and shape in known:
+    if shape in known:
         return
+    positions = answers_to_learn(row)
     for position in positions:
         turn(row, position, tokenizer)
-    known.add(shape)
+    if len(positions) == 1:
+        known.add(shape)
 
 
 def truncated(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Item:

@@ -88,7 +88,8 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
         elif message["role"] != "system":
             position = place
         if last:
-            missing += [f"{where}.{name}" for name in THOUGHTS if found((message.get(name) or "").strip(), text, before) < 0]
+            thoughts = {name: message[name] for name in THOUGHTS if name in message}
+            missing += [f"{where}.{name}" for name, thought in thoughts.items() if found(thought.strip(), text, before) < 0]
         for each, call in enumerate(message.get("tool_calls") or []):
             missing += lost_of_call(called(call, False), text, before, f"{where}.tool_calls[{each}]")
     if tools := row.extra.get("tools"):
