@@ -19,10 +19,11 @@ from tasks import special_tokens
 from tasks.dataset_report import ignored, write_report
 from tasks.formats import refuse_row
 from tasks.loading import load_tokenizer, template_hash
-from tasks.masks import token_counts
-from tasks.rendering import conversation, unrendered
+from tasks.masks import answers_to_learn, token_counts
+from tasks.rendering import conversation, turn
 from tasks.rows import SPLITS, Row, content_hash, row_count, seldom_collected, tidy, write_rows
 from tasks.sources import Counts, Item, drop, read_source
+from tasks.unrendered import HINT, unrendered
 from tasks.values import BadRow
 from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
@@ -36,7 +37,6 @@ WORDS = {
     "bad_rows": "could not be read", "duplicates": "are there twice", "over_long": "are over max_length",
     "unrendered": "are not rendered whole",
 }  # fmt: skip
-LEFT_OUT = "take a model whose template knows it, change the rows, or set `on_unrendered: drop` or `keep`"
 DROPPED = tuple(WORDS)
 FEW = 10  # rows: of 9, a share of right answers has a standard error of up to 0.17
 BATCH = 2000  # rows tokenized together, and between two signs of life
@@ -137,8 +137,9 @@ def opening(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
 def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, counts: Counts, events: Events) -> Iterator[Item]:
     """Counts tokens; what is over max_length is dropped, cut or refused, as the stage says."""
     steps = len(stage.sources) + 3
+    known: set[Any] = set()
     for start in range(0, len(items), BATCH):
-        batch, texts = rendered(items[start : start + BATCH], stage, tokenizer, counts, events)
+        batch, texts = rendered(items[start : start + BATCH], stage, tokenizer, known, counts, events)
         events.progress(steps - 3, steps, f"counted tokens of {start:,} of {len(items):,} rows")
         for item, tokens in zip(batch, token_counts([item.row for item in batch], tokenizer, texts), strict=True):
             if stage.max_length is None or tokens <= stage.max_length:
@@ -155,7 +156,7 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
 
 
 def rendered(
-    items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, counts: Counts, events: Events
+    items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, known: set[Any], counts: Counts, events: Events
 ) -> tuple[list[Item], list[str]]:
     """The rows, less those that the stage drops because the template leaves something of them out, and the texts of the conversations."""
     kept, texts = [], []
@@ -164,16 +165,17 @@ def rendered(
         if row.messages is not None:
             try:
                 text = conversation(row, tokenizer)
+                check_turns(row, tokenizer, known)
             except StageFailed as error:
                 if tokenizer.chat_template is None:
                     raise
                 source = stage.sources[int(row.source.split(".")[1])]
                 drop(BadRow(error.message, error.hint), item.place, row.source, source, counts, events)
                 continue
-            if missing := unrendered(row, text):
+            if missing := unrendered(row, text, tokenizer):
                 message = f"{item.place}: the chat template (sha256 {str(template_hash(tokenizer))[:12]}) leaves out {', '.join(missing)}"
                 if stage.on_unrendered == "error":
-                    raise StageFailed("data", message, LEFT_OUT)
+                    raise StageFailed("data", message, HINT)
                 fate = "unrendered" if stage.on_unrendered == "drop" else "kept_unrendered"
                 if not counts.total(fate):
                     what = "dropped" if stage.on_unrendered == "drop" else "kept"
@@ -184,6 +186,20 @@ def rendered(
             texts.append(text)
         kept.append(item)
     return kept, texts
+
+
+def check_turns(row: Row, tokenizer: PreTrainedTokenizerBase, known: set[Any]) -> None:
+    """Raises StageFailed(data) where a training would not find one of the answers that it trains. Rows of one answer are alike to a
+    template where they have the same roles and fields: of those `known`, the first was looked at."""
+    assert row.messages is not None
+    shape = ("tools" in row.extra, *(tuple(message) + (message["role"],) for message in row.messages))
+    if shape in known:
+        return
+    positions = answers_to_learn(row)
+    for position in positions:
+        turn(row, position, tokenizer)
+    if len(positions) == 1:
+        known.add(shape)
 
 
 def truncated(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Item:

@@ -23,10 +23,12 @@ from tasks.benchmarks import first_question, load_benchmarks, longest_of_benchma
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import info as human_eval_info
 from tasks.loading import check_device, compute_type, load_model, load_tokenizer
-from tasks.masks import last_answer, prompt_ids, reference
+from tasks.masks import in_the_order_of, last_answer, prompt_ids, with_reference
 from tasks.rendering import render_text
 from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
+from tasks.thoughts import said
+from tasks.unrendered import complete, lost_in_asking
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import EvaluateStage
@@ -44,9 +46,7 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
     check_device(stage)
     source = request.inputs["model"]
     tokenizer = load_tokenizer(source)
-    datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name) for i, name in enumerate(stage.datasets)]
-    for rows in datasets:
-        special_tokens.refuse(rows, tokenizer)
+    datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name, tokenizer, events) for i, name in enumerate(stage.datasets)]
     benchmarks, unpinned = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else (None, [])
     prompt = first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer)
 
@@ -90,13 +90,16 @@ def be_quiet() -> None:
     os.environ |= {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}
 
 
-def test_rows(dataset: Input, stage: EvaluateStage, name: str) -> list[Row]:
+def test_rows(dataset: Input, stage: EvaluateStage, name: str, tokenizer: PreTrainedTokenizerBase, events: Events) -> list[Row]:
+    """The rows that are scored, each with its reference as its answer."""
     rows = read_split(dataset.path, "test")
     if not rows:
         raise StageFailed("data", f"the test split of {name} is empty", f"hold rows out: `split: {{test: 0.1}}` in {name}")
     # Evenly from all of them: the first ones would be those of the first source alone.
     count = min(stage.limit or len(rows), len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    special_tokens.refuse(chosen, tokenizer)
+    return [with_reference(row, tokenizer) for row in complete(chosen, tokenizer, stage.on_unrendered, events, lost_in_asking)]
 
 
 def first_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -131,20 +134,19 @@ def check_rendering(lm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: LanguageModel, report: Report, events: Events) -> None:
-    references = [reference(row, lm.tokenizer) for row in rows]
-    samples = [
-        Sample(name, row.id, prompt_text(row, lm.tokenizer)[-TAIL:], "", right or row.text or "")
-        for row, right in zip(rows, references, strict=True)
-    ]
-    asked = [i for i, right in enumerate(references) if right is not None]
+    prompts = [prompt_text(row, lm.tokenizer) for row in rows]
+    samples = [Sample(name, row.id, prompt[-TAIL:], "", row.answer or row.text or "") for row, prompt in zip(rows, prompts, strict=True)]
+    asked = [i for i, row in enumerate(rows) if row.answer is not None]
     lm.phase = f"{name}: answers"
     given, stopped = answers([rows[i] for i in asked], stage.max_new_tokens, lm)
     for i, answer in zip(asked, given, strict=True):
+        right, final = samples[i].reference, said(answer, prompts[i], lm.tokenizer)
+        if rows[i].calls():
+            final = in_the_order_of(rows[i], final, lm.tokenizer)
         samples[i].answer = answer
-        samples[i].scores |= {"exact_match": exact_match(answer, samples[i].reference, calls(rows[i]))}
-        samples[i].scores |= {"answer_recall": answer_recall(answer, samples[i].reference)}
+        samples[i].scores |= {"exact_match": exact_match(final, right, rows[i].calls()), "answer_recall": answer_recall(final, right)}
         if "scorer" in rows[i].extra:
-            samples[i].scores["score"] = task_score(answer, rows[i].extra["scorer"])
+            samples[i].scores["score"] = task_score(final, rows[i].extra["scorer"])
     lm.phase = f"{name}: bits per byte"
     for i, (bits, size) in bits_and_bytes(rows, lm).items():
         samples[i].scores |= {"bits": bits, "bytes": size}
@@ -171,8 +173,8 @@ def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tuple[list[str], int]:
-    """Greedy answers, in order, and how many of them ended by themselves. What lm-eval makes of each prompt's text is compared with
-    the ids that training saw."""
+    """Greedy answers as `tasks.thoughts.written`, in order, and how many of them ended by themselves. What lm-eval makes of each
+    prompt's text is compared with the ids that training saw."""
     from lm_eval.api.instance import Instance
 
     found: dict[int, str] = {}
@@ -189,7 +191,7 @@ def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tupl
         options = {"do_sample": False, "max_gen_toks": max_new_tokens}
         requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
         if requests:
-            found |= dict(zip(chosen, lm.generate_until(requests), strict=True))
+            found |= dict(zip(chosen, lm.write(requests), strict=True))
             stopped += lm.stopped
     return [found[i] for i in range(len(rows))], stopped
 
@@ -229,6 +231,8 @@ def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, l
             windows = list(map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1)))
         else:
             ids, start, end = last_answer(row, lm.tokenizer, lm.ends)
+            if start == end:  # nothing of it is rendered
+                continue
             check_length(row, end, lm, "shorten the dataset's max_length")
             windows = [(ids[:start], ids[start:end])]
         requests += [(None, context, continuation) for context, continuation in windows]
@@ -239,21 +243,17 @@ def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, l
 
 def longest_request(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> int:
     """Tokens of the longest prompt with its answer, or of the longest scored sequence with the token that vLLM samples after it."""
-    asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if reference(row, lm.tokenizer) is not None]
+    asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if row.answer is not None]
     return max(asked + [len(context) + len(continuation) + 1 for _, context, continuation in to_score(rows, lm)[0]], default=0)
 
 
-def calls(row: Row) -> bool:
-    """Whether a right answer calls tools."""
-    return row.answer is None and row.messages is not None and bool(row.messages[-1].get("tool_calls"))
-
-
 def completion(row: Row) -> str | None:
-    """The text of the last answer in the row, if it has one."""
+    """The text of the last answer in the row, if it has one to be learnt."""
     prompt = row.prompt_messages()
     if row.messages is None or prompt is None:
         return row.completion
-    return row.messages[len(prompt)]["content"] if len(prompt) < len(row.messages) else None
+    last = row.messages[len(prompt)] if len(prompt) < len(row.messages) else {}
+    return last["content"] if last and last.get("weight") != 0 else None
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

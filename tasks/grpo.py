@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import special_tokens
 from tasks.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
-from tasks.masks import prompt_ids
+from tasks.masks import prompt_ids, with_reference
 from tasks.rendering import check_end, ends, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
+from tasks.unrendered import complete, lost_in_asking
 from tuneline.architectures import reach
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
@@ -63,9 +64,10 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
     rows = read_split(request.inputs["dataset"].path, "train")
-    check_rows(rewards, rows)
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
+    rows = [with_reference(row, tokenizer) for row in complete(rows, tokenizer, stage.on_unrendered, events, lost_in_asking)]
+    check_rows(rewards, rows)
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 
@@ -187,9 +189,14 @@ def as_dataset(rows: list[Row], prompts: dict[str, list[int]]) -> Dataset:
     """What rewards get: a row's columns beside its prompt. `extra` is JSON, because rows differ in what it holds."""
     from datasets import Dataset
 
-    extra = [json.dumps(row.extra, sort_keys=True) for row in rows]
     return Dataset.from_dict(
-        {"prompt": list(prompts), "id": [row.id for row in rows], "answer": [row.reference() for row in rows], "extra": extra}
+        {
+            "prompt": list(prompts),
+            "id": [row.id for row in rows],
+            "answer": [row.answer for row in rows],
+            "calls": [row.calls() for row in rows],
+            "extra": [json.dumps(row.extra, sort_keys=True) for row in rows],
+        }
     )
 
 

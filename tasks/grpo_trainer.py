@@ -12,7 +12,9 @@ from typing import Any
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from tasks.masks import in_the_order_of
 from tasks.rows import Row
+from tasks.thoughts import said, written
 from tuneline.protocol import Events
 
 SHOWN_STEPS = 20  # steps of a training of which a completion is told as an event
@@ -48,6 +50,15 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
             self._keep()
         return output
 
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], prompts: list[str], completions: list[str], ids: list[list[int]]) -> Any:
+        """Rewards that compare answers also get what each completion says, apart from its thoughts."""
+        words, ends = self.processing_class, set(self.eos_token_ids)
+        texts = [said(written(each, words, ends), prompt, words) for each, prompt in zip(ids, prompts, strict=True)]
+        asked = [self.rows[prompt] for prompt in prompts]
+        texts = [in_the_order_of(row, text, words) if row.calls() else text for row, text in zip(asked, texts, strict=True)]
+        inputs = [one | {"said": text} for one, text in zip(inputs, texts, strict=True)]
+        return super()._calculate_rewards(inputs, prompts, completions, ids)
+
     def step_rows(self) -> list[Row]:
         """Those that the last completions answer; of all processes, in the first."""
         return [self.rows[prompt] for prompt in dict.fromkeys(self._logs["prompt"])] if self.accelerator.is_main_process else []
@@ -61,7 +72,7 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
             rewards = {name: values[i] for name, values in self._logs["rewards"].items()}
             reward = sum(weight * value for weight, value in zip(self.reward_weights.tolist(), rewards.values(), strict=True))
             row = self.rows[prompt]
-            told = {"step": step, "id": row.id, "prompt": prompt[-TAIL:], "answer": row.reference(), "completion": completion}
+            told = {"step": step, "id": row.id, "prompt": prompt[-TAIL:], "answer": row.answer, "completion": completion}
             lines.append(told | {"reward": reward, "rewards": rewards, "advantage": advantage})
         if self._resuming and self.samples.exists():  # after a kill: what came after the checkpoint is sampled anew
             earlier = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
 from tasks.rendering import ends
+from tasks.thoughts import written
 from tuneline.protocol import Events
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.events, self.largest_batch, self.phase = events, batch_size, ""
         self.done = self.total = self.stopped = 0
+        self.with_special = False
         self.ends = set(ends(tokenizer, model.generation_config.eos_token_id))
         # Only the ends are kept of what the model suggests: its penalties and temperature would make greedy something else.
         model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=tokenizer.pad_token_id)
@@ -38,6 +40,20 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         self.stopped = 0
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
+
+    def write(self, requests: list[Any]) -> list[str]:
+        """As generate_until, with the special tokens that a model may mark its thoughts by."""
+        self.with_special = True
+        try:
+            return self.generate_until(requests)
+        finally:
+            self.with_special = False
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        if self.with_special and skip_special_tokens:
+            return written(tokens, self.tokenizer, self.ends)
+        text: str = super().tok_decode(tokens, skip_special_tokens)
+        return text
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

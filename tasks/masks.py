@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import islice, permutations, product
+from typing import TYPE_CHECKING, Any
 
-from tasks.rendering import Turn, conversation, ends, render_text, turn
+from tasks import scoring
+from tasks.rendering import Turn, called, conversation, ends, render_text, turn
 from tasks.rows import Row
-from tasks.scoring import said
+from tasks.thoughts import said, written
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+MOST_ORDERS = 1000  # of the arguments of calls: all of six
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "ass
         completion = with_eos(tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer)
         return [Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))]
 
-    silent = [position for position in answers(row) if row.messages[position].get("weight") == 0]
-    asked = answers(row)[-1 if train_on == "completion" else 0 :]
-    positions = silent if train_on == "all" else [position for position in asked if position not in silent]
+    every, learnt = answers(row), answers_to_learn(row)
+    if train_on == "all":
+        positions = [position for position in every if position not in learnt]
+    else:
+        positions = [position for position in learnt if train_on == "assistant" or position == every[-1]]
     turns = [turn(row, position, tokenizer) for position in positions]
     text = turns[-1].text if positions and positions[-1] == len(row.messages) - 1 else conversation(row, tokenizer)
     whole = at_once(text, turns, tokenizer) if all(text.startswith(each.text) for each in turns) else None
@@ -78,6 +83,12 @@ def answers(row: Row) -> list[int]:
     assert row.messages is not None
     roles = [message["role"] for message in row.messages]
     return [position for position, role in enumerate(roles) if role == "assistant" and set(roles[:position]) - {"assistant"}]
+
+
+def answers_to_learn(row: Row) -> list[int]:
+    """Those of the answers that are trained on: not the ones of weight 0."""
+    assert row.messages is not None
+    return [position for position in answers(row) if row.messages[position].get("weight") != 0]
 
 
 def at_once(text: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
@@ -126,19 +137,47 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(row.prompt)["input_ids"]) if row.prompt is not None else []
 
 
-def reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a right answer says: the row's `answer`, its completion, or the last answer as the model is taught to write it, without its
-    end. None where there is none, or none to be seen: nothing is right for saying nothing."""
-    found = row.reference()
+def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The row with what a right answer says as its `answer`: its own, its completion, or the last answer as the model is taught to write
+    it, without its end and thoughts. None where there is none, or none to be seen or learnt: nothing is right for saying nothing."""
+    answer = row.reference()
     if row.answer is None and row.messages is not None and row.messages[-1]["role"] == "assistant":
-        ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
-        found = str(tokenizer.decode(ids[start:end], skip_special_tokens=True))
-    return found if found and said(found).strip() else None
+        answer = None
+        if row.messages[-1].get("weight") != 0:
+            ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
+            answer = said(written(ids[start:end], tokenizer, ()), tokenizer.decode(ids[:start]), tokenizer)
+    return replace(row, answer=answer if answer and scoring.said(answer) else None)
+
+
+def in_the_order_of(row: Row, answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model said, with the arguments of its calls in the order of those in the row, `with_reference`, where nothing else differs:
+    however a template writes them."""
+    assert row.messages is not None
+    if answer == row.answer or row.answer is None or sorted(answer) != sorted(row.answer):
+        return answer
+    *before, last = row.messages
+    for calls in islice(product(*map(orders, last["tool_calls"])), MOST_ORDERS):
+        other = with_reference(replace(row, messages=(*before, last | {"tool_calls": [*calls]}), answer=None), tokenizer)
+        if other.answer == answer:
+            return row.answer
+    return answer
+
+
+def orders(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The call with its arguments in each order."""
+    call = called(call, as_text=False)
+    function = call.get("function", call)
+    arguments = function["arguments"]
+    for items in permutations(arguments.items()) if isinstance(arguments, dict) else ():
+        function = function | {"arguments": dict(items)}
+        yield call | {"function": function} if "function" in call else function
 
 
 def last_answer(row: Row, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> tuple[list[int], int, int]:
-    """Token ids of the row, and where its last answer begins and where the first of `ends` ends it."""
+    """Token ids of the row, and where its last answer begins and where the first of `ends` ends it; at its end, if nothing is trained."""
     tokens = tokenize(row, tokenizer, "completion")
+    if not any(tokens.trained):
+        return tokens.input_ids, len(tokens.input_ids), len(tokens.input_ids)
     start = tokens.trained.index(True)
     last = max(place for place, trained in enumerate(tokens.trained) if trained) + 1
     return tokens.input_ids, start, next((i for i in range(start, last) if tokens.input_ids[i] in ends), last)

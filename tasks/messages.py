@@ -15,7 +15,6 @@ ROLES = {
     **dict.fromkeys(CALLING, "assistant"),
     **dict.fromkeys(("function", "observation", "ipython", "tool_response"), "tool"),
 }
-THOUGHTS = ("reasoning_content", "thinking")
 WEIGHTS = ("weight", "loss", "train")
 
 

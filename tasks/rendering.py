@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tasks.rows import Row
-from tasks.scoring import TAGS, said
+from tasks.rows import THOUGHTS, Row
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ Messages = Sequence[dict[str, Any]]
 
 # Words that no template writes by itself.
 QUESTION, ANSWER, FUNCTION, NAME, VALUES = "Zquestion", "Zanswer", "zfunction", "zname", ("Zvalue", "Zother")
-HEAD = 24  # characters
 # What a generation prompt may open (`<think>`), or open and close at once.
 THINKING = re.compile(r"\s*(?:(?P<open>[<\[])(?P<name>[\w:|]+)(?P<close>[>\]])\s*(?P<closed>[<\[]/(?P=name)[>\]]\s*)?)?")
 
@@ -59,13 +57,18 @@ class Form:
     """Tokens that it writes after an answer, or after calls: the first of them ends a turn. None where it writes no end."""
     opened: str = ""
     """What the generation prompt has after the beginning of an answer, and the rendered conversation has not: `<think>` and the like."""
+    apart: bool = False
+    """A prompt is not the beginning of the conversation that goes on from it: a system prompt goes into the last question, say."""
+    closing: str = ""
+    """The end of an answer that the template writes where the conversation goes on alone, not after the last one."""
 
 
 def conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """The row's whole text: as its last answer was asked and given, or, where it ends with a question, without a generation prompt."""
     assert row.messages is not None
     last = len(row.messages) - 1
-    if form(tokenizer).opened and row.messages[last]["role"] == "assistant":
+    known = form(tokenizer)
+    if (known.opened or known.apart or known.closing) and row.messages[last]["role"] == "assistant":
         return turn(row, last, tokenizer).text
     return render_text(row.messages, row, tokenizer)
 
@@ -76,11 +79,13 @@ def turn(row: Row, position: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
     assert row.messages is not None
     message, opened = row.messages[position], form(tokenizer).opened
     prompt = render_text(row.messages[:position], row, tokenizer, add_generation_prompt=True)
-    whole = render_text(row.messages[: position + 1], row, tokenizer)
+    whole = render_text(row.messages[: position + 1], row, tokenizer) + form(tokenizer).closing
     if whole.startswith(prompt):
         return Turn(prompt, whole[len(prompt) :])
     begun = prompt.removesuffix(opened)
     if not opened or begun == prompt or not whole.startswith(begun):
+        if (answer := after_question(row.messages[position - 1], prompt, whole)) is not None:
+            return Turn(prompt, answer)
         raise StageFailed(
             "data",
             f"the chat template renders row {row.id} so that the text before message {position} changes with the message itself",
@@ -95,12 +100,22 @@ def turn(row: Row, position: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
     return Turn(prompt, answer)
 
 
+def after_question(asked: dict[str, Any], prompt: str, whole: str) -> str | None:
+    """The answer where a template writes the messages before it otherwise: what follows the last message and what stands after that in
+    the prompt. None where they are not to be found."""
+    content = (asked.get("content") or "").strip()
+    _, there, rest = prompt.rpartition(content) if content else ("", "", "")
+    place = whole.rfind(content + rest) if there and rest.strip() else -1
+    return whole[place + len(content + rest) :] if place >= 0 else None
+
+
 def thoughts(message: dict[str, Any], start: str, end: str) -> tuple[str, bool]:
     """What the model thought before it answered, and whether the message has it in a field of its own, not within its content."""
     before, closed, _ = (message.get("content") or "").partition(end)
-    if closed and not message.get("reasoning_content"):
+    thought = next((message[name] for name in THOUGHTS if message.get(name)), "")
+    if closed and not thought:
         return before.removeprefix(start).strip("\n"), False
-    return str(message.get("reasoning_content") or "").strip("\n"), True
+    return str(thought).strip("\n"), True
 
 
 def render_text(messages: Messages, row: Row, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
@@ -151,87 +166,6 @@ def called(call: Any, as_text: bool) -> Any:
     return {**call, "function": function} if "function" in call else function
 
 
-# --- what a template leaves out ---------------------------------------------------------------------------------------
-
-
-def unrendered(row: Row, text: str) -> list[str]:
-    """The fields of a row that its rendered text does not hold, such as `messages[0].content`. Contents of users, tools and the
-    assistant are looked for one after another, so that a short one is not found within a later one; a template may put a system
-    prompt anywhere."""
-    missing, position = [], 0
-    assert row.messages is not None
-    for number, message in enumerate(row.messages):
-        where, content, last = f"messages[{number}]", message.get("content") or "", number == len(row.messages) - 1
-        pieces = [content]
-        if message["role"] == "assistant" and (
-            "</" in content or "[/" in content
-        ):  # a template may write thoughts in its own way, and leaves those of earlier turns out
-            pieces = TAGS.split(content) if last else [said(content)]
-        place = 0 if message["role"] == "system" else position
-        for piece in pieces:
-            if place >= 0:
-                place = found(piece.strip(), text, place)
-        if place < 0:
-            missing.append(f"{where}.content")
-        elif message["role"] != "system":
-            position = place
-        if last and found((message.get("reasoning_content") or "").strip(), text) < 0:
-            missing.append(f"{where}.reasoning_content")
-        for each, call in enumerate(message.get("tool_calls") or []):
-            missing += lost_of_call(called(call, False), text, f"{where}.tool_calls[{each}]")
-    for number, tool in enumerate(row.extra.get("tools") or []):
-        if found(name_of(tool), text) < 0:
-            missing.append(f"tools[{number}]")
-    return missing
-
-
-def name_of(of: Any) -> str:
-    """The name of a tool, or of the one that is called."""
-    function = of.get("function", of) if isinstance(of, dict) else None
-    return str(function.get("name") or "") if isinstance(function, dict) else ""
-
-
-def lost_of_call(call: Any, text: str, where: str) -> Iterator[str]:
-    if found(name_of(call), text) < 0:
-        yield f"{where}.name"
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if any(found(value, text) < 0 for value in values_of(arguments)):
-        yield f"{where}.arguments"
-
-
-def values_of(value: Any) -> Iterator[str]:
-    """Keys and values of what a call hands over, as text."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from values_of(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from values_of(item)
-    elif isinstance(value, str):
-        yield value.strip()
-    elif value is not None and not isinstance(value, bool):
-        yield json.dumps(value)
-
-
-def found(wanted: str, text: str, start: int = 0) -> int:
-    """Where the wanted text ends, as it is or as JSON and Python write it; -1 where it is not there."""
-    if (place := found_as_it_is(wanted, text, start)) >= 0:
-        return place
-    written = dict.fromkeys([json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1], repr(wanted)[1:-1]])
-    return next((place for each in written if (place := found_as_it_is(each, text, start)) >= 0), -1)
-
-
-def found_as_it_is(wanted: str, text: str, start: int) -> int:
-    """As by str.find, which prepares for ten times as long as it searches where it looks for a long text."""
-    head = wanted[:HEAD]
-    place = text.find(head, start)
-    while place >= 0 and not text.startswith(wanted, place):
-        place = text.find(head, place + 1)
-    return place + len(wanted) if place >= 0 else -1
-
-
 # --- the end of a turn ------------------------------------------------------------------------------------------------
 
 
@@ -263,8 +197,7 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     """Tries made-up conversations: what of them arrives in the text, and what stands where."""
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     found = next((f for f in (Form(), Form(parts=True)) if QUESTION in tried([question], None, tokenizer, f)), Form())
-    calls = [{"type": "function", "function": {"name": FUNCTION, "arguments": {NAME: VALUES[0]}}}]
-    asked = [question, {"role": "assistant", "content": "", "tool_calls": calls}]
+    asked = [question, {"role": "assistant", "content": "", "tool_calls": made_up_calls(1)}]
     for text_arguments, no_content in ((False, False), (True, False), (False, True), (True, True)):
         tries = Form(found.parts, text_arguments, no_content)
         text = tried(asked, TOOLS, tokenizer, tries).rpartition(QUESTION)[2]
@@ -274,27 +207,42 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     prompt, whole = tried([question], None, tokenizer, found, True), tried([question, answer], None, tokenizer, found)
     common = next((i for i, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other), min(len(prompt), len(whole)))
     opened = prompt[common:] if ANSWER in whole[common:] and THINKING.fullmatch(prompt[common:]) else ""
-    return replace(found, opened=opened, ends=ends_of_turns(question, answer, tokenizer, found))
+    apart = False
+    for before in ([question], [{"role": "system", "content": FUNCTION}, question], [question, answer, question]):
+        prompt, whole = tried(before, None, tokenizer, found, True), tried([*before, answer], None, tokenizer, found)
+        apart = apart or bool(whole) and not whole.startswith(prompt.removesuffix(opened))
+    ends = ends_of_turns(question, answer, tokenizer, found)
+    between = tried([question, answer, question], None, tokenizer, found).partition(ANSWER)[2].rpartition(QUESTION)[0]
+    if not ends and len(marked := marks_in(between, tokenizer)) > 1:  # a single one begins what follows
+        ends = (marked[0],)
+        return replace(found, opened=opened, apart=apart, ends=ends, closing=tokenizer.decode(marked[0]))
+    return replace(found, opened=opened, apart=apart, ends=ends)
+
+
+def marks_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of its own that a tokenizer knows, in order."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in marks]
 
 
 def ends_of_turns(question: dict[str, Any], answer: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: Form) -> tuple[int, ...]:
     """The tokens of its own that a template writes after an answer, and the last of them after calls, which have marks within."""
-    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-
-    def marked(text: str) -> list[int]:
-        return [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in marks]
-
     _, there, after = tried([question, answer], None, tokenizer, form).rpartition(ANSWER)
-    ends = marked(after) if there else []
+    ends = marks_in(after, tokenizer) if there else []
     for count in (2, 1):  # some templates know single calls alone
-        calls = [{"type": "function", "function": {"name": FUNCTION, "arguments": {NAME: value}}} for value in VALUES[:count]]
-        called = {"role": "assistant", "content": "", "tool_calls": calls}
+        called = {"role": "assistant", "content": "", "tool_calls": made_up_calls(count)}
         _, there, after = tried([question, called], TOOLS, tokenizer, form).rpartition(VALUES[count - 1])
         if there:
             between = _.rpartition(VALUES[0])[2] if count == 2 else ""
-            ends += [token for token in marked(after) if token not in marked(between)][-1:]
+            ends += [token for token in marks_in(after, tokenizer) if token not in marks_in(between, tokenizer)][-1:]
             break
     return tuple(dict.fromkeys(ends))
+
+
+def made_up_calls(count: int) -> list[dict[str, Any]]:
+    """Each with an id of nine letters, as Mistral's templates want it."""
+    functions = [{"name": FUNCTION, "arguments": {NAME: value}} for value in VALUES[:count]]
+    return [{"type": "function", "id": "zcallzero", "function": function} for function in functions]
 
 
 TOOLS = [

@@ -24,7 +24,7 @@ from typing import Any
 from tasks import sandbox
 from tasks.reward_file import load_function, required_columns
 from tasks.rows import Row
-from tasks.scoring import TAIL, exact_match, task_score
+from tasks.scoring import TAIL, exact_match, said, task_score
 from tuneline.errors import StageFailed
 from tuneline.rewards import (
     AnyReward,
@@ -53,9 +53,13 @@ class Completion:
 
     prompt: str
     text: str
+    said: str
+    """The text without what the model thought before it; nothing where it was cut off meanwhile."""
     tokens: int
     id: str
     answer: str | None
+    calls: bool
+    """Whether the answer calls tools."""
     extra: dict[str, Any]
 
 
@@ -82,12 +86,14 @@ class RewardFunction:
         completion_ids: list[list[int]],
         id: list[str],
         answer: list[str | None],
+        calls: list[bool],
+        said: list[str],
         extra: list[str | dict[str, Any]],
         **unused: Any,  # messages, trainer_state, log_extra, log_metric
     ) -> list[float]:
         """Raises StageFailed(data) where a value is no finite number, or the function raises."""
         extras = [json.loads(item) if isinstance(item, str) else item for item in extra]
-        columns = zip(prompts, completions, map(len, completion_ids), id, answer, extras, strict=True)
+        columns = zip(prompts, completions, said, map(len, completion_ids), id, answer, calls, extras, strict=True)
         batch = [Completion(*values) for values in columns]
         try:
             values = self.score(batch)
@@ -126,15 +132,15 @@ def reward_functions(rewards: Sequence[AnyReward], files: Mapping[str, Sequence[
 def reward_function(reward: AnyReward, files: Sequence[Path]) -> RewardFunction:
     match reward:
         case ExactMatchReward():
-            return each(reward, lambda one: exact_match(one.text, answer_of(one)), no_answer)
+            return each(reward, lambda one: exact_match(one.said, answer_of(one), one.calls), no_answer)
         case MathEqualReward():
             logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every formula that takes too long
-            return each(reward, lambda one: math_equal(one.text, answer_of(one)), no_formula)
+            return each(reward, lambda one: math_equal(one.said, answer_of(one)), no_formula)
         case FormatReward():
             pattern = re.compile(reward.pattern, re.DOTALL)
             return each(reward, lambda one: float(pattern.fullmatch(one.text.strip()) is not None))
         case ReasoningGymReward():
-            return each(reward, lambda one: task_score(one.text, one.extra["scorer"]), no_scorer)
+            return each(reward, lambda one: task_score(one.said, one.extra["scorer"]), no_scorer)
         case LengthReward():
             span = reward.zero_from - reward.full_up_to
             return each(reward, lambda one: min(1.0, max(0.0, (reward.zero_from - one.tokens) / span)))
@@ -153,7 +159,8 @@ def each(
 
 
 def check_rows(functions: Iterable[RewardFunction], rows: Sequence[Row]) -> None:
-    """Raises StageFailed(data) for the first row that lacks what a reward needs, and says how many do."""
+    """Raises StageFailed(data) for the first row that lacks what a reward needs, and says how many do. What is right stands in `answer`
+    (`tasks.masks.with_reference`)."""
     for function in functions:
         lacking = [(row.id, lack) for row in rows if (lack := function.lacks(row)) is not None]
         if lacking:
@@ -167,13 +174,18 @@ def check_rows(functions: Iterable[RewardFunction], rows: Sequence[Row]) -> None
 
 
 def no_answer(row: Row) -> tuple[str, str] | None:
-    return ("no answer", HINTS["answer"]) if row.reference() is None else None
+    if row.answer is not None:
+        return None
+    last = len(row.messages) - 1 if row.messages else -1
+    if row.messages is not None and row.messages[last]["role"] == "assistant":
+        return f"no answer that a model would learn to write (messages[{last}] is not trained on, or not rendered)", HINTS["answer"]
+    return "no answer", HINTS["answer"]
 
 
 def no_formula(row: Row) -> tuple[str, str] | None:
     if (lack := no_answer(row)) is not None:
         return lack
-    answer = str(row.reference())
+    answer = said(str(row.answer))
     hint = r"write the formula alone, as `72`, `\frac{1}{2}` or `$x^2 + 1$`"
     return None if formula(answer) else (f"an answer that math-verify cannot read ({answer[-TAIL:]!r})", hint)
 
@@ -194,7 +206,7 @@ def no_tests(row: Row) -> tuple[str, str] | None:
 
 def answer_of(completion: Completion) -> str:
     assert completion.answer is not None  # check_rows has seen to it
-    return completion.answer
+    return said(completion.answer)
 
 
 def math_equal(text: str, answer: str) -> float:
@@ -221,9 +233,9 @@ def pass_tests(batch: Sequence[Completion], limits: sandbox.Limits) -> list[floa
 
 def with_tests(completion: Completion) -> str:
     """The last fenced block of Python, else the whole text, and the row's tests. A fence that was cut off counts."""
-    blocks = FENCED.findall(completion.text)
+    blocks = FENCED.findall(completion.said)
     tests = completion.extra["tests"]
-    return "\n".join([blocks[-1] if blocks else completion.text, *([tests] if isinstance(tests, str) else tests)])
+    return "\n".join([blocks[-1] if blocks else completion.said, *([tests] if isinstance(tests, str) else tests)])
 
 
 # --- a function of the user's -----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from tuneline.errors import StageFailed
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "group", "source", "messages", "prompt", "completion", "text", "answer", "extra")
 PARTS = ("role", "content", "tool_calls")  # of a message; tool_calls: JSON
+THOUGHTS = ("reasoning_content", "thinking")  # of a message; where it has one, transformers gives templates both
 MORE = "more"  # JSON of a message's other fields; only files in which a message has one have this part
 _STORED = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -90,6 +91,10 @@ class Row:
             return self.messages
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
         return self.messages[:last]
+
+    def calls(self) -> bool:
+        """Whether a right answer calls tools."""
+        return self.messages is not None and bool(self.messages[-1].get("tool_calls"))
 
     def reference(self) -> str | None:
         """What a right answer says: `answer`, else the completion or the last assistant turn; None for plain text."""

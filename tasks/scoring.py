@@ -16,10 +16,13 @@ from typing import Any
 TAIL = 400  # characters of a prompt kept with each sample
 
 
+# How thoughts are marked in texts that no template has written; `tasks.thoughts` sees how a template does.
 NAMES = "think|thinking|thought|reasoning|seed:think"
-TAGS = re.compile(rf"</?(?:{NAMES})>|\[/?THINK\]")
-CLOSED = re.compile(rf".*(?:</(?:{NAMES})>|\[/THINK\])", re.DOTALL)
-OPENED = re.compile(rf"(?:<(?:{NAMES})>|\[THINK\]).*", re.DOTALL)
+START = rf"<(?:{NAMES})>|\[THINK\]|<\|START_THINKING\|>"
+END = rf"</(?:{NAMES})>|\[/THINK\]|<\|END_THINKING\|>"
+TAGS = re.compile(f"{START}|{END}")
+CLOSED = re.compile(f".*(?:{END})", re.DOTALL)
+OPENED = re.compile(f"(?:{START}).*", re.DOTALL)
 
 
 def said(answer: str) -> str:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from tasks import methods, special_tokens
 from tasks.loading import check_device, check_ends, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import IGNORED, sequences
-from tasks.rendering import check_end, conversation, unrendered
+from tasks.rendering import check_end
 from tasks.rows import Row, read_split
+from tasks.unrendered import complete, lost_in_training
 from tuneline.architectures import reach
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
@@ -45,8 +46,8 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
-    train, ids = tokenized(request, stage, tokenizer, "train")
-    validation = tokenized(request, stage, tokenizer, "validation")[0] if stage.eval_steps else None
+    train, ids = tokenized(request, stage, tokenizer, "train", events)
+    validation = tokenized(request, stage, tokenizer, "validation", events)[0] if stage.eval_steps else None
     if len(train) > (rows := len(set(ids))):
         events.warning(f"{rows} rows are trained as {len(train)} sequences: {APART}")
 
@@ -190,7 +191,9 @@ def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict
     return found | ({"eval_loss": evaluated[max(evaluated)]} if evaluated else {})
 
 
-def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str) -> tuple[Dataset, list[str]]:
+def tokenized(
+    request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str, events: Events
+) -> tuple[Dataset, list[str]]:
     """A split as input ids and labels, and the id of the row of each sequence; refuses rows that TRL would cut or drop."""
     from datasets import Dataset
 
@@ -202,8 +205,9 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
-    if stage.on_unrendered == "error":
-        check_rendered(rows, tokenizer)
+    rows = complete(rows, tokenizer, stage.on_unrendered, events, lost_in_training)
+    if stage.train_on == "completion":
+        rows = taught(rows, split, events)
     found = [(row.id, tokens) for row in rows for tokens in sequences(row, tokenizer, stage.train_on)]
     long = [(row, len(tokens.input_ids)) for row, tokens in found if len(tokens.input_ids) > stage.max_length]
     if long:
@@ -226,16 +230,19 @@ def tokenized(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerB
     return Dataset.from_dict(columns), [row for row, _ in found]
 
 
-def check_rendered(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Nothing is lost between what a row says and what the model sees; a dataset stage without a model could not look."""
-    for row in rows:
-        if row.messages is not None and (missing := unrendered(row, conversation(row, tokenizer))):
-            raise StageFailed(
-                "data",
-                f"the chat template leaves out {', '.join(missing)} of row {row.id}",
-                "take a model whose template knows it, set `on_unrendered: drop` and this `model` in the dataset stage, or "
-                "`on_unrendered: keep` here",
-            )
+def taught(rows: list[Row], split: str, events: Events) -> list[Row]:
+    """Those whose last answer, the one that `train_on: completion` trains, is not of weight 0."""
+    silent = [row for row in rows if row.messages is not None and row.messages[-1].get("weight") == 0]
+    if not silent:
+        return rows
+    what = f"{len(silent)} of {len(rows)} {split} rows end with an answer of weight 0, row {silent[0].id}, say"
+    if len(silent) == len(rows):
+        raise StageFailed(
+            "data", f"{what}: with `train_on: completion` nothing is left", "set `train_on: assistant`: it trains earlier answers"
+        )
+    events.warning(f"{what}: with `train_on: completion` they are left out")
+    left_out = {row.id for row in silent}
+    return [row for row in rows if row.id not in left_out]
 
 
 def check_positions(splits: list[Dataset], positions: float) -> None:

@@ -46,6 +46,7 @@ ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]
 DatasetRef = Annotated[str, Reference(("Dataset",))]
 StageRef = Annotated[str, Reference()]
 Path = Annotated[str, OutsideFile()]
+OnUnrendered = Literal["error", "drop", "keep"]
 # Names are parts of paths and addresses: none can climb out of one.
 NAME, REPOSITORY, REVISION = r"^[a-z0-9][a-z0-9-]*$", r"^\w[\w.-]*/\w[\w.-]*$", r"^[\w-]+([./][\w-]+)*$"
 MAX_NAME = 63

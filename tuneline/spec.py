@@ -22,6 +22,7 @@ from tuneline.fields import (
     ModelOrAdapterRef,
     ModelRef,
     Name,
+    OnUnrendered,
     Path,
     Repository,
     Revision,
@@ -103,8 +104,7 @@ class DatasetStage(ProgramStage):
     """Tokens a rendered row may have."""
     over_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to a row over max_length; only plain text can be truncated. Counted in the report."""
-
-    on_unrendered: Literal["error", "drop", "keep"] = "error"
+    on_unrendered: OnUnrendered = "error"
     """What happens to a conversation of which the model's chat template leaves something out, as calls or a system prompt."""
 
     def gives(self) -> ArtifactType:
@@ -135,7 +135,9 @@ class DatasetStage(ProgramStage):
 
 HUMAN_EVAL = "human_eval"  # the one benchmark that is not lm-eval's own
 # Fields without effect, unless the field is given that they are for.
-OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | {"max_new_tokens": "datasets"}
+OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | dict.fromkeys(
+    ("max_new_tokens", "on_unrendered"), "datasets"
+)
 
 
 class EvaluateStage(ComputingStage):
@@ -158,6 +160,9 @@ class EvaluateStage(ComputingStage):
     """Renders benchmark questions through the chat template; a dataset's conversations always are, as in training."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer to a dataset's prompt."""
+    on_unrendered: OnUnrendered = "error"
+    """What happens to a dataset's row of whose prompt or answer the chat template leaves something out: it is refused, left out, or asked
+    as it is rendered."""
     allow_code_execution: bool = False
     """Lets a benchmark run the code that the model writes, in a sandbox: `human_eval` needs it."""
     backend: Literal["transformers", "vllm"] = "transformers"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tuneline.engines import MAX_LORA_RANK
-from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelRef, Strict
+from tuneline.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelRef, OnUnrendered, Strict
 from tuneline.rewards import Reward
 from tuneline.rewards import findings as reward_findings
 from tuneline.stages import ComputingStage
@@ -74,6 +74,9 @@ class Training(ComputingStage):
     """Sequences per optimizer step over all devices."""
     no_end: bool = False
     """Trains under a chat template that writes no token after an answer, too: the model then never learns where to stop."""
+    on_unrendered: OnUnrendered = "error"
+    """What happens to a row of which the chat template leaves something out, as calls or a system prompt: it is refused, left out, or
+    trained on as it is rendered."""
 
     def gives(self) -> ArtifactType:
         return "Adapter"
@@ -130,8 +133,6 @@ class SftStage(Training):
     """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
     max_length: int = Field(1024, ge=8)
     """Tokens a sequence may have, and the length of a packed one. A longer row is an error: cut it in the dataset stage."""
-    on_unrendered: Literal["error", "keep"] = "error"
-    """What happens where the chat template leaves something of a conversation out, as calls or a system prompt."""
     packing: bool = False
     """Fills sequences with several rows: fewer, fuller steps."""
     eval_steps: int | None = Field(None, ge=1)

@@ -30,8 +30,8 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
     "pyarrow": (("model", "sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
     "reasoning-gym": (
-        ("model", "sft", "merge", "quantize"),
-        "scores answers; `tasks.masks` takes how a call is written from the same file",
+        ("sft", "merge", "quantize"),
+        "scores answers; `tasks.masks` takes how thoughts are marked from the same file",
     ),
     "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
     "torch": (("dataset",), "loads weights, of which a dataset needs none"),

@@ -334,6 +334,25 @@ def test_over_long_conversations_are_refused(tmp_path: Path, pico: Input, over_l
     assert "over_long: drop" in failure.value.hint
 
 
+def test_an_earlier_answer_that_a_training_would_not_find_is_named(tmp_path: Path, pico: Input) -> None:
+    """R is asked by one text, and stands before its answer as another; all of the conversation is rendered."""
+    model = tmp_path / "strange"
+    shutil.copytree(pico.path, model)
+    turn = "<|im_start|>{{ message.role }}\n{{ message.content | replace('R', 'R' ~ (messages | length)) }}<|im_end|>\n"
+    ask = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    (model / "chat_template.jinja").write_text("{% for message in messages %}" + turn + "{% endfor %}" + ask)
+    conversations = [[question, "A", "Q", "A"] for question in ("Q1", "R", "Q2")]
+    records = [
+        {"messages": [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, contents, strict=True)]}
+        for contents in conversations
+    ]
+    strange = Input(path=model, digest="0" * 64, type="Model")
+    with pytest.raises(StageFailed, match=r"data\.jsonl:2: the chat template renders row \w+ so that the text before message 1 changes"):
+        build_rows(tmp_path, records, model=strange)
+    dropped = build_rows(tmp_path, records, {"on_bad_row": "drop"}, model=strange)
+    assert (len(dropped.every()), dropped.result.metrics["bad_rows"]) == (2, 1)
+
+
 def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, pico: Input) -> None:
     model = Path(shutil.copytree(pico.path, tmp_path / "model"))
     refusal = "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

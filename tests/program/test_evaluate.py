@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.loading import template_hash
 from tasks.masks import prompt_ids, tokenize
+from tasks.rendering import ends
 from tasks.rows import Row
 from tasks.scoring import answer_recall, exact_match, mean, ratio
 from tuneline.benchmarks import task_files
@@ -94,7 +95,7 @@ def test_answers_end_at_the_end_token(base: Input, tmp_path: Path) -> None:
     result, _ = run_program(request)
     model.generation_config.repetition_penalty = None
     own = [generated(model, row, 24) for row in rows]
-    expected = [words.decode(ids, skip_special_tokens=True) for ids in own]
+    expected = [words.decode([token for token in ids if token not in ends(words)]) for ids in own]
     assert [sample["answer"] for sample in samples(request)] == expected
     stopped = sum(words.eos_token_id in ids for ids in own)
     assert 0 < stopped
@@ -172,10 +173,12 @@ def test_prompts_without_completions_are_asked_and_have_no_bits(base: Input, tmp
 
 def test_rows_without_a_reference_are_counted_out(base: Input, tmp_path: Path) -> None:
     silent = Row(source="s", messages=({"role": "user", "content": "Well?"},), id="silent")
-    request = request_for(tmp_path, base, [CHATS[0], silent])
+    question, answer = CHATS[1].messages or ()
+    untaught = Row(source="s", messages=(question, answer | {"weight": 0}), id="untaught")
+    request = request_for(tmp_path, base, [CHATS[0], silent, untaught])
     result, events = run_program(request)
     assert [event["message"] for event in events if event["type"] == "warning"] == [
-        "dataset0: 1 of 2 test rows have no answer to compare with and are left out"
+        "dataset0: 2 of 3 test rows have no answer to compare with and are left out"
     ]
     assert result.info == {"rows": {"dataset0": 1}, "dtype": "float32"}
     assert set(result.metrics) == {

@@ -28,7 +28,15 @@ def make(*rewards: dict[str, Any], file: Path | None = None) -> list[RewardFunct
     return reward_functions(REWARDS.validate_python(rewards), files)
 
 
-def call(function: RewardFunction, completions: list[str], answer: str | None = None, as_json: bool = True, **extra: Any) -> list[float]:
+def call(
+    function: RewardFunction,
+    completions: list[str],
+    answer: str | None = None,
+    as_json: bool = True,
+    said: list[str] | None = None,
+    calls: bool = False,
+    **extra: Any,
+) -> list[float]:
     """As GRPOTrainer calls it, for one row asked several times."""
     count = len(completions)
     return function(
@@ -37,6 +45,8 @@ def call(function: RewardFunction, completions: list[str], answer: str | None = 
         completion_ids=[list(range(len(completion))) for completion in completions],
         id=["row-1"] * count,
         answer=[answer] * count,
+        calls=[calls] * count,
+        said=completions if said is None else said,
         extra=[json.dumps(extra) if as_json else extra] * count,
         **OF_THE_TRAINER,
     )
@@ -88,6 +98,24 @@ def test_math_equal(answer: str, completion: str, expected: float) -> None:
 def test_math_equal_ends_formulas_that_never_end() -> None:
     (reward,) = make({"type": "math_equal"})
     assert call(reward, ["$9^{9^{9^{9}}}$", "$" + "{" * 2000 + "4" + "}" * 2000 + "$", "$99999999!$", "4"], "4") == [0, 0, 0, 1]
+
+
+def test_answers_are_compared_without_thoughts_and_functions_of_ones_own_see_them(tmp_path: Path) -> None:
+    text = "def longest(prompts, completions, **columns):\n    assert sorted(columns) == ['answer', 'id']\n    return [len(c) for c in completions]\n"
+    whole, said = ["thought: 5 finally 4", "thought: it is 4"], ["4", ""]  # the second was cut off while it was thinking
+    exact, equal, form, own = make(
+        {"type": "exact_match"}, {"type": "math_equal"}, {"type": "format", "pattern": "thought.*"}, {"file": "mine.py", "function": "longest"},
+        file=user_file(tmp_path, text),
+    )  # fmt: skip
+    assert [call(reward, whole, "<think>2 + 2</think>4", said=said) for reward in (exact, equal)] == [[1, 0], [1, 0]]
+    assert [call(reward, whole, "4", said=said) for reward in (form, own)] == [[1, 1], [20, 16]]
+
+
+def test_calls_are_compared_as_calls() -> None:
+    (reward,) = make({"type": "exact_match"})
+    completions = ['play {"b": 1, "a": 2}', 'play {"a": 2, "b": 3}', ""]
+    assert call(reward, completions, 'play {"a": 2, "b": 1}', calls=True) == [1, 0, 0]
+    assert call(reward, completions, 'play {"a": 2, "b": 1}') == [0, 0, 0]
 
 
 def test_format() -> None:
@@ -209,7 +237,7 @@ def test_a_function_as_trl_documents_them_works_and_an_edited_file_is_read_anew(
 def test_columns_of_rows_that_differ_are_none_where_a_row_has_none(tmp_path: Path) -> None:
     text = "def score(prompts, completions, **columns):\n    assert columns['a'] == [1, None]\n    assert columns['b'] == [None, 2]\n    return [0, 0]\n"
     (reward,) = make({"file": "mine.py", "function": "score"}, file=user_file(tmp_path, text))
-    ids = {"completion_ids": [[], []], "id": ["1", "2"], "answer": [None, None]}
+    ids = {"completion_ids": [[], []], "id": ["1", "2"], "answer": [None, None], "calls": [False, False], "said": ["c", "c"]}
     assert reward(prompts=["p", "p"], completions=["c", "c"], extra=['{"a": 1}', '{"b": 2}'], **ids) == [0.0, 0.0]
 
 
@@ -402,7 +430,9 @@ def test_columns_travel_from_a_jsonl_through_a_dataset_to_rewards(tmp_path: Path
     check_rows(functions, found)
     columns = {
         "id": [row.id for row in found],
-        "answer": [row.reference() for row in found],
+        "answer": [row.answer for row in found],
+        "calls": [row.calls() for row in found],
+        "said": [RIGHT, "pass"],
         "extra": [json.dumps(row.extra) for row in found],
     }
     values = [f(prompts=["p", "p"], completions=[RIGHT, "pass"], completion_ids=[[1], [1]], **columns) for f in functions]

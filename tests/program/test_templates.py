@@ -9,62 +9,34 @@ import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dataset_tools import build_rows
 from pico import tokenizer
 from sft_tools import ROWS, request_for
-from template_table import BEGIN, CALL, DOCUMENT, MARKERS, TOOL, asked, parts, said, table, templates
+from template_table import BEGIN, DOCUMENT, MARKERS, TOOL, asked, more_templates, said, tables, templates
+from template_tools import ANSWER, ASK, CALLS, ENDS_WHOLE, OPENS, QUESTION, SYSTEM, THINKS_LAST, THREE, TURN, trained, words
 from tokenizers.processors import TemplateProcessing
 
 from tasks import sft
 from tasks.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
-from tasks.masks import Tokens, prompt_ids, reference, sequences, tokenize
-from tasks.rendering import check_end, conversation, ends, form, unrendered
-from tasks.rows import Row, read_rows, write_rows
-from tasks.scoring import exact_match
+from tasks.masks import prompt_ids, sequences, tokenize
+from tasks.rendering import check_end, conversation, ends, form
+from tasks.rows import Row
+from tasks.unrendered import unrendered
 from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input
 from tuneline.trainings import SftStage
 
-ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-# An empty block of thoughts before the last answer alone.
-THINKS_LAST = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
-)
-ENDS_WHOLE = TURN + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
-OPENS = TURN + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"  # and drops the block of what was said
 INDENTS = TURN.replace("{{ m.role }}\n", "{{ m.role }}: ") + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
-THREE = asked(*(said(role, f"{role[0]}{i}") for i in (1, 2, 3) for role in ("user", "assistant")))
-
-
-@lru_cache
-def kept() -> tuple[Any, str]:
-    found = tokenizer()
-    return found, found.chat_template
-
-
-def words(template: str = "") -> Any:
-    """SmolLM2's tokenizer, by default with its own template: one for all tests, because it takes a second to load."""
-    found, own = kept()
-    found.chat_template = template or own
-    return found
-
-
-def trained(tokens: Tokens, by: Any) -> str:
-    return "".join(parts(tokens, by, True))
 
 
 def test_the_table_in_the_documents_is_what_happens() -> None:
-    """And each of TRL's templates trains one turn and several."""
-    lines = table(tokenizer())
-    found = [line.split(" | ")[1:4] for line in lines.splitlines()[2:]]
-    assert len(found) == len(templates()) >= 35
+    """And each template trains one turn and several."""
+    lines = tables(tokenizer())
+    found = [line.split(" | ")[1:4] for line in lines.splitlines() if line.startswith("| `")]
+    assert len(found) == len(templates()) + len(more_templates()) >= 55
     assert all(cell in ("yes", "yes (3)") for line in found for cell in line), lines
     assert DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2] == lines, "python tests/support/template_table.py"
 
@@ -99,12 +71,43 @@ def test_where_earlier_turns_change_each_answer_is_trained_as_it_is_asked_for(te
     assert tokenize(THREE, by, "all").input_ids == by(by.decode(found[-1].input_ids), add_special_tokens=False)["input_ids"]
 
 
+def test_a_system_prompt_that_moves_with_the_last_question_is_in_every_prompt() -> None:
+    """As in Mistral's: whole conversations are rendered without it."""
+    by = words(more_templates()["mistral_v0_3"])
+    row = asked(SYSTEM, *(THREE.messages or ()), tools=[TOOL])
+    found = sequences(row, by)
+    assert [trained(tokens, by) for tokens in found] == [f" a{i}<|im_end|>" for i in (1, 2, 3)]
+    texts = [by.decode(tokens.input_ids) for tokens in found]
+    assert [text.count("You are polite.") for text in texts] == [text.count("Wakes.") for text in texts] == [1, 1, 1]
+    assert "[INST] You are polite.\n\nu3[/INST] a3" in texts[2]
+    assert unrendered(row, conversation(row, by), by) == []
+
+
+@pytest.mark.parametrize("model", ["hermes", "command_r"])
+def test_of_several_templates_the_one_for_tools_renders_rows_with_tools(model: str) -> None:
+    by = words(more_templates()[model])
+    texts = [conversation(asked(QUESTION, ANSWER, **extra), by) for extra in ({}, {"tools": [TOOL]})]
+    assert ["Wakes." in text for text in texts] == [False, True]
+    by.chat_template = {"rag": by.chat_template["default"], "tool_use": by.chat_template["tool_use"]}
+    with pytest.raises(StageFailed, match="refuses row r: .*multiple chat templates with no default"):
+        conversation(asked(QUESTION, ANSWER), by)
+
+
+def test_a_last_answer_ends_as_an_earlier_one_does() -> None:
+    """Where the template writes an end only if the conversation goes on, as that of Qwen1.5."""
+    by = words(ENDS_BETWEEN)
+    (tokens,) = sequences(THREE, by)
+    assert trained(tokens, by) == "a1<|im_end|>a2<|im_end|>a3<|im_end|>"
+    assert conversation(THREE, by).endswith("a3<|im_end|>")
+    check_end([THREE], by, no_end=False)
+
+
 def test_sft_knows_the_row_of_each_sequence(tmp_path: Path) -> None:
     rows = [replace(THREE, id="three"), replace(asked(said("user", "Q"), said("assistant", "A")), id="one")]
     request = request_for(tmp_path, Input(path=tmp_path, digest="0" * 64, type="Model"), rows)
     stage = request.stage()
     assert isinstance(stage, SftStage)
-    found, ids = sft.tokenized(request, stage, words(THINKS_LAST), "train")
+    found, ids = sft.tokenized(request, stage, words(THINKS_LAST), "train", Events(tmp_path / "events.jsonl"))
     assert ids == ["three", "three", "three", "one"]
     expected = [tokens for row in rows for tokens in sequences(row, words(THINKS_LAST))]
     assert (found["input_ids"], found["labels"]) == ([t.input_ids for t in expected], [t.labels for t in expected])
@@ -163,133 +166,8 @@ def test_a_template_without_a_clock_is_left_as_it_is(tmp_path: Path) -> None:
     assert load_tokenizer(Input(path=tmp_path, digest="", type="Adapter")).chat_template == tokenizer().chat_template
 
 
-CALLS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<repo_name>{{ c.function.name }} "
-    "{{ c.function.arguments | tojson }}<file_sep>{% endfor %}<|im_end|>\n{% endfor %}" + ASK
-)
-THOUGHT = "<think>\nBecause.\n</think>\n\nA"
-
-
-@pytest.mark.parametrize(
-    ("template", "row", "expected"),
-    [
-        ("", asked(said("user", "Q"), said("assistant", "\n A")), "\n A"),
-        (THINKS_LAST, asked(said("user", "Q"), said("assistant", "A")), "<think>\n\n</think>\n\nA"),
-        (OPENS, asked(said("user", "Q"), said("assistant", "A")), "\n</think>\n\nA"),
-        (ENDS_WHOLE, THREE, "a3"),
-        (TURN.replace("m.content", "m.content | upper") + ASK, asked(said("user", "Q"), said("assistant", "a")), "A"),
-        ("", Row("s", messages=(said("user", "Q"), said("assistant", "A")), answer="42"), "42"),
-        ("", Row("s", prompt="Q", completion=" A"), " A"),
-        ("", asked(said("user", "Q")), None),
-        ("", asked(said("user", "Q"), said("assistant", "", tool_calls=[CALL])), None),  # the template leaves calls out
-        (CALLS, asked(said("user", "Q"), said("assistant", "", tool_calls=[CALL])), 'alarm {"zone": "Oslo", "at": "7:30"}'),
-    ],
-)
-def test_the_reference_is_what_the_model_is_taught_to_say(template: str, row: Row, expected: str | None) -> None:
-    assert reference(row, words(template)) == expected
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "calls", "expected"),
-    [
-        (THOUGHT, "A", False, 1.0),
-        ("\n</think>\n\nA", "<think>\n\n</think>\n\nA", False, 1.0),
-        ("[THINK]Because.[/THINK]A", "A", False, 1.0),
-        ("<think>\nA", "A", False, 0.0),  # cut off while it was thinking
-        ("<think>A</think>B", "A", False, 0.0),
-        ("a <b> {", "a <b> {", False, 1.0),
-        (
-            '<tool_call>{"b": 1,\n "a": {"d": 2, "c": 3}}</tool_call>',
-            '<tool_call>\n{"a": {"c": 3, "d": 2}, "b": 1}\n</tool_call>',
-            True,
-            1.0,
-        ),
-        ('{"b": 1, "a": 2}', '{"a": 2, "b": 1}', False, 0.0),
-        ('call {"b": 1}', 'call {"b": 2}', True, 0.0),
-        ('{"b": 1} {"c": 2}', '{"c": 2} {"b": 1}', True, 0.0),
-        ('other {"b": 1}', 'call {"b": 1}', True, 0.0),
-        ('call {"b": 1', 'call {"b": 1', True, 1.0),
-        ("", 'call {"b": 1}', True, 0.0),
-    ],
-)
-def test_answers_are_compared_without_thoughts_and_calls_without_the_order_of_keys(
-    answer: str, right: str, calls: bool, expected: float
-) -> None:
-    assert exact_match(answer, right, calls) == expected
-
-
-SYSTEM = said("system", "You are polite.")
-QUESTION, ANSWER = said("user", "Q"), said("assistant", "A")
-CALLED = asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[TOOL])
-AS_TEXT = {"type": "function", "function": CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}}
-SPEAKERS = TURN.replace("{% for m in messages %}", "{% for m in messages if m.role in ['user', 'assistant'] %}") + ASK
-NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.arguments.zone }}")
-WITH_TOOLS = "{{ tools | tojson if tools }}" + CALLS
-
-
-@pytest.mark.parametrize(
-    ("template", "row", "missing"),
-    [
-        ("", asked(SYSTEM, QUESTION, ANSWER), []),
-        (SPEAKERS, asked(SYSTEM, QUESTION, ANSWER), ["messages[0].content"]),
-        (SPEAKERS, asked(QUESTION, ANSWER, said("tool", "A"), ANSWER), ["messages[3].content"]),  # the last A was found as the tool's
-        ("", CALLED, ["messages[1].tool_calls[0].name", "messages[1].tool_calls[0].arguments", "tools[0]"]),
-        (CALLS, CALLED, []),
-        (CALLS, asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[{"name": "other"}]), ["tools[0]"]),
-        (WITH_TOOLS, CALLED, []),
-        (WITH_TOOLS, asked(QUESTION, said("assistant", "", tool_calls=[AS_TEXT]), tools=[TOOL]), []),
-        (NAMED, CALLED, ["messages[1].tool_calls[0].arguments"]),
-        ("", asked(QUESTION, said("assistant", "A", reasoning_content="Why")), ["messages[1].reasoning_content"]),
-        ("", asked(QUESTION, said("assistant", THOUGHT)), []),
-        (OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"), asked(QUESTION, said("assistant", THOUGHT)), []),
-        ("", asked(said("user", '\n say "hi"\t'), said("assistant", " é\n")), []),
-        (TURN.replace("m.content", "m.content | tojson") + ASK, asked(said("user", 'say "hi"\té'), said("assistant", " é\n")), []),
-        (TURN.replace("m.content", "m.content | trim") + ASK, asked(said("user", "\n x "), said("assistant", " é\n")), []),
-        (
-            TURN.replace("m.content", "m.content[:9]") + ASK,
-            asked(said("user", "x"), said("assistant", "0123456789")),
-            ["messages[1].content"],
-        ),
-        (THINKS_LAST, THREE, []),
-    ],
-)
-def test_what_the_template_leaves_out_is_found(template: str, row: Row, missing: list[str]) -> None:
-    by = words(template)
-    assert unrendered(row, conversation(row, by)) == missing
-
-
-def test_the_dataset_and_sft_refuse_rows_of_which_something_is_left_out(tmp_path: Path) -> None:
-    base = Input(path=tmp_path / "base", digest="0" * 64, type="Model")
-    words(SPEAKERS).save_pretrained(base.path)
-    records = [{"messages": [QUESTION, ANSWER]}, {"messages": [SYSTEM, QUESTION | {"content": "R"}, ANSWER]}]
-    with pytest.raises(StageFailed, match=r"data\.jsonl:2: the chat template .* leaves out messages\[0\]\.content\n") as failure:
-        build_rows(tmp_path, records, model=base)
-    assert failure.value.failure_class == "data"
-    assert "on_unrendered: drop" in failure.value.hint
-    dropped = build_rows(tmp_path, records, model=base, on_unrendered="drop")
-    assert (len(dropped.every()), dropped.result.metrics["unrendered"]) == (1, 1)
-    assert "rows of which the chat template leaves something out are dropped" in dropped.warnings()[0]
-    kept = build_rows(tmp_path, records, model=base, on_unrendered="keep")
-    assert (len(kept.every()), kept.result.metrics["unrendered"]) == (2, 0)
-    assert any("1 of 2 rows are kept although" in warning for warning in kept.warnings())
-
-    request = request_for(tmp_path / "sft", base, kept.every())
-    stage = request.stage()
-    assert isinstance(stage, SftStage)
-    with pytest.raises(StageFailed, match=r"leaves out messages\[0\]\.content of row [0-9a-f]+\n"):
-        sft.tokenized(request, stage, words(SPEAKERS), "train")
-    assert len(sft.tokenized(request, stage.model_copy(update={"on_unrendered": "keep"}), words(SPEAKERS), "train")[1]) == 2
-
-
-def test_calls_and_schemas_are_written_in_the_files_order(tmp_path: Path) -> None:
-    write_rows([CALLED], tmp_path / "rows.parquet")
-    (read,) = read_rows(tmp_path / "rows.parquet")
-    by = words(WITH_TOOLS)
-    assert conversation(read, by) == conversation(CALLED, by)
-    assert '{"zone": "Oslo", "at": "7:30"}' in conversation(read, by)
-
-
 NO_END = TURN.replace("<|im_end|>", "") + ASK
+ENDS_BETWEEN = TURN.replace("<|im_end|>\n", "{% if not loop.last or add_generation_prompt %}<|im_end|>\n{% endif %}") + ASK
 
 
 @pytest.mark.parametrize(
@@ -300,6 +178,7 @@ NO_END = TURN.replace("<|im_end|>", "") + ASK
         (THINKS_LAST, ["<|im_end|>"]),
         (CALLS, ["<|im_end|>"]),  # not the mark after a call, which another one may follow
         (NO_END, []),
+        (ENDS_BETWEEN, ["<|im_end|>"]),
         ("{{ raise_exception('nothing pleases it') }}", []),
     ],
 )
@@ -389,7 +268,10 @@ def test_contents_are_parts_and_arguments_are_text_where_the_template_takes_noth
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages | length }}" + TURN + ASK, "renders row r so that the text before message 1 changes with the message itself"),
+        (
+            TURN.replace("<|im_end|>", "{{ messages | length }}") + ASK,
+            "renders row r so that the text before message 1 changes with the message itself",
+        ),
         ("{{ messages[5].content }}", "refuses row r: "),
         ("{{ 'a' + 1 }}", 'refuses row r: TypeError: can only concatenate str (not "int") to str'),
         ("{{ [1][3] + 1 }}", "refuses row r: "),

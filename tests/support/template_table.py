@@ -1,4 +1,4 @@
-"""What becomes of each chat template of TRL's: the table in docs/templates.md. `python tests/support/template_table.py` writes it."""
+"""What becomes of other people's chat templates: the table in docs/templates.md. `python tests/support/template_table.py` writes it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tasks.masks import Tokens, sequences
+from tasks.rendering import form
 from tasks.rows import Row
 from tuneline.errors import StageFailed
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "templates.md"
+OURS = Path(__file__).parent / "templates"
 BEGIN = "<!-- tests/support/template_table.py -->\n"
-MARKERS = re.compile(r"<[|｜]?[\w▁:/.]+[|｜]?>|\[/?[A-Z_]+\]|<\|\"\|>")  # what a template's own tokenizer has a token for
-CALL = {"type": "function", "function": {"name": "alarm", "arguments": {"zone": "Oslo", "at": "7:30"}}}
+# What a template's own tokenizer has a token for.
+MARKERS = re.compile(r"<[|｜]?[\w▁:/.]+[|｜]?>|\[/?[A-Z_]+\]|\[\|\w+\|\]|<\|\"\|>")
+CALL = {"type": "function", "id": "alarm0123", "function": {"name": "alarm", "arguments": {"zone": "Oslo", "at": "7:30"}}}
 PARAMETERS = {"type": "object", "properties": {name: {"type": "string", "description": "text"} for name in ("zone", "at")}}
 TOOL = {"type": "function", "function": {"name": "alarm", "description": "Wakes.", "parameters": PARAMETERS}}
 
@@ -27,6 +30,7 @@ def asked(*messages: dict[str, Any], **extra: Any) -> Row:
     return Row("s", messages=messages, extra=extra, id="r")
 
 
+CALLS = (said("user", "Q1"), said("assistant", "", tool_calls=[CALL]), said("tool", "T1", tool_call_id=CALL["id"]), said("assistant", "A1"))
 # Column: a row, what of it must be trained, and what must be rendered.
 SHAPES: dict[str, tuple[Row, list[str], list[str]]] = {
     "one turn": (asked(said("user", "Q1"), said("assistant", "A1")), ["A1"], ["Q1"]),
@@ -38,11 +42,7 @@ SHAPES: dict[str, tuple[Row, list[str], list[str]]] = {
     ),
     "system": (asked(said("system", "Sir"), said("user", "Q1"), said("assistant", "A1")), ["A1"], ["Sir"]),
     "greeting first": (asked(said("assistant", "Hello"), said("user", "Q1"), said("assistant", "A1")), ["A1"], ["Hello"]),
-    "calls": (
-        asked(said("user", "Q1"), said("assistant", "", tool_calls=[CALL]), said("tool", "T1"), said("assistant", "A1"), tools=[TOOL]),
-        ["alarm", "zone", "Oslo", "at", "7:30", "A1"],
-        ["Wakes.", "T1"],
-    ),
+    "calls": (asked(*CALLS, tools=[TOOL]), ["alarm", "zone", "Oslo", "at", "7:30", "A1"], ["Wakes.", "T1"]),
     "thoughts": (asked(said("user", "Q1"), said("assistant", "A1", reasoning_content="Why")), ["Why", "A1"], []),
 }
 
@@ -53,6 +53,16 @@ def templates() -> dict[str, str]:
 
     folder = Path(trl.__file__).parent / "chat_templates"
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja")) if not file.stem.endswith("_training")}
+
+
+def more_templates() -> dict[str, Any]:
+    """Those of other models, by name: a template, or, where a model has several, those by their names (`hermes.tool_use.jinja`)."""
+    found: dict[str, Any] = {}
+    for file in sorted(OURS.glob("*.jinja")):
+        model, _, name = file.stem.partition(".")
+        text = file.read_text(encoding="utf-8")
+        found[model] = found.get(model, {}) | {name: text} if name else text
+    return found
 
 
 def outcome(shape: str, tokenizer: Any) -> str:
@@ -75,17 +85,30 @@ def parts(tokens: Tokens, tokenizer: Any, trained: bool) -> Iterator[str]:
     yield tokenizer.decode([token for token, counts in zip(tokens.input_ids, tokens.trained, strict=True) if counts or not trained])
 
 
-def table(tokenizer: Any) -> str:
-    lines = [f"| template | {' | '.join(SHAPES)} |", "|---" * (1 + len(SHAPES)) + "|"]
-    known = templates()
-    tokenizer.add_tokens(sorted({marker for template in known.values() for marker in MARKERS.findall(template)}), special_tokens=True)
+def with_markers(tokenizer: Any) -> Any:
+    """The tokenizer with a token for whatever one of the templates marks by one, as each model's own has."""
+    texts = " ".join(map(str, [*templates().values(), *more_templates().values()]))
+    tokenizer.add_tokens(sorted(set(MARKERS.findall(texts))), special_tokens=True)
+    return tokenizer
+
+
+def table(tokenizer: Any, known: dict[str, Any]) -> str:
+    lines = [f"| template | {' | '.join(SHAPES)} | ends a turn |", "|---" * (2 + len(SHAPES)) + "|"]
     for name, tokenizer.chat_template in known.items():
-        lines.append(f"| `{name}` | {' | '.join(outcome(shape, tokenizer) for shape in SHAPES)} |")
+        ends = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(list(form(tokenizer).ends))).replace("|", "\\|")
+        lines.append(
+            f"| `{name}` | {' | '.join(outcome(shape, tokenizer) for shape in SHAPES)} | {ends or 'nothing'} |".replace("<|", "<\\|")
+        )
     return "\n".join(lines) + "\n"
+
+
+def tables(tokenizer: Any) -> str:
+    with_markers(tokenizer)
+    return f"TRL's:\n\n{table(tokenizer, templates())}\nOf other models, written from what is public of them:\n\n{table(tokenizer, more_templates())}"
 
 
 if __name__ == "__main__":
     from pico import tokenizer
 
     head, _, _ = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    DOCUMENT.write_text(head + BEGIN + table(tokenizer()), encoding="utf-8")
+    DOCUMENT.write_text(head + BEGIN + tables(tokenizer()), encoding="utf-8")
