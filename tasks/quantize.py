@@ -75,7 +75,9 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     )
     for file in kept_files(folder):  # tokenizer, template and generation settings, to the byte
         if file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
-            shutil.copyfile(file, payload / file.name)
+            target = payload / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     rounded = quantizer.rounded(losses)
     if rounded:
         events.warning(f"{len(rounded)} layers saw too few tokens and are rounded to nearest, first {rounded[0]}")

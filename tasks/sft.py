@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
     from tasks.sft_trainer import TokenWeightedTrainer
+    from tasks.targets import Targets
     from tasks.training import Report
 
 
@@ -39,12 +40,15 @@ APART = "no single one holds every answer as it is asked for, where the chat tem
 
 
 def run(request: Request, stage: SftStage, events: Events) -> Result:
-    from tasks import training
+    from tasks import targets, training
 
     check_device(stage)
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
+    if arguments.process_index == 0:  # before all else: what is handed over and no training changes
+        save_tokenizer(tokenizer, request.payload)
+        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Model" if stage.method == "full" else "Adapter"))
     train, ids = tokenized(request, stage, tokenizer, "train")
     validation = tokenized(request, stage, tokenizer, "validation")[0] if stage.eval_steps else None
     if len(train) > (rows := len(set(ids))):
@@ -52,31 +56,33 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
 
     model = methods.load_base(base, stage)
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
-    layers = training.targeted_layers(model, stage.lora.target_modules)
+    found = None if stage.method == "full" else targets.adapted(model, stage.lora, stage.method == "qlora")
+    warnings = list(targets.warnings(model, found, stage.lora, stage.method == "qlora")) if found else []
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
-    trainer = make_trainer(request, stage, arguments, model, tokenizer, train, validation, report)
-    adapter = stage.method != "full"
-    before = training.adapter_tensors(trainer.model) if adapter else {}
-    trainable, parameters = trainer.model.get_nb_trainable_parameters() if adapter else (methods.parameters(model),) * 2
+    trainer = make_trainer(request, stage, arguments, model, tokenizer, train, validation, report, found)
+    before = training.adapter_tensors(trainer.model) if found else {}
+    if found:
+        training.check_before(trainer.model, stage.lora, found, before)
+    trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(model),) * 2
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
     if arguments.process_index == 0:
         for name, count in sizes.items():
             events.metric(name, count)
+        for warning in warnings:
+            events.warning(warning)
 
     state, after = end_of_training(trainer, request, stage, events)
     check_every_row_trained(train, state)
     if arguments.process_index == 0:
         training.save_history(state.log_history, request.meta)
-        if adapter:
+        if found:
             training.save_adapter(trainer.model, after, request.payload, base)
-            training.check_adapter(request.payload, stage.lora, layers, before)
+            training.check_adapter(request.payload, stage.lora, found, before, events)
         else:
             methods.save_model(after, base, tokenizer, request.payload, events)
             methods.check_model(request.payload, base)
             check_ends(request.payload, tokenizer)
-        save_tokenizer(tokenizer, request.payload)
-        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter" if adapter else "Model"))
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     return Result(metrics=figures(state, stage, sizes), info=info)
 
@@ -110,12 +116,12 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
 
 def make_trainer(
     request: Request, stage: SftStage, arguments: SFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Dataset,
-    validation: Dataset | None, report: Report,
+    validation: Dataset | None, report: Report, found: Targets | None,
 ) -> TokenWeightedTrainer:  # fmt: skip
     """The trainer, which holds every row, and is looked at once more before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from tasks import checkpoints, sequences, strategies, training
+    from tasks import checkpoints, sequences, strategies, targets, training
     from tasks.sft_trainer import TokenWeightedTrainer
 
     training.score_only_trained_tokens()
@@ -124,13 +130,13 @@ def make_trainer(
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
+        model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier and found else model,
         args=arguments,
         train_dataset=packed(train, stage.max_length) if stage.packing else train,
         eval_dataset=validation,
         processing_class=tokenizer,
         # TRL seeds before it draws the first weights
-        peft_config=None if earlier or stage.method == "full" else training.lora_config(stage.lora),
+        peft_config=targets.lora_config(stage.lora, found) if found and not earlier else None,
         callbacks=callbacks,
         resources=stage.resources,
     )
