@@ -50,14 +50,35 @@ def prepare() -> None:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, torch.get_num_threads())))
 
 
+def quiet() -> None:
+    """Its banner and tables come as information, at import."""
+    from logbar import LogBar
+
+    LogBar.shared().setLevel(logging.WARNING)
+
+
+def layer_names(source: Path) -> set[str] | None:
+    """What gptqmodel quantizes in a block of a model of this type, as `self_attn.q_proj`; None where it does not know the type, and
+    looks for linear layers."""
+    quiet()
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.models.auto import check_and_get_model_definition
+    from transformers import AutoConfig
+
+    definition = check_and_get_model_definition(str(source))
+    if definition.module_tree is None:
+        return None
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    return {name for block in definition.simple_layer_modules(config, QuantizeConfig()) for name in block}
+
+
 def quantize(
     source: Path, rows: list[list[int]], stage: QuantizeStage, payload: Path, meta: Path, layer_done: Callable[[], None]
 ) -> dict[str, str]:
     """Writes the weights and config.json into `payload`; returns each quantized layer's loss, as gptqmodel tells it."""
     import torch
-    from logbar import LogBar
 
-    LogBar.shared().setLevel(logging.WARNING)  # its banner and tables come as information, at import
+    quiet()
     from gptqmodel import GPTQModel, QuantizeConfig
 
     torch.manual_seed(stage.seed)

@@ -98,6 +98,8 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         **shared_arguments(request, stage),
         # Rows come tokenized, masked and packed; TRL only pads them, or joins them with position ids where packed.
         dataset_kwargs={"skip_prepare_dataset": True},
+        # TRL would add what balances a mixture's routers, once for each micro-batch: they are not trained, and the loss must not depend on those.
+        router_aux_loss_coef=0.0,
         max_length=stage.max_length,
         pad_to_multiple_of=stage.resources.sequence_parallel_size,
         packing=stage.packing,

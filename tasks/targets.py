@@ -142,18 +142,21 @@ def check_settings(found: Targets, lora: Lora, quantized: bool) -> None:
 def left_out(model: PreTrainedModel, found: Targets) -> str:
     """What `all-linear` leaves without an adapter, in words; empty where that is next to nothing."""
     apart = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
-    sizes = {name: prod(shape_of(parameter)) for name, parameter in model.named_parameters() if len(shape_of(parameter)) > 1}
-    sizes = {name: size for name, size in sizes.items() if name not in apart and model.get_parameter(name) is not head_weight(model)}
-    missing = [name for name in sizes if name not in found.parameters and name.removesuffix(".weight") not in found.layers]
-    share = sum(sizes[name] for name in missing) / max(1, sum(sizes.values()))
-    if share < TOLD:
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    sizes = {
+        name: prod(shape_of(p)) for name, p in model.named_parameters() if len(shape_of(p)) > 1 and p is not head and name not in apart
+    }
+    sizes = {name: size for name, size in sizes.items() if not name.endswith("bias")}
+    missing = Counter[str]()
+    for name, size in sizes.items():
+        if name not in found.parameters and (layer := name.removesuffix(".weight")) not in found.layers:
+            missing[layer.rpartition(".")[2]] += size
+    if missing.total() < TOLD * sum(sizes.values()):
         return ""
-    names = leaves({name.removesuffix(".weight") for name in missing})
-    return f"all-linear leaves {share:.0%} of the weights without an adapter: {', '.join(names)}"
-
-
-def head_weight(model: PreTrainedModel) -> Any:
-    return getattr(model.get_output_embeddings(), "weight", None)
+    first = ", ".join(name for name, _ in missing.most_common(3))
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    share = missing.total() / sum(sizes.values())
+    return f"all-linear leaves {share:.0%} of the layers' weights without an adapter ({first}{more}); `method: full` trains all"
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
