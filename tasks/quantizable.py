@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import quantizer
+from tasks.experts import expert_tensors
 from tasks.gptq import quantization
 from tasks.loading import model_folder, runs_code
 from tasks.weights import read_header, weight_files
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PACKED = 32  # widths are packed in so many: nn_modules/qlinear/__init__.py, pack_block
-LEFT = 0.1  # share of a model's layers that may stay, as the router of a mixture of experts
 BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.(?P<layer>.+)")
 MISREAD = {"mpt": "whose masks it reads the other way round"}  # it drops a token of each row
 OTHERWISE = "leave the stage out: evaluate and serve the model in 16 bits"
@@ -53,9 +52,8 @@ def quantizable(source: Input, stage: QuantizeStage) -> Quantizable:
     linear = linear_layers(model)
     layers = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in linear.items()}
     layers |= {name: (module.nf, module.nx) for name, module in linear.items() if hasattr(module, "nf")}  # Conv1D holds them transposed
-    named = taken(folder, linear)
-    refuse_architecture(model, linear, layers, named)
-    refuse_widths(layers, named, stage)
+    refuse_architecture(model, linear, quantizer.layer_names(folder, model))
+    refuse_widths(layers, stage)
     stored = headers(folder)
     prefix = "" if any(f"{name}.weight" in stored for name in layers) else f"{model.base_model_prefix}."
     return Quantizable(layers, prefix)
@@ -80,48 +78,42 @@ def linear_layers(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def taken(folder: Path, linear: dict[str, Any]) -> set[str]:
-    """The layers that gptqmodel quantizes: all of them where it does not know the type, and looks for itself."""
-    named = quantizer.layer_names(folder)
-    return {name for name in linear if named is None or BLOCK.fullmatch(name)["layer"] in named}  # type: ignore[index]
-
-
-def refuse_architecture(model: PreTrainedModel, linear: dict[str, Any], layers: dict[str, tuple[int, int]], taken: set[str]) -> None:
+def refuse_architecture(model: PreTrainedModel, linear: dict[str, Any], named: set[str]) -> None:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    kind = model.config.model_type
-    experts = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and min(parameter.shape) > 1]
-    experts = [name for name in experts if not isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.modules.conv._ConvNd)]
+    kind, experts = model.config.model_type, expert_tensors(model)
     unusual = [name for name, module in linear.items() if type(module) not in (torch.nn.Linear, Conv1D)]
-    left = [name for name in layers if name not in taken]
+    left = [name for name in linear if BLOCK.fullmatch(name)["layer"] not in named]  # type: ignore[index]
     if kind in MISREAD:
         problem = f"gptqmodel does not calibrate on `{kind}` rightly, {MISREAD[kind]}"
     elif experts:
-        problem = f"`{kind}` holds experts in one tensor, {experts[0]}, of which transformers reads none in few bits"
+        problem = f"`{kind}` holds experts in one tensor, {min(experts)}, of which transformers reads none in few bits"
     elif unusual:
         own = type(linear[unusual[0]]).__name__
         problem = f"{unusual[0]} of `{kind}` is of a class of its own, {own}, which transformers does not read in few bits"
-    elif sum(prod(layers[name]) for name in left) > LEFT * sum(map(prod, layers.values())):
-        problem = f"gptqmodel quantizes no {left[0]} of `{kind}`: it takes fused layers apart, and transformers does not read them so"
+    elif left and len(left) == len(linear):
+        problem = f"gptqmodel finds no layers in `{kind}`"
+    elif left:
+        problem = f"gptqmodel leaves {left[0]} of `{kind}`, or takes it apart, and transformers would read it in few bits as it is"
     else:
         return
     raise StageFailed("config", problem, OTHERWISE)
 
 
-def refuse_widths(layers: dict[str, tuple[int, int]], taken: set[str], stage: QuantizeStage) -> None:
-    for name in layers:
-        if name in taken and (wrong := [width for width in layers[name] if width % PACKED]):
-            raise StageFailed("config", f"{name} is {wrong[0]} wide, and GPTQ packs widths that {PACKED} divides", OTHERWISE)
-    widths = {inputs: name for name, (_, inputs) in reversed(layers.items()) if name in taken}
+def refuse_widths(layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> None:
+    widths = {inputs: name for name, (_, inputs) in reversed(layers.items())}
     for width, name in widths.items():
-        if stage.group_size > 0 and width % stage.group_size:
+        if stage.group_size > 0 and width % stage.group_size and not width % PACKED:
             allowed = [-1] + [size for size in GROUP_SIZES if all(inputs % size == 0 for inputs in widths)]
             raise StageFailed(
                 "config",
                 f"group_size {stage.group_size} does not divide {width}, the width of {name}",
                 f"allowed for this model: {', '.join(map(str, allowed))}",
             )
+    for name, shape in layers.items():
+        if wrong := [width for width in shape if width % PACKED]:
+            raise StageFailed("config", f"{name} is {wrong[0]} wide, and GPTQ packs widths that {PACKED} divides", OTHERWISE)
 
 
 def headers(folder: Path, prefix: str = "") -> dict[str, dict[str, Any]]:

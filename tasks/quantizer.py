@@ -21,13 +21,16 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.loading import compute_type
 from tasks.weights import INDEX, weight_files
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
 from tuneline.spec import QuantizeStage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FALLBACK = "fallback"  # gptqmodel's word, in a layer's loss, for a layer that it rounded to nearest
 
@@ -57,19 +60,18 @@ def quiet() -> None:
     LogBar.shared().setLevel(logging.WARNING)
 
 
-def layer_names(source: Path) -> set[str] | None:
-    """What gptqmodel quantizes in a block of a model of this type, as `self_attn.q_proj`; None where it does not know the type, and
-    looks for linear layers."""
+def layer_names(source: Path, model: PreTrainedModel) -> set[str]:
+    """What gptqmodel quantizes in a block of the model, as `self_attn.q_proj`; nothing where it finds its way through no blocks."""
     quiet()
     from gptqmodel import QuantizeConfig
     from gptqmodel.models.auto import check_and_get_model_definition
-    from transformers import AutoConfig
 
-    definition = check_and_get_model_definition(str(source))
-    if definition.module_tree is None:
-        return None
-    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    return {name for block in definition.simple_layer_modules(config, QuantizeConfig()) for name in block}
+    definition, config = check_and_get_model_definition(str(source)), QuantizeConfig()
+    tree = definition._resolve_effective_module_tree(model, config)
+    if tree is None:
+        return set()
+    with definition._module_tree_context(tree):
+        return {name for block in definition.simple_layer_modules(model.config, config) for name in block}
 
 
 def quantize(

@@ -26,7 +26,7 @@ from peft import PeftModel, set_peft_model_state_dict
 
 from tasks.engine import BASE, Completion, Engine
 from tasks.loading import compute_type, model_folder
-from tasks.targets import Targets, leaves
+from tasks.targets import Targets
 from tasks.training import adapter_tensors, save_adapter
 from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
@@ -63,8 +63,8 @@ def start(
     model, dtype = model_folder(request.inputs["model"].path), compute_type(stage)
     if experts := [name for name, matrices in found.parameters.items() if matrices > 1]:
         message = f"rollouts.engine: found vllm for an adapter of experts, which it reads under other names: {experts[0]}"
-        layers = ", ".join(leaves(found.layers))
-        raise StageFailed("config", message, f"set `rollouts: {{engine: transformers}}`, or `target_modules: [{layers}]` in `lora:`")
+        others = ", ".join(found.others())
+        raise StageFailed("config", message, f"set `rollouts: {{engine: transformers}}`, or `target_modules: [{others}]` in `lora:`")
     modules = {layer.rsplit(".", 1)[-1] for layer in found.layers}
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:

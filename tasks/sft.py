@@ -10,6 +10,7 @@ What the methods differ in is in `tasks.methods`. Left out: adapters on the head
 
 from __future__ import annotations
 
+import traceback
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,8 +99,6 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         **shared_arguments(request, stage),
         # Rows come tokenized, masked and packed; TRL only pads them, or joins them with position ids where packed.
         dataset_kwargs={"skip_prepare_dataset": True},
-        # TRL would add what balances a mixture's routers, once for each micro-batch: they are not trained, and the loss must not depend on those.
-        router_aux_loss_coef=0.0,
         max_length=stage.max_length,
         pad_to_multiple_of=stage.resources.sequence_parallel_size,
         packing=stage.packing,
@@ -299,7 +298,11 @@ def check_loss(trainer: TokenWeightedTrainer) -> None:
     model = trainer.model_wrapped
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        trained = float(model(**batch, labels=batch["input_ids"], fused_lm_head=True).loss)
+        try:
+            trained = float(model(**batch, labels=batch["input_ids"], fused_lm_head=True).loss)
+        except (AttributeError, TypeError) as error:  # of what TRL expects of a model's parts
+            message = f"TRL does not find its way through this architecture, {trainer.model.config.model_type}: {error}"
+            raise StageFailed("config", message, "take another base model", traceback.format_exc()) from error
         logits = model(**batch).logits[:, :-1].flatten(0, 1)
         used = float(torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(logits.device)))
     if abs(trained - used) > 0.02 * used + 1e-3:  # bfloat16 rounds by less

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tasks.experts import expert_tensors, shape_of
 from tuneline.errors import StageFailed
 from tuneline.trainings import Lora
 
@@ -40,6 +40,10 @@ class Targets:
     """Tensors that are adapted without their layer, and how many matrices each of them holds."""
     exact: bool
     """Whether PEFT must be told the full names: by the stage's it would adapt something else."""
+
+    def others(self) -> list[str]:
+        """Names under which no tensor is adapted."""
+        return [name for name in leaves(self.layers) if not matching(set(self.parameters), (name,))]
 
 
 def adapted(model: PreTrainedModel, lora: Lora, quantized: bool = False) -> Targets:
@@ -75,24 +79,10 @@ def is_linear(module: torch.nn.Module) -> bool:
 def left_alone(model: PreTrainedModel, name: str) -> bool:
     """Routers, some of which are linear layers that give more than a tensor, and what Mamba's kernels read without calling it."""
     parent, _, own = name.rpartition(".")
-    mixer = type(model.get_submodule(parent)).__name__
-    return "Router" in type(model.get_submodule(name)).__name__ or own in READ_BY_KERNELS and "Mamba" in mixer
-
-
-def expert_tensors(model: PreTrainedModel) -> dict[str, int]:
-    """Tensors that hold a matrix for each expert, and their number."""
-    found = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, _ConvNd):
-            for own, parameter in module.named_parameters(recurse=False):
-                if len(shape := shape_of(parameter)) == 3 and min(shape) > 1:
-                    found[f"{name}.{own}"] = shape[0]
-    return found
-
-
-def shape_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """Also of one that ZeRO-3 has split."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    mixer = model.get_submodule(parent)
+    return (
+        "Router" in type(model.get_submodule(name)).__name__ or own in READ_BY_KERNELS and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+    )
 
 
 def taken_for_experts(model: PreTrainedModel, name: str) -> bool:
@@ -134,7 +124,7 @@ def check_settings(found: Targets, lora: Lora, quantized: bool) -> None:
     for problem, remedy, given in unsuited:
         if given and found.parameters:
             first = max(found.parameters, key=lambda name: found.parameters[name])
-            rest = f", or adapt the other layers alone: `target_modules: [{', '.join(leaves(found.layers))}]`" if found.layers else ""
+            rest = f", or adapt the other layers alone: `target_modules: [{', '.join(others)}]`" if (others := found.others()) else ""
             message = f"{problem} with a mixture of experts, which PEFT adapts as tensors, where it has no such thing: {first}"
             raise StageFailed("config", message, remedy + rest)
 

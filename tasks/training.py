@@ -55,6 +55,8 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_total_limit": stage.resources.checkpoints_kept,
         "restore_callback_states_from_checkpoint": True,
+        # TRL would add what balances a mixture's routers once for each micro-batch, on which the loss must not depend.
+        "router_aux_loss_coef": 0.0,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",
