@@ -5,9 +5,9 @@
     path  by reference: the payload names the files with size and sha256; nothing is copied.
     gguf  converted by transformers to safetensors in float32.
 
-Left out on purpose: pickled weights (they run whatever their author wrote), sub-folders, and every file that transformers does
-not need. Python files are left out, too, unless `trust_remote_code` says that they may run; a model that needs them is refused
-then. The check reads the headers of weight files and never a weight.
+Left out on purpose: pickled weights (they run whatever their author wrote), sub-folders but that of named templates, and every
+file that transformers does not need. Python files are left out, too, unless `trust_remote_code` says that they may run; a model
+that needs them is refused then. The check reads the headers of weight files and never a weight.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
 def from_hub(repository: str, commit: str, payload: Path, code: bool) -> None:
     from huggingface_hub import snapshot_download
 
-    allowed, others = [*patterns(code), f"{TEMPLATES}/*.jinja"], [f"*/*{CODE}", "*/*/*"]
+    allowed, others = [*patterns(code), f"{TEMPLATES}/*.jinja"], ["*/*.safetensors", f"*/*{CODE}", "*/*/*"]
     snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=allowed, ignore_patterns=others))
     for file in kept_files(snapshot, code):
         target = payload / file.relative_to(snapshot)

@@ -133,7 +133,7 @@ class Trial:
 
     def __init__(self, folder: Path, model_type: str):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.data = folder, save_rows(folder / "data")
+        self.model_type, self.folder, self.data = model_type, folder, save_rows(folder / "data")
         self.base = save(folder / "base", model_type)
         self.done: dict[str, Request] = {}
 
@@ -149,12 +149,16 @@ class Trial:
             file = request.work / "events.jsonl"
             events = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
             if error.failure_class in ("config", "data") and error.hint and not any(event["type"] == "progress" for event in events):
-                return f"{error.message}: {error.hint}"
+                return self.said(f"{error.message}: {error.hint}")
             return f"FAILS late, {error.failure_class}: {error.message}; {error.hint}"
         except Exception as error:
             return f"FAILS {type(error).__name__}: {str(error).strip()[:300]}"
         self.done[column] = request
         return "yes"
+
+    def said(self, text: str) -> str:
+        """The text without the type's name and the first of its blocks, so that types share their notes."""
+        return re.sub(r"[\w.]+\.\d+\.(?=[a-z])", "", text).replace(f"`{self.model_type}`", "this type").replace("|", "/")
 
     def request(self, column: str) -> Request:
         sft: dict[str, Any] = {
@@ -213,7 +217,7 @@ def tried(folder: Path, types: Iterable[str], columns: Iterable[str] = HERE) -> 
     found: Table = {}
     for name in types:
         trial = Trial(folder / name, name)
-        found[name] = {column: trial.cell(column).replace("|", "/") for column in columns}
+        found[name] = {column: trial.cell(column) for column in columns}
     return found
 
 
