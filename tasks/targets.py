@@ -125,7 +125,7 @@ def check_settings(found: Targets, lora: Lora, quantized: bool) -> None:
         if given and found.parameters:
             first = max(found.parameters, key=lambda name: found.parameters[name])
             rest = f", or adapt the other layers alone: `target_modules: [{', '.join(others)}]`" if (others := found.others()) else ""
-            message = f"{problem} with a mixture of experts, which PEFT adapts as tensors, where it has no such thing: {first}"
+            message = f"{problem}, which PEFT does not have for experts in one tensor, as {first}"
             raise StageFailed("config", message, remedy + rest)
 
 
