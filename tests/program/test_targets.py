@@ -104,9 +104,9 @@ def test_a_killed_training_of_experts_ends_as_an_undisturbed_one(mixture: Trial,
         ),
         ({"method": "qlora"}, "method: found qlora, which PEFT does not have for experts", "set `method: lora`"),
         (
-            {"lora": {**LORA, "target_modules": ["gate_up"]}},
-            "lora.target_modules: found gate_up, allowed all-linear or some of",
-            "gate_up_proj",
+            {"lora": {**LORA, "target_modules": ["gate_up_pro"]}},
+            "lora.target_modules: found gate_up_pro, allowed all-linear or some of",
+            "did you mean gate_up_proj?",
         ),
     ],
 )
