@@ -56,11 +56,11 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     check_device(stage)
     source, payload = request.inputs["model"], request.payload
     folder = model_folder(source.path)
-    found = quantizable(source, stage)
     tokenizer = load_tokenizer(source)
     dataset = request.inputs["calibration"]
     calibration = calibration_rows(dataset, tokenizer, stage, events)
     split, measured = measured_rows(dataset, tokenizer, stage)
+    found = quantizable(source, stage)
 
     total, step = 2 + block_count(found.layers), count(1)
     loss_before = mean_loss(load_model(source, compute_type(stage)), measured)

@@ -10,13 +10,24 @@ What the methods differ in is in `tasks.methods`. Left out: adapters on the head
 
 from __future__ import annotations
 
+import shutil
 import traceback
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import methods, special_tokens
-from tasks.loading import check_device, check_ends, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.loading import (
+    check_device,
+    check_ends,
+    code_files,
+    load_tokenizer,
+    model_folder,
+    save_configs,
+    save_tokenizer,
+    saved_tokenizer,
+    template_hash,
+)
 from tasks.masks import IGNORED, sequences
 from tasks.rendering import check_end, conversation, unrendered
 from tasks.rows import Row, read_split
@@ -47,9 +58,8 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
-    if arguments.process_index == 0:  # before all else: what is handed over and no training changes
-        save_tokenizer(tokenizer, request.payload)
-        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Model" if stage.method == "full" else "Adapter"))
+    if arguments.process_index == 0:
+        save_unchanged(request, stage, tokenizer, events)
     train, ids = tokenized(request, stage, tokenizer, "train")
     validation = tokenized(request, stage, tokenizer, "validation")[0] if stage.eval_steps else None
     if len(train) > (rows := len(set(ids))):
@@ -81,11 +91,22 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
             training.save_adapter(trainer.model, after, request.payload, base)
             training.check_adapter(request.payload, stage.lora, found, before, events)
         else:
-            methods.save_model(after, base, tokenizer, request.payload, events)
+            methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
-            check_ends(request.payload, tokenizer)
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     return Result(metrics=figures(state, stage, sizes), info=info)
+
+
+def save_unchanged(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
+    """What is handed over and no training changes, so that what is wrong with it ends the stage before the first step."""
+    base, payload, adapter = request.inputs["model"], request.payload, stage.method != "full"
+    save_tokenizer(tokenizer, payload)
+    if not adapter:
+        for file in code_files(base):
+            shutil.copyfile(file, payload / file.name)
+        save_configs(model_folder(base.path), payload, None, tokenizer, events)
+        check_ends(payload, tokenizer)
+    saved_tokenizer(tokenizer, Input(path=payload, digest="", type="Adapter" if adapter else "Model"))
 
 
 def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
