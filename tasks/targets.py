@@ -56,11 +56,15 @@ def adapted(model: PreTrainedModel, lora: Lora, quantized: bool = False) -> Targ
     linear = {name for name, module in model.named_modules() if is_linear(module) and module is not head}
     alone = {name for name in linear if left_alone(model, name)}
     chosen = named((linear - alone) | experts.keys(), lora.target_modules)
-    as_tensors = {f"{name}.weight": 1 for name in sorted(chosen & linear) if experts and taken_for_experts(model, name)}
+    mistaken = tuple(name for name in leaves(chosen & linear) if experts and taken_for_experts(model, name))
+    as_tensors = {f"{name}.weight": 1 for name in sorted(matching(chosen & linear, mistaken))}
     parameters = as_tensors | {name: experts[name] for name in sorted(chosen & experts.keys())}
     layers = frozenset(name for name in chosen & linear if f"{name}.weight" not in parameters)
     found = Targets(layers, parameters, exact=bool(parameters) or bool(matching(alone, lora.target_modules)))
     check_settings(found, lora, quantized)
+    if quantized and (read := sorted(name for name in alone if name.endswith(READ_BY_KERNELS))):
+        message = f"method: found qlora for a model whose kernels read weights by themselves, which bitsandbytes would pack: {read[0]}"
+        raise StageFailed("config", message, "set `method: lora`")
     return found
 
 

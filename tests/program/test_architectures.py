@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from architecture_table import COLUMNS, HERE, TYPES, read, tried, written
 
-# A mixture of experts with a shared one, and layers that are no linear ones; what quantizes, and what is refused.
-IN_CI = {"qwen2_moe", "gpt2"} if "gptq" not in HERE else {"gpt2", "phi3"}
+# A mixture with a shared expert, layers that are no linear ones, and kernels that read them; what quantizes, and what is refused.
+IN_CI = {"qwen2_moe", "gpt2", "mamba"} if "gptq" not in HERE else {"gpt2", "phi3"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in IN_CI else [pytest.mark.full]) for name in TYPES])

@@ -151,6 +151,12 @@ def test_what_kernels_read_themselves_is_left_out_and_told() -> None:
         targets.adapted(mamba, Lora(target_modules=("out_proj",)))
 
 
+def test_what_kernels_read_themselves_is_not_held_in_few_bits() -> None:
+    mamba = model("mamba", num_hidden_layers=1, hidden_size=64)
+    with pytest.raises(StageFailed, match="method: found qlora for a model whose kernels read weights by themselves"):
+        targets.adapted(mamba, Lora(), quantized=True)
+
+
 def test_routers_are_left_alone() -> None:
     fields = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     mixture = model("phimoe", **fields, num_local_experts=4)  # its router is a linear layer, but gives two tensors

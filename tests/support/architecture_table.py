@@ -26,7 +26,7 @@ from tuneline.protocol import Input, Request
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 BEGIN, NOTES = "<!-- tests/support/architecture_table.py -->\n", "\nRefused, and what to set:\n\n"
 QUANTIZES = importlib.util.find_spec("gptqmodel") is not None
-COLUMNS = ("lora", "dora", "full", "merge", "evaluate", "gptq")
+COLUMNS = ("lora", "dora", "full", "packing", "merge", "evaluate", "gptq")
 HERE = COLUMNS[-1:] if QUANTIZES else COLUMNS[:-1]
 
 COMMON: dict[str, Any] = {
@@ -174,6 +174,7 @@ class Trial:
             "lora": {**sft, "lora": lora},
             "dora": {**sft, "lora": {**lora, "use_dora": True}},
             "full": {**sft, "method": "full"},
+            "packing": {**sft, "lora": lora, "packing": True, "max_length": 256},
             "merge": {"kind": "merge", "adapters": ["sft"]},
             "evaluate": {"kind": "evaluate", "model": "sft", "datasets": ["data"], "max_new_tokens": 4},
             "gptq": {"kind": "quantize", "model": "base", "calibration": "data", "samples": 8, "group_size": 32},
