@@ -19,7 +19,7 @@ from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FORMATS = ("gptq", "gptq_v2")
 
@@ -47,9 +47,11 @@ def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> Pr
     if layout not in FORMATS:
         raise StageFailed("data", f"cannot decode GPTQ weights of format {layout}", f"known: {', '.join(FORMATS)}")
     state = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+    turned = transposed(config)
     for name in [name.removesuffix(".qweight") for name in state if name.endswith(".qweight")]:
         packed = {part: state.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
-        state[f"{name}.weight"] = decode(**packed, bits=settings["bits"], zeros_less_one=layout == "gptq")
+        weight = decode(**packed, bits=settings["bits"], zeros_less_one=layout == "gptq")
+        state[f"{name}.weight"] = weight.t().contiguous() if name in turned else weight
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     # Of AutoModelForCausalLM, only the classes themselves take a state without a folder.
     model, info = getattr(transformers, config.architectures[0]).from_pretrained(
@@ -61,10 +63,22 @@ def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> Pr
     return model.eval()
 
 
-def cosines(source: Path, payload: Path, layers: Iterable[str], outputs: int = 64) -> Iterator[tuple[str, float]]:
+def transposed(config: PreTrainedConfig) -> set[str]:
+    """Layers whose weight lies the other way round: GPT-2's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def cosines(source: Path, payload: Path, layers: Iterable[str], prefix: str = "", outputs: int = 64) -> Iterator[tuple[str, float]]:
     """Of each quantized layer its name, and the cosine between its first outputs' weights, decoded, and those of the source.
 
-    Only these are read, so that a large model takes no more memory than a small one. GPT-2's weights lie transposed.
+    Only these are read, so that a large model takes no more memory than a small one. GPT-2's weights lie transposed. The source's
+    files leave `prefix` out of their names.
     """
     from torch.nn.functional import cosine_similarity
 
@@ -81,7 +95,7 @@ def cosines(source: Path, payload: Path, layers: Iterable[str], outputs: int = 6
             bits=settings["bits"],
             zeros_less_one=settings.get("checkpoint_format", "gptq") == "gptq",
         )
-        weight = before[f"{name}.weight"]
+        weight = before[f"{name}.weight".removeprefix(prefix)]
         wanted = [rows for rows in (weight[:outputs], weight[:, :outputs].t()) if rows.shape == found.shape]
         yield name, max(float(cosine_similarity(found.float().flatten(), rows.float().flatten(), dim=0)) for rows in wanted)
 

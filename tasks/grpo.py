@@ -54,7 +54,7 @@ SHOWN = {
 def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     from transformers import PrinterCallback
 
-    from tasks import checkpoints, strategies, training
+    from tasks import checkpoints, strategies, targets, training
     from tasks.grpo_trainer import AdapterTrainer
 
     rewards = reward_functions(stage.rewards, request.files)  # first: what is wrong in a file of one's own should not cost a minute
@@ -63,6 +63,9 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     arguments = trainer_arguments(request, stage)
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
+    if arguments.process_index == 0:  # before all else: what is handed over and no training changes
+        save_tokenizer(tokenizer, request.payload)
+        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
     rows = read_split(request.inputs["dataset"].path, "train")
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
@@ -74,7 +77,10 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     model = strategies.load_base(base, stage.resources, compute_type(stage))
     model.generation_config.eos_token_id = ends(tokenizer, model.generation_config.eos_token_id)  # TRL and vLLM end completions there
     longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
-    layers = training.targeted_layers(model, stage.lora.target_modules)
+    found = targets.adapted(model, stage.lora)
+    if arguments.process_index == 0:
+        for warning in targets.warnings(model, found, stage.lora):
+            events.warning(warning)
     shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
     shown |= {f"rewards/{reward.label}/std": f"reward_std/{reward.label}" for reward in stage.rewards}
     with ExitStack() as stack:
@@ -83,15 +89,15 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             from tasks.rollouts import start
 
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # `rollout_func` may change with TRL's version, which the lock pins
-            rollouts = stack.enter_context(start(request, stage, layers, longest, gpus, arguments, events))
+            rollouts = stack.enter_context(start(request, stage, found, longest, gpus, arguments, events))
         report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
         trainer = AdapterTrainer(
-            model=training.adapter_to_go_on_from(model, earlier, base, stage.lora) if earlier else model,
+            model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier else model,
             args=arguments,
             reward_funcs=rewards,
             train_dataset=as_dataset(rows, prompts),
             processing_class=tokenizer,
-            peft_config=None if earlier else training.lora_config(stage.lora),  # TRL seeds before it draws the first weights
+            peft_config=None if earlier else targets.lora_config(stage.lora, found),  # TRL seeds before it draws the first weights
             callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
             prompts=prompts,
@@ -102,6 +108,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         trainer.remove_callback(PrinterCallback)  # events say the same
         trainer.add_callback(training.OncePrepared(lambda: strategies.prove(trainer, stage.resources), lambda: check_log_probs(trainer)))
         before = training.adapter_tensors(trainer.model)
+        training.check_before(trainer.model, stage.lora, found, before)
         trainable, parameters = trainer.model.get_nb_trainable_parameters()
         checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
         state = checkpoints.ended_at(checkpoint) if checkpoint else None
@@ -120,9 +127,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         training.save_history(history, request.meta, ("reward", *(f"rewards/{reward.label}/mean" for reward in stage.rewards)))
         shutil.copy(request.work / "rollouts.jsonl", request.meta / "rollouts.jsonl")
         training.save_adapter(trainer.model, after, request.payload, base)
-        save_tokenizer(tokenizer, request.payload)
-        training.check_adapter(request.payload, stage.lora, layers, before)
-        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
+        training.check_adapter(request.payload, stage.lora, found, before, events)
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     metrics = figures(history, stage) | {"trainable_parameters": trainable, "all_parameters": parameters}
     return Result(metrics=metrics, info=info | (rollouts.facts() if rollouts else {}))

@@ -9,6 +9,7 @@ leaves the batch with its end token. Anything else (sampling, stop words) is lef
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOGITS_BYTES = 2**31  # of one batch's logits and log-probabilities, float32, over the whole vocabulary
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a model takes back what it hands out as `past_key_values`; Mamba and its like have states of other names, which
+    transformers' own `generate` knows."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "past_key_values" in inspect.signature(base.forward).parameters
 
 
 class LanguageModel(HFLM):  # type: ignore[misc]
@@ -88,7 +96,12 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         """Token ids of contexts and answers, shape [batch, up to max_length]."""
         mask = options["attention_mask"]
         only_ends = stop == [self.tok_decode([self.eot_token_id], skip_special_tokens=False)]
-        if only_ends and options.keys() <= {"attention_mask", "do_sample", "temperature"} and not options.get("do_sample"):
+        if (
+            takes_cache(self.model)
+            and only_ends
+            and options.keys() <= {"attention_mask", "do_sample", "temperature"}
+            and not options.get("do_sample")
+        ):
             tokens = self._greedy(context, mask, max_length - context.shape[1])
         else:
             tokens = super()._model_generate(context, max_length, stop, **options)

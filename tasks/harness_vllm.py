@@ -64,7 +64,11 @@ class EngineModel(LanguageModel):
             raise StageFailed("config", message, "raise it, or leave it out")
         rank, modules = None, None
         if self.source.type == "Adapter":
-            rank = json.loads((self.source.path / "adapter_config.json").read_bytes())["r"]
+            config = json.loads((self.source.path / "adapter_config.json").read_bytes())
+            if experts := [name for name in config.get("target_parameters") or () if not name.endswith(".weight")]:
+                message = f"the adapter changes experts, which vLLM reads under other names: {experts[0]}"
+                raise StageFailed("config", message, f"merge it and evaluate the model, or {OTHERWISE}")
+            rank = config["r"]
             modules = modules_of(self.source.path)
             if OUTPUT in modules:
                 raise StageFailed("config", f"the adapter changes {OUTPUT}, with which vLLM cannot score", OTHERWISE)

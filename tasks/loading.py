@@ -218,8 +218,10 @@ def check_loaded(model: PeftModel, adapter: Path) -> None:
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """sha256 of the chat template; it travels in every manifest."""
+    """sha256 of the chat template, or of all that are named; it travels in every manifest."""
     template = tokenizer.chat_template
+    if isinstance(template, dict):  # in the order in which the file system listed them
+        template = dict(sorted(template.items()))
     return hashlib.sha256(str(template).encode()).hexdigest() if template else None
 
 

@@ -107,7 +107,9 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     for file in code_files(adapter.base):
         shutil.copyfile(file, payload / file.name)
     for file in sorted(adapter.path.iterdir()):  # the trained side's tokenizer and template, to the byte
-        if not file.name.startswith("adapter_"):
+        if file.is_dir():  # of named templates
+            shutil.copytree(file, payload / file.name)
+        elif not file.name.startswith("adapter_"):
             shutil.copyfile(file, payload / file.name)
     model = Input(path=payload, digest="", type="Model")
     tokenizer = saved_tokenizer(load_tokenizer(adapter), model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from tasks.rows import THOUGHTS
 from tasks.values import BadRow, blank, describe, parsed, text
 
 CALLING = ("function_call", "tool_call")  # roles whose content is a call

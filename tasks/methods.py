@@ -16,17 +16,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.loading import code_files, compute_type, device, model_folder, save_configs
+from tasks.loading import compute_type, device, model_folder
 from tasks.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
-from tuneline.protocol import Events, Input
+from tuneline.protocol import Input
 from tuneline.trainings import SftStage
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
 def load_base(base: Input, stage: SftStage) -> PreTrainedModel:
@@ -165,8 +165,8 @@ def weights_in(checkpoint: Path, model: PreTrainedModel) -> dict[str, torch.Tens
     return {name: by_parameter[id(parameter)] for name, parameter in named.items()}
 
 
-def save_model(trained: dict[str, torch.Tensor], base: Input, tokenizer: PreTrainedTokenizerBase, payload: Path, events: Events) -> None:
-    """The base's files with the trained values in them. Tokenizer and template are not among them."""
+def save_model(trained: dict[str, torch.Tensor], base: Input, payload: Path) -> None:
+    """The base's files of weights with the trained values in them."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -180,10 +180,8 @@ def save_model(trained: dict[str, torch.Tensor], base: Input, tokenizer: PreTrai
     for name in sorted(trained.keys() - written):  # those are tied to one that has a place, or a wrapper has renamed them
         if not any(torch.equal(trained[name], trained[other]) for other in written):
             raise StageFailed("bug", f"{name} of the model has no place in the base's files")
-    for file in (folder / INDEX, *code_files(base)):
-        if file.exists():
-            shutil.copyfile(file, payload / file.name)
-    save_configs(folder, payload, None, tokenizer, events)
+    if (folder / INDEX).exists():
+        shutil.copyfile(folder / INDEX, payload / INDEX)
 
 
 def check_model(payload: Path, base: Input) -> None:

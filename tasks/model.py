@@ -5,9 +5,9 @@
     path  by reference: the payload names the files with size and sha256; nothing is copied.
     gguf  converted by transformers to safetensors in float32.
 
-Left out on purpose: pickled weights (they run whatever their author wrote), sub-folders, and every file that transformers does
-not need. Python files are left out, too, unless `trust_remote_code` says that they may run; a model that needs them is refused
-then. The check reads the headers of weight files and never a weight.
+Left out on purpose: pickled weights (they run whatever their author wrote), sub-folders but that of named templates, and every
+file that transformers does not need. Python files are left out, too, unless `trust_remote_code` says that they may run; a model
+that needs them is refused then. The check reads the headers of weight files and never a weight.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
+TEMPLATES = "additional_chat_templates"  # a folder of named ones, beside the default one
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
 def from_hub(repository: str, commit: str, payload: Path, code: bool) -> None:
     from huggingface_hub import snapshot_download
 
-    snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=patterns(code), ignore_patterns=["*/*"]))
+    allowed, others = [*patterns(code), f"{TEMPLATES}/*.jinja"], ["*/*.safetensors", f"*/*{CODE}", "*/*/*"]
+    snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=allowed, ignore_patterns=others))
     for file in kept_files(snapshot, code):
-        target = payload / file.name
+        target = payload / file.relative_to(snapshot)
+        target.parent.mkdir(exist_ok=True)
         try:
             os.link(file.resolve(), target)
         except OSError:  # another file system than the cache's
@@ -118,13 +121,14 @@ def write_reference(folder: Path, payload: Path, code: bool) -> None:
     for file in kept_files(folder, code):
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-        entries.append({"path": file.name, "size": file.stat().st_size, "sha256": digest})
+        entries.append({"path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "sha256": digest})
     (payload / REFERENCE).write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     point(payload.parent, folder)
 
 
 def kept_files(folder: Path, code: bool = False) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns(code)))
+    files = (file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns(code)))
+    return sorted([*files, *(folder / TEMPLATES).glob("*.jinja")])
 
 
 def patterns(code: bool) -> list[str]:
@@ -170,8 +174,15 @@ def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
         context=config.get_text_config().to_dict().get("max_position_embeddings"),
         eos_token=str(tokenizer.eos_token),
         template=template_hash(tokenizer),
-        template_text=str(tokenizer.chat_template or ""),
+        template_text=text_of(tokenizer.chat_template),
     )
+
+
+def text_of(template: str | dict[str, str] | None) -> str:
+    """Of all templates, where there are several."""
+    if isinstance(template, dict):
+        return "\n\n".join(f"{{#- {name} #}}\n{text}" for name, text in sorted(template.items()))
+    return template or ""
 
 
 def check_code(folder: Path, source: str, code: bool) -> None:

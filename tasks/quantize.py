@@ -4,8 +4,8 @@ Rows of the calibration Dataset's train split, drawn with the seed and rendered 
 all tokens of up to `MEASURED` rows that the model was not trained or calibrated on, each row by itself, of the source as well as
 of what was written. The quantizing itself is in `tasks.quantizer`.
 
-Left out: quantizing what is quantized already, the embedding and the output head (they stay, as the rest, in 16 bits), and
-layers that hold several experts in one tensor. A killed stage begins anew: gptqmodel's checkpoints of layers are not canonical.
+Left out: what `tasks.quantizable` refuses, the embedding and the output head (they stay, as the rest, in 16 bits). A killed stage
+begins anew: gptqmodel's checkpoints of layers are not canonical.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import random
-import re
 import shutil
 from itertools import count
 from pathlib import Path
@@ -29,7 +28,6 @@ from tasks.loading import (
     load_model,
     load_tokenizer,
     model_folder,
-    runs_code,
     saved_config,
     saved_tokenizer,
     template_hash,
@@ -38,9 +36,11 @@ from tasks.loading import (
 from tasks.masks import tokenize
 from tasks.model import kept_files
 from tasks.older_readers import make_tokenizer_readable
+from tasks.quantizable import Quantizable, block_count, headers, quantizable
 from tasks.rows import Row, read_split
-from tasks.weights import INDEX, read_header, weight_files
+from tasks.weights import INDEX, weight_files
 from tuneline.errors import StageFailed
+from tuneline.patches import patch
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import QuantizeStage
 
@@ -48,13 +48,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-GROUP_SIZES = (16, 32, 64, 128, 256)
 MEASURED = 64  # rows that perplexity is measured on
 PROMPT = 16  # tokens of the first of them, for the check of what was written
 GENERATED = 4
 LEAST_COSINE = 0.4
-# What is quantized: matrices inside a numbered block.
-LAYER = re.compile(r"(?P<layer>.+\.\d+\..+)\.weight")
 HINT = "take more samples, a smaller group_size, or 8 bits"
 
 
@@ -63,14 +60,13 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     check_device(stage)
     source, payload = request.inputs["model"], request.payload
     folder = model_folder(source.path)
-    layers = quantizable(folder)
-    refuse(source, layers, stage)
     tokenizer = load_tokenizer(source)
     dataset = request.inputs["calibration"]
     calibration = calibration_rows(dataset, tokenizer, stage, events)
     split, measured = measured_rows(dataset, tokenizer, stage)
+    found = quantizable(source, stage)
 
-    total, step = 2 + block_count(layers), count(1)
+    total, step = 2 + block_count(found.layers), count(1)
     loss_before = mean_loss(load_model(source, compute_type(stage)), measured)
     gc.collect()  # the source is out of memory before gptqmodel loads its own
     events.progress(next(step), total, f"perplexity before: {perplexity(loss_before):.2f}")
@@ -79,14 +75,16 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     )
     for file in kept_files(folder):  # tokenizer, template and generation settings, to the byte
         if file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
-            shutil.copyfile(file, payload / file.name)
+            target = payload / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     make_tokenizer_readable(payload)  # but where only transformers 5 could read them
     rounded = quantizer.rounded(losses)
     if rounded:
         events.warning(f"{len(rounded)} layers saw too few tokens and are rounded to nearest, first {rounded[0]}")
 
-    quantized_layers = check_files(folder, payload, layers, stage)
-    check_weights(folder, payload, layers)
+    quantized_layers = check_files(folder, payload, found, stage)
+    check_weights(folder, payload, found)
     save_config(folder, payload)
     model = Input(path=payload, digest="", type="Model")
     quantized_model = load_model(model, compute_type(stage))
@@ -94,7 +92,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
     check_loss(loss_before, loss, stage)
     del quantized_model
     gc.collect()
-    check_public_loader(payload, measured[0], logits)
+    check_public_loader(payload, measured[0], logits, events)
     events.progress(total, total, f"perplexity after: {perplexity(loss):.2f}")
 
     before, after = weight_bytes(folder), weight_bytes(payload)
@@ -124,45 +122,6 @@ def save_config(source: Path, payload: Path) -> None:
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
-
-
-def quantizable(folder: Path) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each matrix inside the model's blocks, by layer name."""
-    return {
-        match["layer"]: (tensor["shape"][0], tensor["shape"][1])
-        for name, tensor in headers(folder).items()
-        if (match := LAYER.fullmatch(name)) and len(tensor["shape"]) == 2
-    }
-
-
-def headers(folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
-
-
-def block_count(layers: dict[str, tuple[int, int]]) -> int:
-    """Blocks are what comes before the first number of a name, and the number."""
-    return len({re.match(r".*?\.\d+\.", name)[0] for name in layers})  # type: ignore[index]
-
-
-def refuse(source: Input, layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> None:
-    if runs_code(source):
-        hint = "quantize a model of an architecture that transformers knows by itself"
-        raise StageFailed("config", "the model runs code of its own (trust_remote_code), whose layers gptqmodel does not know", hint)
-    settings = quantization(model_folder(source.path))
-    if settings is not None:
-        raise StageFailed(
-            "config",
-            f"the model is quantized already, by {settings['quant_method']}",
-            "quantize the model in full precision that it was made from",
-        )
-    for name, (_, width) in layers.items():
-        if stage.group_size > 0 and width % stage.group_size:
-            allowed = [-1] + [size for size in GROUP_SIZES if all(inputs % size == 0 for _, inputs in layers.values())]
-            raise StageFailed(
-                "config",
-                f"group_size {stage.group_size} does not divide {width}, the width of {name}",
-                f"allowed for this model: {', '.join(map(str, allowed))}",
-            )
 
 
 def calibration_rows(dataset: Input, tokenizer: PreTrainedTokenizerBase, stage: QuantizeStage, events: Events) -> list[list[int]]:
@@ -225,17 +184,16 @@ def perplexity(loss: float) -> float:
 # --- the hand-over ----------------------------------------------------------------------------------------------------
 
 
-def check_files(source: Path, payload: Path, layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> int:
+def check_files(source: Path, payload: Path, found: Quantizable, stage: QuantizeStage) -> int:
     """Returns how many layers are stored in `stage.bits` bits, found in the files' headers alone."""
     settings = quantization(payload) or {}
     wanted = {"quant_method": stage.method, **stage.model_dump(include={"bits", "group_size", "sym", "desc_act"})}
-    if found := {name: settings.get(name) for name, value in wanted.items() if settings.get(name) != value}:
-        raise StageFailed("bug", f"config.json of the quantized model says {found}, asked for {wanted}")
-    before, after = headers(source), headers(payload)
+    if other := {name: settings.get(name) for name, value in wanted.items() if settings.get(name) != value}:
+        raise StageFailed("bug", f"config.json of the quantized model says {other}, asked for {wanted}")
+    before, after, layers = headers(source, found.prefix), headers(payload), found.layers
     quantized = {name: shape for name, shape in layers.items() if f"{name}.qweight" in after}
     left = sorted(layers.keys() - quantized.keys())
-    # Some small matrices stay on purpose, such as the router of a mixture of experts.
-    if sum(math.prod(layers[name]) for name in left) > 0.1 * sum(math.prod(shape) for shape in layers.values()):
+    if left:
         raise StageFailed("bug", f"{len(left)} of {len(layers)} layers are not quantized, first {left[0]}")
     expected = sum(2 * math.prod(tensor["shape"]) for name, tensor in before.items() if name.removesuffix(".weight") not in quantized)
     for name, (outputs, inputs) in quantized.items():
@@ -250,13 +208,13 @@ def check_files(source: Path, payload: Path, layers: dict[str, tuple[int, int]],
     return len(quantized)
 
 
-def check_weights(source: Path, payload: Path, layers: dict[str, tuple[int, int]]) -> None:
+def check_weights(source: Path, payload: Path, found: Quantizable) -> None:
     """The first outputs of each quantized layer decode to what points where the source's weights do.
 
     Perplexity alone would pass a layer of noise in a deep model. The least cosines in SmolLM2-135M: 0.989 of 4 bits in groups
     of 32, 0.74 of 2 bits in groups of 64; noise and zeros are near 0.
     """
-    for name, cosine in cosines(source, payload, layers):
+    for name, cosine in cosines(source, payload, found.layers, found.prefix):
         if not cosine > LEAST_COSINE:  # also where it is no number
             message = f"what {name} was quantized to is not what it was: the cosine of the two is {cosine:.2f}"
             raise StageFailed("bug", message, HINT)
@@ -271,15 +229,26 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
-def check_public_loader(payload: Path, ids: list[int], expected: torch.Tensor) -> None:
+def check_public_loader(payload: Path, ids: list[int], expected: torch.Tensor, events: Events) -> None:
     """As anyone would load it: transformers and optimum, with the kernels of this device. It generates, and it agrees with
     what perplexity was measured on, which on a CPU was decoded by `tasks.gptq`."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        payload, dtype=torch.float16, device_map={"": device()}, local_files_only=True, trust_remote_code=False
-    ).eval()
+    def load() -> Any:
+        places: Any = {"": device()}
+        return AutoModelForCausalLM.from_pretrained(
+            payload, dtype=torch.float16, device_map=places, local_files_only=True, trust_remote_code=False
+        ).eval()
+
+    try:
+        model = load()
+    except AttributeError as error:  # GPT-2's initialisation asks for the weight of layers that are packed
+        events.warning(f"transformers {__version__} by itself does not load what was written ({error}); evaluations here do")
+        config = AutoConfig.from_pretrained(payload, local_files_only=True, trust_remote_code=False)
+        classes = AutoModelForCausalLM._model_mapping[type(config)].__mro__
+        patch(next(each for each in classes if "_init_weights" in vars(each)), "_init_weights", lambda self, module: None)
+        model = load()
     prompt = torch.tensor([ids[:PROMPT]], device=model.device)
     with torch.compiler.set_stance("force_eager"):  # gptqmodel's kernels would be compiled, for longer than they run here
         found = prompt_logits(model, ids)

@@ -21,13 +21,16 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.loading import compute_type
 from tasks.weights import INDEX, weight_files
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
 from tuneline.spec import QuantizeStage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FALLBACK = "fallback"  # gptqmodel's word, in a layer's loss, for a layer that it rounded to nearest
 
@@ -50,14 +53,34 @@ def prepare() -> None:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, torch.get_num_threads())))
 
 
+def quiet() -> None:
+    """Its banner and tables come as information, at import."""
+    from logbar import LogBar
+
+    LogBar.shared().setLevel(logging.WARNING)
+
+
+def layer_names(source: Path, model: PreTrainedModel) -> set[str]:
+    """What gptqmodel quantizes in a block of the model, as `self_attn.q_proj`; nothing where it finds its way through no blocks."""
+    quiet()
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.models.auto import check_and_get_model_definition
+
+    definition, config = check_and_get_model_definition(str(source)), QuantizeConfig()
+    tree = definition._resolve_effective_module_tree(model, config)
+    if tree is None:
+        return set()
+    with definition._module_tree_context(tree):
+        return {name for block in definition.simple_layer_modules(model.config, config) for name in block}
+
+
 def quantize(
     source: Path, rows: list[list[int]], stage: QuantizeStage, payload: Path, meta: Path, layer_done: Callable[[], None]
 ) -> dict[str, str]:
     """Writes the weights and config.json into `payload`; returns each quantized layer's loss, as gptqmodel tells it."""
     import torch
-    from logbar import LogBar
 
-    LogBar.shared().setLevel(logging.WARNING)  # its banner and tables come as information, at import
+    quiet()
     from gptqmodel import GPTQModel, QuantizeConfig
 
     torch.manual_seed(stage.seed)

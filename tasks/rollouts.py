@@ -26,6 +26,7 @@ from peft import PeftModel, set_peft_model_state_dict
 
 from tasks.engine import BASE, Completion, Engine
 from tasks.loading import compute_type, model_folder
+from tasks.targets import Targets
 from tasks.training import adapter_tensors, save_adapter
 from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
@@ -52,15 +53,19 @@ class Floor:
 
 @contextmanager
 def start(
-    request: Request, stage: GrpoStage, layers: set[str], longest: int, gpus: list[str] | None, arguments: Any, events: Events
+    request: Request, stage: GrpoStage, found: Targets, longest: int, gpus: list[str] | None, arguments: Any, events: Events
 ) -> Iterator[Rollouts]:
-    """Brings the engine up for this training, once for all of its processes, and ends it after it. `layers` get an adapter."""
+    """Brings the engine up for this training, once for all of its processes, and ends it after it."""
     from accelerate.utils import broadcast_object_list
 
     assert request.engine is not None
     settings = stage.resources.engine or EngineSettings()
     model, dtype = model_folder(request.inputs["model"].path), compute_type(stage)
-    modules = {layer.rsplit(".", 1)[-1] for layer in layers}
+    if experts := [name for name, matrices in found.parameters.items() if matrices > 1]:
+        message = f"rollouts.engine: found vllm for an adapter of experts, which it reads under other names: {experts[0]}"
+        others = ", ".join(found.others())
+        raise StageFailed("config", message, f"set `rollouts: {{engine: transformers}}`, or `target_modules: [{others}]` in `lora:`")
+    modules = {layer.rsplit(".", 1)[-1] for layer in found.layers}
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:
         log = request.work / "engine.log"

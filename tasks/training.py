@@ -1,4 +1,4 @@
-"""What every training of an adapter shares: its LoRA configuration, events, and the checks of its hand-over.
+"""What every training of an adapter shares: what it goes on from, events, and the checks of its hand-over.
 
 Imports torch, transformers and peft at the top because it subclasses them; programs import it inside `run`. It leaves out the
 trainers themselves: what a row is and what the loss is differ between kinds.
@@ -6,7 +6,6 @@ trainers themselves: what a row is and what the loss is differ between kinds.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import time
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.pytorch_utils import Conv1D
 
 from tasks import strategies
 from tasks.loading import check_loaded, compute_type
+from tasks.targets import Targets, check_form, lora_config, meant_by
 from tuneline.checkpoints import FOLDER
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
@@ -56,6 +55,8 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_total_limit": stage.resources.checkpoints_kept,
         "restore_callback_states_from_checkpoint": True,
+        # TRL would add what balances a mixture's routers once for each micro-batch, on which the loss must not depend.
+        "router_aux_loss_coef": 0.0,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",
@@ -67,46 +68,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def targeted_layers(model: PreTrainedModel, target_modules: tuple[str, ...] | str) -> set[str]:
-    """Full names of the linear layers that get an adapter, matched by the end of their name as PEFT does.
-
-    The head is never one: TRL computes the loss from its weight directly, so an adapter on it would not be trained.
-    """
-    head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D) and module is not head]
-    if target_modules == "all-linear":
-        return set(linear)
-    found = {target: {name for name in linear if name == target or name.endswith(f".{target}")} for target in target_modules}
-    unknown = [target for target, names in found.items() if not names]
-    if unknown:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        near = [match for target in unknown for match in difflib.get_close_matches(target, known, 1)]
-        raise StageFailed(
-            "config",
-            f"lora.target_modules: found {', '.join(unknown)}, allowed all-linear or some of {', '.join(known)}",
-            f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, less its head",
-        )
-    return set().union(*found.values())
-
-
-def lora_config(lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=_plain(lora.lora_alpha),
-        lora_dropout=float(lora.lora_dropout),
-        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules)),
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
-
-
-def _plain(number: float) -> int | float:
-    """32, not 32.0: one way to write a number, so that equal configurations give equal bytes."""
-    return int(number) if float(number).is_integer() else number
-
-
-def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lora: Lora) -> PeftModel:
+def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lora: Lora, found: Targets) -> PeftModel:
     """The adapter, trainable, on the model; only its dropout may change on the way.
 
     Raises StageFailed(config) where it is an adapter of another base, or of another shape than the stage asks for.
@@ -114,15 +76,15 @@ def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lo
     if source.base is None or source.base.digest != base.digest:
         raise StageFailed("config", "adapter: found an adapter of another base model", "give `model:` the base that it was trained on")
     config = LoraConfig.from_pretrained(source.path)
-    wanted = lora_config(lora)
+    wanted = lora_config(lora, found)
     differences = [
         f"{name} {getattr(config, name)} instead of {getattr(wanted, name)}"
         for name in ("r", "lora_alpha", "use_rslora", "use_dora")
         if getattr(config, name) != getattr(wanted, name)
     ]
-    layers, wanted_layers = targeted_layers(model, tuple(config.target_modules)), targeted_layers(model, lora.target_modules)
-    if layers != wanted_layers:
-        differences.append(f"target_modules that mean {len(layers)} layers instead of {len(wanted_layers)}")
+    has, wants = meant_by(config, model), found.layers | found.parameters.keys()
+    if has != wants:
+        differences.append(f"target_modules that mean {len(has)} layers instead of {len(wants)}")
     if differences:
         raise StageFailed(
             "config", f"adapter: found {'; '.join(differences)}", "give this stage the same `lora:` as the one that made the adapter"
@@ -141,44 +103,52 @@ def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     return {strategies.unwrapped(name): tensor.contiguous() for name, tensor in sorted(state.items())}
 
 
+def config_of(model: PeftModel) -> dict[str, Any]:
+    config = model.peft_config["default"].to_dict()
+    del config["peft_version"]
+    return config  # type: ignore[no-any-return]
+
+
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input) -> None:
     """Writes the adapter the same way everywhere: sorted lists, and the base's digest instead of its path.
 
     PEFT's own `save_pretrained` writes sets in hash order, the base's path, and a README.
     """
-    config = model.peft_config["default"].to_dict()
-    del config["peft_version"]
-    config |= {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
+    config = config_of(model) | {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (payload / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     save_file(tensors, payload / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def check_adapter(payload: Path, lora: Lora, layers: set[str], before: dict[str, torch.Tensor]) -> None:
+def check_before(model: PeftModel, lora: Lora, found: Targets, before: dict[str, torch.Tensor]) -> None:
+    """What the hand-over checks of an adapter's form, before the first step: no training is to end in what its beginning knew. And
+    PEFT reads its weights back by the names that they are saved by."""
+    check_form(config_of(model), before, lora, found)
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 holds parts
+        result = set_peft_model_state_dict(model, before)
+        after = get_peft_model_state_dict(model, save_embedding_layers=False)
+        wrong = sorted({*result.unexpected_keys, *(before.keys() ^ after.keys())})
+        if wrong or not all(torch.equal(after[name].cpu(), tensor) for name, tensor in before.items()):
+            message = f"PEFT does not read back what it saves of this model: {', '.join(wrong[:3]) or 'other values'}"
+            raise StageFailed("config", message, "name other layers: `lora: {target_modules: [...]}`")
+
+
+def check_adapter(payload: Path, lora: Lora, found: Targets, before: dict[str, torch.Tensor], events: Events) -> None:
     """Reads the saved adapter back: whole, finite, as configured, and changed by the training (`before` are its first weights)."""
-    config = json.loads((payload / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(payload / "adapter_model.safetensors")
-    wanted = lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora"}) | {"rank_pattern": {}, "alpha_pattern": {}}
-    for name, value in wanted.items():
-        if config[name] != value:
-            raise StageFailed("bug", f"the adapter was saved with {name} {config[name]}, configured was {value}")
-    expected = len(layers) * (3 if lora.use_dora else 2)
-    if len(tensors) != expected:
-        raise StageFailed("bug", f"the adapter was saved with {len(tensors)} tensors, expected were {expected} for {len(layers)} layers")
-    ranks = {"lora_A": 0, "lora_B": 1}  # part: which side of it is the rank
-    for name, tensor in tensors.items():
-        part = name.split(".")[-2]
-        if part in ranks and tensor.shape[ranks[part]] != lora.r:
-            raise StageFailed("bug", f"{name} of the adapter was saved with rank {tensor.shape[ranks[part]]}, configured was {lora.r}")
+    check_form(json.loads((payload / "adapter_config.json").read_text(encoding="utf-8")), tensors, lora, found)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise StageFailed("data", f"{len(broken)} tensors of the adapter are not finite, the first {broken[0]}", "lower learning_rate")
-    if all(torch.equal(tensor, before[name]) for name, tensor in tensors.items() if ".lora_B." in name):
-        raise StageFailed(
-            "data",
-            "the training changed nothing: every lora_B of the adapter is as it was before",
-            "raise learning_rate, or train for more steps",
-        )
+    parts = [name for name in tensors if ".lora_B." in name]
+    if same := [name for name in parts if torch.equal(tensors[name], before[name])]:
+        if len(same) == len(parts):
+            raise StageFailed(
+                "data",
+                "the training changed nothing: every lora_B of the adapter is as it was before",
+                "raise learning_rate, or train for more steps",
+            )
+        events.warning(f"{len(same)} of {len(parts)} adapted layers are as they were before the training, the first {same[0]}")
 
 
 def score_only_trained_tokens() -> None:

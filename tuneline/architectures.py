@@ -124,7 +124,7 @@ class Architecture:
         return embeddings + self.num_hidden_layers * self.layer_parameters + self.hidden_size
 
     def targeted(self, target_modules: tuple[str, ...] | str) -> dict[str, int]:
-        """In how many decoder layers each linear layer gets an adapter, by the rule of `tasks.training.targeted_layers`."""
+        """In how many decoder layers each linear layer gets an adapter, by the rule of `tasks.targets.adapted`."""
         return _targeted(self.num_hidden_layers, tuple(self.linear), target_modules)
 
     def lora_parameters(self, r: int, target_modules: tuple[str, ...] | str, use_dora: bool = False) -> int:

@@ -25,7 +25,7 @@ class Lora(Strict):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of adapter inputs dropped while training."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Layers that get an adapter: names of linear layers, or all of them but the head."""
+    """Layers that get an adapter: names of linear layers and of experts' tensors, or all of them but the head."""
     use_rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
     use_dora: bool = False

@@ -12,6 +12,7 @@ import pytest
 from elsewhere import Elsewhere
 from pico import save_pico, tokenizer
 from program_tools import make_request, payload_digest, run_program
+from transformers import AutoTokenizer
 
 from tasks import merge
 from tuneline.errors import StageFailed
@@ -249,6 +250,20 @@ def test_tokenizer_template_and_eos_are_the_trained_ones(base: Path, tmp_path: P
         assert json.loads((request.payload / name).read_text())["eos_token_id"] == [words.eos_token_id, tokenizer().eos_token_id]
         assert any(event["message"].startswith(name) for event in events if event["type"] == "warning")
     assert not list(request.payload.glob("adapter_*"))
+
+
+def test_named_templates_are_kept(base: Path, tmp_path: Path) -> None:
+    """As Hermes and Command-R have them: transformers saves all but the default one into a folder."""
+    adapter, words = save_adapter(base, tmp_path / "adapter"), tokenizer()
+    words.chat_template = {"tool_use": "TOOLS " + words.chat_template, "default": words.chat_template, "rag": "DOCUMENTS"}
+    words.save_pretrained(adapter.path)
+    request = merge_request(tmp_path, adapter)
+    result, _ = run_program(request)
+    merged = AutoTokenizer.from_pretrained(request.payload)
+    assert merged.chat_template == words.chat_template
+    assert result.info["template"] == merge.template_hash(words)
+    words.chat_template = dict(reversed(words.chat_template.items()))  # as another file system might list them
+    assert result.info["template"] == merge.template_hash(words)
 
 
 def test_an_eos_among_several_is_kept(base: Path, tmp_path: Path) -> None:

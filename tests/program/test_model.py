@@ -77,6 +77,31 @@ def test_path_is_kept_by_reference(copy: Path, tmp_path: Path) -> None:
     assert run.events[-1]["message"] == "checked"
 
 
+def test_named_templates_are_part_of_the_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Command-R has them: in a folder of their own."""
+    (copy / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag"):
+        (copy / "additional_chat_templates" / f"{name}.jinja").write_text(f"{name}: {{{{ messages }}}}")
+    (copy / "additional_chat_templates" / "notes.txt").write_text("not needed")
+    (copy / "other").mkdir()
+    run = run_path(tmp_path / "run", copy)
+    names = [entry["path"] for entry in json.loads((run.payload / "reference.json").read_text())["files"]]
+    assert [name for name in names if "/" in name] == ["additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"]
+    assert "{#- tool_use #}\ntool_use: {{ messages }}" in (run.request.meta / "report.md").read_text()
+
+    hub_layout(tmp_path / "cache", copy)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    fetched = run_hub(tmp_path / "hub")
+    assert sorted(path.relative_to(fetched.payload).as_posix() for path in fetched.payload.rglob("*") if path.is_file()) == sorted(names)
+    templates = load_tokenizer(Input(path=fetched.payload, digest="", type="Model")).chat_template
+    assert set(templates) == {"default", "tool_use", "rag"}
+    assert fetched.result.info["template"] == run.result.info["template"]
+
+    (copy / "additional_chat_templates" / "rag.jinja").write_text("other")
+    with pytest.raises(StageFailed, match=r"rag.jinja has changed since"):
+        model_folder(run.payload)
+
+
 def test_a_changed_file_is_noticed_where_the_reference_is_used(copy: Path, tmp_path: Path) -> None:
     run = run_path(tmp_path / "run", copy)
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
@@ -286,6 +311,7 @@ def test_hub_download(pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "modeling_pico.py": b"code",
         "model-0/1-of-2.safetensors": b"other",
         "model.fp16.safetensors": b"variant",
+        "other/tokenizer.json": b"of another model",
     }
     handler = type("PicoHub", (Hub,), {"files": files | unwanted, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -301,6 +301,16 @@ def plant(monkeypatch: pytest.MonkeyPatch, written: Path, edit: Callable[[Path],
     monkeypatch.setattr(quantizer, "quantize", quantized)
 
 
+def test_named_templates_are_kept(tmp_path: Path, base: Path, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, done.request.payload)
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    request = request_for(tmp_path, model)
+    run_program(request)
+    assert (request.payload / "additional_chat_templates" / "tool_use.jinja").read_text() == "TOOLS"
+
+
 def test_stops_full_precision(tmp_path: Path, base: Path, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, base)
     with pytest.raises(StageFailed, match=r"config.json of the quantized model says \{'quant_method': None"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tasks import sft, training
 from tasks.checkpoints import MARKER
 from tasks.masks import tokenize
 from tasks.rows import Row
+from tasks.targets import Targets
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
+from tuneline.protocol import Events, Input, Request
 from tuneline.trainings import Lora
 
 
@@ -327,20 +329,25 @@ def test_going_on_from_an_adapter(tmp_path: Path, base: Input) -> None:
 def test_the_saved_adapter_is_checked(tmp_path: Path, base: Input) -> None:
     request = request_for(tmp_path, base, max_steps=1)
     run_program(request)
-    lora = Lora(**SMALL["lora"])
-    layers = {f"layer{i}" for i in range(14)}
+    lora, events = Lora(**SMALL["lora"]), Events(tmp_path / "events.jsonl")
+    found = Targets(frozenset(f"layer{i}" for i in range(14)), {}, exact=False)
     zero = {name: tensor * 0 for name, tensor in weights(request).items()}
-    training.check_adapter(request.payload, lora, layers, zero)
+    training.check_adapter(request.payload, lora, found, zero, events)
+    assert not (tmp_path / "events.jsonl").exists()
 
-    with pytest.raises(StageFailed, match="saved with lora_alpha 8, configured was 16"):
-        training.check_adapter(request.payload, lora.model_copy(update={"lora_alpha": 16}), layers, zero)
+    with pytest.raises(StageFailed, match="has lora_alpha 8, configured was 16"):
+        training.check_adapter(request.payload, lora.model_copy(update={"lora_alpha": 16}), found, zero, events)
     with pytest.raises(StageFailed, match="28 tensors, expected were 30"):
-        training.check_adapter(request.payload, lora, {*layers, "one more"}, zero)
+        training.check_adapter(request.payload, lora, replace(found, layers=found.layers | {"one more"}), zero, events)
     good = weights(request)
     for planted, message in ((good | {min(good): good[min(good)] * float("inf")}, "not finite"), (zero, "every lora_B")):
         save_file(planted, request.payload / "adapter_model.safetensors")
         with pytest.raises(StageFailed, match=message):
-            training.check_adapter(request.payload, lora, layers, zero)
+            training.check_adapter(request.payload, lora, found, zero, events)
+    layer = min(name for name in good if ".lora_B." in name)
+    save_file(good | {layer: zero[layer]}, request.payload / "adapter_model.safetensors")
+    training.check_adapter(request.payload, lora, found, zero, events)
+    assert f"1 of 14 adapted layers are as they were before the training, the first {layer}" in (tmp_path / "events.jsonl").read_text()
 
 
 def test_the_head_works_on_trained_tokens_alone(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:

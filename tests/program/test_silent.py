@@ -24,7 +24,7 @@ from program_tools import emulates_bfloat16
 from safetensors.torch import load_file
 from silent_tools import CONFIGS, World, edit_weights, refused
 
-from tasks import dataset, evaluation, loading, merge, sft, training
+from tasks import dataset, evaluation, loading, merge, sft, targets, training
 from tasks.grpo_trainer import AdapterTrainer, EpochSampler
 from tasks.harness import LanguageModel
 from tasks.harness_vllm import EngineModel
@@ -181,15 +181,15 @@ def optimizer_does_nothing(patch: Patch) -> None:
 
 
 def lora(patch: Patch, **changes: Any) -> None:
-    real = training.lora_config
+    real = targets.lora_config
 
-    def config(wanted: Any) -> Any:
-        found = real(wanted)
+    def config(*given: Any) -> Any:
+        found = real(*given)
         for name, value in changes.items():
             setattr(found, name, value)
         return found
 
-    patch.setattr(training, "lora_config", config)
+    patch.setattr(targets, "lora_config", config)
 
 
 def saves_half_the_rank(patch: Patch) -> None:
@@ -339,10 +339,10 @@ MISBEHAVING: list[tuple[str, str, Callable[[Patch], Any], dict[str, Any], str]] 
     ("the last batch dropped", "sft", drops_the_last_batch, {"max_steps": None, "global_batch_size": 8}, r"bug: 1\.00 passes over the data trained on \d+ tokens, expected were \d+ or more"),
     ("a loss of NaN", "sft", loss_of_nan, {}, "data: loss is nan at step 3 of 30"),
     ("an adapter that was not trained", "sft", optimizer_does_nothing, {}, "data: the training changed nothing: every lora_B of the adapter is as it was before"),
-    ("another r", "sft", lambda p: lora(p, r=8), {}, "bug: the adapter was saved with r 8, configured was 4"),
-    ("another alpha", "sft", lambda p: lora(p, lora_alpha=16), {}, "bug: the adapter was saved with lora_alpha 16, configured was 8"),
-    ("another alpha for one layer", "sft", lambda p: lora(p, alpha_pattern={"q_proj": 64}), {}, "bug: the adapter was saved with alpha_pattern {'q_proj': 64}, configured was {}"),
-    ("tensors of another rank", "sft", saves_half_the_rank, {}, "bug: .*lora_A.weight of the adapter was saved with rank 2, configured was 4"),
+    ("another r", "sft", lambda p: lora(p, r=8), {}, "bug: the adapter has r 8, configured was 4"),
+    ("another alpha", "sft", lambda p: lora(p, lora_alpha=16), {}, "bug: the adapter has lora_alpha 16, configured was 8"),
+    ("another alpha for one layer", "sft", lambda p: lora(p, alpha_pattern={"q_proj": 64}), {}, "bug: the adapter has alpha_pattern {'q_proj': 64}, configured was {}"),
+    ("tensors of another rank", "sft", saves_half_the_rank, {}, "bug: .*lora_A.weight of the adapter has rank 2, configured was 4"),
     ("an adapter without its tokenizer", "sft", lambda p: p.setattr(sft, "save_tokenizer", lambda *a: None), {}, "bug: the adapter was saved without its tokenizer"),
     ("an adapter with another tokenizer", "sft", saves_another_vocabulary, {}, "bug: the adapter was saved with another tokenizer than it was trained with"),
     ("an adapter with another template", "sft", saves_another_template, {}, "data: the chat template beside the adapter is not the one recorded when it was made"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from architecture_table import save
 from evaluate_tools import CHATS, chat, fails, own_benchmarks, request_for, samples, save_adapter
 from peft import LoraConfig, get_peft_model
 from pico import tokenizer
@@ -201,6 +202,18 @@ def test_what_vllm_cannot_do_is_refused_before_it_is_started(tmp_path: Path, bas
     tokenizer().save_pretrained(tmp_path / "output")
     output = Input(path=tmp_path / "output", digest="c" * 64, type="Adapter", template=base.template, base=base)
     fails(with_vllm(request_for(tmp_path / "head", output, CHATS, backend="vllm")), "config", "the adapter changes lm_head")
+    mixture = save(tmp_path / "mixture", "qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(mixture.path)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.down_proj"])).save_pretrained(
+        tmp_path / "experts"
+    )
+    tokenizer().save_pretrained(tmp_path / "experts")
+    experts = Input(path=tmp_path / "experts", digest="c" * 64, type="Adapter", template=mixture.template, base=mixture)
+    request = with_vllm(request_for(tmp_path / "of-experts", experts, CHATS, backend="vllm"))
+    assert (
+        "merge it and evaluate the model"
+        in fails(request, "config", "the adapter changes experts, which vLLM reads under other names").hint
+    )
     own = tmp_path / "own-code"
     shutil.copytree(base.path, own)
     (own / "modeling_own.py").touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -15,10 +16,12 @@ def hub_layout(cache: Path, model: Path) -> None:
     snapshot = repository / "snapshots" / COMMIT
     for folder in (snapshot, repository / "blobs"):
         folder.mkdir(parents=True)
-    for file in model.iterdir():
+    for file in filter(Path.is_file, model.rglob("*")):
         blob = repository / "blobs" / digest_of(file)
         shutil.copyfile(file, blob)
-        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+        link = snapshot / file.relative_to(model)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
 
 
 def digest_of(file: Path) -> str:
