@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from tuneline.deadlocks import deadlocks
 from tuneline.engines import CPU_RUNTIME, GPU_RUNTIME
 from tuneline.fields import OutsideFile, Reference, annotated_values
 from tuneline.gate import SCORES, asked_otherwise
@@ -83,6 +84,8 @@ class Checks:
                 if (other := priorities.setdefault(each.priority, queue_name)) != queue_name:
                     found = f"found {each.priority}, which is that of `{other}`, allowed a number of its own"
                     self.problem(("pools", name, "queues", queue_name, "priority"), found, "Prefect keeps queues of a pool in one order")
+        for name, found, hint in deadlocks(self.spec):
+            self.problem(("pools", name, "concurrency"), found, hint)
         for name, pipeline in self.spec.pipelines.items():
             here: Keys = ("pipelines", name)
             self._pool_name((*here, "pool"), pipeline.pool)

@@ -44,7 +44,7 @@ class Warm(subprocess.Popen[str]):
             Warm.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             command = [sys.executable, __file__, str(theirs.fileno())]
             env = {**os.environ, "PYTHONPATH": str(ROOT)}
-            Warm.parent = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            Warm.parent = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             theirs.close()
             atexit.register(end)
         self._status, theirs_too = os.pipe()
