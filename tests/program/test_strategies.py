@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from process_tools import SECONDS, finish, kill_at, losses, start_until, steps
+from process_tools import SECONDS, finish, kill_at, losses, start_until, state, steps
+from processes import until
 from program_tools import payload_digest, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
@@ -97,6 +98,7 @@ def test_killed_a_rank_ends_the_training_which_goes_on(
     killed = request_for(tmp_path / "killed", base, **fields_of(strategy))
     process, ranks = start_until(killed, 6, 2)
     os.kill(ranks[1], signal.SIGKILL)
+    until(lambda: not state(ranks[1]))  # the launcher hears of it before the other one can fail for want of it
     os.kill(ranks[0], signal.SIGCONT)
     assert process.wait(timeout=SECONDS) == 128 + signal.SIGKILL
     said = failure(killed)
