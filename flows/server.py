@@ -91,7 +91,7 @@ def _require(address: str) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code != 404:  # it answers; whether it lets us in is asked next
             return
-        hint = "start it (`tuneline up`, if it was that one), or unset it: each run then brings a server of its own"
+        hint = "start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL: each run then brings a server of its own"
         if isinstance(getattr(error, "reason", None), ssl.SSLError):
             hint = f"{api.CERTIFICATES} names a file with the certificate of who signed the server's"
         raise ConfigError([Problem(api.URL, "", f"found no Prefect server at {address} ({error})", hint)]) from None

@@ -354,7 +354,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
         assert shown["state"] == "cancelled"
         assert {stage["stage"]: stage["status"] for stage in shown["record"]}["one"] == "cancelled"
         (row,) = [line.split() for line in demo.tuneline("show", "demo").stdout.splitlines() if line.startswith("one ")]
-        assert (row[2], row[5:]) == ("cancelled", ["stopped", "with", "the", "run"])
+        assert (row[2], row[5:12]) == ("cancelled", ["stopped", "with", "the", "run;", "its", "log", "is"])
     killed = demo.json("show", "demo")["run_id"]
     assert demo.json("run", "demo")["state"] == "completed"
     assert "its log is" not in demo.tuneline("show", "demo", "--run", killed).stdout  # it has gone into the artifact

@@ -100,7 +100,7 @@ def test_killed_a_rank_ends_the_training_which_goes_on(
     os.kill(ranks[1], signal.SIGKILL)
     until(lambda: not state(ranks[1]))  # the launcher hears of it before the other one can fail for want of it
     os.kill(ranks[0], signal.SIGCONT)
-    assert process.wait(timeout=SECONDS) == 128 + signal.SIGKILL
+    assert process.wait(timeout=SECONDS) == 128 + signal.SIGKILL, (killed.work / "log.txt").read_text()
     said = failure(killed)
     assert (said.failure_class, said.message) == ("transient", "process 1 was ended by SIGKILL")
     assert "Traceback" not in said.details  # not what the others made of it
