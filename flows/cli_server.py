@@ -11,7 +11,18 @@ from pathlib import Path
 import click
 
 from flows.names import pipelines_of
-from flows.options import EXIT, FAILED, file_option, force_option, json_option, load_with_warnings, only_option, set_option, var_option
+from flows.options import (
+    EXIT,
+    FAILED,
+    file_option,
+    force_option,
+    json_option,
+    load_with_warnings,
+    only_option,
+    set_option,
+    var_option,
+    warn,
+)
 from tuneline.load import load
 
 
@@ -98,6 +109,8 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
         click.echo(json.dumps(document, indent=1, ensure_ascii=False))
     else:
         deploy_table(rows, dry_run)
+    for pool, reason in deployment.idle(loaded).items() if not dry_run else ():
+        warn(f"runs in pool {pool} will wait: {reason}")
 
 
 @click.command()

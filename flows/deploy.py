@@ -14,6 +14,7 @@ from typing import Any, Literal
 from prefect.client.orchestration import get_client
 
 from flows.deploy_server import Server, told_errors
+from flows.waiting import nobody
 from flows.wanted import RUN_STAGE, TAG, Item, What, file_tag, wanted
 from tuneline.errors import ConfigError, Problem
 from tuneline.load import Loaded
@@ -52,6 +53,13 @@ def deploy(loaded: Loaded, dry_run: bool) -> list[Row]:
         if not dry_run:
             _apply(server, rows)
     return rows
+
+
+def idle(loaded: Loaded) -> dict[str, str]:
+    """By pool of a deployment: why nobody works for it."""
+    pools = dict.fromkeys(item.fields["pool"] for item in wanted(loaded) if item.what == "deployment")
+    with told_errors(), get_client(sync_client=True) as client:
+        return {pool: reason for pool in pools if (reason := nobody(client, pool))}
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

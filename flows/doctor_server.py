@@ -21,6 +21,7 @@ from tuneline.pools import ProcessPool
 from tuneline.runs import RunRecord, Runs
 
 STUCK = timedelta(minutes=15)  # a worker takes seconds from Pending to Running; a big image may take minutes
+LATE = timedelta(minutes=2)  # after which a run that is due should have started
 SETTLED = timedelta(minutes=1)  # until the server has surely heard how a run ended
 MOST = 200  # runs that are asked for, newest first
 
@@ -79,7 +80,9 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
 
-    wanted = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+    from flows.waiting import why
+
+    wanted = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=wanted))
     try:
         records = {record.flow_run: record for record in Runs(home / "runs").every() if record.flow_run}
@@ -97,6 +100,11 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
                 yield Diagnosis(check, OK, f"{message}; now {record_state(record)} there")
             else:
                 yield Diagnosis(check, PROBLEM, message, "tuneline doctor --fix")
+        elif run.state.type == StateType.SCHEDULED:
+            if run.expected_start_time and now - run.expected_start_time > LATE and (waits := why(client, run)):
+                wrong += 1
+                minutes = (now - run.expected_start_time) // timedelta(minutes=1)
+                yield Diagnosis(check, WARNING, f"{run.state.name}, due for {minutes} min: {waits}", f"prefect flow-run cancel {run.id}")
         elif run.state.type != StateType.RUNNING and now - run.state.timestamp > STUCK:
             wrong += 1
             minutes = (now - run.state.timestamp) // timedelta(minutes=1)

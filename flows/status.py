@@ -43,6 +43,7 @@ class OnServer:
     """When it came into this state, or is to start."""
     pool: str
     message: str
+    """Why it waits; else what its state says."""
 
 
 def working(workspace: Workspace) -> list[Working]:
@@ -80,15 +81,16 @@ def on_server() -> list[OnServer]:
     from prefect.client.schemas.sorting import FlowRunSort
 
     from flows.deploy_server import told_errors
+    from flows.waiting import why
 
     unended = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.SCHEDULED, StateType.PAUSED]
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unended)))
     with told_errors(), get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=SHOWN)
-        return [_row(run) for run in sorted(runs, key=lambda run: run.state.type == StateType.SCHEDULED)]
+        return [_row(run, why(client, run)) for run in sorted(runs, key=lambda run: run.state.type == StateType.SCHEDULED)]
 
 
-def _row(run: Any) -> OnServer:
+def _row(run: Any, waits: str) -> OnServer:
     moment = run.expected_start_time if run.state.type.value == "SCHEDULED" else run.state.timestamp
     since = moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
-    return OnServer(str(run.id), run.name, run.state.name, since, run.work_pool_name or "", run.state.message or "")
+    return OnServer(str(run.id), run.name, run.state.name, since, run.work_pool_name or "", waits or run.state.message or "")

@@ -28,6 +28,7 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.utilities.urls import url_for
 
 from flows.deploy_server import told_errors
+from flows.waiting import why
 from flows.wanted import TAG
 from tuneline.errors import ConfigError, Problem
 from tuneline.messages import listed, nearest
@@ -90,7 +91,7 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                         its = told.setdefault(each.id, Told())
                         for log in its.new(client, each.id):
                             say(f"{log.timestamp.astimezone():%H:%M:%S} {its.stage(client, log)}{log.message}")
-                        now = f"run {run.state.name}" if each is run else _in_pool(client, each)
+                        now = f"run {_with_reason(client, run, run.state.name or '')}" if each is run else _in_pool(client, each)
                         if states.get(each.id) != now:
                             states[each.id] = now
                             say(f"{datetime.datetime.now():%H:%M:%S} {now}")
@@ -110,11 +111,13 @@ def _of_stages(client: SyncPrefectClient, run_id: UUID) -> list[FlowRun]:
 def _in_pool(client: SyncPrefectClient, run: FlowRun) -> str:
     """Of a stage's run: where it is and what of it the server knows."""
     assert run.state is not None
-    doing, pool = (run.state.name or "").lower(), run.work_pool_name or ""
-    if run.state.is_scheduled():
-        online = any(worker.status.value == "ONLINE" for worker in client.read_workers_for_work_pool(pool))
-        doing = "waits for a worker" if online else f"waits, but no worker is online: `tuneline worker {pool}` starts one"
-    return f"{run.parameters['stage']}: in pool {pool}: {doing}"
+    return f"{run.parameters['stage']}: in pool {run.work_pool_name}: {_with_reason(client, run, (run.state.name or '').lower())}"
+
+
+def _with_reason(client: SyncPrefectClient, run: FlowRun, state: str) -> str:
+    """The state, and why it does not start."""
+    waits = why(client, run)
+    return f"{state}, {waits}" if waits else state
 
 
 class Told:

@@ -148,7 +148,10 @@ def test_the_server_says_what_the_file_says_and_a_second_deploy_changes_nothing(
         pool = client.read_work_pool("local")
         assert (pool.type, pool.concurrency_limit) == ("process", 4)
     again = pico.tuneline("deploy")
-    assert again.stderr == "nothing to change\n"
+    idle = [
+        f"warning: runs in pool {pool} will wait: no worker is online: `tuneline worker {pool}` starts one" for pool in ("local", "boxes")
+    ]
+    assert again.stderr.splitlines() == ["nothing to change", *idle]
     assert actions(pico.json("deploy")) == dict.fromkeys(ALL, "same")
     assert deployed() == found
 
@@ -175,7 +178,7 @@ def test_what_somebody_changed_on_the_server_is_set_right_field_by_field(pico: P
         ],
     }
     assert deployed()["pico/pico-nightly"].id == nightly.id  # and so its runs are still its own
-    assert pico.tuneline("deploy").stderr == "nothing to change\n"
+    assert pico.tuneline("deploy").stderr.startswith("nothing to change\n")
 
 
 def test_what_left_the_file_goes_and_what_is_others_stays(pico: Project) -> None:
@@ -479,6 +482,32 @@ def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Proj
         assert [run.state.name for run in due()] == ["Skipped"] * 2 + ["Completed"]
         assert due()[0].state.message.startswith("missed: the run of ")
     assert len((working.root / "calls-one").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_start_says_why(working: Project) -> None:
+    from prefect.client.schemas.actions import WorkPoolUpdate
+    from prefect.states import Scheduled
+
+    due = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=9)
+
+    def told() -> str:
+        (row,) = [row for row in working.json("status")["on_server"] if row["flow_run"] == str(run.id)]
+        return str(row["message"])
+
+    with server() as client:
+        client.update_work_pool("local", WorkPoolUpdate(is_paused=True))
+        run = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, state=Scheduled(scheduled_time=due))
+        paused = "pool local is paused: `prefect work-pool resume local` ends that"
+        assert told() == paused
+        findings = json.loads(working.start("doctor", "--json").communicate(timeout=PATIENCE)[0])["findings"]
+        (found,) = [finding for finding in findings if str(run.id) in finding["check"]]
+        assert (found["status"], found["message"].split(": ", 1)[1]) == ("warning", paused)
+        client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})
+        client.update_work_pool("local", WorkPoolUpdate(is_paused=False))
+        assert told() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` ends that"
+        client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": False})
+    until(lambda: state(str(run.id)).is_completed())
 
 
 @pytest.mark.slow

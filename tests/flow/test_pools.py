@@ -221,7 +221,7 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
             assert (line := watcher.stderr.readline()), told  # type: ignore[union-attr]
             told.append(line)
 
-    hear("first: in pool idle: waits, but no worker is online: `tuneline worker idle` starts one")
+    hear("first: in pool idle: scheduled, no worker is online: `tuneline worker idle` starts one")
     cluster.start_worker("idle")
     hear("first: in pool idle: running")
     cluster.project.write("", "go")
