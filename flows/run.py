@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from flows.console import ConsoleReporter
@@ -65,7 +66,8 @@ def execute(
             reporter.shows_page = True
         else:
             reporter.console.print("starting Prefect", style="dim")
-            stack.enter_context(embedded_server(workspace.home / "prefect", lambda message: reporter.warning("Prefect", message)))
+            tell = partial(reporter.warning, "Prefect")
+            stack.enter_context(embedded_server(workspace.home / "prefect", tell, workspace.loaded.spec.history))
         return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)
 
 

@@ -24,6 +24,7 @@ from flows import api, lasting, migrated
 from flows.supervisor import WATCHDOG
 from tuneline import PACKAGES_ROOT
 from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.pools import interval
 
 STARTUP_SECONDS = 180  # the first one's migrations took 22 s on two busy cores
 QUIET = {
@@ -31,8 +32,17 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
 }
+HISTORY = "90d"
 NO_UI = {"PREFECT_SERVER_UI_ENABLED": "false"}
 DATABASE = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")  # the second is its old name
+
+
+def kept(history: str) -> dict[str, str]:
+    """Settings of a server that removes runs which ended longer ago than `history`, with their logs and artifacts. Prefect's own service
+    does it, every hour; its least is an hour."""
+    seconds = max(3601.0, interval(history).total_seconds())
+    vacuum = "PREFECT_SERVER_SERVICES_DB_VACUUM_"
+    return {f"{vacuum}ENABLED": "events,flow_runs", f"{vacuum}RETENTION_PERIOD": f"{seconds:.0f}"}
 
 
 def find_server(home: Path) -> str | None:
@@ -98,7 +108,7 @@ def _require(address: str) -> None:
 
 
 @contextmanager
-def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message: None) -> Iterator[str]:
+def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message: None, history: str = HISTORY) -> Iterator[str]:
     """Starts a server on loopback and yields its API address, also set as PREFECT_API_URL. `home` is `.tuneline/prefect`.
     `on_death` is called, from another thread, should it end before we do.
 
@@ -112,7 +122,12 @@ def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message
         port = free_port()
         url = f"http://127.0.0.1:{port}/api"
         os.environ["PREFECT_API_URL"] = url
-        environment = {**os.environ, **dict.fromkeys(DATABASE, f"sqlite+aiosqlite:///{database}"), **migrated.prepare(database)}
+        environment = {
+            **os.environ,
+            **kept(history),
+            **dict.fromkeys(DATABASE, f"sqlite+aiosqlite:///{database}"),
+            **migrated.prepare(database),
+        }
         log = database.with_suffix(".log")
         with log.open("wb") as output:
             process = subprocess.Popen(

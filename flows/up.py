@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flows import api, lasting, migrated
 from flows.doctor import gpus_asked
-from flows.server import DATABASE, QUIET, answers, loopback_without_proxy, server_command, tail, wait_for_health
+from flows.server import DATABASE, QUIET, answers, kept, loopback_without_proxy, server_command, tail, wait_for_health
 from flows.slots import visible_gpus
 from flows.worker import heartbeat, worker_command
 from tuneline.errors import ConfigError, Problem, StageFailed
@@ -64,7 +64,7 @@ def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None,
         if state is None or not _runs(state):
             say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
             before = state.workers if state else {}
-            state = _start_server(folder, port, database)
+            state = _start_server(folder, port, database, loaded.spec.history)
             state.workers = before
             lasting.write(folder, state)
             started.append("server")
@@ -128,7 +128,7 @@ def _without_secrets(database: str) -> str:
     return f"{kind}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
-def _start_server(folder: Path, port: int, database: str | None) -> lasting.State:
+def _start_server(folder: Path, port: int, database: str | None, history: str) -> lasting.State:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not hold it
         try:
@@ -139,7 +139,7 @@ def _start_server(folder: Path, port: int, database: str | None) -> lasting.Stat
     address, log = _address(port), folder / "server.log"
     place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
     # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
-    settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **dict.fromkeys(DATABASE, place)}
+    settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **kept(history), **dict.fromkeys(DATABASE, place)}
     settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which deployment has its one run
     if password := lasting.password(folder).get(api.AUTH):
         settings["PREFECT_SERVER_API_AUTH_STRING"] = password

@@ -26,7 +26,7 @@ from flows.pool_templates import base_job_template
 from tuneline import __version__
 from tuneline.errors import ConfigError, Problem
 from tuneline.load import Loaded
-from tuneline.pools import Schedule
+from tuneline.pools import Schedule, interval
 from tuneline.source import Keys, dotted
 from tuneline.spec import Pipeline
 from tuneline.stages import ProgramStage
@@ -36,7 +36,6 @@ LOST_SECONDS = 3 * HEARTBEAT_SECONDS
 PENDING_SECONDS = 1800  # a GPU node that is made first, and an image of several GB
 PENDING = ("Pending", "Submitting", "InfrastructurePending")  # names of the state in which a run waits for its process
 ANCHOR = datetime.datetime(2020, 1, 1)  # intervals are counted from there, or each deploy would move them
-UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 TAG, FILE_TAG = "tuneline", "tuneline-file:"
 RUN_STAGE = "run-stage"
 
@@ -178,9 +177,8 @@ def _schedule(schedule: Schedule) -> SCHEDULE_TYPES:
     if schedule.cron is not None:
         return CronSchedule(cron=schedule.cron, timezone=schedule.timezone)
     assert schedule.interval is not None
-    interval = datetime.timedelta(**{UNITS[schedule.interval[-1]]: int(schedule.interval[:-1])})
     anchor = ANCHOR.replace(tzinfo=zoneinfo.ZoneInfo(schedule.timezone))
-    return IntervalSchedule(interval=interval, anchor_date=anchor, timezone=schedule.timezone)
+    return IntervalSchedule(interval=interval(schedule.interval), anchor_date=anchor, timezone=schedule.timezone)
 
 
 def shown_schedule(schedule: SCHEDULE_TYPES) -> dict[str, Any]:

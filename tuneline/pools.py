@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import zoneinfo
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ Size = Annotated[str, Field(pattern=SIZE)]
 Override = bool | int | float | str | tuple[bool | int | float | str, ...] | None
 CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, 12), ("day of the week", 0, 7))
 _CRON = re.compile(r"[\d*/,\-?LW#A-Za-z]+")
+UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def interval(text: str) -> datetime.timedelta:
+    """Of a text that INTERVAL allows."""
+    return datetime.timedelta(**{UNITS[text[-1]]: int(text[:-1])})
 
 
 class Queue(Strict):

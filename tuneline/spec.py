@@ -29,7 +29,7 @@ from tuneline.fields import (
     StageRef,
     Strict,
 )
-from tuneline.pools import AnyPool, Schedule
+from tuneline.pools import INTERVAL, AnyPool, Schedule
 from tuneline.stages import ComputingStage, ProgramStage, Stage
 from tuneline.trainings import GrpoStage, SftStage
 
@@ -371,6 +371,8 @@ class Spec(Strict):
     """Folder of artifacts."""
     roots: tuple[str, ...] = ()
     """Folders outside of this file's own that its paths may lead into, such as `/data/models`."""
+    history: Annotated[str, Field(pattern=INTERVAL)] = "90d"
+    """How long Prefect servers that tuneline starts keep runs that have ended, with their logs: `12h`, `30d`."""
     vars: dict[str, bool | int | float | str] = {}
     """Values for `${name}` anywhere in the file."""
     runtimes: dict[Name, Runtime] = {}

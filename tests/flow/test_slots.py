@@ -15,6 +15,7 @@ from processes import PATIENCE, until
 from project import ROOT
 
 from flows import progress
+from flows.server import kept
 from flows.slots import Slots, visible_gpus
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed
@@ -167,3 +168,27 @@ def test_the_last_progress_is_published(monkeypatch: pytest.MonkeyPatch) -> None
     bar.show(Event(t=0, type="progress", step=100, total=100, message="x"))
     bar.close()
     assert shown == [10.0, 100.0]
+
+
+def test_updates_become_rarer_the_longer_a_stage_works() -> None:
+    """Each is an event that the server keeps."""
+    moment, updates = 0.0, 0
+    while moment < 36_000:
+        moment += progress.pause(moment)
+        updates += 1
+        if moment < 3600:
+            first_hour = updates
+    assert 250 < first_hour < 320
+    assert updates < 550
+
+
+def test_a_server_of_ours_removes_runs_that_ended_before_the_history_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings.models.server.services import ServerServicesDBVacuumSettings
+
+    for history, days in (("30d", 30.0), ("12h", 0.5)):
+        for name, value in kept(history).items():
+            monkeypatch.setenv(name, value)
+        settings = ServerServicesDBVacuumSettings()
+        assert settings.enabled_vacuum_types == {"events", "flow_runs", "orphans"}
+        assert settings.retention_period.total_seconds() == days * 86400
+    assert ServerServicesDBVacuumSettings.model_validate({"retention_period": float(kept("30m").popitem()[1])})
