@@ -58,5 +58,5 @@ class ProgressArtifact:
 
 
 def pause(worked: float) -> float:
-    """Seconds until the next update: 300 updates in the first hour of a stage, 800 in ten hours."""
+    """Seconds until the next update: 300 updates in the first hour of a stage, 520 in ten hours."""
     return SECONDS + SLOWER * worked
