@@ -103,7 +103,7 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
         elif run.state.type == StateType.SCHEDULED:
             if run.expected_start_time and now - run.expected_start_time > LATE and (waits := why(client, run)):
                 wrong += 1
-                minutes = (now - run.expected_start_time) // timedelta(minutes=1)
+                minutes = int((now - run.expected_start_time).total_seconds() // 60)
                 yield Diagnosis(check, WARNING, f"{run.state.name}, due for {minutes} min: {waits}", f"prefect flow-run cancel {run.id}")
         elif run.state.type != StateType.RUNNING and now - run.state.timestamp > STUCK:
             wrong += 1

@@ -6,7 +6,7 @@ or none. The first one that starts tells those that it stands for.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -24,7 +24,7 @@ from prefect.states import Completed
 
 from tuneline.spec import Pipeline
 
-LATE = timedelta(minutes=10)  # after which a run counts as missed where `catch_up` is `none`
+LATE = 600  # seconds, after which a run counts as missed where `catch_up` is `none`
 SKIPPED = "Skipped"
 
 
@@ -41,8 +41,8 @@ def missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
         if catch_up == "all":
             return None
         if catch_up == "none":
-            late = now - run.expected_start_time
-            return f"missed: it could start {late // timedelta(minutes=1)} min late alone (catch_up: none)" if late > LATE else None
+            late = (now - run.expected_start_time).total_seconds()
+            return f"missed: it could only start {late // 60:.0f} min late (catch_up: none)" if late > LATE else None
         due = FlowRunFilter(
             deployment_id=FlowRunFilterDeploymentId(any_=[run.deployment_id]),
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),

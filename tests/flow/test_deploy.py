@@ -20,6 +20,7 @@ from processes import PATIENCE, gone, until
 from project import Project, place_stand_in, shadow
 
 from tuneline import __version__
+from tuneline.load import load
 
 PIPELINES = """\
 version: 1
@@ -467,6 +468,8 @@ def state(run_id: str) -> Any:
 def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Project) -> None:
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 
+    from flows.missed import missed
+
     nightly, now = deployed()["pico/pico-nightly"], datetime.datetime.now(datetime.UTC)
     days = {"start_time": (now - datetime.timedelta(days=4)).isoformat(), "end_time": now.isoformat()}
     with server() as client:
@@ -481,7 +484,13 @@ def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Proj
         until(lambda: all(run.state.is_final() for run in due()))
         assert [run.state.name for run in due()] == ["Skipped"] * 2 + ["Completed"]
         assert due()[0].state.message.startswith("missed: the run of ")
+        oldest = due()[0].id
     assert len((working.root / "calls-one").read_text().splitlines()) == 1
+    text = (working.root / "pipelines.yaml").read_text()
+    for catch_up, found in (("none", "min late (catch_up: none)"), ("all", "")):
+        other = load(working.write(text.replace("queue: nightly,", f"queue: nightly, catch_up: {catch_up},"), "other.yaml"))
+        assert found in (missed(oldest, other.pipeline("pico")) or ""), catch_up
+        assert bool(missed(oldest, other.pipeline("pico"))) == bool(found)
 
 
 @pytest.mark.slow
@@ -500,7 +509,9 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         run = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, state=Scheduled(scheduled_time=due))
         paused = "pool local is paused: `prefect work-pool resume local` ends that"
         assert told() == paused
-        findings = json.loads(working.start("doctor", "--json").communicate(timeout=PATIENCE)[0])["findings"]
+        out, err = working.start("doctor", "--json").communicate(timeout=PATIENCE)
+        assert out, err
+        findings = json.loads(out)["findings"]
         (found,) = [finding for finding in findings if str(run.id) in finding["check"]]
         assert (found["status"], found["message"].split(": ", 1)[1]) == ("warning", paused)
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})
