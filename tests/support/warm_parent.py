@@ -174,6 +174,13 @@ def become(argv: list[str], folder: str, environment: Mapping[str, str]) -> int:
         from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
         ranks = zygote()
+        close = SubprocessHandler.close
+
+        def close_if_there(self: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
+            with contextlib.suppress(ProcessLookupError):  # the zygote has collected it meanwhile; of a child of its own there is a zombie
+                close(self, death_sig)
+
+        SubprocessHandler.close = close_if_there  # type: ignore[method-assign]
         SubprocessHandler._popen = lambda self, args, env: Rank(ranks, args[1:], Path.cwd(), env, [0, 1, 2])  # type: ignore[assignment,return-value]
     sys.modules.pop(argv[module], None)  # runpy warns of a module that is there already
     sys.argv = ["", *argv[module + 1 :]]
