@@ -101,7 +101,7 @@ def _headers() -> dict[str, str]:
     if isinstance(custom, str):
         with suppress(ValueError):
             custom = json.loads(custom)
-    headers = dict(custom) if isinstance(custom, Mapping) else {}
+    headers = {name: str(value) for name, value in custom.items()} if isinstance(custom, Mapping) else {}
     if password or key:
         headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}" if password else f"Bearer {key}"
     return headers

@@ -1,6 +1,6 @@
 """Ends a run that is cancelled: `tuneline cancel`, and what a run itself does when the server says so.
 
-However a run was started, its flow looks at its own state on the server (`watch`): a run that is cancelled there, by `prefect
+However a run was started, its flow looks at its own state on the server (`Watch`): a run that is cancelled there, by `prefect
 flow-run cancel` or in the UI, or deleted, stops its programs and ends as cancelled. A worker does the same by a signal to the runs
 that it started; whichever comes first.
 """

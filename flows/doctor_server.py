@@ -73,6 +73,7 @@ def _pools(loaded: Loaded, client: Any, state: lasting.State | None, address: st
 def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
     from prefect.client.schemas.filters import (
         FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
         FlowRunFilterState,
         FlowRunFilterStateType,
         FlowRunFilterTags,
@@ -83,7 +84,8 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
     from flows.waiting import why
 
     wanted = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
-    chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=wanted))
+    due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))  # schedules plan a hundred runs ahead
+    chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=wanted), expected_start_time=due)
     try:
         records = {record.flow_run: record for record in Runs(home / "runs").every() if record.flow_run}
     except StoreError as error:

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import httpx
+from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -20,6 +22,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import PrefectException
 from prefect.states import Completed
 
 from tuneline.spec import Pipeline
@@ -29,7 +32,18 @@ SKIPPED = "Skipped"
 
 
 def missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
-    """Why the run is not to go on; None for one that is to. Marks older runs of its schedule that wait as skipped, too."""
+    """Why the run is not to go on; None for one that is to. Marks older runs of its schedule that wait as skipped, too.
+
+    A server that does not answer keeps no run from working: then None.
+    """
+    try:
+        return _missed(flow_run, pipeline)
+    except (httpx.HTTPError, PrefectException) as error:
+        get_run_logger().warning(f"whether a newer run of the schedule waits is not known: {error}")
+        return None
+
+
+def _missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run)
         schedule = _schedule(run)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,6 +22,7 @@ from project import Project, place_stand_in, shadow
 
 from tuneline import __version__
 from tuneline.load import load
+from tuneline.spec import Pipeline
 
 PIPELINES = """\
 version: 1
@@ -491,6 +493,21 @@ def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Proj
         other = load(working.write(text.replace("queue: nightly,", f"queue: nightly, catch_up: {catch_up},"), "other.yaml"))
         assert found in (missed(oldest, other.pipeline("pico")) or ""), catch_up
         assert bool(missed(oldest, other.pipeline("pico"))) == bool(found)
+
+
+def test_a_server_that_does_not_answer_keeps_no_run_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    import flows.missed
+
+    def away(**_: Any) -> None:
+        raise httpx.ConnectError("no route")
+
+    said: list[str] = []
+    monkeypatch.setattr(flows.missed, "get_client", away)
+    monkeypatch.setattr(flows.missed, "get_run_logger", lambda: SimpleNamespace(warning=said.append))
+    assert flows.missed.missed(uuid4(), Pipeline.model_construct()) is None
+    assert said == ["whether a newer run of the schedule waits is not known: no route"]
 
 
 @pytest.mark.slow
