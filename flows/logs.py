@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -36,19 +37,20 @@ def print_logs(workspace: Workspace, record: RunRecord, stage: str, tail: int | 
 def follow(workspace: Workspace, record: RunRecord, stage: str, tail: int | None, write: Callable[[str], object]) -> RunRecord:
     """Writes lines as they come, each after the name of its stage. Returns the record as it is when the run, or the stage, has ended."""
     logs: dict[str, Followed] = {}
-    while True:
-        record = workspace.runs.get(record.pipeline, record.run_id)
-        chosen = entries(record, stage)
-        ended = record.state != "running" or bool(stage and chosen and chosen[0].status != "running")
-        for entry in chosen:
-            if entry.stage not in logs and entry.status != "cached" and (file := log_of(workspace, entry)):
-                logs[entry.stage] = Followed(file.open("rb"), tail)
-        for name, log in logs.items():
-            for line in log.new():
-                write(f"{name}: {shown(line)}")
-        if ended:
-            return record
-        time.sleep(POLL_SECONDS)
+    with ExitStack() as files:
+        while True:
+            record = workspace.runs.get(record.pipeline, record.run_id)
+            chosen = entries(record, stage)
+            ended = record.state != "running" or bool(stage and chosen and chosen[0].status != "running")
+            for entry in chosen:
+                if entry.stage not in logs and entry.status != "cached" and (file := log_of(workspace, entry)):
+                    logs[entry.stage] = Followed(files.enter_context(file.open("rb")), tail)
+            for name, log in logs.items():
+                for line in log.new(ended):
+                    write(f"{name}: {shown(line)}")
+            if ended:
+                return record
+            time.sleep(POLL_SECONDS)
 
 
 @dataclass
@@ -60,11 +62,13 @@ class Followed:
     _begun: bool = False
     _rest: bytes = b""
 
-    def new(self) -> Iterator[str]:
-        """Whole lines since the last look; at the first one the last `tail`."""
+    def new(self, ended: bool) -> Iterator[str]:
+        """Whole lines since the last look, at the first one the last `tail`; once it has `ended`, what stands after the last line, too."""
         *lines, self._rest = (self._rest + self.file.read()).split(b"\n")
-        if not self._begun and self.tail is not None:
-            lines = lines[-self.tail :] if self.tail else []
+        if ended and self._rest:
+            lines.append(self._rest)
+        if not self._begun and self.tail:
+            lines = lines[-self.tail :]
         self._begun = True
         yield from (line.decode(errors="replace") for line in lines)
 

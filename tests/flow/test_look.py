@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from project import Project
 
 from flows import meant
 from flows.cli import cli
+from flows.logs import Followed, shown
 
 
 @pytest.fixture
@@ -116,3 +118,15 @@ def test_the_version_names_prefect_and_python(project: Project) -> None:
         f"Prefect {version('prefect')}",
         f"Python {platform.python_version()}\n",
     ]
+
+
+def test_a_followed_log_loses_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    file.write_bytes(b"one\ntwo\nthr")
+    with file.open("rb") as reader, file.open("ab") as writer:
+        log = Followed(reader, tail=1)
+        assert list(log.new(ended=False)) == ["two"]
+        writer.write(b"ee\n10%\r20%\nlast words")
+        writer.flush()
+        assert [shown(line) for line in log.new(ended=False)] == ["three", "20%"]
+        assert list(log.new(ended=True)) == ["last words"]
