@@ -99,7 +99,7 @@ def test_what_does_not_run_cannot_be_cancelled(demo: Project) -> None:
 def test_status_and_logs_of_a_run_in_progress(demo: Project, start: Callable[..., Any], prefect_server: str, mark: str) -> None:
     process, run = start()
     status = demo.json("status")
-    (row,) = status["working"]
+    (row,) = [row for row in status["working"] if row["stage"] == "one"]  # `other` may still be at work
     assert (row["pipeline"], row["run_id"], row["stage"]) == ("demo", run["run_id"], "one")
     assert row["progress"] == "step 1 of 2, half"
     assert [each["flow_run"] for each in status["on_server"] if each["flow_run"] == run["flow_run"]]
