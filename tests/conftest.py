@@ -36,9 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for report in terminalreporter.stats.get("rerun", ()):  # why a test was run again, which pytest-rerunfailures keeps to itself
-        terminalreporter.section(f"run again: {report.nodeid}")
-        terminalreporter.line(report.longreprtext)
     summarize(terminalreporter, float(config.getini("cpu_minutes")))
 
 
