@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows.report_figures import Chart, chart, graph
+from flows.report_headline import facts, headline, trainings, verdicts
 from flows.report_models import columns, metric_rows, number, role_of, samples
 from flows.report_stage import Stage, between, stages_of
 from tuneline import __version__
@@ -51,7 +52,7 @@ def render(record: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "size": size, "clock": clock, "json": as_json}
+    environment.filters |= {"number": number, "duration": duration, "size": size, "clock": clock, "json": as_json, "verdicts": verdicts}
     stages = stages_of(record)
     compared = columns(stages)
     return environment.get_template("report.html.j2").render(
@@ -59,6 +60,8 @@ def render(record: RunRecord) -> str:
         version=__version__,
         command=command(record),
         seconds=between(record.started, record.finished),
+        headline=headline(stages, compared),
+        trained=[(stage, told) for stage in trainings(stages) if (told := facts(stage))],
         stages=stages,
         graph=graph({name: [other for other in stage.plan.names.values() if other in stages] for name, stage in stages.items()}),
         columns=compared,
@@ -98,7 +101,7 @@ def curves(stage: Stage) -> dict[str, Chart]:
         lines = {name: [(float(entry["step"]), float(entry[name])) for entry in history if _is_number(entry.get(name))] for name in names}
         if lines[names[0]]:
             span = (min(entry["step"] for entry in history), max(entry["step"] for entry in history))
-            drawn[title] = chart(lines, span)
+            drawn[title] = chart(lines, span, log=title == "loss")
     return drawn
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 NODE, GAP, COLUMN_GAP, MARGIN = 46.0, 16.0, 36.0, 4.0  # px: height of a stage, between two, between two columns, around all
 CHARACTER, PADDING, LONGEST = 7.7, 26.0, 26  # px of a name's letter, px beside it, letters shown
 SWEEPS = 4
+WIDE = 10.0  # times from the lowest to the highest value, from which on a logarithmic axis shows more
 POINTS = 600  # of a line; more cannot be told apart
 
 Point = tuple[float, float]
@@ -146,23 +147,29 @@ class Chart:
     lines: dict[str, list[Point]]
     across: list[tuple[float, str]] = field(default_factory=list)
     up: list[tuple[float, str]] = field(default_factory=list)
+    log: bool = False
+    """Whether the axis that goes up is logarithmic."""
 
 
-def chart(lines: Mapping[str, Sequence[Point]], span: tuple[float, float], width: float = 470.0, height: float = 190.0) -> Chart:
-    """Lines over `span`, the x that all charts of a figure share."""
+def chart(
+    lines: Mapping[str, Sequence[Point]], span: tuple[float, float], width: float = 470.0, height: float = 190.0, log: bool = False
+) -> Chart:
+    """Lines over `span`, the x that all charts of a figure share. `log` asks for a logarithmic axis, where the values are such."""
     values = [y for points in lines.values() for _, y in points]
-    up = round_numbers(min(values), max(values))
+    log = log and min(values) > 0 and max(values) >= WIDE * min(values)
+    up = log_numbers(min(values), max(values)) if log else round_numbers(min(values), max(values))
     low, high = min(up[0], *values), max(up[-1], *values)
+    scale: Callable[[float], float] = math.log10 if log else float
 
     def x_of(x: float) -> float:
         return round((x - span[0]) / ((span[1] - span[0]) or 1.0) * width, 1)
 
     def y_of(y: float) -> float:
-        return round(height - (y - low) / ((high - low) or 1.0) * height, 1)
+        return round(height - (scale(y) - scale(low)) / ((scale(high) - scale(low)) or 1.0) * height, 1)
 
     drawn = {name: [(x_of(x), y_of(y)) for x, y in _thinned(points)] for name, points in lines.items() if points}
     across = [(x_of(x), f"{x:,.0f}") for x in round_numbers(*span) if span[0] <= x <= span[1] and x == round(x)]
-    return Chart(width, height, drawn, across, [(y_of(y), f"{y:.4g}") for y in up])
+    return Chart(width, height, drawn, across, [(y_of(y), f"{y:.4g}") for y in up], log)
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
@@ -179,3 +186,13 @@ def round_numbers(low: float, high: float, about: int = 4) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     return [round(i * step, 12) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def log_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten, of more than a hundredfold the powers alone, from at or below `low` to at or above `high`."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if high <= 100 * low else (1,)
+    numbers = sorted({float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors})
+    least = max(number for number in numbers if number <= low)
+    most = min(number for number in numbers if number >= high)
+    return [number for number in numbers if least <= number <= most]

@@ -14,6 +14,7 @@ from pathlib import Path
 from flows.console import figures
 from flows.report import command, curves, duration, size, warnings
 from flows.report_figures import Chart
+from flows.report_headline import headline
 from flows.report_models import Cell, columns, metric_rows, number
 from flows.report_stage import Stage, between, stages_of
 from tuneline.runs import PlannedStage, RunRecord, StageRecord
@@ -102,7 +103,10 @@ def run_report(record: RunRecord, report: Path) -> str:
 
 def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
     stages = stages_of(record)
+    compared = columns(stages)
     yield f"## {record.pipeline}: {record.state} after {duration(between(record.started, record.finished))}"
+    if told := headline(stages, compared):
+        yield "\n\n".join(_escaped(line) for line in told)
     yield f"Run {_code(record.run_id)} · {_code(command(record))}"
     rows = ([stage.name, stage.kind, _status(stage), _time(stage), _first(stage)] for stage in stages.values())
     yield _table(["stage", "kind", "status", "time", "figures"], rows)
@@ -111,7 +115,7 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
             yield f"### {stage.name}: {stage.status}\n\n{_verdicts(stage)}"
         elif stage.status == "failed":
             yield f"### {stage.name}: failed\n\n{_fenced(stage.message)}"
-    if compared := columns(stages):
+    if compared:
         heads = [f"{column.role} {_code(column.model)}" for column in compared]
         rows = ([f"{of} {metric}", *(_compared(cell) for cell in cells)] for of, metric, cells in metric_rows(compared))
         yield "### Models side by side\n\n" + _table(["", *heads], rows, right=True)
@@ -202,6 +206,11 @@ def _table(heads: Sequence[str], rows: Iterable[list[str]], right: bool = False)
     """`right` aligns all columns but the first, for figures."""
     lines = [heads, [":--", *(["--:" if right else ":--"] * (len(heads) - 1))], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
 
 
 def _code(text: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from tasks.hardware import computed_on
 from tasks.launch import LOST_PEER, RANKS, SAID
 from tasks.loading import check_inputs
 from tasks.noise import silence
@@ -57,7 +58,7 @@ def main() -> int:
         program = import_program(request.kind, PROGRAMS[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():
-            result.write(folder / "result.json")
+            result.model_copy(update={"info": {**result.info, **computed_on()}}).write(folder / "result.json")
         return 0
     except BaseException as error:
         failure = classify(error, request)

@@ -112,7 +112,9 @@ def test_secrets_and_length_are_kept_in_bounds(tmp_path: Path, monkeypatch: pyte
     record = RunRecord(run_id="r", pipeline="p", started="2026-01-01T00:00:00+00:00", state="completed", stages=entries)
     record.finished = "2026-01-01T00:01:40+00:00"
     text = run_report(record, tmp_path / "r.html")
-    assert text.startswith("## p: completed after 1 min 40 s\n\nRun `r` · `tuneline run p`\n")
+    assert text.startswith("## p: completed after 1 min 40 s\n\nsft0 trained an adapter for 8 steps.\n\nsft1 ")
+    assert "147 more were trained: sft3, " in text
+    assert "\n\nRun `r` · `tuneline run p`\n" in text
     assert LONGEST / 2 < len(text) < LONGEST + 100
     assert text.endswith("What is too long for here stands in the HTML report alone.\n")
     assert str(tmp_path / "r.html") in text

@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from project import ROOT, Project
 from report_page import Page
 
 from flows.report import render, report_of
-from flows.report_figures import Graph, chart, graph, round_numbers
+from flows.report_figures import Graph, chart, graph, log_numbers, round_numbers
+from flows.report_headline import headline
+from flows.report_models import columns
+from flows.report_stage import stages_of
 from tuneline.keys import key_of
 from tuneline.load import load
 from tuneline.order import planned
@@ -53,11 +58,12 @@ class Story:
             for file, text in files.items():
                 (built / folder / file).write_text(text, encoding="utf-8")
         began = datetime.now(UTC)
-        host = {"started": began.isoformat(), "finished": (began + timedelta(seconds=90)).isoformat()}
+        host = {"started": began.isoformat(), "finished": (began + timedelta(seconds=90)).isoformat(), "cores": 2, "machine": "x86_64"}
+        info = {"tokens_per_second": 1234.4, "peak_memory": 1_500_000_000} if type == "Adapter" else {}
 
         def manifest(digest: str, files: Any) -> Manifest:
             return Manifest(
-                kind=plan.kind, type=type, key=key, document=document, digest=digest, files=files, parents={}, metrics=metrics, info={}, host=host
+                kind=plan.kind, type=type, key=key, document=document, digest=digest, files=files, parents={}, metrics=metrics, info=info, host=host
             )  # fmt: skip
 
         artifact = self.artifacts[name] = self.store.publish(built, manifest)
@@ -229,6 +235,30 @@ def test_a_killed_run_shows_what_it_came_to(story: Story) -> None:
     assert page.figures["sft", "bookings/exact_match"] == 0.75
 
 
+def test_the_first_sentences_say_what_was_trained_and_whether_it_is_better(story: Story) -> None:
+    record = story.record.model_copy(deep=True)
+    gate = next(plan for plan in record.planned if plan.kind == "gate")
+    record.stages.append(
+        StageRecord(stage=gate.stage, kind="gate", status="done", message="met: exact_match of eval-sft is 0.75, required at least 0.5")
+    )
+    said = " ".join(page_of(record).text.split())
+    assert said.index("sft trained an adapter of base on bookings (4 rows) for 40 steps.") < said.index("Stages")
+    assert "bookings/exact_match" not in said[: said.index("Stages")]
+    assert "exact_match of bookings is 0.75 ± 0.25, where the base has 0.25 (+0.5, which chance may explain). The gate passed." in said
+    assert "settings stage sft" in said
+    assert "computed on 2 cores, x86_64 speed 1,234 tokens/s peak memory 1.50 GB" in said
+    assert "met exact_match of eval-sft is 0.75 at least 0.5" in said
+
+
+def test_the_first_sentences_of_what_was_not_trained(story: Story) -> None:
+    assert headline(stages_of(story.record.model_copy(update={"planned": [], "stages": story.record.stages[:1]})), []) == []
+    stages = stages_of(story.record)
+    stages["sft"].entry.status = "failed"  # type: ignore[union-attr]
+    assert headline(stages, columns(stages))[0] == "sft, an adapter of base on bookings (4 rows), failed."
+    del stages["sft"]
+    assert headline(stages, columns(stages))[0] == "base was evaluated: exact_match of bookings is 0.25 ± 0.25."
+
+
 # --- where things lie -----------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +320,22 @@ def test_round_numbers(low: float, high: float, numbers: list[float] | None) -> 
         assert found == pytest.approx(numbers)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "numbers"), [(0.05, 2, [0.05, 0.1, 0.2, 0.5, 1, 2]), (0.003, 7, [0.001, 0.01, 0.1, 1, 10]), (1, 10, [1, 2, 5, 10])]
+)
+def test_numbers_of_a_logarithmic_axis(low: float, high: float, numbers: list[float]) -> None:
+    assert log_numbers(low, high) == numbers
+
+
+def test_a_loss_that_falls_far_is_drawn_on_a_logarithmic_axis() -> None:
+    falling = chart({"loss": [(0.0, 4.0), (1.0, 0.4), (2.0, 0.04)]}, (0, 2), 400, 100, log=True)
+    drops = [after - before for (_, before), (_, after) in pairwise(falling.lines["loss"])]
+    assert drops[0] == pytest.approx(drops[1], abs=0.2)  # ten times less is as far down wherever it is
+    assert falling.log
+    for points in ([(0.0, 4.0), (1.0, 2.0)], [(0.0, 4.0), (1.0, 0.0)], [(0.0, 1.0), (1.0, -1.0)]):
+        assert not chart({"loss": points}, (0, 1), log=True).log
+
+
 def test_a_line_lies_in_its_box_and_long_ones_are_thinned() -> None:
     drawn = chart({"loss": [(float(i), 5 / (i + 1)) for i in range(100_000)], "eval_loss": [(99_999.0, 0.5)]}, (0, 99_999), 400, 100)
     points = drawn.lines["loss"]
@@ -323,7 +369,8 @@ def test_a_refused_run_shows_the_figures_it_was_refused_for(demo: Project, stand
     assert record.state == "refused"
     assert (states["gate"], states["flow"]) == ("Refused", "Refused")
     page = page_of(record)
-    assert "gate refused NOT met: figure of two is 0.25, required at least 0.5" in " ".join(page.text.split())
+    assert "gate refused figure required NOT met figure of two is 0.25 at least 0.5" in " ".join(page.text.split())
+    assert "The gate refused." in page.text
     assert page.nodes == {"one: dataset, done", "two: dataset, done", "gate: gate, refused"}
     assert page.figures["two", "figure"] == 0.25
     assert "tuneline run demo --only gate --force one" in page.text
@@ -386,24 +433,56 @@ def listener() -> Iterator[str]:
         thread.join()
 
 
+def in_browser(html: str, folder: Path, *flags: str) -> str:
+    (folder / "page.html").write_text(html, encoding="utf-8")
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        f"--user-data-dir={folder / 'profile'}",
+        *flags,
+    )
+    command = [str(BROWSER), *flags, "--virtual-time-budget=2000", (folder / "page.html").as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)}).stdout
+
+
+MEASURE = """<!doctype html><title></title><iframe srcdoc="{page}" style="width: {width}px; height: 900px; border: 0"></iframe><script>
+onload = () => {{
+  const page = document.querySelector("iframe").contentDocument, cut = []
+  page.querySelectorAll("details").forEach(each => each.open = true)
+  for (const each of page.querySelectorAll("body *:not(svg *)"))
+    if (each.getBoundingClientRect().right > {width} + 1 && !each.closest("pre")) cut.push(each.tagName + "." + each.className + "#" + each.id)
+  document.title = "cut off: " + [...new Set(cut)].join(" ")
+}}
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_cut_off_on_a_desk_or_a_phone(story: Story, tmp_path: Path, width: int) -> None:
+    gate = next(plan for plan in story.record.planned if plan.kind == "gate")
+    lines = "met: bookings/exact_match of eval-sft is 0.75, required at least 0.5\nNOT met: bookings/bits_per_byte of eval-sft is 1, required at most 0.5"
+    story.record.stages.append(StageRecord(stage=gate.stage, kind="gate", status="refused", message=lines))
+    for name in ("eval-merged", "eval-gptq"):
+        if name == "eval-gptq":
+            story.stage("gptq", "Model", {"perplexity": 3.0}, {}, size=200)
+        story.evaluation(name, [True] * 4, 1.0)
+    html = render(story.record)
+    dumped = in_browser(MEASURE.format(page=escape(html), width=width), tmp_path, "--dump-dom", f"--window-size={width + 40},1000")
+    assert re.findall(r"<title>(.*?)</title>", dumped)[0].strip() == "cut off:"
+    if folder := os.environ.get("REPORT_SCREENSHOTS"):  # for people who change the page
+        in_browser(html, tmp_path, f"--screenshot={Path(folder).absolute() / f'report-{width}.png'}", f"--window-size={width},3600")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_in_chromium_nothing_is_asked_for_and_the_figures_are_there(
     story: Story, listener: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dump(html: str) -> str:
-        (tmp_path / "page.html").write_text(html, encoding="utf-8")
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-background-networking",
-            f"--user-data-dir={tmp_path / 'profile'}",
-        ]
-        command = [str(BROWSER), *flags, "--virtual-time-budget=2000", "--dump-dom", (tmp_path / "page.html").as_uri()]
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}
-        ).stdout
+        return in_browser(html, tmp_path, "--dump-dom")
 
     hostile = HOSTILE.replace("ADDRESS", listener)
     monkeypatch.setattr(f"{__name__}.HOSTILE", hostile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 from elsewhere import Elsewhere
 from hub_tools import COMMIT, hub_layout
 from older import Older, agree
 from pico import save_pico, tokenizer
 from program_tools import make_request, payload_digest, run_program
 
+from tasks.hardware import computed_on
 from tasks.loading import load_model, load_tokenizer, model_folder
 from tuneline.errors import StageFailed
 from tuneline.protocol import Input, Request, Result
@@ -75,6 +78,21 @@ def test_path_is_kept_by_reference(copy: Path, tmp_path: Path) -> None:
     assert len(run.result.info["template"]) == 64
     assert "| parameters | 3," in (run.request.meta / "report.md").read_text()
     assert run.events[-1]["message"] == "checked"
+
+
+def test_a_result_says_on_what_it_was_computed_and_how_much_memory_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = computed_on()
+    assert set(before) == {"peak_memory"}
+    held = bytearray(os.urandom(200 << 20))
+    assert computed_on()["peak_memory"] >= len(held)
+    facts = {"is_initialized": True, "get_device_name": "NVIDIA H200", "max_memory_allocated": 5 << 30}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    found = computed_on()
+    assert {name: found[name] for name in found if name != "peak_memory"} == {
+        "device": "NVIDIA H200", "devices": 8, "peak_device_memory": 5 << 30,
+    }  # fmt: skip
 
 
 def test_named_templates_are_part_of_the_model(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
