@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -76,19 +77,19 @@ class Watch:
 
 
 def cancel(workspace: Workspace, what: str, say: Callable[[str], None]) -> str:
-    """Ends the run with the id `what` (ours or Prefect's), or the one run of that pipeline. Returns its id.
+    """Ends the run with the id `what` (ours or Prefect's), or the one run of that pipeline, also one that waits. Returns its id.
 
     Raises ConfigError where no such run lives, StageFailed where it does not end.
     """
     alive = [record for record in workspace.runs.newest_first() if workspace.runs.alive(record)]
     chosen = [record for record in alive if what in (record.run_id, record.flow_run, record.pipeline)]
-    if len(chosen) > 1:
-        found = f"found {len(chosen)} runs of it, allowed one of {listed([record.run_id for record in chosen])}"
-        raise ConfigError([Problem(f"cancel {what}", "", found, f"`tuneline cancel {chosen[0].run_id}`")])
+    _check_one(what, [record.run_id for record in chosen])
     server = find_server(workspace.home)
     if not chosen:
-        if server and _is_id(what) and _tell(workspace.home, what):
-            return what
+        waiting = [what] if _is_id(what) else _waiting(workspace, what) if server and what in workspace.loaded.spec.pipelines else []
+        _check_one(what, waiting)
+        if server and waiting and _tell(workspace.home, waiting[0]):
+            return waiting[0]
         raise ConfigError([_no_such_run(workspace, what, alive)])
     (record,) = chosen
     told = bool(server and record.flow_run and _tell(workspace.home, record.flow_run))
@@ -105,6 +106,31 @@ def cancel(workspace: Workspace, what: str, say: Callable[[str], None]) -> str:
         where = f"its process {process}" if process else "its process, on another machine or of another user,"
         raise StageFailed("transient", f"run {record.run_id} has not ended: {where} still holds it", "end that process, or ask its owner")
     return record.run_id
+
+
+def _check_one(what: str, ids: list[str]) -> None:
+    if len(ids) > 1:
+        found = f"found {len(ids)} runs of it, allowed one of {listed(ids)}"
+        raise ConfigError([Problem(f"cancel {what}", "", found, f"`tuneline cancel {ids[0]}`")])
+
+
+def _waiting(workspace: Workspace, pipeline: str) -> list[str]:
+    """Ids of the pipeline's runs that have not ended on the server; not of those that a schedule plans ahead."""
+    connect(workspace.home)
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+    from prefect.client.schemas.objects import StateType
+
+    from flows.deploy_server import told_errors
+
+    unended = [StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED, StateType.RUNNING]
+    chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unended)))
+    with told_errors(), get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=chosen, limit=200)
+    wanted, now = {"pipeline": pipeline, "file": str(workspace.loaded.file)}, datetime.now(UTC)
+    ahead = {run.id for run in runs if run.auto_scheduled and run.expected_start_time and run.expected_start_time > now}
+    its = [run for run in runs if run.id not in ahead and run.parent_task_run_id is None]
+    return [str(run.id) for run in its if wanted.items() <= {name: run.parameters.get(name) for name in wanted}.items()]
 
 
 def _is_id(what: str) -> bool:

@@ -34,6 +34,7 @@ from flows.options import (
     load_pipeline,
     load_with_warnings,
     only_option,
+    print_json,
     set_option,
     var_option,
     warn,
@@ -172,7 +173,7 @@ def plan(
         warn(str(warning))
     if as_json:
         stages = [_plan_json(row) | {"estimate": _estimate_json(estimated.get(row.stage))} for row in rows]
-        click.echo(json.dumps({"pipeline": pipeline, "stages": stages}, indent=1, ensure_ascii=False))
+        print_json({"pipeline": pipeline, "stages": stages})
     else:
         from flows.console import estimate_table, plan_table
 
@@ -211,12 +212,12 @@ def run(
         record = execute(workspace, pipeline, rows, sets, variables, only, force, verbose)
     except KeyboardInterrupt:  # before the run began
         if as_json:
-            click.echo(json.dumps({"pipeline": pipeline, "run_id": None, "state": "cancelled", "stages": []}, indent=1))
+            print_json({"pipeline": pipeline, "run_id": None, "state": "cancelled", "stages": []})
         raise
     if record.state == "cancelled":
         click.echo(INTERRUPTED, err=True)
     if as_json:
-        click.echo(json.dumps(_run_json(record, rows), indent=1, ensure_ascii=False))
+        print_json(_run_json(record, rows))
     else:
         from flows.console import run_table
 
@@ -276,7 +277,7 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
     if as_json:
         document = _run_json(record, [])  # what became of each stage; beside it the manifests of those that gave an artifact
         document = {**document, "record": document["stages"], "stages": manifests}
-        click.echo(json.dumps(manifests[stage] if stage else document, indent=1, ensure_ascii=False))
+        print_json(manifests[stage] if stage else document)
         if in_browser:
             _report(workspace, record, in_browser)
         return
@@ -298,7 +299,7 @@ def schema() -> None:
     """Prints the JSON Schema of pipelines.yaml, for editors."""
     from tuneline.json_schema import json_schema
 
-    click.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+    print_json(json_schema())
 
 
 @cli.command()
@@ -332,7 +333,7 @@ def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry
     items = collection.collect(Workspace(load(file), warn), policy, dry_run, warn)
     freed = sum(item.size for item in items if item.removed)
     if as_json:
-        click.echo(json.dumps({"dry_run": dry_run, "freed": freed, "items": collection.as_json(items)}, indent=1, ensure_ascii=False))
+        print_json({"dry_run": dry_run, "freed": freed, "items": collection.as_json(items)})
     else:
         from flows.console import gc_table
 

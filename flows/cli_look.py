@@ -5,7 +5,6 @@ None imports Prefect, but `status` and `cancel` where a server is there.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.names import pipelines_of, runs_of, stages_of
-from flows.options import file_option, json_option, load_pipeline, warn
+from flows.options import file_option, json_option, load_pipeline, print_json, warn
 from tuneline.load import load
 from tuneline.workspace import Workspace
 
@@ -31,7 +30,7 @@ def list_command(pipeline: str | None, file: Path, as_json: bool) -> None:
     workspace = Workspace(load_pipeline(file, pipeline, (), ()) if pipeline else load(file), warn)
     rows = _stages(workspace, pipeline) if pipeline else [_pipeline(workspace, name) for name in workspace.loaded.spec.pipelines]
     if as_json:
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
     else:
         from flows.console import list_table
 
@@ -62,7 +61,7 @@ def runs(pipeline: str | None, file: Path, last: int, as_json: bool) -> None:
     records = [record for record, _ in zip(workspace.runs.newest_first(pipeline), range(last), strict=False)]
     rows = [_run(record) for record in records]
     if as_json:
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
     elif rows:
         from flows.console import runs_table
 
@@ -93,7 +92,7 @@ def status(file: Path, as_json: bool) -> None:
     there = on_server() if address else []
     if as_json:
         document = {"working": [asdict(row) for row in here], "server": address, "on_server": [asdict(row) for row in there]}
-        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        print_json(document)
         return
     from flows.console import status_tables
 

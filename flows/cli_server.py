@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from flows.options import (
     json_option,
     load_with_warnings,
     only_option,
+    print_json,
     set_option,
     var_option,
     warn,
@@ -46,7 +46,7 @@ def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: 
     it = start(load(file), port, database, password, lambda message: click.echo(message, err=True))
     if as_json:
         document = {"ui": it.state.ui, "started": it.started, **it.state.model_dump()}
-        click.echo(json.dumps(document, indent=1))
+        print_json(document)
     else:
         click.echo(it.state.ui)
     told = f"started {', '.join(it.started)}" if it.started else "it is up already"
@@ -71,7 +71,7 @@ def down(file: Path, as_json: bool) -> None:
 
     ended = end(file.absolute().parent)
     if as_json:
-        click.echo(json.dumps({"ended": [asdict(process) for process in ended]}, indent=1))
+        print_json({"ended": [asdict(process) for process in ended]})
     for process in ended if not as_json else ():
         click.echo(f"ended {process.role}{f' {process.flow_run}' if process.flow_run else ''} (process {process.pid})")
     if not ended:
@@ -106,7 +106,7 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
     rows = deployment.deploy(loaded, dry_run)
     if as_json:
         document = {"dry_run": dry_run, "server": address, "items": deployment.as_json(rows)}
-        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        print_json(document)
     else:
         deploy_table(rows, dry_run)
     for pool, reason in deployment.idle(loaded).items() if not dry_run else ():
@@ -161,7 +161,7 @@ def doctor(file: Path, fix: bool, as_json: bool) -> None:
     findings = examine(load(file), fix)
     problems = sum(finding.status == PROBLEM for finding in findings)
     if as_json:
-        click.echo(json.dumps({"problems": problems, "findings": [asdict(finding) for finding in findings]}, indent=1, ensure_ascii=False))
+        print_json({"problems": problems, "findings": [asdict(finding) for finding in findings]})
     else:
         from flows.console import doctor_table
 

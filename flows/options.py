@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,6 +25,12 @@ only_option = click.option("--only", metavar="STAGE", shell_complete=stages_of, 
 force_option = click.option(
     "--force", multiple=True, metavar="STAGE", shell_complete=stages_of, help="Builds the stage again. May be repeated."
 )
+
+
+def print_json(document: Any) -> None:
+    """For people and programs; in escapes where the stream does not take Unicode."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    click.echo(json.dumps(document, indent=1, ensure_ascii=not unicode))
 
 
 def load_pipeline(file: Path, pipeline: str, sets: tuple[str, ...], variables: tuple[str, ...]) -> Loaded:

@@ -111,5 +111,7 @@ def stages_of(record: RunRecord) -> dict[str, Stage]:
 
 
 def between(started: Any, finished: Any) -> float:
-    """Seconds."""
-    return (datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds() if started and finished else 0.0
+    """Seconds; 0 where the clock was set back."""
+    if not (started and finished):
+        return 0.0
+    return max(0.0, (datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class Unbroken:
-    """A stream as it is, but what nobody reads any more is dropped."""
+    """A stream as it is, but what nobody reads any more is dropped, and what its encoding does not have is written as an escape."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -20,6 +20,8 @@ class Unbroken:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError as error:  # a pipe under LANG=C may take ASCII alone; the name of a file may be no Unicode
+            return self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except OSError as error:
             self._drop(error)
             return len(text)

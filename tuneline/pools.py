@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 import datetime
-import re
 import zoneinfo
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tuneline.cron import wrong
 from tuneline.fields import Finding, Name, Strict
 
 INTERVAL, SIZE = r"^[1-9][0-9]{0,3}[mhd]$", r"^[1-9][0-9]*(Mi|Gi)$"
 Size = Annotated[str, Field(pattern=SIZE)]
 Override = bool | int | float | str | tuple[bool | int | float | str, ...] | None
-CRON_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, 12), ("day of the week", 0, 7))
-_CRON = re.compile(r"[\d*/,\-?LW#A-Za-z]+")
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -131,13 +129,9 @@ class Schedule(Strict):
         given = [name for name in ("cron", "interval") if getattr(self, name) is not None]
         if len(given) != 1:
             yield Finding("", f"found {' and '.join(given) or 'neither'}, allowed exactly one of cron, interval")
-        if self.cron is not None and (len(self.cron.split()) != 5 or not all(map(_CRON.fullmatch, self.cron.split()))):
-            hint = "five fields: minute, hour, day of the month, month, day of the week"
-            yield Finding("cron", f"found '{self.cron}', allowed a cron expression as `0 2 * * *`", hint)
-        elif self.cron is not None:
-            for (name, least, most), field in zip(CRON_FIELDS, self.cron.split(), strict=True):
-                wrong = [number for number in re.findall(r"\d+", field.partition("/")[0]) if not least <= int(number) <= most]
-                if wrong:
-                    yield Finding("cron", f"found {wrong[0]} for the {name} in '{self.cron}', allowed {least} to {most}")
+        if self.cron is not None:
+            found, hint = wrong(self.cron)
+            if found:
+                yield Finding("cron", found, hint)
         if self.timezone not in zoneinfo.available_timezones():
             yield Finding("timezone", f"found '{self.timezone}', allowed the name of a time zone, as Europe/Berlin")

@@ -196,8 +196,8 @@ class Runs:
         for record in self.newest_first(pipeline):
             if run_id in (None, record.run_id):
                 return record
-        what = f"run {run_id} of {pipeline}" if run_id else f"run of {pipeline}"
-        raise ConfigError([Problem("--run" if run_id else "show", "", f"found no {what}", f"start one with `tuneline run {pipeline}`")])
+        where, what = ("--run", f"run {run_id} of {pipeline}") if run_id else (pipeline, "run of it yet")
+        raise ConfigError([Problem(where, "", f"found no {what}", f"start one with `tuneline run {pipeline}`")])
 
     def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
         """The run that has built the stage's key by `--force` already, where what was asked for then is asked for again: since that

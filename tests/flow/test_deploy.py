@@ -369,7 +369,7 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
         assert client.read_flow_run(foreign).state.is_pending()
 
 
-def test_a_wrong_submit_ends_with_2_and_a_message(pico: Project) -> None:
+def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -> None:
     def told(*arguments: str) -> str:
         return pico.tuneline("submit", *arguments, status=2).stderr
 
@@ -392,6 +392,16 @@ def test_a_wrong_submit_ends_with_2_and_a_message(pico: Project) -> None:
     assert several.startswith("submit pico: found 2 deployments of that name, allowed one of ")
     assert {"pico/pico", "theirs/pico"} == set(several.split("one of ")[1].split("\n")[0].split(", "))
     assert pico.json("submit", "pico/pico")["state"] == "scheduled"
+
+    # What waits is cancelled by the pipeline's name as well; what a schedule plans ahead is left alone.
+    pico.json("submit", "pico/pico")
+    both = pico.tuneline("cancel", "pico", status=2).stderr
+    assert both.startswith("cancel pico: found 2 runs of it, allowed one of ")
+    first, second = both.partition("one of ")[2].partition("\n")[0].split(", ")
+    assert pico.tuneline("cancel", first).stderr.startswith(f"cancelled {first}; ")
+    assert pico.tuneline("cancel", "pico").stderr.startswith(f"cancelled {second}; ")
+    assert pico.tuneline("cancel", "pico", status=2).stderr.startswith("cancel pico: found no such run")
+
     pico.write(PIPELINES, "second.yaml")
     assert told("pico/pico", "--file", "second.yaml").startswith(
         f"submit pico/pico: found pico/pico, which was deployed from {pico.root}/pipelines.yaml"

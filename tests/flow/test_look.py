@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from project import Project
 from flows import meant
 from flows.cli import cli
 from flows.logs import Followed, shown
+from flows.options import print_json
+from flows.streams import Unbroken
 
 
 @pytest.fixture
@@ -130,3 +134,21 @@ def test_a_followed_log_loses_no_line(tmp_path: Path) -> None:
         writer.flush()
         assert [shown(line) for line in log.new(ended=False)] == ["three", "20%"]
         assert list(log.new(ended=True)) == ["last words"]
+
+
+def test_a_stream_of_ascii_takes_any_text() -> None:
+    """A pipe under LANG=C, and the name of a file that is no Unicode."""
+    written = io.BytesIO()
+    stream = Unbroken(io.TextIOWrapper(written, encoding="ascii"))
+    stream.write("résumé … \udcff")
+    stream.flush()
+    assert written.getvalue() == b"r\\xe9sum\\xe9 \\u2026 \\udcff"
+
+
+def test_json_on_a_stream_of_ascii_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    print_json({"résumé": 1})
+    stream.flush()
+    assert json.loads(written.getvalue()) == {"résumé": 1}

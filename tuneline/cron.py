@@ -1,0 +1,88 @@
+"""Cron expressions, checked as Prefect reads them, and refused where they name a day that never comes."""
+
+from __future__ import annotations
+
+import re
+from calendar import monthrange
+from dataclasses import dataclass
+
+LEAP_YEAR = 2000
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+HINT = "five fields: minute, hour, day of the month, month, day of the week"
+
+
+@dataclass(frozen=True)
+class Field:
+    name: str
+    least: int
+    most: int
+    words: tuple[str, ...] = ()
+    """Names of its numbers, from `least` on."""
+    further: str = r"(?!)"
+    """Pattern of what it allows beside numbers, ranges and steps."""
+
+
+FIELDS = (
+    Field("minute", 0, 59),
+    Field("hour", 0, 23),
+    Field("day of the month", 1, 31, further=r"\?|l"),
+    Field("month", 1, 12, MONTHS),
+    Field("day of the week", 0, 7, DAYS, r"\?|l[0-7]|([0-7]|[a-z]{3})#[1-5]"),
+)
+
+
+def wrong(cron: str) -> tuple[str, str]:
+    """(what is wrong with an expression, a hint); empty where it is right."""
+    parts = cron.split()
+    if len(parts) != len(FIELDS):
+        return f"found '{cron}', allowed a cron expression as `0 2 * * *`", HINT
+    for field, part in zip(FIELDS, parts, strict=True):
+        for item in part.lower().split(","):
+            if problem := _wrong_item(field, item, alone=item == part.lower()):
+                return f"found {problem[0]} for the {field.name} in '{cron}', allowed {problem[1]}", problem[2]
+    if not _comes(*parts[2:]):
+        return f"found day {parts[2]} of month {parts[3]} in '{cron}', allowed a day that comes", "`L` is the last day of a month"
+    return "", ""
+
+
+def _wrong_item(field: Field, item: str, alone: bool) -> tuple[str, str, str] | None:
+    """(found, allowed, hint)."""
+    if re.fullmatch(field.further, item) and (alone or item != "?"):
+        return None
+    parsed = re.fullmatch(r"(\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", item)
+    if parsed is None:
+        return f"`{item}`", "numbers, ranges, lists and steps, as `5`, `1-5`, `1,15`, `*/10`", HINT
+    for value in filter(None, parsed.group(2, 3)):
+        number = _number(field, value)
+        if number is None or not field.least <= number <= field.most:
+            words = f", or {field.words[0]} to {field.words[-1]}" if field.words else ""
+            return value, f"{field.least} to {field.most}{words}", ""
+    return (f"`{item}`", "steps of 1 and more", "") if parsed[4] and int(parsed[4]) == 0 else None
+
+
+def _number(field: Field, value: str) -> int | None:
+    if value in field.words:
+        return field.least + field.words.index(value)
+    return int(value) if value.isdecimal() and value.isascii() else None
+
+
+def _comes(day: str, month: str, weekday: str) -> bool:
+    """Whether a day is ever one of the expression's. With a day of the week, one of the two is enough."""
+    if weekday not in ("*", "?") or not re.fullmatch(r"[\d,-]+", day):
+        return True
+    ranges = [list(map(int, item.split("-"))) for item in day.split(",")]
+    least = min(1 if bounds[0] > bounds[-1] else bounds[0] for bounds in ranges)
+    return any(least <= monthrange(LEAP_YEAR, number)[1] for number in _months(month.lower()))
+
+
+def _months(part: str) -> set[int]:
+    field, found = FIELDS[3], set[int]()
+    for item in part.split(","):
+        span, _, step = item.partition("/")
+        first, _, last = span.partition("-")
+        start = field.least if first == "*" else _number(field, first) or field.least
+        end = field.most if first == "*" or step and not last else _number(field, last) or start
+        end += field.most if end < start else 0  # over the end of the year
+        found |= {(number - 1) % field.most + 1 for number in range(start, end + 1, int(step or 1))}
+    return found
