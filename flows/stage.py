@@ -23,6 +23,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.build import Job, as_in_key, build
 from flows.child import build_in_pool
+from flows.console import figures
 from flows.slots import Taken
 from flows.this_run import Run
 from tuneline import disk
@@ -65,7 +66,9 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
         if task_run.run_count > 1:
             run.supervisor.pause(RETRY_DELAYS[min(task_run.run_count - 2, len(RETRY_DELAYS) - 1)])
         try:
-            return _carry_out(run, name, stage, needs)
+            ended = _carry_out(run, name, stage, needs)
+            _show_figures(run, name)
+            return ended
         except StageStopped as error:
             run.note(name, "cancelled", message=error.message)
             return Cancelled(message=error.message)
@@ -82,6 +85,13 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
             raise
 
     return supervise
+
+
+def _show_figures(run: Run, name: str) -> None:
+    """Beside the stage's name, where the UI lists the tasks of a run. Told with the state, as the tags are."""
+    entry = next((entry for entry in run.record.stages if entry.stage == name), None)
+    if entry and (shown := figures(entry)):
+        TaskRunContext.get().task_run.name = f"{name}: {shown}"  # type: ignore[union-attr]
 
 
 def _failed(run: Run, name: str, error: StageFailed) -> State[Any]:

@@ -116,7 +116,7 @@ def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> 
         return record, {
             "flow": state.name,
             "id": state.state_details.flow_run_id,
-            **{task.name: task.state.name for task in tasks if task.state},
+            **{task.name.partition(": ")[0]: task.state.name for task in tasks if task.state},
         }
 
     return go

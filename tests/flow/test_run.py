@@ -531,3 +531,15 @@ def test_a_busy_server_is_waited_for(demo: Project, prefect_server: str) -> None
         proxy.shutdown()
     assert result.returncode == 0, result.stderr
     assert refused == 3
+
+
+def test_prefect_shows_a_stage_with_its_figures(run: Callable[..., tuple[RunRecord, Any]]) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    for ended in ("Completed", "Cached"):
+        record, states = run(only="two")
+        with get_client(sync_client=True) as client:
+            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[states["id"]])))
+        assert {task.name for task in tasks} == {"one: figure 1", "two: figure 1"}
+        assert states["two"] == ended
