@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 for name, folder in (("UV_CACHE_DIR", "uv"), ("PIP_CACHE_DIR", "pip")):
     os.environ.setdefault(name, os.path.join(caches, folder))
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")
+
+
+# Under nohup, or in the background of a script, these are ignored, by the commands that tests start and interrupt as well.
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
