@@ -70,6 +70,7 @@ test-python: $(GGUF)  ## the core's tests and a pico pipeline with another Pytho
 	$(OTHER)/bin/pytest tests/core $(SELECT)
 	export TUNELINE_RUNTIMES=$(CURDIR)/$(OTHER)/runtimes; $(OTHER)/bin/tuneline setup && $(OTHER)/bin/pytest tests/flow/test_pico.py $(SELECT)
 
+torture: export WARM := 0
 torture: setup $(VENV)/dev-ready  ## kills runs at random, for hours if you like: make torture KILLS=500 SEED=7
 	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/flow/test_torture.py -q -s -k at_random
 

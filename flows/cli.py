@@ -35,6 +35,7 @@ from flows.options import (
     load_with_warnings,
     only_option,
     print_json,
+    say,
     set_option,
     var_option,
     warn,
@@ -163,6 +164,7 @@ def plan(
     from tuneline.plan import refusals, unpinned
 
     workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn, Hub() if online else HubCache())
+    workspace.memory.say = say
     rows = make_plan(workspace, pipeline, only, force)
     estimated = estimates(workspace, pipeline, rows)
     for warning in (
@@ -207,6 +209,7 @@ def run(
     from tuneline.plan import plan as make_plan
 
     workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
+    workspace.memory.say = say
     rows = make_plan(workspace, pipeline, only, force)
     try:
         record = execute(workspace, pipeline, rows, sets, variables, only, force, verbose)

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,19 @@ class ConsoleReporter:
         self.run_id = run_id
         if self.shows_page and page:
             self.console.print(f"page: {page}")
+
+    @contextmanager
+    def waiting(self, message: str, takes: str) -> Iterator[None]:
+        """Says what is waited for, with the time that has passed where there is a terminal."""
+        if not self._bars:
+            self.console.print(f"{message} ({takes})")
+            yield
+            return
+        task = self._bars.add_task(takes, total=None, stage=message)
+        try:
+            yield
+        finally:
+            self._bars.remove_task(task)
 
     def started(self, stage: str, message: str) -> None:
         if self._bars:

@@ -51,4 +51,8 @@ def warn_of(loaded: Loaded, pipeline: str | None = None) -> None:
 
 
 def warn(message: str) -> None:
-    click.echo(f"warning: {message}", err=True)
+    say(f"warning: {message}")
+
+
+def say(message: str) -> None:
+    click.echo(message, err=True)

@@ -65,9 +65,9 @@ def execute(
             connect(workspace.home)
             reporter.shows_page = True
         else:
-            reporter.console.print("starting Prefect", style="dim")
             tell = partial(reporter.warning, "Prefect")
-            stack.enter_context(embedded_server(workspace.home / "prefect", tell, workspace.loaded.spec.history))
+            with reporter.waiting("starting Prefect", "5 to 15 s; half a minute the first time on a machine"):
+                stack.enter_context(embedded_server(workspace.home / "prefect", tell, workspace.loaded.spec.history))
         return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)
 
 

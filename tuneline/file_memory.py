@@ -25,7 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuneline.disk import human
+
 TICK = 2_000_000_000  # nanoseconds
+LARGE = 1 << 30  # bytes; reading so many takes about a second
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 Facts = tuple[int, int, int, int]
 """Size, mtime and ctime in nanoseconds, inode."""
@@ -62,6 +65,8 @@ class FileMemory:
     """
 
     def __init__(self, place: Path):
+        self.say: Callable[[str], object] = lambda message: None
+        """Told before a large file is read."""
         self._place = place
         self._lock = threading.RLock()
         self._known: dict[str, dict[str, Any]] | None = None  # by reading, then path: [facts, answer]; read when first asked
@@ -145,6 +150,8 @@ class Look:
         """What the reading says of a file that had these facts before, from memory where they vouch for it. Raises OSError."""
         answer = self._memory.recall(reading, path, facts)
         if answer is None:
+            if facts[0] >= LARGE:
+                self._memory.say(f"reading {path}, {human(facts[0])}: once, what it holds is remembered")
             answer = reading.of(path)
             if settled(facts, self._began):
                 self._memory.learn(reading, path, facts, answer)

@@ -271,6 +271,22 @@ def test_what_was_written_a_moment_ago_is_read_again(folder: Path, monkeypatch: 
     )
 
 
+def test_a_large_file_is_told_of_before_it_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_memory, "LARGE", 1000)
+    reading, told = Reading("size", "1", lambda path: told.append("read") or 1), list[str]()
+    memory = FileMemory(tmp_path / "digests.json")
+    memory.say = told.append
+    for name, size in (("small", 999), ("large", 1000)):
+        (tmp_path / name).write_bytes(b"x" * size)
+        os.utime(tmp_path / name, ns=(1, 1))
+    monkeypatch.setattr(file_memory, "settled", lambda facts, began: True)
+    for _ in range(2):
+        look = Look(memory)
+        for name in ("small", "large"):
+            look.read(reading, str(tmp_path / name), look.file(str(tmp_path / name)))
+    assert told == ["read", f"reading {tmp_path / 'large'}, 1.0 kB: once, what it holds is remembered", "read"]
+
+
 def test_threads_and_processes_share_one_memory(tmp_path: Path, settled: None) -> None:
     """A FileMemory each, as processes have, used by threads."""
     files = [tmp_path / f"{i}.txt" for i in range(200)]

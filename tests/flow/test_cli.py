@@ -243,7 +243,7 @@ def test_an_interrupted_run_prints_its_json(two_stages: Project, stand_in: Calla
     assert '<span class="state cancelled">' in report
     early = two_stages.start("run", "p", "--json", PREFECT_API_URL="")
     assert early.stderr is not None
-    assert early.stderr.readline() == "starting Prefect\n"
+    assert early.stderr.readline() == "starting Prefect (5 to 15 s; half a minute the first time on a machine)\n"
     early.send_signal(signal.SIGINT)
     out, err = early.communicate(timeout=PATIENCE)
     assert (early.returncode, json.loads(out)) == (130, {"pipeline": "p", "run_id": None, "state": "cancelled", "stages": []})
