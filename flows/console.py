@@ -243,7 +243,15 @@ def gc_table(items: Sequence[Item], dry_run: bool) -> None:
     table = _table("kind", "key", "size", "age", "stage", "", "why")
     for item in sorted(items, key=lambda item: not item.removed):
         verb = Text("would go" if dry_run else "removed", "yellow") if item.removed else Text("kept", "dim")
-        table.add_row(item.kind, item.key[:12], human(item.size), _age(item.age.total_seconds()), item.used_by, verb, Text(item.why))
+        table.add_row(
+            item.kind,
+            item.key if item.kind == "record" else item.key[:12],
+            human(item.size),
+            _age(item.age.total_seconds()),
+            item.used_by,
+            verb,
+            Text(item.why),
+        )
     _print(table)
     gone = [item for item in items if item.removed]
     size = human(sum(item.size for item in gone))

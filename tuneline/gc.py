@@ -9,7 +9,7 @@ Kept are what these name, and all that it was made from, an adapter's base too:
 
 Of the rest, only what a run of this workspace names goes, unless `everything` is asked for, and never what is being built. With
 it go the leftovers of runs and of a gc that were killed, the quarantine, and (with `older_than`) unfinished work that nobody
-took up again.
+took up again; and records of runs that ended longer ago than `history`, unless they are kept or name what is left.
 
 Against runs that go on meanwhile: an artifact's lock is taken first and the run records are read after that, so what a run has
 just made is seen; and a run finds an artifact and writes it down under `Store.steady`, which excludes the moment of removal.
@@ -23,12 +23,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from tuneline import disk
 from tuneline.errors import ConfigError, Problem
+from tuneline.gc_runs import Policy, days, kept, names, spent
 from tuneline.plan import plan
+from tuneline.pools import interval
 from tuneline.runs import RunRecord, Runs
 from tuneline.workspace import Workspace
 
@@ -37,15 +39,8 @@ BATCH = 256  # artifacts whose locks are held at a time: far below the usual lim
 
 
 @dataclass(frozen=True)
-class Policy:
-    keep_last: int
-    older_than: timedelta | None = None
-    everything: bool = False
-
-
-@dataclass(frozen=True)
 class Item:
-    """Something in the store, or unfinished work beside it. `kind` is a stage's, or `trash`, `building`, `quarantine`, `work`; `size`
+    """Something in the store, or beside it. `kind` is a stage's, or `trash`, `building`, `quarantine`, `work`, `record`; `size`
     in bytes with `meta/`; `used_by` is `pipeline/stage` of the newest run that names it."""
 
     kind: str
@@ -74,13 +69,13 @@ def _planned(workspace: Workspace) -> Iterator[tuple[str, str]]:
 class Collection:
     def __init__(self, workspace: Workspace, policy: Policy, planned: dict[str, str], warn: Callable[[str], None]):
         self.store, self.runs, self.work = workspace.store, workspace.runs, workspace.work("")
-        self.policy, self.planned, self.warn = policy, planned, warn
+        self.policy, self.planned, self.warn, self.history = policy, planned, warn, interval(workspace.loaded.spec.history)
         self._parents: dict[str, list[str]] = {}
 
     def run(self, dry_run: bool) -> list[Item]:
         items = self._artifacts() + self._leftovers()
         if dry_run or not any(item.removed for item in items):
-            return items
+            return items + self._records(items, dry_run)
         with self.store.removing():
             pass  # a store that cannot be written says so here, before anything is touched
         done = {item.path: item for item in items}
@@ -89,7 +84,7 @@ class Collection:
             batch = removable[start : start + BATCH]
             for item in self._remove(batch):
                 done[item.path] = item
-        return list(done.values())
+        return [*done.values(), *self._records(list(done.values()), dry_run)]
 
     def _remove(self, batch: list[Item]) -> list[Item]:
         """The items as they turned out: those that somebody uses now stay."""
@@ -144,28 +139,10 @@ class Collection:
 
     def _of_records(self, records: list[RunRecord]) -> Iterator[tuple[str, str]]:
         """Newest first, so that the first reason given for an artifact is the newest run's."""
-        alive = {record.pipeline for record in records if self.runs.alive(record)}
-        seen: dict[str, int] = {}
-        completed: set[str] = set()
+        reasons = kept(records, self.policy, self.runs)
         for record in records:
-            pipeline, why = record.pipeline, ""
-            seen[pipeline] = seen.get(pipeline, 0) + 1
-            if pipeline in alive:
-                why = f"{pipeline} is running now"
-            elif seen[pipeline] <= self.policy.keep_last:
-                why = f"run {record.run_id}, one of the last {self.policy.keep_last}"
-            elif pipeline not in completed and record.state == "completed":
-                why = f"run {record.run_id}, the last that completed"
-            elif pipeline not in completed and record.state != "refused":
-                why = f"run {record.run_id}, {record.state} and none has completed since"
-            elif self.policy.older_than and datetime.now(UTC) - datetime.fromisoformat(record.started) < self.policy.older_than:
-                why = f"run {record.run_id}, younger than {_days(self.policy.older_than)}"
-            if record.state == "completed":
-                completed.add(pipeline)
-            if why:
-                for stage in record.stages:
-                    if stage.key:
-                        yield f"{stage.kind}/{stage.key}", why
+            if why := reasons.get(record.run_id):
+                yield from ((name, why) for name in names(record))
 
     def _of_others(self) -> Iterator[tuple[str, str]]:
         for file, folder in self.store.workspaces().items():
@@ -207,7 +184,7 @@ class Collection:
     def _old(self, kind: str, path: Path, why: str) -> Item:
         item = _item(kind, path.name, path, "", why, True)
         if self.policy.older_than and item.age < self.policy.older_than:
-            return replace(item, why=f"younger than {_days(self.policy.older_than)}", removed=False)
+            return replace(item, why=f"younger than {days(self.policy.older_than)}", removed=False)
         return item
 
     def _unfinished(self, path: Path) -> Item:
@@ -221,6 +198,19 @@ class Collection:
         elif any(map(self.runs.alive, self.runs.every())):
             why = "a run of this workspace is going on"
         return replace(item, why=why, removed=False) if why else item
+
+    def _records(self, items: list[Item], dry_run: bool) -> list[Item]:
+        """Run records that have nothing more to say, with their reports. `items` as they turned out."""
+        records, left = self.runs.every(), {f"{item.kind}/{item.key}" for item in items if not item.removed}
+        stay, out = kept(records, self.policy, self.runs), []
+        for record, age in spent(records, stay.keys(), left, self.history):
+            files = self.runs.files(record)
+            size = sum(file.stat().st_size for file in files)
+            why = f"ended, older than {days(self.history)} (`history`)"
+            out.append(Item("record", record.run_id, files[-1], size, age, record.pipeline, why, True))
+            if not dry_run:
+                self.runs.remove(record)
+        return out
 
     def _lock_is_free(self, key: str) -> bool:
         lock = self.store.root / ".locks" / _lock_of(key)
@@ -254,10 +244,6 @@ def _lock_of(key: str) -> str:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []
-
-
-def _days(age: timedelta) -> str:
-    return f"{age.total_seconds() / 86400:g} d"
 
 
 def age(text: str) -> timedelta:

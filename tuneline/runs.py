@@ -132,6 +132,14 @@ class Runs:
                     return int(folder.name)
         return None
 
+    def files(self, record: RunRecord) -> list[Path]:
+        """Those that are there: report, lock and, last, the record itself."""
+        return [file for end in ("html", "lock", "json") if (file := self.folder / f"{record.run_id}.{end}").is_file()]
+
+    def remove(self, record: RunRecord) -> None:
+        for file in self.files(record):
+            file.unlink(missing_ok=True)
+
     def _lock(self, run_id: str) -> Path:
         return self.folder / f"{run_id}.lock"
 

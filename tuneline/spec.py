@@ -372,7 +372,7 @@ class Spec(Strict):
     roots: tuple[str, ...] = ()
     """Folders outside of this file's own that its paths may lead into, such as `/data/models`."""
     history: Annotated[str, Field(pattern=INTERVAL)] = "90d"
-    """How long Prefect servers that tuneline starts keep runs that have ended, with their logs: `12h`, `30d`."""
+    """How long runs that have ended are kept: by servers that tuneline starts, and as records by `tuneline gc`: `12h`, `30d`."""
     vars: dict[str, bool | int | float | str] = {}
     """Values for `${name}` anywhere in the file."""
     runtimes: dict[Name, Runtime] = {}

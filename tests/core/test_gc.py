@@ -186,6 +186,32 @@ def test_what_is_being_built_is_left_alone(house: House) -> None:
     assert not any((house.store.root / ".building").iterdir())
 
 
+def test_old_records_go_once_they_name_nothing_that_is_left(house: House) -> None:
+    for number in (1, 2, 3):
+        house.artifact(number)
+    old = [house.run(1, days=200), house.run(2, days=150), house.run(3, days=120)]
+    young, newest = house.run(3, days=80), house.run(3, days=100)
+    (house.runs.folder / f"{old[0].run_id}.html").write_text("report")
+    (house.store.folder("dataset", key(2)) / "payload" / "data").touch()
+    foretold = {item.key: item.why for item in house.collect(dry_run=True) if item.kind == "record"}
+    assert foretold == {record.run_id: "ended, older than 90 d (`history`)" for record in old}
+    assert {record.run_id for record in house.runs.every()} == {record.run_id for record in [*old, young, newest]}
+    items = {item.key: item for item in house.collect() if item.kind == "record"}
+    assert items.keys() == foretold.keys()
+    assert items[old[0].run_id].used_by == "p"
+    assert house.left() == {3}
+    assert {path.name for path in house.runs.folder.iterdir()} == {f"{record.run_id}.json" for record in (young, newest)}
+    assert not [item for item in house.collect() if item.removed]
+
+
+def test_a_record_stays_that_alone_says_whose_an_artifact_is(house: House) -> None:
+    house.artifact(1)
+    house.artifact(2, (1,))
+    first, kept = house.run(1, days=300), house.run(2, days=200)
+    assert not [item for item in house.collect() if item.removed]  # 2 was made from 1
+    assert [record.run_id for record in house.runs.every()] == [kept.run_id, first.run_id]
+
+
 def test_a_store_of_two_workspaces(tmp_path: Path) -> None:
     one, two = House(tmp_path / "one", tmp_path / "store"), House(tmp_path / "two", tmp_path / "store")
     for number in (1, 2, 3, 4):
@@ -396,7 +422,7 @@ def test_for_any_store_and_runs(
 def test_a_run_never_loses_what_it_has_written_down(house: House) -> None:
     """A run finds, thinks for a moment, notes and uses; gc is at it all the time, and removes what nobody uses any more."""
     house.artifact(1)
-    house.run(1)
+    house.run(1, days=10)  # whose record stays
     house.run()
     ended = threading.Event()
     removed: list[Item] = []
