@@ -19,6 +19,7 @@ from flows.options import (
     load_with_warnings,
     only_option,
     print_json,
+    say,
     set_option,
     var_option,
     warn,
@@ -104,6 +105,10 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
     from flows.console import deploy_table
 
     rows = deployment.deploy(loaded, dry_run)
+    if not dry_run:
+        from flows.workers import start_beside
+
+        start_beside(loaded, address, say)
     if as_json:
         document = {"dry_run": dry_run, "server": address, "items": deployment.as_json(rows)}
         print_json(document)

@@ -47,6 +47,8 @@ class State(BaseModel):
     server: Process
     workers: dict[str, Process] = {}
     """By pool."""
+    keeper: Process | None = None
+    """What starts a worker again that died."""
 
     @property
     def ui(self) -> str:

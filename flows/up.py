@@ -9,27 +9,20 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import api, lasting, migrated
-from flows.doctor import gpus_asked
-from flows.server import DATABASE, QUIET, answers, kept, loopback_without_proxy, server_command, tail, wait_for_health
-from flows.slots import visible_gpus
-from flows.worker import heartbeat, worker_command
+from flows import api, keeper, lasting, migrated, workers
+from flows.server import DATABASE, answers, kept, loopback_without_proxy, server_command, wait_for_health
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.load import Loaded
-from tuneline.pools import ProcessPool
 from tuneline.watchdog import descendants
 
 PORT = 4200
-WORKER_SECONDS = 120  # until a worker has told the server of itself; 5 s on two idle cores
 FLOW_SECONDS, END_SECONDS = 15.0, 10.0  # for runs to stop their programs (grace: 3 s); for workers and the server to end
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
-POLL_SECONDS = "2"  # between a worker's looks for runs; Prefect's 10 s are felt by whoever waits
 DATABASES = {"postgresql+asyncpg": "postgresql+asyncpg://user@host/name", "sqlite+aiosqlite": "sqlite+aiosqlite:////folder/file.db"}
 
 
@@ -63,33 +56,18 @@ def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None,
         os.environ |= lasting.password(folder)
         if state is None or not _runs(state):
             say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
-            before = state.workers if state else {}
-            state = _start_server(folder, port, database, loaded.spec.history)
-            state.workers = before
+            before = {"workers": state.workers, "keeper": state.keeper} if state else {}
+            state = _start_server(folder, port, database, loaded.spec.history).model_copy(update=before)
             lasting.write(folder, state)
             started.append("server")
         for name in [name for name in state.workers if name not in loaded.spec.pools]:
-            _end_worker(state.workers.pop(name))
+            workers.end(state.workers.pop(name))
             lasting.write(folder, state)
-        for name, pool in loaded.spec.pools.items():
-            if not (isinstance(pool, ProcessPool) and pool.local) or name in state.workers and state.workers[name].alive:
-                continue
-            say(f"starting a worker for the pool {name}{_without_gpus(loaded, name)}")
-            state.workers[name] = _start_worker(folder, state.address, name)
+        started += [f"worker {name}" for name in workers.start(loaded, folder, state, say)]
+        if state.keeper is None or not state.keeper.alive:
+            state.keeper = keeper.start(loaded, folder, state)
             lasting.write(folder, state)
-            started.append(f"worker {name}")
     return Up(state, started)
-
-
-def _without_gpus(loaded: Loaded, pool: str) -> str:
-    """Why its worker may be of no use."""
-    there = len(visible_gpus())
-    found = next(((stage, gpus) for stage, gpus, its in gpus_asked(loaded) if its == pool and gpus > there), None)
-    return (
-        f" (warning: {found[0]} asks for {found[1]} GPU{'s' if found[1] > 1 else ''}, this machine shows {there}: see `tuneline doctor`)"
-        if found
-        else ""
-    )
 
 
 def _refuse(folder: Path, state: lasting.State | None, port: int, database: str | None, auth: str | None) -> None:
@@ -145,7 +123,7 @@ def _start_server(folder: Path, port: int, database: str | None, history: str) -
         settings["PREFECT_SERVER_API_AUTH_STRING"] = password
     if database is None:
         settings |= migrated.prepare(folder / "prefect.db")
-    process = _start(server_command(port), folder, "server", address, log, settings)
+    process = workers.spawn(server_command(port), folder, "server", address, log, settings)
     try:
         wait_for_health(address, process, log, "where the log speaks of the database, see `--database`")
     except BaseException:
@@ -153,46 +131,6 @@ def _start_server(folder: Path, port: int, database: str | None, history: str) -
         process.wait()
         raise
     return lasting.State(address=address, database=_without_secrets(database) if database else None, server=lasting.process(process.pid))
-
-
-def _start_worker(folder: Path, address: str, pool: str) -> lasting.Process:
-    log, deadline = folder / f"worker-{pool}.log", time.monotonic() + WORKER_SECONDS
-    before, settings = heartbeat(address, pool), {"PREFECT_WORKER_QUERY_SECONDS": POLL_SECONDS}
-    process = _start(worker_command(pool, "process"), folder, f"worker {pool}", address, log, settings)
-    try:
-        while heartbeat(address, pool) in (None, before):
-            if process.poll() is not None or time.monotonic() > deadline:
-                message = f"the worker of the pool {pool} did not start; the end of {log}:\n{tail(log)}"
-                raise StageFailed("bug", message, "`tuneline up` tries again")
-            time.sleep(0.2)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
-    return lasting.process(process.pid)
-
-
-def _end_worker(worker: lasting.Process) -> None:
-    """Of a pool that left the file: it would make the pool again. Its runs end with it, and go on from their checkpoints elsewhere."""
-    if worker.alive:
-        _signal([worker.pid], signal.SIGTERM)
-        _wait(lambda: not worker.alive, END_SECONDS)
-
-
-def _start(command: list[str], folder: Path, role: str, address: str, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
-    """The address of the database may hold a password: it is in the server's environment, and in nothing else."""
-    inherited = {name: value for name, value in os.environ.items() if name not in DATABASE}
-    ours = {lasting.UP: str(folder), lasting.ROLE: role, "PREFECT_HOME": str(folder), "PREFECT_API_URL": address, "PYTHONUNBUFFERED": "1"}
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**inherited, **QUIET, **ours, **settings},
-            start_new_session=True,
-        )
 
 
 def down(root: Path) -> list[Ended]:
@@ -203,14 +141,16 @@ def down(root: Path) -> list[Ended]:
         return []
     with lasting.alone(folder):
         state, found = lasting.read(folder), lasting.ours(folder)
-        workers = {process.pid for process in state.workers.values() if process.alive} if state else set()
+        working = {process.pid for process in state.workers.values() if process.alive} if state else set()
         servers = {process.pid for process in found if process.role == "server"}
+        keepers = {process.pid for process in found if process.role == keeper.ROLE}
+        _signal(keepers, signal.SIGTERM)
         flows = {process.pid for process in found if process.flow_run}
-        _signal(workers, signal.SIGSTOP)  # a worker that is told to end kills its runs at once, and until then takes on new ones
+        _signal(working, signal.SIGSTOP)  # a worker that is told to end kills its runs at once, and until then takes on new ones
         _signal(flows, signal.SIGTERM)
         _wait(lambda: not flows & _pids(folder), FLOW_SECONDS)
-        _signal(workers, signal.SIGTERM)
-        _signal(workers, signal.SIGCONT)
+        _signal(working, signal.SIGTERM)
+        _signal(working, signal.SIGCONT)
         _wait(lambda: not _pids(folder) - servers, END_SECONDS)
         _signal(servers, signal.SIGTERM)
         _wait(lambda: not _pids(folder), END_SECONDS)
@@ -222,12 +162,12 @@ def down(root: Path) -> list[Ended]:
                 )
         for name in ("state.json", "auth"):
             (folder / name).unlink(missing_ok=True)
-    return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _told(found, workers)]
+    return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _told(found, working)]
 
 
-def _told(found: list[lasting.Ours], workers: set[int]) -> list[lasting.Ours]:
+def _told(found: list[lasting.Ours], working: set[int]) -> list[lasting.Ours]:
     """Of all that is ours: servers, workers and runs, not the programs below them."""
-    return [process for process in found if process.flow_run or process.role == "server" or process.pid in workers]
+    return [process for process in found if process.flow_run or process.role == "server" or process.pid in working]
 
 
 def _pids(folder: Path) -> set[int]:

@@ -25,7 +25,8 @@ from project import ROOT, Project
 from flows import lasting
 from flows.doctor import file_system, locks_work
 from flows.server import find_server, free_port
-from flows.up import _without_gpus, _without_secrets
+from flows.up import _without_secrets
+from flows.workers import _without_gpus
 from tuneline.load import load
 
 pytestmark = pytest.mark.usefixtures("no_server_of_the_session")
@@ -254,29 +255,39 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
 
 
 @pytest.mark.slow
-def test_workers_that_are_missing_are_started(lasting_up: Lasting) -> None:
-    before = lasting.read(lasting_up.folder)
-    assert before is not None
+def test_a_worker_that_died_is_started_again_and_one_for_a_new_pool(lasting_up: Lasting) -> None:
+    def state() -> lasting.State:
+        found = lasting.read(lasting_up.folder)
+        assert found is not None
+        return found
+
+    before = state()
     os.kill(before.workers["here"].pid, signal.SIGKILL)
-    until(lambda: not before.workers["here"].alive)
-    found = doctor(lasting_up)
-    assert finding(found, "pool here") == ("problem", "the worker that `up` started has ended", "tuneline up")
-    assert finding(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
+    until(lambda: state().workers["here"] != before.workers["here"])
+    assert state().workers["here"].alive
+    lasting_up.project.write("pipelines: [", "pipelines.yaml")  # half edited
     lasting_up.project.write(PIPELINES.replace("  there:", "  more:  {type: process}\n  there:"))
-    assert lasting_up.up()["started"] == ["worker here", "worker more"]
-    after = lasting.read(lasting_up.folder)
-    assert after is not None
-    assert (after.server, set(after.workers)) == (before.server, {"here", "more"})
-    found = doctor(lasting_up)
-    assert finding(found, "pool more") == ("ok", f"works on {socket.gethostname()}", "")
+    until(lambda: "more" in state().workers)
+    after = state()
+    assert (after.server, after.keeper) == (before.server, before.keeper)
+    assert lasting_up.up()["started"] == []
+    assert finding(doctor(lasting_up), "pool more") == ("ok", f"works on {socket.gethostname()}", "")
     lasting_up.prefect("-m", "prefect", "work-pool", "pause", "more")
     found = doctor(lasting_up)
     assert finding(found, "pool more") == ("warning", "it is paused: no run of it starts", "prefect work-pool resume more")
+    assert finding(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
+
+    # Without its keeper, which `up` brings back.
+    assert after.keeper is not None
+    for process in (after.keeper, after.workers["here"]):
+        os.kill(process.pid, signal.SIGKILL)
+    until(lambda: not after.workers["here"].alive)
+    assert finding(doctor(lasting_up), "pool here") == ("problem", "the worker that `up` started has ended", "tuneline up")
+    assert lasting_up.up()["started"] == ["worker here"]
+    assert state().keeper != after.keeper
     lasting_up.project.write(PIPELINES)  # a pool that left the file needs no worker, which would make it again
     assert lasting_up.up()["started"] == []
-    left = lasting.read(lasting_up.folder)
-    assert left is not None
-    assert set(left.workers) == {"here"}
+    assert set(state().workers) == {"here"}
     assert not after.workers["more"].alive
 
 
