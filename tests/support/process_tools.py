@@ -67,7 +67,7 @@ def start_until(request: Request, step: int, processes: int = 1, real: bool = Fa
 def state(pid: int) -> str:
     try:
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # also one that ends between the opening and the reading
         return ""
 
 

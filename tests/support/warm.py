@@ -130,11 +130,13 @@ def kill(pids: Iterable[int]) -> None:
 
 def descendants(pid: int) -> list[int]:
     """Without zygotes, which end with their launcher. From the kernel: no library, so that `start` stays quick."""
-    found = []
-    with contextlib.suppress(OSError):
+    children, found = [], []
+    with contextlib.suppress(OSError):  # it has ended
         for task in os.listdir(f"/proc/{pid}/task"):
-            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-                found += [int(child)] * (Path(f"/proc/{child}/comm").read_text() != f"{ZYGOTE}\n") + descendants(int(child))
+            children += Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+    for child in children:
+        with contextlib.suppress(OSError):
+            found += [int(child)] * (Path(f"/proc/{child}/comm").read_text() != f"{ZYGOTE}\n") + descendants(int(child))
     return found
 
 
