@@ -142,7 +142,8 @@ class Told:
         if log.task_run_id is None:
             return ""
         if log.task_run_id not in self._stages:
-            self._stages[log.task_run_id] = f"{client.read_task_run(log.task_run_id).name}: "
+            name = client.read_task_run(log.task_run_id).name
+            self._stages[log.task_run_id] = f"{name.partition(': ')[0]}: "  # one that has ended is named with its figures
         return self._stages[log.task_run_id]
 
 

@@ -277,7 +277,11 @@ def test_stages_of_several_files_share_their_pools_deployment(pico: Project) -> 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("0 2 * * *", "0 2 * * MOO", "pipelines.yaml:14:21: pico.schedules.night.cron: found '0 2 * * MOO': "),
+        (
+            "0 2 * * *",
+            "0 2 * * MOO",
+            "pipelines.yaml:14:21: pico.schedules.night.cron: found moo for the day of the week in '0 2 * * MOO', ",
+        ),
         ("  pico:", "  wait:", "pipelines.yaml:8:3: wait: found the name `wait`, which has a meaning of its own in flows/pipeline.py, "),
         ("{one.seed: 7}", "{one.sed: 7}", "pipelines.yaml:14:94: pico.schedules.night.overrides.one.sed: found the unknown field `sed`"),
     ],

@@ -105,7 +105,13 @@ def test_the_report_holds_the_figures_of_the_manifests(killed: Project) -> None:
             assert page.figures[name, metric.replace("dataset0/", "words/")] == value
         assert shown["stages"][name]["digest"] in page.text
     said = " ".join(page.text.split())
-    for heading in ("gate done met: words/bits_per_byte of eval", "Training of sft", "adapter sft", "quantized gptq", "words.jsonl 60"):
+    for heading in (
+        "gate done figure required met words/bits_per_byte of eval",
+        "Training of sft",
+        "adapter sft",
+        "quantized gptq",
+        "words.jsonl 60",
+    ):
         assert heading in said
     rows = shown["stages"]["words"]["metrics"]["rows_test"]
     assert f"6 of {rows:.0f} shown." in said
