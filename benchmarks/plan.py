@@ -34,8 +34,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from table import add_row  # noqa: E402
 
+from tuneline.canonical import key_of  # noqa: E402
 from tuneline.inputs import resolve  # noqa: E402
-from tuneline.keys import key_of  # noqa: E402
 from tuneline.load import load  # noqa: E402
 from tuneline.order import in_order  # noqa: E402
 from tuneline.plan import document_of, input_slots  # noqa: E402

@@ -1,4 +1,4 @@
-"""Prefect's progress bar of a stage and what stands beside it, kept up to date by a thread of its own.
+"""Prefect's progress bar of a stage and what stands beside it, kept up to date by a thread of its own; now and then a line in its log, too.
 
 A request to a server that is away blocks for more than a minute, and the loop that supervises a program must not: it only
 leaves the latest event here. Losing one is fine, there will be another.
@@ -10,13 +10,15 @@ import contextvars
 import threading
 import time
 
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from flows.pace import Pace
 from tuneline.protocol import Event
 
 SECONDS = 2.0  # between two updates at the beginning: each is a request, and an event that the server keeps
-SLOWER = 0.01  # of the time that the stage has worked, beside that
+LINE_SECONDS = 30.0  # between two lines in the log
+SLOWER = 0.01  # of the time that the stage has worked, beside these
 
 
 class ProgressArtifact:
@@ -39,6 +41,7 @@ class ProgressArtifact:
 
     def _publish(self) -> None:
         artifact, began = None, time.monotonic()
+        said = began
         while True:
             self._news.wait()
             self._news.clear()
@@ -52,11 +55,14 @@ class ProgressArtifact:
                         update_progress_artifact(artifact, percent, description=text)  # type: ignore[arg-type]
                 except Exception:  # whatever Prefect's client raises: a training does not end for a progress bar
                     pass
+                if not ended and (now := time.monotonic()) - said >= pause(now - began, LINE_SECONDS):
+                    get_run_logger().info(text)
+                    said = now
             if ended:
                 return
-            self._ended.wait(pause(time.monotonic() - began))
+            self._ended.wait(pause(time.monotonic() - began, SECONDS))
 
 
-def pause(worked: float) -> float:
-    """Seconds until the next update: 300 updates in the first hour of a stage, 520 in ten hours."""
-    return SECONDS + SLOWER * worked
+def pause(worked: float, least: float) -> float:
+    """Seconds until the next update: 300 updates and 80 lines in the first hour of a stage, 520 and 220 in ten hours."""
+    return least + SLOWER * worked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,10 +25,11 @@ def headline(stages: Mapping[str, Stage], compared: list[Column]) -> list[str]:
     """Sentences."""
     trained = trainings(stages)
     lines = [" ".join(_of_training(stage, stages, compared)) for stage in trained[:SHOWN]]
+    done = {stage.name for stage in trained if stage.status in ("done", "cached")}
     if len(trained) > SHOWN:
         lines.append(f"{len(trained) - SHOWN} more were trained: {', '.join(stage.name for stage in trained[SHOWN:])}.")
-    if not trained:
-        lines = [f"{column.model} was evaluated: {text}." for column in compared[:SHOWN] if (text := _scored(column, compared))]
+    if not done:  # what there was before is all that there is
+        lines += [f"{column.model} was evaluated: {text}." for column in compared[:SHOWN] if (text := _scored(column, compared))]
     gates = {stage.name: GATES[stage.status] for stage in stages.values() if stage.kind == "gate" and stage.status in GATES}
     return lines + [f"{'The gate' if len(gates) == 1 else f'Gate {name}'} {verdict}." for name, verdict in gates.items()]
 
@@ -37,6 +39,7 @@ def _of_training(stage: Stage, stages: Mapping[str, Stage], compared: list[Colum
     of_data = [name for field, name in names.items() if field.partition(".")[0] in ("dataset", "datasets")]
     on = [_with_rows(stages[name]) for name in of_data if name in stages]
     what = "the whole model" if role_of(stage) == "fine-tuned" else "an adapter"
+    what = f"{names['adapter']} further, {what}" if "adapter" in names else what
     of, data = f" of {names['model']}" if "model" in names else "", f" on {', '.join(on)}" if on else ""
     if stage.status not in ("done", "cached"):
         yield f"{stage.name}, {what}{of}{data}, {ENDED.get(stage.status, f'is {stage.status}')}."
@@ -121,7 +124,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from _settings(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name} {value}"
+            yield f"{prefix}{name} {value if isinstance(value, str | int | float) else json.dumps(value)}"
 
 
 def verdicts(stage: Stage) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ database of its own: `.tuneline/prefect/0.db`, or the next that nobody holds. Hi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from flows import api, lasting, migrated
 from flows.supervisor import WATCHDOG
-from tuneline import PACKAGES_ROOT
+from tuneline import PACKAGES_ROOT, watchdog
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.pools import interval
 
@@ -193,12 +194,23 @@ def server_command(port: int) -> list[str]:
 
 def wait_for_health(address: str, process: subprocess.Popen[bytes], log: Path, hint: str) -> None:
     """Raises StageFailed, with the end of its log, for a server that does not come up."""
-    deadline = time.monotonic() + STARTUP_SECONDS
+    deadline, port = time.monotonic() + STARTUP_SECONDS, int(address.removesuffix("/api").rpartition(":")[2])
     while time.monotonic() < deadline and process.poll() is None:
-        if answers(address):
+        if listens(process.pid, port) and answers(address):
             return
         time.sleep(0.1)
     raise StageFailed("bug", f"the Prefect server did not start; the end of {log}:\n{tail(log)}", hint)
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether the process, or one below it, listens on the port: another server may answer there, which began at the same moment."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{fields[9]}]" for fields in lines if fields[1].endswith(f":{port:04X}") and fields[3] == "0A"}
+    for process in (pid, *watchdog.descendants(pid)):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(link) in sockets for link in Path(f"/proc/{process}/fd").iterdir()):
+                return True
+    return False
 
 
 def tail(log: Path) -> str:

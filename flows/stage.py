@@ -27,10 +27,10 @@ from flows.console import figures
 from flows.slots import Taken
 from flows.this_run import Run
 from tuneline import disk
+from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StageStopped, StoreError, TunelineError
 from tuneline.gate import judge
 from tuneline.inputs import hub_inputs
-from tuneline.keys import key_of
 from tuneline.plan import document_of, input_slots
 from tuneline.reference import REFERENCE, point
 from tuneline.spec import GateStage, ModelStage

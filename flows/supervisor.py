@@ -133,9 +133,13 @@ class Supervisor:
         return Outcome(process.returncode, stopped, _oom_kills() > oom_kills)
 
 
+COMPUTING = ("ACCELERATE_", "FSDP_", "MEGATRON_", "TORCHDYNAMO_", "TORCH_ALLOW_TF32", "NVIDIA_TF32_OVERRIDE", "TRL_", "LMEVAL_")
+
+
 def program_environment(work: Path, gpus: list[str]) -> dict[str, str]:
-    """The flow's own, less what is Prefect's, so that no program can talk to the server."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    """The flow's own, less what is Prefect's, so that no program can talk to the server, and less what would change how it computes
+    without a word in its key."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", *COMPUTING))}
     return kept | {
         "PYTHONPATH": str(PACKAGES_ROOT),
         "PYTHONSAFEPATH": "1",

@@ -85,7 +85,7 @@ def section(model: type[BaseModel], left_out: set[str], extra: str = "", title: 
 def row(name: str, field: Any) -> str:
     default = "required" if field.default is PydanticUndefined else shown(field.default)
     cells = (f"`{name}`", takes(field), default, (field.description or "").replace("\n", " "))
-    return f"| {' | '.join(cell.replace('|', 'or') for cell in cells)} |"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def shown(value: Any) -> str:

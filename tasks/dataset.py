@@ -290,7 +290,7 @@ def warnings(items: list[Item], splits: dict[str, list[Item]], stage: DatasetSta
     if len(items) > 1 and 2 * largest > len(items):
         yield f"{largest} of {len(items)} rows have the same prompt or file, and so are all in one split"
     different = {item.row.reference() for item in items}
-    if len(items) > 1 and len(different) == 1 and different != {None}:
+    if len(items) > 1 and len(different) == 1 and not different <= {None, ""}:  # of calls it is empty
         yield f"all {len(items)} rows have the same answer: {str(different.pop())[:80]!r}"
     for fate in DROPPED:
         if 2 * counts.total(fate) > counts.read.total():

@@ -68,6 +68,7 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
             assert batch is not None
             lm = LanguageModel(model, tokenizer, batch, events)
             check_logits(lm.model, model, prompt, source)
+            lm.check_generation(prompt)
         if stage.benchmarks and stage.apply_chat_template:
             check_rendering(lm, tokenizer)
         for i, rows in enumerate(datasets):

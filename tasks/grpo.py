@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tasks import special_tokens
 from tasks.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.masks import prompt_ids, with_reference
+from tasks.padding import PADS
 from tasks.rendering import check_end, ends, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
@@ -240,21 +241,31 @@ def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoSta
 
 def check_log_probs(trainer: AdapterTrainer) -> None:
     """TRL's log-probabilities, from the hidden states and the head's weight, are those of the logits that the model gives when it is
-    used: not so for a model whose own code does more between the two than TRL knows of."""
+    used: not so for a model whose own code does more between the two than TRL knows of. Nor does padding, which TRL puts before shorter
+    prompts, change them: it does where states or positions take it in as text."""
     import torch
 
     ids = next(iter(trainer.prompts.values()))[:256]
     batch = torch.tensor([ids], device=trainer.args.device)
+    padded = torch.cat([batch.new_full((1, PADS), trainer.processing_class.pad_token_id), batch], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :PADS] = 0
     model = trainer.model_wrapped
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         trained, _, _ = trainer._get_per_token_logps_and_entropies(model, batch, torch.ones_like(batch), len(ids) - 1)
+        beside, _, _ = trainer._get_per_token_logps_and_entropies(model, padded, mask, len(ids) - 1)
         logits = model(input_ids=batch).logits[0, :-1].float() / trainer.temperature
         used = logits.log_softmax(-1).gather(-1, batch[0, 1:, None])[:, 0]
     model.train()
-    if float((trained[0] - used).abs().mean()) > 0.02 * float(used.abs().mean()) + 1e-3:  # bfloat16 rounds by less
+    allowed = 0.02 * float(used.abs().mean()) + 1e-3  # bfloat16 rounds by less
+    if float((trained[0] - used).abs().mean()) > allowed:
         message = f"log-probabilities that would be trained on are {trained.mean():.4f}, those of the model's own logits {used.mean():.4f}"
         raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")
+    if float((beside[0] - used).abs().mean()) > allowed and len(set(map(len, trainer.prompts.values()))) > 1:
+        means = f"log-probabilities are {beside.mean():.4f} in place of {used.mean():.4f}"
+        message = f"padding before a prompt changes what this model makes of it: {means}"
+        raise StageFailed("config", message, "prompts of different lengths are padded: take another base model, or prompts of one length")
 
 
 def check_signal(history: list[dict[str, Any]]) -> None:

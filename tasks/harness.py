@@ -9,15 +9,17 @@ leaves the batch with its end token. Anything else (sampling, stop words) is lef
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig
 
+from tasks.padding import padding_matters, takes_cache
 from tasks.rendering import ends
 from tasks.thoughts import written
+from tuneline.errors import StageFailed
 from tuneline.protocol import Events
 
 if TYPE_CHECKING:
@@ -26,28 +28,40 @@ if TYPE_CHECKING:
 LOGITS_BYTES = 2**31  # of one batch's logits and log-probabilities, float32, over the whole vocabulary
 
 
-def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether a model takes back what it hands out as `past_key_values`; Mamba and its like have states of other names, which
-    transformers' own `generate` knows."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "past_key_values" in inspect.signature(base.forward).parameters
-
-
 class LanguageModel(HFLM):  # type: ignore[misc]
+    one_by_one = False
+    """Whether answers are written one row at a time."""
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, events: Events):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.events, self.largest_batch, self.phase = events, batch_size, ""
         self.done = self.total = self.stopped = 0
         self.with_special = False
         self.ends = set(ends(tokenizer, model.generation_config.eos_token_id))
+        model.config.use_cache = False  # for scoring; xLSTM's cache does not fit its own states
         # Only the ends are kept of what the model suggests: its penalties and temperature would make greedy something else.
         model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=tokenizer.pad_token_id)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         self._begin(len(requests))
         self.stopped = 0
+        self.batch_size_per_gpu = 1 if self.one_by_one else self.largest_batch
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        self.batch_size_per_gpu = self.largest_batch
         return answers
+
+    def check_generation(self, prompt: list[int]) -> None:
+        """Has answers written one by one where padding changes them. Raises StageFailed where transformers cannot write any."""
+        if not takes_cache(self.model):
+            ids = torch.tensor([prompt], device=self.device)
+            try:
+                self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+            except Exception as error:  # whatever a model's own code raises
+                message = f"transformers {transformers.__version__} cannot generate with a `{self.model.config.model_type}` model: {error}"
+                raise StageFailed("config", message, "take another base model, or a runtime with a later transformers") from error
+        self.one_by_one = padding_matters(self.model, prompt, self.tokenizer.pad_token_id)
+        if self.one_by_one:
+            self.events.warning("padding changes what this model answers, so its answers are written one by one, which takes longer")
 
     def write(self, requests: list[Any]) -> list[str]:
         """As generate_until, with the special tokens that a model may mark its thoughts by."""
@@ -96,21 +110,17 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         """Token ids of contexts and answers, shape [batch, up to max_length]."""
         mask = options["attention_mask"]
         only_ends = stop == [self.tok_decode([self.eot_token_id], skip_special_tokens=False)]
-        if (
-            takes_cache(self.model)
-            and only_ends
-            and options.keys() <= {"attention_mask", "do_sample", "temperature"}
-            and not options.get("do_sample")
-        ):
-            tokens = self._greedy(context, mask, max_length - context.shape[1])
-        else:
+        plain = only_ends and options.keys() <= {"attention_mask", "do_sample", "temperature"} and not options.get("do_sample")
+        tokens = self._greedy(context, mask, max_length - context.shape[1]) if plain and takes_cache(self.model) else None
+        if tokens is None:
             tokens = super()._model_generate(context, max_length, stop, **options)
         self._count_stopped(tokens[:, context.shape[1] :])
         self._advance(len(context))
         return tokens
 
-    def _greedy(self, context: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Contexts, padded on the left, followed by their most likely continuations, padded with the end token."""
+    def _greedy(self, context: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor | None:
+        """Contexts, padded on the left, followed by their most likely continuations, padded with the end token. None for a model that keeps
+        its states to itself, such as RecurrentGemma."""
         answers = context.new_full((len(context), max_new_tokens), self.eot_token_id)
         rows = torch.arange(len(context), device=context.device)  # which answers are still being written
         ends = torch.tensor(sorted(self.ends), device=context.device)
@@ -122,7 +132,9 @@ class LanguageModel(HFLM):  # type: ignore[misc]
                 output = self.model(
                     input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **last
                 )
-            chosen, cache = output.logits[:, -1].argmax(-1), output.past_key_values
+            chosen, cache = output.logits[:, -1].argmax(-1), output.get("past_key_values")
+            if cache is None:
+                return None
             kept = (~torch.isin(chosen, ends)).nonzero()[:, 0]
             if len(kept) == 0:
                 break

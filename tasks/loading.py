@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ LEAST_CAPABILITY = (8, 0)  # of a GPU with bfloat16
 CLOCK = "strftime_now"  # the function by which templates ask for the date; transformers gives them no other
 DATE = datetime(2024, 7, 26)  # the one that Llama 3's templates fall back to where there is no clock
 CODES = "dbBmYyAajHMSp"
+MORE_CODES = "IeklcxXDFTRrhCgGuUVwWZz"  # as C's strftime has them; a template without them keeps its shorter macro, and so its hash
+UNPADDED = "dmHIMSjyUVWCgu"  # also with a `-`, which leaves zeros out
 REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
 
 
@@ -153,7 +156,10 @@ def fix_clock(tokenizer: PreTrainedTokenizerBase) -> None:
 def with_fixed_clock(template: str) -> str:
     if CLOCK not in template or f"macro {CLOCK}(" in template:
         return template
-    steps = "".join(f" | replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in CODES)
+    codes = [f"%{code}" for code in CODES]
+    if not set(re.findall(r"(?<!\{)%-?[a-zA-Z]", template)) <= set(codes):
+        codes = [*(f"%-{code}" for code in UNPADDED), *codes, *(f"%{code}" for code in MORE_CODES)]
+    steps = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
     return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}{template}"
 
 

@@ -347,6 +347,7 @@ def check_logits(adapter: Input, merged: Input, tokenizer: PreTrainedTokenizerBa
     prompts = [torch.tensor([prompt_ids(row, tokenizer)]) for row in rows]
 
     def logits(model: Any) -> torch.Tensor:
+        model.config.use_cache = False  # xLSTM's cache does not fit its own states
         return torch.cat([model(prompt).logits[0] for prompt in prompts])
 
     with torch.inference_mode():

@@ -117,7 +117,7 @@ def jsonl_records(file: Path, lines: IO[bytes]) -> Records:
 def json_records(file: Path, content: IO[bytes]) -> Records:
     """Elements of one list, decoded one by one, so that each is known by its line."""
     text = content.read().decode("utf-8-sig")
-    position, line, counted = skip_space(text, 0), 1, 0
+    position, line, counted, number, of_line = skip_space(text, 0), 1, 0, 0, 0
     if text[position : position + 1] != "[":
         raise StageFailed("data", f"{file}:1: found no list, allowed a list of objects", "one object a line? name the file .jsonl")
     position, first = skip_space(text, position + 1), True
@@ -133,8 +133,9 @@ def json_records(file: Path, content: IO[bytes]) -> Records:
         except (ValueError, RecursionError) as error:  # numbers of too many digits, lists in lists without end
             place = error.lineno if isinstance(error, JSONDecodeError) else line
             raise StageFailed("data", f"{file}:{place}: found no JSON ({error})", "check the file with `python -m json.tool`") from error
-        yield f"{file}:{line}", record
-        position, first = skip_space(text, position), False
+        number += 1
+        yield f"{file}:{line}" + (f" (row {number})" if line == of_line else ""), record  # of a file in one line, too
+        position, first, of_line = skip_space(text, position), False, line
     position = skip_space(text, position + 1)
     if position < len(text):
         line += text.count("\n", counted, position)

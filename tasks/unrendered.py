@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD = 24  # characters
+LONGEST_MARKUP = 40  # characters of a word of the template's that could be taken for a row's
 HINT = "take a model whose template knows it, change the rows, or set `on_unrendered: drop` or `keep`"
 
 
@@ -72,6 +73,7 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
     before it, so that a short one is not found within another; a template may put a system prompt anywhere."""
     missing, position = [], 0
     assert row.messages is not None
+    markup = skeleton(tuple(message["role"] for message in row.messages), tokenizer, str(tokenizer.chat_template))
     for number, message in enumerate(row.messages):
         where, content, last = f"messages[{number}]", message.get("content") or "", number == len(row.messages) - 1
         before = position  # a template may write calls and thoughts on either side of the content
@@ -79,19 +81,32 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
         if message["role"] == "assistant" and ("</" in content or "[/" in content or "<|" in content):
             # a template may write thoughts in its own way, and leaves those of earlier turns out
             pieces = TAGS.split(content) if last else [said(content)]
-        place = 0 if message["role"] == "system" else position
-        for piece in pieces:
-            if place >= 0:
-                place = found(piece.strip(), text, place)
+        spans, place = [], 0 if message["role"] == "system" else position
+        for piece in map(str.strip, pieces):
+            if place >= 0 and (hit := span(piece, text, place)) and not is_markup(piece, text, markup):
+                spans.append(hit)
+                place = hit[1]
+            else:
+                place = -1
         if place < 0:
             missing.append(f"{where}.content")
         elif message["role"] != "system":
             position = place
+        thoughts = {name: message[name].strip() for name in THOUGHTS if name in message}
         if last:
-            thoughts = {name: message[name] for name in THOUGHTS if name in message}
-            missing += [f"{where}.{name}" for name, thought in thoughts.items() if found(thought.strip(), text, before) < 0]
+            beside = without(text, spans) if thoughts else text  # a thought is not found within the answer
+            missing += [
+                f"{where}.{name}"
+                for name, thought in thoughts.items()
+                if found(thought, beside, before) < 0 or is_markup(thought, text, markup)
+            ]
+        elif not writes_thoughts(tokenizer, str(tokenizer.chat_template)):  # those that do leave out earlier ones, as when they are asked
+            missing += [f"{where}.{name}" for name, thought in thoughts.items() if thought]
+        after = before
         for each, call in enumerate(message.get("tool_calls") or []):
-            missing += lost_of_call(called(call, False), text, before, f"{where}.tool_calls[{each}]")
+            fields, after = lost_of_call(called(call, False), text, after, f"{where}.tool_calls[{each}]")
+            missing += fields
+        position = max(position, after)
     if tools := row.extra.get("tools"):
         prompt = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
         missing += [
@@ -100,6 +115,34 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
             if found(name, prompt) < 0  # some have their tools written out there
         ]
     return missing
+
+
+@lru_cache(maxsize=1000)  # most rows of a dataset have the same roles
+def skeleton(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What the template itself writes for messages of these roles; empty where it refuses such a conversation."""
+    messages = [{"role": role, "content": f"\u2400{number}\u2400"} for number, role in enumerate(roles)]
+    return tried(messages, None, tokenizer, form(tokenizer), False) or ""
+
+
+def is_markup(piece: str, text: str, markup: str) -> bool:
+    """Whether the template's own words, such as the names of roles, are all of the piece that there is in the text."""
+    return bool(piece) and len(piece) <= LONGEST_MARKUP and piece in markup and text.count(piece) <= markup.count(piece)
+
+
+@lru_cache(maxsize=100)
+def writes_thoughts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the template writes the thoughts of a last answer."""
+    messages = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": "\u2400", "reasoning_content": "\u2401"})
+    try:
+        return "\u2401" in conversation(Row(source="probe", messages=messages), tokenizer)
+    except StageFailed:
+        return True
+
+
+def without(text: str, spans: list[tuple[int, int]]) -> str:
+    for start, end in spans:
+        text = text[:start] + "\0" * (end - start) + text[end:]
+    return text
 
 
 @lru_cache(maxsize=1000)  # most rows of a dataset have the same tools
@@ -117,13 +160,13 @@ def name_of(of: Any) -> str:
     return str(function.get("name") or "") if isinstance(function, dict) else ""
 
 
-def lost_of_call(call: Any, text: str, start: int, where: str) -> Iterator[str]:
-    if found(name_of(call), text, start) < 0:
-        yield f"{where}.name"
+def lost_of_call(call: Any, text: str, start: int, where: str) -> tuple[list[str], int]:
+    """Fields of a call that are not in the text, and where the call ends there: the next one is looked for behind it."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     arguments = function.get("arguments") if isinstance(function, dict) else None
-    if any(found(value, text, start) < 0 for value in values_of(arguments)):
-        yield f"{where}.arguments"
+    named, given = found(name_of(call), text, start), [found(value, text, start) for value in values_of(arguments)]
+    lost = [f"{where}.name"] * (named < 0) + [f"{where}.arguments"] * any(place < 0 for place in given)
+    return lost, start if lost else max(named, *given, start)
 
 
 def values_of(value: Any) -> Iterator[str]:
@@ -142,17 +185,23 @@ def values_of(value: Any) -> Iterator[str]:
 
 
 def found(wanted: str, text: str, start: int = 0) -> int:
-    """Where the wanted text ends, as it is or as JSON and Python write it; -1 where it is not there."""
-    if (place := found_as_it_is(wanted, text, start)) >= 0:
-        return place
+    """Where the wanted text ends; -1 where it is not there."""
+    hit = span(wanted, text, start)
+    return hit[1] if hit else -1
+
+
+def span(wanted: str, text: str, start: int = 0) -> tuple[int, int] | None:
+    """Where the wanted text begins and ends, as it is or as JSON and Python write it."""
+    if hit := span_as_it_is(wanted, text, start):
+        return hit
     written = dict.fromkeys([json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1], repr(wanted)[1:-1]])
-    return next((place for each in written if (place := found_as_it_is(each, text, start)) >= 0), -1)
+    return next((hit for each in written if (hit := span_as_it_is(each, text, start))), None)
 
 
-def found_as_it_is(wanted: str, text: str, start: int) -> int:
+def span_as_it_is(wanted: str, text: str, start: int) -> tuple[int, int] | None:
     """As by str.find, which prepares for ten times as long as it searches where it looks for a long text."""
     head = wanted[:HEAD]
     place = text.find(head, start)
     while place >= 0 and not text.startswith(wanted, place):
         place = text.find(head, place + 1)
-    return place + len(wanted) if place >= 0 else -1
+    return (place, place + len(wanted)) if place >= 0 else None

@@ -77,7 +77,7 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
                 if path in rows:
                     hint = f"`{named.rstrip('/')}/*.jsonl`, say"
                     raise ConfigError([Problem("", path, f"found the folder {place}, allowed a file or a glob", hint)])
-                read, digests = _of_folder(workspace, str(place), look)
+                read, digests = _of_folder(workspace, str(place), path == "include_path", look)
                 resolved.files[path] = [str(place)]
             else:
                 read, digests = _of_files(workspace, named, str(place), status, look)
@@ -107,6 +107,9 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
     return resolved
 
 
+LEFT_BEHIND = ("__pycache__", ".git", ".ipynb_checkpoints", ".DS_Store")
+
+
 def _of_tree(
     workspace: Workspace, folder: Path, source: CodeSource, status: os.stat_result | None, look: Look
 ) -> tuple[Tree, list[dict[str, Any]]]:
@@ -124,16 +127,18 @@ def _of_tree(
     return tree, [{"name": name, "sha256": digest} for name, digest in selection.files.items()]
 
 
-def _of_folder(workspace: Workspace, folder: str, look: Look) -> tuple[list[str], list[dict[str, Any]]]:
-    """All files of a folder but for hidden ones, and what enters the key. Links to folders are not followed."""
-    names, waiting = list[str](), [""]
+def _of_folder(workspace: Workspace, folder: str, hidden: bool, look: Look) -> tuple[list[str], list[dict[str, Any]]]:
+    """All files of a folder, and what enters the key; without what Python and git leave there and, unless asked for, hidden ones."""
+    names, waiting, seen = list[str](), [""], {os.path.realpath(folder)}
     while waiting:
         prefix = waiting.pop()
         for entry in look.entries(os.path.join(folder, prefix)):
-            if entry.name.startswith("."):
+            if entry.name in LEFT_BEHIND or not hidden and entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                waiting.append(f"{prefix}{entry.name}/")
+            if entry.is_dir():
+                if (real := os.path.realpath(entry.path)) not in seen:  # libraries follow links; but not for ever
+                    seen.add(real)
+                    waiting.append(f"{prefix}{entry.name}/")
             elif entry.is_file(follow_symlinks=False) or entry.is_symlink() and _is_file(look.stat(entry.path)):
                 names.append(prefix + entry.name)
     names.sort(key=lambda name: name.split("/"))

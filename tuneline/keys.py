@@ -6,8 +6,6 @@ times, hosts, and the fields that only change how a stage runs (`HOW`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,15 +59,6 @@ def key_document(
         "libraries": dict(libraries),
         "salt": salt,
     }
-
-
-def key_of(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(document).encode()).hexdigest()
-
-
-def canonical(document: Any) -> str:
-    """JSON with sorted keys and no spaces. Raises ValueError for NaN."""
-    return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _input(artifact: Artifact) -> dict[str, Any]:

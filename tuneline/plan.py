@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from tuneline import PACKAGES_ROOT
 from tuneline.benchmarks import NOT_SET_UP
+from tuneline.canonical import key_of
 from tuneline.checkpoints import Checkpoint, newest
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.fields import Reference, annotated_values
 from tuneline.inputs import ResolvedInputs, benchmark_data, hub_inputs, resolve
-from tuneline.keys import key_document, key_of
+from tuneline.keys import key_document
 from tuneline.load import Loaded
 from tuneline.messages import listed, nearest
 from tuneline.order import in_order, with_ancestors

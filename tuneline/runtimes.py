@@ -69,9 +69,19 @@ def _locked(lock: Path) -> dict[str, str]:
         if pin and not pin[2]:
             found = f"found `{line.strip()}` in a lock, allowed name==version"
             raise ConfigError([Problem(f"{lock}:{number}", "", found, "`uv pip compile` pins every package")])
-        if pin:
+        if pin and _applies(line):
             pins[_normal(pin[1])] = pin[3]
     return pins
+
+
+def _applies(line: str) -> bool:
+    """Whether a line of a lock is for this machine; `uv pip compile --universal` writes one for each that it tells apart."""
+    marker = line.partition(" #")[0].partition(";")[2].rstrip(" \\")
+    if not marker.strip():
+        return True
+    from packaging.markers import Marker
+
+    return Marker(marker).evaluate()
 
 
 @lru_cache

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from tuneline import disk
+from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StoreError
 
 SCHEMA = 1
@@ -198,6 +199,10 @@ class Store:
                     return f"payload/{file.path} {CHANGED}", None
             except OSError as error:
                 return f"payload/{file.path} cannot be read: {error.strerror}", None
+        if full and digest(manifest.files) != manifest.digest:
+            return "its manifest's digest is not that of its files", None
+        if full and manifest.document and key_of(manifest.document) != manifest.key:
+            return "its manifest's document is not the one that its key is the hash of", None
         return None, Artifact(folder, manifest)
 
     def verify(self, folder: Path) -> str | None:

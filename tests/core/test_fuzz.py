@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from tuneline.canonical import canonical
 from tuneline.errors import ConfigError, Problem
 from tuneline.json_schema import json_schema
-from tuneline.keys import canonical, key_document
+from tuneline.keys import key_document
 from tuneline.load import Loaded, check
 from tuneline.order import depends_on, in_order
 from tuneline.source import Source, parse, read

@@ -18,7 +18,7 @@ import pytest
 from tuneline import file_memory, licenses, source_tree
 from tuneline.data_sources import CodeSource
 from tuneline.file_memory import FileMemory, Look, Reading
-from tuneline.inputs import SHA256, ResolvedInputs, resolve
+from tuneline.inputs import SHA256, ResolvedInputs, _of_folder, resolve
 from tuneline.load import load
 from tuneline.plan import plan
 from tuneline.source_tree import select
@@ -227,6 +227,30 @@ def test_a_link_that_leads_elsewhere_now_is_noticed(folder: Path) -> None:
     (folder / "base/link").unlink()
     (folder / "base/link").symlink_to("../other")
     assert not before.unchanged()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_linked_folder_is_read_once_and_what_python_leaves_is_not(folder: Path) -> None:
+    (folder / "templates").mkdir()
+    (folder / "templates/tool.jinja").write_text("t")
+    (folder / "base/more").symlink_to("../templates")
+    (folder / "base/again").symlink_to("..")  # which leads to itself
+    (folder / "base/__pycache__").mkdir()
+    (folder / "base/__pycache__/x.pyc").write_text("c")
+    (folder / "base/.hidden").write_text("h")
+    before = resolved(folder)["base"]
+    names = [entry["name"] for entry in before.digests["path"]]
+    assert "more/tool.jinja" in names
+    assert not [name for name in names if "again/base" in name or "pycache" in name or "hidden" in name]
+    (folder / "templates/tool.jinja").write_text("T")
+    assert not before.unchanged()
+
+
+def test_benchmarks_of_ones_own_may_read_hidden_files(folder: Path) -> None:
+    look, workspace = Look(FileMemory(folder / "none.json")), Workspace(load(folder / "p.yaml"))
+    (folder / "own/.data").mkdir(parents=True)
+    (folder / "own/.data/rows.jsonl").write_text("{}")
+    assert [entry["name"] for entry in _of_folder(workspace, str(folder / "own"), True, look)[1]] == [".data/rows.jsonl"]
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch, settled: None) -> None:

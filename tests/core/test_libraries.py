@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.keys import LIBRARIES, QLORA_LIBRARIES
+from tuneline.runtimes import _locked
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = "".join((ROOT / "infra" / "runtimes" / f"{name}.txt").read_text() for name in ("torch", "quantize"))
@@ -89,3 +90,11 @@ def test_what_programs_import_is_in_their_keys() -> None:
     forgotten = {"merge": "huggingface-hub", "dataset": "tree-sitter-go", "grpo": "math-verify"}
     without = {kind: tuple(library for library in libraries if library != forgotten.get(kind)) for kind, libraries in named.items()}
     assert unnamed(without) == {kind: {library} for kind, library in forgotten.items()}
+
+
+def test_of_a_lock_for_many_machines_the_lines_of_this_one_count(tmp_path: Path) -> None:
+    (tmp_path / "lock.txt").write_text(
+        "pyarrow==26.0.1 ; python_version >= '3.11'\npyarrow==14.0.2 ; python_version < '3.11'  # older\n"
+        "numpy==2.0.0 ; sys_platform == 'linux' \\\n    --hash=sha256:00\nnumpy==1.0.0 ; sys_platform == 'win32'\nuv==1.0  # via us\n"
+    )
+    assert _locked(tmp_path / "lock.txt") == {"pyarrow": "26.0.1", "numpy": "2.0.0", "uv": "1.0"}

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from load_tools import GOOD, load_text
 
+from tuneline.canonical import key_of
 from tuneline.errors import ConfigError
-from tuneline.keys import key_document, key_of
+from tuneline.keys import key_document
 from tuneline.load import check, load
 from tuneline.order import in_order, with_ancestors
 from tuneline.plan import plan

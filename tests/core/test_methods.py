@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from tuneline.canonical import key_of
 from tuneline.errors import ConfigError
 from tuneline.inputs import libraries_of
-from tuneline.keys import key_document, key_of
+from tuneline.keys import key_document
 from tuneline.load import load
 from tuneline.spec import STAGES
 from tuneline.stages import ProgramStage

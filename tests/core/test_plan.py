@@ -10,9 +10,9 @@ import pytest
 from plan_tools import PIPELINES, build, planned, publish
 
 from tuneline import file_memory
+from tuneline.canonical import canonical, key_of
 from tuneline.errors import ConfigError
 from tuneline.hub_cache import HubCache
-from tuneline.keys import canonical, key_of
 from tuneline.load import load
 from tuneline.plan import PlanRow, plan, unpinned
 from tuneline.stages import ComputingStage

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from load_tools import GOOD, load_text
 
+from tuneline.canonical import key_of
 from tuneline.errors import ConfigError
 from tuneline.fields import OutsideFile, annotated_values
-from tuneline.keys import key_document, key_of
+from tuneline.keys import key_document
 from tuneline.rewards import FunctionReward
 from tuneline.trainings import GrpoStage
 

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StoreError
 from tuneline.store import Artifact, File, Manifest, Store, digest
 
-KEY = "ab" * 32
+DOCUMENT = {"kind": "dataset"}
+KEY = key_of(DOCUMENT)
 
 
 def publish(store: Store, files: dict[str, bytes], key: str = KEY) -> Artifact:
@@ -30,7 +32,7 @@ def publish(store: Store, files: dict[str, bytes], key: str = KEY) -> Artifact:
 
 
 def manifest(key: str, payload: str, files: tuple[File, ...]) -> Manifest:
-    facts = {"document": {"kind": "dataset"}, "parents": {}, "metrics": {"rows": 1.0}, "info": {}, "host": {}}
+    facts = {"document": DOCUMENT, "parents": {}, "metrics": {"rows": 1.0}, "info": {}, "host": {}}
     return Manifest(kind="dataset", type="Dataset", key=key, digest=payload, files=files, **facts)
 
 
@@ -54,6 +56,20 @@ def test_what_is_published_is_found_with_its_digest(store: Store, warnings: list
     assert store.verify(found.path) is None
     assert warnings == []
     assert not any((store.root / ".building").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("forged", "said"),
+    [
+        ({"digest": "beef" * 16}, "its manifest's digest is not that of its files"),
+        ({"document": {"kind": "dataset", "seed": 2}}, "its manifest's document is not the one that its key is the hash of"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_found(store: Store, forged: dict[str, object], said: str) -> None:
+    path = publish(store, {"a.txt": b"a"}).path
+    content = json.loads((path / "manifest.json").read_bytes())
+    (path / "manifest.json").write_text(json.dumps(content | forged))
+    assert store.verify(path) == said
 
 
 def truncate(artifact: Artifact) -> None:

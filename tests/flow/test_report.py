@@ -27,7 +27,7 @@ from flows.report_figures import Graph, chart, graph, log_numbers, round_numbers
 from flows.report_headline import headline
 from flows.report_models import columns
 from flows.report_stage import stages_of
-from tuneline.keys import key_of
+from tuneline.canonical import key_of
 from tuneline.load import load
 from tuneline.order import planned
 from tuneline.runs import RunRecord, Runs, StageRecord

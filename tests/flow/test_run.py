@@ -25,7 +25,7 @@ from demo_project import PIPELINES, statuses
 from processes import PATIENCE, gone, marked, until
 from project import ROOT, Project
 
-from flows import forced
+from flows import forced, progress
 from tuneline import file_memory
 from tuneline.runs import RunRecord
 from tuneline.store import Store
@@ -544,3 +544,20 @@ def test_prefect_shows_a_stage_with_its_figures(run: Callable[..., tuple[RunReco
             tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[states["id"]])))
         assert {task.name for task in tasks} == {"one: figure 1", "two: figure 1"}
         assert states["two"] == ended
+
+
+def test_the_log_of_a_stage_says_now_and_then_how_far_it_is(
+    run: Callable[..., tuple[RunRecord, Any]], stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    stand_in(one=["slow"])
+    _, states = run(only="one")
+
+    def said() -> list[str]:
+        with get_client(sync_client=True) as client:
+            return [log.message for log in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[states["id"]])))]
+
+    until(lambda: "one: step 1 of 2, half" in said())  # logs are sent in batches

@@ -174,7 +174,7 @@ def test_updates_become_rarer_the_longer_a_stage_works() -> None:
     """Each is an event that the server keeps."""
     moment, updates = 0.0, 0
     while moment < 36_000:
-        moment += progress.pause(moment)
+        moment += progress.pause(moment, progress.SECONDS)
         updates += 1
         if moment < 3600:
             first_hour = updates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE, gone, marked
 
-from flows.supervisor import WATCHDOG, WORK, Outcome, Supervisor
+from flows.server import listens
+from flows.supervisor import WATCHDOG, WORK, Outcome, Supervisor, program_environment
 from tuneline.protocol import Event, Events
 
 # Marks our processes in /proc, so that a test looks at its own alone.
@@ -57,6 +59,28 @@ def test_output_and_status_come_back_and_stragglers_go(tmp_path: Path, mark: str
     assert lines == ["one", "b"]
     assert (tmp_path / "log.txt").read_bytes() == b"one\na\rb\n"
     assert gone(mark)
+
+
+def test_no_variable_changes_how_a_program_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "FSDP_VERSION", "NVIDIA_TF32_OVERRIDE", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_TOKEN", "t")
+    environment = program_environment(tmp_path, [])
+    assert environment["HF_TOKEN"] == "t"
+    assert not [name for name in environment if name.startswith(("ACCELERATE", "FSDP", "NVIDIA_TF32", "PREFECT"))]
+
+
+def test_whose_port_it_is_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert listens(os.getpid(), port)
+        child = subprocess.Popen(["sleep", "100"])
+        try:
+            assert not listens(child.pid, port)
+        finally:
+            child.kill()
+            child.wait()
+    assert not listens(os.getpid(), port)
 
 
 def test_a_signal_is_passed_on_as_a_status(tmp_path: Path, mark: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 from pico_project import copied
-from processes import gone, marked
+from processes import PATIENCE, gone, marked
 from project import ROOT, Project
 
 from tuneline.load import load
@@ -103,7 +103,7 @@ class Torture:
             if not killed:
                 self.targets.append(target)
             print(f"{self.pipeline} {self.kills}: {killed} killed of {target}, after {time.monotonic() - started:.1f} s", flush=True)
-            process.communicate(timeout=300)
+            process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
         assert process.returncode in ((-signal.SIGKILL, 0) if target in ("tree", "flow") else (0,))
@@ -305,6 +305,7 @@ flows.__main__.main()
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert project.json("show", "demo")["state"] == "killed"
     published = list((project.root / ".tuneline" / "store").glob("dataset/??/*"))
-    assert len(published) == (fault == "in its place, not yet in the record")
+    # Two stages work side by side: both may be there by then.
+    assert len(published) in ((1, 2) if fault == "in its place, not yet in the record" else (0,))
     assert [stage["status"] for stage in project.json("run", "demo")["stages"]].count("cached") == len(published)
     assert project.tuneline("verify").stderr == "4 artifacts, 0 damaged\n"

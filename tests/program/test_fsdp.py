@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from process_tools import SECONDS, finish, kill_at, losses, start, steps
+from process_tools import finish, kill_at, losses, start, steps
+from processes import PATIENCE
 from program_tools import emulates_bfloat16, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
@@ -96,7 +97,7 @@ def test_the_best_weights_may_be_those_of_the_last_step(tmp_path: Path, base: In
 def test_fsdp_on_a_cpu_is_found_out(tmp_path: Path, base: Input) -> None:
     """`validate` refuses it; should it come through all the same, accelerate would train plain DDP."""
     request = request_for(tmp_path, base, resources={"processes": 2, "strategy": "fsdp"})
-    assert start(request, 2).wait(timeout=SECONDS) == 1
+    assert start(request, 2).wait(timeout=PATIENCE) == 1
     said = failure(request)
     assert said.failure_class == "bug"
     assert "resources.strategy: fsdp was asked for, but what trains is ddp" in said.message

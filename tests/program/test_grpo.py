@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from architecture_table import save
 from elsewhere import Elsewhere
 from grpo_tools import ROWS, question, request_for, undecided
 from process_tools import finish
@@ -31,6 +32,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def values(events: list[dict[str, Any]], name: str) -> list[float]:
     return [event["value"] for event in events if event.get("name") == name]
+
+
+def test_a_model_that_counts_padding_among_the_positions_is_refused(tmp_path: Path) -> None:
+    """TRL gives no positions with the prompts that it pads; those of GPT-2 are absolute."""
+    rows = [question(1), question(11111)]
+    request = request_for(tmp_path / "run", save(tmp_path / "model", "gpt2"), rows=rows, max_steps=1)
+    with pytest.raises(StageFailed, match="padding before a prompt changes what this model makes of it") as refused:
+        run_program(request)
+    assert refused.value.failure_class == "config"
 
 
 def test_it_learns_what_is_rewarded_and_tells_how(tmp_path: Path, base: Input) -> None:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from pico import save_pico
-from process_tools import SECONDS, finish, losses, start
+from process_tools import finish, losses, start
+from processes import PATIENCE
 from sft_tools import furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE
 from transformers import AutoModelForCausalLM
@@ -54,7 +55,7 @@ def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Inp
     """Each process would see its own tokens alone."""
     monkeypatch.setenv("PATCHES", "alone")
     request = request_for(tmp_path, base, resources={"processes": 2, "sequence_parallel_size": 2})
-    assert start(request, 2).wait(timeout=SECONDS) == 1
+    assert start(request, 2).wait(timeout=PATIENCE) == 1
     found = "resources.sequence_parallel_size: found a model whose shared sequences differ"
     for rank in (0, 1):
         said = Failure.read(request.work / RANKS / f"{rank}{SAID}")

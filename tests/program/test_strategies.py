@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from process_tools import SECONDS, finish, kill_at, losses, start_until, state, steps
-from processes import until
+from process_tools import finish, kill_at, losses, start_until, state, steps
+from processes import PATIENCE, until
 from program_tools import payload_digest, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
@@ -100,7 +100,7 @@ def test_killed_a_rank_ends_the_training_which_goes_on(
     os.kill(ranks[1], signal.SIGKILL)
     until(lambda: not state(ranks[1]))  # the launcher hears of it before the other one can fail for want of it
     os.kill(ranks[0], signal.SIGCONT)
-    assert process.wait(timeout=SECONDS) == 128 + signal.SIGKILL, (killed.work / "log.txt").read_text()
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGKILL, (killed.work / "log.txt").read_text()
     said = failure(killed)
     assert (said.failure_class, said.message) == ("transient", "process 1 was ended by SIGKILL")
     assert "Traceback" not in said.details  # not what the others made of it
@@ -193,7 +193,7 @@ def test_a_process_that_hangs_ends_the_training(tmp_path: Path, base: Input) -> 
     process, ranks = start_until(request, 2, 2)
     os.kill(ranks[1], signal.SIGSTOP)
     os.kill(ranks[0], signal.SIGCONT)
-    assert process.wait(timeout=SECONDS) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     said = failure(request)
     assert said.failure_class == "transient"
     assert said.message == "process 0: waited in vain for another process"
@@ -212,7 +212,7 @@ def test_a_sigterm_has_one_more_checkpoint_written(tmp_path: Path, base: Input, 
     for pid in ranks:
         os.kill(pid, signal.SIGTERM)
     os.kill(ranks[0], signal.SIGCONT)
-    assert process.wait(timeout=SECONDS) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     (checkpoint,) = (ended.work / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert step in (5, 6)

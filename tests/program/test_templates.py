@@ -143,6 +143,7 @@ def test_thoughts_close_the_block_that_the_prompt_opens() -> None:
         ("llama3_2", "Today Date: 26 Jul 2024\n"),
         ("gptoss", "Current date: 2024-07-26\n"),
         ("{{ strftime_now('%B %d, %Y') }}" + TURN + ASK, "July 26, 2024"),
+        ("{{ strftime_now('%-d %B %Y, %I:%M %p %e|%Z|%j') }}" + TURN + ASK, "26 July 2024, 12:00 AM 26||208"),
         ("{% set format = '%A, %H:%M:%S' %}{{ 'It is ' + strftime_now(format) }}" + TURN + ASK, "It is Friday, 00:00:00<"),
     ],
 )

@@ -27,6 +27,12 @@ from tuneline.trainings import SftStage
 
 CALLED = asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[TOOL])
 AS_TEXT = {"type": "function", "function": CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}}
+FIRST_CALL = WITH_TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+BOOK = {"type": "function", "function": {"name": "book", "description": "Books.", "parameters": {"type": "object", "properties": {}}}}
+BOOKED = [  # the first has all the words of the second
+    {"type": "function", "function": {"name": "book", "arguments": {"room": 12, "days": 1}}},
+    {"type": "function", "function": {"name": "book", "arguments": {"room": 1, "days": 12}}},
+]
 NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.arguments.zone }}")
 
 
@@ -52,6 +58,19 @@ NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.argu
         ("", asked(QUESTION, said("assistant", "A", thinking="Why")), ["messages[1].thinking"]),
         (OPENS, asked(QUESTION, said("assistant", "A", thinking="Why")), []),
         ("", asked(QUESTION, said("assistant", THOUGHT)), []),
+        # Thoughts within the answer, thoughts and prompts that are a word of the template's own, thoughts of an earlier answer.
+        ("", asked(QUESTION, said("assistant", "So it is A.", thinking="it is A")), ["messages[1].thinking"]),
+        ("", asked(QUESTION, said("assistant", "A", thinking="assistant")), ["messages[1].thinking"]),
+        (SPEAKERS, asked(said("system", "user"), QUESTION, ANSWER), ["messages[0].content"]),
+        ("", asked(said("system", "user"), QUESTION, ANSWER), []),
+        ("", asked(QUESTION, said("assistant", "A", thinking="Why"), QUESTION, ANSWER), ["messages[1].thinking"]),
+        (OPENS, asked(QUESTION, said("assistant", "A", thinking="Why"), QUESTION, ANSWER), []),
+        (
+            FIRST_CALL,
+            asked(QUESTION, said("assistant", "", tool_calls=BOOKED), tools=[BOOK]),
+            ["messages[1].tool_calls[1].name", "messages[1].tool_calls[1].arguments"],
+        ),
+        (WITH_TOOLS, asked(QUESTION, said("assistant", "", tool_calls=BOOKED), tools=[BOOK]), []),
         (OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"), asked(QUESTION, said("assistant", THOUGHT)), []),
         ("", asked(said("user", '\n say "hi"\t'), said("assistant", " é\n")), []),
         (TURN.replace("m.content", "m.content | tojson") + ASK, asked(said("user", 'say "hi"\té'), said("assistant", " é\n")), []),

@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from process_tools import SECONDS, environment, state, steps
-from processes import until
+from process_tools import environment, state, steps
+from processes import PATIENCE, until
 from sft_tools import request_for
 from strategy_tools import failure
 from warm import descendants
@@ -42,7 +42,7 @@ def test_a_signal_to_the_client_is_the_programs(tmp_path: Path, base: Input, war
     client.terminate()
     until(lambda: pending(program))
     os.kill(program, signal.SIGCONT)
-    assert client.wait(SECONDS) == 1
+    assert client.wait(PATIENCE) == 1
     assert "asked to end: a checkpoint of step " in failure(request).message
 
 
@@ -62,7 +62,7 @@ def test_a_program_ends_with_its_client(tmp_path: Path, base: Input, warm_python
 def test_a_program_that_was_killed_is_a_client_that_was_killed(tmp_path: Path, base: Input, warm_python: Path) -> None:
     client, program = stopped(request_for(tmp_path, base), warm_python)
     os.kill(program, signal.SIGKILL)
-    assert client.wait(SECONDS) == -signal.SIGKILL
+    assert client.wait(PATIENCE) == -signal.SIGKILL
 
 
 def test_what_is_no_program_is_for_the_real_python(warm_python: Path, runtime_python: Path) -> None:

@@ -40,6 +40,7 @@ DEEPSEEK = {
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
+SSM = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -81,6 +82,47 @@ TYPES: dict[str, dict[str, Any]] = {
     "granitemoe": {**GATED, **LOCAL},
     "gpt_oss": {**HEADS, **LOCAL},
     "mamba": {"state_size": 8},
+    "olmo": GATED,
+    "olmo3": HEADS,
+    "seed_oss": HEADS,
+    "exaone4": HEADS,
+    "ernie4_5": HEADS,
+    "hunyuan_v1_dense": HEADS,
+    "nemotron": GATED,
+    "gemma4_text": HEADS,
+    "vaultgemma": HEADS,
+    "helium": HEADS,
+    "arcee": HEADS,
+    "apertus": HEADS,
+    "bitnet": GATED,
+    "diffllama": GATED,
+    "doge": HEADS,
+    "persimmon": {**GATED, "num_key_value_heads": 4},
+    "codegen": {"rotary_dim": 8, "n_ctx": 512},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "intermediate_size": 128},
+    "gpt_bigcode": {},
+    "gpt_neox_japanese": {},
+    "biogpt": {"intermediate_size": 128},
+    "xglm": {"ffn_dim": 128, "attention_heads": 4, "num_layers": 2, "d_model": 64},
+    "ctrl": {"n_positions": 512, "dff": 128},
+    "openai-gpt": {},
+    "phimoe": {**GATED, **LOCAL},
+    "ernie4_5_moe": {**HEADS, "moe_intermediate_size": 64, "moe_num_experts": 4, "moe_k": 2},
+    "granitemoeshared": {**GATED, **LOCAL, "shared_intermediate_size": 64},
+    "dots1": DEEPSEEK,
+    "minimax": {**HEADS, **LOCAL},
+    "jamba": {
+        **GATED, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False,
+    },
+    "bamba": {**GATED, **SSM, "attn_layer_indices": [1]},
+    "falcon_h1": {**HEADS, **SSM, "mamba_d_ssm": 128},
+    "falcon_mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1, "expand": 2},
+    "lfm2": {**GATED, "full_attn_idxs": [1]},
+    "recurrent_gemma": {**HEADS, "lru_width": 64, "num_hidden_layers": 3},
+    "rwkv": {"attention_hidden_size": 64, "context_length": 512},
+    "xlstm": {"num_heads": 4, "num_blocks": 2},
 }  # fmt: skip
 """By model type: where its pico model differs from `COMMON`."""
 UNPREFIXED = ("gpt2", "bloom")  # as they are published: their names lack the model's prefix

@@ -8,13 +8,11 @@ import subprocess
 from pathlib import Path
 
 import warm
-from processes import until
+from processes import PATIENCE, until
 from program_tools import ROOT, program_environment
 from warm import Program, descendants
 
 from tuneline.protocol import Request
-
-SECONDS = 300  # that a training may take, on a busy machine
 
 
 def start(request: Request, processes: int = 1, stop_at: int | None = None, real: bool = False) -> Program | subprocess.Popen[bytes]:
@@ -34,7 +32,7 @@ def environment(stop_at: int | None = None) -> dict[str, str]:
 
 
 def finish(request: Request, processes: int = 1, real: bool = False) -> dict[str, float]:
-    assert start(request, processes, real=real).wait(timeout=SECONDS) == 0, (request.work / "log.txt").read_text()
+    assert start(request, processes, real=real).wait(timeout=PATIENCE) == 0, (request.work / "log.txt").read_text()
     metrics: dict[str, float] = json.loads((request.work / "result.json").read_text())["metrics"]
     return metrics
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import warm
+from processes import PATIENCE
 
 from tasks.__main__ import PROGRAMS
 from tasks.loading import CPU_INFO, CPUS_WITH_BFLOAT16
@@ -82,7 +83,7 @@ def run_process(request: Request) -> subprocess.CompletedProcess[str]:
     request.write(request.work / "request.json")
     argv = ["-m", "tasks", str(request.work / "request.json")]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-        status = warm.start(argv, request.work, program_environment(), out, error).wait(timeout=300)
+        status = warm.start(argv, request.work, program_environment(), out, error).wait(timeout=PATIENCE)
         out.seek(0)
         error.seek(0)
         return subprocess.CompletedProcess(argv, status, out.read(), error.read())

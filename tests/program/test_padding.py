@@ -1,0 +1,42 @@
+"""Padding on the left of prompts: models that take it in as text answer one row at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architecture_table import Trial, save
+from program_tools import make_request, run_program
+
+from tasks.padding import padding_matters
+
+PROMPT = [5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "matters"),
+    [("llama", False), ("gpt2", False), ("mamba", False), ("rwkv", True), ("recurrent_gemma", False), ("openai-gpt", True)],
+)
+def test_whose_states_and_positions_take_it_in(tmp_path: Path, model_type: str, matters: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    save(tmp_path / "model", model_type)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert padding_matters(model, PROMPT, 2) is matters
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "recurrent_gemma"])
+def test_answers_do_not_depend_on_the_batch(tmp_path: Path, model_type: str) -> None:
+    trial = Trial(tmp_path, model_type)
+    answers: list[list[Any]] = []
+    for size in (1, 6):
+        config = {"kind": "evaluate", "model": "base", "datasets": ["data"], "max_new_tokens": 8, "resources": {"micro_batch_size": size}}
+        request = make_request(tmp_path / f"by{size}", config, {"model": trial.base, "datasets.0": trial.data})
+        _, events = run_program(request)
+        samples = [json.loads(line) for line in (request.meta / "samples.jsonl").read_text().split("\n") if line]
+        answers.append([(sample["id"], sample["answer"]) for sample in samples])
+        told = [event["message"] for event in events if event["type"] == "warning"]
+        assert any("one by one" in message for message in told) == (model_type == "rwkv")
+    assert answers[0] == answers[1]
