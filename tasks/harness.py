@@ -57,7 +57,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
             try:
                 self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
             except Exception as error:  # whatever a model's own code raises
-                message = f"transformers {transformers.__version__} cannot generate with a `{self.model.config.model_type}` model: {error}"
+                message = f"transformers {transformers.__version__} cannot generate with `{self.model.config.model_type}`: {error}"
                 raise StageFailed("config", message, "take another base model, or a runtime with a later transformers") from error
         self.one_by_one = padding_matters(self.model, prompt, self.tokenizer.pad_token_id)
         if self.one_by_one:

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PACKED = 32  # widths are packed in so many: nn_modules/qlinear/__init__.py, pack_block
 BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.(?P<layer>.+)")
-MISREAD = {"mpt": "whose masks it reads the other way round"}  # it drops a token of each row
+MISREAD = {  # why, as tried with small random models
+    "mpt": "whose masks it reads the other way round",  # it drops a token of each row
+    "ctrl": "of which transformers then reads other logits",
+    "gemma4_text": "of which transformers then reads other logits",
+}
 OTHERWISE = "leave the stage out: evaluate and serve the model in 16 bits"
 
 
