@@ -7,8 +7,8 @@
     text                text
     prompt              prompt alone, text or a list of messages, with an answer or tests: what a reward needs, to be learnt by trying
 
-Beside any conversation may stand `system`, `history` ([[question, answer]] or messages) and `tools`. Lists may be JSON text, a
-message's content a list of text parts. `weight`, `loss` or `train` of 0 leaves an answer out of what is trained on.
+Beside any conversation may stand `system`, `history` ([[question, answer]] or messages) and `tools` (or `functions`). Lists may be JSON
+text, a message's content a list of text parts. `weight`, `loss` or `train` of 0 leaves an answer out of what is trained on.
 
 Nothing is guessed: a row that does not fit raises BadRow, which says what was found and what is allowed. Columns that no
 format reads are reported as ignored, never silently. Beside any prompt may stand `answer` (what a right answer says), `tests` and
@@ -28,6 +28,7 @@ from tasks.values import BadRow, Number, blank, describe, parsed, refuse_unstora
 
 FOR_REWARDS = ("answer", "tests", "extra")
 AROUND = ("system", "history")  # columns that hold what stands before a conversation
+TOOLS = ("tools", "functions")
 RESERVED = (
     "prompts",
     "completions",
@@ -40,12 +41,12 @@ RESERVED = (
 )  # mean something else beside those of `extra`
 # Format -> columns it needs, columns it also reads. `auto` takes the first whose needs are there.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), (*AROUND, "tools", *FOR_REWARDS)),
-    "sharegpt": (("conversations",), (*AROUND, "tools", *FOR_REWARDS)),
-    "alpaca": (("instruction", "output"), ("input", *AROUND, "tools", *FOR_REWARDS)),
-    "prompt_completion": (("prompt", "completion"), (*AROUND, "tools", *FOR_REWARDS)),
+    "messages": (("messages",), (*AROUND, *TOOLS, *FOR_REWARDS)),
+    "sharegpt": (("conversations",), (*AROUND, *TOOLS, *FOR_REWARDS)),
+    "alpaca": (("instruction", "output"), ("input", *AROUND, *TOOLS, *FOR_REWARDS)),
+    "prompt_completion": (("prompt", "completion"), (*AROUND, *TOOLS, *FOR_REWARDS)),
     "text": (("text",), ()),
-    "prompt": (("prompt",), (*AROUND, "tools", *FOR_REWARDS)),
+    "prompt": (("prompt",), (*AROUND, *TOOLS, *FOR_REWARDS)),
 }
 LAST = "a row to learn from ends with an answer: cut the conversation after its last one, or give an `answer` for rewards"
 KNOWN = frozenset(name for needed, read in COLUMNS.values() for name in needed + read)
@@ -160,10 +161,9 @@ def refuse_around(record: dict[str, Any]) -> None:
 
 
 def alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """`input` follows the instruction on a new line."""
-    question = text(record["instruction"], "instruction")
-    if "input" in record:
-        question += "\n" + text(record["input"], "input")
+    """`input` follows the instruction on a new line; either may be all that is asked."""
+    asked = [name for name in ("instruction", "input") if not blank(record.get(name))] or ["instruction"]
+    question = "\n".join(text(record[name], name) for name in asked)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": text(record["output"], "output")}]
 
 
@@ -190,7 +190,11 @@ def extra(record: dict[str, Any]) -> dict[str, Any]:
         found = found | {"tests": record["tests"]}
     if found:
         refuse_unstorable(found, "extra, tests")
-    return found | ({"tools": tools(record["tools"])} if "tools" in record else {})
+    if "tools" in record:
+        return found | {"tools": tools(record["tools"])}
+    if "functions" in record:  # OpenAI's name for them before there were tools of other kinds
+        return found | {"tools": [{"type": "function", "function": function} for function in tools(record["functions"])]}
+    return found
 
 
 def tools(value: Any) -> Any:

@@ -42,6 +42,8 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
     if len(item) == 2 and given not in CALLING and isinstance(said, str) and content_name in item and said.strip():
         return {"role": role, "content": text(said, where_said)}  # most messages: the rest looks for what they do not have
 
+    if role == "assistant" and "reasoning_content" not in item and isinstance(item.get("reasoning"), str):
+        item = {"reasoning_content" if name == "reasoning" else name: value for name, value in item.items()}  # vLLM's and OpenRouter's name
     read = {role_name, content_name}
     calls = []
     if role == "assistant":

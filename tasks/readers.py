@@ -158,6 +158,9 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
             header = next(reader, [])
             if not header:
                 raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
+            if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+                message = f"{file}:1: found one column, {header[0]!r}, allowed columns set apart by commas"
+                raise StageFailed("data", message, f"convert it: `csvformat -d {mark!r}` of csvkit, say, or save it with commas")
             refuse_twice(f"{file}:1", header)
             for cells in filter(None, reader):
                 place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"

@@ -373,6 +373,8 @@ def test_after_kill_9_of_the_server_up_works_again_with_the_same_history(lasting
     os.kill(before.server.pid, signal.SIGKILL)
     until(lambda: not before.server.alive)
     assert find_server(lasting_up.folder.parent) is None
+    told = lasting_up.project.tuneline("status").stderr
+    assert told.startswith("warning: the server that `up` started has ended: `tuneline up` starts it again, with its history\n")
     found = doctor(lasting_up)
     assert finding(found, "server") == ("problem", "the server that `up` started has ended", "tuneline up")
     assert lasting_up.project.json("up")["started"] == ["server"]  # on the port where its workers look for it

@@ -111,6 +111,8 @@ BAD_ROWS = [
     ("d.csv", 'prompt,completion\n"a\nb",c\nd,\n', r"d\.csv:4: found no completion \(columns: prompt\)"),
     ("d.csv", 'prompt,completion\na,"b" c\n', r"d\.csv:2: found no CSV"),
     ("d.csv", "", r"d\.csv:1: found no header"),
+    ("d.csv", "prompt;completion\na;b\n", r"d\.csv:1: found one column, 'prompt;completion', allowed columns set apart by commas"),
+    ("d.json", '[{"text": "a"}, {"prompt": 3}]', r"d\.json:1 \(row 2\): found "),
     ("d.csv", "prompt,prompt,completion\na,b,c\n", r"d\.csv:1: found the column prompt twice, allowed once"),
     ("d.parquet", "no parquet", r"d\.parquet: found no parquet"),
     ("d.jsonl", "\n", r"the train split is empty: 0 rows in 0 groups are left"),

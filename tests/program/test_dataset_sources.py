@@ -54,6 +54,12 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b
             {"messages": (SYSTEM, USER, ASSISTANT)},
         ),
         ("alpaca", {"instruction": "2 + 2?", "input": "", "output": "4"}, {"messages": (USER, ASSISTANT)}),
+        ("alpaca", {"instruction": " ", "input": "2 + 2?", "output": "4"}, {"messages": (USER, ASSISTANT)}),
+        (
+            "messages",
+            {"messages": [USER, ASSISTANT | {"reasoning": "Two and two."}], "functions": [TOOL["function"]]},
+            {"messages": (USER, ASSISTANT | {"reasoning_content": "Two and two."}), "extra": {"tools": [TOOL]}},
+        ),
         (
             "alpaca",
             {"instruction": "Add.", "input": "3, 3", "output": "6", "system": "Be brief.", "history": [["2 + 2?", "4"]]},
