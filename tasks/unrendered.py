@@ -120,7 +120,7 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
 @lru_cache(maxsize=1000)  # most rows of a dataset have the same roles
 def skeleton(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """What the template itself writes for messages of these roles; empty where it refuses such a conversation."""
-    messages = [{"role": role, "content": f"\u2400{number}\u2400"} for number, role in enumerate(roles)]
+    messages = [{"role": role, "content": "\u2400"} for role in roles]  # no character of a row's
     return tried(messages, None, tokenizer, form(tokenizer), False) or ""
 
 

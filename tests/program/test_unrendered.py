@@ -63,6 +63,7 @@ NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.argu
         ("", asked(QUESTION, said("assistant", "A", thinking="assistant")), ["messages[1].thinking"]),
         (SPEAKERS, asked(said("system", "user"), QUESTION, ANSWER), ["messages[0].content"]),
         ("", asked(said("system", "user"), QUESTION, ANSWER), []),
+        *(("", asked(said("user", "How many?"), said("assistant", answer)), []) for answer in ("0", "1", "a", "user", "assistant", "im")),
         ("", asked(QUESTION, said("assistant", "A", thinking="Why"), QUESTION, ANSWER), ["messages[1].thinking"]),
         (OPENS, asked(QUESTION, said("assistant", "A", thinking="Why"), QUESTION, ANSWER), []),
         (
