@@ -41,7 +41,7 @@ OWN = {  # of our subclasses of library classes: what is theirs alone, and repla
     AdapterTrainer: {"step_rows", "_keep"},
     EpochSampler: {"set_epoch"},
     TokenWeightedTrainer: {"step_tokens", "step_rows", "_collate_and_remember", "_without_repeats"},
-    LanguageModel: {"write", "_begin", "_advance", "_count_stopped", "_greedy"},
+    LanguageModel: {"write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy"},
     EngineModel: {"serve", "check"},
 }
 
