@@ -100,7 +100,7 @@ def _against(metric: str, cell: Cell) -> str:
 def facts(stage: Stage) -> list[tuple[str, str]]:
     """What a training was told beside the defaults, and on what it ran."""
     host, info = (stage.manifest.host, stage.manifest.info) if stage.manifest else ({}, {})
-    settings = list(_settings({name: value for name, value in stage.document.get("config", {}).items() if name != "kind"}))
+    settings = list(_settings({name: value for name, value in stage.document.get("config", {}).items() if name not in ("kind", "dtype")}))
     more = f" and {len(settings) - SETTINGS} more" if len(settings) > SETTINGS else ""
     machine = f"{host['cores']} cores, {host['machine']}" if host.get("cores") else ""
     found = [

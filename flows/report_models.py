@@ -93,7 +93,8 @@ def metric_rows(compared: list[Column]) -> Iterator[tuple[str, str, list[Cell | 
             if base and column.role != "base":
                 cell.difference = cell.value - base.value
                 spread = CERTAIN * math.hypot(cell.error or 0.0, base.error or 0.0)
-                if spread and abs(cell.difference) > spread:
+                known = bool(spread) or None not in (cell.error, base.error)  # 0 where all rows are alike
+                if known and abs(cell.difference) > spread:
                     cell.verdict = "better" if sign * cell.difference > 0 else "worse"
         yield of, metric, cells
 

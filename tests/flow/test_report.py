@@ -182,6 +182,13 @@ def test_what_is_better_and_whether_chance_could_have_done_it(story: Story) -> N
     assert 'better">-1<' in bits[0]  # 2 ± 0.1 against 1 ± 0.1
 
 
+def test_all_right_against_all_wrong_is_no_chance(story: Story) -> None:
+    story.record.stages = [stage for stage in story.record.stages if stage.kind != "evaluate"]
+    story.evaluation("eval-base", [False] * 4, 2.0)
+    story.evaluation("eval-sft", [True] * 4, 1.0)
+    assert "where the base has 0 (+1, better than chance explains)" in " ".join(page_of(story.record).text.split())
+
+
 def test_data_cannot_act_in_the_page(story: Story) -> None:
     html = render(story.record)
     assert html.count("&lt;script&gt;") >= 2  # the hostile answers, the hostile file name
