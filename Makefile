@@ -60,8 +60,8 @@ test-flows: test-ready
 
 # Programs compute, flows wait for servers and processes: beside them, programs take the CPU time that is left over.
 test-programs: test-ready
-	for name in torch quantize; do \
-	  PYTHONPATH=.:.cache/test-tools nice -n 19 $(call python_of,$$name) -m pytest tests/program -c tests/program/pytest.toml --rootdir . $(SELECT) || exit 1; done
+	status=0; for name in torch quantize; do \
+	  PYTHONPATH=.:.cache/test-tools nice -n 19 $(call python_of,$$name) -m pytest tests/program -c tests/program/pytest.toml --rootdir . $(SELECT) || status=1; done; exit $$status
 
 # In a folder of its own: an environment and runtimes of that Python.
 test-python: OTHER = .cache/$(notdir $(PYTHON))
