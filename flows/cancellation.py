@@ -118,19 +118,29 @@ def _waiting(workspace: Workspace, pipeline: str) -> list[str]:
     """Ids of the pipeline's runs that have not ended on the server; not of those that a schedule plans ahead."""
     connect(workspace.home)
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        FlowRunFilterTags,
+    )
     from prefect.client.schemas.objects import StateType
 
     from flows.deploy_server import told_errors
 
-    unended = [StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED, StateType.RUNNING]
-    chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unended)))
+    chosen = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=["tuneline"]),
+        state=FlowRunFilterState(
+            type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED, StateType.RUNNING])
+        ),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # schedules plan a hundred runs ahead
+    )
     with told_errors(), get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_run_filter=chosen, limit=200)
-    wanted, now = {"pipeline": pipeline, "file": str(workspace.loaded.file)}, datetime.now(UTC)
-    ahead = {run.id for run in runs if run.auto_scheduled and run.expected_start_time and run.expected_start_time > now}
-    its = [run for run in runs if run.id not in ahead and run.parent_task_run_id is None]
-    return [str(run.id) for run in its if wanted.items() <= {name: run.parameters.get(name) for name in wanted}.items()]
+    wanted = {"pipeline": pipeline, "file": str(workspace.loaded.file)}
+    its = [run for run in runs if {name: run.parameters.get(name) for name in wanted} == wanted]
+    return [str(run.id) for run in its if run.parent_task_run_id is None]
 
 
 def _is_id(what: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from flows import lasting, workers
@@ -29,35 +30,33 @@ def start(loaded: Loaded, folder: Path, state: lasting.State) -> lasting.Process
 
 def main() -> None:
     file, folder = Path(sys.argv[1]), Path(os.environ[lasting.UP])
-    loaded, changed = None, None
+    loaded, seen = None, None
     with lasting.alone(folder):
         pass  # until `up` has written down who the keeper is
-    while True:
-        time.sleep(POLL_SECONDS)
+    while _its_state(folder):
+        with suppress(OSError, ConfigError):  # moved, or half edited: the pools of before count
+            if (now := file.stat().st_mtime_ns) != seen:
+                seen = now
+                loaded = load(file)
         try:
-            if (now := file.stat().st_mtime_ns) != changed:
-                loaded, changed = load(file), now
-        except (OSError, ConfigError):  # moved, or half edited
-            continue
-        try:
-            if loaded is not None and not _tended(loaded, folder):
-                return
+            if loaded is not None:
+                _tend(loaded, folder)
+            time.sleep(POLL_SECONDS)
         except StageFailed as error:
             _say(str(error))
             time.sleep(AGAIN_SECONDS)
 
 
-def _tended(loaded: Loaded, folder: Path) -> bool:
-    """Starts what is missing, where there is a server to work for. Returns whether this process is still the keeper."""
+def _tend(loaded: Loaded, folder: Path) -> None:
+    """Starts what is missing, where there is a server to work for."""
     state = _its_state(folder)
     if state is None or not workers.missing(loaded, state):
-        return state is not None
+        return
     with lasting.alone(folder):  # what an `up` or a `down` has changed meanwhile counts
         state = _its_state(folder)
         if state and answers(state.address):
             os.environ |= lasting.password(folder)
             workers.start(loaded, folder, state, _say)
-    return state is not None
 
 
 def _its_state(folder: Path) -> lasting.State | None:

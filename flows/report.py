@@ -61,7 +61,7 @@ def render(record: RunRecord) -> str:
         command=command(record),
         seconds=between(record.started, record.finished),
         headline=headline(stages, compared),
-        trained=[(stage, told) for stage in trainings(stages) if (told := facts(stage))],
+        trained=[(stage, rows) for stage in trainings(stages) if (rows := facts(stage))],
         stages=stages,
         graph=graph({name: [other for other in stage.plan.names.values() if other in stages] for name, stage in stages.items()}),
         columns=compared,

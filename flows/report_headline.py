@@ -91,14 +91,16 @@ def _against(metric: str, cell: Cell) -> str:
     beyond = {"better": "better than chance explains", "worse": "worse than chance explains"}.get(cell.verdict, "which chance may explain")
     if not cell.difference:
         beyond = "no difference"
-    return f", where the base has {number(cell.value - cell.difference)} ({cell.difference:+.3g}, {beyond})"
+    elif cell.error is None:  # nobody knows what chance does
+        beyond = ""
+    return f", where the base has {number(cell.value - cell.difference)} ({cell.difference:+.3g}{beyond and f', {beyond}'})"
 
 
 # --- beside the sentences ---------------------------------------------------------------------------------------------
 
 
 def facts(stage: Stage) -> list[tuple[str, str]]:
-    """What a training was told beside the defaults, and on what it ran."""
+    """Lists the settings of a training that differ from the defaults, and what it ran on."""
     host, info = (stage.manifest.host, stage.manifest.info) if stage.manifest else ({}, {})
     settings = list(_settings({name: value for name, value in stage.document.get("config", {}).items() if name not in ("kind", "dtype")}))
     more = f" and {len(settings) - SETTINGS} more" if len(settings) > SETTINGS else ""

@@ -105,8 +105,8 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
     stages = stages_of(record)
     compared = columns(stages)
     yield f"## {record.pipeline}: {record.state} after {duration(between(record.started, record.finished))}"
-    if told := headline(stages, compared):
-        yield "\n\n".join(_escaped(line) for line in told)
+    if sentences := headline(stages, compared):
+        yield "\n\n".join(map(_escaped, sentences))
     yield f"Run {_code(record.run_id)} · {_code(command(record))}"
     rows = ([stage.name, stage.kind, _status(stage), _time(stage), _first(stage)] for stage in stages.values())
     yield _table(["stage", "kind", "status", "time", "figures"], rows)

@@ -133,7 +133,8 @@ class Supervisor:
         return Outcome(process.returncode, stopped, _oom_kills() > oom_kills)
 
 
-COMPUTING = ("ACCELERATE_", "FSDP_", "MEGATRON_", "TORCHDYNAMO_", "TORCH_ALLOW_TF32", "NVIDIA_TF32_OVERRIDE", "TRL_", "LMEVAL_")
+# Beginnings of names: accelerate takes its precision and strategy from such, torch and CUDA the precision of products.
+COMPUTING = ("ACCELERATE_", "FSDP_", "TORCHDYNAMO_", "TORCH_ALLOW_TF32", "NVIDIA_TF32_OVERRIDE")
 
 
 def program_environment(work: Path, gpus: list[str]) -> dict[str, str]:
