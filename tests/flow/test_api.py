@@ -91,6 +91,7 @@ def test_settings_are_those_that_prefect_finds(tmp_path: Path, monkeypatch: pyte
     assert sum(their[0] == ENV for their in theirs) == 8  # the cases say something
 
 
+@pytest.mark.slow
 def test_a_settings_file_that_cannot_be_read_is_an_error(project: Project) -> None:
     project.write("version: 1\npipelines: {p: {stages: {d: {kind: dataset, sources: [{type: files, path: x}]}}}}\n")
     project.write("api = [", "prefect.toml")

@@ -126,6 +126,7 @@ def test_what_must_answer_at_once_imports_neither_prefect_nor_torch(arguments: l
     assert not loaded & {"prefect", "torch", "httpx", "sqlalchemy", "fastapi", "transformers"}
 
 
+@pytest.mark.slow
 def test_moved_code_or_defaults_without_a_word_are_noticed(tmp_path: Path) -> None:
     import shutil
 

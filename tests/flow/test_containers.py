@@ -149,6 +149,7 @@ def test_a_manifest_that_is_wrong_is_found_out() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "document"), MANIFESTS, ids=[f"{name} {document['kind']}" for name, document in MANIFESTS])
 def test_manifests_are_what_kubernetes_knows(name: str, document: dict[str, Any]) -> None:
     assert list(unknown(document, f"V1{document['kind']}")) == []
@@ -190,6 +191,7 @@ def missing_flags(command: list[str]) -> list[str]:
 # --- compose --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_services_of_compose_hang_together() -> None:
     text = (ROOT / "infra" / "docker" / "compose.yaml").read_text()
     assert "0.0.0.0" not in text

@@ -56,6 +56,7 @@ ALL = [
 ]
 
 
+@pytest.mark.slow
 def test_the_server_says_what_the_file_says_and_a_second_deploy_changes_nothing(pico: Project) -> None:
     assert actions(pico.json("deploy", "--dry-run")) == dict.fromkeys(ALL, "create")
     assert deployed() == {}
@@ -101,6 +102,7 @@ def test_the_server_says_what_the_file_says_and_a_second_deploy_changes_nothing(
     assert deployed() == found
 
 
+@pytest.mark.slow
 def test_what_somebody_changed_on_the_server_is_set_right_field_by_field(pico: Project) -> None:
     from prefect.client.schemas.actions import WorkPoolUpdate
 
@@ -126,6 +128,7 @@ def test_what_somebody_changed_on_the_server_is_set_right_field_by_field(pico: P
     assert pico.tuneline("deploy").stderr.startswith("nothing to change\n")
 
 
+@pytest.mark.slow
 def test_what_left_the_file_goes_and_what_is_others_stays(pico: Project) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
 
@@ -200,6 +203,7 @@ def test_names_that_others_have_are_refused(pico: Project) -> None:
     assert sorted(deployed()) == ["pico/pico"]
 
 
+@pytest.mark.slow
 def test_stages_of_several_files_share_their_pools_deployment(pico: Project) -> None:
     second = PIPELINES.replace("  pico:\n", "  pico-two:\n").replace("  other:\n", "  other-two:\n")
     pico.tuneline("deploy")
@@ -315,6 +319,7 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
         assert client.read_flow_run(foreign).state.is_pending()
 
 
+@pytest.mark.slow
 def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -> None:
     def told(*arguments: str) -> str:
         return pico.tuneline("submit", *arguments, status=2).stderr

@@ -26,7 +26,7 @@ from tuneline.load import load
 from tuneline.protocol import Request
 from tuneline.workspace import Workspace
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
 PIPELINES = """\
 version: 1
 roots: ["%(models)s"]
@@ -82,7 +82,6 @@ def curve(project: Project) -> list[float]:
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-@pytest.mark.slow
 def test_what_kills_one_process_costs_one_attempt(pico: Project, expected: list[float]) -> None:
     """By ZeRO-2: the stage resumes, and ends as undisturbed plain copies do."""
     mark = f"distributed-{os.getpid()}"
@@ -118,7 +117,6 @@ sys.exit(main())
 """
 
 
-@pytest.mark.slow
 @pytest.mark.full
 def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_python: Path, program_python: Path) -> None:
     """From the last checkpoint, with the same global batch, and the report says so."""
@@ -146,7 +144,6 @@ def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_pyt
     assert "attempts: 2, failed before: oom; ended with micro-batches of 2" in report
 
 
-@pytest.mark.slow
 @pytest.mark.full
 def test_a_disk_that_is_full_ends_all_processes_and_once_there_is_room_it_goes_on(pico: Project) -> None:
     """There is room for one checkpoint and for log lines, but not for another checkpoint, of which each process writes a part."""
@@ -171,7 +168,6 @@ def test_a_disk_that_is_full_ends_all_processes_and_once_there_is_room_it_goes_o
     assert pico.tuneline("verify").stderr == "3 artifacts, 0 damaged\n"
 
 
-@pytest.mark.slow
 def test_other_resources_go_on_or_are_refused_before_anything_starts(pico: Project) -> None:
     """What a plan says beforehand, a run does: from ZeRO-2 over two processes to ZeRO-1 over one, but not to plain copies."""
     process = pico.start("run", "pico", "--set", "sft.resources.strategy=zero2", "--set", "sft.retries=0")
@@ -209,7 +205,6 @@ wait; exit $status
 """
 
 
-@pytest.mark.slow
 def test_two_machines_train_one_adapter_by_the_template_for_slurm(pico: Project, expected: list[float]) -> None:
     """A process on the second is killed: both end, and meet again."""
     text = (pico.root / "pipelines.yaml").read_text()
@@ -235,7 +230,6 @@ def test_two_machines_train_one_adapter_by_the_template_for_slurm(pico: Project,
     assert curve(pico) == pytest.approx(expected[:39], rel=1e-2)  # another schedule of the learning rate
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("machine", [0, 1])
 def test_a_machine_that_goes_away_is_named(pico: Project, machine: int) -> None:
     """The log has what its peers made of that; terminals have no traceback."""
@@ -265,7 +259,6 @@ def test_a_machine_that_goes_away_is_named(pico: Project, machine: int) -> None:
         assert "Traceback" in log.read_text()
 
 
-@pytest.mark.slow
 def test_a_machine_that_does_not_come_ends_the_stage(pico: Project) -> None:
     text = (pico.root / "pipelines.yaml").read_text()
     pico.write(

@@ -44,6 +44,7 @@ def test_list_of_a_file_that_never_ran(demo: Project) -> None:
     assert demo.json("runs") == []
 
 
+@pytest.mark.slow
 def test_runs_lists_the_newest_first(demo: Project, ended: Any, run: Callable[..., Any]) -> None:
     later, _ = run()
     rows = demo.json("runs", "demo")

@@ -36,6 +36,7 @@ async def _a_statement_that_failed_is_collected_while_its_connection_waits(datab
         await waiting  # "database is locked" once the loop itself had been held up for the whole timeout
 
 
+@pytest.mark.slow
 def test_garbage_does_not_hold_up_the_server(tmp_path: Path) -> None:
     import flows.prefect_app  # noqa: F401
 

@@ -60,6 +60,7 @@ def test_a_run_then_everything_cached(demo: Project, run: Callable[..., Any]) ->
     assert not any(work.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failure_skips_what_needs_it_and_spares_the_rest(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
     stand_in(one=["data", "ok"])
     record, states = run()
@@ -79,12 +80,14 @@ def test_a_failure_skips_what_needs_it_and_spares_the_rest(demo: Project, stand_
     assert run()[0].state == "completed"  # and a failure is never cached
 
 
+@pytest.mark.slow
 def test_a_passing_failure_is_tried_again_within_the_budget(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
     stand_in(one=["transient", "transient", "ok"])
     assert run()[0].state == "completed"
     assert [call["attempt"] for call in calls(demo, "one")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_time_of_a_stage_is_that_of_all_its_attempts(
     demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +102,7 @@ def test_the_time_of_a_stage_is_that_of_all_its_attempts(
     assert " s in 3 attempts " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_unexplained_death_is_tried_once_and_then_a_bug(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
     stand_in(one=["kill", "die"])
     record, _ = run("one.retries=5")
@@ -108,6 +112,7 @@ def test_an_unexplained_death_is_tried_once_and_then_a_bug(demo: Project, stand_
     assert run()[0].state == "completed"
 
 
+@pytest.mark.slow
 def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
     demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +155,7 @@ pipelines:
 """
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
     demo.write(SCORED)
     stand_in(evaluate=["oom", "oom", "oom", "oom"])
@@ -161,6 +167,7 @@ def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_i
     assert "planted oom" in record.stages[1].message
 
 
+@pytest.mark.slow
 def test_a_timeout_ends_a_stage_without_another_try(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]) -> None:
     stand_in(other=["sleep"])
     record, states = run("other.timeout=2")
@@ -187,6 +194,7 @@ def test_log_and_progress_reach_the_server_and_no_path_the_manifest(demo: Projec
     assert str(demo.root) not in json.dumps(manifest)
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_while_it_is_read_is_never_stored(
     demo: Project, stand_in: Callable[..., None], run: Callable[..., Any]
 ) -> None:
@@ -202,6 +210,7 @@ def test_a_file_that_changes_while_it_is_read_is_never_stored(
     assert statuses(record)["one"] == "done"
 
 
+@pytest.mark.slow
 def test_a_hit_never_points_at_a_model_that_changed_since_its_key_was_computed(
     demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +249,7 @@ def test_a_task_lists_a_tree_once_and_writes_the_memory_of_files_once(
     assert saved.count("digests.json") == 2, "one for each task"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOSPC, "disk: /store: No space left on device"), (errno.ENOENT, "FileNotFoundError: ")]
 )
@@ -534,6 +544,7 @@ def test_a_busy_server_is_waited_for(demo: Project, prefect_server: str) -> None
     assert refused == 3
 
 
+@pytest.mark.slow
 def test_prefect_shows_a_stage_with_its_figures(run: Callable[..., tuple[RunRecord, Any]]) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -546,6 +557,7 @@ def test_prefect_shows_a_stage_with_its_figures(run: Callable[..., tuple[RunReco
         assert states["two"] == ended
 
 
+@pytest.mark.slow
 def test_the_log_of_a_stage_says_now_and_then_how_far_it_is(
     run: Callable[..., tuple[RunRecord, Any]], stand_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_pause_ends_with_the_run() -> None:
     assert not pausing.is_alive()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
     back = threading.Event()

@@ -272,6 +272,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_publish_killed_at_every_line_leaves_all_or_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PUBLISH, str(tmp_path / "store")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -351,6 +351,7 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
     lasting_up.prefect("-m", "prefect", "--no-prompt", "flow-run", "delete", run)
 
 
+@pytest.mark.slow
 def test_a_server_with_a_password_says_so_to_who_has_another(lasting_up: Lasting) -> None:
     """Every other test here has the right one, from the file that `up --auth` keeps."""
     assert (lasting_up.folder / "auth").stat().st_mode & 0o777 == 0o600

@@ -128,6 +128,7 @@ def test_cuts_lose_and_repeat_no_line(lines: list[tuple[int, int]], room: int) -
     assert all(totals[end] - totals[start] <= room or end - start == 1 for start, end in spans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [64, 512])
 def test_our_own_sources_come_out_whole_and_within_the_limit(limit: int, words: Any) -> None:
     """Also: that nothing but empty lines is lost between chunks."""
@@ -199,6 +200,7 @@ def test_files_are_groups_and_what_is_left_out_is_counted(tree: Path, pico: Inpu
     assert any("f_" in event["message"] for event in events if event["type"] == "sample")
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_folder_and_process(tree: Path, pico: Input, tmp_path: Path, elsewhere: Elsewhere) -> None:
     first = request_of(tmp_path / "run", tree, pico)
     run_program(first)

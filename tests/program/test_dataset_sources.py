@@ -96,6 +96,7 @@ def test_formats(tmp_path: Path, name: str, record: dict[str, Any], expected: di
 texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x00\r"), min_size=1, max_size=20).filter(str.strip)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=5))
 def test_every_file_type_and_format_gives_the_same_rows(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:

@@ -106,6 +106,7 @@ def test_what_is_not_the_disks_stays_a_bug(tmp_path: Path) -> None:
         assert classify(error, request).failure_class == "bug"
 
 
+@pytest.mark.slow
 def test_a_program_on_a_full_disk_finds_room_to_say_so(disk: Path, tmp_path: Path) -> None:
     """Also where what it says goes to the same disk."""
     rows = tmp_path / "rows.jsonl"

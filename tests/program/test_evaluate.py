@@ -231,6 +231,7 @@ def test_benchmarks_of_ones_own(base: Input, tmp_path: Path) -> None:
     fails(request_for(tmp_path / "nothing", nothing, **fields), "bug", "the adapter changes nothing")
 
 
+@pytest.mark.slow
 def test_groups_and_unknown_benchmarks(base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = own_benchmarks(tmp_path / "own")
     result, _ = run_program(request_for(tmp_path / "group", base, files=files, include_path="own", benchmarks=["both"]))
@@ -300,6 +301,7 @@ def test_data_of_a_benchmark_is_loaded_at_the_commit_of_the_key(base: Input, tmp
     assert datasets.load_dataset is from_hub
 
 
+@pytest.mark.slow
 def test_the_same_report_again_and_in_another_process(base: Input, tmp_path: Path, elsewhere: Elsewhere) -> None:
     files = own_benchmarks(tmp_path / "own")
     adapter = save_adapter(base, tmp_path / "adapter")

@@ -99,6 +99,7 @@ def test_it_learns_what_is_rewarded_and_tells_how(tmp_path: Path, base: Input) -
     assert not list(request.payload.glob("*.md"))
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path: Path, base: Input, elsewhere: Elsewhere) -> None:
     requests = [request_for(tmp_path / name, base) for name in ("a", "b é")]
     run_program(requests[0])
@@ -106,6 +107,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, base: Input, elsewhe
     assert payload_digest(requests[0]) == payload_digest(requests[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"num_iterations": 2, "beta": 0.1}], ids=["plain", "iterations and beta"])
 def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path: Path, base: Input, fields: dict[str, Any]) -> None:
     """Also where it goes on from an adapter, which beside a `beta` is there a second time, as what it is compared with."""
@@ -150,6 +152,7 @@ def test_what_is_asked_for_reaches_the_trainer(tmp_path: Path, base: Input, fiel
     run_program(request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", get_args(GrpoStage.model_fields["loss_type"].annotation))
 def test_the_micro_batch_changes_nothing(tmp_path: Path, base: Input, loss_type: str) -> None:
     fields = {"max_steps": 2, "loss_type": loss_type}

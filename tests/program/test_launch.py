@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from program_tools import ROOT, make_request
 
 from tasks.launch import LOST_PEER, RANKS, RENDEZVOUS, transient
@@ -63,6 +64,7 @@ sys.exit(launch.main())
 """
 
 
+@pytest.mark.slow
 def test_a_machine_whose_processes_have_ended_is_not_ended_by_itself(tmp_path: Path) -> None:
     """It had sent itself the SIGTERM that is for processes which wait for a dead one, while it asked what the others say, and told
     neither of them."""

@@ -294,6 +294,7 @@ def test_the_check_sees_wrong_weights(base: Path, tmp_path: Path) -> None:
     assert merge.check_logits(adapter, merged, tokenizer(), "float32") < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "failure"), [("float32", "bug"), ("bfloat16", "data")])
 def test_the_check_sees_a_wrong_scale_of_a_weak_adapter(base: Path, tmp_path: Path, dtype: str, failure: str) -> None:
     """Here the bound on logits alone would pass even the base itself."""

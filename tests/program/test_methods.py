@@ -96,6 +96,7 @@ def test_files_and_types_stay_the_bases(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(request.payload, dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_model_trained_whole_is_evaluated_and_trained_on(tmp_path: Path, base: Input) -> None:
     first = request_for(tmp_path / "first", base, **WHOLE, max_steps=40)
     result, _ = run_program(first)
@@ -127,6 +128,7 @@ def test_packing_validation_and_small_micro_batches_with_every_weight(tmp_path: 
     run_program(request_for(tmp_path / "packed", base, **WHOLE, max_steps=2, packing=True, max_length=128))
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_model(tmp_path: Path, base: Input) -> None:
     """Also after a kill, and where the kill came after the last step."""
     fields = {**TURNING, "method": "full", "learning_rate": 3e-3}
@@ -142,6 +144,7 @@ def test_early_stopping_keeps_the_best_model(tmp_path: Path, base: Input) -> Non
         assert payload_digest(killed) == payload_digest(whole)
 
 
+@pytest.mark.slow
 def test_killed_a_whole_model_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input) -> None:
     fields = {**WHOLE, "max_steps": 16, "eval_steps": 7, "validation": OTHERS[:3], "resources": {"checkpoint_steps": 5}}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
@@ -248,6 +251,7 @@ def test_weights_that_a_checkpoint_would_not_bring_back_are_refused(tmp_path: Pa
 # --- qlora ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_adapter_on_few_bits_learns_nearly_as_one_on_the_base(tmp_path: Path, base: Input, bits: int) -> None:
     lora, qlora = (
@@ -330,6 +334,7 @@ def test_an_adapter_of_few_bits_is_merged_into_the_base_and_gone_on_from(tmp_pat
     assert losses(second)[1] < losses(first)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_resumed_on_few_bits_it_ends_bit_for_bit(tmp_path: Path, base: Input, bits: int) -> None:
     fields = {**QLORA, "bits": bits, "max_steps": 8, "eval_steps": 3, "validation": OTHERS[:3], "resources": {"checkpoint_steps": 3}}

@@ -407,6 +407,7 @@ def save_pico_gguf(file: Path) -> Any:
     return values["blk.0.ffn_up.weight"]
 
 
+@pytest.mark.slow
 def test_gguf_becomes_safetensors_and_is_deterministic(tmp_path: Path, elsewhere: Elsewhere, older: Older) -> None:
     import torch
 

@@ -82,11 +82,13 @@ def test_a_model_trained_whole(older: Older, full: Input) -> None:
     assert config["torch_dtype"] == config["dtype"] == "float32"  # the former is what readers before 4.56 look for
 
 
+@pytest.mark.slow
 def test_adapters(older: Older, full: Input, dora: Input, tmp_path: Path) -> None:
     agree(older, dora)
     agree(older, trained(tmp_path, full))
 
 
+@pytest.mark.slow
 def test_merged_models(older: Older, dora: Input, tmp_path: Path) -> None:
     agree(older, merged(tmp_path / "streamed", dora, "streaming"))
     unusual = dora.model_copy(update={"path": tmp_path / "unusual"})
@@ -152,6 +154,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [SPECIAL, pytest.param(None, marks=pytest.mark.full)], ids=["special", "all"])
 def test_configurations_of_other_models(older: Older, kinds: list[str] | None) -> None:
     """What 4.57 has written, and version 5 has read and written again, says the same to both."""

@@ -28,7 +28,7 @@ from tuneline.errors import StageFailed
 from tuneline.protocol import Events, Input, Request, Result
 from tuneline.spec import QuantizeStage
 
-pytestmark = pytest.mark.usefixtures("gptqmodel_place")
+pytestmark = [pytest.mark.usefixtures("gptqmodel_place"), pytest.mark.slow]
 SMALL: dict[str, Any] = {"kind": "quantize", "model": "base", "calibration": "data", "samples": 8, "group_size": 32}
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}: {{ message.content }}<|im_end|>\n{% endfor %}"
 LAYERS = 2 * 7

@@ -41,6 +41,7 @@ def test_killed_it_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input) 
     assert (losses(killed), losses(killed, "eval_loss")) == (losses(whole), losses(whole, "eval_loss"))
 
 
+@pytest.mark.slow
 def test_stopped_while_it_packs_it_ends_bit_for_bit_as_undisturbed(tmp_path: Path, base: Input) -> None:
     fields = FIELDS | {"packing": True, "max_length": 128}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
@@ -134,6 +135,7 @@ def test_from_the_checkpoint_before_it_ends_bit_for_bit_the_same(tmp_path: Path,
     assert payload_digest(request) == payload_digest(whole)
 
 
+@pytest.mark.slow
 def test_a_lost_best_adapter_is_not_replaced_by_the_last(tmp_path: Path, base: Input) -> None:
     """transformers would only warn, and hand over whatever came last."""
     whole, killed = (request_for(tmp_path / name, base, **TURNING) for name in ("whole", "killed"))

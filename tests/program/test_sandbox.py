@@ -120,6 +120,7 @@ def test_a_prize_is_not_won_by_leaving_a_child_behind() -> None:
     ended("import os\nif os.fork() == 0:\n  os.setsid()\n  import time; time.sleep(600)", "passed")  # the fixture looks for the child
 
 
+@pytest.mark.slow
 def test_time() -> None:
     """Code that would never end."""
     ended("while True: pass", "timed out", "2 seconds of CPU time")
@@ -256,6 +257,7 @@ def test_a_machine_that_forbids_namespaces_is_told_how_to_allow_them() -> None:
     assert "in a container: `--security-opt seccomp=unconfined" in hint
 
 
+@pytest.mark.slow
 def test_who_is_not_root_has_the_same_sandbox() -> None:
     """Where the tests are run by root, who may do more: another user, by an interpreter which that user may read."""
     if os.getuid() != 0 or not ALLOWED:
@@ -300,6 +302,7 @@ def evaluation(folder: Path, model: Input, **fields: Any) -> Request:
     return make_request(folder, config, {"model": model})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [10, pytest.param(1, marks=pytest.mark.full)])
 def test_the_right_answers_are_right_and_others_are_not(tmp_path: Path, each: int) -> None:
     """Canonical solutions pass their tests, through the function that scores a model's answers."""

@@ -358,6 +358,7 @@ def training(folder: Path, base: Input, **fields: Any) -> Request:
     return make_request(folder / "sft", config, {"model": base, "dataset": rows_in(folder / "rows")})
 
 
+@pytest.mark.slow
 def test_every_program_runs_a_trusted_models_code(own: Path, tmp_path: Path) -> None:
     """model -> sft -> evaluate -> merge -> evaluate, each in a process of its own; quantize refuses."""
     request, _ = fetch(tmp_path / "model", own, trust_remote_code=True)

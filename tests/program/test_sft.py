@@ -141,6 +141,7 @@ def test_variants(tmp_path: Path, base: Input, fields: dict[str, Any], tensors: 
         assert rates.index(max(rates)) == (3 if fields["warmup_steps"] < 1 else 2)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_micro_batches_change_nothing(tmp_path: Path, base: Input) -> None:
     """Rows of unequal length, and a last step of fewer rows: a loss averaged by batch and not by token would differ."""
     fields = {"max_steps": None, "num_train_epochs": 2, "validation": OTHERS[:5], "eval_steps": 2}
@@ -156,6 +157,7 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(tmp_path: Path,
         assert runs[name][1] == pytest.approx(runs["4"][1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_rows_of_like_length_share_a_micro_batch_and_the_loss_is_that_of_any_order(
     tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path, base: Input)
     assert "base model" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path: Path, base: Input) -> None:
     """Dropout on, three steps an epoch: killed in the second epoch, and again in the third and after the last step."""
     fields = {
@@ -280,6 +283,7 @@ def test_a_training_resumes_with_a_smaller_micro_batch(tmp_path: Path, base: Inp
     assert furthest(whole, killed) < 1e-4
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_adapter(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill after the turn changes nothing."""
     fields = TURNING
@@ -301,6 +305,7 @@ def test_early_stopping_keeps_the_best_adapter(tmp_path: Path, base: Input, monk
     assert payload_digest(killed) == payload_digest(whole)
 
 
+@pytest.mark.slow
 def test_going_on_from_an_adapter(tmp_path: Path, base: Input) -> None:
     first = request_for(tmp_path / "first", base, learning_rate=2e-2)
     first_losses = [e["value"] for e in run_program(first)[1] if e.get("name") == "loss"]

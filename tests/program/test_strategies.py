@@ -167,6 +167,7 @@ def test_the_best_adapter_may_be_of_another_number_of_processes(tmp_path: Path, 
     assert furthest(whole, killed) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_is_not_thrown_away(tmp_path: Path, base: Input) -> None:
     """Read all the same it would end in a wall of text, or worse."""
     fields = {"resources": {"processes": 1, "strategy": "zero2", "checkpoint_steps": 2}}
