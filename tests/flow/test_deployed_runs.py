@@ -139,7 +139,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
 
     due = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=9)
 
-    def told() -> str:
+    def reason() -> str:
         (row,) = [row for row in working.json("status")["on_server"] if row["flow_run"] == str(run.id)]
         return str(row["message"])
 
@@ -147,7 +147,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         client.update_work_pool("local", WorkPoolUpdate(is_paused=True))
         run = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, state=Scheduled(scheduled_time=due))
         paused = "pool local is paused: `prefect work-pool resume local` ends that"
-        assert told() == paused
+        assert reason() == paused
         out, err = working.start("doctor", "--json").communicate(timeout=PATIENCE)
         assert out, err
         findings = json.loads(out)["findings"]
@@ -155,7 +155,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         assert (found["status"], found["message"].split(": ", 1)[1]) == ("warning", paused)
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})
         client.update_work_pool("local", WorkPoolUpdate(is_paused=False))
-        assert told() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` ends that"
+        assert reason() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` ends that"
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": False})
     until(lambda: state(str(run.id)).is_completed())
 
@@ -196,7 +196,7 @@ def test_deployments_run_as_prefects_users_run_them(working: Project) -> None:
     assert "did you mean `seed`?" in "\n".join(logs(run_id))
     assert "Traceback" not in "\n".join(logs(run_id))
     refused = prefect("deployment", "run", "pico")
-    assert refused.returncode != 0  # the name without the slash: docs/operating/deploy.md says so
+    assert refused.returncode != 0  # a deployment's name has a slash: docs/operating/deploy.md
 
 
 @pytest.mark.slow

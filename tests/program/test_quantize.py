@@ -252,7 +252,6 @@ def test_rows_are_drawn_with_the_seed_and_cut(tmp_path: Path, base: Path) -> Non
     assert json.loads(warning)["message"] == "data has 40 rows to calibrate with, fewer than samples: 100"
 
 
-@pytest.mark.slow
 def test_short_rows_calibrate_too(tmp_path: Path, base: Path) -> None:
     """gptqmodel itself leaves out rows of up to 10 tokens."""
     short = [Row(source="s", text=f"{i} plus {i}", id=f"short{i}", group=f"short{i}") for i in range(4)]
