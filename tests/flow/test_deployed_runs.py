@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -39,6 +40,7 @@ def at_work(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> It
     with (project.root / "worker.log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=log, stderr=subprocess.STDOUT)
     try:
+        until(lambda: online("local"), process)
         yield project
     finally:
         process.terminate()
@@ -60,6 +62,11 @@ def working(at_work: Project) -> Project:
         at_work.write(f"{name} {time.time_ns()}", f"{name}.txt")
     at_work.write("{}", "script.json")
     return at_work
+
+
+def online(pool: str) -> bool:
+    with server() as client:
+        return any(worker.status.value == "ONLINE" for worker in client.read_workers_for_work_pool(pool))
 
 
 def mark(project: Project) -> str:
@@ -132,6 +139,18 @@ def test_a_server_that_does_not_answer_keeps_no_run_from_working(monkeypatch: py
     assert said == ["whether a newer run of the schedule waits is not known: no route"]
 
 
+@contextmanager
+def resumed(client: Any) -> Iterator[None]:
+    """Resumes the pool `local` and its queue at the end, also for the tests after one that fails."""
+    from prefect.client.schemas.actions import WorkPoolUpdate
+
+    try:
+        yield
+    finally:
+        client.update_work_pool("local", WorkPoolUpdate(is_paused=False))
+        client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": False})
+
+
 @pytest.mark.slow
 def test_a_run_that_does_not_start_says_why(working: Project) -> None:
     from prefect.client.schemas.actions import WorkPoolUpdate
@@ -143,7 +162,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         (row,) = [row for row in working.json("status")["on_server"] if row["flow_run"] == str(run.id)]
         return str(row["message"])
 
-    with server() as client:
+    with server() as client, resumed(client):
         client.update_work_pool("local", WorkPoolUpdate(is_paused=True))
         run = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, state=Scheduled(scheduled_time=due))
         paused = "pool local is paused: `prefect work-pool resume local` ends that"
@@ -156,7 +175,6 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})
         client.update_work_pool("local", WorkPoolUpdate(is_paused=False))
         assert reason() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` ends that"
-        client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": False})
     until(lambda: state(str(run.id)).is_completed())
 
 
