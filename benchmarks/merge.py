@@ -69,8 +69,8 @@ def measured(way: str, folder: Path, shards: str) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  the model class is imported late otherwise
 
     from tasks import merge
-    from tuneline.protocol import Events, Input
-    from tuneline.spec import MergeStage
+    from tuneline.config.spec import MergeStage
+    from tuneline.workspace.protocol import Events, Input
 
     base, out = folder / shards, folder / "out"
     size = "100GB" if shards == "one" else f"{max(path.stat().st_size for path in base.glob('*.safetensors')) / 1e6}MB"

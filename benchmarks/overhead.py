@@ -28,10 +28,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from table import add_row  # noqa: E402
 
 from flows.server import embedded_server  # noqa: E402
-from tuneline.load import load  # noqa: E402
-from tuneline.protocol import Request  # noqa: E402
-from tuneline.spec import ProgramStage  # noqa: E402
-from tuneline.store import sha256  # noqa: E402
+from tuneline.config.load import load  # noqa: E402
+from tuneline.config.spec import ProgramStage  # noqa: E402
+from tuneline.workspace.protocol import Request  # noqa: E402
+from tuneline.workspace.store import sha256  # noqa: E402
 
 PARTS = {
     "program, its start and end watched": "program",
@@ -45,7 +45,7 @@ import atexit, json, os, sys, threading, time
 import flows.__main__, flows.stage
 from flows.supervisor import Supervisor
 from flows.this_run import Run
-from tuneline.store import Store
+from tuneline.workspace.store import Store
 
 seconds, spans, lock = {}, [], threading.Lock()
 

@@ -35,14 +35,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from table import add_row  # noqa: E402
 
 from tuneline.canonical import key_of  # noqa: E402
-from tuneline.inputs import resolve  # noqa: E402
-from tuneline.load import load  # noqa: E402
-from tuneline.order import in_order  # noqa: E402
-from tuneline.plan import document_of, input_slots  # noqa: E402
-from tuneline.runs import StageRecord  # noqa: E402
-from tuneline.spec import ProgramStage  # noqa: E402
-from tuneline.store import Artifact, Base, File, Manifest  # noqa: E402
-from tuneline.workspace import Workspace  # noqa: E402
+from tuneline.config.load import load  # noqa: E402
+from tuneline.config.order import in_order  # noqa: E402
+from tuneline.config.spec import ProgramStage  # noqa: E402
+from tuneline.planning.inputs import resolve  # noqa: E402
+from tuneline.planning.plan import document_of, input_slots  # noqa: E402
+from tuneline.workspace.runs import StageRecord  # noqa: E402
+from tuneline.workspace.store import Artifact, Base, File, Manifest  # noqa: E402
+from tuneline.workspace.workspace import Workspace  # noqa: E402
 
 TUNELINE = (sys.executable, "-m", "flows")
 IGNORED = (("cache", "/"), ("*.o", ""), ("local_settings", ".py"), ("/docs/_build", "/"))

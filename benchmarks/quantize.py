@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmar
 
 from table import add_row  # noqa: E402
 
-from tuneline.protocol import Input, Result  # noqa: E402
+from tuneline.workspace.protocol import Input, Result  # noqa: E402
 
 GGUF = ROOT / "infra" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = ROOT / "infra" / "demo" / "bookings.jsonl"
@@ -48,8 +48,8 @@ def prepare(folder: Path, layers: int | None) -> None:
 
     from tasks.loading import load_tokenizer
     from tasks.quantize import calibration_rows, measured_rows
-    from tuneline.protocol import Events
-    from tuneline.spec import QuantizeStage
+    from tuneline.config.spec import QuantizeStage
+    from tuneline.workspace.protocol import Events
 
     request = make_request(folder / "model", {"kind": "model", "gguf": str(GGUF)}, {}, files={"gguf": [GGUF]})
     run_program(request)

@@ -42,8 +42,8 @@ def main() -> None:
 
     from tasks.engine import Engine
     from tasks.training import adapter_tensors, save_adapter
-    from tuneline.engines import EngineSettings
-    from tuneline.protocol import Input
+    from tuneline.kinds.engine import EngineSettings
+    from tuneline.workspace.protocol import Input
 
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     from program_tools import make_request, run_program

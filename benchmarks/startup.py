@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmar
 
 from table import add_row  # noqa: E402
 
-from tuneline.protocol import Input, Request, Result  # noqa: E402
+from tuneline.workspace.protocol import Input, Request, Result  # noqa: E402
 
 OURS = ("tasks", "tuneline")
 SHOWN = 6  # packages named in a row

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmar
 
 from table import add_row  # noqa: E402
 
-from tuneline.protocol import Input  # noqa: E402
+from tuneline.workspace.protocol import Input  # noqa: E402
 
 GGUF = ROOT / "infra" / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MICRO, ACCUMULATED, STEPS, LEFT_OUT = 4, 2, 8, 2  # as in training_trl.py

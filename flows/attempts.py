@@ -14,8 +14,8 @@ from typing import Any
 
 from flows.supervisor import Outcome
 from tuneline.errors import StageFailed, StageStopped
-from tuneline.protocol import Failure
-from tuneline.stages import ProgramStage
+from tuneline.kinds.stage import ProgramStage
+from tuneline.workspace.protocol import Failure
 
 LOG_TAIL = 30  # lines of the log shown with an unexplained death
 

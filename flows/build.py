@@ -22,14 +22,14 @@ from flows.slots import Taken
 from flows.supervisor import Outcome, program_environment
 from flows.this_run import Run
 from tuneline import disk
-from tuneline.checkpoints import newest
 from tuneline.errors import ConfigError, StageFailed
-from tuneline.inputs import ResolvedInputs
-from tuneline.protocol import Event, Input, Request, Result
-from tuneline.runtimes import RuntimeEnvironment, find_runtime
-from tuneline.stages import ProgramStage
-from tuneline.store import Artifact, Base, File, Manifest
-from tuneline.workspace import Workspace
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.inputs import ResolvedInputs
+from tuneline.workspace.checkpoints import newest
+from tuneline.workspace.protocol import Event, Input, Request, Result
+from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
+from tuneline.workspace.store import Artifact, Base, File, Manifest
+from tuneline.workspace.workspace import Workspace
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
 TOUCHED_WHILE_READ = "files that the stage reads were written to while its program worked, and hold what they held before"
@@ -112,7 +112,7 @@ def as_in_key(run: Run, stage: ProgramStage, resolved: ResolvedInputs) -> Resolv
 
     A program reads files long after they were hashed for the key, and at times that we do not know. So this is called before it
     starts and after it has ended. Only what has the content of the key passes, and `facts` of both calls are compared as well: where they
-    are equal, no file was written to in between (`tuneline.file_memory` says when a stat can vouch for that), so the program read
+    are equal, no file was written to in between (`tuneline.trees.file_memory` says when a stat can vouch for that), so the program read
     what the key says. Where the content is the same and the facts are not, somebody wrote the same bytes, perhaps after others, as `git
     checkout` of another branch and back does. What the program read is then unknown: nothing is stored, and the stage is tried again.
     """

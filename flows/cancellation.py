@@ -20,10 +20,10 @@ from uuid import UUID
 
 from flows.server import connect, find_server
 from flows.supervisor import Supervisor
+from tuneline.config.messages import listed, nearest
 from tuneline.errors import ConfigError, Problem, StageFailed
-from tuneline.messages import listed, nearest
-from tuneline.runs import RunRecord
-from tuneline.workspace import Workspace
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.workspace import Workspace
 
 POLL_SECONDS = 3.0  # between two looks at a state on the server
 PATIENCE = 15.0  # seconds for a run that the server has told of it; then its process gets a signal

@@ -23,8 +23,8 @@ from prefect.states import Cancelling
 
 from flows.supervisor import Supervisor
 from tuneline.errors import FailureClass, StageFailed, StageStopped
-from tuneline.stages import ProgramStage
-from tuneline.store import Artifact
+from tuneline.kinds.stage import ProgramStage
+from tuneline.workspace.store import Artifact
 
 NAME = "run-stage"
 POLL = 2.0  # seconds between two looks at a child

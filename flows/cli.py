@@ -43,14 +43,14 @@ from flows.options import (
 )
 from flows.streams import Unbroken
 from tuneline import __version__
+from tuneline.config.load import load
 from tuneline.errors import ConfigError, Problem, StoreError, TunelineError
-from tuneline.load import load
-from tuneline.workspace import Workspace
+from tuneline.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
-    from tuneline.estimates import Estimate
-    from tuneline.plan import PlanRow
-    from tuneline.runs import RunRecord
+    from tuneline.estimates.estimate import Estimate
+    from tuneline.planning.plan import PlanRow
+    from tuneline.workspace.runs import RunRecord
 
 
 def main() -> None:
@@ -101,10 +101,10 @@ def init() -> None:
 def setup(names: tuple[str, ...], file: Path) -> None:
     """Builds the Python environments that pipelines name. With RUNTIME, those alone. vLLM's, of gigabytes, must be named."""
     from flows.setup import build
-    from tuneline.load import BUILT_IN_RUNTIMES
-    from tuneline.messages import nearest
-    from tuneline.runtimes import find_runtime
-    from tuneline.stages import ProgramStage
+    from tuneline.config.load import BUILT_IN_RUNTIMES
+    from tuneline.config.messages import nearest
+    from tuneline.kinds.stage import ProgramStage
+    from tuneline.workspace.runtimes import find_runtime
 
     loaded = load(file)
     stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]
@@ -127,7 +127,7 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 @file_option
 def validate(path: Path | None, file: Path) -> None:
     """Checks a pipelines file. Shows every problem at once, with its place."""
-    from tuneline.schedules import check_schedules
+    from tuneline.config.schedules import check_schedules
 
     loaded = load(path or file)
     check_schedules(loaded)
@@ -157,11 +157,11 @@ def plan(
 ) -> None:
     """Shows what a run would do, why, and what it will take. Estimated are trainings and merges. Changes nothing."""
     from flows.hub import Hub
-    from tuneline import fits
-    from tuneline.estimates import estimates
-    from tuneline.hub_cache import HubCache
-    from tuneline.plan import plan as make_plan
-    from tuneline.plan import refusals, unpinned
+    from tuneline.estimates import fit as fits
+    from tuneline.estimates.estimate import estimates
+    from tuneline.planning.plan import plan as make_plan
+    from tuneline.planning.plan import refusals, unpinned
+    from tuneline.workspace.hub_cache import HubCache
 
     workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn, Hub() if online else HubCache())
     workspace.memory.say = say
@@ -206,7 +206,7 @@ def run(
 ) -> None:
     """Runs a pipeline: what is cached is taken, the rest is built."""
     from flows.run import execute
-    from tuneline.plan import plan as make_plan
+    from tuneline.planning.plan import plan as make_plan
 
     workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
     workspace.memory.say = say
@@ -300,7 +300,7 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
 @cli.command()
 def schema() -> None:
     """Prints the JSON Schema of pipelines.yaml, for editors."""
-    from tuneline.json_schema import json_schema
+    from tuneline.config.json_schema import json_schema
 
     print_json(json_schema())
 
@@ -330,7 +330,7 @@ def verify(file: Path) -> None:
 @json_option
 def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
     """Removes from the store what no kept run needs. What killed runs left behind goes, too."""
-    from tuneline import gc as collection
+    from tuneline.planning import gc as collection
 
     policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)
     items = collection.collect(Workspace(load(file), warn), policy, dry_run, warn)

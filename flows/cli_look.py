@@ -14,11 +14,11 @@ import click
 
 from flows.names import pipelines_of, runs_of, stages_of
 from flows.options import file_option, json_option, load_pipeline, print_json, warn
-from tuneline.load import load
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
-    from tuneline.runs import RunRecord
+    from tuneline.workspace.runs import RunRecord
 
 
 @click.command("list")

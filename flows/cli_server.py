@@ -24,7 +24,7 @@ from flows.options import (
     var_option,
     warn,
 )
-from tuneline.load import load
+from tuneline.config.load import load
 
 
 @click.command()
@@ -96,7 +96,7 @@ def worker(pool: str, file: Path) -> None:
 def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
     """Gives the server the file's pools, deployments and schedules. Queues as well; what left the file goes."""
     from flows.server import connect
-    from tuneline.schedules import check_schedules
+    from tuneline.config.schedules import check_schedules
 
     loaded = load(file)
     check_schedules(loaded)
@@ -141,8 +141,8 @@ def submit(
 ) -> None:
     """Starts a run of a deployed pipeline, on its pool."""
     from flows.server import connect
-    from tuneline.overrides import as_overrides
-    from tuneline.plan import check_stages
+    from tuneline.config.overrides import as_overrides
+    from tuneline.planning.plan import check_stages
 
     pipeline = name.split("/")[0]
     loaded = load_with_warnings(file, pipeline, sets, variables)

@@ -21,13 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneline.disk import human
-from tuneline.estimates import Estimate
-from tuneline.fits import gib
-from tuneline.gc import Item
-from tuneline.memory import Memory
-from tuneline.plan import PlanRow
-from tuneline.protocol import Event
-from tuneline.runs import StageRecord
+from tuneline.estimates.estimate import Estimate
+from tuneline.estimates.fit import gib
+from tuneline.estimates.memory import Memory
+from tuneline.planning.gc import Item
+from tuneline.planning.plan import PlanRow
+from tuneline.workspace.protocol import Event
+from tuneline.workspace.runs import StageRecord
 
 if TYPE_CHECKING:
     from flows.deploy import Row  # which imports Prefect; `plan` does not

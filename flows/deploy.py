@@ -16,9 +16,9 @@ from prefect.client.orchestration import get_client
 from flows.deploy_server import Server, told_errors
 from flows.waiting import nobody
 from flows.wanted import RUN_STAGE, TAG, Item, What, file_tag, wanted
+from tuneline.config.load import Loaded
+from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem
-from tuneline.load import Loaded
-from tuneline.source import Keys, dotted
 
 LEAVING = ("automation", "deployment", "queue", "pool")  # a pool goes once its deployments have gone
 

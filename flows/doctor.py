@@ -25,15 +25,15 @@ from flows import api, lasting
 from flows.server import connect
 from flows.slots import visible_gpus
 from tuneline import disk
-from tuneline.data_sources import HubSource
+from tuneline.config.load import Loaded
+from tuneline.config.pools import KubernetesPool, ProcessPool
+from tuneline.config.spec import DatasetStage, ModelStage
 from tuneline.errors import ConfigError, Problem, StoreError
-from tuneline.load import Loaded
+from tuneline.kinds.sources import HubSource
+from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.paths import placed
-from tuneline.pools import KubernetesPool, ProcessPool
-from tuneline.runtimes import find_runtime
-from tuneline.spec import DatasetStage, ModelStage
-from tuneline.stages import ProgramStage, Stage
-from tuneline.store import Store
+from tuneline.workspace.runtimes import find_runtime
+from tuneline.workspace.store import Store
 
 Status = Literal["ok", "warning", "problem"]
 OK: Status = "ok"

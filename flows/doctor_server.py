@@ -15,10 +15,10 @@ from packaging.version import Version
 
 from flows import lasting
 from flows.doctor import OK, PROBLEM, WARNING, Diagnosis
+from tuneline.config.load import Loaded
+from tuneline.config.pools import ProcessPool
 from tuneline.errors import StoreError
-from tuneline.load import Loaded
-from tuneline.pools import ProcessPool
-from tuneline.runs import RunRecord, Runs
+from tuneline.workspace.runs import RunRecord, Runs
 
 STUCK = timedelta(minutes=15)  # a worker takes seconds from Pending to Running; a big image may take minutes
 LATE = timedelta(minutes=2)  # after which a run that is due should have started

@@ -3,7 +3,7 @@
     <work>/forced.json   the run in Prefect that began, and whether it failed since; gone with the folder once the artifact is published
 
 A run that is killed or cancelled and called again, or tried again by Prefect (Retry), is the same force: it resumes. One that failed
-and is called again is another: it begins at step 0. What a force has built already, `tuneline.runs.Runs.paid` knows.
+and is called again is another: it begins at step 0. What a force has built already, `tuneline.workspace.runs.Runs.paid` knows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from tuneline.runs import RunRecord
+from tuneline.workspace.runs import RunRecord
 
 
 def begin(work: Path, record: RunRecord, tried: bool) -> None:

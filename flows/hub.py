@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from tuneline.errors import StageFailed
-from tuneline.hub_cache import COMMIT, HubCache, cache_folder, cached_commit, cached_file
+from tuneline.workspace.hub_cache import COMMIT, HubCache, cache_folder, cached_commit, cached_file
 
 
 class Hub(HubCache):

@@ -14,8 +14,8 @@ from pathlib import Path
 from flows import lasting, workers
 from flows.server import answers
 from tuneline import PACKAGES_ROOT
+from tuneline.config.load import Loaded, load
 from tuneline.errors import ConfigError, StageFailed
-from tuneline.load import Loaded, load
 
 ROLE = "keeper"
 POLL_SECONDS = 2.0

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from tuneline.config.messages import nearest
 from tuneline.errors import ConfigError, Problem
-from tuneline.messages import nearest
-from tuneline.runs import RunRecord, StageRecord
-from tuneline.workspace import Workspace
+from tuneline.workspace.runs import RunRecord, StageRecord
+from tuneline.workspace.workspace import Workspace
 
 POLL_SECONDS = 0.3
 

@@ -25,7 +25,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
 from prefect.states import Completed
 
-from tuneline.spec import Pipeline
+from tuneline.config.spec import Pipeline
 
 LATE = 600  # seconds, after which a run counts as missed where `catch_up` is `none`
 SKIPPED = "Skipped"

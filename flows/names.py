@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from tuneline.config.load import load
+from tuneline.config.spec import Pipeline
 from tuneline.errors import TunelineError
-from tuneline.load import load
-from tuneline.runs import Runs
-from tuneline.spec import Pipeline
+from tuneline.workspace.runs import Runs
 
 
 def pipelines_of(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from flows.slots import Slots, visible_gpus
 from flows.supervisor import Supervisor, program_environment
+from tuneline.config.overrides import as_flags, as_overrides
 from tuneline.errors import ConfigError, Problem, StageFailed
-from tuneline.overrides import as_flags, as_overrides
-from tuneline.protocol import Failure, Request
-from tuneline.runs import RunRecord
-from tuneline.runtimes import find_runtime
-from tuneline.stages import ProgramStage, Resources
-from tuneline.workspace import Workspace
+from tuneline.kinds.stage import ProgramStage, Resources
+from tuneline.workspace.protocol import Failure, Request
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.runtimes import find_runtime
+from tuneline.workspace.workspace import Workspace
 
 POLL = 0.5  # seconds between looks at the shared folder
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from flows.names import stages_of
-from tuneline.load import Loaded, load
+from tuneline.config.load import Loaded, load
 
 FAILED, WRONG, REFUSED = 1, 2, 3
 EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": 130}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flows.report import duration
-from tuneline.protocol import Event
+from tuneline.workspace.protocol import Event
 
 
 class Pace:

@@ -38,15 +38,15 @@ from flows.stage import FAILED, stage_task
 from flows.supervisor import Supervisor
 from flows.this_run import NoReporter, Reporter, Run
 from tuneline import __version__
+from tuneline.config.load import load
+from tuneline.config.order import depends_on, in_order, planned, with_ancestors
+from tuneline.config.overrides import as_sets
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError, TunelineError
-from tuneline.fields import NAME
-from tuneline.load import load
-from tuneline.order import depends_on, in_order, planned, with_ancestors
-from tuneline.overrides import as_sets
+from tuneline.kinds.fields import NAME
 from tuneline.patches import patch
-from tuneline.plan import check_stages
-from tuneline.runs import RunRecord, Runs, RunState
-from tuneline.workspace import Workspace
+from tuneline.planning.plan import check_stages
+from tuneline.workspace.runs import RunRecord, Runs, RunState
+from tuneline.workspace.workspace import Workspace
 
 __all__ = ["REPORTER", "run_pipeline", "run_stage"]  # run_stage: the entrypoint of child deployments
 DEPLOYED = "TUNELINE_DEPLOYED"  # in the environment of a deployment's runs: the version of tuneline that made it

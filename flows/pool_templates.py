@@ -13,7 +13,7 @@ from typing import Any
 from prefect.workers.process import ProcessWorker
 
 from tuneline import PACKAGES_ROOT
-from tuneline.pools import AnyPool, DockerPool, KubernetesPool
+from tuneline.config.pools import AnyPool, DockerPool, KubernetesPool
 
 FOLDER = PACKAGES_ROOT / "infra" / "pools"
 

@@ -14,7 +14,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from flows.pace import Pace
-from tuneline.protocol import Event
+from tuneline.workspace.protocol import Event
 
 SECONDS = 2.0  # between two updates at the beginning: each is a request, and an event that the server keeps
 LINE_SECONDS = 30.0  # between two lines in the log

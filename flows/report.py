@@ -20,8 +20,8 @@ from flows.report_headline import facts, headline, trainings, verdicts
 from flows.report_models import columns, metric_rows, number, role_of, samples
 from flows.report_stage import Stage, between, stages_of
 from tuneline import __version__
-from tuneline.overrides import as_flags
-from tuneline.runs import RunRecord, Runs
+from tuneline.config.overrides import as_flags
+from tuneline.workspace.runs import RunRecord, Runs
 
 OF_REWARDS = {
     "frac_reward_zero_std": "share of groups without signal",

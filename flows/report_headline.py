@@ -8,8 +8,8 @@ from typing import Any
 
 from flows.report_models import LOWER_IS_BETTER, RIGHT, Cell, Column, metric_rows, number, role_of
 from flows.report_stage import Stage
-from tuneline.spec import STAGES
-from tuneline.trainings import Training
+from tuneline.config.spec import STAGES
+from tuneline.kinds.training import Training
 
 SHOWN = 3  # trainings that get a sentence
 SETTINGS = 12  # of a training's settings that are shown; the lineage has all

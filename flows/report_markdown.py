@@ -17,8 +17,8 @@ from flows.report_figures import Chart
 from flows.report_headline import headline
 from flows.report_models import Cell, columns, metric_rows, number
 from flows.report_stage import Stage, between, stages_of
-from tuneline.runs import PlannedStage, RunRecord, StageRecord
 from tuneline.secrets import masked
+from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database
 LONGEST_REPORT = 50_000  # of what the stage's program wrote for people

@@ -15,18 +15,18 @@ from typing import Any
 from flows.console import ConsoleReporter
 from flows.server import connect, embedded_server, find_server
 from flows.slots import visible_gpus
+from tuneline.config.order import depends_on, planned
+from tuneline.config.overrides import as_overrides
+from tuneline.config.spec import GateStage
+from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
-from tuneline.gate import judge, shown_metrics
-from tuneline.order import depends_on, planned
-from tuneline.overrides import as_overrides
-from tuneline.plan import PlanRow
-from tuneline.runs import RunRecord, StageRecord
-from tuneline.runtimes import find_runtime
-from tuneline.source import Keys, dotted
-from tuneline.spec import GateStage
-from tuneline.stages import ProgramStage
-from tuneline.store import Manifest
-from tuneline.workspace import Workspace
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.plan import PlanRow
+from tuneline.planning.verdict import judge, shown_metrics
+from tuneline.workspace.runs import RunRecord, StageRecord
+from tuneline.workspace.runtimes import find_runtime
+from tuneline.workspace.store import Manifest
+from tuneline.workspace.workspace import Workspace
 
 RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone
 BUSY_SECONDS = 120  # that a run waits to begin on a server that answers 503: SQLite under several runs at once does

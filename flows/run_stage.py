@@ -23,14 +23,14 @@ from flows.slots import Slots, visible_gpus
 from flows.stage import stage_task
 from flows.supervisor import Supervisor
 from flows.this_run import NoReporter, Run
+from tuneline.config.load import load
+from tuneline.config.order import planned
+from tuneline.config.overrides import as_sets
 from tuneline.errors import StageFailed
-from tuneline.load import load
-from tuneline.order import planned
-from tuneline.overrides import as_sets
-from tuneline.plan import input_slots
-from tuneline.runs import RunRecord
-from tuneline.store import Artifact
-from tuneline.workspace import Workspace
+from tuneline.planning.plan import input_slots
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.store import Artifact
+from tuneline.workspace.workspace import Workspace
 
 
 @flow(name=NAME)

@@ -24,8 +24,8 @@ from pathlib import Path
 from flows import api, lasting, migrated
 from flows.supervisor import WATCHDOG
 from tuneline import PACKAGES_ROOT, watchdog
+from tuneline.config.pools import interval
 from tuneline.errors import ConfigError, Problem, StageFailed
-from tuneline.pools import interval
 
 STARTUP_SECONDS = 180  # the first one's migrations took 22 s on two busy cores
 QUIET = {

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from uv import find_uv_bin
 
 from tuneline.errors import StageFailed
-from tuneline.runtimes import MARKER, RuntimeEnvironment
+from tuneline.workspace.runtimes import MARKER, RuntimeEnvironment
 
 
 def build(runtime: RuntimeEnvironment, say: Callable[[str], None]) -> None:

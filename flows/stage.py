@@ -28,14 +28,14 @@ from flows.slots import Taken
 from flows.this_run import Run
 from tuneline import disk
 from tuneline.canonical import key_of
+from tuneline.config.spec import GateStage, ModelStage
 from tuneline.errors import StageFailed, StageStopped, StoreError, TunelineError
-from tuneline.gate import judge
-from tuneline.inputs import hub_inputs
-from tuneline.plan import document_of, input_slots
-from tuneline.reference import REFERENCE, point
-from tuneline.spec import GateStage, ModelStage
-from tuneline.stages import ProgramStage, Stage
-from tuneline.store import Artifact
+from tuneline.kinds.stage import ProgramStage, Stage
+from tuneline.planning.inputs import hub_inputs
+from tuneline.planning.plan import document_of, input_slots
+from tuneline.planning.verdict import judge
+from tuneline.workspace.reference import REFERENCE, point
+from tuneline.workspace.store import Artifact
 
 PASSED = "passed"  # what a gate hands on
 FAILED = "Failed: "  # a state's name, before the class of the failure

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tuneline.config.json_schema import json_schema
 from tuneline.errors import ConfigError, Problem
-from tuneline.json_schema import json_schema
 
 STARTER = """\
 # yaml-language-server: $schema=.tuneline/schema.json

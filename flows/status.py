@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from flows.pace import Pace
-from tuneline.protocol import Event
-from tuneline.runs import RunRecord, StageRecord
-from tuneline.workspace import Workspace
+from tuneline.workspace.protocol import Event
+from tuneline.workspace.runs import RunRecord, StageRecord
+from tuneline.workspace.workspace import Workspace
 
 SHOWN = 50  # runs of the server, those in progress first
 

@@ -23,8 +23,8 @@ from pydantic import ValidationError
 
 from tuneline import PACKAGES_ROOT, watchdog
 from tuneline.errors import StageFailed
-from tuneline.protocol import Event
 from tuneline.secrets import mask_file, masked
+from tuneline.workspace.protocol import Event
 
 WATCHDOG = Path(watchdog.__file__)
 POLL = 0.2  # seconds between looks at events and the clock

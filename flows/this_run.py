@@ -17,13 +17,13 @@ from flows.hub import resolve_commit
 from flows.report_markdown import stage_report
 from flows.slots import Slots
 from flows.supervisor import Supervisor
-from tuneline.gate import shown_metrics
-from tuneline.inputs import ResolvedInputs, resolve
-from tuneline.protocol import Event
-from tuneline.runs import RunRecord, StageRecord, StageStatus
-from tuneline.stages import ProgramStage, Stage
-from tuneline.store import Artifact, Manifest
-from tuneline.workspace import Workspace
+from tuneline.kinds.stage import ProgramStage, Stage
+from tuneline.planning.inputs import ResolvedInputs, resolve
+from tuneline.planning.verdict import shown_metrics
+from tuneline.workspace.protocol import Event
+from tuneline.workspace.runs import RunRecord, StageRecord, StageStatus
+from tuneline.workspace.store import Artifact, Manifest
+from tuneline.workspace.workspace import Workspace
 
 
 class Reporter(Protocol):

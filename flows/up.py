@@ -16,8 +16,8 @@ from pathlib import Path
 
 from flows import api, keeper, lasting, migrated, workers
 from flows.server import DATABASE, answers, kept, loopback_without_proxy, server_command, wait_for_health
+from tuneline.config.load import Loaded
 from tuneline.errors import ConfigError, Problem, StageFailed
-from tuneline.load import Loaded
 from tuneline.watchdog import descendants
 
 PORT = 4200

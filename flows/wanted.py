@@ -24,12 +24,12 @@ import flows.pipeline
 from flows.pipeline import DEPLOYED
 from flows.pool_templates import base_job_template
 from tuneline import __version__
+from tuneline.config.load import Loaded
+from tuneline.config.pools import Schedule, interval
+from tuneline.config.spec import Pipeline
+from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem
-from tuneline.load import Loaded
-from tuneline.pools import Schedule, interval
-from tuneline.source import Keys, dotted
-from tuneline.spec import Pipeline
-from tuneline.stages import ProgramStage
+from tuneline.kinds.stage import ProgramStage
 
 HEARTBEAT_SECONDS = 60  # Prefect's least is 30, its default 180
 LOST_SECONDS = 3 * HEARTBEAT_SECONDS

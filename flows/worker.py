@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from flows.api import ask
 from flows.server import QUIET, connect
+from tuneline.config.load import Loaded
+from tuneline.config.messages import nearest
 from tuneline.errors import ConfigError, Problem
-from tuneline.load import Loaded
-from tuneline.messages import nearest
 
 LIBRARIES = {"docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}  # process workers are Prefect's own
 

@@ -14,9 +14,9 @@ from flows.doctor import gpus_asked
 from flows.server import DATABASE, QUIET, tail
 from flows.slots import visible_gpus
 from flows.worker import heartbeat, worker_command
+from tuneline.config.load import Loaded
+from tuneline.config.pools import ProcessPool
 from tuneline.errors import StageFailed
-from tuneline.load import Loaded
-from tuneline.pools import ProcessPool
 
 START_SECONDS = 120  # until a worker has told the server of itself; 5 s on two idle cores
 END_SECONDS = 10.0

@@ -16,8 +16,13 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneline import data_sources, engines, fields, pools, rewards, spec, stages, trainings
-from tuneline.json_schema import json_schema
+from tuneline.config import pools, spec
+from tuneline.config.json_schema import json_schema
+from tuneline.kinds import engine as engines
+from tuneline.kinds import fields, rewards
+from tuneline.kinds import sources as data_sources
+from tuneline.kinds import stage as stages
+from tuneline.kinds import training as trainings
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
@@ -44,7 +49,7 @@ PARTS = (
 HEAD = """\
 # pipelines.yaml: every kind and field
 
-Generated from `tuneline/spec.py` and `tuneline/data_sources.py` by `make docs`; `make lint` checks it.
+Generated from `tuneline/config/spec.py` and `tuneline/kinds/sources.py` by `make docs`; `make lint` checks it.
 The same as a JSON Schema: `tuneline schema`.
 
 A file has `version: 1` and `pipelines:`; each pipeline has `stages:`, each stage a `kind`. A field that takes a *stage* holds

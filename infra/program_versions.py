@@ -25,8 +25,8 @@ from pydantic import BaseModel, TypeAdapter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the `tuneline` beside this script, wherever another one is installed
 
-from tuneline.keys import HOW, PINNED_BY_COMMIT  # noqa: E402
-from tuneline.spec import STAGES  # noqa: E402
+from tuneline.config.spec import STAGES  # noqa: E402
+from tuneline.planning.keys import HOW, PINNED_BY_COMMIT  # noqa: E402
 
 VERSIONS = ROOT / "tasks" / "versions.json"
 Defaults = dict[str, Any]

@@ -19,7 +19,7 @@ from tasks.noise import silence
 from tasks.packages import hidden, hide, import_program
 from tuneline import disk
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Failure, Request
+from tuneline.workspace.protocol import Events, Failure, Request
 
 PROGRAMS = {
     "model": "tasks.model",

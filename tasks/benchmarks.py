@@ -19,10 +19,10 @@ from tasks import sandbox
 from tasks.code_benchmark import NAME as HUMAN_EVAL
 from tasks.code_benchmark import human_eval
 from tasks.scoring import TAIL, Report, Sample
-from tuneline.benchmarks import CODE, READERS, Data
+from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Request
-from tuneline.spec import EvaluateStage
+from tuneline.workspace.benchmarks import CODE, READERS, Data
+from tuneline.workspace.protocol import Events, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
             manager = TaskManager(include_path=str(folder) if folder else None)  # 12 s: it reads 15000 files
         for i, name in enumerate(stage.benchmarks):
             if name not in manager.all_tasks and name != HUMAN_EVAL:
-                from tuneline.messages import nearest
+                from tuneline.config.messages import nearest
 
                 hint = nearest(name, manager.all_tasks) or "`python -m lm_eval ls tasks` lists them; your own need include_path"
                 raise StageFailed("config", f"benchmarks.{i}: found `{name}`, allowed names of lm-eval's tasks", hint)

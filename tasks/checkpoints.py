@@ -19,12 +19,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from tasks import methods, universal
 from tasks.training import adapter_tensors
-from tuneline import checkpoints
-from tuneline.checkpoints import MARKER, REPLICATED, in_order
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Request
-from tuneline.stages import Resources
-from tuneline.store import sync
+from tuneline.kinds.stage import Resources
+from tuneline.workspace import checkpoints
+from tuneline.workspace.checkpoints import MARKER, REPLICATED, in_order
+from tuneline.workspace.protocol import Events, Request
+from tuneline.workspace.store import sync
 
 ADAPTER = "adapter_model.safetensors"
 WHOLE = "model.safetensors"

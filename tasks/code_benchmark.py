@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks.sandbox import Outcome, run_all
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events
+from tuneline.workspace.protocol import Events
 
 NAME = "human_eval"
 # The only problems that are scored, so that this program's VERSION, which is in the key, tells which they are.

@@ -4,7 +4,7 @@
 
 A chunk is cut where the outermost node begins: between definitions before between statements, and inside of a statement
 only where nothing else fits. What stands right above a node (comments, attributes) goes with it. Languages that no grammar is
-installed for are cut at empty lines, then at any line. Which files are read is not decided here (`tuneline.source_tree`).
+installed for are cut at empty lines, then at any line. Which files are read is not decided here (`tuneline.trees.select`).
 
 Left out on purpose: overlapping chunks (they would put held-out lines into training), the suffix-prefix-middle order, and
 chunks that hold special tokens of the model as text, because a tokenizer would take them for the real ones.
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import special_tokens
 from tasks.rows import Row, content_hash
-from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
-from tuneline.protocol import Tree
+from tuneline.kinds.sources import CodeSource
+from tuneline.workspace.protocol import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

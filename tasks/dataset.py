@@ -25,10 +25,10 @@ from tasks.rows import SPLITS, Row, content_hash, row_count, seldom_collected, t
 from tasks.sources import Counts, Item, drop, read_source
 from tasks.unrendered import HINT, unrendered
 from tasks.values import BadRow
-from tuneline.data_sources import CodeSource
+from tuneline.config.spec import DatasetStage, Split
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Request, Result
-from tuneline.spec import DatasetStage, Split
+from tuneline.kinds.sources import CodeSource
+from tuneline.workspace.protocol import Events, Request, Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

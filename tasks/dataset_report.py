@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tasks.masks import Tokens, sequences
 from tasks.rows import SPLITS, Row, read_rows
 from tasks.sources import AnySource, Counts, Item
-from tuneline.data_sources import CodeSource, FilesSource, HubSource
-from tuneline.protocol import Events
-from tuneline.spec import DatasetStage
+from tuneline.config.spec import DatasetStage
+from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
+from tuneline.workspace.protocol import Events
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

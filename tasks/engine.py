@@ -25,8 +25,8 @@ from typing import Any, Literal
 from safetensors import safe_open
 
 from tasks.engine_server import Server
-from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
+from tuneline.kinds.engine import EngineSettings
 
 BASE = "base"  # the model itself, among the names of adapters
 ADAPTERS = 2  # at the same time: a new one is loaded before the old one is dropped

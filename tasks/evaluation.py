@@ -29,9 +29,9 @@ from tasks.rows import Row, read_split
 from tasks.scoring import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
 from tasks.thoughts import said
 from tasks.unrendered import complete, lost_in_asking
+from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request, Result
-from tuneline.spec import EvaluateStage
+from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

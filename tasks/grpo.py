@@ -25,10 +25,10 @@ from tasks.rendering import check_end, ends, render_text
 from tasks.rewards import check_rows, reward_functions
 from tasks.rows import Row, read_split
 from tasks.unrendered import complete, lost_in_asking
-from tuneline.architectures import reach
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request, Result
-from tuneline.trainings import GrpoStage
+from tuneline.estimates.architectures import reach
+from tuneline.kinds.training import GrpoStage
+from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
     from datasets import Dataset

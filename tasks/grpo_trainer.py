@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler
 from tasks.masks import in_the_order_of
 from tasks.rows import Row
 from tasks.thoughts import said, written
-from tuneline.protocol import Events
+from tuneline.workspace.protocol import Events
 
 SHOWN_STEPS = 20  # steps of a training of which a completion is told as an event
 TAIL = 400  # characters of a prompt kept with each completion

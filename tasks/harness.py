@@ -20,7 +20,7 @@ from tasks.padding import padding_matters, takes_cache
 from tasks.rendering import ends
 from tasks.thoughts import written
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events
+from tuneline.workspace.protocol import Events
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,11 +24,11 @@ from tasks.engine import BASE, OUTPUT, Engine, modules_of
 from tasks.gptq import is_gptq
 from tasks.harness import LanguageModel
 from tasks.loading import model_folder, runs_code
-from tuneline.engines import EngineSettings
+from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.engine import EngineSettings
 from tuneline.patches import patch
-from tuneline.protocol import Events, Input, Request
-from tuneline.spec import EvaluateStage
+from tuneline.workspace.protocol import Events, Input, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

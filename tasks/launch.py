@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneline.protocol import Events, Failure, Request
-from tuneline.stages import Resources
+from tuneline.kinds.stage import Resources
+from tuneline.workspace.protocol import Events, Failure, Request
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

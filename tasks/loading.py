@@ -14,11 +14,11 @@ from tasks.gptq import is_gptq, load_dense
 from tasks.older_readers import make_tokenizer_readable, readable_config
 from tasks.rendering import ends
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request
-from tuneline.reference import REFERENCE
-from tuneline.reference import folder_of as model_folder
-from tuneline.stages import ComputingStage
-from tuneline.store import CHANGED, Store, digest, sha256
+from tuneline.kinds.stage import ComputingStage
+from tuneline.workspace.protocol import Events, Input, Request
+from tuneline.workspace.reference import REFERENCE
+from tuneline.workspace.reference import folder_of as model_folder
+from tuneline.workspace.store import CHANGED, Store, digest, sha256
 
 if TYPE_CHECKING:
     import torch

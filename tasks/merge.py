@@ -41,9 +41,9 @@ from tasks.loading import (
 )
 from tasks.masks import prompt_ids
 from tasks.rows import Row
+from tuneline.config.spec import MergeStage
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request, Result
-from tuneline.spec import MergeStage
+from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
     import torch

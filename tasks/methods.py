@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from tasks.loading import compute_type, device, model_folder
 from tasks.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
+from tuneline.kinds.training import SftStage
 from tuneline.patches import patch
-from tuneline.protocol import Input
-from tuneline.trainings import SftStage
+from tuneline.workspace.protocol import Input
 
 if TYPE_CHECKING:
     import torch

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 from tasks.loading import CODE, save_tokenizer, template_hash, write_json
 from tasks.older_readers import readable_config
 from tasks.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
+from tuneline.config.spec import ModelStage
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
-from tuneline.protocol import Events, Request, Result
-from tuneline.reference import REFERENCE, point
-from tuneline.spec import ModelStage
+from tuneline.workspace.protocol import Events, Request, Result
+from tuneline.workspace.reference import REFERENCE, point
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def from_gguf(file: Path, payload: Path) -> None:
 
 
 def write_reference(folder: Path, payload: Path, code: bool) -> None:
-    """reference.json says what the model is, location.json where it lies: see `tuneline.reference`."""
+    """reference.json says what the model is, location.json where it lies: see `tuneline.workspace.reference`."""
     entries = []
     for file in kept_files(folder, code):
         with file.open("rb") as content:

@@ -16,12 +16,12 @@ from types import ModuleType
 
 from tasks.gptq import quantization
 from tasks.loading import runs_code
-from tuneline.protocol import Input, Request
-from tuneline.reference import folder_of as model_folder
-from tuneline.rewards import FunctionReward
-from tuneline.spec import DatasetStage, EvaluateStage, ModelStage, QuantizeStage
-from tuneline.stages import ProgramStage
-from tuneline.trainings import GrpoStage, SftStage
+from tuneline.config.spec import DatasetStage, EvaluateStage, ModelStage, QuantizeStage
+from tuneline.kinds.rewards import FunctionReward
+from tuneline.kinds.stage import ProgramStage
+from tuneline.kinds.training import GrpoStage, SftStage
+from tuneline.workspace.protocol import Input, Request
+from tuneline.workspace.reference import folder_of as model_folder
 
 LARGE = ("bitsandbytes", "deepspeed", "gptqmodel", "torch", "torchao")
 LAYERS = "transformers.modeling_layers"  # which imports what all models are made of

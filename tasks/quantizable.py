@@ -17,9 +17,9 @@ from tasks.experts import expert_tensors
 from tasks.gptq import quantization
 from tasks.loading import model_folder, runs_code
 from tasks.weights import read_header, weight_files
+from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input
-from tuneline.spec import QuantizeStage
+from tuneline.workspace.protocol import Input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -39,10 +39,10 @@ from tasks.older_readers import make_tokenizer_readable
 from tasks.quantizable import Quantizable, block_count, headers, quantizable
 from tasks.rows import Row, read_split
 from tasks.weights import INDEX, weight_files
+from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
-from tuneline.protocol import Events, Input, Request, Result
-from tuneline.spec import QuantizeStage
+from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
     import torch

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.loading import compute_type
 from tasks.weights import INDEX, weight_files
+from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
 from tuneline.patches import patch
-from tuneline.spec import QuantizeStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

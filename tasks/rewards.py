@@ -26,7 +26,7 @@ from tasks.reward_file import load_function, required_columns
 from tasks.rows import Row
 from tasks.scoring import TAIL, exact_match, said, task_score
 from tuneline.errors import StageFailed
-from tuneline.rewards import (
+from tuneline.kinds.rewards import (
     AnyReward,
     ExactMatchReward,
     FormatReward,

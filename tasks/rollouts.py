@@ -28,10 +28,10 @@ from tasks.engine import BASE, Completion, Engine
 from tasks.loading import compute_type, model_folder
 from tasks.targets import Targets
 from tasks.training import adapter_tensors, save_adapter
-from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Request
-from tuneline.trainings import GrpoStage
+from tuneline.kinds.engine import EngineSettings
+from tuneline.kinds.training import GrpoStage
+from tuneline.workspace.protocol import Events, Request
 
 if TYPE_CHECKING:
     from tasks.grpo_trainer import AdapterTrainer

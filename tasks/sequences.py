@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 from tasks.batches import lengths, longest_first
 from tuneline.errors import StageFailed
-from tuneline.stages import Resources
+from tuneline.kinds.stage import Resources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

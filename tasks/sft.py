@@ -32,10 +32,10 @@ from tasks.masks import IGNORED, sequences
 from tasks.rendering import check_end
 from tasks.rows import Row, read_split
 from tasks.unrendered import complete, lost_in_training
-from tuneline.architectures import reach
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request, Result
-from tuneline.trainings import SftStage
+from tuneline.estimates.architectures import reach
+from tuneline.kinds.training import SftStage
+from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
     import torch

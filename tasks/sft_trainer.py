@@ -19,8 +19,8 @@ from trl import SFTTrainer
 from tasks.batches import LongestFirst, lengths, longest_first
 from tasks.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
+from tuneline.kinds.stage import Resources
 from tuneline.patches import patch
-from tuneline.stages import Resources
 
 
 class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]

@@ -18,9 +18,9 @@ from tasks.formats import KNOWN, detect, to_row
 from tasks.readers import Records, file_records, plain
 from tasks.rows import Row
 from tasks.values import BadRow, describe, readable
-from tuneline.data_sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Request
+from tuneline.kinds.sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
+from tuneline.workspace.protocol import Events, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tasks.loading import load_model
-from tuneline.checkpoints import processes
 from tuneline.errors import StageFailed
+from tuneline.kinds.stage import Resources
 from tuneline.patches import patch
-from tuneline.protocol import Input
-from tuneline.stages import Resources
+from tuneline.workspace.checkpoints import processes
+from tuneline.workspace.protocol import Input
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, TrainingArguments

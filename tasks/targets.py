@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tasks.experts import expert_tensors, shape_of
 from tuneline.errors import StageFailed
-from tuneline.trainings import Lora
+from tuneline.kinds.training import Lora
 
 ALL = "all-linear"
 TOLD = 0.01  # share of the weights beside embeddings and head, from which on it is told that `all-linear` leaves some out

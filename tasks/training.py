@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from tasks import strategies
 from tasks.loading import check_loaded, compute_type
 from tasks.targets import Targets, check_form, lora_config, meant_by
-from tuneline.checkpoints import FOLDER
 from tuneline.errors import StageFailed
+from tuneline.kinds.training import Lora, Training
 from tuneline.patches import patch
-from tuneline.protocol import Events, Input, Request
-from tuneline.trainings import Lora, Training
+from tuneline.workspace.checkpoints import FOLDER
+from tuneline.workspace.protocol import Events, Input, Request
 
 SHOWN_ROWS = 16  # of a step that went wrong
 RECENT = 10  # steps whose mean is a training's final loss

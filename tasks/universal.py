@@ -2,7 +2,7 @@
 
 Each process wrote its part of the optimizer's states; DeepSpeed's own converter puts them together by parameter (arXiv:2406.18820),
 and each process of now takes its part of that. What is converted is needed only while it is read: it lies in a folder of its own, made
-anew each time, so that what a kill leaves there counts for nothing. Left out: from ZeRO-3 to the others and back (`tuneline.checkpoints`).
+anew each time, so that what a kill leaves there counts for nothing. Left out: from ZeRO-3 to the others and back (`tuneline.workspace.checkpoints`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tuneline import checkpoints
+from tuneline.kinds.stage import Resources
 from tuneline.patches import patch
-from tuneline.stages import Resources
+from tuneline.workspace import checkpoints
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

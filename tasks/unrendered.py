@@ -16,7 +16,7 @@ from tasks.rendering import QUESTION, called, conversation, form, render_text, t
 from tasks.rows import THOUGHTS, Row
 from tasks.scoring import TAGS, said
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events
+from tuneline.workspace.protocol import Events
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from load_tools import GOOD, load_text
 
+from tuneline.config.load import load
+from tuneline.config.messages import FORMS
+from tuneline.config.schedules import check_schedules
+from tuneline.config.spec import Spec
+from tuneline.config.yaml_source import MAX_BYTES, parse, read
 from tuneline.errors import ConfigError
-from tuneline.load import load
-from tuneline.messages import FORMS
-from tuneline.schedules import check_schedules
-from tuneline.source import MAX_BYTES, parse, read
-from tuneline.spec import Spec
 
 POOLED = """\
 pools: {gpu: {type: process, queues: {interactive: {priority: 1}, nightly: {priority: 10}}}}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from plan_tools import planned
 
-from tuneline.checkpoints import MARKER, Checkpoint, layout, newest
-from tuneline.load import load
-from tuneline.plan import PlanRow, plan, refusals
-from tuneline.stages import Resources
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.kinds.stage import Resources
+from tuneline.planning.plan import PlanRow, plan, refusals
+from tuneline.workspace.checkpoints import MARKER, Checkpoint, layout, newest
+from tuneline.workspace.workspace import Workspace
 
 KEY = "a" * 64
 ZERO = {"strategy": "zero2", "processes": 2}

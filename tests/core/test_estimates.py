@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_tools import build, planned
 
-from tuneline import fits
-from tuneline.architectures import Architecture, architecture_of, reach, read
-from tuneline.checkpoints import Checkpoint
-from tuneline.estimates import Estimate, disk_of, estimates
-from tuneline.load import load
-from tuneline.memory import Job
-from tuneline.plan import plan
-from tuneline.spec import STAGES
-from tuneline.trainings import SftStage, Training
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.config.spec import STAGES
+from tuneline.estimates import fit as fits
+from tuneline.estimates.architectures import Architecture, architecture_of, reach, read
+from tuneline.estimates.estimate import Estimate, disk_of, estimates
+from tuneline.estimates.memory import Job
+from tuneline.kinds.training import SftStage, Training
+from tuneline.planning.plan import plan
+from tuneline.workspace.checkpoints import Checkpoint
+from tuneline.workspace.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 GB, GIB = 10**9, 1 << 30

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from tuneline.config.load import load
+from tuneline.config.spec import EvaluateStage
 from tuneline.errors import ConfigError
-from tuneline.keys import key_document
-from tuneline.load import load
-from tuneline.spec import EvaluateStage
+from tuneline.planning.keys import key_document
 
 STAGE: dict[str, Any] = {"kind": "evaluate", "model": "base", "benchmarks": ["arc_easy"]}
 FILE = """\

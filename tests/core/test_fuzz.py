@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from tuneline.canonical import canonical
+from tuneline.config.json_schema import json_schema
+from tuneline.config.load import Loaded, check
+from tuneline.config.order import depends_on, in_order
+from tuneline.config.spec import Spec
+from tuneline.config.yaml_source import Source, parse, read
 from tuneline.errors import ConfigError, Problem
-from tuneline.json_schema import json_schema
-from tuneline.keys import key_document
-from tuneline.load import Loaded, check
-from tuneline.order import depends_on, in_order
-from tuneline.source import Source, parse, read
-from tuneline.spec import Spec
-from tuneline.stages import ProgramStage
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.keys import key_document
 
 HERE = Path(__file__).resolve().parent
 FILES = {"shipped": HERE.parents[1] / "pipelines.yaml", "every field": HERE / "every_field.yaml"}

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from tuneline.config.load import load
+from tuneline.config.spec import EvaluateStage, GateStage, MergeStage
 from tuneline.errors import ConfigError
-from tuneline.gate import judge, shown_metrics
-from tuneline.load import load
-from tuneline.spec import EvaluateStage, GateStage, MergeStage
-from tuneline.store import Manifest
+from tuneline.planning.verdict import judge, shown_metrics
+from tuneline.workspace.store import Manifest
 
 METRICS = {"a": {"m": 0.7, "m_stderr": 0.01}, "b": {"m": 0.4}, "c": {"other": 1.0}}
 MERGES = dict.fromkeys(METRICS, MergeStage(kind="merge", adapters=("x",)))

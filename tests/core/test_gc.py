@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_disk import small_disk
 
+from tuneline.config.load import load
 from tuneline.errors import ConfigError, StoreError
-from tuneline.gc import Item, Policy, age, collect
-from tuneline.load import load
-from tuneline.runs import RunRecord, RunState, StageRecord
-from tuneline.store import Base, Manifest, Store
-from tuneline.workspace import Workspace
+from tuneline.planning.gc import Item, Policy, age, collect
+from tuneline.workspace.runs import RunRecord, RunState, StageRecord
+from tuneline.workspace.store import Base, Manifest, Store
+from tuneline.workspace.workspace import Workspace
 
 FILE = "version: 1\npipelines: {p: {stages: {d: {kind: dataset, sources: [{type: files, path: none.jsonl}]}}}}\n"
 
@@ -153,7 +153,7 @@ def test_a_pipeline_that_is_running_is_left_alone(house: House) -> None:
 
 
 def test_what_the_file_of_today_takes_is_kept_without_any_run(house: House) -> None:
-    from tuneline.plan import plan
+    from tuneline.planning.plan import plan
 
     (house.root / "none.jsonl").write_text("x")
     (house.root / "python").write_text("#!/bin/sh\nexec " + os.sys.executable + ' "$@"\n')  # type: ignore[attr-defined]
@@ -294,7 +294,7 @@ def test_a_kill_in_the_middle_leaves_whole_artifacts_only(house: House, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tuneline.gc.shutil.rmtree", killed)
+        patch.setattr("tuneline.planning.gc.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             house.collect()
     assert all(house.store.verify(folder) is None for folder in house.store.artifacts())

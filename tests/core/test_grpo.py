@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from tuneline.config.load import load
 from tuneline.errors import ConfigError
-from tuneline.keys import key_document
-from tuneline.load import load
-from tuneline.stages import ProgramStage
-from tuneline.trainings import GrpoStage
+from tuneline.kinds.stage import ProgramStage
+from tuneline.kinds.training import GrpoStage
+from tuneline.planning.keys import key_document
 
 STAGE: dict[str, Any] = {"kind": "grpo", "model": "base", "dataset": "data", "rewards": [{"type": "exact_match"}]}
 FILE = """\

@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
-from tuneline import file_memory, licenses, source_tree
-from tuneline.data_sources import CodeSource
-from tuneline.file_memory import FileMemory, Look, Reading
-from tuneline.inputs import SHA256, ResolvedInputs, _of_folder, resolve
-from tuneline.load import load
-from tuneline.plan import plan
-from tuneline.source_tree import select
-from tuneline.stages import ProgramStage
-from tuneline.store import sha256
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.kinds.sources import CodeSource
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.inputs import SHA256, ResolvedInputs, _of_folder, resolve
+from tuneline.planning.plan import plan
+from tuneline.trees import file_memory, licenses
+from tuneline.trees import select as source_tree
+from tuneline.trees.file_memory import FileMemory, Look, Reading
+from tuneline.trees.select import select
+from tuneline.workspace.store import sha256
+from tuneline.workspace.workspace import Workspace
 
 PIPELINE = """version: 1
 pipelines:
@@ -262,7 +263,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_noticed(folder: Path, monkeyp
             file.write_text("[]")
         return digest
 
-    monkeypatch.setattr("tuneline.inputs.SHA256", replace(SHA256, of=writes_meanwhile))
+    monkeypatch.setattr("tuneline.planning.inputs.SHA256", replace(SHA256, of=writes_meanwhile))
     before = resolved(folder)["code"]
     monkeypatch.undo()
     assert not before.unchanged()

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneline.keys import LIBRARIES, QLORA_LIBRARIES
-from tuneline.runtimes import _locked
+from tuneline.planning.keys import LIBRARIES, QLORA_LIBRARIES
+from tuneline.workspace.runtimes import _locked
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = "".join((ROOT / "infra" / "runtimes" / f"{name}.txt").read_text() for name in ("torch", "quantize"))

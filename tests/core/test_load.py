@@ -9,13 +9,13 @@ import pytest
 from load_tools import GOOD, load_text
 
 from tuneline.canonical import key_of
+from tuneline.config.load import check, load
+from tuneline.config.order import in_order, with_ancestors
+from tuneline.config.yaml_source import parse
 from tuneline.errors import ConfigError
-from tuneline.keys import key_document
-from tuneline.load import check, load
-from tuneline.order import in_order, with_ancestors
-from tuneline.plan import plan
-from tuneline.source import parse
-from tuneline.workspace import Workspace
+from tuneline.planning.keys import key_document
+from tuneline.planning.plan import plan
+from tuneline.workspace.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 

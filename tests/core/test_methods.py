@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tuneline.canonical import key_of
+from tuneline.config.load import load
+from tuneline.config.spec import STAGES
 from tuneline.errors import ConfigError
-from tuneline.inputs import libraries_of
-from tuneline.keys import key_document
-from tuneline.load import load
-from tuneline.spec import STAGES
-from tuneline.stages import ProgramStage
-from tuneline.workspace import Workspace
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.inputs import libraries_of
+from tuneline.planning.keys import key_document
+from tuneline.workspace.workspace import Workspace
 
 FILE = """\
 version: 1

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from plan_tools import PIPELINES, build, planned, publish
 
-from tuneline import file_memory
 from tuneline.canonical import canonical, key_of
+from tuneline.config.load import load
 from tuneline.errors import ConfigError
-from tuneline.hub_cache import HubCache
-from tuneline.load import load
-from tuneline.plan import PlanRow, plan, unpinned
-from tuneline.stages import ComputingStage
-from tuneline.workspace import Workspace
+from tuneline.kinds.stage import ComputingStage
+from tuneline.planning.plan import PlanRow, plan, unpinned
+from tuneline.trees import file_memory
+from tuneline.workspace.hub_cache import HubCache
+from tuneline.workspace.workspace import Workspace
 
 
 def reasons(rows: dict[str, PlanRow]) -> dict[str, list[str]]:
@@ -144,7 +144,7 @@ def test_missing_corrupt_and_forced_are_told_apart(folder: Path) -> None:
 
 def test_a_new_version_of_a_program_or_library_is_the_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(folder)
-    monkeypatch.setattr("tuneline.plan.program_version", lambda kind: 99 if kind == "merge" else 1)
+    monkeypatch.setattr("tuneline.planning.plan.program_version", lambda kind: 99 if kind == "merge" else 1)
     lock = folder / "torch.txt"
     lock.write_text("torch==9.0\n")
     (folder / "pipelines.yaml").write_text(PIPELINES.replace("pipelines:", "runtimes: {new: {lock: torch.txt}}\npipelines:", 1))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import ConfigError, StageFailed
-from tuneline.reference import folder_of, point
-from tuneline.runtimes import RuntimeEnvironment
-from tuneline.store import Store
+from tuneline.workspace.reference import folder_of, point
+from tuneline.workspace.runtimes import RuntimeEnvironment
+from tuneline.workspace.store import Store
 
 
 @pytest.fixture

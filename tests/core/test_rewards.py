@@ -9,10 +9,10 @@ from load_tools import GOOD, load_text
 
 from tuneline.canonical import key_of
 from tuneline.errors import ConfigError
-from tuneline.fields import OutsideFile, annotated_values
-from tuneline.keys import key_document
-from tuneline.rewards import FunctionReward
-from tuneline.trainings import GrpoStage
+from tuneline.kinds.fields import OutsideFile, annotated_values
+from tuneline.kinds.rewards import FunctionReward
+from tuneline.kinds.training import GrpoStage
+from tuneline.planning.keys import key_document
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = "exact_match, math_equal, format, reasoning_gym, length, python_tests, function"

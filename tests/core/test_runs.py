@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneline.runs import SCHEMA, Runs, StageRecord
+from tuneline.workspace.runs import SCHEMA, Runs, StageRecord
 
 
 def killed_run(folder: Path) -> str:
@@ -20,7 +20,7 @@ def killed_run(folder: Path) -> str:
     script = f"""
 import sys
 from pathlib import Path
-from tuneline.runs import Runs
+from tuneline.workspace.runs import Runs
 record = Runs(Path({str(folder)!r})).begin("demo", ())
 print(record.run_id, flush=True)
 sys.stdin.read()

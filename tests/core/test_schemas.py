@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from tuneline import keys, protocol, runs, store
-from tuneline.load import load
-from tuneline.order import in_order
-from tuneline.plan import input_slots
+from tuneline.config.load import load
+from tuneline.config.order import in_order
+from tuneline.planning import keys
+from tuneline.planning.plan import input_slots
+from tuneline.workspace import protocol, runs, store
 
 ROOT = Path(__file__).resolve().parents[2]
 

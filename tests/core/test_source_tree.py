@@ -11,16 +11,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tuneline.data_sources import CodeSource
-from tuneline.file_memory import FileMemory, Look
-from tuneline.gitignore import Patterns
-from tuneline.inputs import ResolvedInputs, resolve
-from tuneline.licenses import allows, recognised
-from tuneline.load import load
-from tuneline.plan import plan
-from tuneline.source_tree import Selection, select, walk
-from tuneline.stages import ProgramStage
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.kinds.sources import CodeSource
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.inputs import ResolvedInputs, resolve
+from tuneline.planning.plan import plan
+from tuneline.trees.file_memory import FileMemory, Look
+from tuneline.trees.gitignore import Patterns
+from tuneline.trees.licenses import allows, recognised
+from tuneline.trees.select import Selection, select, walk
+from tuneline.workspace.workspace import Workspace
 
 MIT = """MIT License
 

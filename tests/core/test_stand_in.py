@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from project import Project, place_stand_in
 
-from tuneline.protocol import Event, Failure, Input, Message, Request, Result
+from tuneline.workspace.protocol import Event, Failure, Input, Message, Request, Result
 
 
 def as_json(message: Message) -> Any:
@@ -49,7 +49,7 @@ def test_it_speaks_the_protocol(project: Project, monkeypatch: pytest.MonkeyPatc
 
 
 def test_it_answers_for_its_versions_as_a_python_does(project: Project) -> None:
-    from tuneline.runtimes import RuntimeEnvironment
+    from tuneline.workspace.runtimes import RuntimeEnvironment
 
     place_stand_in(project)
     assert RuntimeEnvironment("stand-in", project.root / "bin" / "python").versions(["pydantic", "torch"]) == {

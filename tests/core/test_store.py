@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StoreError
-from tuneline.store import Artifact, File, Manifest, Store, digest
+from tuneline.workspace.store import Artifact, File, Manifest, Store, digest
 
 DOCUMENT = {"kind": "dataset"}
 KEY = key_of(DOCUMENT)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tuneline.keys import key_document
-from tuneline.spec import STAGES
-from tuneline.trainings import GrpoStage, SftStage
+from tuneline.config.spec import STAGES
+from tuneline.kinds.training import GrpoStage, SftStage
+from tuneline.planning.keys import key_document
 
 SFT: dict[str, Any] = {"kind": "sft", "model": "base", "dataset": "data", "global_batch_size": 16}
 GRPO: dict[str, Any] = SFT | {"kind": "grpo", "rewards": [{"type": "exact_match"}]}

@@ -15,8 +15,8 @@ from pico_project import make
 from processes import gone, until
 from project import Project, python_of
 
-from tuneline.load import load
-from tuneline.runs import RunRecord
+from tuneline.config.load import load
+from tuneline.workspace.runs import RunRecord
 
 # Python reads it as it starts; a program writes at its end what it has imported, and how many objects its garbage collector passes over.
 SITECUSTOMIZE = """\
@@ -105,8 +105,8 @@ def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> 
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
         from flows.pipeline import run_pipeline
-        from tuneline.overrides import as_overrides
-        from tuneline.workspace import Workspace
+        from tuneline.config.overrides import as_overrides
+        from tuneline.workspace.workspace import Workspace
 
         state = run_pipeline.with_options(name="demo")("demo", overrides=as_overrides("--set", sets), return_state=True, **options)
         record = Workspace(load(demo.root / "pipelines.yaml")).runs.get("demo", None)

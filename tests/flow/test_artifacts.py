@@ -12,8 +12,8 @@ import pytest
 
 from flows.pace import Pace
 from flows.report_markdown import LONGEST, run_report, stage_report
-from tuneline.protocol import Event
-from tuneline.runs import PlannedStage, RunRecord, StageRecord
+from tuneline.workspace.protocol import Event
+from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 PLAN = PlannedStage(stage="sft", kind="sft", names={"model": "base", "dataset": "words", "needs.0": "check"})
 

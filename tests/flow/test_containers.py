@@ -18,7 +18,7 @@ import pytest
 import yaml
 from project import ROOT, shadow
 
-from tuneline.pools import DockerPool, KubernetesPool, ProcessPool, Toleration
+from tuneline.config.pools import DockerPool, KubernetesPool, ProcessPool, Toleration
 
 COMPOSE = yaml.safe_load((ROOT / "infra" / "docker" / "compose.yaml").read_text())
 MANIFESTS = [
@@ -301,7 +301,7 @@ def test_the_image_holds_the_packages_and_their_data(image: Image) -> None:
     assert run("python", "-c", program) == "docker.json kubernetes.json\n"
     site = packages(folder)
     assert not {"flows", "tasks", "infra"} & {path.name for path in site.iterdir()}
-    assert list((site / "tuneline-packages" / "flows" / "__pycache__").glob("cli.*.pyc"))
+    assert list((site / "tuneline-packages" / "flows" / "__pycache__").glob("pipeline.*.pyc"))
     assert list((site / "prefect" / "__pycache__").glob("flows.*.pyc"))
 
 

@@ -11,7 +11,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.server.schemas.schedules import CronSchedule as Expanded
 from pydantic import ValidationError
 
-from tuneline.cron import FIELDS, wrong
+from tuneline.config.cron import FIELDS, wrong
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -20,8 +20,8 @@ from deployments import PIPELINES, deployed, empty, server
 from processes import PATIENCE, gone, until
 from project import Project, place_stand_in
 
-from tuneline.load import load
-from tuneline.spec import Pipeline
+from tuneline.config.load import load
+from tuneline.config.spec import Pipeline
 
 
 @pytest.fixture(scope="module")

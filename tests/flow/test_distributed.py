@@ -22,9 +22,9 @@ from processes import PATIENCE, gone, marked, until
 from project import ROOT, Project
 from small_disk import small_disk
 
-from tuneline.load import load
-from tuneline.protocol import Request
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.workspace.protocol import Request
+from tuneline.workspace.workspace import Workspace
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.slow]
 PIPELINES = """\

@@ -126,7 +126,7 @@ def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: 
         subprocess.run([sys.executable, code / "infra" / check, "--check"], cwd=code, env=reader.env, check=True)
     assert "## kind: vocabulary" in (code / "docs" / "pipelines.md").read_text()
     for command in ("check", "format --check"):  # the page shows code as the project has it
-        files = ["tuneline/spec.py", "tasks/vocabulary.py", "tests/program/test_vocabulary.py"]
+        files = ["tuneline/config/spec.py", "tasks/vocabulary.py", "tests/program/test_vocabulary.py"]
         subprocess.run([Path(sys.executable).parent / "ruff", *command.split(), *files], cwd=code, check=True)
     env = {**os.environ, "PYTHONPATH": f"{code}:{ROOT / '.cache' / 'test-tools'}"}
     test = [runtime_python, "-m", "pytest", "tests/program/test_vocabulary.py", "-c", "tests/program/pytest.toml", "--rootdir", ".", "-q"]
@@ -152,7 +152,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path, progra
 def texts() -> str:
     """Every text that stands in the code, places for values left out, a line each."""
     found = []
-    for file in [path for folder in ("flows", "tasks", "tuneline") for path in sorted((ROOT / folder).glob("*.py"))]:
+    for file in [path for folder in ("flows", "tasks", "tuneline") for path in sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         joined = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):

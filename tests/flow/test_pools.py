@@ -21,9 +21,9 @@ import pytest
 from processes import PATIENCE
 from project import ROOT, Project, place_stand_in
 
-from tuneline.load import load
-from tuneline.runs import RunRecord
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 ONE = "{kind: dataset, runtime: stand-in, sources: [{type: files, path: NAME.txt}]"

@@ -28,10 +28,10 @@ from flows.report_headline import headline
 from flows.report_models import columns
 from flows.report_stage import stages_of
 from tuneline.canonical import key_of
-from tuneline.load import load
-from tuneline.order import planned
-from tuneline.runs import RunRecord, Runs, StageRecord
-from tuneline.store import Artifact, Manifest, Store
+from tuneline.config.load import load
+from tuneline.config.order import planned
+from tuneline.workspace.runs import RunRecord, Runs, StageRecord
+from tuneline.workspace.store import Artifact, Manifest, Store
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>document.title = 'owned'</script><img src=\"ADDRESS/img.png\" onerror=\"document.title='owned'\">"

@@ -26,9 +26,9 @@ from processes import PATIENCE, gone, marked, until
 from project import ROOT, Project
 
 from flows import forced, progress
-from tuneline import file_memory
-from tuneline.runs import RunRecord
-from tuneline.store import Store
+from tuneline.trees import file_memory
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.store import Store
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_a_full_disk_is_told_from_a_bug_of_ours(
     def fail(*arguments: object) -> None:
         raise OSError(number, os.strerror(number), "/store")
 
-    monkeypatch.setattr("tuneline.store.Store.publish", fail)
+    monkeypatch.setattr("tuneline.workspace.store.Store.publish", fail)
     record, _ = run()
     assert record.state == "failed"
     assert record.stages[0].message.startswith(message)

@@ -13,8 +13,8 @@ import pytest
 from demo_project import statuses
 from project import Project
 
+from tuneline.config.load import load
 from tuneline.errors import ConfigError
-from tuneline.load import load
 from tuneline.secrets import masked
 
 TOKEN = "hf_" + "aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3z"
@@ -47,7 +47,7 @@ def test_a_token_is_found_nowhere(
     from prefect.logging.handlers import APILogHandler
 
     from flows.report import report_of
-    from tuneline.workspace import Workspace
+    from tuneline.workspace.workspace import Workspace
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     stand_in(one=["blab"], other=["blab and fail"])

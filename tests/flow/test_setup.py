@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.setup import build
-from tuneline.runtimes import RuntimeEnvironment
+from tuneline.workspace.runtimes import RuntimeEnvironment
 
 
 def wheel(folder: Path, name: str, *needs: str) -> None:

@@ -19,7 +19,7 @@ from flows.server import kept
 from flows.slots import Slots, visible_gpus
 from flows.supervisor import Supervisor
 from tuneline.errors import StageFailed
-from tuneline.protocol import Event
+from tuneline.workspace.protocol import Event
 
 
 def test_no_gpu_is_handed_out_twice_and_who_waits_gets_it(tmp_path: Path) -> None:

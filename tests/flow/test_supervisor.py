@@ -16,7 +16,7 @@ from processes import PATIENCE, gone, marked
 
 from flows.server import listens
 from flows.supervisor import WATCHDOG, WORK, Outcome, Supervisor, program_environment
-from tuneline.protocol import Event, Events
+from tuneline.workspace.protocol import Event, Events
 
 # Marks our processes in /proc, so that a test looks at its own alone.
 TREE = 'sleep 1000 & (setsid sleep 1000 &) ; trap "" TERM; echo up; while true; do sleep 1; done'
@@ -116,7 +116,7 @@ def test_the_death_of_the_flow_ends_the_tree_and_frees_the_lock_last(tmp_path: P
 import os, sys
 sys.path.insert(0, {str(WATCHDOG.parent.parent)!r})
 from flows.supervisor import Supervisor
-from tuneline.store import Store
+from tuneline.workspace.store import Store
 from pathlib import Path
 with Store(Path({str(tmp_path)!r})).locked("key") as held:
     Supervisor().run(["bash", "-c", {tree!r}], os.environ, Path({str(tmp_path)!r}), None, (held,), print, print)

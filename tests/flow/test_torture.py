@@ -25,9 +25,9 @@ from pico_project import copied
 from processes import PATIENCE, gone, marked
 from project import ROOT, Project
 
-from tuneline.load import load
-from tuneline.store import Store
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.workspace.store import Store
+from tuneline.workspace.workspace import Workspace
 
 
 def commit() -> int:
@@ -211,7 +211,7 @@ PUBLISH = """
 import os, shutil, signal, sys
 from pathlib import Path
 from tuneline import store as module
-from tuneline.store import Manifest, Store
+from tuneline.workspace.store import Manifest, Store
 
 store, kills = Store(Path(sys.argv[1])), 0
 
@@ -289,7 +289,7 @@ def test_a_run_killed_while_it_publishes(project: Project, stand_in: Callable[..
     stand_in()
     script = f"""
 import os, signal, sys
-import flows.__main__, flows.stage, flows.this_run, tuneline.store as store
+import flows.__main__, flows.stage, flows.this_run, tuneline.workspace.store as store
 real, die = store._write_synced, lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def manifest(path, data, part):

@@ -27,7 +27,7 @@ from flows.doctor import file_system, locks_work
 from flows.server import find_server, free_port
 from flows.up import _without_secrets
 from flows.workers import _without_gpus
-from tuneline.load import load
+from tuneline.config.load import load
 
 pytestmark = pytest.mark.usefixtures("no_server_of_the_session")
 

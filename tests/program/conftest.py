@@ -22,8 +22,8 @@ from vllm_tools import LAYERS, ROOM
 
 from tasks.engine import Engine
 from tasks.loading import template_hash
-from tuneline.engines import EngineSettings
-from tuneline.protocol import Input, Request
+from tuneline.kinds.engine import EngineSettings
+from tuneline.workspace.protocol import Input, Request
 
 QUANTIZES = importlib.util.find_spec("gptqmodel") is not None  # the runtime `quantize`, which has none of the other programs' libraries
 

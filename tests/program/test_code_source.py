@@ -18,11 +18,11 @@ from program_tools import ROOT, make_request, payload_digest, run_program
 from tasks.code_source import FRAME, GRAMMARS, chunks, code_rows, cut, depths, length
 from tasks.loading import load_tokenizer
 from tasks.rows import SPLITS, Row, content_hash, read_split
-from tuneline.data_sources import CodeSource
 from tuneline.errors import StageFailed
-from tuneline.file_memory import FileMemory, Look
-from tuneline.protocol import Input, Request, Tree
-from tuneline.source_tree import select
+from tuneline.kinds.sources import CodeSource
+from tuneline.trees.file_memory import FileMemory, Look
+from tuneline.trees.select import select
+from tuneline.workspace.protocol import Input, Request, Tree
 
 QWEN = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 
@@ -132,7 +132,7 @@ def test_cuts_lose_and_repeat_no_line(lines: list[tuple[int, int]], room: int) -
 @pytest.mark.parametrize("limit", [64, 512])
 def test_our_own_sources_come_out_whole_and_within_the_limit(limit: int, words: Any) -> None:
     """Also: that nothing but empty lines is lost between chunks."""
-    files = sorted((ROOT / "tuneline").glob("*.py")) + sorted((ROOT / "flows").glob("*.py"))
+    files = sorted((ROOT / "tuneline").rglob("*.py")) + sorted((ROOT / "flows").rglob("*.py"))
     assert len(files) > 30
     for file in files:
         text = file.read_text(encoding="utf-8")

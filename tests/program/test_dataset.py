@@ -24,9 +24,9 @@ from tasks.dataset import bucket, identified, split
 from tasks.masks import prompt_ids, token_counts, tokenize
 from tasks.rows import SPLITS, Row, content_hash
 from tasks.sources import Item
+from tuneline.config.spec import Split
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input
-from tuneline.spec import Split
+from tuneline.workspace.protocol import Input
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small_disk import small_disk
 
 from tasks.__main__ import classify
-from tuneline.protocol import Failure
+from tuneline.workspace.protocol import Failure
 
 ROWS = 20_000
 

@@ -21,8 +21,8 @@ from tasks.masks import prompt_ids, tokenize
 from tasks.rendering import ends
 from tasks.rows import Row
 from tasks.scoring import answer_recall, exact_match, mean, ratio
-from tuneline.benchmarks import task_files
-from tuneline.protocol import Input
+from tuneline.workspace.benchmarks import task_files
+from tuneline.workspace.protocol import Input
 
 
 @pytest.fixture(scope="session")
@@ -243,7 +243,7 @@ def test_groups_and_unknown_benchmarks(base: Input, tmp_path: Path, monkeypatch:
     failure = fails(request_for(tmp_path / "bad", base, benchmarks=["arc_eazy"]), "config", "benchmarks.0: found `arc_eazy`")
     assert failure.hint == "did you mean `arc_easy`?"
 
-    # What plans read of lm-eval's 14,000 task files without it (`tuneline.benchmarks`) is what it reads itself.
+    # What plans read of lm-eval's 14,000 task files without it (`tuneline.workspace.benchmarks`) is what it reads itself.
     theirs, ours = managers[-1].task_index, task_files(Path(lm_eval.tasks.__file__).parent)
     assert theirs.keys() == ours.keys()
     assert len(ours) > 10_000

@@ -15,9 +15,9 @@ from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
 from tasks import sft, strategies
-from tuneline.protocol import Input, Request
-from tuneline.stages import Resources
-from tuneline.trainings import SftStage
+from tuneline.kinds.stage import Resources
+from tuneline.kinds.training import SftStage
+from tuneline.workspace.protocol import Input, Request
 
 
 @pytest.fixture

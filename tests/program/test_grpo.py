@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from tasks import grpo
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input
-from tuneline.trainings import GrpoStage
+from tuneline.kinds.training import GrpoStage
+from tuneline.workspace.protocol import Input
 
 
 @pytest.fixture(scope="module")

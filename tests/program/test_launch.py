@@ -11,7 +11,7 @@ import pytest
 from program_tools import ROOT, make_request
 
 from tasks.launch import LOST_PEER, RANKS, RENDEZVOUS, transient
-from tuneline.protocol import Failure
+from tuneline.workspace.protocol import Failure
 
 LAUNCHER = """\
 import sys, time

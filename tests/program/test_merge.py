@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tasks import merge
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 torch = pytest.importorskip("torch")
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -22,8 +22,8 @@ from tasks import methods
 from tasks.loading import load_model
 from tasks.rows import write_rows
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
-from tuneline.trainings import SftStage
+from tuneline.kinds.training import SftStage
+from tuneline.workspace.protocol import Input, Request
 
 WHOLE: dict[str, Any] = {"method": "full", "learning_rate": 1e-3}
 QLORA: dict[str, Any] = {"method": "qlora"}

@@ -24,7 +24,7 @@ from program_tools import make_request, payload_digest, run_program
 from tasks.hardware import computed_on
 from tasks.loading import load_model, load_tokenizer, model_folder
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request, Result
+from tuneline.workspace.protocol import Input, Request, Result
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tasks.loading import save_tokenizer
 from tasks.older_readers import make_tokenizer_readable, readable_config
-from tuneline.protocol import Input
+from tuneline.workspace.protocol import Input
 
 ROPE = {
     "rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

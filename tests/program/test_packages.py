@@ -12,7 +12,7 @@ import pytest
 from program_tools import ROOT, make_request
 
 from tasks.packages import LARGE, needed
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 SFT = {"kind": "sft", "model": "base", "dataset": "words", "max_steps": 4}
 GRPO = {"kind": "grpo", "model": "base", "dataset": "words", "max_steps": 4}
@@ -72,7 +72,7 @@ import importlib.util, sys
 from pathlib import Path
 from tasks.__main__ import classify
 from tasks.packages import hide
-from tuneline.protocol import Request
+from tuneline.workspace.protocol import Request
 request = Request.read(Path(sys.argv[1]))
 hide(request)
 assert importlib.util.find_spec("gptqmodel") is None

@@ -24,9 +24,9 @@ from tasks.loading import load_model
 from tasks.masks import tokenize
 from tasks.rows import SPLITS, Row, write_rows
 from tasks.weights import read_weights
+from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request, Result
-from tuneline.spec import QuantizeStage
+from tuneline.workspace.protocol import Events, Input, Request, Result
 
 pytestmark = [pytest.mark.usefixtures("gptqmodel_place"), pytest.mark.slow]
 SMALL: dict[str, Any] = {"kind": "quantize", "model": "base", "calibration": "data", "samples": 8, "group_size": 32}

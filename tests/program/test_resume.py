@@ -14,7 +14,7 @@ from program_tools import payload_digest, run_program, run_until
 from sft_tools import OTHERS, ROWS, TURNING, request_for
 
 from tasks import checkpoints, sft
-from tuneline.protocol import Events, Input, Request
+from tuneline.workspace.protocol import Events, Input, Request
 
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 

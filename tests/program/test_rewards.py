@@ -16,8 +16,8 @@ from tasks import sandbox
 from tasks.rewards import RewardFunction, check_rows, reward_functions
 from tasks.rows import SPLITS, Row, read_split, write_rows
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input
-from tuneline.rewards import Reward
+from tuneline.kinds.rewards import Reward
+from tuneline.workspace.protocol import Input
 
 REWARDS: TypeAdapter[tuple[Any, ...]] = TypeAdapter(tuple[Reward, ...])
 OF_THE_TRAINER = {"trainer_state": object(), "log_extra": print, "log_metric": print}

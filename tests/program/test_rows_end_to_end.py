@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks.loading import template_hash
 from tasks.rows import read_split
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 END, OTHER = "<|im_end|>", "<|endoftext|>"
 # As many people's templates write tools and calls.

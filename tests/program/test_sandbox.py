@@ -24,7 +24,7 @@ from tasks import code_benchmark, sandbox_inside
 from tasks.loading import template_hash
 from tasks.sandbox import Limits, Outcome, check, run_all, run_python
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request
+from tuneline.workspace.protocol import Events, Input, Request
 
 SMALL = Limits(seconds=300, cpu_seconds=2, memory_bytes=256 << 20, folder_bytes=8 << 20)
 REFUSED = "does not let tuneline make the sandbox"

@@ -24,7 +24,7 @@ from tasks import sft
 from tasks.loading import load_model, load_tokenizer, runs_code
 from tasks.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request, Result
+from tuneline.workspace.protocol import Events, Input, Request, Result
 
 CHATS = [
     Row(
@@ -192,7 +192,7 @@ def test_pickles_inside_of_parquet(tmp_path: Path, sign: Path) -> None:
 def test_a_dataset_of_the_hub_with_a_loading_script(tmp_path: Path, sign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` itself refuses scripts; that it still does is what is asked here. A local folder stands for the repository."""
     from tasks.sources import hub_records
-    from tuneline.data_sources import HubSource
+    from tuneline.kinds.sources import HubSource
 
     folder = tmp_path / "own" / "rows"
     folder.mkdir(parents=True)

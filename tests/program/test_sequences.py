@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from tasks import sequences
 from tasks.launch import RANKS, SAID
 from tuneline.errors import StageFailed
-from tuneline.protocol import Failure, Input, Request
-from tuneline.stages import Resources
+from tuneline.kinds.stage import Resources
+from tuneline.workspace.protocol import Failure, Input, Request
 
 COUNTS = ("num_tokens", "trained_tokens")  # of a step, by all processes together
 

@@ -24,8 +24,8 @@ from tasks.masks import tokenize
 from tasks.rows import Row
 from tasks.targets import Targets
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request
-from tuneline.trainings import Lora
+from tuneline.kinds.training import Lora
+from tuneline.workspace.protocol import Events, Input, Request
 
 
 def test_it_learns_and_hands_over_a_canonical_adapter(tmp_path: Path, base: Input) -> None:

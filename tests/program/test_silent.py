@@ -30,9 +30,9 @@ from tasks.harness import LanguageModel
 from tasks.harness_vllm import EngineModel
 from tasks.rows import SPLITS, content_hash, read_rows
 from tasks.sft_trainer import TokenWeightedTrainer
+from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Result
-from tuneline.spec import EvaluateStage
+from tuneline.workspace.protocol import Input, Result
 
 Patch = pytest.MonkeyPatch
 

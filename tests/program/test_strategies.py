@@ -19,11 +19,11 @@ from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
 from tasks import checkpoints, sft, strategies, universal
-from tuneline.checkpoints import layout
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input, Request
-from tuneline.stages import Resources
-from tuneline.trainings import SftStage
+from tuneline.kinds.stage import Resources
+from tuneline.kinds.training import SftStage
+from tuneline.workspace.checkpoints import layout
+from tuneline.workspace.protocol import Events, Input, Request
 
 NOISE = (
     "FutureWarning",

@@ -12,7 +12,7 @@ import pytest
 from silent_tools import World, edit_weights, refused
 
 from tasks.rows import SPLITS, read_rows, write_rows
-from tuneline.protocol import Failure, Input, Result
+from tuneline.workspace.protocol import Failure, Input, Result
 
 # --- artifacts that were tampered with --------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks import targets
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
-from tuneline.trainings import Lora
+from tuneline.kinds.training import Lora
+from tuneline.workspace.protocol import Input, Request
 
 SFT: dict[str, Any] = {"kind": "sft", "model": "base", "dataset": "data", "max_steps": 4, "global_batch_size": 4, "learning_rate": 1e-2}
 LORA = {"r": 4, "lora_alpha": 8}

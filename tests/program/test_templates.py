@@ -26,8 +26,8 @@ from tasks.rendering import check_end, conversation, ends, form
 from tasks.rows import Row
 from tasks.unrendered import unrendered
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input
-from tuneline.trainings import SftStage
+from tuneline.kinds.training import SftStage
+from tuneline.workspace.protocol import Events, Input
 
 INDENTS = TURN.replace("{{ m.role }}\n", "{{ m.role }}: ") + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
 

@@ -20,10 +20,10 @@ from tasks import evaluation, sft
 from tasks.rendering import conversation
 from tasks.rows import Row, read_rows, write_rows
 from tasks.unrendered import unrendered
+from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
-from tuneline.protocol import Events, Input
-from tuneline.spec import EvaluateStage
-from tuneline.trainings import SftStage
+from tuneline.kinds.training import SftStage
+from tuneline.workspace.protocol import Events, Input
 
 CALLED = asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[TOOL])
 AS_TEXT = {"type": "function", "function": CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}}

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from vllm_tools import GREEDY, LAYERS, PROMPTS, ROOM, SAMPLED
 
 from tasks.engine import BASE, Engine
-from tuneline.engines import EngineSettings
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input
+from tuneline.kinds.engine import EngineSettings
+from tuneline.workspace.protocol import Input
 
 pytestmark = pytest.mark.slow
 END = 2

@@ -25,7 +25,7 @@ from tasks import harness_vllm
 from tasks.engine import Engine
 from tasks.masks import prompt_ids
 from tasks.rows import Row
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 PLAIN = [Row(source="s", prompt=f"{i} and {i} are", completion=f" {2 * i}, naïvely", id=f"plain{i}") for i in range(3)]
 TEXTS = [Row(source="s", text="One text, é and all. " * (i + 1), id=f"text{i}") for i in range(3)]

@@ -27,8 +27,8 @@ from tasks import grpo, rollouts
 from tasks.engine import BASE, Engine
 from tasks.rollouts import MEMORY, folder_in_memory
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
-from tuneline.trainings import GrpoStage
+from tuneline.kinds.training import GrpoStage
+from tuneline.workspace.protocol import Input, Request
 
 Weights = dict[str, torch.Tensor]
 

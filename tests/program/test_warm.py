@@ -14,7 +14,7 @@ from sft_tools import request_for
 from strategy_tools import failure
 from warm import descendants
 
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 pytestmark = pytest.mark.process  # the client is one
 

@@ -21,7 +21,7 @@ from program_tools import make_request, run_program
 from tasks.loading import template_hash
 from tasks.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 BEGIN, NOTES = "<!-- tests/support/architecture_table.py -->\n", "\nRefused, and what to set:\n\n"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from program_tools import make_request, run_program
 
 from tasks.rows import SPLITS, Row, read_split
-from tuneline.protocol import Input, Request, Result
+from tuneline.workspace.protocol import Input, Request, Result
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ALL_TRAIN = {"test": 0.0}

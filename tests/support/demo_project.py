@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuneline.runs import RunRecord
+from tuneline.workspace.runs import RunRecord
 
 PIPELINES = """\
 version: 1

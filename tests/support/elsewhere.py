@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tuneline.protocol import Request
+from tuneline.workspace.protocol import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 CONFIG: dict[str, Any] = {"kind": "evaluate", "model": "base", "datasets": ["data"], "max_new_tokens": 12}
 

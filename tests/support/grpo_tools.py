@@ -9,7 +9,7 @@ from pico import save_pico, teach
 from program_tools import make_request
 
 from tasks.rows import SPLITS, Row, write_rows
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 SMALL: dict[str, Any] = {
     "kind": "grpo", "model": "base", "dataset": "data", "rewards": [{"type": "exact_match"}], "max_steps": 4, "global_batch_size": 8,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tuneline.load import Loaded, check
-from tuneline.source import parse
+from tuneline.config.load import Loaded, check
+from tuneline.config.yaml_source import parse
 
 GOOD = """\
 version: 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tuneline.load import load
-from tuneline.plan import PlanRow, plan
-from tuneline.runs import StageRecord
-from tuneline.store import Base, Manifest
-from tuneline.workspace import Workspace
+from tuneline.config.load import load
+from tuneline.planning.plan import PlanRow, plan
+from tuneline.workspace.runs import StageRecord
+from tuneline.workspace.store import Base, Manifest
+from tuneline.workspace.workspace import Workspace
 
 PIPELINES = """\
 version: 1

@@ -12,7 +12,7 @@ from processes import PATIENCE, until
 from program_tools import ROOT, program_environment
 from warm import Program, descendants
 
-from tuneline.protocol import Request
+from tuneline.workspace.protocol import Request
 
 
 def start(request: Request, processes: int = 1, stop_at: int | None = None, real: bool = False) -> Program | subprocess.Popen[bytes]:

@@ -18,9 +18,9 @@ from processes import PATIENCE
 
 from tasks.__main__ import PROGRAMS
 from tasks.loading import CPU_INFO, CPUS_WITH_BFLOAT16
-from tuneline.protocol import Events, Input, Request, Result
-from tuneline.spec import STAGES
-from tuneline.store import File, digest, sha256
+from tuneline.config.spec import STAGES
+from tuneline.workspace.protocol import Events, Input, Request, Result
+from tuneline.workspace.store import File, digest, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 

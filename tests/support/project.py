@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def python_of(name: str) -> Path:
     """Python of a built-in runtime, which `make test` has built."""
-    from tuneline.load import load
-    from tuneline.runtimes import find_runtime
+    from tuneline.config.load import load
+    from tuneline.workspace.runtimes import find_runtime
 
     runtime = find_runtime(name, load(ROOT / "pipelines.yaml").spec, ROOT)
     assert runtime.ready, f"the runtime `{name}` is not set up: run `tuneline setup {name}`"

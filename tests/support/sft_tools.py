@@ -10,7 +10,7 @@ from program_tools import make_request
 from safetensors.torch import load_file
 
 from tasks.rows import SPLITS, Row, write_rows
-from tuneline.protocol import Input, Request
+from tuneline.workspace.protocol import Input, Request
 
 SMALL: dict[str, Any] = {
     "kind": "sft", "model": "base", "dataset": "data", "max_steps": 6, "global_batch_size": 4, "learning_rate": 1e-2,

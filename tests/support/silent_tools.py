@@ -17,8 +17,8 @@ from program_tools import make_request
 from safetensors.torch import load_file, save_file
 
 import tasks.__main__ as program
-from tuneline.protocol import Failure, Input, Result
-from tuneline.store import Artifact, Manifest, Store
+from tuneline.workspace.protocol import Failure, Input, Result
+from tuneline.workspace.store import Artifact, Manifest, Store
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "model": {"path": "model"},

@@ -4,7 +4,7 @@ Its actions stand in script.json of the project, by the content of the stage's f
 `oom` (class), `kill` (SIGKILL to itself), `data` (class), `tired` (`transient` after a second and a half), `blab` and `blab and fail` (tell HF_TOKEN to everyone), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;
 `edit` and `edit and put back` write to the stage's first file; `reference` keeps a model by reference; `fill` fills the disk and dies without a word, `hoard` does so with checkpoints, `brim` fills it and ends well.
 
-It starts hundreds of times, so it writes by hand what programs write through tuneline.protocol; tests/core/test_stand_in.py compares.
+It starts hundreds of times, so it writes by hand what programs write through tuneline.workspace.protocol; tests/core/test_stand_in.py compares.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 from sft_tools import OTHERS, ROWS
 
-from tuneline.protocol import Failure, Request
+from tuneline.workspace.protocol import Failure, Request
 
 # Rows that divide by neither the batch nor the processes; a validation loss along the way.
 FIELDS: dict[str, Any] = {

@@ -149,9 +149,9 @@ def imported() -> set[str]:
         return importer(name, globals, locals, fromlist, level)
 
     builtins.__import__ = noted
-    for file in sorted((ROOT / "flows").glob("*.py")):
-        if file.stem != "__main__":
-            importlib.import_module(f"flows.{file.stem}")
+    for file in sorted((ROOT / "flows").rglob("*.py")):
+        if file.stem not in ("__init__", "__main__"):
+            importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
     builtins.__import__ = importer
     lazy = {"prefect"}
     while more := {name for name, others in needs.items() if name.startswith("flows.") and others & lazy} - lazy:

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from tuneline.protocol import Events
+from tuneline.workspace.protocol import Events
 
 REAL, STEP = Events.progress, int(os.environ["STOP_AT"])
 

@@ -1,0 +1,30 @@
+"""pipelines.yaml as a JSON Schema, for editors: pydantic's, but with `${name}` allowed where a number, a choice or a form stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tuneline.config.spec import Spec
+
+VARIABLE = {"type": "string", "pattern": r"\$\{[^{}]+\}"}
+ANNOTATIONS = ("default", "description", "title")
+
+
+def json_schema() -> dict[str, Any]:
+    schema = Spec.model_json_schema()
+    variables = schema["properties"]["vars"]
+    opened: dict[str, Any] = _opened(schema)
+    opened["properties"]["vars"] = variables
+    return opened
+
+
+def _opened(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_opened(item) for item in node]
+    if not isinstance(node, dict) or "const" in node:  # a constant decides what the other fields are
+        return node
+    has_form = isinstance(node.get("pattern"), str)  # among properties it is a field of that name
+    if node.get("type") in ("integer", "number", "boolean") or "enum" in node or has_form:
+        told = {name: node[name] for name in ANNOTATIONS if name in node}
+        return {**told, "anyOf": [{name: value for name, value in node.items() if name not in told}, VARIABLE]}
+    return {name: value if name in ("propertyNames", "default") else _opened(value) for name, value in node.items()}

@@ -1,0 +1,123 @@
+"""pipelines.yaml -> Spec, or every problem of it at once.
+
+    read the file -> apply --set and --var -> put ${variables} in -> check types (pydantic) -> check what types cannot say
+
+Nothing here looks at the machine: the same file is valid everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tuneline.config.checks import BUILT_IN_RUNTIMES, Checks, keys_of
+from tuneline.config.messages import listed, nearest, shown, translate
+from tuneline.config.overrides import Overrides
+from tuneline.config.spec import Pipeline, Spec
+from tuneline.config.yaml_source import Keys, Source, dotted, read
+from tuneline.errors import ConfigError, Problem
+
+__all__ = ["BUILT_IN_RUNTIMES", "Loaded", "check", "load"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid file: its spec, and the folder that its relative paths start from."""
+
+    spec: Spec
+    file: Path
+    source: Source
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        return self.file.parent
+
+    def pipeline(self, name: str) -> Pipeline:
+        """Raises ConfigError for a name that is not in the file."""
+        if name not in self.spec.pipelines:
+            known = list(self.spec.pipelines)
+            found = f"found no pipeline `{name}`, allowed {listed(known)}"
+            raise ConfigError([Problem(self.source.name, "", found, nearest(name, known))])
+        return self.spec.pipelines[name]
+
+    def warnings(self, pipeline: str | None = None) -> list[Problem]:
+        """What is allowed and all the same worth a word; of one pipeline, or of all."""
+        found = []
+        for name, stages in ((name, each.stages) for name, each in self.spec.pipelines.items() if pipeline in (None, name)):
+            for stage_name, stage in stages.items():
+                for finding in stage.warnings():
+                    path = ("pipelines", name, "stages", stage_name, *keys_of(finding.field))
+                    found.append(Problem(self.source.place(path), dotted(path), finding.message, finding.hint))
+        return found
+
+
+def load(
+    file: Path,
+    pipeline: str | None = None,
+    sets: Sequence[str] = (),
+    variables: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Loaded:
+    """Reads and checks `file`. `sets` (`stage.field=value`) apply to `pipeline`, `variables` are `name=value`.
+
+    Raises ConfigError with every problem found.
+    """
+    source = read(file, _shown(file))
+    return check(source, file.absolute(), pipeline, sets, variables, environment)
+
+
+def check(
+    source: Source,
+    file: Path,
+    pipeline: str | None = None,
+    sets: Sequence[str] = (),
+    variables: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Loaded:
+    if not isinstance(source.tree, dict):
+        empty = source.tree is None
+        found = "the file is empty" if empty else f"found {shown(source.tree)}, allowed a mapping with version, pipelines, ..."
+        raise ConfigError([Problem(source.place(()), "", found, "`tuneline init` in an empty folder writes a file to start from")])
+    overrides = Overrides(source, environment)
+    tree = overrides.applied(pipeline, sets, variables)
+    problems = overrides.problems
+
+    def report(path: Keys, message: str, hint: str, at_key: bool) -> None:
+        if any(unresolved[: len(path)] == path for unresolved in overrides.unresolved):
+            return  # what an unknown variable leaves behind
+        if path in overrides.origins:
+            name = overrides.origins[path]
+            hint = f"{hint}; the value is that of" if hint else "the value is that of"
+            hint += f" ${{{name}}}, {source.place(('vars', name))}"
+        problems.append(Problem(source.place(path, at_key), dotted(path), message, hint))
+
+    spec: Spec | None = None
+    try:
+        spec = Spec.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        for path, at_key, message, hint in translate(error, tree):
+            report(path, message, hint, at_key)
+    Checks(file.parent, tree, spec, report).run()
+    if problems or spec is None:
+        raise ConfigError(sorted(set(problems), key=_order))
+    return Loaded(spec, file, source, (*sets, *(f"--var {variable}" for variable in variables)))
+
+
+def _order(problem: Problem) -> tuple[Any, ...]:
+    """As they stand in the file: line 9 before line 10."""
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", problem.place))), problem.path
+
+
+def _shown(file: Path) -> str:
+    try:
+        return str(file.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)

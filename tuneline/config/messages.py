@@ -1,0 +1,268 @@
+"""pydantic's errors in the words of pipelines.yaml: what was found, what is allowed, and the nearest name for a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from tuneline.config.pools import INTERVAL, POOLS, SIZE
+from tuneline.config.spec import SHARD, STAGES, Spec
+from tuneline.config.yaml_source import Keys, short, yaml_value
+from tuneline.kinds.fields import MAX_NAME, NAME, REPOSITORY, REVISION
+from tuneline.kinds.rewards import REWARDS, type_of
+from tuneline.kinds.sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
+
+SOURCES: dict[str, type[BaseModel]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource, "code": CodeSource}
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list", "dict": "a mapping"}
+FORMS = {  # by pattern; a test holds them against the types
+    NAME: "lower-case letters, digits and dashes, at most 63",
+    REPOSITORY: "owner/name, as on the hub",
+    REVISION: "a branch, tag or commit",
+    SHARD: "a size such as 500MB or 5GB",
+    INTERVAL: "a time such as 30m, 6h or 7d",
+    SIZE: "a size such as 512Mi or 16Gi",
+}
+UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # what is meant by a number without one, or with another of that kind
+UNQUOTED = "write it without quotes"
+MOST_LISTED = 30
+OTHERS_SAY = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
+    "lr": "write `learning_rate`",
+    **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "write `max_length`"),
+    **dict.fromkeys(("lora_r", "lora_rank"), "write `lora: {r: ...}`"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "write `lora: {target_modules: ...}`"),
+    "finetuning_type": "write `method`",
+    "train_type": "write `method`",
+    "gradient_accumulation_steps": "it follows from `global_batch_size`, the rows of a step, and `resources.micro_batch_size`",
+    **dict.fromkeys(
+        ("batch_size", "per_device_train_batch_size"),
+        "write `global_batch_size`, the rows of a step over all devices; those of one pass are `resources.micro_batch_size`",
+    ),
+}
+TRAININGS = "what trains is `sft`, on examples (with LoRA, unless `method:` says otherwise), and `grpo`, by rewards"
+OTHER_KINDS = {  # what else a stage is called elsewhere
+    **dict.fromkeys(("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward", "pretrain", "train", "finetune", "lora", "qlora"), TRAININGS),
+    **dict.fromkeys(("gptq", "awq", "gguf"), "write `quantize`, which does GPTQ"),
+}
+OTHER_VALUES = {  # that others allow
+    ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size"
+    " must not change a result",
+}
+BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """`did you mean ...?`, or nothing where no name is near."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"did you mean `{matches[0]}`?" if matches else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    shown_names = [short(name) for name in names]
+    more = f", ... ({len(shown_names)} in all)" if len(shown_names) > MOST_LISTED else ""
+    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (there is none)"
+
+
+def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, str, str]]:
+    """Yields (path, whether its key is at fault, message, hint). The branches of a union that failed become one `a or b`."""
+    by_path: dict[tuple[Keys, bool], tuple[str, list[str], str]] = {}
+    for detail in error.errors(include_url=False):
+        path, node = _in_tree(detail, tree)
+        if detail["type"] == "too_short" and node:
+            continue  # its items are wrong, and are reported themselves
+        at_key, found, allowed, hint = _words(detail, path, node, tree)
+        known = by_path.setdefault((path, at_key), (found, [], hint))
+        if allowed not in known[1]:
+            known[1].append(allowed)
+    for (path, at_key), (found, allowed_list, hint) in by_path.items():
+        yield path, at_key, f"found {found}, allowed {' or '.join(allowed_list)}", hint
+
+
+def _in_tree(detail: ErrorDetails, tree: Any) -> tuple[Keys, Any]:
+    """The error's path without the names of union branches that pydantic puts in, and the value there."""
+    path: list[str | int] = []
+    node: Any = tree
+    branch = None
+    parts: list[str | int] = [part for part in detail["loc"] if part != "[key]"]
+    if detail["type"] == "union_tag_invalid":
+        parts.append(_discriminator(detail))
+    for i, part in enumerate(parts):
+        if branch is not None and part == branch:
+            branch = None
+        elif part in (range(len(node)) if isinstance(node, list) else node if isinstance(node, dict) else ()):
+            node = node[part]
+            path.append(part)
+            branch = _branch(path, node)
+        elif i == len(parts) - 1 and detail["type"] == "missing":
+            return (*path, part), None
+    return tuple(path), node
+
+
+def _branch(path: list[str | int], node: Any) -> Any:
+    """What pydantic puts into a path behind a stage or a source: its kind or type."""
+    if not isinstance(node, dict):
+        return None
+    if _is_stage(path):
+        return node.get("kind")
+    if len(path) == 6 and path[4] == "rewards":
+        return type_of(node)
+    return node.get("type") if path[-2:-1] == ["sources"] or len(path) == 2 and path[0] == "pools" else None
+
+
+def _is_stage(path: Sequence[str | int]) -> bool:
+    return len(path) == 4 and (path[0], path[2]) == ("pipelines", "stages")
+
+
+def _discriminator(detail: ErrorDetails) -> str:
+    return str(detail["ctx"]["discriminator"]).strip("'")
+
+
+def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool, str, str, str]:
+    """(at key, found, allowed, hint) of one pydantic error."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        names = _fields_at(path[:-1], tree)
+        others = OTHERS_SAY.get(str(path[-1]), "") if "learning_rate" in names else ""
+        hint = others or _elsewhere(str(path[-1]), path[:-1], tree) or nearest(path[-1], names)
+        return True, f"the unknown field `{short(str(path[-1]))}`", ", ".join(names), hint
+    if kind == "missing":
+        return True, "nothing", _described(path, tree), "add `version: 1`" if path == ("version",) else f"add `{path[-1]}: ...`"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = _discriminator(detail)
+        names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path[4:] else SOURCES)
+        if kind == "union_tag_not_found":
+            return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
+        others = OTHER_KINDS.get(str(node).lower().replace("-", ""), "") if tag == "kind" else ""
+        return False, shown(node), ", ".join(names), others or (nearest(node, names) if isinstance(node, str) else "")
+    if "[key]" in detail["loc"]:
+        return True, f"the name `{short(str(path[-1]))}`", FORMS[NAME], _slug(str(path[-1]))
+    if kind == "literal_error":
+        names = [name.strip("'") for name in str(context["expected"]).replace(" or ", ", ").split(", ")]
+        others = OTHER_VALUES.get((str(path[-1]), str(node)), "")
+        hint = "write `version: 1`" if path == ("version",) else others or nearest(node, names)
+        return False, shown(node), ", ".join(names), UNQUOTED if node in names else hint
+    if kind in BOUNDS:
+        name, words = BOUNDS[kind]
+        return False, shown(node), f"{words} {_plain(context[name])}", ""
+    pattern = context.get("pattern") or (_pattern_at(path, tree) if kind == "string_type" else "")
+    if pattern in UNITS:
+        meant = f"{str(node).rstrip('GiB ')}{UNITS[pattern]}"
+        return False, shown(node), FORMS[pattern], f"write `{meant}`" if re.match(pattern, meant) else ""
+    if kind == "string_pattern_mismatch":
+        return False, shown(node), FORMS[pattern], ""
+    if kind in ("too_short", "too_long"):
+        found = f"{shown(node)} of {len(node)}" if node else shown(node).replace("a ", "an empty ")
+        return False, found, f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}", ""
+    name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float").removesuffix("_attributes")
+    name = "dict" if name == "model" else name
+    if name == "dict" and _is_stage(path) and (node is None or node in list(STAGES)):
+        return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields under its name, indented"
+    return False, shown(node), TYPES.get(name, detail["msg"]), _as_meant(node, name)
+
+
+def _as_meant(node: Any, wanted: str) -> str:
+    """How the value is written if it is meant as what is wanted."""
+    if wanted == "dict" and node is None:
+        return "write what belongs to it under it, indented, or remove it"
+    if wanted == "string" and isinstance(node, int | float):
+        return "put quotes around it"
+    if wanted == "tuple" and isinstance(node, str | int | float):
+        return f"write `[{short(str(node))}]`"
+    if wanted == "bool" and str(node).lower() in ("yes", "on", "no", "off"):
+        return f"write `{'true' if str(node).lower() in ('yes', 'on') else 'false'}`"
+    value = yaml_value(node) if isinstance(node, str) else node
+    if wanted == "int" and isinstance(value, float) and value.is_integer():
+        return f"write `{int(value)}`"
+    if not isinstance(node, str) or wanted not in ("int", "float", "bool"):
+        return ""
+    if not isinstance(value, str):
+        return UNQUOTED
+    return "write plain decimals, such as 1000 or 1e-4" if node[:1].isdigit() and wanted != "bool" else ""
+
+
+def _plain(number: float) -> str:
+    return str(int(number) if number == int(number) else number)
+
+
+def _slug(name: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].rstrip("-")
+    return f"did you mean `{slug}`?" if slug else ""
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: as it would be written, containers by their kind."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if value is None:
+        return "nothing"
+    return f"'{short(value)}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _model_at(path: Keys, tree: Any) -> type[BaseModel] | None:
+    """The model whose fields stand at `path`; None in free mappings."""
+    candidates: list[type[BaseModel]] = [Spec]
+    node, in_container = tree, False
+    for part in path:
+        model = _choose(candidates, node)
+        node = node[part]
+        if in_container:
+            in_container = False
+        elif model is not None:
+            annotation = model.model_fields[str(part)].annotation
+            inside = list(_inside(annotation))
+            candidates = [item for item in inside if isinstance(item, type) and issubclass(item, BaseModel)]
+            in_container = any(get_origin(item) in (dict, tuple) for item in inside)
+    return None if in_container else _choose(candidates, node)
+
+
+def _choose(candidates: list[type[BaseModel]], node: Any) -> type[BaseModel] | None:
+    if len(candidates) == 1:
+        return candidates[0]
+    tag = (node.get("kind") or type_of(node)) if isinstance(node, dict) else None
+    return next((model for model in candidates if any(names.get(str(tag)) is model for names in (STAGES, SOURCES, POOLS, REWARDS))), None)
+
+
+def _inside(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _inside(argument)
+
+
+def _pattern_at(path: Keys, tree: Any) -> str:
+    """Of the field there, if it has one: in its own metadata, or in those of a part of its type (`Size | None`)."""
+    model = _model_at(path[:-1], tree)
+    info = model.model_fields.get(str(path[-1])) if model else None
+    places = [info, *(item for item in _inside(info.annotation) if isinstance(item, FieldInfo))] if info else []
+    return next((str(item.pattern) for place in places for item in place.metadata if hasattr(item, "pattern")), "")
+
+
+def _fields_at(path: Keys, tree: Any) -> list[str]:
+    model = _model_at(path, tree)
+    return list(model.model_fields) if model else []
+
+
+def _elsewhere(name: str, path: Keys, tree: Any) -> str:
+    """Where a field stands that is not one of the model at `path`: deeper in it, or in another kind."""
+    model = _model_at(path, tree)
+    fields = model.model_fields if model else {}
+    for outer, info in fields.items():
+        if any(isinstance(item, type) and issubclass(item, BaseModel) and name in item.model_fields for item in _inside(info.annotation)):
+            return f"it stands under `{outer}:`"
+    kinds = [kind for kind, other in STAGES.items() if model in STAGES.values() and name in other.model_fields]
+    return f"it is a field of {' and '.join(kinds)}" if kinds else ""
+
+
+def _described(path: Keys, tree: Any) -> str:
+    model = _model_at(path[:-1], tree)
+    description = model.model_fields[str(path[-1])].description if model else None
+    return f"a value ({description.rstrip('.')})" if description else "a value: the field is required"

@@ -1,0 +1,69 @@
+"""Which stage comes before which. Nothing here recurses: a pipeline may be a chain of a thousand stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+
+from tuneline.config.spec import Pipeline
+from tuneline.kinds.fields import Reference, annotated_values
+from tuneline.kinds.stage import Stage
+from tuneline.workspace.runs import PlannedStage
+
+
+def depends_on(stage: Stage) -> list[str]:
+    """Names of the stages that must be there first, each once, in the order of the fields."""
+    return list(dict.fromkeys(target for _, _, target in annotated_values(stage, Reference)))
+
+
+def in_order(pipeline: Pipeline) -> list[str]:
+    """Stage names so that each comes after what it depends on, otherwise as written."""
+    needs = {name: depends_on(stage) for name, stage in pipeline.stages.items()}
+    done: dict[str, None] = {}
+    for first in needs:
+        waiting = [first]
+        while waiting:
+            missing = [need for need in needs[waiting[-1]] if need not in done]
+            if missing:
+                waiting.append(missing[0])
+            else:
+                done.setdefault(waiting.pop())
+    return list(done)
+
+
+def with_ancestors(pipeline: Pipeline, name: str) -> set[str]:
+    """The stage and everything it depends on, near and far."""
+    found = {name}
+    waiting = [name]
+    while waiting:
+        for other in depends_on(pipeline.stages[waiting.pop()]):
+            if other not in found:
+                found.add(other)
+                waiting.append(other)
+    return found
+
+
+def planned(pipeline: Pipeline, only: str | None) -> list[PlannedStage]:
+    """What a run record keeps of the pipeline: all of it, or a stage and its ancestors."""
+    wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
+    stages = ((name, pipeline.stages[name]) for name in in_order(pipeline) if name in wanted)
+    return [
+        PlannedStage(stage=name, kind=stage.kind, names={field: target for field, _, target in annotated_values(stage, Reference)})
+        for name, stage in stages
+    ]
+
+
+def cycles(needs: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
+    """Rings of stages that wait for each other, as [a, b, a] where a needs b; each starts with the one that stands first in `needs`."""
+    graph = {name: list(others) for name, others in needs.items()}
+    position = {name: i for i, name in enumerate(graph)}
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+            return
+        except CycleError as error:
+            ring = list(reversed(error.args[1]))[1:]
+            start = ring.index(min(ring, key=position.__getitem__))
+            ring = ring[start:] + ring[:start]
+            yield [*ring, ring[0]]
+            graph[ring[0]].remove(ring[1])

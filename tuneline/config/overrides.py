@@ -1,0 +1,194 @@
+"""What is put into the tree of a pipelines.yaml before its types are checked: --set, --var, and ${variables}.
+
+`${name}` takes a value from `vars:`; where it is the whole value, its type is kept. `${env:NAME}` is for places of the machine
+alone. `$${` is a plain `${`. There is no other templating.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tuneline.config.messages import listed, nearest
+from tuneline.config.yaml_source import Keys, Source, dotted, parse
+from tuneline.errors import ConfigError, Problem
+from tuneline.secrets import FROM_ENVIRONMENT, named_in
+
+VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)(?P<end>\}?)")
+MACHINE_FIELDS = ("store", "pools", "runtimes")
+
+
+class Overrides:
+    def __init__(self, source: Source, environment: Mapping[str, str]):
+        self.source, self.environment = source, environment
+        self.problems: list[Problem] = []
+        self.origins: dict[Keys, str] = {}  # values that are a variable's, by its name
+        self.unresolved: set[Keys] = set()  # values that name no variable: whatever their type is, they are reported once
+        declared = source.tree.get("vars")
+        self.declared: dict[str, Any] = declared if isinstance(declared, dict) else {}
+
+    def applied(self, pipeline: str | None, sets: Sequence[str], variables: Sequence[str]) -> Any:
+        """The tree with overrides and variables in it; `problems` and `source.flags` are filled on the way."""
+        used = {match["name"] for key, value in self.source.tree.items() if key != "vars" for match in _named(value)}
+        self._set_variables(variables)
+        self._set_fields(pipeline, sets)
+        self._plain_variables()
+        tree = self._substitute(self.source.tree, ())
+        for name in self.declared:
+            if name not in used and not self.unresolved:
+                self._problem(("vars", name), f"found the variable `{name}`, used nowhere", "remove it, or write ${" + name + "}", True)
+        return tree
+
+    def _problem(self, path: Keys, message: str, hint: str = "", at_key: bool = False) -> None:
+        self.problems.append(Problem(self.source.place(path, at_key), dotted(path), message, hint))
+
+    def _flag(self, flag: str, message: str, hint: str = "") -> None:
+        self.problems.append(Problem(flag, "", message, hint))
+
+    # --- the command line -------------------------------------------------------------------------------------------
+
+    def _set_variables(self, variables: Sequence[str]) -> None:
+        for text in variables:
+            name, equals, value = text.partition("=")
+            flag = f"--var {name}"
+            if not equals:
+                self._flag(flag, "found no `=`, allowed name=value")
+            elif name not in self.declared:
+                self._flag(flag, f"found an unknown variable, allowed {listed(self.declared)}", nearest(name, self.declared))
+            else:
+                self._put(self.declared, name, flag, value, ("vars", name))
+
+    def _set_fields(self, pipeline: str | None, sets: Sequence[str]) -> None:
+        stages = self.source.tree
+        for key in ("pipelines", pipeline, "stages"):
+            stages = stages.get(key) if isinstance(stages, dict) else None
+        if not isinstance(stages, dict):
+            return  # the pipeline itself is wrong, and is reported as that
+        assert pipeline is not None
+        for text in sets:
+            name, equals, value = text.partition("=")
+            flag = f"--set {name}"
+            parts = name.split(".")
+            if not equals:
+                self._flag(flag, "found no `=`, allowed stage.field=value")
+            elif len(parts) < 2:
+                self._flag(flag, "found no field, allowed stage.field=value")
+            elif parts[0] not in stages:
+                self._flag(flag, f"found the unknown stage `{parts[0]}`, allowed {listed(stages)}", nearest(parts[0], stages))
+            else:
+                keys, node = self._descend(stages, parts, flag)
+                if node is not None:
+                    self._put(node, keys[-1], flag, value, ("pipelines", pipeline, "stages", *keys))
+
+    def _descend(self, node: Any, parts: list[str], flag: str) -> tuple[list[str | int], Any]:
+        """The container of the last part, mappings on the way made where they are missing."""
+        keys: list[str | int] = []
+        for i, part in enumerate(parts):
+            key: str | int = part
+            if isinstance(node, list):
+                if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
+                    allowed = f"allowed 0 to {len(node) - 1}" if node else "which is empty"
+                    self._flag(flag, f"found `{part}` for a place in a list, {allowed}", "to replace the whole list: `=[a, b]`")
+                    return keys, None
+                key = int(part)
+            elif not isinstance(node, dict):
+                self._flag(flag, f"found no fields under `{'.'.join(parts[:i])}`, it is a plain value")
+                return keys, None
+            keys.append(key)
+            if i < len(parts) - 1:
+                if isinstance(node, dict) and node.get(part) is None:
+                    node[part] = {}
+                node = node[key]
+        return keys, node
+
+    def _put(self, node: Any, key: str | int, flag: str, text: str, path: Keys) -> None:
+        if secret := named_in(text, self.environment):
+            self._flag(flag, f"found the value of {secret}, allowed no secrets: Prefect shows what a run was called with", FROM_ENVIRONMENT)
+            return
+        try:
+            node[key] = parse(text, flag).tree if text.strip() else ""
+            self.source.flags[path] = flag
+        except ConfigError as error:
+            self.problems += [Problem(flag, "", problem.message, problem.hint) for problem in error.problems]
+
+    # --- variables --------------------------------------------------------------------------------------------------
+
+    def _plain_variables(self) -> None:
+        for name, value in self.declared.items():
+            if any(True for _ in _named(value)):
+                self._problem(("vars", name), f"found '{value}', allowed values without ${{...}}", "write out the value")
+
+    def _substitute(self, node: Any, path: Keys) -> Any:
+        if isinstance(node, dict):
+            return {key: value if (path, key) == ((), "vars") else self._substitute(value, (*path, key)) for key, value in node.items()}
+        if isinstance(node, list):
+            return [self._substitute(item, (*path, i)) for i, item in enumerate(node)]
+        if not isinstance(node, str) or "${" not in node:
+            return node
+        whole = VARIABLE.fullmatch(node)
+        if whole and whole["end"]:
+            return self._variable(whole["name"], path)
+        return VARIABLE.sub(lambda match: self._text(match, path), node)
+
+    def _text(self, match: re.Match[str], path: Keys) -> str:
+        if match["name"] is None:
+            return "${"
+        if not match["end"]:
+            self.unresolved.add(path)
+            self._problem(path, f"found `{match[0][:40]}` without its `}}`", "a plain `${` is written `$${`")
+            return ""
+        value = self._variable(match["name"], path)
+        return value if isinstance(value, str) else json.dumps(value)
+
+    def _variable(self, name: str, path: Keys) -> Any:
+        if name.startswith("env:"):
+            name = name.removeprefix("env:")
+            if path[0] not in MACHINE_FIELDS:
+                self.unresolved.add(path)
+                hint = "a pipeline must not depend on the shell it is started from; use vars and --var"
+                self._problem(path, f"found ${{env:{name}}}, allowed only in {', '.join(MACHINE_FIELDS)}", hint)
+            elif name not in self.environment:
+                self.unresolved.add(path)
+                self._problem(path, f"found ${{env:{name}}}, but {name} is not set", f"export {name}=...")
+            return self.environment.get(name, "")
+        if name not in self.declared:
+            self.unresolved.add(path)
+            hint = nearest(name, self.declared) or "declare it under `vars:`"
+            self._problem(path, f"found the unknown variable ${{{name}}}, allowed {listed(self.declared)}", hint)
+            return None
+        if self.declared[name] is None or isinstance(self.declared[name], dict | list):
+            self.unresolved.add(path)  # what is wrong with it is said where it is declared
+        self.origins[path] = name
+        return self.declared[name]
+
+
+def as_sets(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides as they come through Prefect, in the form of the command line: JSON is YAML, too."""
+    return [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
+
+
+def as_overrides(flag: str, sets: Sequence[str]) -> dict[str, Any]:
+    """`name=value` as Prefect's parameters take them. Raises ConfigError for a value that is no YAML."""
+    found = {}
+    for text in sets:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError([Problem(f"{flag} {name}", "", "found no `=`, allowed name=value")])
+        found[name] = parse(value, f"{flag} {name}").tree if value.strip() else ""
+    return found
+
+
+def as_flags(overrides: Sequence[str]) -> list[str]:
+    """Of a loaded file or a run's record, the words of the command line that gave them."""
+    parts = [("--var", text.removeprefix("--var ")) if text.startswith("--var ") else ("--set", text) for text in overrides]
+    return [word for part in parts for word in part]
+
+
+def _named(node: Any) -> Iterator[re.Match[str]]:
+    """Every ${name} below `node`."""
+    if isinstance(node, str):
+        yield from (match for match in VARIABLE.finditer(node) if match["name"] is not None)
+    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _named(item)

@@ -1,0 +1,37 @@
+"""What schedules override, checked as it would be on the command line, and reported where it stands in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tuneline.config.load import Loaded, load
+from tuneline.config.overrides import as_sets
+from tuneline.config.yaml_source import Keys, dotted
+from tuneline.errors import ConfigError, Problem
+
+
+def check_schedules(loaded: Loaded) -> None:
+    """Loads the file once more for each schedule that overrides something. Raises ConfigError with every problem found."""
+    problems = [
+        problem
+        for name, pipeline in loaded.spec.pipelines.items()
+        for key, schedule in pipeline.schedules.items()
+        if schedule.overrides or schedule.variables
+        for problem in _problems(loaded, name, ("pipelines", name, "schedules", key), schedule.overrides, schedule.variables)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _problems(loaded: Loaded, name: str, here: Keys, overrides: Mapping[str, Any], variables: Mapping[str, Any]) -> Iterator[Problem]:
+    flags: dict[str, Keys] = {f"--set {field}": (*here, "overrides", field) for field in overrides}
+    flags |= {f"--var {variable}": (*here, "variables", variable) for variable in variables}
+    try:
+        load(loaded.file, name, as_sets(overrides), as_sets(variables))
+    except ConfigError as error:
+        for problem in error.problems:
+            path = flags.get(problem.place, here)
+            # What is wrong with a value is said at it; what is wrong elsewhere because of it says where.
+            elsewhere = f"{problem.path}: " if problem.path and problem.place not in flags else ""
+            yield Problem(loaded.source.place(path), dotted(path), elsewhere + problem.message, problem.hint)

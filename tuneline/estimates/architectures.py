@@ -1,0 +1,212 @@
+"""What a model is made of, read from its `config.json` alone: its parameters, and the linear layers that an adapter can go on.
+
+Counted are decoders of one build: `q_proj`, `k_proj`, `v_proj`, `o_proj`, a gated MLP, RMS norms. `tests/program/test_estimates.py`
+compares every type with transformers' own model. Of any other type nothing is said: a wrong figure is worse than none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tuneline.config.spec import MergeStage, ModelStage
+from tuneline.errors import StageFailed
+from tuneline.kinds.stage import Stage
+from tuneline.kinds.training import Training
+from tuneline.paths import placed
+from tuneline.planning.plan import PlanRow
+from tuneline.workspace.workspace import Workspace
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a type differs from Llama, and what its config.json leaves out when it has the type's default."""
+
+    norms: int = 2
+    """Of a layer, each over the hidden size."""
+    head_norms: bool = False
+    """Queries and keys of each head are normalised as well."""
+    qkv_bias: bool = False
+    tied: bool = False
+    head_dim: int | None = None
+    """Where it is not the hidden size over the heads."""
+    windows: bool = False
+    """Whether some of its models attend to the last tokens alone in some layers."""
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(windows=True),
+    "granite": Family(),
+    "smollm3": Family(tied=True),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(head_norms=True, head_dim=128),
+    "gemma": Family(tied=True, head_dim=256),
+    "gemma3_text": Family(norms=4, head_norms=True, tied=True, head_dim=256, windows=True),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Named as in `config.json`, so far as it has the field."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    family: Family
+    dtype: str | None
+    """Of the weights in its files."""
+    positions: float
+    """Tokens that its positions reach to: `reach`."""
+
+    @property
+    def sharing(self) -> list[int]:
+        """Numbers of processes that can share a sequence, exchanging tokens for heads: `tasks.sequences`."""
+        heads, keys = self.num_attention_heads, self.num_key_value_heads
+        return [n for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0)]
+
+    @property
+    def queries(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of one decoder layer: what goes in, what comes out."""
+        h, i = self.hidden_size, self.intermediate_size
+        return {
+            "self_attn.q_proj": (h, self.queries),
+            "self_attn.k_proj": (h, self.keys),
+            "self_attn.v_proj": (h, self.keys),
+            "self_attn.o_proj": (self.queries, h),
+            "mlp.gate_proj": (h, i),
+            "mlp.up_proj": (h, i),
+            "mlp.down_proj": (i, h),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all linear layers but the head: what QLoRA quantizes."""
+        return self.num_hidden_layers * sum(inputs * outputs for inputs, outputs in self.linear.values())
+
+    @property
+    def layer_parameters(self) -> int:
+        biases = 0
+        for name, (_, outputs) in self.linear.items():
+            biased = self.mlp_bias if name.startswith("mlp") else self.attention_bias or self.family.qkv_bias and "o_proj" not in name
+            biases += outputs if biased else 0
+        norms = self.family.norms * self.hidden_size + (2 * self.head_dim if self.family.head_norms else 0)
+        return self.linear_parameters // self.num_hidden_layers + biases + norms
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        embeddings = self.head_parameters * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * self.layer_parameters + self.hidden_size
+
+    def targeted(self, target_modules: tuple[str, ...] | str) -> dict[str, int]:
+        """In how many decoder layers each linear layer gets an adapter, by the rule of `tasks.targets.adapted`."""
+        return _targeted(self.num_hidden_layers, tuple(self.linear), target_modules)
+
+    def lora_parameters(self, r: int, target_modules: tuple[str, ...] | str, use_dora: bool = False) -> int:
+        """A is (r, in), B is (out, r); DoRA adds a magnitude for each output."""
+        count = 0
+        for name, layers in self.targeted(target_modules).items():
+            inputs, outputs = self.linear[name]
+            count += layers * (r * (inputs + outputs) + (outputs if use_dora else 0))
+        return count
+
+
+@lru_cache
+def _targeted(layers: int, linear: tuple[str, ...], target_modules: tuple[str, ...] | str) -> dict[str, int]:
+    if target_modules == "all-linear":
+        return dict.fromkeys(linear, layers)
+    counts = {}
+    for name in linear:
+        paths = (f".model.layers.{i}.{name}" for i in range(layers))
+        counts[name] = sum(any(path.endswith(f".{target}") for target in target_modules) for path in paths)
+    return {name: count for name, count in counts.items() if count}
+
+
+# --- where it is read -------------------------------------------------------------------------------------------------
+
+
+def architecture_of(workspace: Workspace, stages: Mapping[str, Stage], rows: Mapping[str, PlanRow], name: str) -> Architecture | str:
+    """The architecture that the stage `name` works on, or in words why it is not known. Reads no weight."""
+    stage = stages[name]
+    while not isinstance(stage, ModelStage):  # a training or a merge changes weights, never the architecture
+        assert isinstance(stage, MergeStage | Training)  # no other gives what can be trained on
+        name = stage.adapters[0] if isinstance(stage, MergeStage) else stage.model
+        stage = stages[name]
+    artifact = rows[name].artifact
+    try:
+        if stage.path is not None:
+            return read((placed(workspace.root, stage.path) / "config.json").read_bytes())
+        if artifact is not None:
+            return read((artifact.payload / "config.json").read_bytes())
+        if stage.gguf is not None or stage.hub is None:
+            return f"{name} has not been converted yet"
+        if rows[name].problems:
+            return rows[name].problems[0].message
+        config = workspace.hub.config(stage.hub, stage.revision)
+        return read(config) if config else f"{name} has not been fetched yet; `--online` asks the hub"
+    except StageFailed as error:
+        return error.message
+    except (OSError, ValueError) as error:
+        return f"the config.json of {name} cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+@lru_cache
+def read(text: bytes) -> Architecture | str:
+    """A `config.json`. Raises ValueError where it is none."""
+    config: dict[str, Any] = json.loads(text)
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        return f"models of type `{model_type}` are not counted, only {', '.join(FAMILIES)}"
+    if "quantization_config" in config:
+        return "its weights are quantized"
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if missing := [name for name in needed if not isinstance(config.get(name), int)]:
+        return f"its config.json does not say {', '.join(missing)}"
+    family, heads = FAMILIES[model_type], config["num_attention_heads"]
+    return Architecture(
+        **{name: config[name] for name in needed},
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or family.head_dim or config["hidden_size"] // heads,
+        tie_word_embeddings=config.get("tie_word_embeddings", family.tied),
+        attention_bias=bool(config.get("attention_bias")) and model_type not in ("mistral", "qwen2"),
+        mlp_bias=bool(config.get("mlp_bias")) and model_type in ("llama", "granite", "smollm3"),
+        family=family,
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+        positions=reach(config),
+    )
+
+
+def reach(config: Mapping[str, Any]) -> float:
+    """Tokens that a model's positions reach to, infinite where its config.json does not say: not every model counts them.
+
+    RoPE scaling stretches them. Some models write the stretched number themselves (Llama 3, Phi 3), others that of before (Qwen's YaRN):
+    the larger one holds.
+    """
+    written = config.get("max_position_embeddings") or config.get("n_positions") or math.inf
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}  # its name in transformers 5, and before
+    return max(written, (scaling.get("original_max_position_embeddings") or written) * (scaling.get("factor") or 1))

@@ -1,0 +1,151 @@
+"""Whether a training fits: its rows the positions of its model, its memory the GPUs of its pool, and if not, the cheapest change that
+makes it fit.
+
+Changes are tried in the order of what they cost: nothing but steps of another shape (micro-batch), a third more time
+(gradient checkpointing), more communication or more GPUs (sharding, then shared sequences), waiting for the CPU's memory
+(offload), and last what changes the result (QLoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+from tuneline.config.pools import DockerPool, KubernetesPool, Pool
+from tuneline.config.spec import DatasetStage
+from tuneline.config.yaml_source import Keys, dotted
+from tuneline.errors import Problem
+from tuneline.estimates.architectures import Architecture, architecture_of
+from tuneline.estimates.estimate import job_of
+from tuneline.estimates.memory import Job
+from tuneline.kinds.engine import EngineSettings
+from tuneline.kinds.fields import Finding
+from tuneline.kinds.stage import Stage
+from tuneline.kinds.training import GrpoStage, SftStage, Training
+from tuneline.planning.plan import PlanRow
+from tuneline.workspace.workspace import Workspace
+
+Change = dict[str, Any]  # of a stage: field, dotted, to value
+UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
+MOST_GPUS = 8  # of a machine, where the pool does not say
+SAFE = 0.9  # of a GPU's memory: estimates of LoRA err by up to a tenth, others by more (docs/estimates.md)
+
+
+def gib(size: int, digits: int = 1) -> str:
+    return f"{size / (1 << 30):.{digits}f} GiB"
+
+
+def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
+    """Of each training: rows beyond its model's positions, heads that so many processes cannot share, and more memory than the GPUs of
+    its pool have, or nearly as much."""
+    loaded, planned = workspace.loaded, {row.stage: row for row in rows}
+    stages = loaded.pipeline(pipeline).stages
+    for name, row in planned.items():
+        stage = stages[name]
+        if not isinstance(stage, Training) or row.artifact is not None:
+            continue
+        pool_name = stage.pool or loaded.pipeline(pipeline).pool
+        pool = loaded.spec.pools[pool_name] if pool_name else None
+        architecture = architecture_of(workspace, stages, planned, name)
+        if isinstance(architecture, str):
+            continue
+        path: Keys = ("pipelines", pipeline, "stages", name)
+        if finding := beyond_positions(stage, stages[stage.dataset], architecture):
+            field = (*path, finding.field)
+            yield Problem(loaded.source.place(field), dotted(field), finding.message, finding.hint)
+        if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
+            heads = f"{architecture.num_attention_heads} heads of its model ({architecture.num_key_value_heads} of keys)"
+            allowed = ", ".join(map(str, architecture.sharing))
+            path = (*path, "resources", "sequence_parallel_size")
+            yield Problem(loaded.source.place(path), dotted(path), f"found {size}, allowed for the {heads}: {allowed}", "the run will fail")
+            continue
+        if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
+            continue
+        job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
+        if (needed := job.memory().total) > SAFE * room:
+            digits = next((digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits)), 1)
+            found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
+            found += ", which is tight: estimates err by a tenth or more" if needed <= room else ""
+            yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name))
+
+
+def beyond_positions(stage: Training, dataset: Stage, architecture: Architecture) -> Finding | None:
+    """Rows may be longer than the model's positions reach: then programs refuse them (tasks/sft.py says why)."""
+    assert isinstance(dataset, DatasetStage)
+    hint = f"`max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
+    if isinstance(stage, SftStage):
+        row = min(stage.max_length, dataset.max_length or stage.max_length)  # packed ones, too, count from 0 each
+        message = f"rows may have {row} tokens, more than the model's positions, {architecture.positions:.0f}"
+        return Finding("max_length", message, hint) if row > architecture.positions else None
+    assert isinstance(stage, GrpoStage)
+    whole = (dataset.max_length or 1) + stage.max_completion_length
+    message = f"prompts and completions may have {whole} tokens, more than the model's positions, {architecture.positions:.0f}"
+    return Finding("max_completion_length", message, f"lower it; {hint}") if whole > architecture.positions else None
+
+
+def room_for(stage: Training, gpu_memory: str) -> int:
+    """Bytes of a GPU that the training has: what vLLM takes of it is gone, where both share one."""
+    size = int(gpu_memory[:-2]) * UNITS[gpu_memory[-2:]]
+    engine = stage.resources.engine or EngineSettings()
+    shared = stage.uses_engine() and engine.gpus == 0
+    return round(size * (1 - engine.gpu_memory_utilization)) if shared else size
+
+
+def gpus_of(pool: Pool) -> int:
+    return pool.gpus if isinstance(pool, DockerPool | KubernetesPool) and isinstance(pool.gpus, int) else MOST_GPUS
+
+
+def remedy(job: Job, room: int, gpus: int, name: str) -> str:
+    for change in changes(job, gpus):
+        changed = applied(job, change)
+        allowed = not [*changed.stage.findings(), *changed.stage.common_findings()]
+        if allowed and (needed := changed.memory().total) <= room:
+            flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
+            away = changed.memory().offloaded
+            beside = f", and {gib(away)} of the CPU's memory for each process" if away else ""
+            return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
+    return "no change of its resources fits with a tenth to spare: take larger GPUs, a smaller model or shorter sequences"
+
+
+def changes(job: Job, gpus: int) -> Iterator[Change]:
+    """Fields to set, the cheapest first."""
+    stage, resources = job.stage, job.stage.resources
+    sizes: list[Change] = [{}, *({"resources.micro_batch_size": size} for size in smaller(stage))]
+    yield from sizes[1:]
+    again: Change = {} if resources.gradient_checkpointing else {"resources.gradient_checkpointing": True}
+    yield from (again | size for size in sizes)
+
+    least = again | sizes[-1]
+    counts = [resources.gpus] if resources.world_size > 1 else [count for count in (2, 4, 8) if count <= gpus]
+    for count in counts:
+        for strategy in ("zero2", "zero3"):
+            sharded: Change = {"resources.gpus": count, "resources.strategy": strategy}
+            yield from (sharded, least | sharded)
+        if isinstance(stage, SftStage) and not stage.packing and not job.architecture.family.windows:
+            sharded = least | {"resources.gpus": count, "resources.strategy": "zero3"}
+            yield from (sharded | {"resources.sequence_parallel_size": size} for size in job.architecture.sharing[1:] if size <= count)
+
+    yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
+    yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))
+    if isinstance(stage, SftStage) and job.method == "lora":
+        yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least))
+
+
+def new(stage: Training, change: Change) -> Change:
+    """The fields that are not as they would be set anyway."""
+    return {field: value for field, value in change.items() if reduce(getattr, field.split("."), stage) != value}
+
+
+def smaller(stage: Training) -> Iterator[int]:
+    size: int | None = stage.micro_batch_size()
+    while size is not None and (size := stage.smaller_micro_batch(size)) is not None:
+        yield size
+
+
+def applied(job: Job, change: Change) -> Job:
+    fields = {field: value for field, value in change.items() if "." not in field}
+    resources = {field.partition(".")[2]: value for field, value in change.items() if "." in field}
+    stage = job.stage.model_copy(update=fields | {"resources": job.stage.resources.model_copy(update=resources)})
+    return replace(job, stage=stage, method=change.get("method", job.method))

@@ -1,0 +1,144 @@
+"""What a completion is worth, as types: the part of a grpo stage of pipelines.yaml under `rewards:`.
+
+A reward gives each completion a number; what a training climbs is their sum, each times its weight. How they are computed is
+in `tasks.rewards`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from tuneline.kinds.fields import Finding, Path, Strict
+
+
+class EveryReward(Strict):
+    """Fields of every reward."""
+
+    type: str
+    weight: float = Field(1.0, allow_inf_nan=False)
+    """What it counts in the sum; below 0 it is a punishment."""
+
+    @property
+    def label(self) -> str:
+        """Name of its metric."""
+        return self.type
+
+    def findings(self) -> Iterator[Finding]:
+        if self.weight == 0:
+            yield Finding("weight", "found 0, allowed any other number", "remove a reward that does not count")
+
+
+class ExactMatchReward(EveryReward):
+    """1 where the completion is the row's answer, space around both aside, else 0."""
+
+    type: Literal["exact_match"]
+
+
+class MathEqualReward(EveryReward):
+    """1 where the completion is the row's answer, or its last formula equals it, as 1/2 equals 0.5, else 0. By the library math-verify."""
+
+    type: Literal["math_equal"]
+
+
+class FormatReward(EveryReward):
+    """1 where the completion has a given form, else 0."""
+
+    type: Literal["format"]
+    pattern: str = Field(min_length=1)
+    """Regular expression of Python that the whole completion must match, space around it aside; `.` matches line ends too."""
+
+    def findings(self) -> Iterator[Finding]:
+        yield from super().findings()
+        try:
+            re.compile(self.pattern, re.DOTALL)
+        except (re.error, OverflowError, RecursionError) as error:
+            hint = r"in YAML, single quotes keep backslashes: '<answer>\d+</answer>'"
+            yield Finding("pattern", f"found '{self.pattern}', allowed a regular expression: {error}", hint)
+
+
+class ReasoningGymReward(EveryReward):
+    """How right reasoning-gym's own scorer finds the completion, from 0 to 1; for rows of a `reasoning_gym` source."""
+
+    type: Literal["reasoning_gym"]
+
+
+class LengthReward(EveryReward):
+    """1 for a short completion, falling evenly to 0 for a long one."""
+
+    type: Literal["length"]
+    full_up_to: int = Field(ge=0)
+    """Tokens of a completion up to which the reward is 1."""
+    zero_from: int = Field(ge=1)
+    """Tokens of a completion from which on the reward is 0."""
+
+    def findings(self) -> Iterator[Finding]:
+        yield from super().findings()
+        if self.zero_from <= self.full_up_to:
+            yield Finding("zero_from", f"found {self.zero_from}, allowed more than full_up_to, {self.full_up_to}")
+
+
+class PythonTestsReward(EveryReward):
+    """1 where the completion's Python passes the row's `tests`, else 0. Runs in a sandbox without network."""
+
+    type: Literal["python_tests"]
+    seconds: float = Field(10.0, gt=0, le=600)
+    """Time a completion and its tests may take."""
+    memory_mb: int = Field(1024, ge=128)
+    """Memory they may take, the interpreter's own included."""
+
+
+class FunctionReward(EveryReward):
+    """What a Python function of yours gives. `type` may be left out."""
+
+    type: Literal["function"] = "function"
+    file: Path
+    """Python file that holds it; its content is in the key, not that of what it imports."""
+    function: str = Field(min_length=1)
+    """Name of the function: it takes prompts and completions, and gives one number for each completion."""
+
+    @property
+    def label(self) -> str:
+        return self.function
+
+
+AnyReward = ExactMatchReward | MathEqualReward | FormatReward | ReasoningGymReward | LengthReward | PythonTestsReward | FunctionReward
+REWARDS: dict[str, type[EveryReward]] = {
+    "exact_match": ExactMatchReward,
+    "math_equal": MathEqualReward,
+    "format": FormatReward,
+    "reasoning_gym": ReasoningGymReward,
+    "length": LengthReward,
+    "python_tests": PythonTestsReward,
+    "function": FunctionReward,
+}
+
+
+def type_of(raw: dict[str, Any]) -> Any:
+    """The `type` of an entry as written: a function where it is left out and a file or function is named."""
+    return raw.get("type", "function" if raw.keys() & {"file", "function"} else None)
+
+
+def _with_type(raw: Any) -> Any:
+    return {**raw, "type": type_of(raw)} if isinstance(raw, dict) and type_of(raw) is not None else raw
+
+
+Reward = Annotated[AnyReward, Field(discriminator="type"), BeforeValidator(_with_type)]
+
+
+def findings(rewards: Sequence[AnyReward]) -> Iterator[Finding]:
+    """What the types of a list `rewards:` cannot say, by fields of the stage."""
+    first: dict[str, int] = {}
+    for i, reward in enumerate(rewards):
+        for finding in reward.findings():
+            yield Finding(f"rewards.{i}.{finding.field}", finding.message, finding.hint)
+        field = f"rewards.{i}.function" if isinstance(reward, FunctionReward) else f"rewards.{i}"
+        if (before := first.setdefault(reward.label, i)) != i:
+            hint = "each has its own metric: give the function another name" if isinstance(reward, FunctionReward) else "write it once"
+            yield Finding(field, f"found `{reward.label}` twice, first in rewards.{before}", hint)
+        if isinstance(reward, FunctionReward) and not reward.function.isidentifier():
+            found = f"found '{reward.function}', allowed the name of a function"
+            yield Finding(field, found, "the file stands in `file`, the name alone here")

@@ -1,0 +1,173 @@
+"""What every stage has: fields that only change how it runs. None of them is in its key.
+
+`findings()` of a stage are checks that need more than one of its fields; those that need more than one stage are in
+`tuneline.config.checks`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME, EngineSettings
+from tuneline.kinds.fields import ArtifactType, Finding, Name, StageRef, Strict
+
+
+class Resources(Strict):
+    """Only how a stage runs: none of it is in the key."""
+
+    gpus: int = Field(0, ge=0)
+    """Devices used, of each machine; with more than one, one process each."""
+    devices: tuple[int, ...] | None = Field(None, min_length=1)
+    """Numbers of the devices to use; by default any that are free."""
+    processes: int | None = Field(None, ge=1)
+    """Processes of a training on each machine; by default one for each GPU, or one."""
+    nodes: int = Field(1, ge=1)
+    """Machines that train together; `tuneline node` runs on each but the first."""
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "ddp"
+    """How devices share a training: each has a whole copy (`ddp`); DeepSpeed splits optimizer states (`zero1`), gradients (`zero2`) and
+    weights too (`zero3`); torch's FSDP2 splits all of that (`fsdp`); one process spreads the layers over the devices (`device_map`)."""
+    offload: Literal["optimizer", "all"] | None = None
+    """What waits in the CPU's memory: optimizer states, or weights as well (`zero3`, `fsdp`). Slower, for less memory of a GPU."""
+    sequence_parallel_size: int = Field(1, ge=1)
+    """Processes that share each sequence (Ulysses, arXiv:2309.14509): for sequences whose activations do not fit on one device."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8, one when packing."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: less memory, about a third more time."""
+    checkpoint_steps: int = Field(50, ge=1)
+    """Steps between the checkpoints from which a killed training resumes; early stopping saves at each evaluation instead."""
+    checkpoint_minutes: float | None = Field(None, gt=0)
+    """Minutes between checkpoints, in place of steps; with early stopping beside those of evaluations."""
+    checkpoints_kept: int = Field(2, ge=2)
+    """Newest checkpoints that are kept while a training works; they go once it has succeeded."""
+    collective_timeout: int = Field(1800, ge=1)
+    """Seconds that processes wait for one another until the attempt is given up and another begins."""
+
+    engine: EngineSettings | None = None
+    """How vLLM runs where the stage uses it."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train: one for each GPU that is not the engine's alone."""
+        return self.nodes * self.local_processes
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Micro-batches that are worked on at the same time."""
+        return max(1, self.world_size // self.sequence_parallel_size)
+
+    @property
+    def local_processes(self) -> int:
+        """Those of one machine."""
+        if self.strategy == "device_map":
+            return 1
+        return self.processes or max(1, self.gpus - (self.engine.gpus if self.engine else 0))
+
+
+class Stage(Strict):
+    """Fields that every stage has; none of them is in the key."""
+
+    kind: str
+    description: str = ""
+    """Shown in tables and reports."""
+    needs: tuple[StageRef, ...] = ()
+    """Stages that must succeed first, without being an input."""
+    retries: int = Field(2, ge=0, le=20)
+    """Further attempts after an out-of-memory or a passing failure; other failures are never tried again."""
+    timeout: int | None = Field(None, ge=1)
+    """Seconds after which the stage is ended."""
+
+    @abstractmethod
+    def gives(self) -> ArtifactType:
+        """What others refer to it as."""
+
+    def findings(self) -> Iterator[Finding]:
+        return iter(())
+
+    def warnings(self) -> Iterator[Finding]:
+        """What is allowed and all the same worth a word at every validate, plan and run."""
+        return iter(())
+
+
+class ProgramStage(Stage):
+    """A stage that a program in `tasks/` carries out."""
+
+    runtime: Name = "torch"
+    """The Python environment it runs in; for `quantize` it is `quantize`, because gptqmodel holds other libraries back."""
+    resources: Resources = Resources()
+    """Devices and batches."""
+    pool: Name | None = None
+    """Pool that this stage runs in, as a run of its own, once the pipeline is deployed; `tuneline run` runs it here."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of everything random in the stage."""
+
+    def decided(self) -> dict[str, Any]:
+        """What fields that are `auto` mean in this stage, by the file alone: it is in the key, and what the program gets."""
+        return {}
+
+    def common_findings(self) -> Iterator[Finding]:
+        devices = self.resources.devices
+        if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
+            found = f"found {list(devices)}, allowed as many different numbers as resources.gpus, {self.resources.gpus}"
+            yield Finding("resources.devices", found, f"set `gpus: {len(devices)}`" if len(devices) != self.resources.gpus else "")
+        engine = self.resources.engine
+        if engine is not None and not self.uses_engine():
+            yield Finding("resources.engine", "found an engine in a stage that uses none", "remove it, or choose the engine vllm")
+        elif engine is not None and engine.gpus > self.resources.gpus:
+            found = f"found {engine.gpus}, allowed at most resources.gpus, {self.resources.gpus}"
+            yield Finding("resources.engine.gpus", found, "resources.gpus counts all of the stage's GPUs, the engine's among them")
+
+    def uses_engine(self) -> bool:
+        """Whether vLLM works for this stage."""
+        return False
+
+    def engine_runtime(self) -> str | None:
+        """The Python environment that holds vLLM, where the stage uses it."""
+        if not self.uses_engine():
+            return None
+        named = self.resources.engine.runtime if self.resources.engine else None
+        return named or (GPU_RUNTIME if self.resources.gpus else CPU_RUNTIME)
+
+    def runtimes(self) -> list[str]:
+        """Every Python environment that it runs in."""
+        engine = self.engine_runtime()
+        return [self.runtime, engine] if engine else [self.runtime]
+
+    def world_size(self) -> int:
+        """Processes that it runs in."""
+        return self.resources.world_size
+
+    def launched(self) -> bool:
+        """Whether torchrun starts its processes: there are several, or DeepSpeed, which wants to be one of them."""
+        return self.world_size() > 1 or self.resources.strategy.startswith("zero")
+
+    def micro_batch_size(self) -> int | None:
+        """Rows a device takes at once; None for a kind that does not work in batches."""
+        return None
+
+    def smaller_micro_batch(self, size: int) -> int | None:
+        """What to try after an out-of-memory at `size`: about half; None where nothing is smaller."""
+        return size // 2 or None
+
+
+ComputeType = Literal["float32", "bfloat16"]
+
+
+class ComputingStage(ProgramStage):
+    """A stage whose result depends on the type that its model computes in."""
+
+    dtype: Literal["auto", ComputeType] = "auto"
+    """Compute type; `auto` is bfloat16 for a stage with GPUs (`resources.gpus`), else float32. What it means is in the key."""
+
+    def compute_type(self) -> ComputeType:
+        """By what the stage asks for, never by the machine: the key must be known before one is. An engine's GPUs are among the stage's."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.resources.gpus else "float32"
+
+    def decided(self) -> dict[str, Any]:
+        return {"dtype": self.compute_type()}

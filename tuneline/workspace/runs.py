@@ -1,0 +1,265 @@
+"""Run records: one JSON file a run, written anew whenever a stage ends, so that a killed run leaves what it did.
+
+    <run>.json    the record          <run>.lock    an flock, held while the run lives: the kernel frees it when its process dies
+
+A record that says `running` with nobody holding its lock is of a run that was killed; it is read as `killed`, and the next
+run writes that down. A stage that it worked on was killed with it, when its work folder was last written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tuneline.errors import ConfigError, Problem, StoreError
+from tuneline.workspace.protocol import Event
+
+SCHEMA = 5  # 2: what was planned; 3: its run in Prefect; 4: stages that work, and attempts; 5: cancelled stages. Older ones are read.
+BALLAST = 4 << 20  # bytes that a run's lock file holds, given up to write down how the run ended once the disk is full
+StageStatus = Literal["running", "done", "cached", "failed", "skipped", "refused", "cancelled", "killed"]
+RunState = Literal["running", "completed", "failed", "refused", "cancelled", "killed"]
+
+
+class StageRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    stage: str
+    kind: str
+    status: StageStatus
+    key: str | None = None
+    digest: str | None = None
+    document: dict[str, Any] | None = None
+    """What the key is the hash of: later plans compare with it."""
+    artifact: str | None = None
+    started: str | None = None
+    """When the attempt that it works on began; only while it is running."""
+    attempts: int = 0
+    """Of this run."""
+    seconds: float = 0.0
+    """Of all attempts of this run; without what they waited for."""
+    metrics: dict[str, float] = {}
+    message: str = ""
+
+
+class PlannedStage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    stage: str
+    kind: str
+    names: dict[str, str] = {}
+    """By field: the stage that it names. What draws the graph of a run whose pipelines.yaml has changed since."""
+
+
+class RunRecord(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    schema_number: int = Field(SCHEMA, alias="schema")
+    run_id: str
+    flow_run: str | None = None
+    """Id of the run in Prefect."""
+    pipeline: str
+    overrides: tuple[str, ...] = ()
+    only: str | None = None
+    force: tuple[str, ...] = ()
+    planned: list[PlannedStage] = []
+    """In execution order."""
+    started: str
+    finished: str | None = None
+    state: RunState = "running"
+    stages: list[StageRecord] = []
+
+
+class Runs:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._locks: dict[str, int] = {}  # descriptors of the runs that began here
+
+    def begin(self, pipeline: str, overrides: tuple[str, ...]) -> RunRecord:
+        """A new record, saved, of a run that lives until `finish` or the end of this process."""
+        self._settle()
+        now = datetime.now(UTC)
+        run_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unlocked = self.folder / f".{run_id}.new"
+        self._locks[run_id] = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._locks[run_id], fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(self._locks[run_id], 0, BALLAST)
+        unlocked.rename(self._lock(run_id))  # nobody ever sees it free while we live
+        record = RunRecord(run_id=run_id, pipeline=pipeline, overrides=overrides, started=now.isoformat(timespec="seconds"))
+        self.save(record)
+        return record
+
+    def save(self, record: RunRecord) -> None:
+        try:
+            self._write(record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or record.run_id not in self._locks:
+                raise
+            os.ftruncate(self._locks[record.run_id], 0)
+            self._write(record)
+
+    def _write(self, record: RunRecord) -> None:
+        temporary = self.folder / f".{record.run_id}"
+        temporary.write_text(record.model_dump_json(by_alias=True, indent=1), encoding="utf-8")
+        temporary.replace(self.folder / f"{record.run_id}.json")
+
+    def finish(self, record: RunRecord, state: RunState) -> None:
+        record.state = state
+        self._count(record)
+        record.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        self.save(record)
+        self._lock(record.run_id).unlink(missing_ok=True)
+        if record.run_id in self._locks:
+            os.close(self._locks.pop(record.run_id))
+
+    def alive(self, record: RunRecord) -> bool:
+        """Whether the run of a record has neither ended nor been killed."""
+        return record.state == "running" and _held(self._lock(record.run_id))
+
+    def process(self, record: RunRecord) -> int | None:
+        """Number of the process that the run lives in; None where it has ended, or lives on another machine or as another user."""
+        lock = str(self._lock(record.run_id).resolve())
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # gone, or another user's
+                if folder.name.isdecimal() and any(os.readlink(link) == lock for link in (folder / "fd").iterdir()):
+                    return int(folder.name)
+        return None
+
+    def files(self, record: RunRecord) -> list[Path]:
+        """Those that are there: report, lock and, last, the record itself."""
+        return [file for end in ("html", "lock", "json") if (file := self.folder / f"{record.run_id}.{end}").is_file()]
+
+    def remove(self, record: RunRecord) -> None:
+        for file in self.files(record):
+            file.unlink(missing_ok=True)
+
+    def _lock(self, run_id: str) -> Path:
+        return self.folder / f"{run_id}.lock"
+
+    def _settle(self) -> None:
+        """Writes down what became of runs that were killed."""
+        for lock in self.folder.glob("*.lock"):
+            if not _held(lock):
+                with contextlib.suppress(OSError, ValidationError):
+                    record = self._read(lock.with_suffix(".json"))
+                    if record.state == "killed":
+                        self.save(record)
+                lock.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> RunRecord:
+        """Raises OSError, ValidationError."""
+        record = RunRecord.model_validate_json(path.read_bytes())
+        if record.state == "running" and not self.alive(record):
+            record = RunRecord.model_validate_json(path.read_bytes())  # it may have ended since
+            if record.state == "running":
+                record.state = "killed"
+        self._count(record)
+        return record
+
+    def _count(self, record: RunRecord) -> None:
+        """Of stages that were working: their time until now or, with how far they came, until their run was killed."""
+        for stage in record.stages:
+            if stage.status == "running" and stage.started is not None:
+                began, until = datetime.fromisoformat(stage.started), datetime.now(UTC)
+                if record.state != "running":
+                    work = self.folder.parent / "work" / (stage.key or "")
+                    stage.status, until = "cancelled" if record.state == "cancelled" else "killed", min(until, _last_written(work))
+                    stage.message = _reached(work, began.timestamp())
+                stage.seconds += max(0.0, round((until - began).total_seconds(), 1))
+                stage.started = until.isoformat() if stage.status == "running" else None
+
+    def newest_first(self, pipeline: str | None = None) -> Iterator[RunRecord]:
+        """Records of the pipeline, or of all. One that cannot be read is passed over."""
+        for path in sorted(self.folder.glob("*.json"), reverse=True):
+            try:
+                record = self._read(path)
+            except (OSError, ValidationError):
+                continue
+            if pipeline in (None, record.pipeline):
+                yield record
+
+    def every(self) -> list[RunRecord]:
+        """All records, newest first. Raises StoreError for one that cannot be read: nobody knows what it needs."""
+        found = []
+        for path in sorted(self.folder.glob("*.json"), reverse=True):
+            try:
+                found.append(self._read(path))
+            except FileNotFoundError:  # deleted since
+                continue
+            except (OSError, ValidationError) as error:
+                message = f"the run record {path} cannot be read: what that run needs is not known"
+                hint = "delete that file if the run does not matter any more, or upgrade tuneline if a newer one wrote it"
+                raise StoreError(message, hint) from error
+        return found
+
+    def get(self, pipeline: str, run_id: str | None) -> RunRecord:
+        """The last run of a pipeline, or the named one. Raises ConfigError where there is none."""
+        for record in self.newest_first(pipeline):
+            if run_id in (None, record.run_id):
+                return record
+        where, what = ("--run", f"run {run_id} of {pipeline}") if run_id else (pipeline, "run of it yet")
+        raise ConfigError([Problem(where, "", f"found no {what}", f"start one with `tuneline run {pipeline}`")])
+
+    def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
+        """The run that has built the stage's key by `--force` already, where what was asked for then is asked for again: since that
+        run every one was killed or cancelled, or it is the same run of Prefect's, `flow_run`, tried again there."""
+        stopped = True  # every run that is newer
+        for record in self.newest_first(pipeline):
+            same = flow_run is not None and record.flow_run == flow_run
+            if (stopped and record.state in ("killed", "cancelled") or same) and stage in record.force:
+                built = (entry for entry in record.stages if entry.stage == stage and entry.key == key)
+                if any(entry.status == "done" for entry in built):
+                    return record.run_id
+            stopped = stopped and record.state in ("killed", "cancelled", "running")
+        return None
+
+    def last_success(self, pipeline: str, stages: set[str]) -> dict[str, StageRecord]:
+        """By stage name: its newest record that ended with an artifact."""
+        found: dict[str, StageRecord] = {}
+        for record in self.newest_first(pipeline):
+            for stage in record.stages:
+                if stage.stage in stages and stage.document is not None and stage.status in ("done", "cached"):
+                    found.setdefault(stage.stage, stage)
+            if stages <= found.keys():
+                break
+        return found
+
+
+def _last_written(folder: Path) -> datetime:
+    """When its newest file was; long ago where there is none."""
+    times = [file.stat().st_mtime for file in folder.glob("*")]
+    return datetime.fromtimestamp(max(times, default=0.0), UTC)
+
+
+def _reached(folder: Path, since: float) -> str:
+    """The last step of a program's last attempt."""
+    with contextlib.suppress(OSError):
+        for line in reversed((folder / "events.jsonl").read_bytes().splitlines()):
+            with contextlib.suppress(ValidationError):  # torn by the kill
+                event = Event.model_validate_json(line)
+                if event.t < since:
+                    break
+                if event.type == "progress":
+                    return f"came to step {event.step} of {event.total}"
+    return ""
+
+
+def _held(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)

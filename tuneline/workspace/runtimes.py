@@ -1,0 +1,99 @@
+"""Runtimes: the Python environments that programs run in, and which versions of libraries each of them holds.
+
+A runtime is a lock file, installed by `tuneline setup` into `.tuneline/runtimes/<name>-<digest of the lock>/` (or the folder
+that TUNELINE_RUNTIMES names: an image brings its own, for every project), or a Python that is there already. Versions are read
+from the lock, so that a key can be computed before anything is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tuneline import PACKAGES_ROOT
+from tuneline.config.spec import Spec
+from tuneline.errors import ConfigError, Problem
+from tuneline.paths import placed
+
+BUILT_IN_LOCKS = PACKAGES_ROOT / "infra" / "runtimes"
+MARKER = "tuneline-complete"
+_PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?\s*(?:(==)\s*([^\s;,]+))?")
+
+
+@dataclass(frozen=True)
+class RuntimeEnvironment:
+    """`lock` and `folder` are None for a Python of the user's own."""
+
+    name: str
+    python: Path
+    lock: Path | None = None
+    folder: Path | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.python.exists() if self.folder is None else (self.folder / MARKER).exists()
+
+    def versions(self, libraries: Iterable[str]) -> dict[str, str]:
+        """Version of each library, without its local suffix; a library that the runtime lacks is `absent`."""
+        pins = _locked(self.lock) if self.lock else _installed(self.python)
+        return {name: pins.get(name, "absent").partition("+")[0] for name in libraries}
+
+
+def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
+    """`root` is the folder of pipelines.yaml. Raises ConfigError where the lock or the Python is not there."""
+    declared = spec.runtimes.get(name)
+    if declared and declared.python:
+        python = placed(root, declared.python)
+        if not python.exists():
+            raise ConfigError([Problem("runtimes", name, f"found no Python at {python}", "name the `bin/python` of the environment")])
+        return RuntimeEnvironment(name, python)
+    lock = placed(root, declared.lock) if declared and declared.lock else BUILT_IN_LOCKS / f"{name}.txt"
+    if not lock.is_file():
+        raise ConfigError([Problem("runtimes", name, f"found no lock file at {lock}", "write one with `uv pip compile`")])
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
+    folder = Path(os.environ.get("TUNELINE_RUNTIMES") or root / ".tuneline" / "runtimes") / f"{name}-{digest}"
+    return RuntimeEnvironment(name, folder / "bin" / "python", lock, folder)
+
+
+def _locked(lock: Path) -> dict[str, str]:
+    pins: dict[str, str] = {}
+    for number, line in enumerate(lock.read_text(encoding="utf-8").splitlines(), 1):
+        pin = _PIN.match(line)
+        if pin and not pin[2]:
+            found = f"found `{line.strip()}` in a lock, allowed name==version"
+            raise ConfigError([Problem(f"{lock}:{number}", "", found, "`uv pip compile` pins every package")])
+        if pin and _applies(line):
+            pins[_normal(pin[1])] = pin[3]
+    return pins
+
+
+def _applies(line: str) -> bool:
+    """Whether a line of a lock is for this machine; `uv pip compile --universal` writes one for each that it tells apart."""
+    marker = line.partition(" #")[0].partition(";")[2].rstrip(" \\")
+    if not marker.strip():
+        return True
+    from packaging.markers import Marker
+
+    return Marker(marker).evaluate()
+
+
+@lru_cache
+def _installed(python: Path) -> dict[str, str]:
+    program = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    try:
+        found = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True, check=True)
+        return {_normal(name): version for name, version in json.loads(found.stdout).items()}
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        hint = "name the `bin/python` of the environment"
+        raise ConfigError([Problem("runtimes", "", f"found {python}, which does not run as a Python ({error})", hint)]) from None
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
