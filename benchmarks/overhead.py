@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from table import add_row  # noqa: E402
 
-from flows.server import embedded_server  # noqa: E402
+from flows.server.connect import embedded_server  # noqa: E402
 from tuneline.config.load import load  # noqa: E402
 from tuneline.config.spec import ProgramStage  # noqa: E402
 from tuneline.workspace.protocol import Request  # noqa: E402
@@ -42,9 +42,9 @@ PARTS = {
 }
 TIMED = """
 import atexit, json, os, sys, threading, time
-import flows.__main__, flows.stage
-from flows.supervisor import Supervisor
-from flows.this_run import Run
+import flows.__main__, flows.run.stage
+from flows.run.supervisor import Supervisor
+from flows.run.this_run import Run
 from tuneline.workspace.store import Store
 
 seconds, spans, lock = {}, [], threading.Lock()
@@ -61,9 +61,9 @@ def timed(owner, name, part):
                 spans.append((start, time.time()))
     setattr(owner, name, wrapper)
 
-timed(flows.stage, "_carry_out", "stage")
+timed(flows.run.stage, "_carry_out", "stage")
 timed(Run, "resolve", "key")
-timed(flows.stage, "document_of", "key")
+timed(flows.run.stage, "document_of", "key")
 timed(Supervisor, "run", "program")
 timed(Store, "publish", "publish")
 

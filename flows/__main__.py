@@ -9,7 +9,7 @@ INTERRUPTED = "interrupted; run again and it goes on where it was"
 
 def main() -> None:
     try:
-        from flows.cli import main as command_line
+        from flows.commands.runs import main as command_line
 
         command_line()
     except KeyboardInterrupt:

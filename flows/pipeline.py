@@ -2,7 +2,7 @@
 
 Every need is passed as an `allow_failure` future, so that Prefect draws the edge and a stage whose need failed runs just far
 enough to say `Skipped`. The task runner has a thread for each stage; how many programs run at once is the business of
-`flows/slots.py`.
+`flows/run/slots.py`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.urls import url_for
 
-from flows.artifacts import Publisher
-from flows.cancellation import Watch
-from flows.missed import SKIPPED, missed
-from flows.orphan import end_with_parent
-from flows.report import report_of
-from flows.report_markdown import run_report
-from flows.run_stage import run_stage
-from flows.slots import Slots, visible_gpus
-from flows.stage import FAILED, stage_task
-from flows.supervisor import Supervisor
-from flows.this_run import NoReporter, Reporter, Run
+from flows.report.artifacts import Publisher
+from flows.report.html import report_of
+from flows.report.markdown import run_report
+from flows.run.missed import SKIPPED, missed
+from flows.run.orphan import end_with_parent
+from flows.run.run_stage import run_stage
+from flows.run.slots import Slots, visible_gpus
+from flows.run.stage import FAILED, stage_task
+from flows.run.supervisor import Supervisor
+from flows.run.this_run import NoReporter, Reporter, Run
+from flows.server.cancellation import Watch
 from tuneline import __version__
 from tuneline.config.load import load
 from tuneline.config.order import depends_on, in_order, planned, with_ancestors

@@ -49,7 +49,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Prefect server for the whole session; a test that uses it runs its flows in this process."""
-    from flows.server import embedded_server
+    from flows.server.connect import embedded_server
 
     with embedded_server(tmp_path_factory.mktemp("prefect")) as address:
         from prefect.context import refresh_global_settings_context

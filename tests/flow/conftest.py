@@ -96,9 +96,9 @@ def demo(project: Project, stand_in: Callable[..., None], monkeypatch: pytest.Mo
 @pytest.fixture
 def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RunRecord, Any]]:
     """Runs the pipeline in this process; returns the record and Prefect's own view of the run."""
-    import flows.stage
+    import flows.run.stage
 
-    monkeypatch.setattr(flows.stage, "RETRY_DELAYS", [0.1])
+    monkeypatch.setattr(flows.run.stage, "RETRY_DELAYS", [0.1])
 
     def go(*sets: str, **options: Any) -> tuple[RunRecord, Any]:
         from prefect.client.orchestration import get_client

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from project import ROOT, Project
 
-from flows import api
-from flows.server import connect, find_server
+from flows.server import api
+from flows.server.connect import connect, find_server
 from tuneline.errors import ConfigError
 
 ENV = "http://env/api"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.pace import Pace
-from flows.report_markdown import LONGEST, run_report, stage_report
+from flows.report.markdown import LONGEST, run_report, stage_report
+from flows.report.pace import Pace
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from processes import PATIENCE, until
 from project import ROOT, Project
 
-from flows.cli import cli
+from flows.commands.runs import cli
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ CALLS = [
     [pytest.param(*call, id=" ".join(call[0]), marks=[pytest.mark.process] * (i % 15 == 0)) for i, call in enumerate(CALLS)],
 )
 def test_a_wrong_call_ends_with_2_and_a_message(project: Project, arguments: list[str], message: str) -> None:
-    from flows.starter import STARTER
+    from flows.commands.starter import STARTER
 
     project.write(STARTER)
     project.write("", "empty.yaml")
@@ -119,7 +119,7 @@ def test_a_missing_data_file_stops_a_run_before_it_starts(project: Project, comm
 
 @pytest.mark.parametrize("arguments", [["validate"], ["plan", "demo"], ["schema"], ["--help"]])
 def test_what_must_answer_at_once_imports_neither_prefect_nor_torch(arguments: list[str]) -> None:
-    program = f"import sys; sys.argv[1:] = {arguments!r}\nfrom flows.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
+    program = f"import sys; sys.argv[1:] = {arguments!r}\nfrom flows.commands.runs import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
     assert "tuneline" in loaded

@@ -34,7 +34,7 @@ PROJECT = Path("/srv/project")
 
 def rendered(kind: type[Any], pool: Any, **values: Any) -> Any:
     """The configuration that a worker makes of the pool's template, with the defaults and a deployment's values."""
-    from flows.pool_templates import base_job_template
+    from flows.deploy.pool_templates import base_job_template
 
     return asyncio.run(kind.from_template_and_values(base_job_template(pool, PROJECT), values, client=object()))
 
@@ -98,7 +98,7 @@ def test_a_job_of_a_kubernetes_pool_is_one_that_kubernetes_knows() -> None:
 def test_a_process_pool_is_as_prefect_has_it() -> None:
     from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
-    from flows.pool_templates import base_job_template
+    from flows.deploy.pool_templates import base_job_template
 
     assert base_job_template(ProcessPool(type="process"), PROJECT) == ProcessWorker.get_default_base_job_template()
     assert (
@@ -297,7 +297,7 @@ def test_the_image_holds_the_packages_and_their_data(image: Image) -> None:
 
     assert "Declarative fine-tuning" in run("tuneline", "--help")
     assert "pipelines.yaml is valid: first" in run("tuneline", "validate")
-    program = "from flows.pool_templates import FOLDER; import prefect_docker, prefect_kubernetes; print(*sorted(p.name for p in FOLDER.iterdir()))"
+    program = "from flows.deploy.pool_templates import FOLDER; import prefect_docker, prefect_kubernetes; print(*sorted(p.name for p in FOLDER.iterdir()))"
     assert run("python", "-c", program) == "docker.json kubernetes.json\n"
     site = packages(folder)
     assert not {"flows", "tasks", "infra"} & {path.name for path in site.iterdir()}

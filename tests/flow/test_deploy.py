@@ -285,7 +285,7 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
     from prefect.events.schemas.automations import AutomationCore
     from prefect.states import Pending, Running
 
-    from flows.wanted import crash_after, file_tag
+    from flows.deploy.wanted import crash_after, file_tag
 
     pico.tuneline("deploy")
     tag = file_tag(pico.root / "pipelines.yaml")

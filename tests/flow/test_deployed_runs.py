@@ -99,7 +99,7 @@ def state(run_id: str) -> Any:
 def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Project) -> None:
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 
-    from flows.missed import missed
+    from flows.run.missed import missed
 
     nightly, now = deployed()["pico/pico-nightly"], datetime.datetime.now(datetime.UTC)
     days = {"start_time": (now - datetime.timedelta(days=4)).isoformat(), "end_time": now.isoformat()}
@@ -127,15 +127,15 @@ def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Proj
 def test_a_server_that_does_not_answer_keeps_no_run_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
 
-    import flows.missed
+    import flows.run.missed
 
     def away(**_: Any) -> None:
         raise httpx.ConnectError("no route")
 
     said: list[str] = []
-    monkeypatch.setattr(flows.missed, "get_client", away)
-    monkeypatch.setattr(flows.missed, "get_run_logger", lambda: SimpleNamespace(warning=said.append))
-    assert flows.missed.missed(uuid4(), Pipeline.model_construct()) is None
+    monkeypatch.setattr(flows.run.missed, "get_client", away)
+    monkeypatch.setattr(flows.run.missed, "get_run_logger", lambda: SimpleNamespace(warning=said.append))
+    assert flows.run.missed.missed(uuid4(), Pipeline.model_construct()) is None
     assert said == ["whether a newer run of the schedule waits is not known: no route"]
 
 

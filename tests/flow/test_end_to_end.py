@@ -16,7 +16,7 @@ from lasting import Lasting
 from processes import gone, until
 from project import ROOT
 
-from flows import lasting
+from flows.server import state as lasting
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.usefixtures("no_server_of_the_session")]
 PIPELINES = """\

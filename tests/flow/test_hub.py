@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from project import Project
 
-from flows.hub import resolve_commit
+from flows.run.hub import resolve_commit
 from tuneline.errors import StageFailed
 
 COMMIT = "0123456789" * 4

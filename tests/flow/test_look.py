@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from project import Project
 
-from flows import meant
-from flows.cli import cli
-from flows.logs import Followed, shown
-from flows.options import print_json
-from flows.streams import Unbroken
+from flows.commands import meant
+from flows.commands.logs import Followed, shown
+from flows.commands.options import print_json
+from flows.commands.runs import cli
+from flows.commands.streams import Unbroken
 
 
 @pytest.fixture

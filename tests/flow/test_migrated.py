@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from project import Project
 
-from flows import migrated
+from flows.server import migrated
 
 PIPELINE = """\
 version: 1

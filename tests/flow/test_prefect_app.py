@@ -38,6 +38,6 @@ async def _a_statement_that_failed_is_collected_while_its_connection_waits(datab
 
 @pytest.mark.slow
 def test_garbage_does_not_hold_up_the_server(tmp_path: Path) -> None:
-    import flows.prefect_app  # noqa: F401
+    import flows.server.prefect_app  # noqa: F401
 
     asyncio.run(_a_statement_that_failed_is_collected_while_its_connection_waits(tmp_path / "numbers.db"))

@@ -22,11 +22,11 @@ import pytest
 from project import ROOT, Project
 from report_page import Page
 
-from flows.report import render, report_of
-from flows.report_figures import Graph, chart, graph, log_numbers, round_numbers
-from flows.report_headline import headline
-from flows.report_models import columns
-from flows.report_stage import stages_of
+from flows.report.figures import Graph, chart, graph, log_numbers, round_numbers
+from flows.report.headline import headline
+from flows.report.html import render, report_of
+from flows.report.models import columns
+from flows.report.stage import stages_of
 from tuneline.canonical import key_of
 from tuneline.config.load import load
 from tuneline.config.order import planned

@@ -25,7 +25,8 @@ from demo_project import PIPELINES, statuses
 from processes import PATIENCE, gone, marked, until
 from project import ROOT, Project
 
-from flows import forced, progress
+from flows.report import progress
+from flows.run import forced
 from tuneline.trees import file_memory
 from tuneline.workspace.runs import RunRecord
 from tuneline.workspace.store import Store
@@ -91,7 +92,7 @@ def test_a_passing_failure_is_tried_again_within_the_budget(demo: Project, stand
 def test_the_time_of_a_stage_is_that_of_all_its_attempts(
     demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flows.console import run_table
+    from flows.report.tables import run_table
 
     stand_in(one=["tired", "tired", "ok"])
     record, _ = run()

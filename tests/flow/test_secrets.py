@@ -46,7 +46,7 @@ def test_a_token_is_found_nowhere(
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, LogFilter, LogFilterFlowRunId
     from prefect.logging.handlers import APILogHandler
 
-    from flows.report import report_of
+    from flows.report.html import report_of
     from tuneline.workspace.workspace import Workspace
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)

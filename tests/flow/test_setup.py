@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.setup import build
+from flows.commands.setup import build
 from tuneline.workspace.runtimes import RuntimeEnvironment
 
 

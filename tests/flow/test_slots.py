@@ -14,10 +14,10 @@ import pytest
 from processes import PATIENCE, until
 from project import ROOT
 
-from flows import progress
-from flows.server import kept
-from flows.slots import Slots, visible_gpus
-from flows.supervisor import Supervisor
+from flows.report import progress
+from flows.run.slots import Slots, visible_gpus
+from flows.run.supervisor import Supervisor
+from flows.server.connect import kept
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Event
 
@@ -87,7 +87,7 @@ def test_a_wait_ends_with_its_run(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from flows.slots import Slots
+from flows.run.slots import Slots
 with Slots(None, ["0"], Path(sys.argv[1])).taken(1, holder={"stage": "other/sft"}):
     print("has it", flush=True)
     time.sleep(1000)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE, gone, marked
 
-from flows.server import listens
-from flows.supervisor import WATCHDOG, WORK, Outcome, Supervisor, program_environment
+from flows.run.supervisor import WATCHDOG, WORK, Outcome, Supervisor, program_environment
+from flows.server.connect import listens
 from tuneline.workspace.protocol import Event, Events
 
 # Marks our processes in /proc, so that a test looks at its own alone.
@@ -115,7 +115,7 @@ def test_the_death_of_the_flow_ends_the_tree_and_frees_the_lock_last(tmp_path: P
     flow = f"""
 import os, sys
 sys.path.insert(0, {str(WATCHDOG.parent.parent)!r})
-from flows.supervisor import Supervisor
+from flows.run.supervisor import Supervisor
 from tuneline.workspace.store import Store
 from pathlib import Path
 with Store(Path({str(tmp_path)!r})).locked("key") as held:

@@ -21,8 +21,8 @@ from pico_project import copied
 from processes import PATIENCE, until
 from project import ROOT, Project
 
-from flows.server import free_port
-from flows.supervisor import WATCHDOG
+from flows.run.supervisor import WATCHDOG
+from flows.server.connect import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")]
 

@@ -15,8 +15,8 @@ from typing import Any
 from processes import marked
 from project import ROOT, Project, place_stand_in
 
-from flows import lasting
-from flows.server import free_port
+from flows.server import state as lasting
+from flows.server.connect import free_port
 
 PIPELINES = """\
 version: 1

@@ -39,7 +39,7 @@ def cached_file(repository: str, revision: str, name: str) -> Path | None:
 
 
 class HubCache:
-    """What is known of the hub without asking it; `flows.hub.Hub` asks."""
+    """What is known of the hub without asking it; `flows.run.hub.Hub` asks."""
 
     def commit(self, repository_type: str, repository: str, revision: str) -> str | None:
         """Of a branch or tag None: what it means now is looked up when a run starts."""

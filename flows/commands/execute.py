@@ -1,0 +1,210 @@
+"""One run from the command line: without Prefect where everything is cached, else through the flow, with a server of its own
+where none is configured."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from flows.report.tables import ConsoleReporter
+from flows.run.slots import visible_gpus
+from flows.server.connect import connect, embedded_server, find_server
+from tuneline.config.order import depends_on, planned
+from tuneline.config.overrides import as_overrides
+from tuneline.config.spec import GateStage
+from tuneline.config.yaml_source import Keys, dotted
+from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.plan import PlanRow
+from tuneline.planning.verdict import judge, shown_metrics
+from tuneline.workspace.runs import RunRecord, StageRecord
+from tuneline.workspace.runtimes import find_runtime
+from tuneline.workspace.store import Manifest
+from tuneline.workspace.workspace import Workspace
+
+RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone
+BUSY_SECONDS = 120  # that a run waits to begin on a server that answers 503: SQLite under several runs at once does
+
+
+def execute(
+    workspace: Workspace,
+    pipeline: str,
+    rows: list[PlanRow],
+    sets: tuple[str, ...],
+    variables: tuple[str, ...],
+    only: str | None,
+    force: tuple[str, ...],
+    verbose: bool,
+) -> RunRecord:
+    """Runs what `rows` (the plan) say. Raises ConfigError before anything starts where files or runtimes are missing."""
+    problems = [problem for row in rows for problem in row.problems]
+    if problems:
+        raise ConfigError(problems)
+    stages = workspace.loaded.spec.pipelines[pipeline].stages
+    to_run = [row for row in rows if row.status != "cached" and row.kind != "gate"]
+    server = find_server(workspace.home)
+    if not to_run and not server:
+        return _all_cached(workspace, pipeline, rows, only, ConsoleReporter(verbose))
+    _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
+    if to_run:
+        workspace.prepare_store()
+    with ExitStack() as stack:
+        reporter = stack.enter_context(ConsoleReporter(verbose))
+        _on_signals(workspace, pipeline, reporter)
+        for name in ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):
+            os.environ[name] = "CRITICAL"  # the reporter speaks to the terminal; the server has the log
+        logging.raiseExceptions = False  # that log lines do not reach a server is said once, by us
+        if server:
+            os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
+            connect(workspace.home)
+            reporter.shows_page = True
+        else:
+            tell = partial(reporter.warning, "Prefect")
+            with reporter.waiting("starting Prefect", "5 to 15 s; half a minute the first time on a machine"):
+                stack.enter_context(embedded_server(workspace.home / "prefect", tell, workspace.loaded.spec.history))
+        return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)
+
+
+def _on_signals(workspace: Workspace, pipeline: str, reporter: ConsoleReporter) -> None:
+    """Ctrl-C, a SIGTERM and a closed terminal end the run in order (Prefect hands SIGTERM on once the flow has stopped its programs).
+    A second Ctrl-C ends it at once: our pipes close with us, and the watchdogs kill what is left."""
+    interrupted = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping; Ctrl-C again ends it at once\n")
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            with contextlib.suppress(ConfigError):
+                record = workspace.runs.get(pipeline, reporter.run_id or "none")
+                if record.state == "running":
+                    workspace.runs.finish(record, "cancelled")
+            reporter.console.show_cursor()
+            os._exit(128 + signal.SIGINT)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, on_signal)
+
+
+def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: str | None, reporter: ConsoleReporter) -> RunRecord:
+    """Judges the gates; a stage behind one that refuses is skipped, as it would be through Prefect."""
+    with contextlib.suppress(StoreError):  # a store that is only read will do
+        workspace.prepare_store()
+    record = workspace.runs.begin(pipeline, workspace.loaded.overrides)
+    record.planned, record.only = planned(workspace.loaded.pipeline(pipeline), only), only
+    stages = workspace.loaded.spec.pipelines[pipeline].stages
+    manifests: dict[str, Manifest] = {}
+    stopped: set[str] = set()
+    for row in rows:
+        stage, entry = stages[row.stage], StageRecord(stage=row.stage, kind=row.kind, status="cached")
+        if absent := [need for need in depends_on(stage) if need in stopped]:
+            entry.status, entry.message = "skipped", f"needs {', '.join(absent)}"
+        elif isinstance(stage, GateStage):
+            passed, lines = judge(stage, stages, manifests)
+            entry.status, entry.message = "done" if passed else "refused", "\n".join(lines)
+        elif row.artifact:
+            manifest = manifests[row.stage] = row.artifact.manifest
+            entry.metrics = shown_metrics(stage, manifest.metrics)
+            entry.key, entry.digest, entry.document, entry.artifact = row.key, manifest.digest, row.document, str(row.artifact.path)
+        if entry.status in ("skipped", "refused"):
+            stopped.add(row.stage)
+        record.stages.append(entry)
+        if entry.message:
+            reporter.finished(row.stage, entry)
+    refused = any(entry.status == "refused" for entry in record.stages)
+    workspace.runs.finish(record, "refused" if refused else "completed")
+    return record
+
+
+def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, ProgramStage]) -> None:
+    """What `validate` must not look at: that the runtimes are set up and the GPUs are there."""
+    problems = []
+    for name in sorted({name for stage in stages.values() for name in stage.runtimes()}):
+        if not find_runtime(name, workspace.loaded.spec, workspace.root).ready:
+            problems.append(Problem("runtimes", name, "found a runtime that is not set up", f"`tuneline setup {name}` builds it"))
+    visible = visible_gpus()
+    there = len(visible)
+    for name, stage in stages.items():
+        absent = [str(device) for device in stage.resources.devices or () if str(device) not in visible]
+        if absent:
+            path: Keys = ("pipelines", pipeline, "stages", name, "resources", "devices")
+            found = f"found {', '.join(absent)}, but this machine shows {', '.join(visible) or 'none'}"
+            problems.append(Problem(workspace.loaded.source.place(path), dotted(path), found, "name others, or none: then any is taken"))
+        elif stage.resources.gpus > there:
+            path = ("pipelines", pipeline, "stages", name, "resources", "gpus")
+            found = f"found {stage.resources.gpus}, but this machine shows {there}"
+            hint = f"`--set {name}.resources.gpus=0` runs it on the CPU, slowly"
+            problems.append(Problem(workspace.loaded.source.place(path), dotted(path), found, hint))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _through_prefect(
+    workspace: Workspace,
+    pipeline: str,
+    reporter: ConsoleReporter,
+    sets: tuple[str, ...],
+    variables: tuple[str, ...],
+    only: str | None,
+    force: tuple[str, ...],
+) -> RunRecord:
+    import httpx
+    from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+    from prefect.logging.handlers import APILogHandler
+
+    from flows.pipeline import REPORTER, run_pipeline
+
+    token = REPORTER.set(reporter)
+    parameters: dict[str, Any] = {"pipeline": pipeline, "file": str(workspace.loaded.file), "only": only}
+    parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables), "force": list(force)}
+    give_up = time.monotonic() + BUSY_SECONDS
+    try:
+        while True:
+            try:
+                state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+                break
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 503 or reporter.run_id is not None or time.monotonic() > give_up:
+                    raise
+            time.sleep(1)
+    except KeyboardInterrupt:
+        if reporter.run_id is None:
+            raise
+        record = workspace.runs.get(pipeline, reporter.run_id)  # the flow has ended its programs and said so there
+        if record.state == "running":  # unless it was interrupted in that as well
+            workspace.runs.finish(record, "cancelled")
+        return record
+    except ObjectNotFound:  # the run was deleted on the server, and so ended
+        if reporter.run_id is None:
+            raise
+        return workspace.runs.get(pipeline, reporter.run_id)
+    except httpx.HTTPError as error:
+        address = os.environ["PREFECT_API_URL"]
+        if reporter.run_id is None:
+            raise StageFailed("transient", f"the Prefect server at {address} does not answer: {_said(error)}", "run again") from None
+        reporter.warning("Prefect", f"the server at {address} does not answer and has not heard how this run ended")
+        return workspace.runs.get(pipeline, reporter.run_id)
+    finally:
+        REPORTER.reset(token)
+        APILogHandler().flush()
+    if reporter.run_id is None:  # the flow itself broke before any stage could start
+        state.result()
+    record = workspace.runs.get(pipeline, reporter.run_id)
+    if record.state == "running":  # how it ended could not be written down
+        state.result()
+    return record
+
+
+def _said(error: Exception) -> str:
+    """The first line: Prefect adds the reply and a link to what its status means."""
+    return str(error).partition("\n")[0]

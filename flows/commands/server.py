@@ -1,0 +1,174 @@
+"""The commands about the server: `tuneline up | down | worker | deploy | submit | doctor`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from flows.commands.names import pipelines_of
+from flows.commands.options import (
+    EXIT,
+    FAILED,
+    file_option,
+    force_option,
+    json_option,
+    load_with_warnings,
+    only_option,
+    print_json,
+    say,
+    set_option,
+    var_option,
+    warn,
+)
+from tuneline.config.load import load
+
+
+@click.command()
+@file_option
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the server, on 127.0.0.1.  [default: 4200]")
+@click.option(
+    "--database",
+    metavar="URL",
+    envvar="PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    show_envvar=True,
+    help="postgresql+asyncpg://USER:PASSWORD@HOST/NAME, instead of a SQLite file; a password belongs in the environment.",
+)
+@click.option("--auth", is_flag=True, help="Has the server ask for a user and a password, which are asked for here.")
+@json_option
+def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: bool) -> None:
+    """Starts a lasting Prefect server, with UI, and its workers. One for each pool of this machine; what is up already stays."""
+    from flows.server.up import up as start
+
+    password = _password() if auth else None
+    it = start(load(file), port, database, password, lambda message: click.echo(message, err=True))
+    if as_json:
+        document = {"ui": it.state.ui, "started": it.started, **it.state.model_dump()}
+        print_json(document)
+    else:
+        click.echo(it.state.ui)
+    told = f"started {', '.join(it.started)}" if it.started else "it is up already"
+    click.echo(f"{told}; runs go there now; `tuneline down` ends it", err=True)
+    click.echo(f"for the command `prefect`: export PREFECT_API_URL={it.state.address}", err=True)
+
+
+def _password() -> str:
+    """`user:password`, from PREFECT_SERVER_API_AUTH_STRING or from the terminal."""
+    if given := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
+        return given
+    user = click.prompt("user", default="tuneline", err=True)
+    return f"{user}:{click.prompt('password', hide_input=True, confirmation_prompt=True, err=True)}"
+
+
+@click.command()
+@file_option
+@json_option
+def down(file: Path, as_json: bool) -> None:
+    """Ends what `up` started. Runs in progress end in order."""
+    from flows.server.up import down as end
+
+    ended = end(file.absolute().parent)
+    if as_json:
+        print_json({"ended": [asdict(process) for process in ended]})
+    for process in ended if not as_json else ():
+        click.echo(f"ended {process.role}{f' {process.flow_run}' if process.flow_run else ''} (process {process.pid})")
+    if not ended:
+        click.echo("nothing is up", err=True)
+
+
+@click.command()
+@click.argument("pool")
+@file_option
+def worker(pool: str, file: Path) -> None:
+    """Works for a pool, in the foreground. For machines other than the one with `up`."""
+    from flows.server.worker import run_worker
+
+    run_worker(load(file), pool)
+
+
+@click.command()
+@file_option
+@click.option("--dry-run", is_flag=True, help="Shows what would change. Changes nothing.")
+@json_option
+def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
+    """Gives the server the file's pools, deployments and schedules. Queues as well; what left the file goes."""
+    from flows.server.connect import connect
+    from tuneline.config.schedules import check_schedules
+
+    loaded = load(file)
+    check_schedules(loaded)
+    address = connect(loaded.root / ".tuneline")
+    from flows.deploy import compare as deployment
+    from flows.report.tables import deploy_table
+
+    rows = deployment.deploy(loaded, dry_run)
+    if not dry_run:
+        from flows.server.workers import start_beside
+
+        start_beside(loaded, address, say)
+    if as_json:
+        document = {"dry_run": dry_run, "server": address, "items": deployment.as_json(rows)}
+        print_json(document)
+    else:
+        deploy_table(rows, dry_run)
+    for pool, reason in deployment.idle(loaded).items() if not dry_run else ():
+        warn(f"runs in pool {pool} will wait: {reason}")
+
+
+@click.command()
+@click.argument("name", metavar="PIPELINE", shell_complete=pipelines_of)
+@file_option
+@set_option
+@var_option
+@only_option
+@force_option
+@click.option("--queue", help="Another queue of its pool.")
+@click.option("--watch", is_flag=True, help="Follows the run to its end.")
+@json_option
+def submit(
+    name: str,
+    file: Path,
+    sets: tuple[str, ...],
+    variables: tuple[str, ...],
+    only: str | None,
+    force: tuple[str, ...],
+    queue: str | None,
+    watch: bool,
+    as_json: bool,
+) -> None:
+    """Starts a run of a deployed pipeline, on its pool."""
+    from flows.server.connect import connect
+    from tuneline.config.overrides import as_overrides
+    from tuneline.planning.plan import check_stages
+
+    pipeline = name.split("/")[0]
+    loaded = load_with_warnings(file, pipeline, sets, variables)
+    check_stages(loaded, pipeline, only, force)
+    address = connect(loaded.root / ".tuneline")
+    from flows.deploy.submit import submit as start
+
+    overrides = {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables)}
+    state = start(address, loaded.file, name, {"only": only, "force": list(force), **overrides}, queue, watch, as_json)
+    sys.exit(EXIT.get(state, 0))
+
+
+@click.command()
+@file_option
+@click.option("--fix", is_flag=True, help="Tells the server the end of runs whose process on this machine is gone.")
+@json_option
+def doctor(file: Path, fix: bool, as_json: bool) -> None:
+    """Looks for what would make runs fail or hang. Names remedies."""
+    from flows.doctor.machine import PROBLEM, examine
+
+    findings = examine(load(file), fix)
+    problems = sum(finding.status == PROBLEM for finding in findings)
+    if as_json:
+        print_json({"problems": problems, "findings": [asdict(finding) for finding in findings]})
+    else:
+        from flows.report.tables import doctor_table
+
+        doctor_table(findings)
+    sys.exit(FAILED if problems else 0)

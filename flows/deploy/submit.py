@@ -1,0 +1,184 @@
+"""`tuneline submit`: starts a run of a deployment by the pipeline's name, and follows it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterName,
+    DeploymentFilterTags,
+    FlowRunFilter,
+    FlowRunFilterParentFlowRunId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun, Log, State
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import LogSort
+from prefect.utilities.urls import url_for
+
+from flows.deploy.remote import told_errors
+from flows.deploy.wanted import TAG
+from flows.server.waiting import why
+from tuneline.config.messages import listed, nearest
+from tuneline.errors import ConfigError, Problem
+
+POLL_SECONDS = 2.0
+LAST_SECONDS = 3.0  # in which the last log lines come, after the state
+PAGE = 200
+OUTCOMES = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "failed", "CANCELLED": "cancelled"}
+
+
+def submit(address: str, file: Path, name: str, parameters: dict[str, Any], queue: str | None, watch: bool, as_json: bool) -> str:
+    """Starts a run of the deployment `name`, or FLOW/DEPLOYMENT, and says where it is; with `watch`, follows it.
+
+    Returns `scheduled`, or how it ended; `cancelled` also for a watcher who went away. Raises ConfigError where not exactly one
+    deployment has that name, or it reads another file.
+    """
+    run = _start(file, name, parameters, queue)
+    state, page = "scheduled", url_for("flow-run", obj_id=run.id)
+    if not as_json:
+        print(f"{run.id}  {page}", flush=True)
+    interrupted = False
+    if watch:
+        try:
+            with told_errors():
+                state = follow(run.id, lambda line: print(line, file=sys.stderr, flush=True))
+        except KeyboardInterrupt:
+            state, interrupted = "running", True
+            print(f"the run goes on; to end it: PREFECT_API_URL={address} prefect flow-run cancel {run.id}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"pipeline": name.split("/")[0], "flow_run_id": str(run.id), "page": page, "state": state}, indent=1))
+    return "cancelled" if interrupted else state
+
+
+def _start(file: Path, name: str, parameters: dict[str, Any], queue: str | None) -> FlowRun:
+    with told_errors(), get_client(sync_client=True) as client:
+        deployment, full_name = _find(client, name)
+        its_file = deployment.parameters.get("file")
+        if its_file != str(file):
+            found = f"found {full_name}, which was deployed from {its_file}, allowed what was deployed from {file}"
+            raise ConfigError([Problem(f"submit {name}", "", found, f"`--file {its_file}`, or `tuneline deploy`")])
+        if queue is not None:
+            _refuse_unknown_queue(client, deployment, queue)
+        return client.create_flow_run_from_deployment(deployment.id, parameters=parameters, work_queue_name=queue)
+
+
+def follow(run_id: UUID, say: Callable[[str], None]) -> str:
+    """Follows the run, and those of its stages in other pools: states and log lines go to `say`. Returns `completed`, `failed`,
+    `refused` or `cancelled`."""
+    told: dict[UUID, Told] = {}
+    states: dict[UUID, str] = {}
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                while True:
+                    run = client.read_flow_run(run_id)
+                    assert run.state is not None
+                    if run.state.is_final():
+                        time.sleep(LAST_SECONDS)
+                    for each in (run, *_of_stages(client, run_id)):
+                        its = told.setdefault(each.id, Told())
+                        for log in its.new(client, each.id):
+                            say(f"{log.timestamp.astimezone():%H:%M:%S} {its.stage(client, log)}{log.message}")
+                        now = f"run {_with_reason(client, run, run.state.name or '')}" if each is run else _in_pool(client, each)
+                        if states.get(each.id) != now:
+                            states[each.id] = now
+                            say(f"{datetime.datetime.now():%H:%M:%S} {now}")
+                    if run.state.is_final():
+                        return _outcome(run.state)
+                    time.sleep(POLL_SECONDS)
+        except httpx.TransportError as error:  # the run goes on without it, and so do we
+            say(f"the Prefect server does not answer: {error}")
+            time.sleep(POLL_SECONDS)
+
+
+def _of_stages(client: SyncPrefectClient, run_id: UUID) -> list[FlowRun]:
+    """Runs of stages that have a pool of their own (`flows/run/child.py`)."""
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id])))
+
+
+def _in_pool(client: SyncPrefectClient, run: FlowRun) -> str:
+    """Of a stage's run: where it is and what of it the server knows."""
+    assert run.state is not None
+    return f"{run.parameters['stage']}: in pool {run.work_pool_name}: {_with_reason(client, run, (run.state.name or '').lower())}"
+
+
+def _with_reason(client: SyncPrefectClient, run: FlowRun, state: str) -> str:
+    """The state, and why it does not start."""
+    waits = why(client, run)
+    return f"{state}, {waits}" if waits else state
+
+
+class Told:
+    """Which log lines were shown. They come late and out of order, so one looks again at the last page."""
+
+    def __init__(self) -> None:
+        self._seen: set[UUID] = set()
+        self._offset = 0
+        self._stages: dict[UUID, str] = {}
+
+    def new(self, client: SyncPrefectClient, run_id: UUID) -> Iterator[Log]:
+        of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]))
+        offset = max(0, self._offset - PAGE)
+        while logs := client.read_logs(of_run, limit=PAGE, offset=offset, sort=LogSort.TIMESTAMP_ASC):
+            yield from (log for log in logs if log.id not in self._seen)
+            self._seen |= {log.id for log in logs}
+            offset += len(logs)
+        self._offset = offset
+
+    def stage(self, client: SyncPrefectClient, log: Log) -> str:
+        """`sft: `, where the line is a stage's."""
+        if log.task_run_id is None:
+            return ""
+        if log.task_run_id not in self._stages:
+            name = client.read_task_run(log.task_run_id).name
+            self._stages[log.task_run_id] = f"{name.partition(': ')[0]}: "  # one that has ended is named with its figures
+        return self._stages[log.task_run_id]
+
+
+def _outcome(state: State[Any]) -> str:
+    return "refused" if state.name == "Refused" else OUTCOMES[state.type.value]
+
+
+def _find(client: SyncPrefectClient, name: str) -> tuple[DeploymentResponse, str]:
+    flow, _, bare = name.rpartition("/")
+    named = {_full_name(client, each): each for each in client.read_deployments(deployment_filter=_named(bare))}
+    matches = {full: each for full, each in named.items() if flow in ("", full.split("/")[0])}
+    if len(matches) > 1:
+        found = f"found {len(matches)} deployments of that name, allowed one of {listed(list(matches))}"
+        raise ConfigError([Problem(f"submit {name}", "", found, f"`tuneline submit {next(iter(matches))}`")])
+    if not matches:
+        tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+        known = [_full_name(client, each) for each in client.read_deployments(deployment_filter=tagged)]
+        hint = nearest(name, known) or "`tuneline deploy` makes one of each pipeline that names a `pool`"
+        raise ConfigError([Problem(f"submit {name}", "", f"found no such deployment on the server, allowed {listed(known)}", hint)])
+    full_name, deployment = matches.popitem()
+    return deployment, full_name
+
+
+def _named(name: str) -> DeploymentFilter:
+    return DeploymentFilter(name=DeploymentFilterName(any_=[name]))
+
+
+def _full_name(client: SyncPrefectClient, deployment: DeploymentResponse) -> str:
+    return f"{client.read_flow(deployment.flow_id).name}/{deployment.name}"
+
+
+def _refuse_unknown_queue(client: SyncPrefectClient, deployment: DeploymentResponse, queue: str) -> None:
+    """Prefect would make a queue of any name."""
+    path: Any = f"/work_pools/{deployment.work_pool_name}/queues/filter"
+    queues = [each["name"] for each in client.request("POST", path, json={"limit": PAGE}).json()]
+    if queue not in queues:
+        found = f"found the unknown queue `{queue}` of pool `{deployment.work_pool_name}`, allowed {listed(queues)}"
+        raise ConfigError([Problem("--queue", "", found, nearest(queue, queues))])

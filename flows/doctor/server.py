@@ -1,0 +1,136 @@
+"""What the doctor learns from the Prefect server: pools and their workers, runs that hang, and runs whose process is gone.
+
+A run is dead for certain where its record in `.tuneline/runs/` says so: the lock of a run that lives is held, by its process, on
+whatever machine. `infrastructure_pid` proves nothing, as it does not say of which machine it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from flows.doctor.machine import OK, PROBLEM, WARNING, Diagnosis
+from flows.server import state as lasting
+from tuneline.config.load import Loaded
+from tuneline.config.pools import ProcessPool
+from tuneline.errors import StoreError
+from tuneline.workspace.runs import RunRecord, Runs
+
+STUCK = timedelta(minutes=15)  # a worker takes seconds from Pending to Running; a big image may take minutes
+LATE = timedelta(minutes=2)  # after which a run that is due should have started
+SETTLED = timedelta(minutes=1)  # until the server has surely heard how a run ended
+MOST = 200  # runs that are asked for, newest first
+
+
+def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Diagnosis]:
+    """`address` is of a server that answers, and PREFECT_API_URL."""
+    import httpx
+    from prefect import __version__
+    from prefect.client.orchestration import get_client
+
+    home = loaded.root / ".tuneline"
+    try:
+        with get_client(sync_client=True) as client:
+            yield _server(address, client.api_version(), __version__)
+            yield from _pools(loaded, client, lasting.read(home / "server"), address)
+            yield from _runs(client, home, fix)
+    except httpx.HTTPError as error:
+        yield Diagnosis("server", PROBLEM, f"{address} refuses an answer: {error}".splitlines()[0], "check PREFECT_API_KEY")
+
+
+def _server(address: str, theirs: str, here: str) -> Diagnosis:
+    if Version(theirs) < Version(here):
+        message = f"{address} runs Prefect {theirs}, older than the {here} here, which it may not understand"
+        return Diagnosis("server", WARNING, message, "tuneline down, then tuneline up; or upgrade that server")
+    return Diagnosis("server", OK, f"{address}, Prefect {theirs}")
+
+
+def _pools(loaded: Loaded, client: Any, state: lasting.State | None, address: str) -> Iterator[Diagnosis]:
+    there = {pool.name: pool for pool in client.read_work_pools()}
+    for name, pool in loaded.spec.pools.items():
+        check, local = f"pool {name}", isinstance(pool, ProcessPool) and pool.local
+        start = "tuneline up" if local else f"tuneline worker {name}, where it should work"
+        ours = state.workers.get(name) if state and state.address == address else None
+        if name not in there:
+            yield Diagnosis(check, PROBLEM, "the server does not know it", "tuneline up" if local else "tuneline deploy")
+        elif there[name].type != pool.type:
+            remedy = f"prefect work-pool delete {name}, then tuneline deploy"
+            yield Diagnosis(check, PROBLEM, f"it is of type {there[name].type} on the server, {pool.type} in the file", remedy)
+        elif there[name].is_paused:
+            yield Diagnosis(check, WARNING, "it is paused: no run of it starts", f"prefect work-pool resume {name}")
+        elif ours and not ours.alive:
+            yield Diagnosis(check, PROBLEM, "the worker that `up` started has ended", "tuneline up")
+        elif online := [worker.name for worker in client.read_workers_for_work_pool(name) if worker.status.value == "ONLINE"]:
+            yield Diagnosis(check, OK, f"works on {', '.join(sorted(online))}")
+        else:
+            yield Diagnosis(check, PROBLEM, "no worker is online: its runs wait for ever", start)
+
+
+def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        FlowRunFilterTags,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    from flows.server.waiting import why
+
+    wanted = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+    due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))  # schedules plan a hundred runs ahead
+    chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=wanted), expected_start_time=due)
+    try:
+        records = {record.flow_run: record for record in Runs(home / "runs").every() if record.flow_run}
+    except StoreError as error:
+        yield Diagnosis("runs", PROBLEM, error.message, error.hint)
+        return
+    now, wrong = datetime.now(UTC), 0
+    for run in client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=MOST):
+        check, record = f"run {run.name} {run.id}", records.get(str(run.id))
+        if record and _ended(record, now):
+            wrong += 1
+            message = f"{run.state.name} on the server, but its process is gone (run {record.run_id}: {record.state})"
+            if fix:
+                client.set_flow_run_state(run.id, _state(record), force=True)
+                yield Diagnosis(check, OK, f"{message}; now {record_state(record)} there")
+            else:
+                yield Diagnosis(check, PROBLEM, message, "tuneline doctor --fix")
+        elif run.state.type == StateType.SCHEDULED:
+            if run.expected_start_time and now - run.expected_start_time > LATE and (waits := why(client, run)):
+                wrong += 1
+                minutes = int((now - run.expected_start_time).total_seconds() // 60)
+                yield Diagnosis(check, WARNING, f"{run.state.name}, due for {minutes} min: {waits}", f"prefect flow-run cancel {run.id}")
+        elif run.state.type != StateType.RUNNING and now - run.state.timestamp > STUCK:
+            wrong += 1
+            minutes = (now - run.state.timestamp) // timedelta(minutes=1)
+            pending = run.state.type == StateType.PENDING
+            remedy = f"prefect flow-run cancel {run.id}" if pending else f"prefect flow-run delete {run.id}, once no process of it is left"
+            yield Diagnosis(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a place in its pool", remedy)
+    if not wrong:
+        yield Diagnosis("runs", OK, "none hangs")
+
+
+def _ended(record: RunRecord, now: datetime) -> bool:
+    """A record that says `running` is read as `killed` where nobody holds its lock."""
+    if record.state == "killed":
+        return True
+    return record.state != "running" and record.finished is not None and now - datetime.fromisoformat(record.finished) > SETTLED
+
+
+def record_state(record: RunRecord) -> str:
+    return {"completed": "Completed", "failed": "Failed", "refused": "Refused", "cancelled": "Cancelled"}.get(record.state, "Crashed")
+
+
+def _state(record: RunRecord) -> Any:
+    from prefect.states import Cancelled, Completed, Crashed, Failed
+
+    message = f"tuneline doctor: the process is gone; its record {record.run_id} says {record.state}"
+    states = {"completed": Completed, "failed": Failed, "refused": Failed, "cancelled": Cancelled}
+    return states.get(record.state, Crashed)(name=record_state(record), message=message)

@@ -1,0 +1,155 @@
+"""The report of a run: one HTML file that people look at, beside the run's record in `.tuneline/runs/`.
+
+It is made from the record alone; what the artifacts still in the store add (curves, samples, the data report, lineage) is
+added, and what has left it is said to be gone. The file loads nothing from anywhere and runs nothing: styles and pictures
+stand in it, whatever came from data is escaped, and its content security policy forbids the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flows.report.figures import Chart, chart, graph
+from flows.report.headline import facts, headline, trainings, verdicts
+from flows.report.models import columns, metric_rows, number, role_of, samples
+from flows.report.stage import Stage, between, stages_of
+from tuneline import __version__
+from tuneline.config.overrides import as_flags
+from tuneline.workspace.runs import RunRecord, Runs
+
+OF_REWARDS = {
+    "frac_reward_zero_std": "share of groups without signal",
+    "completions/mean_length": "completion length",
+    "entropy": "entropy",
+    "kl": "divergence from the start",
+    "freshness_max_logprob_diff": "largest difference of log-probabilities between engine and trainer",
+}
+"""Figures of a training by rewards that get a chart of their own, and what it is called."""
+
+
+def report_of(runs: Runs, record: RunRecord) -> Path:
+    """Where the report is; written where there is none of the ended run yet. Raises OSError where that is not allowed."""
+    path = runs.folder / f"{record.run_id}.html"
+    if record.finished and path.is_file() and path.stat().st_mtime_ns >= path.with_suffix(".json").stat().st_mtime_ns:
+        return path  # as the run left it: what it shows may have left the store since
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(render(record).encode("utf-8", "replace"))
+    temporary.replace(path)
+    return path
+
+
+def render(record: RunRecord) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "duration": duration, "size": size, "clock": clock, "json": as_json, "verdicts": verdicts}
+    stages = stages_of(record)
+    compared = columns(stages)
+    return environment.get_template("report.html.j2").render(
+        record=record,
+        version=__version__,
+        command=command(record),
+        seconds=between(record.started, record.finished),
+        headline=headline(stages, compared),
+        trained=[(stage, rows) for stage in trainings(stages) if (rows := facts(stage))],
+        stages=stages,
+        graph=graph({name: [other for other in stage.plan.names.values() if other in stages] for name, stage in stages.items()}),
+        columns=compared,
+        metrics=list(metric_rows(compared)),
+        samples=list(samples(compared)),
+        curves=[(stage, charts, rollouts(stage)) for stage in stages.values() if (charts := curves(stage))],
+        datasets=[(stage, data_report(stage)) for stage in stages.values() if stage.kind == "dataset" and stage.metrics],
+        sized=[(role_of(stage), stage) for stage in stages.values() if stage.manifest and stage.manifest.type in ("Model", "Adapter")],
+        warnings=[(stage, told) for stage in stages.values() if (told := warnings(stage))],
+    )
+
+
+def command(record: RunRecord) -> str:
+    words = ["tuneline", "run", record.pipeline, *as_flags(record.overrides), *(["--only", record.only] if record.only else [])]
+    return shlex.join([*words, *(word for stage in record.force for word in ("--force", stage))])
+
+
+def warnings(stage: Stage) -> list[str]:
+    told = (event.get("message") for event in stage.lines("events.jsonl") if event.get("type") == "warning")
+    return list(dict.fromkeys(str(message) for message in told if message))
+
+
+# --- training and data ------------------------------------------------------------------------------------------------
+
+
+def curves(stage: Stage) -> dict[str, Chart]:
+    """What a training is followed by, over its steps: rewards and what they come with, or the loss; then the learning rate."""
+    history = [entry for entry in stage.lines("history.jsonl") if isinstance(entry.get("step"), int)]
+    rewards = sorted({name for entry in history for name in entry if name.startswith("rewards/") and name.endswith("/mean")})
+    figures = {"reward": ["reward"]} | ({name.split("/")[1]: [name] for name in rewards} if len(rewards) > 1 else {})
+    figures |= {title: [name] for name, title in OF_REWARDS.items()}
+    if not any("reward" in entry for entry in history):
+        figures = {"loss": ["loss", "eval_loss"]}
+    figures["learning rate"] = ["learning_rate"]
+    drawn = {}
+    for title, names in figures.items():
+        lines = {name: [(float(entry["step"]), float(entry[name])) for entry in history if _is_number(entry.get(name))] for name in names}
+        if lines[names[0]]:
+            span = (min(entry["step"] for entry in history), max(entry["step"] for entry in history))
+            drawn[title] = chart(lines, span, log=title == "loss")
+    return drawn
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def rollouts(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Completions of a grpo training at its first and at its last step, the best and the worst of each."""
+    kept = [line for line in stage.lines("rollouts.jsonl") if _is_number(line.get("reward")) and _is_number(line.get("step"))]
+    if not kept:
+        return []
+    ends = dict.fromkeys([min(line["step"] for line in kept), max(line["step"] for line in kept)])
+    shown = []
+    for step in ends:
+        ranked = sorted((line for line in kept if line["step"] == step), key=lambda line: -line["reward"])
+        shown.append((f"step {step}", ranked[:1] + ranked[1:][-1:]))
+    return shown
+
+
+def data_report(stage: Stage) -> dict[str, Any]:
+    """What meta/report.json of a Dataset says; only totals where it has gone."""
+    try:
+        found = json.loads(stage.text("report.json"))
+    except ValueError:
+        return {}
+    fates = sorted({fate for source in found["sources"] for fate in source["fates"]})
+    highest = max((rows for _, _, rows in found["lengths"]), default=0)
+    return {**found, "fates": fates, "highest": highest}
+
+
+# --- as people read it ------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def size(value: float) -> str:
+    unit = next((unit for unit in (1e9, 1e6, 1e3) if value >= unit), 1.0)
+    return f"{value / unit:.{0 if unit == 1 else 1}f} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB', 1.0: 'B'}[unit] }"
+
+
+def clock(moment: str | None) -> str:
+    return datetime.fromisoformat(moment).strftime("%Y-%m-%d %H:%M:%S UTC") if moment else ""
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

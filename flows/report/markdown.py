@@ -1,0 +1,245 @@
+"""The reports of a stage and of a run as Prefect's UI shows them: markdown artifacts.
+
+Both versions of the UI draw tables and pictures that stand in the text (data:image/svg+xml), and take scripts, styles and
+mermaid out or show them as text; so curves are SVG pictures. What came from data stands in code, secrets are masked.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from flows.report.figures import Chart
+from flows.report.headline import headline
+from flows.report.html import command, curves, duration, size, warnings
+from flows.report.models import Cell, columns, metric_rows, number
+from flows.report.stage import Stage, between, stages_of
+from flows.report.tables import figures
+from tuneline.secrets import masked
+from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
+
+LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database
+LONGEST_REPORT = 50_000  # of what the stage's program wrote for people
+LOG_TAIL, LONGEST_LINE = 40, 400  # lines of a failed stage's log, characters of a line
+STROKE, OTHER_STROKE = "#2563eb", "#ea580c"
+
+
+def stage_report(plan: PlannedStage, entry: StageRecord, log: Path | None) -> str:
+    """`log` is what the program of a failed stage wrote."""
+    return _joined(_stage_parts(Stage(plan, entry, entry.status), log))
+
+
+def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
+    yield f"## {stage.name}: {stage.status}"
+    yield _table(["kind", _code(stage.kind)], _facts(stage))
+    if stage.entry and stage.entry.artifact:
+        yield f"Its artifact{f' ({stage.gone})' if stage.gone else ''}:\n\n{_fenced(stage.entry.artifact)}"
+    if stage.kind == "gate":
+        yield _verdicts(stage)
+    elif stage.status == "failed":
+        yield from _failure(stage, log)
+    yield from _figures(stage)
+    for name, drawn in curves(stage).items():
+        yield _picture(stage, name, drawn)
+    if told := warnings(stage):
+        yield "### Warnings\n\n" + "\n".join(f"- {_code(message)}" for message in told)
+    if report := stage.text("report.md"):
+        yield f"### What {_code(stage.kind)} reports\n\n{_cut(report, LONGEST_REPORT)}"
+
+
+def _facts(stage: Stage) -> Iterator[list[str]]:
+    if stage.seconds:
+        yield ["time", f"{duration(stage.seconds)}{' when it was built' if stage.status == 'cached' else ''}"]
+    if stage.attempts:
+        yield ["attempts", stage.attempts]
+    if stage.entry and stage.entry.key:
+        yield ["key", _code(f"{stage.kind}/{stage.entry.key}")]
+        yield ["digest", _code(stage.entry.digest or "")]
+    if stage.manifest:
+        yield ["payload", f"{len(stage.manifest.files)} files, {size(stage.manifest.size)}"]
+    for field, other in stage.plan.names.items():
+        yield [field.partition(".")[0], _made_from(stage, field, other)]
+    for field, commit in stage.document.get("commits", {}).items():
+        yield [field, f"commit {_code(commit)}"]
+
+
+def _made_from(stage: Stage, field: str, other: str) -> str:
+    parent = stage.manifest.parents.get(field, "") if stage.manifest else ""
+    kind, _, key = parent.partition("/")
+    return f"{_code(other)}, {_code(f'{kind}/{key[:12]}')}" if parent else _code(other)
+
+
+def _failure(stage: Stage, log: Path | None) -> Iterator[str]:
+    failure_class, _, rest = stage.message.partition(": ")
+    message, _, rest = rest.partition("\n\nhint: ")
+    hint, _, details = rest.partition("\n")
+    yield f"### Failed: {failure_class}\n\n{_fenced(_cut(message, LONGEST_REPORT))}"
+    if hint:
+        yield f"**hint:** {_code(hint)}"
+    if details:
+        yield _fenced(_cut(details, LONGEST_REPORT))
+    if log and log.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
+        tail = "\n".join(_cut(line, LONGEST_LINE) for line in lines)
+        yield f"### The end of its log\n\n{_fenced(tail)}\n\nThe whole of it:\n\n{_fenced(str(log))}"
+
+
+def _figures(stage: Stage) -> Iterator[str]:
+    names = [name for name in stage.metrics if not name.endswith("_stderr")]
+    if names:
+        cells = [(name, Cell(stage.metrics[name], stage.metrics.get(f"{name}_stderr"))) for name in names]
+        yield "### Figures\n\n" + _table(["figure", "value"], ([_code(name), _figure(cell)] for name, cell in cells), right=True)
+
+
+# --- a run --------------------------------------------------------------------------------------------------------------
+
+
+def run_report(record: RunRecord, report: Path) -> str:
+    """`report` is the run's HTML report."""
+    return _joined(_run_parts(record, report))
+
+
+def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
+    stages = stages_of(record)
+    compared = columns(stages)
+    yield f"## {record.pipeline}: {record.state} after {duration(between(record.started, record.finished))}"
+    if sentences := headline(stages, compared):
+        yield "\n\n".join(map(_escaped, sentences))
+    yield f"Run {_code(record.run_id)} · {_code(command(record))}"
+    rows = ([stage.name, stage.kind, _status(stage), _time(stage), _first(stage)] for stage in stages.values())
+    yield _table(["stage", "kind", "status", "time", "figures"], rows)
+    for stage in stages.values():
+        if stage.kind == "gate" and stage.message:
+            yield f"### {stage.name}: {stage.status}\n\n{_verdicts(stage)}"
+        elif stage.status == "failed":
+            yield f"### {stage.name}: failed\n\n{_fenced(stage.message)}"
+    if compared:
+        heads = [f"{column.role} {_code(column.model)}" for column in compared]
+        rows = ([f"{of} {metric}", *(_compared(cell) for cell in cells)] for of, metric, cells in metric_rows(compared))
+        yield "### Models side by side\n\n" + _table(["", *heads], rows, right=True)
+        yield "**Bold**: the best of its row. ±: one standard error. In brackets: the difference to the base model."
+    for stage in stages.values():
+        if drawn := curves(stage):
+            first = next(iter(drawn))  # the loss, or the reward
+            yield _picture(stage, first, drawn[first])
+    if kept := [entry for entry in record.stages if entry.artifact]:
+        rows = ([entry.stage, *map(_code, _lineage(stages[entry.stage], entry))] for entry in kept)
+        yield "### Lineage\n\n" + _table(["stage", "key", "digest", "made from"], rows)
+        width = max(len(entry.stage) for entry in kept)
+        yield "Where the artifacts lie:\n\n" + _fenced("\n".join(f"{entry.stage:<{width}}  {entry.artifact}" for entry in kept))
+    more = _code(f"tuneline show {record.pipeline} --run {record.run_id} --open")
+    yield f"With answers and more pictures, {more}:\n\n{_fenced(str(report))}"
+
+
+def _status(stage: Stage) -> str:
+    return f"**{stage.status}**" if stage.status in ("failed", "refused") else stage.status
+
+
+def _time(stage: Stage) -> str:
+    return duration(stage.seconds).replace(" ", "\N{NO-BREAK SPACE}") if stage.seconds and stage.status != "cached" else ""
+
+
+def _first(stage: Stage) -> str:
+    if stage.status in ("failed", "skipped", "cancelled", "killed"):
+        return _code(stage.message.partition("\n")[0])
+    return figures(stage.entry) if stage.entry else ""
+
+
+def _lineage(stage: Stage, entry: StageRecord) -> list[str]:
+    parents = dict.fromkeys(stage.plan.names.values())
+    return [f"{entry.kind}/{(entry.key or '')[:12]}", (entry.digest or "")[:12], ", ".join(parents)]
+
+
+def _figure(cell: Cell) -> str:
+    return number(cell.value) + (f" ± {cell.error:.2g}" if cell.error else "")
+
+
+def _compared(cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    figure = f"**{_figure(cell)}**" if cell.best else _figure(cell)
+    if not cell.difference:
+        return figure
+    return f"{figure} ({cell.difference:+.3g}{', ' + cell.verdict if cell.verdict else ''})"
+
+
+def _verdicts(stage: Stage) -> str:
+    return "\n".join(f"- {_code(line)}" for line in stage.message.splitlines())
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------------
+
+
+def _picture(stage: Stage, name: str, drawn: Chart) -> str:
+    legend = " (blue: train, orange: validation)" if "eval_loss" in drawn.lines else ""
+    picture = base64.b64encode(_svg(drawn).encode()).decode()
+    return f"### {name} of {stage.name} by step{legend}\n\n![{name} by step](data:image/svg+xml;base64,{picture})"
+
+
+def _svg(drawn: Chart) -> str:
+    """On white, as the UI may be dark."""
+    left, top, width, height = -56, -12, drawn.width + 76, drawn.height + 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}"'
+        ' font-family="sans-serif" font-size="11" fill="#475569">',
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for y, text in drawn.up:
+        parts.append(f'<path d="M0 {y}H{drawn.width}" stroke="#e2e8f0"/><text x="-7" y="{y + 4}" text-anchor="end">{text}</text>')
+    for x, text in drawn.across:
+        parts.append(f'<text x="{x}" y="{drawn.height + 18}" text-anchor="middle">{text}</text>')
+    for name, points in drawn.lines.items():
+        stroke = OTHER_STROKE if name == "eval_loss" else STROKE
+        line = " ".join(f"{x},{y}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-width="2"/>')
+        if name == "eval_loss":
+            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{stroke}"/>' for x, y in points]
+    return "".join([*parts, "</svg>"])
+
+
+# --- markdown -------------------------------------------------------------------------------------------------------------
+
+
+def _table(heads: Sequence[str], rows: Iterable[list[str]], right: bool = False) -> str:
+    """`right` aligns all columns but the first, for figures."""
+    lines = [heads, [":--", *(["--:" if right else ":--"] * (len(heads) - 1))], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """On one line, whatever it holds."""
+    if not (text := " ".join(text.split())):
+        return ""
+    if "`" not in text:
+        return f"`{text}`"
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{ticks} {text} {ticks}"
+
+
+def _fenced(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} …"
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """All that fits: what is too long is left out as a whole, as half a picture is none."""
+    text, left_out = "", ""
+    for part in parts:
+        if len(text) + len(part) <= LONGEST:
+            text += f"{part}\n\n"
+        else:
+            left_out = "What is too long for here stands in the HTML report alone.\n"
+    return masked((text + left_out).encode("utf-8", "replace")).decode("utf-8", "replace")

@@ -1,0 +1,52 @@
+"""What `tuneline show PIPELINE/STAGE` says of one stage, in words; the manifest, with digests and versions, is there with `--json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.report.html import clock, duration, size, warnings
+from flows.report.models import number
+from flows.report.stage import Stage
+
+
+def print_stage(stage: Stage) -> None:
+    """Facts by name, then what the program wrote for people. No table: nothing folds a path or a message here."""
+    facts = list(_facts(stage))
+    width = max(len(name) for name, _ in facts)
+    before = ""
+    for name, value in facts:
+        print(f"{name if name != before else '':<{width}}  {value}".rstrip())
+        before = name
+    if report := stage.text("report.md"):
+        print(f"\n{report}")
+
+
+def _facts(stage: Stage) -> Iterator[tuple[str, str]]:
+    yield "stage", stage.name
+    yield "kind", stage.kind
+    yield "status", stage.status
+    for line in stage.message.splitlines():
+        yield "message", line
+    if stage.entry and stage.entry.key:
+        yield "key", stage.entry.key
+    if stage.manifest:
+        yield "made", clock(stage.manifest.host.get("finished"))
+    if stage.seconds:
+        yield "took", f"{duration(stage.seconds)}{', when it was built' if stage.status == 'cached' else ''}"
+    if stage.attempts:
+        yield "attempts", stage.attempts
+    for named in dict.fromkeys(f"{field.partition('.')[0]}: {other}" for field, other in stage.plan.names.items()):
+        yield "inputs", named
+    for name, value in stage.metrics.items():
+        if not name.endswith("_stderr"):
+            error = stage.metrics.get(f"{name}_stderr")
+            yield "metrics", f"{name} {number(value)}" + (f" ± {error:.2g}" if error else "")
+    if stage.entry and stage.entry.artifact:
+        payload, log = (os.path.relpath(Path(stage.entry.artifact, name)) for name in ("payload", "meta/log.txt"))
+        yield "payload", f"{payload}  ({stage.gone or size(stage.size)})"
+        if stage.manifest:
+            yield "log", log
+    for message in warnings(stage):
+        yield "warnings", message

@@ -1,0 +1,214 @@
+"""One attempt at a stage: the request, the program under the watchdog, and what it made into the store.
+
+The caller (`flows/run/stage.py`) holds the key's lock, a slot and the stage's GPUs. What a program's death means is
+`flows/run/attempts.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import get_run_logger
+
+from flows.report.progress import ProgressArtifact
+from flows.run import forced, node
+from flows.run.attempts import Attempts
+from flows.run.slots import Taken
+from flows.run.supervisor import Outcome, program_environment
+from flows.run.this_run import Run
+from tuneline import disk
+from tuneline.errors import ConfigError, StageFailed
+from tuneline.kinds.stage import ProgramStage
+from tuneline.planning.inputs import ResolvedInputs
+from tuneline.workspace.checkpoints import newest
+from tuneline.workspace.protocol import Event, Input, Request, Result
+from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
+from tuneline.workspace.store import Artifact, Base, File, Manifest
+from tuneline.workspace.workspace import Workspace
+
+CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
+TOUCHED_WHILE_READ = "files that the stage reads were written to while its program worked, and hold what they held before"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage with all that its key was computed from."""
+
+    name: str
+    stage: ProgramStage
+    inputs: Mapping[str, Artifact]
+    resolved: ResolvedInputs
+    document: dict[str, Any]
+    key: str
+
+
+def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
+    """Runs the program and publishes what it made. The caller holds the key's lock."""
+    work, store = run.workspace.work(job.key), run.workspace.store
+    if job.name in run.forced:
+        forced.begin(work, run.record, tried=bool(Attempts(work / "attempts.json").of_run(run.record.run_id)))
+    attempts = Attempts(work / "attempts.json")
+    work.mkdir(parents=True, exist_ok=True)
+    for stale in ("result.json", "failure.json"):
+        (work / stale).unlink(missing_ok=True)
+    stage, micro_batch = job.stage, attempts.micro_batch(job.stage)
+    resolved = as_in_key(run, stage, job.resolved)
+    request = Request(
+        kind=stage.kind,
+        key=job.key,
+        config=stage.model_dump(mode="json") | stage.decided(),
+        seed=stage.seed,
+        inputs={slot: _input(run.workspace, artifact) for slot, artifact in job.inputs.items()},
+        files=resolved.files,
+        trees=resolved.trees,
+        commits=resolved.commits,
+        out=store.building(job.key),
+        work=work,
+        attempt=len(attempts.all) + 1,
+        resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
+        engine=_runtime(run, engine).python if (engine := stage.engine_runtime()) else None,
+        join=node.command(run.pipeline, run.workspace.loaded.file, run.workspace.loaded.overrides),
+    )
+    request.write(work / "request.json")
+    checkpoint = newest(work, job.key)
+    if checkpoint and (refused := checkpoint.refused(stage.resources)):
+        raise StageFailed("config", *refused)
+    told = [f"attempt {request.attempt}"] if attempts.of_run(run.record.run_id) else []
+    told += [f"resumes from step {checkpoint.step}"] if checkpoint else []
+    run.reporter.started(job.name, ", ".join([stage.kind, *told]))
+    began = datetime.now(UTC)
+    outcome = _supervise(run, job, request, held, taken)
+    if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
+        try:
+            if as_in_key(run, stage, resolved).facts != resolved.facts:
+                raise StageFailed("transient", TOUCHED_WHILE_READ, "what it read is not known, so a run tries the stage again by itself")
+            artifact = _publish(run, job, request, attempts, began)
+        except OSError as error:
+            if error.errno in disk.NUMBERS:
+                raise disk.of_flow(error, request.out) from error  # what is free is looked at before what was written is gone
+            raise
+        finally:
+            shutil.rmtree(request.out, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        return artifact
+    # A full disk can keep a program from saying so. It is looked at before what the program wrote is gone.
+    unsaid = disk.full(request.out, work) if disk.is_full(request.out, work) else None
+    shutil.rmtree(request.out, ignore_errors=True)
+    if unsaid and not outcome.stopped and not (work / "failure.json").exists():
+        raise unsaid
+    if outcome.stopped != "cancelled":
+        forced.failed(work)
+        run.warn(job.name, f"its log is {work / 'log.txt'}")
+    raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
+
+
+def as_in_key(run: Run, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
+    """The outside files as they are now. Raises StageFailed(data) where their content is no longer what the key says.
+
+    A program reads files long after they were hashed for the key, and at times that we do not know. So this is called before it
+    starts and after it has ended. Only what has the content of the key passes, and `facts` of both calls are compared as well: where they
+    are equal, no file was written to in between (`tuneline.trees.file_memory` says when a stat can vouch for that), so the program read
+    what the key says. Where the content is the same and the facts are not, somebody wrote the same bytes, perhaps after others, as `git
+    checkout` of another branch and back does. What the program read is then unknown: nothing is stored, and the stage is tried again.
+    """
+    if resolved.unchanged():
+        return resolved
+    try:
+        now = run.resolve(stage)
+    except ConfigError:  # a file is gone
+        raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them") from None
+    if now.digests != resolved.digests:
+        raise StageFailed("data", CHANGED_WHILE_READ, "run again when nothing writes to them")
+    return now
+
+
+def _input(workspace: Workspace, artifact: Artifact) -> Input:
+    manifest = artifact.manifest
+    base = None
+    if manifest.base:
+        found = workspace.store.find(manifest.base.kind, manifest.base.key)
+        if found is None:
+            hint = f"force it again: `--force {manifest.base.kind}`'s stage"
+            raise StageFailed("data", f"the base model of an adapter, {manifest.base.kind}/{manifest.base.key[:12]}, left the store", hint)
+        base = _input(workspace, found)
+    return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
+
+
+def _runtime(run: Run, name: str) -> RuntimeEnvironment:
+    runtime = find_runtime(name, run.workspace.loaded.spec, run.workspace.root)
+    if not runtime.ready:
+        raise StageFailed("config", f"the runtime {name} is not set up", f"`tuneline setup {name}` builds it")
+    return runtime
+
+
+def _supervise(run: Run, job: Job, request: Request, held: int, taken: Taken) -> Outcome:
+    name, stage = job.name, job.stage
+    runtime = _runtime(run, stage.runtime)
+    logger, progress = get_run_logger(), ProgressArtifact(name)
+
+    def on_line(line: str) -> None:
+        logger.info(line)
+        run.reporter.line(name, line)
+
+    def on_event(event: Event) -> None:
+        if event.type == "warning" and event.message:
+            run.warn(name, event.message)
+        else:
+            progress.show(event)
+        if event.type == "progress":
+            run.reporter.progress(name, event)
+
+    # Only a training may have several, says the loader.
+    command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / "request.json")]
+    try:
+        environment, locks = program_environment(request.work, taken.gpus), (held, *taken.descriptors)
+        return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)
+    finally:
+        progress.close()
+
+
+def _publish(run: Run, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:
+    result: Result = Result.read(request.work / "result.json")
+    for name in ("log.txt", "events.jsonl"):
+        shutil.copy(request.work / name, request.meta / name)
+    host = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "started": began.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "attempts": request.attempt,
+        "failed": [attempt["class"] for attempt in attempts.all],
+        "micro_batch_size": request.resources["micro_batch_size"],
+    }
+
+    def manifest(payload_digest: str, files: tuple[File, ...]) -> Manifest:
+        return Manifest(
+            kind=job.stage.kind,
+            type=job.stage.gives(),
+            key=job.key,
+            document=job.document,
+            digest=payload_digest,
+            files=files,
+            parents={slot: f"{artifact.manifest.kind}/{artifact.key}" for slot, artifact in job.inputs.items()},
+            base=_base(job.stage, job.inputs),
+            template=result.info.get("template"),
+            metrics=result.metrics,
+            info=result.info,
+            host=host,
+        )
+
+    return run.workspace.store.publish(request.out, manifest)
+
+
+def _base(stage: ProgramStage, inputs: Mapping[str, Artifact]) -> Base | None:
+    if stage.gives() != "Adapter":
+        return None
+    model = inputs["model"].manifest
+    return Base(kind=model.kind, key=model.key, digest=model.digest, template=model.template)

@@ -1,0 +1,175 @@
+"""`tuneline node`: the work of one further machine in a run's stages that train on several (`resources.nodes`).
+
+The machines share the project's folder and its store. Where a stage wants more than one, the first machine's program says in the
+stage's work folder where it waits (`tasks/launch.py`); this one goes there with the same request. Nothing else passes between
+them: which machines there are is the scheduler's affair (templates for Slurm and kubernetes are in `infra/`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from flows.run.slots import Slots, visible_gpus
+from flows.run.supervisor import Supervisor, program_environment
+from tuneline.config.overrides import as_flags, as_overrides
+from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.kinds.stage import ProgramStage, Resources
+from tuneline.workspace.protocol import Failure, Request
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.runtimes import find_runtime
+from tuneline.workspace.workspace import Workspace
+
+POLL = 0.5  # seconds between looks at the shared folder
+
+
+def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
+    """Raises ConfigError where no stage of the pipeline has work for that machine: it would wait for ever."""
+    stages = workspace.loaded.pipeline(pipeline).stages
+    most = max((stage.resources.nodes for stage in stages.values() if isinstance(stage, ProgramStage)), default=1)
+    if rank >= most:
+        allowed = f"1 to {most - 1}" if most > 2 else "1" if most == 2 else "none: no stage of it has `nodes`"
+        hint = "set `resources: {nodes: 2}` in a training" if most == 1 else "the run itself is machine 0"
+        raise ConfigError([Problem("--rank", "", f"found {rank} for {pipeline}, allowed {allowed}", hint)])
+
+
+def command(pipeline: str, file: Path, overrides: Sequence[str]) -> str:
+    """What a further machine is started with, from any folder; its `--rank` goes at the end."""
+    return shlex.join(["tuneline", "node", pipeline, "--file", str(file), *as_flags(overrides)])
+
+
+def check_flags(workspace: Workspace, record: RunRecord, rank: int) -> None:
+    """Raises ConfigError with every flag that differs from the run's: who gave it means another training."""
+    here, there = (as_overrides("", overrides) for overrides in (workspace.loaded.overrides, record.overrides))
+    hint = f"`{command(record.pipeline, workspace.loaded.file, record.overrides)} --rank {rank}`"
+    problems = []
+    for name in sorted(here.keys() | there.keys()):
+        ours, theirs = (json.dumps(flags[name]) if name in flags else "none" for flags in (here, there))
+        if ours != theirs:
+            flag = name if name.startswith("--var ") else f"--set {name}"
+            problems.append(Problem(flag, "", f"found {ours}, allowed {theirs}, as run {record.run_id} has it", hint))
+    if problems:
+        raise ConfigError(problems)
+
+
+@contextmanager
+def only_one(workspace: Workspace, pipeline: str, rank: int) -> Iterator[None]:
+    """Holds the number among the machines of the pipeline, as long as this process lives. Raises ConfigError where another has it."""
+    folder = workspace.home / "nodes"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{pipeline}-{rank}.lock").open("a+", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            found = f"found {rank}, which is {held.read()} already, allowed a number that no other machine of {pipeline} has"
+            raise ConfigError([Problem("--rank", "", found, "give each machine its own, or end that one first")]) from None
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {socket.gethostname()}")
+        held.flush()
+        yield
+
+
+def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], None]) -> RunRecord:
+    """Works for the pipeline's run, the one of now or the next; returns its record once it has ended."""
+    supervisor = Supervisor()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end it in order as Ctrl-C does, and as they end a run
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+    try:
+        record = _next_run(workspace, pipeline, say)
+        check_flags(workspace, record, rank)
+        say(f"machine {rank} of run {record.run_id}")
+        done: set[str] = set()
+        while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
+            for work, meeting in _meetings(workspace.home / "work", record):
+                if meeting not in done:
+                    done.add(meeting)
+                    _join(workspace, record, work, meeting, rank, supervisor, say)
+            time.sleep(POLL)
+        return record
+    finally:
+        supervisor.stop()
+
+
+def _next_run(workspace: Workspace, pipeline: str, say: Callable[[str], None]) -> RunRecord:
+    told = False
+    while True:
+        try:
+            record = workspace.runs.get(pipeline, None)
+        except ConfigError:  # none yet
+            record = None
+        if record is not None and workspace.runs.alive(record):
+            return record
+        if not told:
+            say(f"waits for a run of {pipeline}")
+        told = True
+        time.sleep(POLL)
+
+
+def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
+    """Work folders whose first machine waits, and the name of that meeting: written by `tasks/launch.py`, with the time at its end. One
+    from before the run was left by another that was killed."""
+    began = datetime.fromisoformat(record.started).timestamp()
+    for file in folder.glob("*/rendezvous.json"):
+        try:
+            meeting = json.loads(file.read_bytes())["id"]
+        except (OSError, ValueError):  # gone since
+            continue
+        if int(meeting.rpartition("-")[2]) / 1e9 >= began:
+            yield file.parent, meeting
+
+
+def _join(
+    workspace: Workspace, record: RunRecord, work: Path, meeting: str, rank: int, supervisor: Supervisor, say: Callable[[str], None]
+) -> None:
+    """Takes part in one attempt, until it ends here or its first machine has left it."""
+    try:
+        request: Request = Request.read(work / "request.json")
+    except FileNotFoundError:
+        return
+    resources = Resources.model_validate(request.resources)
+    if rank >= resources.nodes:
+        return
+    stage = request.stage()
+    runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
+    if not runtime.ready:
+        raise StageFailed(
+            "config", f"the runtime {stage.runtime} is not set up on this machine", f"`tuneline setup {stage.runtime}` builds it"
+        )
+    folder = workspace.home / "nodes" / f"{rank}-{request.key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "failure.json").unlink(missing_ok=True)
+    arguments = [str(runtime.python), "-m", "tasks.launch", str(work / "request.json"), str(rank)]
+    ended = threading.Event()
+
+    def leave_with_the_first() -> None:
+        while not ended.wait(POLL):
+            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(10):  # its end reaches both
+                supervisor.end_all()
+
+    watching = threading.Thread(target=leave_with_the_first, daemon=True)
+    with Slots(None, visible_gpus()).taken(resources.gpus, resources.devices, {"stage": request.kind}, say) as taken:
+        say(f"joins {request.kind} {request.key[:12]}")
+        watching.start()
+        try:
+            environment = program_environment(folder, taken.gpus)
+            outcome = supervisor.run(arguments, environment, folder, None, taken.descriptors, lambda line: None, lambda event: None)
+        finally:
+            ended.set()
+            watching.join()
+        how = f"status {outcome.status}"
+        if (folder / "failure.json").exists():
+            failure: Failure = Failure.read(folder / "failure.json")
+            how = f"{failure.failure_class}: {failure.message}"
+        say(f"{request.kind} {request.key[:12]} ended here, {how}" + (f"; its log is {folder / 'log.txt'}" if outcome.status else ""))

@@ -1,0 +1,82 @@
+"""The flow `run-stage`: builds one stage for a run that sits in another pool (`flows/run/child.py`), and nothing else.
+
+It computes the key again, from the same file and from the inputs in the store, and refuses if it is another: then the two machines do not
+see the same project. It stops itself once its parent has ended, whatever became of the parent's process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger
+from prefect.futures import wait
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, Failed
+
+from flows.report.artifacts import Publisher
+from flows.run.child import NAME
+from flows.run.orphan import end_with_parent
+from flows.run.slots import Slots, visible_gpus
+from flows.run.stage import stage_task
+from flows.run.supervisor import Supervisor
+from flows.run.this_run import NoReporter, Run
+from flows.server.cancellation import Watch
+from tuneline.config.load import load
+from tuneline.config.order import planned
+from tuneline.config.overrides import as_sets
+from tuneline.errors import StageFailed
+from tuneline.planning.plan import input_slots
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.store import Artifact
+from tuneline.workspace.workspace import Workspace
+
+
+@flow(name=NAME)
+def run_stage(
+    pipeline: str,
+    file: str,
+    stage: str,
+    key: str,
+    inputs: dict[str, str],
+    run_id: str,
+    overrides: dict[str, Any] = {},  # noqa: B006  (Prefect shows the default; it is never changed)
+    variables: dict[str, Any] = {},  # noqa: B006
+    commits: list[list[str]] = [],  # noqa: B006
+    forced: bool = False,
+) -> Any:
+    """Builds one stage for a run in another pool, which gives all of these."""
+    workspace = Workspace(load(Path(file), pipeline, as_sets(overrides), as_sets(variables)), get_run_logger().warning)
+    spec = workspace.loaded.pipeline(pipeline)
+    record = RunRecord(run_id=run_id, pipeline=pipeline, started="", planned=planned(spec, None), flow_run=flow_run.parent_flow_run_id)
+    slots, supervisor = Slots(spec.parallel, visible_gpus()), Supervisor()
+    publisher, force = Publisher(), frozenset([stage] if forced else [])
+    run = Run(workspace, pipeline, record, supervisor, slots, NoReporter(), publisher, force, child_of=key)
+    run.know_commits(commits)
+    needs = {other: _input(workspace, inputs[slot]) for slot, other in input_slots(spec.stages[stage]).items()}
+    end_with_parent()
+    watches = [Watch(UUID(flow_run.id), supervisor)]
+    if parent := flow_run.parent_flow_run_id:
+        watches.append(Watch(UUID(parent), supervisor, of_parent=True))
+    try:
+        wait([stage_task(run, stage).submit(needs)])
+    except BaseException:  # a signal reaches only this thread
+        supervisor.stop()
+        raise
+    finally:
+        for watch in watches:
+            watch.close()
+        publisher.close()
+    entry = record.stages[-1]
+    outcome = {"done": Completed, "cached": Completed, "cancelled": Cancelled}.get(entry.status, Failed)
+    return outcome(message=entry.message or f"{entry.kind}/{key[:12]}")
+
+
+def _input(workspace: Workspace, name: str) -> Artifact:
+    kind, _, key = name.partition("/")
+    artifact = workspace.store.find(kind, key)
+    if artifact is None:
+        found = f"found no {kind}/{key[:12]}, an input of the stage, in the store {workspace.store.root} of this machine"
+        raise StageFailed("config", found, "every pool must see the same project folder and store: docs/operating.md")
+    return artifact

@@ -1,0 +1,212 @@
+"""The one Prefect task: finds or makes the artifact of a stage.
+
+    needs succeeded? -> key -> in the store? -> lock -> in the store now? -> a slot -> program under the watchdog -> publish
+
+Prefect's own cache is off: there is one cache, the store. What a program's death means, and whether it is tried again, is
+decided by failure class (`flows/run/attempts.py`), not by exception type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.runtime import task_run
+from prefect.states import Cancelled, Completed, Failed
+
+from flows.report.tables import figures
+from flows.run.build import Job, as_in_key, build
+from flows.run.child import build_in_pool
+from flows.run.slots import Taken
+from flows.run.this_run import Run
+from tuneline import disk
+from tuneline.canonical import key_of
+from tuneline.config.spec import GateStage, ModelStage
+from tuneline.errors import StageFailed, StageStopped, StoreError, TunelineError
+from tuneline.kinds.stage import ProgramStage, Stage
+from tuneline.planning.inputs import hub_inputs
+from tuneline.planning.plan import document_of, input_slots
+from tuneline.planning.verdict import judge
+from tuneline.workspace.reference import REFERENCE, point
+from tuneline.workspace.store import Artifact
+
+PASSED = "passed"  # what a gate hands on
+FAILED = "Failed: "  # a state's name, before the class of the failure
+RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
+
+
+def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
+    """The Prefect task of one stage. Its parameter: what each stage that it depends on handed on."""
+    stage = run.stages[name]
+
+    def stopped_or_final(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+        return not run.supervisor.stopping and _retryable(state)
+
+    @task(
+        name=name,
+        task_run_name=name,
+        description=stage.description or f"{stage.kind} of {run.pipeline}",
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=stage.retries,
+        retry_delay_seconds=0,  # we wait ourselves, so that a stop ends the wait
+        retry_condition_fn=stopped_or_final,
+    )
+    def supervise(needs: dict[str, Any]) -> Any:
+        # Told with the state in which the stage ends: a tag from the start is a limit that the server is asked about, and a stage
+        # must start while the server is away.
+        TaskRunContext.get().task_run.tags = [stage.kind]  # type: ignore[union-attr]
+        if task_run.run_count > 1:
+            run.supervisor.pause(RETRY_DELAYS[min(task_run.run_count - 2, len(RETRY_DELAYS) - 1)])
+        try:
+            ended = _carry_out(run, name, stage, needs)
+            _show_figures(run, name)
+            return ended
+        except StageStopped as error:
+            run.note(name, "cancelled", message=error.message)
+            return Cancelled(message=error.message)
+        except StageFailed as error:
+            if error.retryable and task_run.run_count <= stage.retries and not run.supervisor.stopping:
+                run.warn(name, f"{error.failure_class}: {error.message} ({error.hint})")
+                raise
+            return _failed(run, name, error)
+        except Exception as error:
+            if failure := _of_store(run, error):
+                return _failed(run, name, failure)
+            message = str(error) if isinstance(error, TunelineError) else f"{type(error).__name__}: {error}"
+            run.note(name, "failed", message=message)
+            raise
+
+    return supervise
+
+
+def _show_figures(run: Run, name: str) -> None:
+    """Beside the stage's name, where the UI lists the tasks of a run. Told with the state, as the tags are."""
+    entry = next((entry for entry in run.record.stages if entry.stage == name), None)
+    if entry and (shown := figures(entry)):
+        TaskRunContext.get().task_run.name = f"{name}: {shown}"  # type: ignore[union-attr]
+
+
+def _failed(run: Run, name: str, error: StageFailed) -> State[Any]:
+    """The state of a stage that is not tried again, named by its class."""
+    details = f"\n{error.details}" if error.failure_class == "bug" else ""
+    get_run_logger().error(f"{error.failure_class}: {error}{details}")
+    run.note(name, "failed", message=f"{error.failure_class}: {error}{details}")
+    return Failed(name=f"{FAILED}{error.failure_class}", message=str(error))
+
+
+def _of_store(run: Run, error: Exception) -> StageFailed | None:
+    """What a full or broken disk, or a store that cannot be used, means to the stage."""
+    if isinstance(error, StoreError):
+        return StageFailed("disk" if disk.is_of_disk(error) else "config", error.message, error.hint)
+    if isinstance(error, OSError) and error.errno in disk.NUMBERS:
+        return disk.of_flow(error, run.workspace.home)
+    return None
+
+
+def _retryable(state: State[Any]) -> bool:
+    return isinstance(state.data, StageFailed) and state.data.retryable
+
+
+def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
+    absent = [need for need, value in needs.items() if value is None or isinstance(value, BaseException)]
+    if absent:
+        message = f"needs {', '.join(absent)}"
+        run.note(name, "skipped", message=message)
+        return Completed(name="Skipped", message=message)
+    if isinstance(stage, GateStage):
+        return _pass_gate(run, name, stage)
+    assert isinstance(stage, ProgramStage)
+    inputs = {slot: needs[other] for slot, other in input_slots(stage).items()}
+    salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
+    resolved = run.resolve(stage)
+    document = document_of(stage, inputs, resolved, salt)
+    key = run.keys[name] = key_of(document)
+    job = Job(name, stage, inputs, resolved, document, key)
+    if run.child_of not in (None, key):
+        found = f"found the key {key[:12]}, but the run that asked for the stage computes {(run.child_of or '')[:12]}"
+        raise StageFailed("config", found, "both must see the same files and be of the same version of tuneline: docs/operating.md")
+    artifact = _cached(run, job)
+    if artifact is None and run.parameters is not None and stage.pool not in (None, run.workspace.loaded.spec.pipelines[run.pipeline].pool):
+        return _build_elsewhere(run, job)
+    if artifact is None:
+        with _lock(run, job) as held:
+            artifact = _cached(run, job)
+            if artifact is None:
+                with _slot(run, job) as taken, run.attempt(name, key):
+                    artifact = build(run, job, held, taken)
+                run.note(name, "done", artifact)
+                return artifact
+    return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
+
+
+def _build_elsewhere(run: Run, job: Job) -> Artifact:
+    """In the stage's own pool, by a child run."""
+    name, stage, key = job.name, job.stage, job.key
+    wanted = {**(run.parameters or {}), "key": key, "run_id": run.record.run_id, "forced": name in run.forced}
+    wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(run.workspace, stage)]
+    run.reporter.started(name, f"{stage.kind} in pool {stage.pool}")
+    with run.attempt(name, key):
+        build_in_pool(name, stage, job.inputs, wanted, run.supervisor)
+    with run.workspace.store.steady():
+        artifact = run.workspace.store.find(stage.kind, key)
+        if artifact is None:
+            hint = "every pool must see the same project folder and store: docs/operating.md"
+            raise StageFailed("config", f"the stage was built in pool {stage.pool}, but is not in the store of this machine", hint)
+        run.note(name, "done", artifact)
+    return artifact
+
+
+def _cached(run: Run, job: Job) -> Artifact | None:
+    """What the store has, unless the stage is to be built again; it is in the run's record before `tuneline gc` can look there."""
+    if job.name in run.forced:
+        paid = run.workspace.runs.paid(run.pipeline, job.name, job.key, run.record.flow_run)
+        if paid is None:
+            return None
+        get_run_logger().info(f"`--force`: run {paid}, which was stopped later, has built it again already")
+    with run.workspace.store.steady():
+        artifact = run.workspace.store.find(job.stage.kind, job.key)
+        if artifact is not None:
+            if (artifact.payload / REFERENCE).exists() and isinstance(job.stage, ModelStage) and job.stage.path:
+                point(artifact.path, Path(job.resolved.files["path"][0]))
+                as_in_key(run, job.stage, job.resolved)  # it vouches for the files as they are now, perhaps hours after the key
+            run.note(job.name, "cached", artifact)
+    return artifact
+
+
+@contextmanager
+def _lock(run: Run, job: Job) -> Iterator[int]:
+    """The key's lock; whoever waits for another run says so, and stops waiting when its own run stops."""
+
+    def say() -> None:
+        run.warn(job.name, "another run is building the same stage; waiting for it")
+
+    try:
+        with run.workspace.store.locked(job.key, say, lambda: not run.supervisor.stopping) as held:
+            yield held
+    except BlockingIOError:
+        raise StageStopped from None
+
+
+def _slot(run: Run, job: Job) -> AbstractContextManager[Taken]:
+    """A slot of the run and the stage's GPUs; whoever waits for another stage's says so."""
+    holder = {"stage": f"{run.pipeline}/{job.name}", "run": run.record.run_id}
+    resources = job.stage.resources
+    say, going_on = partial(run.warn, job.name), lambda: not run.supervisor.stopping
+    return run.slots.taken(resources.gpus, resources.devices, holder, say, going_on)
+
+
+def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
+    passed, lines = judge(stage, run.stages, run.manifests)
+    logger = get_run_logger()
+    for line in lines:
+        logger.info(line)
+    run.note(name, "done" if passed else "refused", message="\n".join(lines))
+    return PASSED if passed else Failed(name="Refused", message="; ".join(line for line in lines if line.startswith("NOT")))

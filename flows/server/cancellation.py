@@ -1,0 +1,191 @@
+"""Ends a run that is cancelled: `tuneline cancel`, and what a run itself does when the server says so.
+
+However a run was started, its flow looks at its own state on the server (`Watch`): a run that is cancelled there, by `prefect
+flow-run cancel` or in the UI, or deleted, stops its programs and ends as cancelled. A worker does the same by a signal to the runs
+that it started; whichever comes first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from flows.run.supervisor import Supervisor
+from flows.server.connect import connect, find_server
+from tuneline.config.messages import listed, nearest
+from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.workspace import Workspace
+
+POLL_SECONDS = 3.0  # between two looks at a state on the server
+PATIENCE = 15.0  # seconds for a run that the server has told of it; then its process gets a signal
+LAST_SECONDS = 30.0  # for its programs to be gone after that
+
+
+# --- in the run -------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Looks at the state of a run on the server, and stops the programs of this process once it is cancelled there or deleted.
+
+    `of_parent`: the run is the one that this one belongs to, whose end, of whatever kind, is this one's too.
+    """
+
+    def __init__(self, run: UUID, supervisor: Supervisor, of_parent: bool = False):
+        self.why = ""
+        self._run, self._supervisor, self._of_parent = run, supervisor, of_parent
+        self._ended = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _look(self) -> None:
+        from prefect.client.orchestration import get_client
+
+        while not self._ended.is_set():
+            with suppress(Exception), get_client(sync_client=True) as client:  # whatever an unreachable server raises
+                while not self._ended.wait(POLL_SECONDS):
+                    if why := self._over(client):
+                        self.why = why
+                        self._supervisor.stop()
+                        return
+            self._ended.wait(POLL_SECONDS)
+
+    def _over(self, client: Any) -> str:
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            state = client.read_flow_run(self._run).state
+        except ObjectNotFound:
+            return "it was deleted on the server"
+        if state is None:
+            return ""
+        over = state.is_cancelling() or state.is_cancelled() or self._of_parent and state.is_final()
+        return (state.message or "it was cancelled on the server") if over else ""
+
+
+# --- tuneline cancel --------------------------------------------------------------------------------------------------
+
+
+def cancel(workspace: Workspace, what: str, say: Callable[[str], None]) -> str:
+    """Ends the run with the id `what` (ours or Prefect's), or the one run of that pipeline, also one that waits. Returns its id.
+
+    Raises ConfigError where no such run lives, StageFailed where it does not end.
+    """
+    alive = [record for record in workspace.runs.newest_first() if workspace.runs.alive(record)]
+    chosen = [record for record in alive if what in (record.run_id, record.flow_run, record.pipeline)]
+    _check_one(what, [record.run_id for record in chosen])
+    server = find_server(workspace.home)
+    if not chosen:
+        waiting = [what] if _is_id(what) else _waiting(workspace, what) if server and what in workspace.loaded.spec.pipelines else []
+        _check_one(what, waiting)
+        if server and waiting and _tell(workspace.home, waiting[0]):
+            return waiting[0]
+        raise ConfigError([_no_such_run(workspace, what, alive)])
+    (record,) = chosen
+    told = bool(server and record.flow_run and _tell(workspace.home, record.flow_run))
+    if told and _ended(workspace, record, PATIENCE):
+        return record.run_id
+    process = workspace.runs.process(record)
+    if process is None and told:
+        say(f"run {record.run_id} works on another machine; the server was told, and its worker ends it")
+        return record.run_id
+    if process is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+    if not _ended(workspace, record, LAST_SECONDS):
+        where = f"its process {process}" if process else "its process, on another machine or of another user,"
+        raise StageFailed("transient", f"run {record.run_id} has not ended: {where} still holds it", "end that process, or ask its owner")
+    return record.run_id
+
+
+def _check_one(what: str, ids: list[str]) -> None:
+    if len(ids) > 1:
+        found = f"found {len(ids)} runs of it, allowed one of {listed(ids)}"
+        raise ConfigError([Problem(f"cancel {what}", "", found, f"`tuneline cancel {ids[0]}`")])
+
+
+def _waiting(workspace: Workspace, pipeline: str) -> list[str]:
+    """Ids of the pipeline's runs that have not ended on the server; not of those that a schedule plans ahead."""
+    connect(workspace.home)
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterExpectedStartTime,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        FlowRunFilterTags,
+    )
+    from prefect.client.schemas.objects import StateType
+
+    from flows.deploy.remote import told_errors
+
+    chosen = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=["tuneline"]),
+        state=FlowRunFilterState(
+            type=FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.PAUSED, StateType.RUNNING])
+        ),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),  # schedules plan a hundred runs ahead
+    )
+    with told_errors(), get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=chosen, limit=200)
+    wanted = {"pipeline": pipeline, "file": str(workspace.loaded.file)}
+    its = [run for run in runs if {name: run.parameters.get(name) for name in wanted} == wanted]
+    return [str(run.id) for run in its if run.parent_task_run_id is None]
+
+
+def _is_id(what: str) -> bool:
+    try:
+        UUID(what)
+    except ValueError:
+        return False
+    return True
+
+
+def _tell(home: Path, flow_run: str) -> bool:
+    """Asks the server to cancel the run. Returns whether it knows one that has not ended."""
+    connect(home)
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+    from prefect.states import Cancelling
+
+    from flows.deploy.remote import told_errors
+
+    with told_errors(), get_client(sync_client=True) as client:
+        try:
+            state = client.read_flow_run(UUID(flow_run)).state
+        except ObjectNotFound:
+            return False
+        if state is not None and state.is_final():
+            return False
+        client.set_flow_run_state(UUID(flow_run), Cancelling(message="cancelled by `tuneline cancel`"))
+        return True
+
+
+def _ended(workspace: Workspace, record: RunRecord, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while workspace.runs.alive(workspace.runs.get(record.pipeline, record.run_id)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _no_such_run(workspace: Workspace, what: str, alive: list[RunRecord]) -> Problem:
+    known = [name for record in alive for name in (record.pipeline, record.run_id)]
+    ended = next((record for record in workspace.runs.newest_first() if what in (record.run_id, record.flow_run, record.pipeline)), None)
+    if ended is not None:
+        found = f"found run {ended.run_id} of {ended.pipeline}, which has ended ({ended.state})"
+    else:
+        found = "found no such run"
+    hint = nearest(what, known) if ended is None else ""
+    return Problem(f"cancel {what}", "", f"{found}, allowed one that runs: {listed(known)}", hint or "`tuneline status` shows what runs")

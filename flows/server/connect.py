@@ -1,0 +1,218 @@
+"""Which Prefect server a run goes to: that of Prefect's settings, else that of `tuneline up`, else one of its own, for that run alone.
+
+Prefect's own ephemeral server outlives a flow that is killed with -9, and two of them on one database can lock each other out.
+Ours is the same server as a child under our watchdog, so it goes when the run goes, and each run at the same time has a
+database of its own: `.tuneline/prefect/0.db`, or the next that nobody holds. History and the UI come with a lasting server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.run.supervisor import WATCHDOG
+from flows.server import api, migrated
+from flows.server import state as lasting
+from tuneline import PACKAGES_ROOT, watchdog
+from tuneline.config.pools import interval
+from tuneline.errors import ConfigError, Problem, StageFailed
+
+STARTUP_SECONDS = 180  # the first one's migrations took 22 s on two busy cores
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+}
+HISTORY = "90d"
+NO_UI = {"PREFECT_SERVER_UI_ENABLED": "false"}
+DATABASE = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")  # the second is its old name
+
+
+def kept(history: str) -> dict[str, str]:
+    """Settings of a server that removes runs which ended longer ago than `history`, with their logs and artifacts. Prefect's own service
+    does it, every hour; its least is an hour."""
+    seconds = max(3601.0, interval(history).total_seconds())
+    vacuum = "PREFECT_SERVER_SERVICES_DB_VACUUM_"
+    return {f"{vacuum}ENABLED": "events,flow_runs", f"{vacuum}RETENTION_PERIOD": f"{seconds:.0f}"}
+
+
+def find_server(home: Path) -> str | None:
+    """Address of the API: the one that Prefect's settings name, answering or not, else that of `tuneline up`, if it is there. `home` is
+    `.tuneline`."""
+    if configured := api.setting(api.URL):
+        return str(configured)
+    state = lasting.read(home / "server")
+    return state.address if state and state.server.alive and answers(state.address) else None
+
+
+def connect(home: Path) -> str:
+    """The address, also set as PREFECT_API_URL. Must be called before prefect is imported, which reads its settings once.
+
+    Raises ConfigError where there is none, where the one of Prefect's settings does not answer (Prefect itself would end in a
+    traceback), and where it refuses the password.
+    """
+    configured, address = api.setting(api.URL), find_server(home)
+    if address is None:
+        found = "found no address of a Prefect server, and none of `tuneline up` that runs"
+        raise ConfigError([Problem(api.URL, "", found, "`tuneline up` starts one")])
+    loopback_without_proxy()
+    if configured:
+        _require(configured.rstrip("/"))
+    else:
+        os.environ |= {"PREFECT_HOME": str(home / "server"), "DO_NOT_TRACK": "1"}
+    os.environ[api.URL] = address
+    if (state := lasting.read(home / "server")) and state.address == address.rstrip("/"):
+        os.environ |= lasting.password(home / "server")
+    for name in (api.AUTH, api.KEY):  # from wherever they come: what is in the environment is masked in logs
+        if value := api.setting(name):
+            os.environ[name] = str(value)
+    api.admitted(address.rstrip("/"))
+    return address
+
+
+def answers(address: str) -> bool:
+    loopback_without_proxy()
+    try:
+        api.ask(f"{address}/health")
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def loopback_without_proxy() -> None:
+    """A proxy cannot reach our loopback."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = os.environ.get(name, "").split(",")
+        os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), "127.0.0.1", "localhost"]))
+
+
+def _require(address: str) -> None:
+    try:
+        api.ask(f"{address}/health")
+    except (OSError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code != 404:  # it answers; whether it lets us in is asked next
+            return
+        hint = "start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL: each run then brings a server of its own"
+        if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            hint = f"{api.CERTIFICATES} names a file with the certificate of who signed the server's"
+        raise ConfigError([Problem(api.URL, "", f"found no Prefect server at {address} ({error})", hint)]) from None
+
+
+@contextmanager
+def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message: None, history: str = HISTORY) -> Iterator[str]:
+    """Starts a server on loopback and yields its API address, also set as PREFECT_API_URL. `home` is `.tuneline/prefect`.
+    `on_death` is called, from another thread, should it end before we do.
+
+    Must be entered before prefect is imported, which reads its settings once.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ.update({"PREFECT_HOME": str(home), **QUIET, **NO_UI})
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")  # if it has gone, it does not come back
+    loopback_without_proxy()
+    with _free_database(home) as (database, lock):
+        port = free_port()
+        url = f"http://127.0.0.1:{port}/api"
+        os.environ["PREFECT_API_URL"] = url
+        environment = {
+            **os.environ,
+            **kept(history),
+            **dict.fromkeys(DATABASE, f"sqlite+aiosqlite:///{database}"),
+            **migrated.prepare(database),
+        }
+        log = database.with_suffix(".log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(WATCHDOG), *server_command(port)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(lock,),
+            )
+        ended = threading.Event()
+
+        def watch() -> None:
+            process.wait()
+            if not ended.is_set():
+                on_death(f"the Prefect server has ended; the stages go on without it (its log: {log})")
+
+        try:
+            import prefect  # noqa: F401  (3 s of imports, while the server starts)
+
+            wait_for_health(url, process, log, "set PREFECT_API_URL to a server of yours")
+            threading.Thread(target=watch, daemon=True).start()
+            yield url
+        finally:
+            ended.set()
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+            del os.environ["PREFECT_API_URL"]
+
+
+@contextmanager
+def _free_database(home: Path) -> Iterator[tuple[Path, int]]:
+    """The first database that no other run holds, and the descriptor whose flock holds it."""
+    number = 0
+    while True:
+        descriptor = os.open(home / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            os.close(descriptor)
+            number += 1
+    try:
+        yield home / f"{number}.db", descriptor
+    finally:
+        os.close(descriptor)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def server_command(port: int) -> list[str]:
+    """The server itself: `prefect server start` would be another process, and a file with its number that outlives it."""
+    uvicorn = [sys.executable, "-P", "-m", "uvicorn", "--factory", "flows.server.prefect_app:create_app", "--log-level", "warning"]
+    uvicorn += ["--app-dir", str(PACKAGES_ROOT)]  # by default the current folder, which would come first on the path
+    return [*uvicorn, "--host", "127.0.0.1", "--port", str(port), "--timeout-graceful-shutdown", "3"]  # an open page holds it up
+
+
+def wait_for_health(address: str, process: subprocess.Popen[bytes], log: Path, hint: str) -> None:
+    """Raises StageFailed, with the end of its log, for a server that does not come up."""
+    deadline, port = time.monotonic() + STARTUP_SECONDS, int(address.removesuffix("/api").rpartition(":")[2])
+    while time.monotonic() < deadline and process.poll() is None:
+        if listens(process.pid, port) and answers(address):
+            return
+        time.sleep(0.1)
+    raise StageFailed("bug", f"the Prefect server did not start; the end of {log}:\n{tail(log)}", hint)
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether the process, or one below it, listens on the port: another server may answer there, which began at the same moment."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{fields[9]}]" for fields in lines if fields[1].endswith(f":{port:04X}") and fields[3] == "0A"}
+    for process in (pid, *watchdog.descendants(pid)):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(link) in sockets for link in Path(f"/proc/{process}/fd").iterdir()):
+                return True
+    return False
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -1,0 +1,70 @@
+"""Keeps the workers of `tuneline up` at work: starts one again that died, and one for a pool that came into the file later.
+
+A process of its own, which `up` starts and `down` ends. It ends no worker: a pool may leave the file for a moment, while somebody edits it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from flows.server import state as lasting
+from flows.server import workers
+from flows.server.connect import answers
+from tuneline import PACKAGES_ROOT
+from tuneline.config.load import Loaded, load
+from tuneline.errors import ConfigError, StageFailed
+
+ROLE = "keeper"
+POLL_SECONDS = 2.0
+AGAIN_SECONDS = 60.0  # before a worker that did not start is tried again
+
+
+def start(loaded: Loaded, folder: Path, state: lasting.State) -> lasting.Process:
+    code = f"import sys; sys.path.insert(0, {str(PACKAGES_ROOT)!r}); from flows import keeper; keeper.main()"
+    command = [sys.executable, "-P", "-c", code, str(loaded.file)]
+    return lasting.process(workers.spawn(command, folder, ROLE, state.address, folder / "keeper.log", {}).pid)
+
+
+def main() -> None:
+    file, folder = Path(sys.argv[1]), Path(os.environ[lasting.UP])
+    loaded, seen = None, None
+    with lasting.alone(folder):
+        pass  # until `up` has written down who the keeper is
+    while _its_state(folder):
+        with suppress(OSError, ConfigError):  # moved, or half edited: the pools of before count
+            if (now := file.stat().st_mtime_ns) != seen:
+                seen = now
+                loaded = load(file)
+        try:
+            if loaded is not None:
+                _tend(loaded, folder)
+            time.sleep(POLL_SECONDS)
+        except StageFailed as error:
+            _say(str(error))
+            time.sleep(AGAIN_SECONDS)
+
+
+def _tend(loaded: Loaded, folder: Path) -> None:
+    """Starts what is missing, where there is a server to work for."""
+    state = _its_state(folder)
+    if state is None or not workers.missing(loaded, state):
+        return
+    with lasting.alone(folder):  # what an `up` or a `down` has changed meanwhile counts
+        state = _its_state(folder)
+        if state and answers(state.address):
+            os.environ |= lasting.password(folder)
+            workers.start(loaded, folder, state, _say)
+
+
+def _its_state(folder: Path) -> lasting.State | None:
+    """None once this process is not its keeper any more."""
+    state = lasting.read(folder)
+    return state if state and state.keeper and state.keeper.pid == os.getpid() else None
+
+
+def _say(message: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), message, flush=True)

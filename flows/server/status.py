@@ -1,0 +1,96 @@
+"""`tuneline status`: what runs now. Of this project, from the run records; of its server, runs in progress and those that wait."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from flows.report.pace import Pace
+from tuneline.workspace.protocol import Event
+from tuneline.workspace.runs import RunRecord, StageRecord
+from tuneline.workspace.workspace import Workspace
+
+SHOWN = 50  # runs of the server, those in progress first
+
+
+@dataclass(frozen=True)
+class Working:
+    """A stage that is being built."""
+
+    pipeline: str
+    run_id: str
+    flow_run: str | None
+    stage: str
+    kind: str
+    seconds: float
+    progress: str
+    """In words, with the time left; empty until the program has said something."""
+
+
+@dataclass(frozen=True)
+class OnServer:
+    """A run that the server knows and that has not ended."""
+
+    flow_run: str
+    name: str
+    state: str
+    since: str
+    """When it came into this state, or is to start."""
+    pool: str
+    message: str
+    """Why it waits; else what its state says."""
+
+
+def working(workspace: Workspace) -> list[Working]:
+    """One row for each stage in progress; a run between two stages has a row without a stage."""
+    found = []
+    for record in workspace.runs.newest_first():
+        if not workspace.runs.alive(record):
+            continue
+        stages = [stage for stage in record.stages if stage.status == "running"]
+        for stage in stages or [StageRecord(stage="", kind="", status="running")]:
+            seconds = stage.seconds or _age(record)
+            progress = _progress(workspace.work(stage.key), stage.stage) if stage.key else ""
+            found.append(Working(record.pipeline, record.run_id, record.flow_run, stage.stage, stage.kind, seconds, progress))
+    return found
+
+
+def _age(record: RunRecord) -> float:
+    return round((datetime.now(UTC) - datetime.fromisoformat(record.started)).total_seconds(), 1)
+
+
+def _progress(work: Path, stage: str) -> str:
+    pace = Pace(stage)
+    with contextlib.suppress(OSError):  # not there before the program's first word
+        for line in (work / "events.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValidationError):  # torn by a kill
+                pace.take(Event.model_validate_json(line))
+    return pace.latest[1].removeprefix(f"{stage}: ") if pace.latest else ""
+
+
+def on_server() -> list[OnServer]:
+    """Runs of pipelines that are in progress, wait or are late, from the server that PREFECT_API_URL names. Raises ConfigError."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    from flows.deploy.remote import told_errors
+    from flows.server.waiting import why
+
+    unended = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.SCHEDULED, StateType.PAUSED]
+    chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unended)))
+    with told_errors(), get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=SHOWN)
+        return [_row(run, why(client, run)) for run in sorted(runs, key=lambda run: run.state.type == StateType.SCHEDULED)]
+
+
+def _row(run: Any, waits: str) -> OnServer:
+    moment = run.expected_start_time if run.state.type.value == "SCHEDULED" else run.state.timestamp
+    since = moment.astimezone().strftime("%Y-%m-%d %H:%M:%S") if moment else ""
+    return OnServer(str(run.id), run.name, run.state.name, since, run.work_pool_name or "", waits or run.state.message or "")

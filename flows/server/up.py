@@ -1,0 +1,192 @@
+"""`tuneline up` and `down`: a lasting Prefect server on loopback, and a worker for each pool of this machine.
+
+Each is a session of its own, so that neither the end of `up` nor that of its terminal ends it. Whoever may log in on this machine can
+reach the server: loopback is all the protection that it has.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.server import api, keeper, migrated, workers
+from flows.server import state as lasting
+from flows.server.connect import DATABASE, answers, kept, loopback_without_proxy, server_command, wait_for_health
+from tuneline.config.load import Loaded
+from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.watchdog import descendants
+
+PORT = 4200
+FLOW_SECONDS, END_SECONDS = 15.0, 10.0  # for runs to stop their programs (grace: 3 s); for workers and the server to end
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+DATABASES = {"postgresql+asyncpg": "postgresql+asyncpg://user@host/name", "sqlite+aiosqlite": "sqlite+aiosqlite:////folder/file.db"}
+
+
+@dataclass(frozen=True)
+class Up:
+    state: lasting.State
+    started: list[str]
+    """What was not there already: `server`, `worker POOL`."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    role: str
+    pid: int
+    flow_run: str | None = None
+
+
+def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None, say: Callable[[str], None]) -> Up:
+    """Starts what is missing. `auth`: what the server is to ask for, as `user:password`.
+
+    Raises ConfigError for a call that does not fit what is there, StageFailed for what does not start.
+    """
+    folder, started = lasting.folder_of(loaded.root), []
+    loopback_without_proxy()
+    with lasting.alone(folder):
+        state = lasting.read(folder)
+        port = port or (state.port if state else PORT)
+        _refuse(folder, state, port, database, auth)
+        if auth:
+            lasting.keep_password(folder, auth)
+        os.environ |= lasting.password(folder)
+        if state is None or not _runs(state):
+            say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
+            before = {"workers": state.workers, "keeper": state.keeper} if state else {}
+            state = _start_server(folder, port, database, loaded.spec.history).model_copy(update=before)
+            lasting.write(folder, state)
+            started.append("server")
+        for name in [name for name in state.workers if name not in loaded.spec.pools]:
+            workers.end(state.workers.pop(name))
+            lasting.write(folder, state)
+        started += [f"worker {name}" for name in workers.start(loaded, folder, state, say)]
+        if state.keeper is None or not state.keeper.alive:
+            state.keeper = keeper.start(loaded, folder, state)
+            lasting.write(folder, state)
+    return Up(state, started)
+
+
+def _refuse(folder: Path, state: lasting.State | None, port: int, database: str | None, auth: str | None) -> None:
+    problems = []
+    place = _without_secrets(database) if database else None
+    if place and place.partition("://")[0] not in DATABASES:
+        found = f"found an address that begins with `{place.partition('://')[0][:20]}`, allowed {' or '.join(DATABASES.values())}"
+        problems.append(Problem("--database", "", found))
+    elif state and place != state.database and (place or not _runs(state)):
+        found = f"found {place or 'none'}, but the server that `up` started has {state.database or 'a file of its own'}"
+        problems.append(Problem("--database", "", found, "name that one, or `tuneline down` first"))
+    if auth and state and _runs(state) and lasting.password(folder).get(api.AUTH) != auth:
+        found = "found a password, but the server that `up` has started asks for another one, or for none"
+        problems.append(Problem("--auth", "", found, "`tuneline down` first"))
+    if state and port != state.port and lasting.ours(folder):
+        found = f"found {port}, but what `up` has started works on port {state.port}"
+        problems.append(Problem("--port", "", found, "`tuneline down` first"))
+    configured = api.setting(api.URL)
+    if configured and configured.rstrip("/") != _address(port):
+        found = f"found {configured}, to which runs would go, not to the server of `up`"
+        problems.append(Problem("PREFECT_API_URL", "", found, "unset it; for that server, `tuneline worker POOL` starts a worker"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _address(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api"
+
+
+def _runs(state: lasting.State) -> bool:
+    return state.server.alive and answers(state.address)
+
+
+def _without_secrets(database: str) -> str:
+    kind, _, rest = database.partition("://")
+    return f"{kind}://{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def _start_server(folder: Path, port: int, database: str | None, history: str) -> lasting.State:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not hold it
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            found = f"found {port}, which cannot be listened on ({os.strerror(error.errno or 0)}), allowed a free port"
+            raise ConfigError([Problem("--port", "", found, f"`tuneline up --port {port + 1}`, or end what holds it")]) from None
+    address, log = _address(port), folder / "server.log"
+    place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
+    # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
+    settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **kept(history), **dict.fromkeys(DATABASE, place)}
+    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which deployment has its one run
+    if password := lasting.password(folder).get(api.AUTH):
+        settings["PREFECT_SERVER_API_AUTH_STRING"] = password
+    if database is None:
+        settings |= migrated.prepare(folder / "prefect.db")
+    process = workers.spawn(server_command(port), folder, "server", address, log, settings)
+    try:
+        wait_for_health(address, process, log, "where the log speaks of the database, see `--database`")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return lasting.State(address=address, database=_without_secrets(database) if database else None, server=lasting.process(process.pid))
+
+
+def down(root: Path) -> list[Ended]:
+    """Ends what `up` started and what that started. Runs in progress are asked to stop their programs in order, and have their say on
+    the server; then workers and the server go. Raises StageFailed for what cannot be ended."""
+    folder = lasting.folder_of(root)
+    if not folder.is_dir():
+        return []
+    with lasting.alone(folder):
+        state, found = lasting.read(folder), lasting.ours(folder)
+        working = {process.pid for process in state.workers.values() if process.alive} if state else set()
+        servers = {process.pid for process in found if process.role == "server"}
+        keepers = {process.pid for process in found if process.role == keeper.ROLE}
+        _signal(keepers, signal.SIGTERM)
+        flows = {process.pid for process in found if process.flow_run}
+        _signal(working, signal.SIGSTOP)  # a worker that is told to end kills its runs at once, and until then takes on new ones
+        _signal(flows, signal.SIGTERM)
+        _wait(lambda: not flows & _pids(folder), FLOW_SECONDS)
+        _signal(working, signal.SIGTERM)
+        _signal(working, signal.SIGCONT)
+        _wait(lambda: not _pids(folder) - servers, END_SECONDS)
+        _signal(servers, signal.SIGTERM)
+        _wait(lambda: not _pids(folder), END_SECONDS)
+        while left := _pids(folder):  # also what was started meanwhile
+            _signal({*left, *(child for pid in left for child in descendants(pid))}, signal.SIGKILL)
+            if not _wait(lambda: not _pids(folder), END_SECONDS):
+                raise StageFailed(
+                    "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "end them, then `tuneline down`"
+                )
+        for name in ("state.json", "auth"):
+            (folder / name).unlink(missing_ok=True)
+    return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _told(found, working)]
+
+
+def _told(found: list[lasting.Ours], working: set[int]) -> list[lasting.Ours]:
+    """Of all that is ours: servers, workers and runs, not the programs below them."""
+    return [process for process in found if process.flow_run or process.role == "server" or process.pid in working]
+
+
+def _pids(folder: Path) -> set[int]:
+    return {process.pid for process in lasting.ours(folder)}
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,103 @@
+"""The workers of `tuneline up`: one for each pool of this machine, each a session of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flows.doctor.machine import gpus_asked
+from flows.run.slots import visible_gpus
+from flows.server import state as lasting
+from flows.server.connect import DATABASE, QUIET, tail
+from flows.server.worker import heartbeat, worker_command
+from tuneline.config.load import Loaded
+from tuneline.config.pools import ProcessPool
+from tuneline.errors import StageFailed
+
+START_SECONDS = 120  # until a worker has told the server of itself; 5 s on two idle cores
+END_SECONDS = 10.0
+POLL_SECONDS = "2"  # between a worker's looks for runs; Prefect's 10 s are felt by whoever waits
+
+
+def missing(loaded: Loaded, state: lasting.State) -> list[str]:
+    """Pools of this machine for which no worker of ours lives."""
+    local = [name for name, pool in loaded.spec.pools.items() if isinstance(pool, ProcessPool) and pool.local]
+    return [name for name in local if name not in state.workers or not state.workers[name].alive]
+
+
+def start(loaded: Loaded, folder: Path, state: lasting.State, say: Callable[[str], object]) -> list[str]:
+    """Starts those that are missing, and writes each down. Returns their pools. Raises StageFailed for one that does not start."""
+    started = []
+    for name in missing(loaded, state):
+        say(f"starting a worker for the pool {name}{_without_gpus(loaded, name)}")
+        state.workers[name] = _start(folder, state.address, name)
+        lasting.write(folder, state)
+        started.append(name)
+    return started
+
+
+def start_beside(loaded: Loaded, address: str, say: Callable[[str], object]) -> None:
+    """Starts those that are missing, where the server at `address` is that of this project's `up`."""
+    folder = lasting.folder_of(loaded.root)
+    state = lasting.read(folder)
+    if state and state.address == address.rstrip("/") and missing(loaded, state):
+        with lasting.alone(folder):
+            if state := lasting.read(folder):
+                start(loaded, folder, state, say)
+
+
+def _without_gpus(loaded: Loaded, pool: str) -> str:
+    """Why its worker may be of no use."""
+    there = len(visible_gpus())
+    found = next(((stage, gpus) for stage, gpus, its in gpus_asked(loaded) if its == pool and gpus > there), None)
+    return (
+        f" (warning: {found[0]} asks for {found[1]} GPU{'s' if found[1] > 1 else ''}, this machine shows {there}: see `tuneline doctor`)"
+        if found
+        else ""
+    )
+
+
+def _start(folder: Path, address: str, pool: str) -> lasting.Process:
+    log, deadline = folder / f"worker-{pool}.log", time.monotonic() + START_SECONDS
+    before, settings = heartbeat(address, pool), {"PREFECT_WORKER_QUERY_SECONDS": POLL_SECONDS}
+    process = spawn(worker_command(pool, "process"), folder, f"worker {pool}", address, log, settings)
+    try:
+        while heartbeat(address, pool) in (None, before):
+            if process.poll() is not None or time.monotonic() > deadline:
+                message = f"the worker of the pool {pool} did not start; the end of {log}:\n{tail(log)}"
+                raise StageFailed("bug", message, "`tuneline up` tries again")
+            time.sleep(0.2)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return lasting.process(process.pid)
+
+
+def end(worker: lasting.Process) -> None:
+    """Of a pool that left the file: it would make the pool again. Its runs end with it, and go on from their checkpoints elsewhere."""
+    if worker.alive:
+        os.kill(worker.pid, signal.SIGTERM)
+        deadline = time.monotonic() + END_SECONDS
+        while worker.alive and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def spawn(command: list[str], folder: Path, role: str, address: str, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The address of the database may hold a password: it is in the server's environment, and in nothing else."""
+    inherited = {name: value for name, value in os.environ.items() if name not in DATABASE}
+    ours = {lasting.UP: str(folder), lasting.ROLE: role, "PREFECT_HOME": str(folder), "PREFECT_API_URL": address, "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**inherited, **QUIET, **ours, **settings},
+            start_new_session=True,
+        )
