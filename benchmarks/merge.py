@@ -68,7 +68,7 @@ def measured(way: str, folder: Path, shards: str) -> tuple[float, float]:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  the model class is imported late otherwise
 
-    from tasks import merge
+    from tasks.convert import merge
     from tuneline.config.spec import MergeStage
     from tuneline.workspace.protocol import Events, Input
 

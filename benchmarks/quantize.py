@@ -46,8 +46,8 @@ def prepare(folder: Path, layers: int | None) -> None:
     from program_tools import make_request, run_program
     from transformers import AutoModelForCausalLM
 
-    from tasks.loading import load_tokenizer
-    from tasks.quantize import calibration_rows, measured_rows
+    from tasks.convert.quantize import calibration_rows, measured_rows
+    from tasks.models.loading import load_tokenizer
     from tuneline.config.spec import QuantizeStage
     from tuneline.workspace.protocol import Events
 
@@ -111,7 +111,7 @@ def perplexity(model: Path, rows: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tasks.quantize import mean_loss
+    from tasks.convert.quantize import mean_loss
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     return math.exp(mean_loss(loaded, json.loads(rows.read_text())["measured"]))

@@ -40,8 +40,8 @@ def main() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tasks.engine import Engine
-    from tasks.training import adapter_tensors, save_adapter
+    from tasks.engine.client import Engine
+    from tasks.training.shared import adapter_tensors, save_adapter
     from tuneline.kinds.engine import EngineSettings
     from tuneline.workspace.protocol import Input
 

@@ -58,9 +58,9 @@ def prepare(folder: Path) -> None:
     """`model/`, and for each set of rows a Dataset of ours, a file for TRL, and one for LLaMA-Factory with its configuration."""
     from program_tools import make_request, run_program
 
-    from tasks.loading import load_tokenizer
-    from tasks.masks import tokenize
-    from tasks.rows import SPLITS, Row, write_rows
+    from tasks.data.masks import tokenize
+    from tasks.data.rows import SPLITS, Row, write_rows
+    from tasks.models.loading import load_tokenizer
 
     request = make_request(folder / "model", {"kind": "model", "gguf": str(GGUF)}, {}, files={"gguf": [GGUF]})
     run_program(request)

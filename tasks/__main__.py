@@ -12,9 +12,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from tasks.hardware import computed_on
 from tasks.launch import LOST_PEER, RANKS, SAID
-from tasks.loading import check_inputs
+from tasks.models.hardware import computed_on
+from tasks.models.loading import check_inputs
 from tasks.noise import silence
 from tasks.packages import hidden, hide, import_program
 from tuneline import disk
@@ -22,13 +22,13 @@ from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events, Failure, Request
 
 PROGRAMS = {
-    "model": "tasks.model",
-    "dataset": "tasks.dataset",
-    "sft": "tasks.sft",
-    "grpo": "tasks.grpo",
-    "evaluate": "tasks.evaluation",
-    "merge": "tasks.merge",
-    "quantize": "tasks.quantize",
+    "model": "tasks.models.fetch",
+    "dataset": "tasks.data.dataset",
+    "sft": "tasks.training.sft",
+    "grpo": "tasks.training.grpo",
+    "evaluate": "tasks.evaluation.evaluate",
+    "merge": "tasks.convert.merge",
+    "quantize": "tasks.convert.quantize",
 }
 NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError")
 # A process whose peers have gone, or do not answer: what torch says of it is a class of its own or, with gloo, only a text.

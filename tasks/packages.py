@@ -14,8 +14,8 @@ import importlib
 import sys
 from types import ModuleType
 
-from tasks.gptq import quantization
-from tasks.loading import runs_code
+from tasks.models.gptq import quantization
+from tasks.models.loading import runs_code
 from tuneline.config.spec import DatasetStage, EvaluateStage, ModelStage, QuantizeStage
 from tuneline.kinds.rewards import FunctionReward
 from tuneline.kinds.stage import ProgramStage
@@ -27,9 +27,9 @@ LARGE = ("bitsandbytes", "deepspeed", "gptqmodel", "torch", "torchao")
 LAYERS = "transformers.modeling_layers"  # which imports what all models are made of
 IMPORTS = {  # by kind: the modules whose imports are nearly all of what the program imports in any case
     "model": (LAYERS,),
-    "sft": ("tasks.checkpoints", "tasks.sft_trainer"),
-    "grpo": ("tasks.checkpoints", "tasks.grpo_trainer"),
-    "evaluate": ("tasks.harness", LAYERS),
+    "sft": ("tasks.training.checkpoints", "tasks.training.sft_trainer"),
+    "grpo": ("tasks.training.checkpoints", "tasks.training.grpo_trainer"),
+    "evaluate": ("tasks.evaluation.harness", LAYERS),
     "merge": ("peft",),
     "quantize": (LAYERS,),
 }

@@ -32,7 +32,7 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "pyarrow": (("model", "sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
     "reasoning-gym": (
         ("sft", "merge", "quantize"),
-        "scores answers; `tasks.masks` takes how thoughts are marked from the same file",
+        "scores answers; `tasks.data.masks` takes how thoughts are marked from the same file",
     ),
     "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
     "torch": (("dataset",), "loads weights, of which a dataset needs none"),

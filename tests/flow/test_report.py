@@ -77,7 +77,7 @@ class Story:
         )  # fmt: skip
 
     def evaluation(self, name: str, right: list[bool], bits: float) -> None:
-        """Of four rows. The mean's error is that of 0s and 1s; see tasks/scoring.py."""
+        """Of four rows. The mean's error is that of 0s and 1s; see tasks/scoring/scores.py."""
         mean = sum(right) / 4
         error = (mean * (1 - mean) / 3) ** 0.5
         metrics = {"dataset0/exact_match": mean, "dataset0/exact_match_stderr": error}

@@ -20,8 +20,8 @@ from silent_tools import World, make_world
 from strategy_tools import FIELDS
 from vllm_tools import LAYERS, ROOM
 
-from tasks.engine import Engine
-from tasks.loading import template_hash
+from tasks.engine.client import Engine
+from tasks.models.loading import template_hash
 from tuneline.kinds.engine import EngineSettings
 from tuneline.workspace.protocol import Input, Request
 
@@ -37,7 +37,7 @@ def pytest_collection_finish() -> None:
     """Has the garbage collector leave the libraries alone: accelerate has it look through all there is after each training, which takes
     longer than a pico model's training itself."""
     if "transformers" in sys.modules and not QUANTIZES:
-        for name in ("tasks.sft_trainer", "tasks.grpo_trainer", "tasks.checkpoints", "tasks.harness"):
+        for name in ("tasks.training.sft_trainer", "tasks.training.grpo_trainer", "tasks.training.checkpoints", "tasks.evaluation.harness"):
             importlib.import_module(name)
         gc.collect()
         gc.freeze()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from pico import save_pico
 from program_tools import ROOT, make_request, payload_digest, run_program
 
-from tasks.code_source import FRAME, GRAMMARS, chunks, code_rows, cut, depths, length
-from tasks.loading import load_tokenizer
-from tasks.rows import SPLITS, Row, content_hash, read_split
+from tasks.data.code import FRAME, GRAMMARS, chunks, code_rows, cut, depths, length
+from tasks.data.rows import SPLITS, Row, content_hash, read_split
+from tasks.models.loading import load_tokenizer
 from tuneline.errors import StageFailed
 from tuneline.kinds.sources import CodeSource
 from tuneline.trees.file_memory import FileMemory, Look

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from pico import save_pico
 from program_tools import make_request, payload_digest, run_program
 
-from tasks import special_tokens
-from tasks.dataset import bucket, identified, split
-from tasks.masks import prompt_ids, token_counts, tokenize
-from tasks.rows import SPLITS, Row, content_hash
-from tasks.sources import Item
+from tasks.data import special_tokens
+from tasks.data.dataset import bucket, identified, split
+from tasks.data.masks import prompt_ids, token_counts, tokenize
+from tasks.data.rows import SPLITS, Row, content_hash
+from tasks.data.sources import Item
 from tuneline.config.spec import Split
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input

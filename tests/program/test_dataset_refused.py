@@ -18,11 +18,11 @@ from dataset_tools import build, build_rows, sums, write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.dataset import identified
-from tasks.formats import KNOWN, detect, to_row
-from tasks.messages import ROLES
-from tasks.readers import Records, file_records
-from tasks.values import DECODER, BadRow, readable
+from tasks.data.dataset import identified
+from tasks.data.formats import KNOWN, detect, to_row
+from tasks.data.messages import ROLES
+from tasks.data.readers import Records, file_records
+from tasks.data.values import DECODER, BadRow, readable
 from tuneline.errors import StageFailed
 
 

@@ -16,7 +16,7 @@ from dataset_tools import ASSISTANT, GYM, SYSTEM, TOOL, USER, build, build_rows,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.rows import SPLITS, Row, content_hash
+from tasks.data.rows import SPLITS, Row, content_hash
 from tuneline.errors import StageFailed
 
 # --- formats ----------------------------------------------------------------------------------------------------------

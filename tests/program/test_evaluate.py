@@ -16,11 +16,11 @@ from pico import save_pico, tokenizer
 from program_tools import payload_digest, run_program
 from transformers import AutoModelForCausalLM
 
-from tasks.loading import template_hash
-from tasks.masks import prompt_ids, tokenize
-from tasks.rendering import ends
-from tasks.rows import Row
-from tasks.scoring import answer_recall, exact_match, mean, ratio
+from tasks.data.masks import prompt_ids, tokenize
+from tasks.data.rendering import ends
+from tasks.data.rows import Row
+from tasks.models.loading import template_hash
+from tasks.scoring.scores import answer_recall, exact_match, mean, ratio
 from tuneline.workspace.benchmarks import task_files
 from tuneline.workspace.protocol import Input
 

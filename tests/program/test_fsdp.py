@@ -14,7 +14,7 @@ from program_tools import emulates_bfloat16, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
-from tasks import sft, strategies
+from tasks.training import sft, strategies
 from tuneline.kinds.stage import Resources
 from tuneline.kinds.training import SftStage
 from tuneline.workspace.protocol import Input, Request

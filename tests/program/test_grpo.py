@@ -15,7 +15,7 @@ from process_tools import finish
 from program_tools import payload_digest, run_program, run_until
 from safetensors.torch import load_file
 
-from tasks import grpo
+from tasks.training import grpo
 from tuneline.errors import StageFailed
 from tuneline.kinds.training import GrpoStage
 from tuneline.workspace.protocol import Input

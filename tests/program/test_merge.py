@@ -14,7 +14,7 @@ from pico import save_pico, tokenizer
 from program_tools import make_request, payload_digest, run_program
 from transformers import AutoTokenizer
 
-from tasks import merge
+from tasks.convert import merge
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Request
 

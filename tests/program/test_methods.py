@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from sft_tools import OTHERS, ROWS, TURNING, dataset, request_for, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks import methods
-from tasks.loading import load_model
-from tasks.rows import write_rows
+from tasks.data.rows import write_rows
+from tasks.models.loading import load_model
+from tasks.training import methods
 from tuneline.errors import StageFailed
 from tuneline.kinds.training import SftStage
 from tuneline.workspace.protocol import Input, Request

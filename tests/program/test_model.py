@@ -21,8 +21,8 @@ from older import Older, agree
 from pico import save_pico, tokenizer
 from program_tools import make_request, payload_digest, run_program
 
-from tasks.hardware import computed_on
-from tasks.loading import load_model, load_tokenizer, model_folder
+from tasks.models.hardware import computed_on
+from tasks.models.loading import load_model, load_tokenizer, model_folder
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Request, Result
 

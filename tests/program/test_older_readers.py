@@ -19,8 +19,8 @@ from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tasks.loading import save_tokenizer
-from tasks.older_readers import make_tokenizer_readable, readable_config
+from tasks.models.loading import save_tokenizer
+from tasks.models.older_readers import make_tokenizer_readable, readable_config
 from tuneline.workspace.protocol import Input
 
 ROPE = {

@@ -10,7 +10,7 @@ import pytest
 from architecture_table import Trial, save
 from program_tools import make_request, run_program
 
-from tasks.padding import padding_matters
+from tasks.models.padding import padding_matters
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 

@@ -19,11 +19,12 @@ from program_tools import emulates_bfloat16, make_request, payload_digest, run_p
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tasks import gptq, loading, quantize, quantizer
-from tasks.loading import load_model
-from tasks.masks import tokenize
-from tasks.rows import SPLITS, Row, write_rows
-from tasks.weights import read_weights
+from tasks.convert import quantize, quantizer
+from tasks.data.masks import tokenize
+from tasks.data.rows import SPLITS, Row, write_rows
+from tasks.models import gptq, loading
+from tasks.models.loading import load_model
+from tasks.models.weights import read_weights
 from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events, Input, Request, Result

@@ -13,7 +13,7 @@ from process_tools import finish, kill_at, losses, steps
 from program_tools import payload_digest, run_program, run_until
 from sft_tools import OTHERS, ROWS, TURNING, request_for
 
-from tasks import checkpoints, sft
+from tasks.training import checkpoints, sft
 from tuneline.workspace.protocol import Events, Input, Request
 
 DROPOUT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}

@@ -12,9 +12,9 @@ from pico import save_pico
 from program_tools import ROOT, make_request, run_process, run_program
 from pydantic import TypeAdapter
 
-from tasks import sandbox
-from tasks.rewards import RewardFunction, check_rows, reward_functions
-from tasks.rows import SPLITS, Row, read_split, write_rows
+from tasks.data.rows import SPLITS, Row, read_split, write_rows
+from tasks.sandbox import run as sandbox
+from tasks.scoring.rewards import RewardFunction, check_rows, reward_functions
 from tuneline.errors import StageFailed
 from tuneline.kinds.rewards import Reward
 from tuneline.workspace.protocol import Input

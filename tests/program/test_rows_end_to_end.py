@@ -16,8 +16,8 @@ from template_table import said
 from template_tools import ASK, ENDS_WHOLE, THINKS_LAST, TURN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.loading import template_hash
-from tasks.rows import read_split
+from tasks.data.rows import read_split
+from tasks.models.loading import template_hash
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Request
 

@@ -20,9 +20,10 @@ import pytest
 from pico import save_pico, tokenizer
 from program_tools import ROOT, make_request, run_program
 
-from tasks import code_benchmark, sandbox_inside
-from tasks.loading import template_hash
-from tasks.sandbox import Limits, Outcome, check, run_all, run_python
+from tasks.evaluation import code_benchmark
+from tasks.models.loading import template_hash
+from tasks.sandbox import inside as sandbox_inside
+from tasks.sandbox.run import Limits, Outcome, check, run_all, run_python
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events, Input, Request
 
@@ -216,7 +217,7 @@ def test_every_core_at_once_and_in_order() -> None:
 
 def test_it_ends_with_whoever_asked() -> None:
     """Killed as by the out-of-memory killer, without a chance to clean up; the fixture finds what is left."""
-    asks = "from tasks.sandbox import run_python\nrun_python('import time; time.sleep(600)')"
+    asks = "from tasks.sandbox.run import run_python\nrun_python('import time; time.sleep(600)')"
     process = subprocess.Popen([sys.executable, "-c", asks], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while ALLOWED and len(sandboxed()) < 3 and time.monotonic() < deadline:
@@ -239,7 +240,7 @@ def enter():  # a user namespace of its own, in which no further one is allowed
     os.close(ready[0]); os.close(ready[1]); os.wait()
     pathlib.Path('/proc/sys/user/max_user_namespaces').write_text('0')
 enter()
-from tasks.sandbox import check
+from tasks.sandbox.run import check
 from tuneline.errors import StageFailed
 try:
     check()
@@ -324,7 +325,7 @@ def test_the_right_answers_are_right_and_others_are_not(tmp_path: Path, each: in
 def test_a_model_that_knows_nothing_scores_0_and_one_that_knows_one_scores_it(
     chat: bool, base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.harness import LanguageModel
+    from tasks.evaluation.harness import LanguageModel
 
     real, seen = LanguageModel.generate_until, []
 

@@ -20,9 +20,9 @@ from hub_tools import COMMIT, hub_layout
 from pico import save_pico, tokenizer
 from program_tools import Killed, make_request, run_process, run_program
 
-from tasks import sft
-from tasks.loading import load_model, load_tokenizer, runs_code
-from tasks.rows import SPLITS, Row, write_rows
+from tasks.data.rows import SPLITS, Row, write_rows
+from tasks.models.loading import load_model, load_tokenizer, runs_code
+from tasks.training import sft
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
@@ -191,7 +191,7 @@ def test_pickles_inside_of_parquet(tmp_path: Path, sign: Path) -> None:
 
 def test_a_dataset_of_the_hub_with_a_loading_script(tmp_path: Path, sign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` itself refuses scripts; that it still does is what is asked here. A local folder stands for the repository."""
-    from tasks.sources import hub_records
+    from tasks.data.sources import hub_records
     from tuneline.kinds.sources import HubSource
 
     folder = tmp_path / "own" / "rows"

@@ -17,8 +17,8 @@ from sft_tools import furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE
 from transformers import AutoModelForCausalLM
 
-from tasks import sequences
 from tasks.launch import RANKS, SAID
+from tasks.training import sequences
 from tuneline.errors import StageFailed
 from tuneline.kinds.stage import Resources
 from tuneline.workspace.protocol import Failure, Input, Request

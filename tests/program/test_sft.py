@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from sft_tools import OTHERS, ROWS, SMALL, TURNING, chat, furthest, request_for, weights
 from transformers import AutoModelForCausalLM
 
-from tasks import sft, training
-from tasks.checkpoints import MARKER
-from tasks.masks import tokenize
-from tasks.rows import Row
-from tasks.targets import Targets
+from tasks.data.masks import tokenize
+from tasks.data.rows import Row
+from tasks.models.targets import Targets
+from tasks.training import sft
+from tasks.training import shared as training
+from tasks.training.checkpoints import MARKER
 from tuneline.errors import StageFailed
 from tuneline.kinds.training import Lora
 from tuneline.workspace.protocol import Events, Input, Request
@@ -63,7 +64,7 @@ def test_it_learns_and_hands_over_a_canonical_adapter(tmp_path: Path, base: Inpu
 def test_the_collated_labels_are_exactly_the_turns(
     tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch, packing: bool, train_on: str
 ) -> None:
-    from tasks.sft_trainer import TokenWeightedTrainer
+    from tasks.training.sft_trainer import TokenWeightedTrainer
 
     batches: list[dict[str, Any]] = []
     step = TokenWeightedTrainer.training_step
@@ -162,7 +163,7 @@ def test_rows_of_like_length_share_a_micro_batch_and_the_loss_is_that_of_any_ord
     tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps hold the same rows, the last of an epoch too; only what is padded is less, in training as in validation."""
-    from tasks import sft_trainer
+    from tasks.training import sft_trainer
 
     batches: list[tuple[bool, Any]] = []
     loss = sft_trainer.TokenWeightedTrainer.compute_loss

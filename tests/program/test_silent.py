@@ -24,12 +24,17 @@ from program_tools import emulates_bfloat16
 from safetensors.torch import load_file
 from silent_tools import CONFIGS, World, edit_weights, refused
 
-from tasks import dataset, evaluation, loading, merge, sft, targets, training
-from tasks.grpo_trainer import AdapterTrainer, EpochSampler
-from tasks.harness import LanguageModel
-from tasks.harness_vllm import EngineModel
-from tasks.rows import SPLITS, content_hash, read_rows
-from tasks.sft_trainer import TokenWeightedTrainer
+from tasks.convert import merge
+from tasks.data import dataset
+from tasks.data.rows import SPLITS, content_hash, read_rows
+from tasks.evaluation import evaluate as evaluation
+from tasks.evaluation.harness import LanguageModel
+from tasks.evaluation.harness_vllm import EngineModel
+from tasks.models import loading, targets
+from tasks.training import sft
+from tasks.training import shared as training
+from tasks.training.grpo_trainer import AdapterTrainer, EpochSampler
+from tasks.training.sft_trainer import TokenWeightedTrainer
 from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Result
@@ -166,7 +171,7 @@ def drops_the_last_batch(patch: Patch) -> None:
 
 
 def loss_of_nan(patch: Patch) -> None:
-    from tasks.sft_trainer import TokenWeightedTrainer
+    from tasks.training.sft_trainer import TokenWeightedTrainer
 
     real = TokenWeightedTrainer.compute_loss
     patch.setattr(
@@ -304,7 +309,7 @@ def reads_half_the_adapter(patch: Patch) -> None:
 
 
 def encodes_otherwise(patch: Patch) -> None:
-    from tasks.harness import LanguageModel
+    from tasks.evaluation.harness import LanguageModel
 
     real = LanguageModel.tok_batch_encode
     patch.setattr(LanguageModel, "tok_batch_encode", lambda self, texts, **kw: real(self, [" " + text for text in texts], **kw))

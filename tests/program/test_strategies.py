@@ -18,7 +18,7 @@ from program_tools import payload_digest, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
-from tasks import checkpoints, sft, strategies, universal
+from tasks.training import checkpoints, sft, strategies, universal
 from tuneline.errors import StageFailed
 from tuneline.kinds.stage import Resources
 from tuneline.kinds.training import SftStage

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from silent_tools import World, edit_weights, refused
 
-from tasks.rows import SPLITS, read_rows, write_rows
+from tasks.data.rows import SPLITS, read_rows, write_rows
 from tuneline.workspace.protocol import Failure, Input, Result
 
 # --- artifacts that were tampered with --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from program_tools import make_request, run_program, run_until
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks import targets
+from tasks.models import targets
 from tuneline.errors import StageFailed
 from tuneline.kinds.training import Lora
 from tuneline.workspace.protocol import Input, Request

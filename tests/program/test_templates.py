@@ -19,12 +19,12 @@ from template_table import BEGIN, DOCUMENT, MARKERS, TOOL, asked, more_templates
 from template_tools import ANSWER, ASK, CALLS, ENDS_WHOLE, OPENS, QUESTION, SYSTEM, THINKS_LAST, THREE, TURN, trained, words
 from tokenizers.processors import TemplateProcessing
 
-from tasks import sft
-from tasks.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
-from tasks.masks import prompt_ids, sequences, tokenize
-from tasks.rendering import check_end, conversation, ends, form
-from tasks.rows import Row
-from tasks.unrendered import unrendered
+from tasks.data.masks import prompt_ids, sequences, tokenize
+from tasks.data.rendering import check_end, conversation, ends, form
+from tasks.data.rows import Row
+from tasks.data.unrendered import unrendered
+from tasks.models.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
+from tasks.training import sft
 from tuneline.errors import StageFailed
 from tuneline.kinds.training import SftStage
 from tuneline.workspace.protocol import Events, Input

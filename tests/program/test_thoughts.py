@@ -9,11 +9,11 @@ from pico import tokenizer
 from template_table import CALL, TOOL, asked, more_templates, said, templates, with_markers
 from template_tools import ASK, CALLS, ENDS_WHOLE, OPENS, THINKS_LAST, THOUGHT, THREE, TURN, words
 
-from tasks import thoughts
-from tasks.masks import in_the_order_of, sequences, with_reference
-from tasks.rendering import ends
-from tasks.rows import Row
-from tasks.scoring import exact_match
+from tasks.data import thoughts
+from tasks.data.masks import in_the_order_of, sequences, with_reference
+from tasks.data.rendering import ends
+from tasks.data.rows import Row
+from tasks.scoring.scores import exact_match
 from tuneline.errors import StageFailed
 
 

@@ -16,10 +16,11 @@ from sft_tools import dataset, request_for
 from template_table import CALL, TOOL, asked, said
 from template_tools import ANSWER, ASK, CALLS, OPENS, QUESTION, SPEAKERS, SYSTEM, THINKS_LAST, THOUGHT, THREE, TURN, WITH_TOOLS, words
 
-from tasks import evaluation, sft
-from tasks.rendering import conversation
-from tasks.rows import Row, read_rows, write_rows
-from tasks.unrendered import unrendered
+from tasks.data.rendering import conversation
+from tasks.data.rows import Row, read_rows, write_rows
+from tasks.data.unrendered import unrendered
+from tasks.evaluation import evaluate as evaluation
+from tasks.training import sft
 from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
 from tuneline.kinds.training import SftStage

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm_tools import GREEDY, LAYERS, PROMPTS, ROOM, SAMPLED
 
-from tasks.engine import BASE, Engine
+from tasks.engine.client import BASE, Engine
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.workspace.protocol import Input

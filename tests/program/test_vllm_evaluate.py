@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm_tools import ROOM, borrowed_from
 
-from tasks import harness_vllm
-from tasks.engine import Engine
-from tasks.masks import prompt_ids
-from tasks.rows import Row
+from tasks.data.masks import prompt_ids
+from tasks.data.rows import Row
+from tasks.engine.client import Engine
+from tasks.evaluation import harness_vllm
 from tuneline.workspace.protocol import Input, Request
 
 PLAIN = [Row(source="s", prompt=f"{i} and {i} are", completion=f" {2 * i}, naïvely", id=f"plain{i}") for i in range(3)]
@@ -174,7 +174,7 @@ def test_the_engine_has_all_of_the_stages_gpus(
     tmp_path: Path, base: Input, borrowed: list[Started], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setattr("tasks.evaluation.check_device", lambda stage: None)  # it finds out that there are none
+    monkeypatch.setattr("tasks.evaluation.evaluate.check_device", lambda stage: None)  # it finds out that there are none
     run_program(with_vllm(request_for(tmp_path, base, CHATS, backend="vllm", resources={"gpus": 2})))
     assert borrowed[0][7] == ["4", "6"]
 

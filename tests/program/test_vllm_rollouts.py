@@ -23,9 +23,9 @@ from program_tools import run_program
 from safetensors.torch import load_file, save_file
 from vllm_tools import GREEDY, PROMPTS, SAMPLED, alive, borrowed_from, family_of
 
-from tasks import grpo, rollouts
-from tasks.engine import BASE, Engine
-from tasks.rollouts import MEMORY, folder_in_memory
+from tasks.engine.client import BASE, Engine
+from tasks.training import grpo, rollouts
+from tasks.training.rollouts import MEMORY, folder_in_memory
 from tuneline.errors import StageFailed
 from tuneline.kinds.training import GrpoStage
 from tuneline.workspace.protocol import Input, Request

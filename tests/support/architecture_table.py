@@ -18,8 +18,8 @@ from typing import Any
 from pico import tokenizer
 from program_tools import make_request, run_program
 
-from tasks.loading import template_hash
-from tasks.rows import SPLITS, Row, write_rows
+from tasks.data.rows import SPLITS, Row, write_rows
+from tasks.models.loading import template_hash
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Request
 

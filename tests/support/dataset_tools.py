@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from program_tools import make_request, run_program
 
-from tasks.rows import SPLITS, Row, read_split
+from tasks.data.rows import SPLITS, Row, read_split
 from tuneline.workspace.protocol import Input, Request, Result
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -13,7 +13,7 @@ from pico import tokenizer
 from program_tools import make_request, run_program
 from transformers import AutoModelForCausalLM
 
-from tasks.rows import SPLITS, Row, write_rows
+from tasks.data.rows import SPLITS, Row, write_rows
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Request
 

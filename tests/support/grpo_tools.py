@@ -8,7 +8,7 @@ from typing import Any
 from pico import save_pico, teach
 from program_tools import make_request
 
-from tasks.rows import SPLITS, Row, write_rows
+from tasks.data.rows import SPLITS, Row, write_rows
 from tuneline.workspace.protocol import Input, Request
 
 SMALL: dict[str, Any] = {

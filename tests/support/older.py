@@ -70,7 +70,7 @@ def agree(older: Older, source: Input) -> None:
     """Asserts that an artifact gives others the tokens, the texts, the end and the logits that it gives us."""
     import torch
 
-    from tasks.loading import load_model, load_tokenizer
+    from tasks.models.loading import load_model, load_tokenizer
 
     words = load_tokenizer(source)
     assert older.ask("read_tokenizer", source.path) == tokens(words)
@@ -169,7 +169,7 @@ def read_model(folder: str, ids: list[int], adapter: str | None = None) -> Docum
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from tasks.gptq import is_gptq, load_dense
+    from tasks.models.gptq import is_gptq, load_dense
 
     if is_gptq(Path(folder)):
         model = load_dense(Path(folder), torch.float32)

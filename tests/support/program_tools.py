@@ -17,7 +17,7 @@ import warm
 from processes import PATIENCE
 
 from tasks.__main__ import PROGRAMS
-from tasks.loading import CPU_INFO, CPUS_WITH_BFLOAT16
+from tasks.models.loading import CPU_INFO, CPUS_WITH_BFLOAT16
 from tuneline.config.spec import STAGES
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.store import File, digest, sha256

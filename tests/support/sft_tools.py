@@ -9,7 +9,7 @@ from typing import Any
 from program_tools import make_request
 from safetensors.torch import load_file
 
-from tasks.rows import SPLITS, Row, write_rows
+from tasks.data.rows import SPLITS, Row, write_rows
 from tuneline.workspace.protocol import Input, Request
 
 SMALL: dict[str, Any] = {

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.masks import Tokens, sequences
-from tasks.rendering import form
-from tasks.rows import Row
+from tasks.data.masks import Tokens, sequences
+from tasks.data.rendering import form
+from tasks.data.rows import Row
 from tuneline.errors import StageFailed
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "templates.md"

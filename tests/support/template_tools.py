@@ -8,7 +8,7 @@ from typing import Any
 from pico import tokenizer
 from template_table import asked, parts, said
 
-from tasks.masks import Tokens
+from tasks.data.masks import Tokens
 
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

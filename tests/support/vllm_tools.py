@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.engine import Engine
+from tasks.engine.client import Engine
 from tuneline.watchdog import descendants
 
 ROOM = 192  # tokens of a prompt and its completion, of the tests' server

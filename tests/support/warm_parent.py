@@ -32,8 +32,8 @@ from warm import PATCHES, ZYGOTE, Program, descendants, kill  # noqa: E402
 
 sys.path.pop(0)
 MODULES = (
-    "tasks.launch", "tasks.checkpoints", "tasks.dataset", "tasks.evaluation", "tasks.grpo", "tasks.grpo_trainer", "tasks.harness", "tasks.merge",
-    "tasks.model", "tasks.rollouts", "tasks.sequences", "tasks.sft", "tasks.sft_trainer", "tasks.strategies", "tasks.universal",
+    "tasks.launch", "tasks.training.checkpoints", "tasks.data.dataset", "tasks.evaluation.evaluate", "tasks.training.grpo", "tasks.training.grpo_trainer", "tasks.evaluation.harness", "tasks.convert.merge",
+    "tasks.models.fetch", "tasks.training.rollouts", "tasks.training.sequences", "tasks.training.sft", "tasks.training.sft_trainer", "tasks.training.strategies", "tasks.training.universal",
     "accelerate", "datasets", "deepspeed", "matplotlib.figure", "transformers.models.llama.modeling_llama", "torch.distributed.launcher.api",
     "torch.distributed.elastic.multiprocessing", "torch.distributed.fsdp",
 )  # fmt: skip
@@ -196,8 +196,8 @@ def become(argv: list[str], folder: str, environment: Mapping[str, str]) -> int:
 
 def needs_absent(request: Path) -> bool:
     """Whether the program imports what the parent must not."""
-    from tasks.gptq import quantization
-    from tasks.loading import model_folder
+    from tasks.models.gptq import quantization
+    from tasks.models.loading import model_folder
 
     content = json.loads(request.read_bytes())
     models = [given["path"] for given in content["inputs"].values() if given["type"] == "Model"]

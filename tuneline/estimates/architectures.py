@@ -74,7 +74,7 @@ class Architecture:
 
     @property
     def sharing(self) -> list[int]:
-        """Numbers of processes that can share a sequence, exchanging tokens for heads: `tasks.sequences`."""
+        """Numbers of processes that can share a sequence, exchanging tokens for heads: `tasks.training.sequences`."""
         heads, keys = self.num_attention_heads, self.num_key_value_heads
         return [n for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0)]
 
@@ -124,7 +124,7 @@ class Architecture:
         return embeddings + self.num_hidden_layers * self.layer_parameters + self.hidden_size
 
     def targeted(self, target_modules: tuple[str, ...] | str) -> dict[str, int]:
-        """In how many decoder layers each linear layer gets an adapter, by the rule of `tasks.targets.adapted`."""
+        """In how many decoder layers each linear layer gets an adapter, by the rule of `tasks.models.targets.adapted`."""
         return _targeted(self.num_hidden_layers, tuple(self.linear), target_modules)
 
     def lora_parameters(self, r: int, target_modules: tuple[str, ...] | str, use_dora: bool = False) -> int:

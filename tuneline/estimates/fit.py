@@ -72,7 +72,7 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
 
 
 def beyond_positions(stage: Training, dataset: Stage, architecture: Architecture) -> Finding | None:
-    """Rows may be longer than the model's positions reach: then programs refuse them (tasks/sft.py says why)."""
+    """Rows may be longer than the model's positions reach: then programs refuse them (tasks/training/sft.py says why)."""
     assert isinstance(dataset, DatasetStage)
     hint = f"`max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
     if isinstance(stage, SftStage):

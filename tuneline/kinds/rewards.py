@@ -1,7 +1,7 @@
 """What a completion is worth, as types: the part of a grpo stage of pipelines.yaml under `rewards:`.
 
 A reward gives each completion a number; what a training climbs is their sum, each times its weight. How they are computed is
-in `tasks.rewards`.
+in `tasks.scoring.rewards`.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class GrpoStage(Training):
         if not self.uses_engine():
             return
         if self.resources.strategy == "zero3":
-            # tasks/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
+            # tasks/training/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
             yield Finding("resources.strategy", "found zero3 with rollouts of vLLM, allowed ddp, zero1, zero2", "use zero2")
         if self.resources.nodes > 1:
             yield Finding("resources.nodes", f"found {self.resources.nodes} with rollouts of vLLM, whose server is for one machine")

@@ -20,7 +20,7 @@ MET, NOTE = "met: ", "note: "
 # What decides which questions are asked, and how.
 OF_DATASETS = ("limit", "max_new_tokens")
 OF_BENCHMARKS = ("limit", "num_fewshot", "include_path", "seed")
-SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # of a dataset's rows: tasks/evaluation.py
+SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # of a dataset's rows: tasks/evaluation/evaluate.py
 WITHOUT_ANSWERS = ("bits_per_byte",)  # nothing is generated for them
 
 

@@ -6,7 +6,8 @@ lm-eval's own 14,000 take a second to read, so what they say is remembered: a ru
     name    `task: arc_easy`, `group: mmlu` with `task: [...]`, or `tag: ai2_arc`
     data    a repository of the hub, files (json, csv ...), or what Python code beside the file loads (`class`, `custom_dataset`)
 
-As in lm-eval, files of the stage's own come before those of the runtime. Left out: what code loads, which only `tasks.benchmarks` sees.
+As in lm-eval, files of the stage's own come before those of the runtime. Left out: what code loads, which only
+`tasks.evaluation.benchmarks` sees.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an unfinished training has to go on from, and which resources can read it.
 
-Programs write checkpoints below WORK/checkpoints and resume from them (`tasks/checkpoints.py`); plans and runs say beforehand what
+Programs write checkpoints below WORK/checkpoints and resume from them (`tasks/training/checkpoints.py`); plans and runs say beforehand what
 will happen. One counts only with its marker, which is written last. Imports nothing that only some runtimes have.
 """
 

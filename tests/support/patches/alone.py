@@ -8,7 +8,7 @@ silence()
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
-from tasks import sequences  # noqa: E402
+from tasks.training import sequences  # noqa: E402
 
 
 def alone(*_: Any) -> None:

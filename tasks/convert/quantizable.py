@@ -1,0 +1,130 @@
+"""Which layers of a model GPTQ is for, and which models gptqmodel 7.6 is not right for: told before anything is computed.
+
+Looked at are the model as transformers builds it, without weights, and the layers that gptqmodel names for its type. It takes
+fused layers and experts apart, under names that transformers does not read: what it wrote would load with random weights in their
+place. docs/architectures.md has what was tried.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.convert import quantizer
+from tasks.models.experts import expert_tensors
+from tasks.models.gptq import quantization
+from tasks.models.loading import model_folder, runs_code
+from tasks.models.weights import read_header, weight_files
+from tuneline.config.spec import QuantizeStage
+from tuneline.errors import StageFailed
+from tuneline.workspace.protocol import Input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+PACKED = 32  # widths are packed in so many: nn_modules/qlinear/__init__.py, pack_block
+BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.(?P<layer>.+)")
+MISREAD = {  # why, as tried with small random models
+    "mpt": "whose masks it reads the other way round",  # it drops a token of each row
+    "ctrl": "of which transformers then reads other logits",
+    "gemma4_text": "of which transformers then reads other logits",
+}
+OTHERWISE = "leave the stage out: evaluate and serve the model in 16 bits"
+
+
+@dataclass(frozen=True)
+class Quantizable:
+    layers: dict[str, tuple[int, int]]
+    """(outputs, inputs) of each linear layer inside the model's blocks, by its name in transformers."""
+    prefix: str
+    """What the model's files leave out at the beginning of their names."""
+
+
+def quantizable(source: Input, stage: QuantizeStage) -> Quantizable:
+    """Raises StageFailed(config) where the model cannot be quantized by this stage."""
+    if runs_code(source):
+        hint = "quantize a model of an architecture that transformers knows by itself"
+        raise StageFailed("config", "the model runs code of its own (trust_remote_code), whose layers gptqmodel does not know", hint)
+    folder = model_folder(source.path)
+    if (settings := quantization(folder)) is not None:
+        hint = "quantize the model in full precision that it was made from"
+        raise StageFailed("config", f"the model is quantized already, by {settings['quant_method']}", hint)
+    model = without_weights(folder)
+    linear = linear_layers(model)
+    layers = {name: (module.weight.shape[0], module.weight.shape[1]) for name, module in linear.items()}
+    layers |= {name: (module.nf, module.nx) for name, module in linear.items() if hasattr(module, "nf")}  # Conv1D holds them transposed
+    refuse_architecture(model, linear, quantizer.layer_names(folder, model))
+    refuse_widths(layers, stage)
+    stored = headers(folder)
+    prefix = "" if any(f"{name}.weight" in stored for name in layers) else f"{model.base_model_prefix}."
+    return Quantizable(layers, prefix)
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Those inside a numbered block."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D) and BLOCK.fullmatch(name)
+    }
+
+
+def refuse_architecture(model: PreTrainedModel, linear: dict[str, Any], named: set[str]) -> None:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kind, experts = model.config.model_type, expert_tensors(model)
+    unusual = [name for name, module in linear.items() if type(module) not in (torch.nn.Linear, Conv1D)]
+    left = [name for name in linear if BLOCK.fullmatch(name)["layer"] not in named]  # type: ignore[index]
+    if kind in MISREAD:
+        problem = f"gptqmodel does not calibrate on `{kind}` rightly, {MISREAD[kind]}"
+    elif experts:
+        problem = f"`{kind}` holds experts in one tensor, {min(experts)}, of which transformers reads none in few bits"
+    elif unusual:
+        own = type(linear[unusual[0]]).__name__
+        problem = f"{unusual[0]} of `{kind}` is of a class of its own, {own}, which transformers does not read in few bits"
+    elif left and len(left) == len(linear):
+        problem = f"gptqmodel finds no layers in `{kind}`"
+    elif left:
+        problem = f"gptqmodel leaves {left[0]} of `{kind}`, or takes it apart, and transformers would read it in few bits as it is"
+    else:
+        return
+    raise StageFailed("config", problem, OTHERWISE)
+
+
+def refuse_widths(layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> None:
+    widths = {inputs: name for name, (_, inputs) in reversed(layers.items())}
+    for width, name in widths.items():
+        if stage.group_size > 0 and width % stage.group_size and not width % PACKED:
+            allowed = [-1] + [size for size in GROUP_SIZES if all(inputs % size == 0 for inputs in widths)]
+            raise StageFailed(
+                "config",
+                f"group_size {stage.group_size} does not divide {width}, the width of {name}",
+                f"allowed for this model: {', '.join(map(str, allowed))}",
+            )
+    for name, shape in layers.items():
+        if wrong := [width for width in shape if width % PACKED]:
+            raise StageFailed("config", f"{name} is {wrong[0]} wide, and GPTQ packs widths that {PACKED} divides", OTHERWISE)
+
+
+def headers(folder: Path, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Of every tensor in a folder's files, by its name in transformers."""
+    return {prefix + name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
+
+
+def block_count(layers: dict[str, tuple[int, int]]) -> int:
+    """Blocks are what comes before the first number of a name, and the number."""
+    return len({BLOCK.fullmatch(name)["block"] for name in layers})  # type: ignore[index]

@@ -1,0 +1,294 @@
+"""Quantizes a model by GPTQ and hands it on only if it is smaller, loads, and is about as good as it was.
+
+Rows of the calibration Dataset's train split, drawn with the seed and rendered as in training, calibrate. Perplexity is that of
+all tokens of up to `MEASURED` rows that the model was not trained or calibrated on, each row by itself, of the source as well as
+of what was written. The quantizing itself is in `tasks.convert.quantizer`.
+
+Left out: what `tasks.convert.quantizable` refuses, the embedding and the output head (they stay, as the rest, in 16 bits). A killed stage
+begins anew: gptqmodel's checkpoints of layers are not canonical.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import random
+import shutil
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.convert import quantizer
+from tasks.convert.quantizable import Quantizable, block_count, headers, quantizable
+from tasks.data import special_tokens
+from tasks.data.masks import tokenize
+from tasks.data.rows import Row, read_split
+from tasks.models.fetch import kept_files
+from tasks.models.gptq import cosines, quantization
+from tasks.models.loading import (
+    check_device,
+    compute_type,
+    device,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    saved_config,
+    saved_tokenizer,
+    template_hash,
+    write_json,
+)
+from tasks.models.older_readers import make_tokenizer_readable
+from tasks.models.weights import INDEX, weight_files
+from tuneline.config.spec import QuantizeStage
+from tuneline.errors import StageFailed
+from tuneline.patches import patch
+from tuneline.workspace.protocol import Events, Input, Request, Result
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+MEASURED = 64  # rows that perplexity is measured on
+PROMPT = 16  # tokens of the first of them, for the check of what was written
+GENERATED = 4
+LEAST_COSINE = 0.4
+HINT = "take more samples, a smaller group_size, or 8 bits"
+
+
+def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
+    quantizer.prepare()
+    check_device(stage)
+    source, payload = request.inputs["model"], request.payload
+    folder = model_folder(source.path)
+    tokenizer = load_tokenizer(source)
+    dataset = request.inputs["calibration"]
+    calibration = calibration_rows(dataset, tokenizer, stage, events)
+    split, measured = measured_rows(dataset, tokenizer, stage)
+    found = quantizable(source, stage)
+
+    total, step = 2 + block_count(found.layers), count(1)
+    loss_before = mean_loss(load_model(source, compute_type(stage)), measured)
+    gc.collect()  # the source is out of memory before gptqmodel loads its own
+    events.progress(next(step), total, f"perplexity before: {perplexity(loss_before):.2f}")
+    losses = quantizer.quantize(
+        folder, calibration, stage, payload, request.meta, lambda: events.progress(next(step), total, "quantizing, block by block")
+    )
+    for file in kept_files(folder):  # tokenizer, template and generation settings, to the byte
+        if file.suffix != ".safetensors" and file.name not in ("config.json", INDEX):
+            target = payload / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    make_tokenizer_readable(payload)  # but where only transformers 5 could read them
+    rounded = quantizer.rounded(losses)
+    if rounded:
+        events.warning(f"{len(rounded)} layers saw too few tokens and are rounded to nearest, first {rounded[0]}")
+
+    quantized_layers = check_files(folder, payload, found, stage)
+    check_weights(folder, payload, found)
+    save_config(folder, payload)
+    model = Input(path=payload, digest="", type="Model")
+    quantized_model = load_model(model, compute_type(stage))
+    loss, logits = mean_loss(quantized_model, measured), prompt_logits(quantized_model, measured[0])
+    check_loss(loss_before, loss, stage)
+    del quantized_model
+    gc.collect()
+    check_public_loader(payload, measured[0], logits, events)
+    events.progress(total, total, f"perplexity after: {perplexity(loss):.2f}")
+
+    before, after = weight_bytes(folder), weight_bytes(payload)
+    metrics: dict[str, float] = {
+        "perplexity_before": perplexity(loss_before),
+        "perplexity": perplexity(loss),
+        "perplexity_ratio": math.exp(loss - loss_before),
+        "bytes_before": before,
+        "bytes": after,
+        "size_ratio": after / before,
+        "quantized_layers": quantized_layers,
+    }
+    info = {
+        "template": template_hash(saved_tokenizer(tokenizer, model)),
+        "calibration": {"split": "train", "rows": len(calibration), "tokens": sum(map(len, calibration))},
+        "perplexity": {"split": split, "rows": len(measured), "tokens": sum(len(ids) - 1 for ids in measured)},
+        "rounded_to_nearest": len(rounded),
+    }
+    (request.meta / "report.md").write_text(report(stage, metrics, info, losses, rounded), encoding="utf-8")
+    return Result(metrics=metrics, info=info)
+
+
+def save_config(source: Path, payload: Path) -> None:
+    """The source's config.json with what gptqmodel says of the weights, in place of one that transformers 5 has rewritten."""
+    before, after = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (source, payload))
+    write_json(payload / "config.json", saved_config(before, after["dtype"], quantization_config=after["quantization_config"]))
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------------
+
+
+def calibration_rows(dataset: Input, tokenizer: PreTrainedTokenizerBase, stage: QuantizeStage, events: Events) -> list[list[int]]:
+    rows = read_split(dataset.path, "train")
+    if not rows:
+        raise StageFailed("data", f"the train split of {stage.calibration} is empty", "calibration takes its rows from there")
+    if len(rows) < stage.samples:
+        events.warning(f"{stage.calibration} has {len(rows)} rows to calibrate with, fewer than samples: {stage.samples}")
+    chosen = random.Random(stage.seed).sample(rows, min(stage.samples, len(rows)))
+    return token_ids(chosen, tokenizer, stage)
+
+
+def measured_rows(dataset: Input, tokenizer: PreTrainedTokenizerBase, stage: QuantizeStage) -> tuple[str, list[list[int]]]:
+    """The split that perplexity is measured on, test or else validation, and its first rows. Never train: it calibrates."""
+    for split in ("test", "validation"):
+        rows = [ids for ids in token_ids(read_split(dataset.path, split)[:MEASURED], tokenizer, stage) if len(ids) > 1]
+        if rows:
+            return split, rows
+    raise StageFailed(
+        "data",
+        f"{stage.calibration} has neither test nor validation rows, so there is nothing to measure perplexity on",
+        f"hold rows out: `split: {{test: 0.1}}` in {stage.calibration}",
+    )
+
+
+def token_ids(rows: list[Row], tokenizer: PreTrainedTokenizerBase, stage: QuantizeStage) -> list[list[int]]:
+    special_tokens.refuse(rows, tokenizer)
+    return [tokenize(row, tokenizer, "all").input_ids[: stage.max_length] for row in rows]
+
+
+# --- perplexity -------------------------------------------------------------------------------------------------------
+
+
+def mean_loss(model: Any, rows: list[list[int]]) -> float:
+    """Mean negative log-likelihood of a token, over all rows."""
+    import torch
+
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for ids in rows:
+            batch = torch.tensor([ids], device=model.device)
+            logits = model(input_ids=batch, use_cache=False).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, batch[0, 1:], reduction="sum"))
+            tokens += len(ids) - 1
+    return total / tokens
+
+
+def prompt_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """Of the first row's first tokens."""
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids[:PROMPT]], device=model.device)).logits[0].float().cpu()
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # beyond, a float overflows
+
+
+# --- the hand-over ----------------------------------------------------------------------------------------------------
+
+
+def check_files(source: Path, payload: Path, found: Quantizable, stage: QuantizeStage) -> int:
+    """Returns how many layers are stored in `stage.bits` bits, found in the files' headers alone."""
+    settings = quantization(payload) or {}
+    wanted = {"quant_method": stage.method, **stage.model_dump(include={"bits", "group_size", "sym", "desc_act"})}
+    if other := {name: settings.get(name) for name, value in wanted.items() if settings.get(name) != value}:
+        raise StageFailed("bug", f"config.json of the quantized model says {other}, asked for {wanted}")
+    before, after, layers = headers(source, found.prefix), headers(payload), found.layers
+    quantized = {name: shape for name, shape in layers.items() if f"{name}.qweight" in after}
+    left = sorted(layers.keys() - quantized.keys())
+    if left:
+        raise StageFailed("bug", f"{len(left)} of {len(layers)} layers are not quantized, first {left[0]}")
+    expected = sum(2 * math.prod(tensor["shape"]) for name, tensor in before.items() if name.removesuffix(".weight") not in quantized)
+    for name, (outputs, inputs) in quantized.items():
+        groups = inputs // stage.group_size if stage.group_size > 0 else 1
+        codes = outputs * inputs * stage.bits // 8
+        if tensor_bytes(after[f"{name}.qweight"]) != codes:
+            raise StageFailed("bug", f"{name} takes {tensor_bytes(after[f'{name}.qweight'])} bytes, in {stage.bits} bits it is {codes}")
+        expected += codes + groups * outputs * 2 + groups * outputs * stage.bits // 8 + 4 * inputs  # scales, zeros, g_idx
+    stored = sum(map(tensor_bytes, after.values()))
+    if stored > expected:  # also where a tied output head was written a second time
+        raise StageFailed("bug", f"the quantized model takes {stored:,} bytes, {stage.bits} bits and 16 for the rest are {expected:,}")
+    return len(quantized)
+
+
+def check_weights(source: Path, payload: Path, found: Quantizable) -> None:
+    """The first outputs of each quantized layer decode to what points where the source's weights do.
+
+    Perplexity alone would pass a layer of noise in a deep model. The least cosines in SmolLM2-135M: 0.989 of 4 bits in groups
+    of 32, 0.74 of 2 bits in groups of 64; noise and zeros are near 0.
+    """
+    for name, cosine in cosines(source, payload, found.layers, found.prefix):
+        if not cosine > LEAST_COSINE:  # also where it is no number
+            message = f"what {name} was quantized to is not what it was: the cosine of the two is {cosine:.2f}"
+            raise StageFailed("bug", message, HINT)
+
+
+def tensor_bytes(tensor: dict[str, Any]) -> int:
+    start, end = tensor["data_offsets"]
+    return int(end - start)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def check_public_loader(payload: Path, ids: list[int], expected: torch.Tensor, events: Events) -> None:
+    """As anyone would load it: transformers and optimum, with the kernels of this device. It generates, and it agrees with
+    what perplexity was measured on, which on a CPU was decoded by `tasks.models.gptq`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, __version__
+
+    def load() -> Any:
+        places: Any = {"": device()}
+        return AutoModelForCausalLM.from_pretrained(
+            payload, dtype=torch.float16, device_map=places, local_files_only=True, trust_remote_code=False
+        ).eval()
+
+    try:
+        model = load()
+    except AttributeError as error:  # GPT-2's initialisation asks for the weight of layers that are packed
+        events.warning(f"transformers {__version__} by itself does not load what was written ({error}); evaluations here do")
+        config = AutoConfig.from_pretrained(payload, local_files_only=True, trust_remote_code=False)
+        classes = AutoModelForCausalLM._model_mapping[type(config)].__mro__
+        patch(next(each for each in classes if "_init_weights" in vars(each)), "_init_weights", lambda self, module: None)
+        model = load()
+    prompt = torch.tensor([ids[:PROMPT]], device=model.device)
+    with torch.compiler.set_stance("force_eager"):  # gptqmodel's kernels would be compiled, for longer than they run here
+        found = prompt_logits(model, ids)
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=GENERATED, do_sample=False)
+    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not difference <= 0.05 * scale:  # rounding of float16, layer by layer; also where it is no number
+        message = f"the quantized model's logits, as transformers loads it, differ by up to {difference:.3g}, the largest being {scale:.3g}"
+        raise StageFailed("bug", message)
+
+
+def check_loss(before: float, after: float, stage: QuantizeStage) -> None:
+    if not after - before <= math.log(stage.max_perplexity_ratio):  # also where it is no number
+        raise StageFailed(
+            "data",
+            f"perplexity rose from {perplexity(before):.2f} to {perplexity(after):.2f}, "
+            f"more than max_perplexity_ratio: {stage.max_perplexity_ratio}",
+            HINT,
+        )
+
+
+def report(stage: QuantizeStage, metrics: dict[str, float], info: dict[str, Any], losses: dict[str, str], rounded: list[str]) -> str:
+    calibration, measured = info["calibration"], info["perplexity"]
+    worst = sorted(losses.keys() - set(rounded), key=lambda name: -float(losses[name]))[:5]
+    return "\n".join(
+        [
+            f"# {stage.method.upper()}, {stage.bits} bits, group size {stage.group_size}",
+            "",
+            "| | before | after | ratio |",
+            "|---|---:|---:|---:|",
+            f"| perplexity | {metrics['perplexity_before']:.3f} | {metrics['perplexity']:.3f} | {metrics['perplexity_ratio']:.3f} |",
+            f"| bytes of weights | {metrics['bytes_before']:,.0f} | {metrics['bytes']:,.0f} | {metrics['size_ratio']:.3f} |",
+            "",
+            f"{metrics['quantized_layers']:.0f} layers, calibrated on {calibration['rows']} rows ({calibration['tokens']:,} tokens) of "
+            f"{stage.calibration}'s train split. Perplexity over {measured['rows']} rows ({measured['tokens']:,} tokens) of its "
+            f"{measured['split']} split.",
+            "",
+            "| largest errors | loss |",
+            "|---|---:|",
+            *(f"| {name} | {losses[name]} |" for name in worst),
+            "",
+        ]
+    )

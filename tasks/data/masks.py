@@ -1,0 +1,213 @@
+"""Which tokens of a row are trained on, decided once for training, samples, calibration and scoring.
+
+An answer is found in the rendered text (`tasks.data.rendering`), and its tokens by their places there. The prompt before it has the
+tokens that a server sends, so that what is asked later is what was trained: where a token would lie across the border, as where an
+answer begins with a line end, the two are tokenized apart. Where a conversation is rendered otherwise once it goes on, as thoughts of
+earlier turns are left out, one text cannot hold every answer as it was asked for: such a row becomes a sequence for each answer.
+TRL's own masks are not used: `assistant_only_loss` needs `{% generation %}` marks that few templates have.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, permutations, product
+from typing import TYPE_CHECKING, Any
+
+from tasks.data.rendering import Turn, called, conversation, ends, render_text, turn
+from tasks.data.rows import Row
+from tasks.data.thoughts import said, written
+from tasks.scoring import scores as scoring
+from tuneline.errors import StageFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+MOST_ORDERS = 1000  # of the arguments of calls: all of six
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of a sequence, and for each whether it counts in the loss."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        return [token if trained else IGNORED for token, trained in zip(self.input_ids, self.trained, strict=True)]
+
+
+def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> Tokens:
+    """The last of a row's sequences, which ends with its last answer; see `sequences`."""
+    return sequences(row, tokenizer, train_on)[-1]
+
+
+def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> list[Tokens]:
+    """What is trained on of a row: one sequence, or one for each answer where no single text holds them all as they are asked for.
+
+    `train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
+    A turn of weight 0 is never trained on.
+    Raises StageFailed(data) where the template does not show which part of the text an answer is.
+    """
+    if row.text is not None:
+        ids = with_eos(tokenizer(row.text)["input_ids"], tokenizer)
+        return [Tokens(ids, [True] * len(ids))]
+    if row.messages is None:
+        prompt = tokenizer(row.prompt)["input_ids"]
+        if row.completion is None:
+            return [Tokens(prompt, [train_on == "all"] * len(prompt))]
+        completion = with_eos(tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer)
+        return [Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))]
+
+    every, learnt = answers(row), answers_to_learn(row)
+    if train_on == "all":
+        positions = [position for position in every if position not in learnt]
+    else:
+        positions = [position for position in learnt if train_on == "assistant" or position == every[-1]]
+    turns = [turn(row, position, tokenizer) for position in positions]
+    text = turns[-1].text if positions and positions[-1] == len(row.messages) - 1 else conversation(row, tokenizer)
+    whole = at_once(text, turns, tokenizer) if all(text.startswith(each.text) for each in turns) else None
+    if train_on != "all":
+        return [whole] if whole else [apart(each, tokenizer) for each in turns]
+    if whole is None:
+        message = f"the chat template renders row {row.id} so that its messages of weight 0 cannot be left out"
+        raise StageFailed("data", message, "train on answers alone (`train_on: assistant`)")
+    return [Tokens(whole.input_ids, [not answer for answer in whole.trained])]
+
+
+def answers(row: Row) -> list[int]:
+    """Positions of the messages that answer something; a greeting before the first message of somebody else does not."""
+    assert row.messages is not None
+    roles = [message["role"] for message in row.messages]
+    return [position for position, role in enumerate(roles) if role == "assistant" and set(roles[:position]) - {"assistant"}]
+
+
+def answers_to_learn(row: Row) -> list[int]:
+    """Those of the answers that are trained on: not the ones of weight 0."""
+    assert row.messages is not None
+    return [position for position in answers(row) if row.messages[position].get("weight") != 0]
+
+
+def at_once(text: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
+    """One sequence with every answer in it; None where a token lies across the border of one."""
+    ids, places = cut(text, [place for each in turns for place in (len(each.prompt), len(each.text))], tokenizer)
+    if places is None:
+        return None
+    trained = [False] * len(ids)
+    for first, last in zip(places[::2], places[1::2], strict=True):
+        trained[first:last] = [True] * (last - first)
+    return Tokens(ids, trained)
+
+
+def cut(text: str, borders: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
+    """Token ids of a text, and how many of them stand before each border; None where a token lies across one."""
+    if not tokenizer.is_fast:  # it does not tell where its tokens are
+        ids, before = token_ids(text, tokenizer), [token_ids(text[:border], tokenizer) for border in borders]
+        return ids, [len(each) for each in before] if all(ids[: len(each)] == each for each in before) else None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = ([offset[side] for offset in encoded["offset_mapping"]] for side in (0, 1))
+    places = [bisect_left(starts, border) for border in borders]
+    across = any(ends[place - 1] > border for place, border in zip(places, borders, strict=True) if place)
+    return list(encoded["input_ids"]), None if across else places
+
+
+def apart(one: Turn, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The sequence of one answer: the prompt's tokens as a server sends them, then those of the answer."""
+    prompt, whole = token_ids(one.prompt, tokenizer), token_ids(one.text, tokenizer)
+    ids, start = whole, len(prompt)
+    if whole[:start] != prompt:
+        ids = prompt + token_ids(one.answer, tokenizer)
+        if tokenizer.decode(ids) != tokenizer.decode(whole):  # a tokenizer that marks the beginning of any text, as SentencePiece's may
+            ids, start = whole, next(i for i in range(start) if whole[i] != prompt[i])
+    return Tokens(ids, [False] * start + [True] * (len(ids) - start))
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the row's prompt as a server would send it to the model; empty for plain text."""
+    messages = row.prompt_messages()
+    if messages is not None:
+        return token_ids(render_text(messages, row, tokenizer, add_generation_prompt=True), tokenizer)
+    return list(tokenizer(row.prompt)["input_ids"]) if row.prompt is not None else []
+
+
+def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The row with what a right answer says as its `answer`: its own, its completion, or the last answer as the model is taught to write
+    it, without its end and thoughts. None where there is none, or none to be seen or learnt: nothing is right for saying nothing."""
+    answer = row.reference()
+    if row.answer is None and row.messages is not None and row.messages[-1]["role"] == "assistant":
+        answer = None
+        if row.messages[-1].get("weight") != 0:
+            ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
+            answer = said(written(ids[start:end], tokenizer, ()), tokenizer.decode(ids[:start]), tokenizer)
+    return replace(row, answer=answer if answer and scoring.said(answer) else None)
+
+
+def in_the_order_of(row: Row, answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model said, with the arguments of its calls in the order of those in the row, `with_reference`, where nothing else differs:
+    however a template writes them."""
+    assert row.messages is not None
+    if answer == row.answer or row.answer is None or sorted(answer) != sorted(row.answer):
+        return answer
+    *before, last = row.messages
+    for calls in islice(product(*map(orders, last["tool_calls"])), MOST_ORDERS):
+        other = with_reference(replace(row, messages=(*before, last | {"tool_calls": [*calls]}), answer=None), tokenizer)
+        if other.answer == answer:
+            return row.answer
+    return answer
+
+
+def orders(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The call with its arguments in each order."""
+    call = called(call, as_text=False)
+    function = call.get("function", call)
+    arguments = function["arguments"]
+    for items in permutations(arguments.items()) if isinstance(arguments, dict) else ():
+        function = function | {"arguments": dict(items)}
+        yield call | {"function": function} if "function" in call else function
+
+
+def last_answer(row: Row, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> tuple[list[int], int, int]:
+    """Token ids of the row, and where its last answer begins and where the first of `ends` ends it; at its end, if nothing is trained."""
+    tokens = tokenize(row, tokenizer, "completion")
+    if not any(tokens.trained):
+        return tokens.input_ids, len(tokens.input_ids), len(tokens.input_ids)
+    start = tokens.trained.index(True)
+    last = max(place for place, trained in enumerate(tokens.trained) if trained) + 1
+    return tokens.input_ids, start, next((i for i in range(start, last) if tokens.input_ids[i] in ends), last)
+
+
+def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, texts: list[str] | None = None) -> list[int]:
+    """Tokens of every row's longest sequence, several times as fast as by `sequences`: tokenized together, and no turn is looked for.
+    `texts` are those of the conversations among them, where they are rendered already."""
+
+    def batch(texts: list[str | None], add_special_tokens: bool) -> Iterator[list[int]]:
+        return iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
+
+    plain = [row for row in rows if row.messages is None]
+    if texts is None:
+        texts = [conversation(row, tokenizer) for row in rows if row.messages is not None]
+    conversations = batch([*texts], False)
+    beginnings = batch([row.prompt if row.text is None else row.text for row in plain], True)
+    completions = batch([row.completion for row in plain if row.completion is not None], False)
+    counts = []
+    for row in rows:
+        if row.messages is not None:
+            counts.append(len(next(conversations)))
+        elif row.text is not None:
+            counts.append(len(with_eos(next(beginnings), tokenizer)))
+        elif row.completion is not None:
+            counts.append(len(next(beginnings)) + len(with_eos(next(completions), tokenizer)))
+        else:
+            counts.append(len(next(beginnings)))
+    return counts
+
+
+def with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(ids) if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]

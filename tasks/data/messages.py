@@ -1,0 +1,139 @@
+"""Messages of a conversation as people write them, with their calls of tools, each turned into the message that templates know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tasks.data.rows import THOUGHTS
+from tasks.data.values import BadRow, blank, describe, parsed, text
+
+CALLING = ("function_call", "tool_call")  # roles whose content is a call
+# Role, or `from`, as files write it -> the role that templates know.
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **{"developer": "system", "human": "user", "gpt": "assistant"},
+    **dict.fromkeys(CALLING, "assistant"),
+    **dict.fromkeys(("function", "observation", "ipython", "tool_response"), "tool"),
+}
+WEIGHTS = ("weight", "loss", "train")
+
+
+def message_list(items: Any, column: str, ignored: Counter[str]) -> list[dict[str, Any]]:
+    items = parsed(items, column)
+    if not isinstance(items, list) or not items:
+        raise BadRow(f"{column}: found {describe(items)}, allowed a list of {'turns' if column == 'conversations' else 'messages'}")
+    role, said = ("from", "value") if column == "conversations" else ("role", "content")
+    found = [message(item, f"{column}[{position}]", role, said, ignored) for position, item in enumerate(items)]
+    return [item for item in found if item is not None]
+
+
+def message(item: Any, where: str, role_name: str, content_name: str, ignored: Counter[str]) -> dict[str, Any] | None:
+    """None for a system prompt without content."""
+    if not isinstance(item, dict) or role_name == "from" and "from" not in item:
+        hint = "for turns with role and content: `columns: {messages: conversations}`" if role_name == "from" else ""
+        raise BadRow(f"{where}: found {describe(item)}, allowed an object with {role_name} and {content_name}", hint)
+    given = item.get(role_name)
+    role = ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        hint = "for turns with from and value: `columns: {conversations: messages}`" if role_name == "role" and "from" in item else ""
+        raise BadRow(f"{where}.{role_name}: found {describe(given)}, allowed {', '.join(ROLES)}", hint)
+    said, where_said = item.get(content_name), f"{where}.{content_name}"
+    if len(item) == 2 and given not in CALLING and isinstance(said, str) and content_name in item and said.strip():
+        return {"role": role, "content": text(said, where_said)}  # most messages: the rest looks for what they do not have
+
+    if role == "assistant" and "reasoning_content" not in item and isinstance(item.get("reasoning"), str):
+        item = {"reasoning_content" if name == "reasoning" else name: value for name, value in item.items()}  # vLLM's and OpenRouter's name
+    read = {role_name, content_name}
+    calls = []
+    if role == "assistant":
+        calls = tool_calls(item.get("tool_calls"), f"{where}.tool_calls")
+        if "function_call" in item:
+            calls = [*calls, *called(item["function_call"], f"{where}.function_call")]
+        read |= {"tool_calls", "function_call", *THOUGHTS}
+        if given in CALLING:
+            calls, said = [*calls, *called(said, where_said)], None
+    elif any(not blank(parsed(item.get(name), f"{where}.{name}")) for name in ("tool_calls", "function_call")):
+        raise BadRow(f"{where}.tool_calls: found calls of {role}, allowed only those of assistant")
+    else:
+        read |= {"tool_calls", "function_call"}
+    if role == "system" and blank(said):
+        return None
+    found = {"role": role, "content": content(said, where_said) if not (calls and blank(said)) else ""}
+    if calls:
+        found["tool_calls"] = calls
+    for name in ("name", "tool_call_id", *(THOUGHTS if role == "assistant" else ())):
+        read.add(name)
+        if not blank(item.get(name)):
+            found[name] = text(item[name], f"{where}.{name}")
+    read |= weighed(item, found, where)
+    ignored.update(f"{where.partition('[')[0]}.{name}" for name, value in item.items() if name not in read and value is not None)
+    return found
+
+
+def weighed(item: dict[str, Any], found: dict[str, Any], where: str) -> set[str]:
+    """Sets the weight of a message that is not trained on; returns the names that were read. Only answers can be trained on."""
+    read = set()
+    for name in WEIGHTS:
+        value = item.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise BadRow(f"{where}.{name}: found {describe(value)}, allowed 0 (not trained on) or 1")
+        if found["role"] == "assistant" or value == 0:
+            read.add(name)
+        if found["role"] == "assistant" and value == 0:
+            found["weight"] = 0
+    return read
+
+
+def content(value: Any, where: str) -> str:
+    """Text, or the parts of a text."""
+    if not isinstance(value, list):
+        return text(value, where)
+    parts = []
+    for position, part in enumerate(value):
+        said = part.get("text") if isinstance(part, dict) and part.get("type") in (None, "text", "input_text", "output_text") else part
+        if not isinstance(said, str):
+            kind = part["type"] if isinstance(part, dict) and isinstance(part.get("type"), str) else describe(part)
+            raise BadRow(f"{where}[{position}]: found {kind}, allowed parts with type text, and their text")
+        parts.append(said)
+    return text("".join(parts), where)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def called(value: Any, where: str) -> list[dict[str, Any]]:
+    """Calls written as {name, arguments}, one or a list of them, or as JSON text of that."""
+    value = parsed(value, where)
+    if blank(value):
+        return []
+    calls = tool_calls(value if isinstance(value, list) else [value], where)
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+
+
+def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    calls = parsed(value, where)
+    if blank(calls):  # columnar files fill in a null or an empty list
+        return []
+    if not isinstance(calls, list):
+        hint = "put the call into a list" if isinstance(calls, dict) else ""
+        raise BadRow(f"{where}: found {describe(calls)}, allowed a list of calls", hint)
+    return [tool_call(call, f"{where}[{position}]") for position, call in enumerate(calls)]
+
+
+def tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise BadRow(f"{where}: found {describe(function)}, allowed an object with name and arguments")
+    text(function.get("name"), f"{where}.name")
+    arguments = function.get("arguments")
+    if blank(arguments):
+        others = sorted(name for name in function.keys() - {"name", "arguments", "id", "type", "index"} if not blank(function[name]))
+        if others:
+            raise BadRow(f"{where}: found no arguments (fields: name, {', '.join(others)}), allowed an object with name and arguments")
+        function = function | {"arguments": {}}
+    elif not isinstance(parsed(arguments, f"{where}.arguments"), dict):
+        raise BadRow(f"{where}.arguments: found {describe(arguments)}, allowed an object")
+    return call | {"function": function} if "function" in call else function

@@ -1,0 +1,164 @@
+"""What a person looks at before training on a Dataset: counts, token lengths, and three rows as the model will see them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.data.masks import Tokens, sequences
+from tasks.data.rows import SPLITS, Row, read_rows
+from tasks.data.sources import AnySource, Counts, Item
+from tuneline.config.spec import DatasetStage
+from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
+from tuneline.workspace.protocol import Events
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_SAMPLE = 4000  # characters shown
+BINS = 12
+BAR = 40  # characters of the longest bar
+
+
+def write_report(
+    meta: Path,
+    payload: Path,
+    stage: DatasetStage,
+    splits: dict[str, list[Item]],
+    counts: Counts,
+    tokenizer: PreTrainedTokenizerBase | None,
+    events: Events,
+) -> dict[str, float]:
+    """Writes report.md (and lengths.png), and report.json for the run's report; emits the samples as events.
+
+    Returns the token figures, as metrics.
+    """
+    parts = ["# Dataset\n", source_table(stage, splits, counts)]
+    if counts.ignored:
+        parts.append(f"Not read: {ignored(counts)}.\n")
+    if counts.left_out:
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in counts.left_out.most_common())
+        parts.append(f"Left out of the source trees (files, whole folders, chunks): {reasons}.\n")
+    figures: dict[str, float] = {}
+    lengths: list[int] = []
+    if tokenizer is not None:
+        lengths = sorted(item.tokens for items in splits.values() for item in items)
+        quantiles = {f"tokens_p{share}": quantile(lengths, share / 100) for share in (50, 90, 99)}
+        figures = {"tokens_train": sum(item.tokens for item in splits["train"]), **quantiles, "tokens_max": lengths[-1]}
+        told = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in figures.items())
+        bars = "\n".join(histogram(lengths))
+        parts.append(f"## Tokens\n\nOf a row; train: of the whole split. {told}\n\n```\n{bars}\n```\n")
+        plot(lengths, stage.max_length, meta / "lengths.png")
+    trained = "What is trained on stands between ⟦ and ⟧ (`train_on: assistant`)."
+    parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not as a model sees them.'}\n")
+    last = len(splits["train"]) - 1
+    for row in read_rows(payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back: as they are stored
+        text = rendered(row, tokenizer) if tokenizer is not None else plain(row)
+        text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
+        events.sample(text, {"id": row.id, "source": row.source})
+        parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
+    (meta / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    document = {
+        "sources": list(by_source(stage, splits, counts)),
+        "lengths": bins(lengths) if lengths else [],
+        "ignored": counts.ignored,
+        "left_out": counts.left_out,
+    }
+    (meta / "report.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    return figures
+
+
+def ignored(counts: Counts) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.ignored.items()))
+
+
+def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> Iterator[dict[str, Any]]:
+    """What report.json holds of each source: rows read, how many met which fate, and how many are in which split."""
+    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    for index, source in enumerate(stage.sources):
+        name = f"sources.{index}"
+        fates = {fate: count for (fate, of), count in sorted(counts.fates.items()) if of == name}
+        yield {"source": title(source), "read": counts.read[name], "fates": fates, "splits": {split: kept[split, name] for split in SPLITS}}
+
+
+def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
+    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    lines = [f"| source | read | bad rows | over long | duplicates | {' | '.join(SPLITS)} | truncated |", "|---|" + "---:|" * 8]
+    for index, source in enumerate(stage.sources):
+        name = f"sources.{index}"
+        figures = [counts.read[name], *(counts.fates[fate, name] for fate in ("bad_rows", "over_long", "duplicates"))]
+        figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
+        lines.append(f"| {title(source)} | {' | '.join(f'{figure:,}' for figure in figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def title(source: AnySource) -> str:
+    return source.path if isinstance(source, FilesSource | CodeSource) else source.repo if isinstance(source, HubSource) else source.task
+
+
+# --- token lengths ----------------------------------------------------------------------------------------------------
+
+
+def quantile(ordered: list[int], share: float) -> int:
+    """The least length that at least `share` of the rows do not exceed."""
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+def bins(ordered: list[int]) -> list[tuple[int, int, int]]:
+    """(least, greatest, rows) of each of about BINS ranges of equal width."""
+    width = ordered[-1] // BINS + 1
+    counts = Counter(length // width for length in ordered)
+    return [(i * width, i * width + width - 1, counts[i]) for i in range(ordered[0] // width, ordered[-1] // width + 1)]
+
+
+def histogram(ordered: list[int]) -> list[str]:
+    ranges = bins(ordered)
+    scale = BAR / max(rows for _, _, rows in ranges)
+    digits = len(str(ordered[-1]))
+    return [f"{least:>{digits}} - {most:<{digits}} {'#' * round(rows * scale):<{BAR}} {rows:,}" for least, most, rows in ranges]
+
+
+def plot(lengths: list[int], max_length: int | None, file: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: it picks a window system
+
+    figure = Figure(figsize=(6, 3), layout="tight")
+    axes = figure.add_subplot()
+    axes.hist(lengths, bins=50)
+    axes.set(xlabel="tokens of a row", ylabel="rows")
+    if max_length is not None:
+        axes.axvline(max_length, color="black", linestyle="--")
+    figure.savefig(file, dpi=100)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row as the model sees it, what is trained on between ⟦ and ⟧; one text below the other where it is trained as several."""
+    return "\n\n".join(marked(tokens, tokenizer) for tokens in sequences(row, tokenizer))
+
+
+def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    text = ""
+    for trained, run in groupby(zip(tokens.input_ids, tokens.trained, strict=True), key=lambda pair: pair[1]):
+        part = str(tokenizer.decode([token for token, _ in run]))
+        text += f"⟦{part}⟧" if trained else part
+    return text
+
+
+def plain(row: Row) -> str:
+    if row.messages is not None:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in row.messages)
+    return row.text if row.text is not None else f"{row.prompt}{row.completion or ''}"
+
+
+def fenced(text: str) -> str:
+    """As a code block, also where the text holds fences of its own."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,185 @@
+"""The sources of a Dataset: every row with the place it came from, so that an error names file and line. `readers.py` opens files.
+
+A row that cannot be read ends the stage, or is dropped and counted, as its source says (`on_bad_row`); what is wrong with a whole
+file ends the stage always. Left out on purpose: loading scripts of hub repositories (they run code), and any repair of broken rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tasks.data.code import code_rows
+from tasks.data.formats import KNOWN, detect, to_row
+from tasks.data.readers import Records, file_records, plain
+from tasks.data.rows import Row
+from tasks.data.values import BadRow, describe, readable
+from tuneline.errors import StageFailed
+from tuneline.kinds.sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
+from tuneline.workspace.protocol import Events, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnySource = FilesSource | HubSource | ReasoningGymSource | CodeSource
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row, where it was read, and its tokens (0 where no model counts them)."""
+
+    place: str
+    row: Row
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened to rows on their way."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    """By source."""
+    fates: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By fate (`bad_rows`, `duplicates`, `over_long`: dropped; `truncated`: kept) and source."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Values that no format reads, by column or part of a message."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """What of source trees was not read: files, whole folders and chunks, by reason."""
+
+    def total(self, fate: str) -> int:
+        return sum(count for (name, _), count in self.fates.items() if name == fate)
+
+
+def read_source(
+    request: Request, index: int, source: AnySource, tokenizer: PreTrainedTokenizerBase | None, counts: Counts, events: Events
+) -> Iterator[Item]:
+    """Yields rows in the order of the source, and counts what it reads, drops and ignores.
+
+    A row's `source` is the position in the stage: a file's name may change without changing the key.
+    """
+    name = f"sources.{index}"
+    for item in items_of(request, index, name, source, tokenizer, counts, events):
+        counts.read[name] += 1
+        if item is not None:
+            yield item
+
+
+def items_of(
+    request: Request,
+    index: int,
+    name: str,
+    source: AnySource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    counts: Counts,
+    events: Events,
+) -> Iterator[Item | None]:
+    """None for a row that is dropped."""
+    if isinstance(source, ReasoningGymSource):
+        yield from gym_rows(name, source, request.seed + 1_000_000 * index)  # the library draws row i with seed + i
+        return
+    if isinstance(source, CodeSource):
+        assert tokenizer is not None  # the stage names a model
+        tree, files = request.trees[f"{name}.path"], request.files[f"{name}.path"]
+        counts.left_out.update(tree.left_out)
+        for place, row in code_rows(name, source, tree, files, tokenizer, request.seed, counts.left_out):
+            yield Item(place, row)
+        return
+    unknown = sorted(source.columns.keys() - KNOWN)
+    if unknown:
+        message = f"{name}.columns: found {', '.join(unknown)}, allowed {', '.join(sorted(KNOWN))}"
+        raise StageFailed("config", message, "our name comes first, then the file's")
+    if isinstance(source, HubSource):
+        yield from rows_of(hub_records(name, source, request.commits[f"{name}.repo"]), name, source, counts, events)
+        return
+    files = request.files[f"{name}.path"]
+    if not files:
+        raise StageFailed("data", f"{name}.path: no file matches {source.path}", "paths are relative to pipelines.yaml")
+    for file in files:
+        yield from rows_of(file_records(file), name, source, counts, events)
+
+
+def rows_of(records: Records, name: str, source: FilesSource | HubSource, counts: Counts, events: Events) -> Iterator[Item | None]:
+    """The format is told from the first row that can be read and holds for all of one file."""
+    row_format: str = source.format
+    absent: list[str] | None = None
+    for place, record in records:
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            if not isinstance(record, dict):
+                raise BadRow(f"found {describe(record)}, allowed an object")
+            readable(record)
+            if absent is None and (absent := sorted(set(source.columns.values()) - record.keys())):
+                message = f"{place}: found columns {', '.join(record)}, but {name}.columns names {', '.join(absent)}"
+                raise StageFailed("data", message, "our name comes first, then the file's")
+            record = {column: value for column, value in renamed(record, source.columns).items() if value is not None}
+            row_format = detect(record) if row_format == "auto" else row_format
+            yield Item(place, to_row(record, row_format, name, counts.ignored))
+        except BadRow as error:
+            drop(error, place, name, source, counts, events)
+            yield None
+
+
+def drop(error: BadRow, place: str, name: str, source: AnySource, counts: Counts, events: Events) -> None:
+    """Counts the row as dropped where its source allows that; else raises StageFailed(data). Warns of the first of each source."""
+    if not isinstance(source, FilesSource | HubSource):
+        raise StageFailed("data", f"{place}: {error.message}", error.hint) from error
+    if source.on_bad_row == "error":
+        hint = error.hint or "mend or remove the row, or set `on_bad_row: drop` in its source"
+        raise StageFailed("data", f"{place}: {error.message}", hint) from error
+    if not counts.fates["bad_rows", name]:
+        hint = f" ({error.hint})" if error.hint else ""
+        events.warning(f"rows that cannot be read are dropped, the first at {place}: {error.message}{hint}")
+    counts.fates["bad_rows", name] += 1
+
+
+def renamed(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    moved = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+    return {name: value for name, value in record.items() if name not in columns and name not in columns.values()} | moved
+
+
+# --- hub and generator ------------------------------------------------------------------------------------------------
+
+
+def hub_records(name: str, source: HubSource, commit: str) -> Records:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    try:
+        data = load_dataset(source.repo, name=source.subset, split=source.split, revision=commit)
+    except DatasetNotFoundError:  # or no access: sorted into its class with the hub's other errors
+        raise
+    except (ValueError, RuntimeError, DatasetsError) as error:  # unknown subset or split, a loading script, broken files
+        raise StageFailed("data", f"{name}: {source.repo}: {error}", "check subset and split; loading scripts are never run") from error
+    shown = plain(data.features.arrow_schema)
+    for number, record in enumerate(data, 1):
+        yield f"{source.repo}: row {number}", shown(record)
+
+
+def gym_rows(name: str, source: ReasoningGymSource, seed: int) -> Iterator[Item]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if source.task not in DATASETS:
+        near = difflib.get_close_matches(source.task, DATASETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(DATASETS))}"
+        raise StageFailed("config", f"{name}.task: found {source.task}, allowed a dataset of reasoning-gym", hint)
+    try:
+        data = reasoning_gym.create_dataset(source.task, seed=seed, size=source.size, **source.config)
+    except (TypeError, AssertionError, ValueError) as error:
+        known = ", ".join(field for field in DATASETS[source.task][1].__dataclass_fields__ if field not in ("seed", "size"))
+        raise StageFailed("config", f"{name}.config: {source.task}: {error}", f"it knows {known}") from error
+    for number in range(source.size):
+        entry = data[number]
+        if not isinstance(entry["answer"], str):
+            raise StageFailed("config", f"{name}.task: {source.task} gives no answer to learn from", "take a task with one right answer")
+        written = json.loads(json.dumps(entry, sort_keys=True))
+        if number == 0 and data.score_answer(entry["answer"], written) != data.score_answer(entry["answer"], entry):
+            raise StageFailed("config", f"{name}.task: {source.task} cannot be scored once its rows are written", "take another task")
+        messages = ({"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]})
+        extra = {"scorer": {"dataset": source.task, "entry": written}}
+        yield Item(f"{source.task}: row {number + 1}", Row(name, messages=messages, answer=entry["answer"], extra=extra))

@@ -1,0 +1,102 @@
+"""What an answer says, apart from what the model thought before it.
+
+How a model marks its thoughts is seen in what its chat template writes of a made-up answer: a block (`<think>`), a channel
+(`<|channel|>analysis`), or a block that the generation prompt has opened. Marks that rows write into contents by themselves, and
+templates know nothing of, are in `tasks.scoring.scores`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from tasks.data import special_tokens
+from tasks.data.rendering import ANSWER, QUESTION, TOOLS, made_up_calls, turn
+from tasks.data.rows import Row
+from tasks.scoring import scores as scoring
+from tuneline.errors import StageFailed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THOUGHT = "Zthought"
+LAST_MARK = re.compile(r"[<\[][^<>\[\]]*[>\]]\s*\Z")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a template writes around thoughts. Where it shows none, all are empty."""
+
+    start: str = ""
+    end: str = ""
+    opened: bool = False
+    """The generation prompt ends with the start."""
+    leads: tuple[str, ...] = ()
+    """What it may write before an answer, as the name of a channel; or of the role, where it knows no generation prompt."""
+
+
+def written(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, ends: Container[int]) -> str:
+    """The text of an answer's tokens, without its end, but with the special tokens that may mark thoughts."""
+    return str(tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=False))
+
+
+def said(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the model said in an answer, as it is `written` after its prompt: without thoughts, special tokens and space around it.
+    Nothing where it was cut off while it was thinking."""
+    found = marks(tokenizer)
+    if found.opened and prompt.rstrip().endswith(found.start):
+        answer = found.start + answer
+    while mark := next((mark for mark in (found.start, *found.leads) if mark and answer.lstrip().startswith(mark)), None):
+        answer = answer.partition(found.end if mark == found.start else mark)[2]
+    special = _special(tokenizer)
+    answer = scoring.said(answer)  # before special tokens go: they may mark thoughts, too
+    return (special.sub("", answer) if special else answer).strip()
+
+
+def marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    return _marks(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template is not None else Marks()
+
+
+@lru_cache(maxsize=8)
+def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> Marks:
+    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    (call,) = calls = made_up_calls(1)
+    called = {"role": "assistant", "content": "", "tool_calls": calls}
+    result = {"role": "tool", "content": QUESTION, "tool_call_id": call["id"]}
+    found = _thoughts([question, answer], tokenizer) or _thoughts([question, called], tokenizer)  # some show them before calls alone
+    start, end, opened = found or ("", "", False)
+    before = [_tried(each, tokenizer)[1].partition(ANSWER) for each in ([question, answer], [question, called, result, answer])]
+    leads = dict.fromkeys(lead.strip() for lead, there, _ in before if there and not (start and (start in lead or end in lead)))
+    return Marks(start, end, opened, tuple(lead for lead in leads if lead))
+
+
+def _thoughts(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, bool] | None:
+    """What stands before and after the thoughts of a made-up answer, and whether the prompt ends with the former."""
+    plain = _tried(messages, tokenizer)[1]
+    prompt, thoughtful = _tried([*messages[:-1], messages[-1] | {"reasoning_content": THOUGHT}], tokenizer)
+    before, there, after = thoughtful.partition(THOUGHT)
+    if not there or ANSWER in before:
+        return None
+    opened = not before.strip()
+    mark = LAST_MARK.search(prompt) if opened else None
+    start = (mark.group() if mark else before).strip()
+    end = (after.removesuffix(plain) if after != plain and after.endswith(plain) else after.rpartition(ANSWER)[0]).strip()
+    return (start, end, opened) if start and end else None
+
+
+def _tried(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The prompt of a made-up answer and its text; nothing where the template refuses it."""
+    tools = {"tools": TOOLS} if any("tool_calls" in message for message in messages) else {}
+    try:
+        last = turn(Row("", messages=tuple(messages), extra=tools), len(messages) - 1, tokenizer)
+    except StageFailed:
+        return "", ""
+    return last.prompt, last.answer
+
+
+@lru_cache(maxsize=8)
+def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    return special_tokens.pattern(tokenizer)

@@ -1,0 +1,207 @@
+"""What a row says and its chat template leaves out: a model would be trained, or asked, without it.
+
+Every stage that renders rows looks. What was looked for and not found is named by its field: `messages[0].content`, `tools[1]`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from tasks.data.rendering import QUESTION, called, conversation, form, render_text, tried
+from tasks.data.rows import THOUGHTS, Row
+from tasks.models.loading import template_hash
+from tasks.scoring.scores import TAGS, said
+from tuneline.errors import StageFailed
+from tuneline.workspace.protocol import Events
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HEAD = 24  # characters
+LONGEST_MARKUP = 40  # characters of a word of the template's that could be taken for a row's
+HINT = "take a model whose template knows it, change the rows, or set `on_unrendered: drop` or `keep`"
+
+
+def complete(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    on_unrendered: str,
+    events: Events,
+    lost: Callable[[Row, PreTrainedTokenizerBase], list[str]],
+) -> list[Row]:
+    """The rows, less those that the stage drops because something is `lost`. Raises StageFailed(data) for one where that is an error."""
+    if on_unrendered == "keep":
+        return list(rows)
+    kept, dropped = [], []
+    for row in rows:
+        if row.messages is None or not (missing := lost(row, tokenizer)):
+            kept.append(row)
+            continue
+        message = f"the chat template (sha256 {str(template_hash(tokenizer))[:12]}) leaves out {', '.join(missing)} of row {row.id}"
+        if on_unrendered == "error":
+            raise StageFailed("data", message, HINT)
+        dropped.append(message)
+    if dropped and not kept:
+        raise StageFailed("data", f"all {len(dropped)} rows are dropped, the first because {dropped[0]}", HINT)
+    if dropped:
+        events.warning(f"{len(dropped)} of {len(dropped) + len(kept)} rows are dropped, the first because {dropped[0]}")
+    return kept
+
+
+def lost_in_training(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return unrendered(row, conversation(row, tokenizer), tokenizer)
+
+
+def lost_in_asking(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is left out of the prompt, and of the answer where that says what is right; thoughts are not compared."""
+    prompt = row.prompt_messages()
+    assert row.messages is not None
+    assert prompt is not None
+    missing = unrendered(replace(row, messages=prompt), render_text(prompt, row, tokenizer, add_generation_prompt=True), tokenizer)
+    if row.answer is None and len(prompt) < len(row.messages):
+        answer = f"messages[{len(prompt)}]."
+        missing += [field for field in lost_in_training(row, tokenizer) if field.startswith(answer)]
+    return [field for field in missing if field.rpartition(".")[2] not in THOUGHTS]
+
+
+def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The fields of a row that its rendered text does not hold, such as `messages[0].content`. Each message is looked for after the one
+    before it, so that a short one is not found within another; a template may put a system prompt anywhere."""
+    missing, position = [], 0
+    assert row.messages is not None
+    markup = skeleton(tuple(message["role"] for message in row.messages), tokenizer, str(tokenizer.chat_template))
+    for number, message in enumerate(row.messages):
+        where, content, last = f"messages[{number}]", message.get("content") or "", number == len(row.messages) - 1
+        before = position  # a template may write calls and thoughts on either side of the content
+        pieces = [content]
+        if message["role"] == "assistant" and ("</" in content or "[/" in content or "<|" in content):
+            # a template may write thoughts in its own way, and leaves those of earlier turns out
+            pieces = TAGS.split(content) if last else [said(content)]
+        spans, place = [], 0 if message["role"] == "system" else position
+        for piece in map(str.strip, pieces):
+            if place >= 0 and (hit := span(piece, text, place)) and not is_markup(piece, text, markup):
+                spans.append(hit)
+                place = hit[1]
+            else:
+                place = -1
+        if place < 0:
+            missing.append(f"{where}.content")
+        elif message["role"] != "system":
+            position = place
+        thoughts = {name: message[name].strip() for name in THOUGHTS if name in message}
+        if last:
+            beside = without(text, spans) if thoughts else text  # a thought is not found within the answer
+            missing += [
+                f"{where}.{name}"
+                for name, thought in thoughts.items()
+                if found(thought, beside, before) < 0 or is_markup(thought, text, markup)
+            ]
+        elif not writes_thoughts(tokenizer, str(tokenizer.chat_template)):  # those that do leave out earlier ones, as when they are asked
+            missing += [f"{where}.{name}" for name, thought in thoughts.items() if thought]
+        after = before
+        for each, call in enumerate(message.get("tool_calls") or []):
+            fields, after = lost_of_call(called(call, False), text, after, f"{where}.tool_calls[{each}]")
+            missing += fields
+        position = max(position, after)
+    if tools := row.extra.get("tools"):
+        prompt = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
+        missing += [
+            f"tools[{number}]"
+            for number, name in lost_tools(json.dumps(tools), tokenizer, str(tokenizer.chat_template))
+            if found(name, prompt) < 0  # some have their tools written out there
+        ]
+    return missing
+
+
+@lru_cache(maxsize=1000)  # most rows of a dataset have the same roles
+def skeleton(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What the template itself writes for messages of these roles; empty where it refuses such a conversation."""
+    messages = [{"role": role, "content": "\u2400"} for role in roles]  # no character of a row's
+    return tried(messages, None, tokenizer, form(tokenizer), False) or ""
+
+
+def is_markup(piece: str, text: str, markup: str) -> bool:
+    """Whether the template's own words, such as the names of roles, are all of the piece that there is in the text."""
+    return bool(piece) and len(piece) <= LONGEST_MARKUP and piece in markup and text.count(piece) <= markup.count(piece)
+
+
+@lru_cache(maxsize=100)
+def writes_thoughts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the template writes the thoughts of a last answer."""
+    messages = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": "\u2400", "reasoning_content": "\u2401"})
+    try:
+        return "\u2401" in conversation(Row(source="probe", messages=messages), tokenizer)
+    except StageFailed:
+        return True
+
+
+def without(text: str, spans: list[tuple[int, int]]) -> str:
+    for start, end in spans:
+        text = text[:start] + "\0" * (end - start) + text[end:]
+    return text
+
+
+@lru_cache(maxsize=1000)  # most rows of a dataset have the same tools
+def lost_tools(tools: str, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple[int, str], ...]:
+    """Number and name of those whose name does not stand beside a question in which nobody speaks of them."""
+    listed = json.loads(tools)
+    text = tried([{"role": "user", "content": QUESTION}], listed, tokenizer, form(tokenizer), True)
+    names = enumerate(map(name_of, listed)) if text else ()  # some refuse a question alone
+    return tuple((number, name) for number, name in names if found(name, text) < 0)
+
+
+def name_of(of: Any) -> str:
+    """The name of a tool, or of the one that is called."""
+    function = of.get("function", of) if isinstance(of, dict) else None
+    return str(function.get("name") or "") if isinstance(function, dict) else ""
+
+
+def lost_of_call(call: Any, text: str, start: int, where: str) -> tuple[list[str], int]:
+    """Fields of a call that are not in the text, and where the call ends there: the next one is looked for behind it."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    named, given = found(name_of(call), text, start), [found(value, text, start) for value in values_of(arguments)]
+    lost = [f"{where}.name"] * (named < 0) + [f"{where}.arguments"] * any(place < 0 for place in given)
+    return lost, start if lost else max(named, *given, start)
+
+
+def values_of(value: Any) -> Iterator[str]:
+    """Keys and values of what a call hands over, as text."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from values_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from values_of(item)
+    elif isinstance(value, str):
+        yield value.strip()
+    elif value is not None and not isinstance(value, bool):
+        yield json.dumps(value)
+
+
+def found(wanted: str, text: str, start: int = 0) -> int:
+    """Where the wanted text ends; -1 where it is not there."""
+    hit = span(wanted, text, start)
+    return hit[1] if hit else -1
+
+
+def span(wanted: str, text: str, start: int = 0) -> tuple[int, int] | None:
+    """Where the wanted text begins and ends, as it is or as JSON and Python write it."""
+    if hit := span_as_it_is(wanted, text, start):
+        return hit
+    written = dict.fromkeys([json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1], repr(wanted)[1:-1]])
+    return next((hit for each in written if (hit := span_as_it_is(each, text, start))), None)
+
+
+def span_as_it_is(wanted: str, text: str, start: int) -> tuple[int, int] | None:
+    """As by str.find, which prepares for ten times as long as it searches where it looks for a long text."""
+    head = wanted[:HEAD]
+    place = text.find(head, start)
+    while place >= 0 and not text.startswith(wanted, place):
+        place = text.find(head, place + 1)
+    return (place, place + len(wanted)) if place >= 0 else None

@@ -1,0 +1,274 @@
+"""Scores a model, or an adapter on its base: the test splits of datasets, and lm-eval's benchmarks by name.
+
+lm-eval does the scoring of both: `tasks.evaluation.harness` is its Hugging Face model, `tasks.evaluation.harness_vllm` the same with vLLM
+behind it. A dataset's rows are asked as they were trained on: the prompt through the template saved on the trained side, checked token by
+token against `tasks.data.masks`. An adapter that changes nothing or is read in part, or another template than the one that was trained
+with, ends the stage.
+
+Left out: benchmarks that run code the model writes, but for human_eval, images and sound, several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from tasks.data import special_tokens
+from tasks.data.masks import in_the_order_of, last_answer, prompt_ids, with_reference
+from tasks.data.rendering import render_text
+from tasks.data.rows import Row, read_split
+from tasks.data.thoughts import said
+from tasks.data.unrendered import complete, lost_in_asking
+from tasks.evaluation.benchmarks import first_question, load_benchmarks, longest_of_benchmarks, run_benchmarks
+from tasks.evaluation.code_benchmark import NAME as HUMAN_EVAL
+from tasks.evaluation.code_benchmark import info as human_eval_info
+from tasks.models.loading import check_device, compute_type, load_model, load_tokenizer
+from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
+from tuneline.config.spec import EvaluateStage
+from tuneline.errors import StageFailed
+from tuneline.workspace.protocol import Events, Input, Request, Result
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tasks.evaluation.harness import LanguageModel
+
+SHOWN = 3  # samples among the events
+
+
+def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
+    be_quiet()
+    check_device(stage)
+    source = request.inputs["model"]
+    tokenizer = load_tokenizer(source)
+    datasets = [test_rows(request.inputs[f"datasets.{i}"], stage, name, tokenizer, events) for i, name in enumerate(stage.datasets)]
+    benchmarks, unpinned = load_benchmarks(request, stage, tokenizer, events) if stage.benchmarks else (None, [])
+    prompt = first_prompt(datasets[0][0], tokenizer) if datasets else first_question(benchmarks, tokenizer)
+
+    report = Report()
+    with ExitStack() as stack:
+        lm: LanguageModel
+        if stage.uses_engine():
+            from tasks.evaluation.harness_vllm import EngineModel
+
+            lm = EngineModel(source, tokenizer, request.seed, events)
+            lengths = [longest_request(rows, stage, lm) for rows in datasets]
+            lengths += [longest_of_benchmarks(benchmarks, stage, request.seed, lm)] if benchmarks else []
+            stack.enter_context(lm.serve(request, stage, max(lengths)))
+            lm.check(prompt)
+        else:
+            from tasks.evaluation.harness import LanguageModel
+
+            model, batch = load_model(source, compute_type(stage)), stage.micro_batch_size()
+            assert batch is not None
+            lm = LanguageModel(model, tokenizer, batch, events)
+            check_logits(lm.model, model, prompt, source)
+            lm.check_generation(prompt)
+        if stage.benchmarks and stage.apply_chat_template:
+            check_rendering(lm, tokenizer)
+        for i, rows in enumerate(datasets):
+            score_dataset(f"dataset{i}", rows, stage, lm, report, events)
+        if benchmarks:
+            run_benchmarks(benchmarks, stage, request.seed, lm, report, events)
+    write(request, report)
+    for sample in report.samples[:SHOWN]:
+        events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
+    info: dict[str, Any] = {"rows": report.rows, "dtype": stage.dtype}
+    if unpinned:
+        info["unpinned"] = unpinned
+    if HUMAN_EVAL in stage.benchmarks:
+        info[HUMAN_EVAL] = human_eval_info()
+    return Result(metrics=report.metrics, info=info)
+
+
+def be_quiet() -> None:
+    """No progress bars in the log, no pool of processes for standard errors; to be set before lm-eval is imported."""
+    os.environ |= {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}
+
+
+def test_rows(dataset: Input, stage: EvaluateStage, name: str, tokenizer: PreTrainedTokenizerBase, events: Events) -> list[Row]:
+    """The rows that are scored, each with its reference as its answer."""
+    rows = read_split(dataset.path, "test")
+    if not rows:
+        raise StageFailed("data", f"the test split of {name} is empty", f"hold rows out: `split: {{test: 0.1}}` in {name}")
+    # Evenly from all of them: the first ones would be those of the first source alone.
+    count = min(stage.limit or len(rows), len(rows))
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    special_tokens.refuse(chosen, tokenizer)
+    return [with_reference(row, tokenizer) for row in complete(chosen, tokenizer, stage.on_unrendered, events, lost_in_asking)]
+
+
+def first_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return prompt_ids(row, tokenizer) or list(tokenizer(row.text)["input_ids"])
+
+
+def check_logits(scored: PreTrainedModel, model: PreTrainedModel, prompt: list[int], source: Input) -> None:
+    """On a real prompt the logits of what lm-eval holds must be numbers, and an adapter must change them."""
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.tensor([prompt], device=model.device)
+        logits = scored(input_ids=ids).logits
+        if not logits.isfinite().all():
+            raise StageFailed("bug", "the model's logits are not finite", "the training diverged, or the weights overflow their type")
+        if source.type == "Adapter":
+            with model.disable_adapter():
+                base = model(input_ids=ids).logits
+            if torch.equal(logits, base):
+                hint = "it was not trained, or was not loaded: look at the loss of its training"
+                raise StageFailed("bug", "the adapter changes nothing: logits with and without it are the same", hint)
+
+
+def check_rendering(lm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """lm-eval puts benchmark questions through the template that was trained with."""
+    question = [{"role": "user", "content": "Well?"}]
+    if lm.apply_chat_template(question) != render_text(question, Row("benchmark"), tokenizer, add_generation_prompt=True):
+        raise StageFailed("bug", "lm-eval renders questions through another chat template than the one beside the model")
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: LanguageModel, report: Report, events: Events) -> None:
+    prompts = [prompt_text(row, lm.tokenizer) for row in rows]
+    samples = [Sample(name, row.id, prompt[-TAIL:], "", row.answer or row.text or "") for row, prompt in zip(rows, prompts, strict=True)]
+    asked = [i for i, row in enumerate(rows) if row.answer is not None]
+    lm.phase = f"{name}: answers"
+    given, stopped = answers([rows[i] for i in asked], stage.max_new_tokens, lm)
+    for i, answer in zip(asked, given, strict=True):
+        right, final = samples[i].reference, said(answer, prompts[i], lm.tokenizer)
+        if rows[i].calls():
+            final = in_the_order_of(rows[i], final, lm.tokenizer)
+        samples[i].answer = answer
+        samples[i].scores |= {"exact_match": exact_match(final, right, rows[i].calls()), "answer_recall": answer_recall(final, right)}
+        if "scorer" in rows[i].extra:
+            samples[i].scores["score"] = task_score(final, rows[i].extra["scorer"])
+    lm.phase = f"{name}: bits per byte"
+    for i, (bits, size) in bits_and_bytes(rows, lm).items():
+        samples[i].scores |= {"bits": bits, "bytes": size}
+
+    scored = [sample for sample in samples if sample.scores]
+    if not scored:
+        raise StageFailed("data", f"no test row of {name} has an answer to compare with", "rows need an answer, a completion or text")
+    if len(scored) < len(rows):
+        events.warning(f"{name}: {len(rows) - len(scored)} of {len(rows)} test rows have no answer to compare with and are left out")
+    for metric in ("exact_match", "answer_recall", "score"):
+        if values := [sample.scores[metric] for sample in scored if metric in sample.scores]:
+            report.add(f"{name}/{metric}", mean(values))
+    if measured := [sample.scores for sample in scored if "bits" in sample.scores]:
+        report.add(f"{name}/bits_per_byte", ratio([scores["bits"] for scores in measured], [scores["bytes"] for scores in measured]))
+    if asked:
+        report.add(f"{name}/stopped", mean([1.0] * stopped + [0.0] * (len(asked) - stopped)))
+    report.rows[name] = len(scored)
+    report.samples += scored
+
+
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = row.prompt_messages()
+    return render_text(messages, row, tokenizer, add_generation_prompt=True) if messages is not None else row.prompt or ""
+
+
+def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tuple[list[str], int]:
+    """Greedy answers as `tasks.data.thoughts.written`, in order, and how many of them ended by themselves. What lm-eval makes of each
+    prompt's text is compared with the ids that training saw."""
+    from lm_eval.api.instance import Instance
+
+    found: dict[int, str] = {}
+    stopped = 0
+    for templated in (True, False):
+        lm.add_bos_token = False if templated else None  # a template writes its own; before plain text the tokenizer's habit holds
+        chosen = [i for i, row in enumerate(rows) if (row.messages is not None) == templated]
+        texts = [prompt_text(rows[i], lm.tokenizer) for i in chosen]
+        for i, text in zip(chosen, texts, strict=True):
+            ids = prompt_ids(rows[i], lm.tokenizer)
+            if lm.tok_batch_encode([text])[0][0].tolist() != ids:
+                raise StageFailed("bug", f"the prompt of row {rows[i].id} is not tokenized as in training", "report it with the template")
+            check_length(rows[i], len(ids) + max_new_tokens, lm, "shorten the dataset's max_length, or max_new_tokens")
+        options = {"do_sample": False, "max_gen_toks": max_new_tokens}
+        requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
+        if requests:
+            found |= dict(zip(chosen, lm.write(requests), strict=True))
+            stopped += lm.stopped
+    return [found[i] for i in range(len(rows))], stopped
+
+
+def check_length(row: Row, tokens: int, lm: LanguageModel, hint: str) -> None:
+    """lm-eval would cut the prompt's beginning off."""
+    if tokens > lm.max_length:
+        raise StageFailed("config", f"row {row.id} and its answer need {tokens} tokens, the model takes {lm.max_length}", hint)
+
+
+def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[float, int]]:
+    """By row: bits that the model needs for the completion after its prompt, or for the text, and its UTF-8 bytes.
+
+    The tokens are those that training counts, less the end of turn, which is no part of the bytes. Text that is longer than
+    the model's context is scored in windows, as lm-eval does.
+    """
+    requests, owners, sizes = to_score(rows, lm)
+    bits = dict.fromkeys(sizes, 0.0)
+    for i, (log_probability, _) in zip(owners, lm._loglikelihood_tokens(requests) if requests else [], strict=True):
+        bits[i] -= log_probability / math.log(2)
+    return {i: (bits[i], sizes[i]) for i in sizes}
+
+
+def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, list[int], list[int]]], list[int], dict[int, int]]:
+    """Requests of lm-eval's (with contexts and continuations as token ids), the row of each, and bytes by row."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    requests: list[tuple[None, list[int], list[int]]] = []
+    owners: list[int] = []
+    sizes: dict[int, int] = {}
+    for i, row in enumerate(rows):
+        text = row.text if row.text is not None else completion(row)
+        if not text:
+            continue
+        if row.text is not None:
+            ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            windows = list(map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1)))
+        else:
+            ids, start, end = last_answer(row, lm.tokenizer, lm.ends)
+            if start == end:  # nothing of it is rendered
+                continue
+            check_length(row, end, lm, "shorten the dataset's max_length")
+            windows = [(ids[:start], ids[start:end])]
+        requests += [(None, context, continuation) for context, continuation in windows]
+        owners += [i] * len(windows)
+        sizes[i] = len(text.encode())
+    return requests, owners, sizes
+
+
+def longest_request(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> int:
+    """Tokens of the longest prompt with its answer, or of the longest scored sequence with the token that vLLM samples after it."""
+    asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if row.answer is not None]
+    return max(asked + [len(context) + len(continuation) + 1 for _, context, continuation in to_score(rows, lm)[0]], default=0)
+
+
+def completion(row: Row) -> str | None:
+    """The text of the last answer in the row, if it has one to be learnt."""
+    prompt = row.prompt_messages()
+    if row.messages is None or prompt is None:
+        return row.completion
+    last = row.messages[len(prompt)] if len(prompt) < len(row.messages) else {}
+    return last["content"] if last and last.get("weight") != 0 else None
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def write(request: Request, report: Report) -> None:
+    document = json.dumps({"metrics": report.metrics, "rows": report.rows}, sort_keys=True, indent=1, allow_nan=False)
+    (request.payload / "results.json").write_text(document + "\n", encoding="utf-8")
+    with (request.meta / "samples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(sample), ensure_ascii=False, default=str) + "\n" for sample in report.samples)
+    lines = ["| metric | value | rows |", "|---|---:|---:|"]
+    for name, value in sorted(report.metrics.items()):
+        if not name.endswith("_stderr"):
+            error = report.metrics.get(f"{name}_stderr")
+            rows = report.rows.get(name.split("/")[0], "")
+            lines.append(f"| {name} | {value:.4f}{'' if error is None else f' ± {error:.4f}'} | {rows} |")
+    (request.meta / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,147 @@
+"""lm-eval's Hugging Face model, made to report progress, to stay within memory, and to stop where answers end.
+
+Imported only by what scores a model: it needs torch and lm-eval, which take seconds. lm-eval's own tasks and ours ask it the
+same two things, `generate_until` and `_loglikelihood_tokens`; both sort requests by length, longest first, and batch them.
+
+Greedy generation is ours: transformers' goes on computing rows that have ended until the last of a batch has; here a row
+leaves the batch with its end token. Anything else (sampling, stop words) is left to transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
+
+from tasks.data.rendering import ends
+from tasks.data.thoughts import written
+from tasks.models.padding import padding_matters, takes_cache
+from tuneline.errors import StageFailed
+from tuneline.workspace.protocol import Events
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOGITS_BYTES = 2**31  # of one batch's logits and log-probabilities, float32, over the whole vocabulary
+
+
+class LanguageModel(HFLM):  # type: ignore[misc]
+    one_by_one = False
+    """Whether answers are written one row at a time."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, events: Events):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        self.events, self.largest_batch, self.phase = events, batch_size, ""
+        self.done = self.total = self.stopped = 0
+        self.with_special = False
+        self.ends = set(ends(tokenizer, model.generation_config.eos_token_id))
+        model.config.use_cache = False  # for scoring; xLSTM's cache does not fit its own states
+        # Only the ends are kept of what the model suggests: its penalties and temperature would make greedy something else.
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=tokenizer.pad_token_id)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._begin(len(requests))
+        self.stopped = 0
+        self.batch_size_per_gpu = 1 if self.one_by_one else self.largest_batch
+        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        self.batch_size_per_gpu = self.largest_batch
+        return answers
+
+    def check_generation(self, prompt: list[int]) -> None:
+        """Has answers written one by one where padding changes them. Raises StageFailed where transformers cannot write any."""
+        if not takes_cache(self.model):
+            ids = torch.tensor([prompt], device=self.device)
+            try:
+                self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+            except Exception as error:  # whatever a model's own code raises
+                message = f"transformers {transformers.__version__} cannot generate with `{self.model.config.model_type}`: {error}"
+                raise StageFailed("config", message, "take another base model, or a runtime with a later transformers") from error
+        self.one_by_one = padding_matters(self.model, prompt, self.tokenizer.pad_token_id)
+        if self.one_by_one:
+            self.events.warning("padding changes what this model answers, so its answers are written one by one, which takes longer")
+
+    def write(self, requests: list[Any]) -> list[str]:
+        """As generate_until, with the special tokens that a model may mark its thoughts by."""
+        self.with_special = True
+        try:
+            return self.generate_until(requests)
+        finally:
+            self.with_special = False
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        if self.with_special and skip_special_tokens:
+            return written(tokens, self.tokenizer, self.ends)
+        text: str = super().tok_decode(tokens, skip_special_tokens)
+        return text
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._begin(len(requests))
+        longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+        fitting = LOGITS_BYTES // (2 * 4 * longest * self.model.config.vocab_size)
+        self.batch_size_per_gpu = max(1, min(self.largest_batch, fitting))
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        self.batch_size_per_gpu = self.largest_batch
+        self._advance(self.total - self.done)  # requests that share a context were scored in one go
+        return scores
+
+    def _begin(self, total: int) -> None:
+        self.done, self.total = 0, total
+
+    def _count_stopped(self, answers: torch.Tensor) -> None:
+        """Counts the rows of token ids that end, and are filled up with ends after that."""
+        self.stopped += int(torch.isin(answers, torch.tensor(sorted(self.ends), device=answers.device)).any(dim=1).sum())
+
+    def _advance(self, rows: int) -> None:
+        if rows:
+            self.done += rows
+            self.events.progress(self.done, self.total, self.phase)
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        logits: torch.Tensor = super()._model_call(inps, attn_mask, labels)
+        self._advance(len(inps))
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        """Token ids of contexts and answers, shape [batch, up to max_length]."""
+        mask = options["attention_mask"]
+        only_ends = stop == [self.tok_decode([self.eot_token_id], skip_special_tokens=False)]
+        plain = only_ends and options.keys() <= {"attention_mask", "do_sample", "temperature"} and not options.get("do_sample")
+        tokens = self._greedy(context, mask, max_length - context.shape[1]) if plain and takes_cache(self.model) else None
+        if tokens is None:
+            tokens = super()._model_generate(context, max_length, stop, **options)
+        self._count_stopped(tokens[:, context.shape[1] :])
+        self._advance(len(context))
+        return tokens
+
+    def _greedy(self, context: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor | None:
+        """Contexts, padded on the left, followed by their most likely continuations, padded with the end token. None for a model that keeps
+        its states to itself, such as RecurrentGemma."""
+        answers = context.new_full((len(context), max_new_tokens), self.eot_token_id)
+        rows = torch.arange(len(context), device=context.device)  # which answers are still being written
+        ends = torch.tensor(sorted(self.ends), device=context.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        tokens, cache = context, None
+        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}  # models with code of their own may not
+        for step in range(max_new_tokens):
+            with torch.inference_mode():
+                output = self.model(
+                    input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **last
+                )
+            chosen, cache = output.logits[:, -1].argmax(-1), output.get("past_key_values")
+            if cache is None:
+                return None
+            kept = (~torch.isin(chosen, ends)).nonzero()[:, 0]
+            if len(kept) == 0:
+                break
+            if len(kept) < len(rows):
+                cache.batch_select_indices(kept)
+                rows, mask, positions, chosen = rows[kept], mask[kept], positions[kept], chosen[kept]
+            answers[rows, step] = chosen
+            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return torch.cat([context, answers], dim=1)

@@ -1,0 +1,153 @@
+"""lm-eval's model with vLLM behind it: the requests, stops and cuts of `tasks.evaluation.harness`, computed by `tasks.engine.client`.
+
+lm-eval's Hugging Face model does all but the arithmetic, so that both backends ask the same token ids and cut answers alike; for
+that it holds the model's configuration, without weights. vLLM is started once it is known how long the longest request is.
+
+Left out: models whose code comes with them, adapters of the output layer, and sampling by other than temperature and top_p.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from tasks.engine.client import BASE, OUTPUT, Engine, modules_of
+from tasks.evaluation.harness import LanguageModel
+from tasks.models.gptq import is_gptq
+from tasks.models.loading import model_folder, runs_code
+from tuneline.config.spec import EvaluateStage
+from tuneline.errors import StageFailed
+from tuneline.kinds.engine import EngineSettings
+from tuneline.patches import patch
+from tuneline.workspace.protocol import Events, Input, Request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOGETHER = 1024  # requests handed over at once: of these vLLM makes its own batches
+STOPS = 4  # texts that its server ends an answer at; lm-eval cuts at all of them afterwards
+NOT_FINITE = "Out of range float values"  # what its server says of them
+TAKEN = {"attention_mask", "do_sample", "temperature", "top_p"}
+OTHERWISE = "set `backend: transformers`"
+
+
+class EngineModel(LanguageModel):
+    """Tokenizes from the beginning on; computes inside of `serve`."""
+
+    def __init__(self, source: Input, tokenizer: PreTrainedTokenizerBase, seed: int, events: Events):
+        self.source, self.base = source, source.base or source
+        if runs_code(self.base):
+            raise StageFailed("config", "vLLM is not given models whose code comes with them", OTHERWISE)
+        super().__init__(without_weights(model_folder(self.base.path)), tokenizer, TOGETHER, events)
+        patch(self, "_device", torch.device("cpu"))
+        # A window of lm-eval's is one token longer than this, and vLLM samples one more after what it scores.
+        patch(self, "_max_length", self.max_length - 2)
+        self.name, self.seed = BASE if source.type == "Model" else f"adapter-{source.digest[:16]}", seed
+        self.engine: Engine
+
+    @contextmanager
+    def serve(self, request: Request, stage: EvaluateStage, longest: int) -> Iterator[None]:
+        """vLLM while it lasts, with room for requests of `longest` tokens, at most as many as the model has positions."""
+        assert request.engine is not None
+        settings, longest = stage.resources.engine or EngineSettings(), min(longest, self.max_length + 2)
+        if settings.max_model_len is not None and settings.max_model_len < longest:
+            message = f"the longest request takes {longest} tokens, but resources.engine.max_model_len is {settings.max_model_len}"
+            raise StageFailed("config", message, "raise it, or leave it out")
+        rank, modules = None, None
+        if self.source.type == "Adapter":
+            config = json.loads((self.source.path / "adapter_config.json").read_bytes())
+            if experts := [name for name in config.get("target_parameters") or () if not name.endswith(".weight")]:
+                message = f"the adapter changes experts, which vLLM reads under other names: {experts[0]}"
+                raise StageFailed("config", message, f"merge it and evaluate the model, or {OTHERWISE}")
+            rank = config["r"]
+            modules = modules_of(self.source.path)
+            if OUTPUT in modules:
+                raise StageFailed("config", f"the adapter changes {OUTPUT}, with which vLLM cannot score", OTHERWISE)
+        gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if stage.resources.gpus else None
+        log = request.work / "engine.log"
+        engine = Engine(
+            request.engine, model_folder(self.base.path), settings, stage.dtype, rank, longest, log, gpus, sorted(modules or ()) or None
+        )
+        began = time.monotonic()
+        print(f"starting vLLM: its log is {log}", flush=True)
+        try:
+            with engine:
+                print(f"vLLM is ready after {time.monotonic() - began:.0f} s", flush=True)
+                if self.source.type == "Adapter":
+                    engine.load(self.name, self.source.path)
+                self.engine = engine
+                yield
+        finally:
+            shutil.copy(log, request.meta / "engine.log")
+
+    def check(self, prompt: list[int]) -> None:
+        """On a real prompt log-probabilities must be numbers, and an adapter must change them."""
+        sequence = [*prompt, self.eot_token_id][: self.engine.max_model_len - 1]
+        try:
+            scores = {name: self.engine.score([sequence], name)[0].logprobs for name in (self.name, BASE)}
+        except StageFailed as error:
+            if NOT_FINITE not in error.message:
+                raise
+            hint = "the training diverged, or the weights overflow their type"
+            raise StageFailed("bug", "the model's log-probabilities are not finite", hint) from error
+        if self.name != BASE and scores[self.name] == scores[BASE]:
+            hint = "it was not trained, or was not loaded: look at the loss of its training"
+            raise StageFailed("bug", "the adapter changes nothing: log-probabilities with and without it are the same", hint)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._begin(len(requests))
+        found = []
+        for start in range(0, len(requests), TOGETHER):
+            batch = [(continuation, context + continuation) for _, context, continuation in requests[start : start + TOGETHER]]
+            scores = self.engine.score([whole[-(self.max_length + 1) :] for _, whole in batch], self.name)
+            for (continuation, _), score in zip(batch, scores, strict=True):
+                assert 0 < len(continuation) <= self.max_length
+                found.append((sum(score.logprobs[-len(continuation) :]), all(score.greedy[-len(continuation) :])))
+            self._advance(len(batch))
+        return found
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        """Token ids of contexts and answers, shape [batch, max_length]; contexts are padded on the left, answers with the end token."""
+        if more := sorted(options.keys() - TAKEN):
+            raise StageFailed("config", f"a benchmark generates with {', '.join(more)}, which vLLM is not given", OTHERWISE)
+        before, end = self.done, self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+        completions = self.engine.generate(
+            [row[kept.bool()].tolist() for row, kept in zip(context, options["attention_mask"], strict=True)],
+            model=self.name,
+            max_tokens=max_length - context.shape[1],
+            temperature=options.get("temperature", 0.0),  # lm-eval's default, and what it makes of `do_sample: false`
+            top_p=options.get("top_p", 1.0),
+            seed=self.seed + before,
+            stop_token_ids=sorted(self.ends),
+            stop=[text for text in stop if text != end][:STOPS],
+            done=lambda finished, _: self._advance(before + finished - self.done),
+        )
+        answers = context.new_full((len(context), max_length - context.shape[1]), self.eot_token_id)
+        for row, completion in zip(answers, completions, strict=True):
+            ids = [token for token in completion.ids if token not in self.ends]  # one of them is the last, if any
+            row[: len(ids)] = torch.tensor(ids)
+        self._count_stopped(answers)
+        return torch.cat([context, answers], dim=1)
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """What lm-eval asks about a model: its configuration and its end tokens."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if is_gptq(folder):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model  # type: ignore[no-any-return]

@@ -1,0 +1,286 @@
+"""Models and tokenizers out of artifacts, the same way in every program: local files only, safetensors only, and code that came
+with a model only where the user allowed it (`runs_code`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.data.rendering import ends
+from tasks.models.gptq import is_gptq, load_dense
+from tasks.models.older_readers import make_tokenizer_readable, readable_config
+from tuneline.errors import StageFailed
+from tuneline.kinds.stage import ComputingStage
+from tuneline.workspace.protocol import Events, Input, Request
+from tuneline.workspace.reference import REFERENCE
+from tuneline.workspace.reference import folder_of as model_folder
+from tuneline.workspace.store import CHANGED, Store, digest, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+CODE = ".py"
+CPU_INFO = Path("/proc/cpuinfo")
+CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86, and of ARM
+LEAST_CAPABILITY = (8, 0)  # of a GPU with bfloat16
+CLOCK = "strftime_now"  # the function by which templates ask for the date; transformers gives them no other
+DATE = datetime(2024, 7, 26)  # the one that Llama 3's templates fall back to where there is no clock
+CODES = "dbBmYyAajHMSp"
+MORE_CODES = "IeklcxXDFTRrhCgGuUVwWZz"  # as C's strftime has them; a template without them keeps its shorter macro, and so its hash
+UNPADDED = "dmHIMSjyUVWCgu"  # also with a `-`, which leaves zeros out
+REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
+
+
+def check_inputs(request: Request) -> None:
+    """Every input is still what its manifest and the request say, whoever has been at the store in between.
+
+    Names and sizes are always compared. A file is read only where it was touched after the manifest, which is written last:
+    what nobody touched costs nothing. Bits that rot by themselves are found by `tuneline verify`. A folder without a manifest
+    is no artifact of a store: such come from tests and benchmarks alone.
+    """
+    for slot, source in request.inputs.items():
+        for name, given in ((slot, source), (f"{slot}'s base", source.base)):
+            if given is not None and (given.path.parent / "manifest.json").exists() and (problem := _problem(given)):
+                raise StageFailed("data", f"{name}: {given.path}: {problem}", REBUILD)
+
+
+def _problem(given: Input) -> str | None:
+    folder = given.path.parent
+    problem, artifact = Store(folder).inspect(folder)
+    if artifact is None:
+        return problem
+    manifest, written = artifact.manifest, (folder / "manifest.json").stat().st_mtime_ns
+    if manifest.digest != given.digest:
+        return f"found the artifact with digest {manifest.digest[:12]}, asked for {given.digest[:12]}"
+    if digest(manifest.files) != manifest.digest or manifest.template != given.template:
+        return "its manifest.json has been edited"
+    for file in manifest.files:
+        path = given.path / file.path
+        if path.stat().st_ctime_ns > written and sha256(path) != file.sha256:
+            return f"{file.path} {CHANGED}"
+    return None
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_type(stage: ComputingStage) -> torch.dtype:
+    """The type that is in the key. A request holds it decided: `auto` raises KeyError."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[stage.dtype]
+
+
+def check_device(stage: ComputingStage) -> None:
+    """Raises StageFailed(config) where the GPUs that the stage asks for are not there, or bfloat16 would be emulated.
+
+    Torch looks for GPUs here, and sees no others afterwards.
+    """
+    import torch
+
+    if stage.resources.gpus and not torch.cuda.is_available():
+        found = f"resources.gpus is {stage.resources.gpus}, but torch {torch.__version__} sees no GPU here"
+        raise StageFailed(
+            "config", found, "is the driver there, and the runtime one for GPUs? `gpus: 0` runs on the CPU, under another key"
+        )
+    if stage.dtype != "bfloat16":
+        return
+    if stage.resources.gpus:
+        for number in range(torch.cuda.device_count()):
+            if (capability := torch.cuda.get_device_capability(number)) < LEAST_CAPABILITY:
+                found = f"{torch.cuda.get_device_name(number)} (compute capability {'.'.join(map(str, capability))}) has no bfloat16"
+                raise StageFailed("config", found, "set `dtype: float32` in the stage, or take a GPU of compute capability 8.0 or more")
+    elif not set(CPU_INFO.read_text().split()) & CPUS_WITH_BFLOAT16:
+        found = "dtype is bfloat16, which this CPU only emulates, up to 100 times slower than float32"
+        raise StageFailed("config", found, "set `dtype: float32` in the stage; or take a GPU, or a CPU with AVX512-BF16 or AMX")
+
+
+def runs_code(source: Input) -> bool:
+    """Whether Python files that came with a model are run: only where they are part of the artifact, and there they are only
+    where `trust_remote_code` was set in the stage that fetched it (an Adapter goes by its base)."""
+    model = source.base if source.base is not None else source
+    reference = model.path / REFERENCE
+    listed = [entry["path"] for entry in json.loads(reference.read_bytes())["files"]] if reference.exists() else []
+    return any(name.endswith(CODE) for name in listed or [file.name for file in model.path.iterdir()])
+
+
+def code_files(source: Input) -> list[Path]:
+    """What of a model's folder must go along with it wherever it goes."""
+    return sorted(model_folder(source.path).glob(f"*{CODE}")) if runs_code(source) else []
+
+
+def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with a Model or an Adapter (the trained side's), with a padding token.
+
+    Raises StageFailed(data) where its chat template is not the one that was recorded when it was saved.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(source.path) if source.type == "Model" else source.path
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code(source))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    add_no_end(tokenizer)
+    read = template_hash(tokenizer)
+    fix_clock(tokenizer)
+    if source.template is not None and source.template not in (read, template_hash(tokenizer)):
+        raise StageFailed(
+            "data",
+            f"the chat template beside the {source.type.lower()} is not the one recorded when it was made "
+            f"(sha256 {str(read)[:12]}, recorded {source.template[:12]})",
+            REBUILD,
+        )
+    return tokenizer
+
+
+def fix_clock(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some templates write today's date into the system prompt: what is trained, asked and compared would differ from day to day. A
+    macro takes the clock's place, which is a part of the template and so is saved with it and in its hash."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: with_fixed_clock(one) for name, one in template.items()}
+    elif template is not None:
+        tokenizer.chat_template = with_fixed_clock(template)
+
+
+def with_fixed_clock(template: str) -> str:
+    if CLOCK not in template or f"macro {CLOCK}(" in template:
+        return template
+    codes = [f"%{code}" for code in CODES]
+    if not set(re.findall(r"(?<!\{)%-?[a-zA-Z]", template)) <= set(codes):
+        codes = [*(f"%-{code}" for code in UNPADDED), *codes, *(f"%{code}" for code in MORE_CODES)]
+    steps = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}{template}"
+
+
+def add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some tokenizers put an end after any text: after a prompt as well, which would then look answered. Where an end belongs,
+    `tasks.data.masks` puts it."""
+    if not tokenizer.is_fast or tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        return
+    from tokenizers import Tokenizer
+
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    for step in document["post_processor"].get("processors", [document["post_processor"]]):
+        for pieces in (step.get("single"), step.get("pair")):
+            while pieces and pieces[-1].get("SpecialToken", {}).get("id") == tokenizer.eos_token:
+                pieces.pop()
+    tokenizer.backend_tokenizer.post_processor = Tokenizer.from_str(json.dumps(document)).post_processor
+
+
+def load_model(
+    source: Input, dtype: torch.dtype, place: str | None = None, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device; `balanced` spreads
+    its layers over all of them.
+
+    A GPTQ model is decoded (see `tasks.models.gptq`), unless its layers come with code of its own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = source.base if source.type == "Adapter" else source
+    assert base is not None
+    folder = model_folder(base.path)
+    code = runs_code(base)
+    if is_gptq(folder) and not code:
+        model = load_dense(folder, dtype, place if place == "balanced" else None)
+    else:
+        placed: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
+        options = {"quantization_config": quantization} if quantization else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=code, use_safetensors=True, **options
+        )
+    if source.type == "Adapter":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source.path)
+        check_loaded(model, source.path)
+    return (model if place == "balanced" else model.to(place or device())).eval()  # type: ignore[no-any-return]
+
+
+def check_loaded(model: PeftModel, adapter: Path) -> None:
+    """PEFT passes over a tensor that has no place in the model, and leaves one without a tensor as it was initialised."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    there = get_peft_model_state_dict(model, save_embedding_layers=False)
+    given = load_file(adapter / "adapter_model.safetensors")
+    if wrong := sorted((given.keys() - there.keys() - set(model.state_dict())) | (there.keys() - given.keys())):
+        raise StageFailed("bug", f"{len(wrong)} tensors of the adapter do not fit the base, first {wrong[0]}")
+    shared = sorted(given.keys() & there.keys())
+    if wrong := [name for name in shared if not torch.equal(there[name].cpu().float(), given[name].float())]:
+        raise StageFailed("bug", f"{len(wrong)} tensors of the adapter were not read into the model, first {wrong[0]}")
+
+
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """sha256 of the chat template, or of all that are named; it travels in every manifest."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # in the order in which the file system listed them
+        template = dict(sorted(template.items()))
+    return hashlib.sha256(str(template).encode()).hexdigest() if template else None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, payload: Path) -> None:
+    """Saves tokenizer and chat_template.jinja into an artifact's payload."""
+    tokenizer.save_pretrained(payload)
+    make_tokenizer_readable(payload)
+
+
+def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTrainedTokenizerBase:
+    """The tokenizer in an artifact that was just written, which must be the one, with the template, that was trained with."""
+    if not any(saved.path.glob("tokenizer*")):
+        raise StageFailed("bug", f"the {saved.type.lower()} was saved without its tokenizer")
+    tokenizer = load_tokenizer(saved.model_copy(update={"template": template_hash(trained)}))
+    if template_hash(tokenizer) != template_hash(trained) or tokenizer.get_vocab() != trained.get_vocab():
+        raise StageFailed("bug", f"the {saved.type.lower()} was saved with another tokenizer than it was trained with")
+    return tokenizer
+
+
+def save_configs(folder: Path, payload: Path, dtype: str | None, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
+    """The base's config.json and generation_config.json, with the type that weights have been given, and with the tokens that end a
+    trained answer beside those that ended one before: `generate` is to stop where an evaluation does."""
+    for name in ("config.json", "generation_config.json"):
+        if not (folder / name).exists():
+            continue
+        document = json.loads((folder / name).read_text(encoding="utf-8"))
+        if name == "config.json":
+            document = saved_config(document, dtype)
+        before, trained = document.get("eos_token_id"), ends(tokenizer)
+        if not set(trained) <= set(before if isinstance(before, list) else [before]):
+            every = ends(tokenizer, before)
+            document["eos_token_id"] = every if len(every) > 1 else every[0]
+            events.warning(f"{name}: eos_token_id was {before}, and is {document['eos_token_id']}: {trained} end what was trained")
+        write_json(payload / name, document)
+
+
+def saved_config(document: dict[str, Any], dtype: str | None, **added: Any) -> dict[str, Any]:
+    """A base's config.json for the model that was made of it."""
+    document = {name: value for name, value in document.items() if name != "_name_or_path"}
+    if dtype:
+        document |= {"dtype": dtype, "torch_dtype": dtype}  # its name before transformers 5
+    return readable_config(document | added)
+
+
+def check_ends(payload: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers' `generate` with its defaults ends where an evaluation does."""
+    from transformers import GenerationConfig
+
+    name = "generation_config.json" if (payload / "generation_config.json").exists() else "config.json"
+    found = GenerationConfig.from_pretrained(payload, config_file_name=name).eos_token_id
+    if lost := sorted(set(ends(tokenizer)) - set(found if isinstance(found, list) else [found])):
+        raise StageFailed("bug", f"the model was saved so that {', '.join(tokenizer.convert_ids_to_tokens(lost))} would not end an answer")
+
+
+def write_json(file: Path, document: Any) -> None:
+    file.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,124 @@
+"""Checkpoints of a training: which are whole, which may be resumed from, and when one more is written.
+
+Imports torch and transformers at the top because it subclasses them; programs import it inside `run`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tasks.training import methods, universal
+from tasks.training.shared import adapter_tensors
+from tuneline.errors import StageFailed
+from tuneline.kinds.stage import Resources
+from tuneline.workspace import checkpoints
+from tuneline.workspace.checkpoints import MARKER, REPLICATED, in_order
+from tuneline.workspace.protocol import Events, Request
+from tuneline.workspace.store import sync
+
+ADAPTER = "adapter_model.safetensors"
+WHOLE = "model.safetensors"
+
+
+def checkpoint_steps(resources: Resources) -> int:
+    """Steps between checkpoints: never by steps alone where minutes are asked for, but always one at the end."""
+    return resources.checkpoint_steps if resources.checkpoint_minutes is None else 2**31
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Has one written when it is time, and one more on a SIGTERM; marks each as whole, once all of it, from every process, has reached
+    the disk, with the stage's key, its layout and its files' sizes."""
+
+    def __init__(self, request: Request, resources: Resources, every: int = 1):
+        """Between steps that are no multiple of `every` none is written."""
+        self.key, self.resources, self.every = request.key, resources, every
+        self._terminated = False
+        self._since = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.monotonic()
+        self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self._terminated = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        minutes = self.resources.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self._since > 60 * minutes
+        said = torch.tensor([self._terminated, due], dtype=torch.int32, device=args.device)
+        if args.world_size > 1:  # a signal and the clock reach processes at different steps
+            torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+        self._terminated, due = map(bool, said.tolist())
+        if (self._terminated or due) and state.global_step % self.every == 0:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        layout = checkpoints.layout(self.resources)
+        file, tensors = ADAPTER, None
+        if layout != REPLICATED and isinstance(model, PeftModel):  # theirs holds a part, or is rounded
+            tensors = adapter_tensors(model)
+        elif layout != REPLICATED:
+            file, tensors = WHOLE, methods.weights(model, state.is_world_process_zero)
+        args.distributed_state.wait_for_everyone()
+        if state.is_world_process_zero:
+            if tensors is not None:
+                save_file(tensors, checkpoint / file, metadata={"format": "pt"})
+            sizes = checkpoints.sizes(checkpoint)
+            for name in sizes:
+                sync(checkpoint / name)
+            (checkpoint / MARKER).write_text(json.dumps({"key": self.key, "layout": layout, "files": sizes}, indent=1), encoding="utf-8")
+            for path in (checkpoint / MARKER, checkpoint, checkpoint.parent):
+                sync(path)
+        self._since = time.monotonic()
+        if self._terminated:
+            args.distributed_state.wait_for_everyone()
+            raise StageFailed(
+                "transient", f"asked to end: a checkpoint of step {state.global_step} was written", "run again: it goes on there"
+            )
+
+
+def newest_checkpoint(arguments: TrainingArguments, request: Request, resources: Resources, events: Events) -> Path | None:
+    """The checkpoint to resume from; those that a kill left unfinished, or that are of no use here, are deleted with a warning.
+
+    Raises StageFailed(config) where it cannot be read with these resources: the work in it is not thrown away unasked.
+    """
+    folder = Path(arguments.output_dir)
+    if arguments.process_index == 0:
+        for checkpoint in in_order(folder):  # the best adapter, of the same step or an earlier one, has been looked at before
+            if problem := checkpoints.problem(checkpoint, request.key):
+                events.warning(f"{checkpoint.name} {problem}: it is not used")
+                shutil.rmtree(checkpoint)
+    arguments.distributed_state.wait_for_everyone()
+    newest = next(reversed(in_order(folder)), None)
+    if newest is not None and (refused := checkpoints.read(newest).refused(resources)):
+        raise StageFailed("config", *refused)
+    if resources.strategy.startswith("zero"):
+        universal.be_loaded_by(request.work, resources)
+    return newest
+
+
+def ended_at(checkpoint: Path) -> TrainerState | None:
+    """The trainer's state if the training had ended by this checkpoint, else None.
+
+    transformers must not resume from such a checkpoint: it would always take one more step.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] else None
+
+
+def load_adapter(model: PeftModel, checkpoint: Path) -> None:
+    set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER))

@@ -1,0 +1,312 @@
+"""Reinforcement learning of a LoRA adapter with verifiable rewards: GRPO (arXiv:2402.03300), by TRL and PEFT.
+
+Each step samples completions for a few prompts, several for each, scores them, and makes the better ones of each group likelier.
+Prompts are tokenized as `tasks.data.masks` does for every other stage. Completions come from the model itself, or from vLLM
+(`tasks.training.rollouts`), which gets every new adapter and is checked to sample from it. A killed training resumes from its last
+complete checkpoint, with the one adapter it had.
+
+Left out: tools and several turns, reward models, images, corrections for an engine that rounds otherwise than the trainer (the
+difference is measured and bounded instead), and QLoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from tasks.data import special_tokens
+from tasks.data.masks import prompt_ids, with_reference
+from tasks.data.rendering import check_end, ends, render_text
+from tasks.data.rows import Row, read_split
+from tasks.data.unrendered import complete, lost_in_asking
+from tasks.models.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.models.padding import PADS
+from tasks.scoring.rewards import check_rows, reward_functions
+from tuneline.errors import StageFailed
+from tuneline.estimates.architectures import reach
+from tuneline.kinds.training import GrpoStage
+from tuneline.workspace.protocol import Events, Input, Request, Result
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from trl import GRPOConfig
+
+    from tasks.training.grpo_trainer import AdapterTrainer
+
+# Figures of TRL's log that are worth a curve, by the name that they get.
+SHOWN = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "groups_without_signal",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "truncated",
+    "entropy": "entropy",
+    "kl": "kl",
+    "clip_ratio/region_mean": "clipped",
+    "freshness_max_logprob_diff": "freshness_max_logprob_diff",
+    "sync_seconds": "sync_seconds",
+}
+
+
+def run(request: Request, stage: GrpoStage, events: Events) -> Result:
+    from transformers import PrinterCallback
+
+    from tasks.models import targets
+    from tasks.training import checkpoints, strategies
+    from tasks.training import shared as training
+    from tasks.training.grpo_trainer import AdapterTrainer
+
+    rewards = reward_functions(stage.rewards, request.files)  # first: what is wrong in a file of one's own should not cost a minute
+    gpus = split_devices(stage)
+    check_device(stage)
+    arguments = trainer_arguments(request, stage)
+    base, earlier = request.inputs["model"], request.inputs.get("adapter")
+    tokenizer = load_tokenizer(earlier or base)
+    if arguments.process_index == 0:  # before all else: what is handed over and no training changes
+        save_tokenizer(tokenizer, request.payload)
+        saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
+    rows = read_split(request.inputs["dataset"].path, "train")
+    special_tokens.refuse(rows, tokenizer)
+    check_end(rows, tokenizer, stage.no_end)
+    rows = [with_reference(row, tokenizer) for row in complete(rows, tokenizer, stage.on_unrendered, events, lost_in_asking)]
+    check_rows(rewards, rows)
+    rows, prompts = tokenized(rows, tokenizer, events)
+    check_enough(prompts, stage)
+
+    model = strategies.load_base(base, stage.resources, compute_type(stage))
+    model.generation_config.eos_token_id = ends(tokenizer, model.generation_config.eos_token_id)  # TRL and vLLM end completions there
+    longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
+    found = targets.adapted(model, stage.lora)
+    if arguments.process_index == 0:
+        for warning in targets.warnings(model, found, stage.lora):
+            events.warning(warning)
+    shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
+    shown |= {f"rewards/{reward.label}/std": f"reward_std/{reward.label}" for reward in stage.rewards}
+    with ExitStack() as stack:
+        rollouts = None
+        if stage.uses_engine():
+            from tasks.training.rollouts import start
+
+            os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # `rollout_func` may change with TRL's version, which the lock pins
+            rollouts = stack.enter_context(start(request, stage, found, longest, gpus, arguments, events))
+        report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
+        trainer = AdapterTrainer(
+            model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier else model,
+            args=arguments,
+            reward_funcs=rewards,
+            train_dataset=as_dataset(rows, prompts),
+            processing_class=tokenizer,
+            peft_config=None if earlier else targets.lora_config(stage.lora, found),  # TRL seeds before it draws the first weights
+            callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
+            rollout_func=rollouts,
+            prompts=prompts,
+            rows=dict(zip(prompts, rows, strict=True)),
+            samples=request.work / "rollouts.jsonl",
+            events=events,
+        )
+        trainer.remove_callback(PrinterCallback)  # events say the same
+        trainer.add_callback(training.OncePrepared(lambda: strategies.prove(trainer, stage.resources), lambda: check_log_probs(trainer)))
+        before = training.adapter_tensors(trainer.model)
+        training.check_before(trainer.model, stage.lora, found, before)
+        trainable, parameters = trainer.model.get_nb_trainable_parameters()
+        checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
+        state = checkpoints.ended_at(checkpoint) if checkpoint else None
+        if checkpoint and state:
+            checkpoints.load_adapter(trainer.model, checkpoint)
+        else:
+            if checkpoint:
+                print(f"resuming from {checkpoint.name}", flush=True)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            state = trainer.state
+
+    history = state.log_history
+    check_signal(history)
+    after = training.adapter_tensors(trainer.model)
+    if arguments.process_index == 0:
+        training.save_history(history, request.meta, ("reward", *(f"rewards/{reward.label}/mean" for reward in stage.rewards)))
+        shutil.copy(request.work / "rollouts.jsonl", request.meta / "rollouts.jsonl")
+        training.save_adapter(trainer.model, after, request.payload, base)
+        training.check_adapter(request.payload, stage.lora, found, before, events)
+    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
+    metrics = figures(history, stage) | {"trainable_parameters": trainable, "all_parameters": parameters}
+    return Result(metrics=metrics, info=info | (rollouts.facts() if rollouts else {}))
+
+
+def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
+    from trl import GRPOConfig
+
+    from tasks.training.checkpoints import checkpoint_steps
+    from tasks.training.shared import shared_arguments
+
+    # Completions are sampled anew after a resume: a checkpoint in the middle of their iterations would change them.
+    every = -(-checkpoint_steps(stage.resources) // stage.num_iterations) * stage.num_iterations
+    return GRPOConfig(
+        **shared_arguments(request, stage),
+        gradient_checkpointing=False,  # `activation_checkpointing` is the one that counts
+        num_generations=stage.num_generations,
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        max_completion_length=stage.max_completion_length,
+        mask_truncated_completions=stage.mask_truncated_completions,
+        beta=stage.beta,
+        epsilon=stage.epsilon,
+        epsilon_high=stage.epsilon_high,
+        loss_type=stage.loss_type,
+        importance_sampling_level=stage.importance_sampling_level,
+        scale_rewards=stage.scale_rewards,
+        num_iterations=stage.num_iterations,
+        reward_weights=[reward.weight for reward in stage.rewards],
+        save_steps=every,
+    )
+
+
+def split_devices(stage: GrpoStage) -> list[str] | None:
+    """The devices of the engine, None without one; this process and its like see the others from now on. Before torch looks."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if not stage.resources.gpus:
+        return None
+    if not stage.uses_engine() or not (own := stage.resources.engine.gpus if stage.resources.engine else 0):
+        return devices[:1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:-own])
+    return devices[-own:]
+
+
+def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, events: Events) -> tuple[list[Row], dict[str, list[int]]]:
+    """The rows to ask, and token ids of each one's prompt by its text. Rows of one prompt would be one group: the first is asked."""
+    plain = [row.id for row in rows if row.messages is None and row.prompt is None]
+    if plain:
+        raise StageFailed("data", f"{len(plain)} of {len(rows)} train rows have no prompt, only text: row {plain[0]}, say", "give them one")
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(prompt_text(row, tokenizer), row)
+    if len(first) < len(rows):
+        events.warning(f"{len(rows) - len(first)} of {len(rows)} train rows ask what another one asks, and are left out")
+    return list(first.values()), {text: prompt_ids(row, tokenizer) for text, row in first.items()}
+
+
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = row.prompt_messages()
+    return row.prompt or "" if messages is None else render_text(messages, row, tokenizer, add_generation_prompt=True)
+
+
+def as_dataset(rows: list[Row], prompts: dict[str, list[int]]) -> Dataset:
+    """What rewards get: a row's columns beside its prompt. `extra` is JSON, because rows differ in what it holds."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "prompt": list(prompts),
+            "id": [row.id for row in rows],
+            "answer": [row.answer for row in rows],
+            "calls": [row.calls() for row in rows],
+            "extra": [json.dumps(row.extra, sort_keys=True) for row in rows],
+        }
+    )
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_enough(prompts: dict[str, list[int]], stage: GrpoStage) -> None:
+    """TRL leaves out what does not fill a step, which could be everything."""
+    wanted = stage.global_batch_size // stage.num_generations
+    if len(prompts) < wanted:
+        hint = "give it more rows, or lower global_batch_size"
+        raise StageFailed("data", f"the train split has {len(prompts)} prompts, but a step takes {wanted}", hint)
+
+
+def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoStage, positions: float) -> int:
+    """Tokens of the longest prompt with the longest completion. Raises StageFailed(data) where model or engine take fewer."""
+    engine = stage.resources.engine
+    engines = engine.max_model_len if engine else None
+    limits: dict[str, float | None] = {"resources.engine.max_model_len": engines, "the model's positions": positions}
+    longest = 0
+    for row, ids in zip(rows, prompts.values(), strict=True):
+        whole = len(ids) + stage.max_completion_length
+        longest = max(longest, whole)
+        for name, limit in limits.items():
+            if limit is not None and whole > limit:
+                raise StageFailed(
+                    "data",
+                    f"the prompt of row {row.id} has {len(ids)} tokens, which with max_completion_length {stage.max_completion_length} "
+                    f"is more than {name}, {limit:.0f}",
+                    "raise or leave out max_model_len"
+                    if "max_model_len" in name and whole <= positions
+                    else "lower max_completion_length, or drop long rows in the dataset stage: `max_length: ...`",
+                )
+    return longest
+
+
+def check_log_probs(trainer: AdapterTrainer) -> None:
+    """TRL's log-probabilities, from the hidden states and the head's weight, are those of the logits that the model gives when it is
+    used: not so for a model whose own code does more between the two than TRL knows of. Nor does padding, which TRL puts before shorter
+    prompts, change them: it does where states or positions take it in as text."""
+    import torch
+
+    ids = next(iter(trainer.prompts.values()))[:256]
+    batch = torch.tensor([ids], device=trainer.args.device)
+    padded = torch.cat([batch.new_full((1, PADS), trainer.processing_class.pad_token_id), batch], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :PADS] = 0
+    model = trainer.model_wrapped
+    model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        trained, _, _ = trainer._get_per_token_logps_and_entropies(model, batch, torch.ones_like(batch), len(ids) - 1)
+        beside, _, _ = trainer._get_per_token_logps_and_entropies(model, padded, mask, len(ids) - 1)
+        logits = model(input_ids=batch).logits[0, :-1].float() / trainer.temperature
+        used = logits.log_softmax(-1).gather(-1, batch[0, 1:, None])[:, 0]
+    model.train()
+    allowed = 0.02 * float(used.abs().mean()) + 1e-3  # bfloat16 rounds by less
+    if float((trained[0] - used).abs().mean()) > allowed:
+        message = f"log-probabilities that would be trained on are {trained.mean():.4f}, those of the model's own logits {used.mean():.4f}"
+        raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")
+    if float((beside[0] - used).abs().mean()) > allowed and len(set(map(len, trainer.prompts.values()))) > 1:
+        means = f"log-probabilities are {beside.mean():.4f} in place of {used.mean():.4f}"
+        message = f"padding before a prompt changes what this model makes of it: {means}"
+        raise StageFailed("config", message, "prompts of different lengths are padded: take another base model, or prompts of one length")
+
+
+def check_signal(history: list[dict[str, Any]]) -> None:
+    """Where all completions of a group have the same reward, nothing can be learned from it."""
+    shares = [entry["frac_reward_zero_std"] for entry in history if "frac_reward_zero_std" in entry]
+    if min(shares) == 1:
+        reward = next(entry["reward"] for entry in history if "reward" in entry)
+        raise StageFailed(
+            "data",
+            f"nothing was learned: in all {len(shares)} steps the completions of each group had the same reward (at first {reward:.3f})",
+            "train with sft first, take an easier task, add a reward that is given in part, or raise temperature or num_generations",
+        )
+
+
+def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]:
+    """The manifest's metrics: rewards at the beginning and at the end are means over ten steps, or over its halves where it is short."""
+    from tasks.training.shared import RECENT, recent
+
+    steps = [entry for entry in history if "reward" in entry]
+    window = max(1, min(RECENT, len(steps) // 2))  # of a short training, the halves
+    first, last = steps[:window], steps[-window:]
+    metrics = {
+        "steps": float(history[-1]["step"]),
+        "loss": recent(history, "loss"),
+        "reward": sum(entry["reward"] for entry in last) / window,
+        "reward_first": sum(entry["reward"] for entry in first) / window,
+        "completion_length": recent(history, "completions/mean_length"),
+        "truncated": recent(history, "completions/clipped_ratio"),
+        "groups_without_signal": recent(history, "frac_reward_zero_std"),
+        "entropy": recent(history, "entropy"),
+    }
+    metrics["reward_gain"] = metrics["reward"] - metrics["reward_first"]
+    metrics |= {f"reward/{reward.label}": recent(history, f"rewards/{reward.label}/mean") for reward in stage.rewards}
+    if stage.beta:
+        metrics["kl"] = recent(history, "kl")
+    if stage.uses_engine():
+        metrics["freshness_max_logprob_diff"] = max(
+            entry["freshness_max_logprob_diff"] for entry in steps if "freshness_max_logprob_diff" in entry
+        )
+        metrics["sync_seconds"] = recent(history, "sync_seconds")
+        metrics["sync_bytes"] = recent(history, "sync_bytes")
+    return metrics

@@ -1,0 +1,121 @@
+"""TRL's SFTTrainer with losses that do not depend on how the rows were spread over micro-batches and processes.
+
+TRL weighs the training loss by token over a whole step, but averages the validation loss over batches: halving the
+micro-batch would change which adapter early stopping keeps. And where the rows of an epoch do not divide by the processes,
+accelerate fills up with rows from its beginning, which would be trained on twice. That the loss does not depend on it allows rows
+of like length to share a micro-batch, so that little is padded. Only `tasks.training.sft` imports this, inside `run`: it subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from tasks.training.batches import LongestFirst, lengths, longest_first
+from tasks.training.sequences import ForEachOfGroup, part
+from tuneline.errors import StageFailed
+from tuneline.kinds.stage import Resources
+from tuneline.patches import patch
+
+
+class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
+    step_tokens = 0
+
+    def __init__(self, *args: Any, resources: Resources, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._resources, self._sharing = resources, resources.sequence_parallel_size
+        self._tokens = 0  # of the rows so far, of all processes
+        # TRL computes the loss itself, from the hidden states; what a model's own forward accepts has no part in it.
+        patch(self, "model_accepts_loss_kwargs", True)
+        self._collate, self.data_collator = self.data_collator, self._collate_and_remember
+        self._ends: dict[bool, list[int]] = {}  # where the sequences of the last batch end, by whether they are packed ones
+
+    def _collate_and_remember(self, rows: list[dict[str, Any]]) -> Any:
+        self._ends["seq_lengths" in rows[0]] = [0, *accumulate(len(row["input_ids"]) for row in rows)]
+        return self._collate(rows)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if not self.args.packing:  # packed sequences are not padded
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._resources.data_parallel_size
+            sampler = LongestFirst(loader.get_sampler(), lengths(self.train_dataset), step)
+            loader.set_sampler(ForEachOfGroup(sampler, self.args.train_batch_size, self._resources) if self._sharing > 1 else sampler)
+        return loader
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
+        return longest_first(range(len(eval_dataset)), lengths(eval_dataset))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Makes the folder first: transformers looks whether the best checkpoint's is there before FSDP has made it, and processes that
+        look at different times would go on with different ones."""
+        Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        batches = (self._without_repeats(batch, self.train_dataset, self._sharing) for batch in epoch_iterator)
+        samples, label_tokens = super().get_batch_samples(batches, *args, **kwargs)
+        label_tokens = label_tokens // self._sharing  # each process that shares a batch has counted it
+        self.step_tokens = int(label_tokens)  # of all processes
+        self._step = samples
+        if self._sharing > 1:
+            tokens = sum(batch["attention_mask"].sum() for batch in samples)
+            self._tokens += int(self.accelerator.reduce(tokens.to(self.args.device))) // self._sharing
+            samples = [part(batch, self.args.process_index % self._sharing, self._sharing) for batch in samples]
+        if self.step_tokens == 0:
+            raise StageFailed("bug", f"every label is masked in the batch of step {self.state.global_step + 1}")
+        return samples, label_tokens
+
+    def step_rows(self) -> list[tuple[int, ...]]:
+        """Tokens of each row of the step, in this process."""
+        found = []
+        for batch in self._step:
+            if "attention_mask" in batch:
+                found += [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+            else:  # joined into one: a row begins where positions do
+                starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+                found += batch["input_ids"][0].tensor_split(starts[1:])
+        return [tuple(ids.tolist()) for ids in found]
+
+    def _without_repeats(self, batch: Any, dataset: Any, sharing: int) -> Any:
+        """Masks the rows with which an epoch's last batches were filled up; `sharing` processes have the same ones."""
+        if self.accelerator.gradient_state.end_of_dataloader:  # this batch is the last that was collated
+            micro = self.args.per_device_train_batch_size
+            at_once = micro * self.args.world_size // sharing
+            new = len(dataset) % at_once or at_once
+            mine = min(max(0, new - micro * (self.args.process_index // sharing)), micro)
+            if "attention_mask" in batch:
+                batch["labels"][mine:] = -100
+            else:  # joined into one
+                ends = self._ends["seq_lengths" in dataset.column_names]
+                batch["labels"][:, ends[min(mine, len(ends) - 1)] :] = -100
+        return batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the step's label tokens, so that a resumed training can sum them over its restored history."""
+        if "loss" in logs:
+            logs["trained_tokens"] = self.step_tokens
+            if self._sharing > 1:
+                self._metrics["train"]["num_tokens"] = [self._tokens]  # TRL counts those of padding, too
+        super().log(logs, start_time)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = self._without_repeats(inputs, self.eval_dataset, sharing=1)
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = (inputs["labels"][:, 1:] != -100).sum().to(loss.device)
+        self._evaluated += torch.stack([loss * tokens, tokens]).double()
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+        return output
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL writes one with each checkpoint, and artifacts hold no README."""

@@ -1,0 +1,258 @@
+"""What every training of an adapter shares: what it goes on from, events, and the checks of its hand-over.
+
+Imports torch, transformers and peft at the top because it subclasses them; programs import it inside `run`. It leaves out the
+trainers themselves: what a row is and what the loss is differ between kinds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tasks.models.loading import check_loaded, compute_type
+from tasks.models.targets import Targets, check_form, lora_config, meant_by
+from tasks.training import strategies
+from tuneline.errors import StageFailed
+from tuneline.kinds.training import Lora, Training
+from tuneline.patches import patch
+from tuneline.workspace.checkpoints import FOLDER
+from tuneline.workspace.protocol import Events, Input, Request
+
+SHOWN_ROWS = 16  # of a step that went wrong
+RECENT = 10  # steps whose mean is a training's final loss
+
+
+def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
+    """What every trainer is told. The global batch is the same over any number of devices and any micro-batch."""
+    strategies.join_processes(stage.resources)
+    micro = stage.micro_batch_size()
+    return {
+        "output_dir": str(request.work / FOLDER),
+        "seed": request.seed,
+        "data_seed": request.seed,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": stage.lr_scheduler_type,
+        "warmup_steps": stage.warmup_steps,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "num_train_epochs": stage.num_train_epochs,
+        "max_steps": stage.max_steps or -1,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": stage.global_batch_size // (micro * stage.resources.data_parallel_size),
+        "bf16": compute_type(stage) == torch.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_timeout": stage.resources.collective_timeout,
+        "save_strategy": "steps",
+        "save_total_limit": stage.resources.checkpoints_kept,
+        "restore_callback_states_from_checkpoint": True,
+        # TRL would add what balances a mixture's routers once for each micro-batch, on which the loss must not depend.
+        "router_aux_loss_coef": 0.0,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **strategies.arguments(stage.resources),
+    }
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lora: Lora, found: Targets) -> PeftModel:
+    """The adapter, trainable, on the model; only its dropout may change on the way.
+
+    Raises StageFailed(config) where it is an adapter of another base, or of another shape than the stage asks for.
+    """
+    if source.base is None or source.base.digest != base.digest:
+        raise StageFailed("config", "adapter: found an adapter of another base model", "give `model:` the base that it was trained on")
+    config = LoraConfig.from_pretrained(source.path)
+    wanted = lora_config(lora, found)
+    differences = [
+        f"{name} {getattr(config, name)} instead of {getattr(wanted, name)}"
+        for name in ("r", "lora_alpha", "use_rslora", "use_dora")
+        if getattr(config, name) != getattr(wanted, name)
+    ]
+    has, wants = meant_by(config, model), found.layers | found.parameters.keys()
+    if has != wants:
+        differences.append(f"target_modules that mean {len(has)} layers instead of {len(wants)}")
+    if differences:
+        raise StageFailed(
+            "config", f"adapter: found {'; '.join(differences)}", "give this stage the same `lora:` as the one that made the adapter"
+        )
+    config.lora_dropout = wanted.lora_dropout
+    config.base_model_name_or_path = model.name_or_path  # PEFT looks there, else on the hub, for the size of the vocabulary
+    adapted = PeftModel.from_pretrained(model, source.path, config=config, is_trainable=True)
+    check_loaded(adapted, source.path)
+    return adapted
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of the adapter's weights on the CPU, whole, by their saved names. Every process must ask: each may hold a part."""
+    whole = {name: strategies.whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    return {strategies.unwrapped(name): tensor.contiguous() for name, tensor in sorted(state.items())}
+
+
+def config_of(model: PeftModel) -> dict[str, Any]:
+    config = model.peft_config["default"].to_dict()
+    del config["peft_version"]
+    return config  # type: ignore[no-any-return]
+
+
+def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input) -> None:
+    """Writes the adapter the same way everywhere: sorted lists, and the base's digest instead of its path.
+
+    PEFT's own `save_pretrained` writes sets in hash order, the base's path, and a README.
+    """
+    config = config_of(model) | {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
+    (payload / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    save_file(tensors, payload / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def check_before(model: PeftModel, lora: Lora, found: Targets, before: dict[str, torch.Tensor]) -> None:
+    """What the hand-over checks of an adapter's form, before the first step: no training is to end in what its beginning knew. And
+    PEFT reads its weights back by the names that they are saved by."""
+    check_form(config_of(model), before, lora, found)
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 holds parts
+        result = set_peft_model_state_dict(model, before)
+        after = get_peft_model_state_dict(model, save_embedding_layers=False)
+        wrong = sorted({*result.unexpected_keys, *(before.keys() ^ after.keys())})
+        if wrong or not all(torch.equal(after[name].cpu(), tensor) for name, tensor in before.items()):
+            message = f"PEFT does not read back what it saves of this model: {', '.join(wrong[:3]) or 'other values'}"
+            raise StageFailed("config", message, "name other layers: `lora: {target_modules: [...]}`")
+
+
+def check_adapter(payload: Path, lora: Lora, found: Targets, before: dict[str, torch.Tensor], events: Events) -> None:
+    """Reads the saved adapter back: whole, finite, as configured, and changed by the training (`before` are its first weights)."""
+    tensors = load_file(payload / "adapter_model.safetensors")
+    check_form(json.loads((payload / "adapter_config.json").read_text(encoding="utf-8")), tensors, lora, found)
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise StageFailed("data", f"{len(broken)} tensors of the adapter are not finite, the first {broken[0]}", "lower learning_rate")
+    parts = [name for name in tensors if ".lora_B." in name]
+    if same := [name for name in parts if torch.equal(tensors[name], before[name])]:
+        if len(same) == len(parts):
+            raise StageFailed(
+                "data",
+                "the training changed nothing: every lora_B of the adapter is as it was before",
+                "raise learning_rate, or train for more steps",
+            )
+        events.warning(f"{len(same)} of {len(parts)} adapted layers are as they were before the training, the first {same[0]}")
+
+
+def score_only_trained_tokens() -> None:
+    """Leaves the head's work on prompts and padding out on every device, as TRL does by itself on GPUs with Triton.
+
+    TRL fears a recompilation for each new shape on accelerators that we do not serve. The same loss and gradients; on a CPU
+    SmolLM2-135M with short answers takes 2.6 s a step instead of 3.6 s.
+    """
+    from trl.trainer import utils
+
+    patch(utils, "_use_triton", lambda device: True)  # in this module it only decides on that
+
+
+class OncePrepared(TrainerCallback):  # type: ignore[misc]
+    """Checks of the model as it trains: wrapped, split, and with the weights that a checkpoint gave back."""
+
+    def __init__(self, *checks: Callable[[], None]):
+        self.checks = checks
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for check in self.checks:
+            check()
+
+
+# --- events and history -----------------------------------------------------------------------------------------------
+
+
+class Report(TrainerCallback):  # type: ignore[misc]
+    """Sends what the trainer logs as events, and ends a training whose loss is no longer a number.
+
+    Every process looks at the loss (it is the same everywhere), the first one reports.
+    """
+
+    def __init__(self, events: Events, rows: Callable[[], list[str]], shown: Mapping[str, str] | None = None, told: str = "loss"):
+        """`rows` are the ids of those of the step, in this process; `shown` further figures of the log, by the name that they get as
+        events; `told` stands beside the progress."""
+        self.rows = rows
+        self.events, self.told = events, told
+        self.shown = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"} | dict(
+            shown or {}
+        )
+        self.seconds, self.tokens = 0.0, 0.0  # of training steps in this process, without evaluations and checkpoints
+        self._since = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any) -> None:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                of_rows = "" if name == "eval_loss" else f", with {self.rows_of_step(args)}"
+                raise StageFailed(
+                    "data",
+                    f"{name} is {logs[name]} at step {state.global_step} of {state.max_steps}{of_rows}",
+                    f"lower learning_rate (it is {args.learning_rate}), or warm up for longer"
+                    if state.global_step > 1
+                    else "nothing had been learned yet: look at the base model's weights, the dtype and the rows",
+                )
+        seconds, tokens = time.perf_counter() - self._since, logs.get("num_tokens", 0.0) - self.tokens
+        if "loss" in logs:
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+        if not state.is_world_process_zero:
+            return
+        for logged, name in self.shown.items():
+            if logs.get(logged) is not None:
+                self.events.metric(name, logs[logged], state.global_step)
+        if "loss" in logs:
+            self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
+            figure = next(entry[self.told] for entry in reversed(state.log_history) if self.told in entry)  # GRPO may log it less often
+            self.events.progress(state.global_step, state.max_steps, f"{self.told} {figure:.4f}")
+
+    def rows_of_step(self, args: TrainingArguments) -> str:
+        found: list[list[str]] = [[]] * args.world_size
+        if args.world_size > 1:
+            torch.distributed.all_gather_object(found, self.rows())
+        else:
+            found = [self.rows()]
+        ids = list(dict.fromkeys(row for of_process in found for row in of_process))  # some may share their rows
+        return f"rows {', '.join(ids[:SHOWN_ROWS])}{f' and {len(ids) - SHOWN_ROWS} more' if len(ids) > SHOWN_ROWS else ''}"
+
+
+def recent(history: list[dict[str, float]], name: str) -> float:
+    """The mean of the last steps."""
+    values = [entry[name] for entry in history if name in entry][-RECENT:]
+    return sum(values) / len(values)
+
+
+def save_history(history: list[dict[str, float]], meta: Path, drawn: tuple[str, ...] = ("loss", "eval_loss")) -> None:
+    """meta/history.jsonl, an object for each log entry, and a plot of `drawn`: meta/loss.png, by the name of the first."""
+    lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
+    (meta / "history.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    from matplotlib.figure import Figure  # without pyplot: no display is looked for
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    for name in drawn:
+        style = "o-" if name.startswith("eval_") else "-"
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+    axes.set(xlabel="step", ylabel=drawn[0])
+    axes.legend()
+    figure.savefig(meta / f"{drawn[0]}.png", dpi=120)
