@@ -110,7 +110,7 @@ bench-overhead: setup  ## what tuneline adds to a stage
 	$(BIN)/python benchmarks/overhead.py --rows $(ROWS)
 
 bench-startup: setup  ## what a program imports
-	$(RUNTIME) benchmarks/startup.py --rows $(ROWS)
+	$(RUNTIME) benchmarks/startup.py --quantize $(call python_of,quantize) --rows $(ROWS)
 
 bench-merge: setup  ## the merge beside PEFT's and beside `cp`
 	$(RUNTIME) benchmarks/merge.py --rows $(ROWS)

@@ -1,6 +1,6 @@
 """What a program imports before it works: seconds by package, for each kind; and the CPU seconds that hiding packages saves.
 
-    PYTHONPATH=. <python of the torch runtime> benchmarks/startup.py [--rounds 3]                        (make bench-startup)
+    PYTHONPATH=. <python of the torch runtime> benchmarks/startup.py --quantize PYTHON [--rounds 3]      (make bench-startup)
 
 Each program runs whole, on a pico model, under `python -X importtime`, so what it imports late counts too. Seconds are the modules'
 own, added up by package (importtime itself makes them about a tenth longer); the median of the rounds by kind counts. The table names
@@ -83,10 +83,10 @@ def artifact_of(request: Request, artifacts: dict[str, Input]) -> Input:
     return Input(path=request.payload, digest="", type=gives, template=template, base=base)  # type: ignore[arg-type]
 
 
-def seconds_of(request: Request, how: list[str]) -> tuple[float, str]:
-    """(CPU seconds, what it said) of a program that is started as `how`."""
+def seconds_of(python: str, request: Request, how: list[str]) -> tuple[float, str]:
+    """(CPU seconds, what it said) of a program that `python` starts as `how`."""
     before = cpu()
-    said = run([sys.executable, *how, str(request.work / "request.json")], request.work)
+    said = run([python, *how, str(request.work / "request.json")], request.work)
     return cpu() - before, said
 
 
@@ -130,6 +130,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quantize", required=True, help="python of the runtime `quantize`")
     parser.add_argument("--rows", type=Path, help="file that the rows of the common table are appended to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -140,11 +141,12 @@ def main() -> None:
         artifacts: dict[str, Input] = {}
         print(f"median of {arguments.rounds}\n{'kind':<10}{'CPU s':>7}{'all':>7}{'imports':>9}{'ours':>7}   most, and who imports it first")
         for kind in PICO:
+            python = arguments.quantize if kind == "quantize" else sys.executable
             imports, spent = [], []
             for _ in range(arguments.rounds):
                 traced, plain, whole = (request_for(folder, kind, artifacts) for _ in range(3))
-                imports.append(by_package(seconds_of(traced, ["-X", "importtime", *AS_IT_IS])[1]))
-                spent.append((seconds_of(plain, AS_IT_IS)[0], seconds_of(whole, ["-c", ALL_IMPORTED])[0]))
+                imports.append(by_package(seconds_of(python, traced, ["-X", "importtime", *AS_IT_IS])[1]))
+                spent.append((seconds_of(python, plain, AS_IT_IS)[0], seconds_of(python, whole, ["-c", ALL_IMPORTED])[0]))
                 assert payload_digest(plain) == payload_digest(whole), kind
             artifacts[kind] = artifact_of(plain, artifacts)
             seconds, importer = sorted(imports, key=lambda figures: figures[0].total())[len(imports) // 2]
