@@ -69,7 +69,7 @@ def measured(way: str, folder: Path, shards: str) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  the model class is imported late otherwise
 
     from tasks.convert import merge
-    from tuneline.config.spec import MergeStage
+    from tuneline.kinds.merge import MergeStage
     from tuneline.workspace.protocol import Events, Input
 
     base, out = folder / shards, folder / "out"

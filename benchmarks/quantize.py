@@ -48,7 +48,7 @@ def prepare(folder: Path, layers: int | None) -> None:
 
     from tasks.convert.quantize import calibration_rows, measured_rows
     from tasks.models.loading import load_tokenizer
-    from tuneline.config.spec import QuantizeStage
+    from tuneline.kinds.quantize import QuantizeStage
     from tuneline.workspace.protocol import Events
 
     request = make_request(folder / "model", {"kind": "model", "gguf": str(GGUF)}, {}, files={"gguf": [GGUF]})

@@ -26,26 +26,27 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.urls import url_for
 
+from flows.machine import visible_gpus
 from flows.report.artifacts import Publisher
 from flows.report.html import report_of
 from flows.report.markdown import run_report
+from flows.run.cancelled import Watch
 from flows.run.missed import SKIPPED, missed
 from flows.run.orphan import end_with_parent
 from flows.run.run_stage import run_stage
-from flows.run.slots import Slots, visible_gpus
+from flows.run.slots import Slots
 from flows.run.stage import FAILED, stage_task
 from flows.run.supervisor import Supervisor
 from flows.run.this_run import NoReporter, Reporter, Run
-from flows.server.cancellation import Watch
 from tuneline import __version__
 from tuneline.config.load import load
-from tuneline.config.order import depends_on, in_order, planned, with_ancestors
+from tuneline.config.order import depends_on, in_order, with_ancestors
 from tuneline.config.overrides import as_sets
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError, TunelineError
 from tuneline.kinds.fields import NAME
 from tuneline.patches import patch
 from tuneline.planning.plan import check_stages
-from tuneline.workspace.runs import RunRecord, Runs, RunState
+from tuneline.workspace.runs import RunRecord, Runs, RunState, planned
 from tuneline.workspace.workspace import Workspace
 
 __all__ = ["REPORTER", "run_pipeline", "run_stage"]  # run_stage: the entrypoint of child deployments

@@ -18,8 +18,8 @@ from pydantic_core import PydanticUndefined
 
 from tuneline.config import pools, spec
 from tuneline.config.json_schema import json_schema
+from tuneline.kinds import dataset, fields, gate, grpo, rewards, sft
 from tuneline.kinds import engine as engines
-from tuneline.kinds import fields, rewards
 from tuneline.kinds import sources as data_sources
 from tuneline.kinds import stage as stages
 from tuneline.kinds import training as trainings
@@ -32,12 +32,12 @@ PARTS = (
     data_sources.HubSource,
     data_sources.ReasoningGymSource,
     data_sources.CodeSource,
-    spec.Split,
+    dataset.Split,
     trainings.Lora,
-    trainings.EarlyStopping,
-    trainings.Rollouts,
+    sft.EarlyStopping,
+    grpo.Rollouts,
     *rewards.REWARDS.values(),
-    spec.Requirement,
+    gate.Requirement,
     pools.Schedule,
     pools.ProcessPool,
     pools.DockerPool,
@@ -49,7 +49,7 @@ PARTS = (
 HEAD = """\
 # pipelines.yaml: every kind and field
 
-Generated from `tuneline/config/spec.py` and `tuneline/kinds/sources.py` by `make docs`; `make lint` checks it.
+Generated from `tuneline/config/spec.py` and `tuneline/kinds/` by `make docs`; `make lint` checks it.
 The same as a JSON Schema: `tuneline schema`.
 
 A file has `version: 1` and `pipelines:`; each pipeline has `stages:`, each stage a `kind`. A field that takes a *stage* holds

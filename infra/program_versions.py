@@ -25,7 +25,7 @@ from pydantic import BaseModel, TypeAdapter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the `tuneline` beside this script, wherever another one is installed
 
-from tuneline.config.spec import STAGES  # noqa: E402
+from tuneline.config.spec import PROGRAM_STAGES  # noqa: E402
 from tuneline.planning.keys import HOW, PINNED_BY_COMMIT  # noqa: E402
 
 VERSIONS = ROOT / "tasks" / "versions.json"
@@ -33,11 +33,7 @@ Defaults = dict[str, Any]
 
 
 def programs() -> dict[str, str]:
-    """PROGRAMS of tasks/__main__.py, read without importing it."""
-    for node in ast.parse((ROOT / "tasks" / "__main__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "PROGRAMS":
-            return dict(ast.literal_eval(node.value))
-    raise SystemExit("tasks/__main__.py has no PROGRAMS")
+    return {kind: stage.program for kind, stage in PROGRAM_STAGES.items()}
 
 
 def modules_of(program: str) -> list[Path]:
@@ -122,7 +118,7 @@ def moved(kind: str, known: dict[str, Any], code: str, defaults: Defaults) -> It
 
 def main(arguments: list[str]) -> int:
     known = json.loads(VERSIONS.read_text())
-    now = {kind: (code_digest(module), defaults_of(STAGES[kind], HOW)) for kind, module in programs().items()}
+    now = {kind: (code_digest(module), defaults_of(PROGRAM_STAGES[kind], HOW)) for kind, module in programs().items()}
     if arguments == ["--check"]:
         for kind, (code, defaults) in now.items():
             news = list(moved(kind, known.get(kind, {}), code, defaults))

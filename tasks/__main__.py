@@ -18,18 +18,10 @@ from tasks.models.loading import check_inputs
 from tasks.noise import silence
 from tasks.packages import hidden, hide, import_program
 from tuneline import disk
+from tuneline.config.spec import PROGRAM_STAGES
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events, Failure, Request
 
-PROGRAMS = {
-    "model": "tasks.models.fetch",
-    "dataset": "tasks.data.dataset",
-    "sft": "tasks.training.sft",
-    "grpo": "tasks.training.grpo",
-    "evaluate": "tasks.evaluation.evaluate",
-    "merge": "tasks.convert.merge",
-    "quantize": "tasks.convert.quantize",
-}
 NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError")
 # A process whose peers have gone, or do not answer: what torch says of it is a class of its own or, with gloo, only a text.
 LOST = ("DistNetworkError", "DistStoreError", "DistBackendError")
@@ -55,7 +47,7 @@ def main() -> int:
     try:
         check_inputs(request)
         hide(request)
-        program = import_program(request.kind, PROGRAMS[request.kind])
+        program = import_program(request.kind, PROGRAM_STAGES[request.kind].program)
         result = program.run(request, request.stage(), events)
         if is_first_process():
             result.model_copy(update={"info": {**result.info, **computed_on()}}).write(folder / "result.json")

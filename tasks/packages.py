@@ -16,10 +16,14 @@ from types import ModuleType
 
 from tasks.models.gptq import quantization
 from tasks.models.loading import runs_code
-from tuneline.config.spec import DatasetStage, EvaluateStage, ModelStage, QuantizeStage
+from tuneline.kinds.dataset import DatasetStage
+from tuneline.kinds.evaluate import EvaluateStage
+from tuneline.kinds.grpo import GrpoStage
+from tuneline.kinds.model import ModelStage
+from tuneline.kinds.quantize import QuantizeStage
 from tuneline.kinds.rewards import FunctionReward
+from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import ProgramStage
-from tuneline.kinds.training import GrpoStage, SftStage
 from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import folder_of as model_folder
 

@@ -12,18 +12,18 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from flows.report.tables import ConsoleReporter
-from flows.run.slots import visible_gpus
+from flows.machine import visible_gpus
+from flows.report.terminal import ConsoleReporter
 from flows.server.connect import connect, embedded_server, find_server
-from tuneline.config.order import depends_on, planned
+from tuneline.config.order import depends_on
 from tuneline.config.overrides import as_overrides
-from tuneline.config.spec import GateStage
 from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
+from tuneline.kinds.gate import GateStage
 from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.plan import PlanRow
 from tuneline.planning.verdict import judge, shown_metrics
-from tuneline.workspace.runs import RunRecord, StageRecord
+from tuneline.workspace.runs import RunRecord, StageRecord, planned
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.store import Manifest
 from tuneline.workspace.workspace import Workspace

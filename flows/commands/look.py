@@ -95,7 +95,7 @@ def status(file: Path, as_json: bool) -> None:
         document = {"working": [asdict(row) for row in here], "server": address, "on_server": [asdict(row) for row in there]}
         print_json(document)
         return
-    from flows.report.tables import status_tables
+    from flows.server.table import status_tables
 
     status_tables(here, there)
     if (state := lasting.read(lasting.folder_of(workspace.root))) and not state.server.alive:

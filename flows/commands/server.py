@@ -102,7 +102,7 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
     check_schedules(loaded)
     address = connect(loaded.root / ".tuneline")
     from flows.deploy import compare as deployment
-    from flows.report.tables import deploy_table
+    from flows.deploy.table import deploy_table
 
     rows = deployment.deploy(loaded, dry_run)
     if not dry_run:
@@ -168,7 +168,7 @@ def doctor(file: Path, fix: bool, as_json: bool) -> None:
     if as_json:
         print_json({"problems": problems, "findings": [asdict(finding) for finding in findings]})
     else:
-        from flows.report.tables import doctor_table
+        from flows.doctor.table import doctor_table
 
         doctor_table(findings)
     sys.exit(FAILED if problems else 0)

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from prefect.client.orchestration import get_client
 
-from flows.deploy.remote import Server, told_errors
+from flows.deploy.remote import Server
 from flows.deploy.wanted import RUN_STAGE, TAG, Item, What, file_tag, wanted
+from flows.server.errors import told_errors
 from flows.server.waiting import nobody
 from tuneline.config.load import Loaded
 from tuneline.config.yaml_source import Keys, dotted

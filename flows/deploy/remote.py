@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -12,26 +11,10 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.objects import ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import PrefectException
 
 from flows.deploy.wanted import FILE_TAG, Item, What, as_schedule, shown_automation, shown_schedule
-from tuneline.errors import TunelineError
 
 PAGE = 200  # Prefect's most
-
-
-@contextmanager
-def told_errors() -> Iterator[None]:
-    """A server's refusal, or its absence, in our words."""
-    try:
-        yield
-    except httpx.HTTPStatusError as error:
-        text = error.response.text[:500]
-        raise TunelineError(f"the Prefect server answers HTTP {error.response.status_code} to {error.request.url}: {text}") from None
-    except PrefectException as error:
-        raise TunelineError(f"the Prefect server refuses it: {error}") from None
-    except httpx.TransportError as error:
-        raise TunelineError(f"the Prefect server does not answer: {error}", "once it runs, call it again") from None
 
 
 class Server:

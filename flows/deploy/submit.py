@@ -27,8 +27,8 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import LogSort
 from prefect.utilities.urls import url_for
 
-from flows.deploy.remote import told_errors
 from flows.deploy.wanted import TAG
+from flows.server.errors import told_errors
 from flows.server.waiting import why
 from tuneline.config.messages import listed, nearest
 from tuneline.errors import ConfigError, Problem

@@ -21,15 +21,16 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from flows.run.slots import visible_gpus
+from flows.machine import gpus_asked, visible_gpus
 from flows.server import api
 from flows.server import state as lasting
 from flows.server.connect import connect
 from tuneline import disk
 from tuneline.config.load import Loaded
 from tuneline.config.pools import KubernetesPool, ProcessPool
-from tuneline.config.spec import DatasetStage, ModelStage
 from tuneline.errors import ConfigError, Problem, StoreError
+from tuneline.kinds.dataset import DatasetStage
+from tuneline.kinds.model import ModelStage
 from tuneline.kinds.sources import HubSource
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.paths import placed
@@ -140,23 +141,6 @@ def _gpus(loaded: Loaded) -> Diagnosis:
         return Diagnosis("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
     remedy = f"`local: false` for the pool {pool}, and `tuneline worker {pool}` where the GPUs are"
     return Diagnosis("gpus", WARNING, f"{message} ({stage}, in the pool {pool} of this machine)", remedy)
-
-
-def gpus_asked(loaded: Loaded) -> list[tuple[str, int, str | None]]:
-    """(stage, its GPUs, its pool) of all that would run on this machine: what is in other machines' pools does not."""
-    return [
-        (f"{pipeline}.{name}", stage.resources.gpus, stage.pool or its.pool)
-        for pipeline, its in loaded.spec.pipelines.items()
-        for name, stage in its.stages.items()
-        if isinstance(stage, ProgramStage) and _here(loaded, stage.pool or its.pool)
-    ]
-
-
-def _here(loaded: Loaded, pool: str | None) -> bool:
-    if pool is None:
-        return True
-    its = loaded.spec.pools[pool]
-    return isinstance(its, ProcessPool) and its.local
 
 
 def _token(loaded: Loaded) -> Diagnosis:

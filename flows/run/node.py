@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from flows.run.slots import Slots, visible_gpus
+from flows.machine import visible_gpus
+from flows.run.slots import Slots
 from flows.run.supervisor import Supervisor, program_environment
 from tuneline.config.overrides import as_flags, as_overrides
 from tuneline.errors import ConfigError, Problem, StageFailed

@@ -15,20 +15,20 @@ from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
+from flows.machine import visible_gpus
 from flows.report.artifacts import Publisher
+from flows.run.cancelled import Watch
 from flows.run.child import NAME
 from flows.run.orphan import end_with_parent
-from flows.run.slots import Slots, visible_gpus
+from flows.run.slots import Slots
 from flows.run.stage import stage_task
 from flows.run.supervisor import Supervisor
 from flows.run.this_run import NoReporter, Run
-from flows.server.cancellation import Watch
 from tuneline.config.load import load
-from tuneline.config.order import planned
 from tuneline.config.overrides import as_sets
 from tuneline.errors import StageFailed
 from tuneline.planning.plan import input_slots
-from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.runs import RunRecord, planned
 from tuneline.workspace.store import Artifact
 from tuneline.workspace.workspace import Workspace
 

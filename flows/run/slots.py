@@ -22,17 +22,7 @@ from typing import Any
 from tuneline.errors import StageFailed, StageStopped
 
 FOLDER = Path(tempfile.gettempdir()) / "tuneline-gpus"
-DECLARED = "TUNELINE_GPUS"  # a number of GPUs to pretend, for tests and dry runs
 POLL = 0.5  # seconds between two looks for a free GPU
-
-
-def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device.strip() for device in visible.split(",") if device.strip()]
-    declared = os.environ.get(DECLARED)
-    return [str(number) for number in range(int(declared) if declared else len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from flows.run.slots import Taken
 from flows.run.this_run import Run
 from tuneline import disk
 from tuneline.canonical import key_of
-from tuneline.config.spec import GateStage, ModelStage
 from tuneline.errors import StageFailed, StageStopped, StoreError, TunelineError
+from tuneline.kinds.gate import GateStage
+from tuneline.kinds.model import ModelStage
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.planning.inputs import hub_inputs
 from tuneline.planning.plan import document_of, input_slots

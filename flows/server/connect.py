@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.run.supervisor import WATCHDOG
 from flows.server import api, migrated
 from flows.server import state as lasting
 from tuneline import PACKAGES_ROOT, watchdog
@@ -133,7 +132,7 @@ def embedded_server(home: Path, on_death: Callable[[str], None] = lambda message
         log = database.with_suffix(".log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(WATCHDOG), *server_command(port)],
+                [sys.executable, "-I", "-S", watchdog.__file__, *server_command(port)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

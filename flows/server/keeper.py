@@ -24,7 +24,7 @@ AGAIN_SECONDS = 60.0  # before a worker that did not start is tried again
 
 
 def start(loaded: Loaded, folder: Path, state: lasting.State) -> lasting.Process:
-    code = f"import sys; sys.path.insert(0, {str(PACKAGES_ROOT)!r}); from flows import keeper; keeper.main()"
+    code = f"import sys; sys.path.insert(0, {str(PACKAGES_ROOT)!r}); from flows.server import keeper; keeper.main()"
     command = [sys.executable, "-P", "-c", code, str(loaded.file)]
     return lasting.process(workers.spawn(command, folder, ROLE, state.address, folder / "keeper.log", {}).pid)
 

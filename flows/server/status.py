@@ -80,7 +80,7 @@ def on_server() -> list[OnServer]:
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
 
-    from flows.deploy.remote import told_errors
+    from flows.server.errors import told_errors
     from flows.server.waiting import why
 
     unended = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.SCHEDULED, StateType.PAUSED]

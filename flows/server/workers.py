@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.doctor.machine import gpus_asked
-from flows.run.slots import visible_gpus
+from flows.machine import gpus_asked, visible_gpus
 from flows.server import state as lasting
 from flows.server.connect import DATABASE, QUIET, tail
 from flows.server.worker import heartbeat, worker_command

@@ -27,22 +27,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from tasks.data.endings import check_ends, save_configs
 from tasks.data.masks import prompt_ids
 from tasks.data.rows import Row
-from tasks.models.loading import (
-    check_ends,
-    code_files,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    runs_code,
-    save_configs,
-    saved_tokenizer,
-    template_hash,
-    write_json,
-)
-from tuneline.config.spec import MergeStage
+from tasks.models.loading import code_files, load_model, load_tokenizer, model_folder, runs_code, saved_tokenizer, template_hash, write_json
 from tuneline.errors import StageFailed
+from tuneline.kinds.merge import MergeStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:

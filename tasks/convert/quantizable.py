@@ -17,8 +17,8 @@ from tasks.models.experts import expert_tensors
 from tasks.models.gptq import quantization
 from tasks.models.loading import model_folder, runs_code
 from tasks.models.weights import read_header, weight_files
-from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.quantize import QuantizeStage
 from tuneline.workspace.protocol import Input
 
 if TYPE_CHECKING:

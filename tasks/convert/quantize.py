@@ -40,8 +40,8 @@ from tasks.models.loading import (
 )
 from tasks.models.older_readers import make_tokenizer_readable
 from tasks.models.weights import INDEX, weight_files
-from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.quantize import QuantizeStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Events, Input, Request, Result
 

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.models.loading import compute_type
 from tasks.models.weights import INDEX, weight_files
-from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.quantize import QuantizeStage
 from tuneline.patches import patch
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from tasks.data.sources import Counts, Item, drop, read_source
 from tasks.data.unrendered import HINT, unrendered
 from tasks.data.values import BadRow
 from tasks.models.loading import load_tokenizer, template_hash
-from tuneline.config.spec import DatasetStage, Split
 from tuneline.errors import StageFailed
+from tuneline.kinds.dataset import DatasetStage, Split
 from tuneline.kinds.sources import CodeSource
 from tuneline.workspace.protocol import Events, Request, Result
 

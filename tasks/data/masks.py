@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from itertools import islice, permutations, product
 from typing import TYPE_CHECKING, Any
 
+from tasks.data import marks
 from tasks.data.rendering import Turn, called, conversation, ends, render_text, turn
 from tasks.data.rows import Row
 from tasks.data.thoughts import said, written
-from tasks.scoring import scores as scoring
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
         if row.messages[-1].get("weight") != 0:
             ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
             answer = said(written(ids[start:end], tokenizer, ()), tokenizer.decode(ids[:start]), tokenizer)
-    return replace(row, answer=answer if answer and scoring.said(answer) else None)
+    return replace(row, answer=answer if answer and marks.said(answer) else None)
 
 
 def in_the_order_of(row: Row, answer: str, tokenizer: PreTrainedTokenizerBase) -> str:

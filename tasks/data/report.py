@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.data.masks import Tokens, sequences
 from tasks.data.rows import SPLITS, Row, read_rows
 from tasks.data.sources import AnySource, Counts, Item
-from tuneline.config.spec import DatasetStage
+from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.workspace.protocol import Events
 

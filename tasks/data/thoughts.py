@@ -2,7 +2,7 @@
 
 How a model marks its thoughts is seen in what its chat template writes of a made-up answer: a block (`<think>`), a channel
 (`<|channel|>analysis`), or a block that the generation prompt has opened. Marks that rows write into contents by themselves, and
-templates know nothing of, are in `tasks.scoring.scores`.
+templates know nothing of, are in `tasks.data.marks`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
+from tasks.data.marks import said as said_plainly
 from tasks.data.rendering import ANSWER, QUESTION, TOOLS, made_up_calls, turn
 from tasks.data.rows import Row
-from tasks.scoring import scores as scoring
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def said(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     while mark := next((mark for mark in (found.start, *found.leads) if mark and answer.lstrip().startswith(mark)), None):
         answer = answer.partition(found.end if mark == found.start else mark)[2]
     special = _special(tokenizer)
-    answer = scoring.said(answer)  # before special tokens go: they may mark thoughts, too
+    answer = said_plainly(answer)  # before special tokens go: they may mark thoughts, too
     return (special.sub("", answer) if special else answer).strip()
 
 

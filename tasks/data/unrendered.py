@@ -11,10 +11,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from tasks.data.marks import TAGS, said
 from tasks.data.rendering import QUESTION, called, conversation, form, render_text, tried
 from tasks.data.rows import THOUGHTS, Row
 from tasks.models.loading import template_hash
-from tasks.scoring.scores import TAGS, said
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events
 

@@ -19,8 +19,8 @@ from tasks.evaluation.code_benchmark import NAME as HUMAN_EVAL
 from tasks.evaluation.code_benchmark import human_eval
 from tasks.sandbox import run as sandbox
 from tasks.scoring.scores import TAIL, Report, Sample
-from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.workspace.benchmarks import CODE, READERS, Data
 from tuneline.workspace.protocol import Events, Request
 

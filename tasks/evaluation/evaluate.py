@@ -29,8 +29,8 @@ from tasks.evaluation.code_benchmark import NAME as HUMAN_EVAL
 from tasks.evaluation.code_benchmark import info as human_eval_info
 from tasks.models.loading import check_device, compute_type, load_model, load_tokenizer
 from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
-from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:

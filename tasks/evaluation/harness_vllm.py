@@ -24,9 +24,9 @@ from tasks.engine.client import BASE, OUTPUT, Engine, modules_of
 from tasks.evaluation.harness import LanguageModel
 from tasks.models.gptq import is_gptq
 from tasks.models.loading import model_folder, runs_code
-from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
+from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Events, Input, Request
 

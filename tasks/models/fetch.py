@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.loading import CODE, save_tokenizer, template_hash, write_json
 from tasks.models.older_readers import readable_config
 from tasks.models.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
-from tuneline.config.spec import ModelStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.model import ModelStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Events, Request, Result
 from tuneline.workspace.reference import REFERENCE, point

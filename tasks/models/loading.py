@@ -10,12 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.data.rendering import ends
 from tasks.models.gptq import is_gptq, load_dense
 from tasks.models.older_readers import make_tokenizer_readable, readable_config
 from tuneline.errors import StageFailed
 from tuneline.kinds.stage import ComputingStage
-from tuneline.workspace.protocol import Events, Input, Request
+from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import REFERENCE
 from tuneline.workspace.reference import folder_of as model_folder
 from tuneline.workspace.store import CHANGED, Store, digest, sha256
@@ -247,39 +246,12 @@ def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTraine
     return tokenizer
 
 
-def save_configs(folder: Path, payload: Path, dtype: str | None, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
-    """The base's config.json and generation_config.json, with the type that weights have been given, and with the tokens that end a
-    trained answer beside those that ended one before: `generate` is to stop where an evaluation does."""
-    for name in ("config.json", "generation_config.json"):
-        if not (folder / name).exists():
-            continue
-        document = json.loads((folder / name).read_text(encoding="utf-8"))
-        if name == "config.json":
-            document = saved_config(document, dtype)
-        before, trained = document.get("eos_token_id"), ends(tokenizer)
-        if not set(trained) <= set(before if isinstance(before, list) else [before]):
-            every = ends(tokenizer, before)
-            document["eos_token_id"] = every if len(every) > 1 else every[0]
-            events.warning(f"{name}: eos_token_id was {before}, and is {document['eos_token_id']}: {trained} end what was trained")
-        write_json(payload / name, document)
-
-
 def saved_config(document: dict[str, Any], dtype: str | None, **added: Any) -> dict[str, Any]:
     """A base's config.json for the model that was made of it."""
     document = {name: value for name, value in document.items() if name != "_name_or_path"}
     if dtype:
         document |= {"dtype": dtype, "torch_dtype": dtype}  # its name before transformers 5
     return readable_config(document | added)
-
-
-def check_ends(payload: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """transformers' `generate` with its defaults ends where an evaluation does."""
-    from transformers import GenerationConfig
-
-    name = "generation_config.json" if (payload / "generation_config.json").exists() else "config.json"
-    found = GenerationConfig.from_pretrained(payload, config_file_name=name).eos_token_id
-    if lost := sorted(set(ends(tokenizer)) - set(found if isinstance(found, list) else [found])):
-        raise StageFailed("bug", f"the model was saved so that {', '.join(tokenizer.convert_ids_to_tokens(lost))} would not end an answer")
 
 
 def write_json(file: Path, document: Any) -> None:

@@ -1,6 +1,6 @@
 """The inner side of `tasks.sandbox.run`: makes the sandbox, runs one piece of Python in it, and says how that ended.
 
-    python -s -P sandbox_inside.py < REQUEST > ANSWER        (both JSON; standard library only, no imports of ours)
+    python -s -P tasks/sandbox/inside.py < REQUEST > ANSWER        (both JSON; standard library only, no imports of ours)
 
     launcher      new user, pid, mount, network, IPC and host-name namespaces; a root folder of read-only mounts; chroot
     └── init      process 1 of the pid namespace: when it ends, the kernel ends everything in there, whatever session it has

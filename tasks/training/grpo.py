@@ -27,7 +27,7 @@ from tasks.models.padding import PADS
 from tasks.scoring.rewards import check_rows, reward_functions
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
-from tuneline.kinds.training import GrpoStage
+from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.loading import compute_type, device, model_folder
 from tasks.models.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import SftStage
+from tuneline.kinds.sft import SftStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Input
 

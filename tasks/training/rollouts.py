@@ -30,7 +30,7 @@ from tasks.models.targets import Targets
 from tasks.training.shared import adapter_tensors, save_adapter
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
-from tuneline.kinds.training import GrpoStage
+from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Events, Request
 
 if TYPE_CHECKING:

@@ -17,25 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
+from tasks.data.endings import check_ends, save_configs
 from tasks.data.masks import IGNORED, sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
-from tasks.models.loading import (
-    check_device,
-    check_ends,
-    code_files,
-    load_tokenizer,
-    model_folder,
-    save_configs,
-    save_tokenizer,
-    saved_tokenizer,
-    template_hash,
-)
+from tasks.models.loading import check_device, code_files, load_tokenizer, model_folder, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
-from tuneline.kinds.training import SftStage
+from tuneline.kinds.sft import SftStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:

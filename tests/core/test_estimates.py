@@ -19,7 +19,8 @@ from tuneline.estimates import fit as fits
 from tuneline.estimates.architectures import Architecture, architecture_of, reach, read
 from tuneline.estimates.estimate import Estimate, disk_of, estimates
 from tuneline.estimates.memory import Job
-from tuneline.kinds.training import SftStage, Training
+from tuneline.kinds.sft import SftStage
+from tuneline.kinds.training import Training
 from tuneline.planning.plan import plan
 from tuneline.workspace.checkpoints import Checkpoint
 from tuneline.workspace.workspace import Workspace

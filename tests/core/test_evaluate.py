@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tuneline.config.load import load
-from tuneline.config.spec import EvaluateStage
 from tuneline.errors import ConfigError
+from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.planning.keys import key_document
 
 STAGE: dict[str, Any] = {"kind": "evaluate", "model": "base", "benchmarks": ["arc_easy"]}

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from tuneline.config.load import load
-from tuneline.config.spec import EvaluateStage, GateStage, MergeStage
 from tuneline.errors import ConfigError
+from tuneline.kinds.evaluate import EvaluateStage
+from tuneline.kinds.gate import GateStage
+from tuneline.kinds.merge import MergeStage
 from tuneline.planning.verdict import judge, shown_metrics
 from tuneline.workspace.store import Manifest
 

@@ -9,8 +9,8 @@ import pytest
 
 from tuneline.config.load import load
 from tuneline.errors import ConfigError
+from tuneline.kinds.grpo import GrpoStage
 from tuneline.kinds.stage import ProgramStage
-from tuneline.kinds.training import GrpoStage
 from tuneline.planning.keys import key_document
 
 STAGE: dict[str, Any] = {"kind": "grpo", "model": "base", "dataset": "data", "rewards": [{"type": "exact_match"}]}

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneline.planning.keys import LIBRARIES, QLORA_LIBRARIES
+from tuneline.config.spec import PROGRAM_STAGES
+from tuneline.kinds.sft import QLORA_LIBRARIES
 from tuneline.workspace.runtimes import _locked
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = "".join((ROOT / "infra" / "runtimes" / f"{name}.txt").read_text() for name in ("torch", "quantize"))
 PINS = set(re.findall(r"^([a-z0-9-]+)==", LOCKS, re.MULTILINE))
 NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"}
+LIBRARIES = {kind: stage.libraries for kind, stage in PROGRAM_STAGES.items()}
 ALL = tuple(LIBRARIES)
 # Imported, and no version of it can change what comes out: library -> kinds and the reason.
 CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
@@ -24,16 +26,12 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "deepspeed": (("sft", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
     "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
-    "jinja2": (ALL, "the name of its error alone; transformers renders"),
+    "jinja2": (tuple(kind for kind in ALL if kind != "model"), "the name of its error alone; transformers renders"),
     "logbar": (("quantize",), "kept quiet"),
     "matplotlib": (("dataset", "sft", "grpo"), "draws pictures for people into meta/"),
     "numpy": (ALL, "takes the bits of GPTQ weights apart, exactly"),
     "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
-    "pyarrow": (("model", "sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
-    "reasoning-gym": (
-        ("sft", "merge", "quantize"),
-        "scores answers; `tasks.data.masks` takes how thoughts are marked from the same file",
-    ),
+    "pyarrow": (("sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
     "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
     "torch": (("dataset",), "loads weights, of which a dataset needs none"),
 }

@@ -10,8 +10,8 @@ from load_tools import GOOD, load_text
 from tuneline.canonical import key_of
 from tuneline.errors import ConfigError
 from tuneline.kinds.fields import OutsideFile, annotated_values
+from tuneline.kinds.grpo import GrpoStage
 from tuneline.kinds.rewards import FunctionReward
-from tuneline.kinds.training import GrpoStage
 from tuneline.planning.keys import key_document
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tuneline.config.spec import STAGES
-from tuneline.kinds.training import GrpoStage, SftStage
+from tuneline.kinds.grpo import GrpoStage
+from tuneline.kinds.sft import SftStage
 from tuneline.planning.keys import key_document
 
 SFT: dict[str, Any] = {"kind": "sft", "model": "base", "dataset": "data", "global_batch_size": 16}

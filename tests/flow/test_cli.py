@@ -141,16 +141,16 @@ def test_moved_code_or_defaults_without_a_word_are_noticed(tmp_path: Path) -> No
         assert text.count(before) == 1
         (tmp_path / file).write_text(text.replace(before, after))
 
-    harness = tmp_path / "tasks" / "harness.py"
+    harness = tmp_path / "tasks" / "evaluation" / "harness.py"
     harness.write_text(harness.read_text() + "\n# a comment is no code\n")
     assert check("--check").returncode == 0
     harness.write_text(harness.read_text() + "\nMORE = 1\n")
     edit("tuneline/kinds/training.py", "r: int = Field(16, ge=1", "r: int = Field(8, ge=1")
     edit("tuneline/kinds/training.py", "max_grad_norm: float = Field(1.0", "max_grad_norm: float = Field(0.3")
-    edit("tuneline/kinds/training.py", "    epsilon: float = Field(0.2, gt=0)", "    clipping: float = Field(0.2, gt=0)")
-    edit("tuneline/kinds/training.py", "packing: bool = False", "packing: bool = Field(default_factory=lambda: True)")
+    edit("tuneline/kinds/grpo.py", "    epsilon: float = Field(0.2, gt=0)", "    clipping: float = Field(0.2, gt=0)")
+    edit("tuneline/kinds/sft.py", "packing: bool = False", "packing: bool = Field(default_factory=lambda: True)")
     edit("tuneline/kinds/rewards.py", "seconds: float = Field(10.0", "seconds: float = Field(20.0")
-    edit("tuneline/config/spec.py", "split: Split = Split()", "split: Split = Split(test=0.2)")
+    edit("tuneline/kinds/dataset.py", "split: Split = Split()", "split: Split = Split(test=0.2)")
     edit("tuneline/kinds/stage.py", "gpus: int = Field(0", "gpus: int = Field(1")  # in no key
     moved = check("--check")
     assert moved.returncode == 1

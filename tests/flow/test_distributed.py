@@ -102,7 +102,7 @@ def test_what_kills_one_process_costs_one_attempt(pico: Project, expected: list[
 INJECTED = """\
 import runpy, sys
 import torch
-from tasks import sft_trainer
+from tasks.training import sft_trainer
 
 real = sft_trainer.TokenWeightedTrainer.compute_loss
 

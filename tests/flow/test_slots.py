@@ -14,8 +14,9 @@ import pytest
 from processes import PATIENCE, until
 from project import ROOT
 
+from flows.machine import visible_gpus
 from flows.report import progress
-from flows.run.slots import Slots, visible_gpus
+from flows.run.slots import Slots
 from flows.run.supervisor import Supervisor
 from flows.server.connect import kept
 from tuneline.errors import StageFailed

@@ -210,7 +210,7 @@ def test_the_pico_pipeline_killed_at_random(tmp_path: Path, pico_run: Project, p
 PUBLISH = """
 import os, shutil, signal, sys
 from pathlib import Path
-from tuneline import store as module
+from tuneline.workspace import store as module
 from tuneline.workspace.store import Manifest, Store
 
 store, kills = Store(Path(sys.argv[1])), 0

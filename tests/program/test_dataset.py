@@ -24,8 +24,8 @@ from tasks.data.dataset import bucket, identified, split
 from tasks.data.masks import prompt_ids, token_counts, tokenize
 from tasks.data.rows import SPLITS, Row, content_hash
 from tasks.data.sources import Item
-from tuneline.config.spec import Split
 from tuneline.errors import StageFailed
+from tuneline.kinds.dataset import Split
 from tuneline.workspace.protocol import Input
 
 

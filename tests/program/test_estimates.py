@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tuneline.config.spec import SftStage
 from tuneline.estimates.architectures import FAMILIES, Architecture, read
 from tuneline.estimates.memory import Job
+from tuneline.kinds.sft import SftStage
 
 SMALL = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,

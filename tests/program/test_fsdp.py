@@ -15,8 +15,8 @@ from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
 from tasks.training import sft, strategies
+from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import Resources
-from tuneline.kinds.training import SftStage
 from tuneline.workspace.protocol import Input, Request
 
 

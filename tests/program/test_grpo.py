@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tasks.training import grpo
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import GrpoStage
+from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Input
 
 

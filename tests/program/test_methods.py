@@ -22,7 +22,7 @@ from tasks.data.rows import write_rows
 from tasks.models.loading import load_model
 from tasks.training import methods
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import SftStage
+from tuneline.kinds.sft import SftStage
 from tuneline.workspace.protocol import Input, Request
 
 WHOLE: dict[str, Any] = {"method": "full", "learning_rate": 1e-3}

@@ -25,8 +25,8 @@ from tasks.data.rows import SPLITS, Row, write_rows
 from tasks.models import gptq, loading
 from tasks.models.loading import load_model
 from tasks.models.weights import read_weights
-from tuneline.config.spec import QuantizeStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.quantize import QuantizeStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 pytestmark = [pytest.mark.usefixtures("gptqmodel_place"), pytest.mark.slow]

@@ -288,9 +288,7 @@ def test_bad_values_end_the_stage_with_the_sample(tmp_path: Path, case: str) -> 
 
 def test_a_built_in_one_that_raises_is_told_the_same_way() -> None:
     (reward,) = make({"type": "reasoning_gym"})
-    with pytest.raises(
-        StageFailed, match=r"^reward `reasoning_gym` KeyError: 'dataset' \(.*scoring\.py:\d+\), on 1 completions"
-    ) as failure:
+    with pytest.raises(StageFailed, match=r"^reward `reasoning_gym` KeyError: 'dataset' \(.*scores\.py:\d+\), on 1 completions") as failure:
         call(reward, ["4"], scorer={})
     assert failure.value.failure_class == "data"
 

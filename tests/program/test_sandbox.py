@@ -73,7 +73,7 @@ def sandboxed() -> list[str]:
             line = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if "sandbox_inside.py" in line:
+        if "sandbox/inside.py" in line:
             found.append(line)
     return found
 

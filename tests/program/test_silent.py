@@ -35,8 +35,8 @@ from tasks.training import sft
 from tasks.training import shared as training
 from tasks.training.grpo_trainer import AdapterTrainer, EpochSampler
 from tasks.training.sft_trainer import TokenWeightedTrainer
-from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.workspace.protocol import Input, Result
 
 Patch = pytest.MonkeyPatch

@@ -20,8 +20,8 @@ from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
 from tasks.training import checkpoints, sft, strategies, universal
 from tuneline.errors import StageFailed
+from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import Resources
-from tuneline.kinds.training import SftStage
 from tuneline.workspace.checkpoints import layout
 from tuneline.workspace.protocol import Events, Input, Request
 

@@ -19,14 +19,15 @@ from template_table import BEGIN, DOCUMENT, MARKERS, TOOL, asked, more_templates
 from template_tools import ANSWER, ASK, CALLS, ENDS_WHOLE, OPENS, QUESTION, SYSTEM, THINKS_LAST, THREE, TURN, trained, words
 from tokenizers.processors import TemplateProcessing
 
+from tasks.data.endings import check_ends, save_configs
 from tasks.data.masks import prompt_ids, sequences, tokenize
 from tasks.data.rendering import check_end, conversation, ends, form
 from tasks.data.rows import Row
 from tasks.data.unrendered import unrendered
-from tasks.models.loading import check_ends, load_tokenizer, save_configs, saved_tokenizer, template_hash
+from tasks.models.loading import load_tokenizer, saved_tokenizer, template_hash
 from tasks.training import sft
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import SftStage
+from tuneline.kinds.sft import SftStage
 from tuneline.workspace.protocol import Events, Input
 
 INDENTS = TURN.replace("{{ m.role }}\n", "{{ m.role }}: ") + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"

@@ -21,9 +21,9 @@ from tasks.data.rows import Row, read_rows, write_rows
 from tasks.data.unrendered import unrendered
 from tasks.evaluation import evaluate as evaluation
 from tasks.training import sft
-from tuneline.config.spec import EvaluateStage
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import SftStage
+from tuneline.kinds.evaluate import EvaluateStage
+from tuneline.kinds.sft import SftStage
 from tuneline.workspace.protocol import Events, Input
 
 CALLED = asked(QUESTION, said("assistant", "", tool_calls=[CALL]), tools=[TOOL])

@@ -27,7 +27,7 @@ from tasks.engine.client import BASE, Engine
 from tasks.training import grpo, rollouts
 from tasks.training.rollouts import MEMORY, folder_in_memory
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import GrpoStage
+from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Input, Request
 
 Weights = dict[str, torch.Tensor]

@@ -16,9 +16,8 @@ from typing import Any
 import warm
 from processes import PATIENCE
 
-from tasks.__main__ import PROGRAMS
 from tasks.models.loading import CPU_INFO, CPUS_WITH_BFLOAT16
-from tuneline.config.spec import STAGES
+from tuneline.config.spec import PROGRAM_STAGES
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.store import File, digest, sha256
 
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def make_request(folder: Path, config: dict[str, Any], inputs: dict[str, Input], **fields: Any) -> Request:
     """A request for the stage `config`, with its folders below `folder`."""
-    stage = STAGES[config["kind"]].model_validate(config)
+    stage = PROGRAM_STAGES[config["kind"]].model_validate(config)
     document = stage.model_dump(mode="json") | stage.decided()
     out, work = folder / "out", folder / "work"
     for path in (out / "payload", out / "meta", work):
@@ -43,7 +42,7 @@ def make_request(folder: Path, config: dict[str, Any], inputs: dict[str, Input],
 def run_program(request: Request) -> tuple[Result, list[dict[str, Any]]]:
     """Runs it in this process; returns the result and the events."""
     file = request.work / "events.jsonl"
-    program = importlib.import_module(PROGRAMS[request.kind])
+    program = importlib.import_module(PROGRAM_STAGES[request.kind].program)
     result = program.run(request, request.stage(), Events(file))
     return result, [json.loads(line) for line in file.read_text(encoding="utf-8").strip().split("\n")]
 
@@ -68,7 +67,7 @@ def run_until(request: Request, step: int) -> None:
     events = Killed(request.work / "events.jsonl")
     events.step = step
     try:
-        importlib.import_module(PROGRAMS[request.kind]).run(request, request.stage(), events)
+        importlib.import_module(PROGRAM_STAGES[request.kind].program).run(request, request.stage(), events)
     except KeyboardInterrupt:
         return
     raise AssertionError(f"the program ended before step {step}")

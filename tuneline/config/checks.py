@@ -17,14 +17,18 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from tuneline.config.deadlocks import deadlocks
 from tuneline.config.messages import listed, nearest, shown
 from tuneline.config.order import cycles, depends_on
-from tuneline.config.spec import AnyStage, DatasetStage, EvaluateStage, GateStage, QuantizeStage, Runtime, Spec
+from tuneline.config.spec import AnyStage, Runtime, Spec
 from tuneline.config.yaml_source import Keys
+from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME
+from tuneline.kinds.evaluate import SCORES, EvaluateStage, asked_otherwise
 from tuneline.kinds.fields import OutsideFile, Reference, annotated_values
+from tuneline.kinds.gate import GateStage
+from tuneline.kinds.quantize import QuantizeStage
+from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import ProgramStage, Resources, Stage
-from tuneline.kinds.training import SftStage, Training
+from tuneline.kinds.training import Training
 from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
-from tuneline.planning.verdict import SCORES, asked_otherwise
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
 
 BUILT_IN_RUNTIMES = ("torch", "quantize", CPU_RUNTIME, GPU_RUNTIME)

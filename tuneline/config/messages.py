@@ -12,9 +12,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tuneline.config.pools import INTERVAL, POOLS, SIZE
-from tuneline.config.spec import SHARD, STAGES, Spec
+from tuneline.config.spec import STAGES, Spec
 from tuneline.config.yaml_source import Keys, short, yaml_value
 from tuneline.kinds.fields import MAX_NAME, NAME, REPOSITORY, REVISION
+from tuneline.kinds.merge import SHARD
 from tuneline.kinds.rewards import REWARDS, type_of
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
 

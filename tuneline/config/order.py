@@ -8,7 +8,6 @@ from graphlib import CycleError, TopologicalSorter
 from tuneline.config.spec import Pipeline
 from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.kinds.stage import Stage
-from tuneline.workspace.runs import PlannedStage
 
 
 def depends_on(stage: Stage) -> list[str]:
@@ -41,16 +40,6 @@ def with_ancestors(pipeline: Pipeline, name: str) -> set[str]:
                 found.add(other)
                 waiting.append(other)
     return found
-
-
-def planned(pipeline: Pipeline, only: str | None) -> list[PlannedStage]:
-    """What a run record keeps of the pipeline: all of it, or a stage and its ancestors."""
-    wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
-    stages = ((name, pipeline.stages[name]) for name in in_order(pipeline) if name in wanted)
-    return [
-        PlannedStage(stage=name, kind=stage.kind, names={field: target for field, _, target in annotated_values(stage, Reference)})
-        for name, stage in stages
-    ]
 
 
 def cycles(needs: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:

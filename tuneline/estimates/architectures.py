@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tuneline.config.spec import MergeStage, ModelStage
 from tuneline.errors import StageFailed
+from tuneline.kinds.merge import MergeStage
+from tuneline.kinds.model import ModelStage
 from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
 from tuneline.paths import placed

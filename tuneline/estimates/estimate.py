@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tuneline.config.spec import DatasetStage, MergeStage
 from tuneline.estimates.architectures import BYTES, Architecture, architecture_of
 from tuneline.estimates.memory import PROCESS, Job, Memory
+from tuneline.kinds.dataset import DatasetStage
+from tuneline.kinds.grpo import GrpoStage
+from tuneline.kinds.merge import MergeStage
+from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import Stage
-from tuneline.kinds.training import GrpoStage, SftStage, Training
+from tuneline.kinds.training import Training
 from tuneline.planning.plan import PlanRow
 from tuneline.workspace.checkpoints import Checkpoint, layout
 from tuneline.workspace.workspace import Workspace

@@ -14,16 +14,18 @@ from functools import reduce
 from typing import Any
 
 from tuneline.config.pools import DockerPool, KubernetesPool, Pool
-from tuneline.config.spec import DatasetStage
 from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import Problem
 from tuneline.estimates.architectures import Architecture, architecture_of
 from tuneline.estimates.estimate import job_of
 from tuneline.estimates.memory import Job
+from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.fields import Finding
+from tuneline.kinds.grpo import GrpoStage
+from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import Stage
-from tuneline.kinds.training import GrpoStage, SftStage, Training
+from tuneline.kinds.training import Training
 from tuneline.planning.plan import PlanRow
 from tuneline.workspace.workspace import Workspace
 

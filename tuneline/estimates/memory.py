@@ -17,7 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuneline.estimates.architectures import BYTES, Architecture
-from tuneline.kinds.training import GrpoStage, SftStage, Training
+from tuneline.kinds.grpo import GrpoStage
+from tuneline.kinds.sft import SftStage
+from tuneline.kinds.training import Training
 
 CONTEXT = 1 << 30  # of a GPU: CUDA's context, the libraries' workspaces, what the allocator holds and does not use
 PROCESS = 3 << 28  # of a process on the CPU: Python, torch and the trainer, without a model

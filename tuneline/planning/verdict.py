@@ -10,18 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tuneline.config.messages import nearest
-from tuneline.config.spec import EvaluateStage, GateStage, Requirement
+from tuneline.kinds.evaluate import EvaluateStage
+from tuneline.kinds.gate import GateStage, Requirement
 from tuneline.kinds.stage import Stage
 from tuneline.workspace.store import Manifest
 
 Metrics = Mapping[str, float]
 ROUNDING = 1e-9  # 0.7 - 0.4 is a little less than 0.3 to a computer
 MET, NOTE = "met: ", "note: "
-# What decides which questions are asked, and how.
-OF_DATASETS = ("limit", "max_new_tokens")
-OF_BENCHMARKS = ("limit", "num_fewshot", "include_path", "seed")
-SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # of a dataset's rows: tasks/evaluation/evaluate.py
-WITHOUT_ANSWERS = ("bits_per_byte",)  # nothing is generated for them
 
 
 def shown_metrics(stage: Stage, metrics: Metrics) -> dict[str, float]:
@@ -31,16 +27,6 @@ def shown_metrics(stage: Stage, metrics: Metrics) -> dict[str, float]:
     names = {f"dataset{i}": name for i, name in enumerate(stage.datasets)}
     parts = ((name.partition("/"), value) for name, value in metrics.items())
     return {f"{names.get(head, head)}{slash}{rest}": value for (head, slash, rest), value in parts}
-
-
-def asked_otherwise(metric: str, one: Stage, other: Stage) -> list[str]:
-    """Fields in which two evaluations differ so that their figures of `metric` are not of the same questions."""
-    if not (isinstance(one, EvaluateStage) and isinstance(other, EvaluateStage)):
-        return []
-    subject, _, figure = metric.rpartition("/")
-    fields: tuple[str, ...] = OF_DATASETS if subject in one.datasets else OF_BENCHMARKS
-    unused = "max_new_tokens" if figure in WITHOUT_ANSWERS else None
-    return [field for field in fields if field != unused and getattr(one, field) != getattr(other, field)]
 
 
 def judge(gate: GateStage, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> tuple[bool, list[str]]:

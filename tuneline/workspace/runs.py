@@ -20,7 +20,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tuneline.config.order import in_order, with_ancestors
+from tuneline.config.spec import Pipeline
 from tuneline.errors import ConfigError, Problem, StoreError
+from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.workspace.protocol import Event
 
 SCHEMA = 5  # 2: what was planned; 3: its run in Prefect; 4: stages that work, and attempts; 5: cancelled stages. Older ones are read.
@@ -55,6 +58,16 @@ class PlannedStage(BaseModel):
     kind: str
     names: dict[str, str] = {}
     """By field: the stage that it names. What draws the graph of a run whose pipelines.yaml has changed since."""
+
+
+def planned(pipeline: Pipeline, only: str | None) -> list[PlannedStage]:
+    """What a run record keeps of the pipeline: all of it, or a stage and its ancestors."""
+    wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
+    stages = ((name, pipeline.stages[name]) for name in in_order(pipeline) if name in wanted)
+    return [
+        PlannedStage(stage=name, kind=stage.kind, names={field: target for field, _, target in annotated_values(stage, Reference)})
+        for name, stage in stages
+    ]
 
 
 class RunRecord(BaseModel):

@@ -1,0 +1,57 @@
+"""Ends a run that is cancelled on the server.
+
+However a run was started, its flow looks at its own state on the server: a run that is cancelled there, by `prefect flow-run
+cancel` or in the UI, or deleted, stops its programs and ends as cancelled. A worker does the same by a signal to the runs that it
+started; whichever comes first.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import Any
+from uuid import UUID
+
+from flows.run.supervisor import Supervisor
+
+POLL_SECONDS = 3.0  # between two looks at a state on the server
+
+
+class Watch:
+    """Looks at the state of a run on the server, and stops the programs of this process once it is cancelled there or deleted.
+
+    `of_parent`: the run is the one that this one belongs to, whose end, of whatever kind, is this one's too.
+    """
+
+    def __init__(self, run: UUID, supervisor: Supervisor, of_parent: bool = False):
+        self.why = ""
+        self._run, self._supervisor, self._of_parent = run, supervisor, of_parent
+        self._ended = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _look(self) -> None:
+        from prefect.client.orchestration import get_client
+
+        while not self._ended.is_set():
+            with suppress(Exception), get_client(sync_client=True) as client:  # whatever an unreachable server raises
+                while not self._ended.wait(POLL_SECONDS):
+                    if why := self._over(client):
+                        self.why = why
+                        self._supervisor.stop()
+                        return
+            self._ended.wait(POLL_SECONDS)
+
+    def _over(self, client: Any) -> str:
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            state = client.read_flow_run(self._run).state
+        except ObjectNotFound:
+            return "it was deleted on the server"
+        if state is None:
+            return ""
+        over = state.is_cancelling() or state.is_cancelled() or self._of_parent and state.is_final()
+        return (state.message or "it was cancelled on the server") if over else ""

@@ -1,0 +1,27 @@
+"""The tables of `tuneline status`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from flows.report.tables import duration, print_table, table_of
+from flows.server.status import OnServer, Working
+
+
+def status_tables(here: Sequence[Working], there: Sequence[OnServer]) -> None:
+    """Stages in progress; then what the server knows of runs that have not ended."""
+    if here:
+        table = table_of("pipeline", "run", "stage", "kind", "time", "progress")
+        for row in here:
+            progress = Text(row.progress or ("starting" if row.stage else "between two stages"))
+            table.add_row(row.pipeline, row.run_id, row.stage, row.kind, duration(row.seconds), progress)
+        print_table(table)
+    if there:
+        if here:
+            print()
+        server = table_of("on the server", "state", "since or at", "pool", "flow run", "message")
+        for each in there:
+            server.add_row(each.name, each.state, each.since, each.pool, each.flow_run, Text(each.message))
+        print_table(server)

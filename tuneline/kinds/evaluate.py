@@ -1,0 +1,104 @@
+"""The stage kind `evaluate`, and which of its figures can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tuneline.kinds.fields import ArtifactType, DatasetRef, Finding, ModelOrAdapterRef, OnUnrendered, Path
+from tuneline.kinds.stage import ComputingStage, Stage
+
+# What decides which questions are asked, and how.
+OF_DATASETS = ("limit", "max_new_tokens")
+OF_BENCHMARKS = ("limit", "num_fewshot", "include_path", "seed")
+SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # of a dataset's rows: tasks/evaluation/evaluate.py
+WITHOUT_ANSWERS = ("bits_per_byte",)  # nothing is generated for them
+
+HUMAN_EVAL = "human_eval"  # the one benchmark that is not lm-eval's own
+
+
+# Fields without effect, unless the field is given that they are for.
+OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | dict.fromkeys(
+    ("max_new_tokens", "on_unrendered"), "datasets"
+)
+
+
+class EvaluateStage(ComputingStage):
+    """Benchmarks of lm-eval and test splits of datasets, on a model or an adapter."""
+
+    kind: Literal["evaluate"]
+    program: ClassVar = "tasks.evaluation.evaluate"
+    libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
+    model: ModelOrAdapterRef
+    """What is evaluated."""
+    datasets: tuple[DatasetRef, ...] = ()
+    """Datasets whose test split is scored: exact match, answer recall, bits per byte."""
+    benchmarks: tuple[str, ...] = ()
+    """lm-eval tasks by name."""
+    include_path: Path | None = None
+    """Folder with lm-eval task files of your own."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples put before each benchmark question; by default as the benchmark says."""
+    limit: int | None = Field(None, ge=1)
+    """Rows scored at most: a benchmark's first, of a dataset evenly from all of its test rows."""
+    apply_chat_template: bool = True
+    """Renders benchmark questions through the chat template; a dataset's conversations always are, as in training."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer to a dataset's prompt."""
+    on_unrendered: OnUnrendered = "error"
+    """What happens to a dataset's row of whose prompt or answer the chat template leaves something out: it is refused, left out, or asked
+    as it is rendered."""
+    allow_code_execution: bool = False
+    """Lets a benchmark run the code that the model writes, in a sandbox: `human_eval` needs it."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What computes: the model itself, or vLLM, a server in a runtime of its own that gets all of the stage's GPUs.
+    It is meant for many rows on GPUs, and rounds otherwise: compare figures of one backend."""
+
+    def gives(self) -> ArtifactType:
+        return "Report"
+
+    def uses_engine(self) -> bool:
+        return self.backend == "vllm"
+
+    def world_size(self) -> int:
+        """One: with vLLM the GPUs are its server's, however many there are."""
+        return self.resources.processes or 1 if self.uses_engine() else self.resources.world_size
+
+    def micro_batch_size(self) -> int | None:
+        """vLLM makes its batches by itself."""
+        return None if self.uses_engine() else self.resources.micro_batch_size or 16
+
+    def findings(self) -> Iterator[Finding]:
+        engine = self.resources.engine
+        if self.uses_engine() and engine is not None and engine.gpus not in (0, self.resources.gpus):
+            found = f"found {engine.gpus}, allowed resources.gpus, {self.resources.gpus}: all of them are the engine's"
+            yield Finding("resources.engine.gpus", found, "leave it out")
+        if self.uses_engine() and self.resources.micro_batch_size is not None:
+            hint = "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time"
+            yield Finding("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
+        if not self.datasets and not self.benchmarks:
+            yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
+        if HUMAN_EVAL in self.benchmarks and not self.allow_code_execution:
+            hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
+            yield Finding(f"benchmarks.{self.benchmarks.index(HUMAN_EVAL)}", "found human_eval without allow_code_execution", hint)
+        if self.allow_code_execution and HUMAN_EVAL not in self.benchmarks:
+            found = "found allow_code_execution without human_eval, the only benchmark that runs code"
+            yield Finding("allow_code_execution", found, "remove it")
+        for owner in ("benchmarks", "datasets"):
+            its = [field for field, of in OF_EVALUATIONS.items() if of == owner and not getattr(self, owner)]
+            given = [field for field in its if getattr(self, field) != type(self).model_fields[field].default]
+            if given:
+                which, hint = ("it is", "remove it") if len(given) == 1 else ("they are", "remove them")
+                yield Finding(given[0], f"found {', '.join(given)} without {owner}, which alone {which} for", hint)
+
+
+def asked_otherwise(metric: str, one: Stage, other: Stage) -> list[str]:
+    """Fields in which two evaluations differ so that their figures of `metric` are not of the same questions."""
+    if not (isinstance(one, EvaluateStage) and isinstance(other, EvaluateStage)):
+        return []
+    subject, _, figure = metric.rpartition("/")
+    fields: tuple[str, ...] = OF_DATASETS if subject in one.datasets else OF_BENCHMARKS
+    unused = "max_new_tokens" if figure in WITHOUT_ANSWERS else None
+    return [field for field in fields if field != unused and getattr(one, field) != getattr(other, field)]

@@ -1,0 +1,65 @@
+"""The stage kind `gate`: requirements on metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from tuneline.kinds.fields import ArtifactType, Finding, StageRef, Strict
+from tuneline.kinds.stage import Stage
+
+
+class Requirement(Strict):
+    """A condition on one metric: at_least, at_most, improves_on (by), or not_below (tolerance).
+
+    Two evaluations are compared only if they ask the same: with other limits, few-shot examples, seeds, task files (benchmarks) or
+    lengths of answers (datasets) the file is refused. Another backend, compute type or use of the chat template is told beside the verdict.
+    """
+
+    metric: str
+    """`<dataset stage or benchmark>/<metric>`, or a metric of the stage itself."""
+    of: StageRef
+    """Stage whose metric it is."""
+    at_least: float | None = None
+    """Least value allowed."""
+    at_most: float | None = None
+    """Greatest value allowed."""
+    improves_on: StageRef | None = None
+    """Stage whose same metric must be exceeded by `by`."""
+    by: float = Field(0.0, ge=0)
+    """Least improvement."""
+    not_below: StageRef | None = None
+    """Stage whose same metric, less `tolerance`, is the least allowed."""
+    tolerance: float = Field(0.0, ge=0)
+    """Loss allowed."""
+
+    @property
+    def compared_with(self) -> str | None:
+        """The stage whose same metric it is held against."""
+        return self.improves_on or self.not_below
+
+
+class GateStage(Stage):
+    """Lets the pipeline pass only if every requirement holds. Never cached."""
+
+    kind: Literal["gate"]
+    require: tuple[Requirement, ...] = Field(min_length=1)
+    """All of them must hold."""
+
+    def gives(self) -> ArtifactType:
+        return "Verdict"
+
+    def findings(self) -> Iterator[Finding]:
+        choices = ("at_least", "at_most", "improves_on", "not_below")
+        for i, requirement in enumerate(self.require):
+            given = [name for name in choices if getattr(requirement, name) is not None]
+            if len(given) != 1:
+                yield Finding(f"require.{i}", f"found {' and '.join(given) or 'no condition'}, allowed exactly one of {', '.join(choices)}")
+            for other in ("improves_on", "not_below"):
+                if getattr(requirement, other) == requirement.of:
+                    yield Finding(f"require.{i}.{other}", f"found `{requirement.of}`, the stage itself", "compare it with another stage")
+            for extra, owner in (("by", "improves_on"), ("tolerance", "not_below")):
+                if extra in requirement.model_fields_set and owner not in given:
+                    yield Finding(f"require.{i}.{extra}", f"found {extra} without {owner}")

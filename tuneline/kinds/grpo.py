@@ -1,0 +1,116 @@
+"""The stage kind `grpo`: reinforcement learning of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tuneline.kinds.engine import MAX_LORA_RANK
+from tuneline.kinds.fields import Finding, Strict
+from tuneline.kinds.rewards import Reward
+from tuneline.kinds.rewards import findings as reward_findings
+from tuneline.kinds.training import Training
+
+
+class Rollouts(Strict):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples completions: the model that is trained, or vLLM, a server in a runtime of its own that gets each new adapter."""
+
+
+class GrpoStage(Training):
+    """Reinforcement learning of a LoRA adapter with verifiable rewards (GRPO, arXiv:2402.03300), by TRL and PEFT.
+
+    The dataset's rows are asked for their last answer; what is right is told by rewards. One step samples global_batch_size
+    completions, num_generations for each prompt.
+    """
+
+    kind: Literal["grpo"]
+    program: ClassVar = "tasks.training.grpo"
+    libraries: ClassVar = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "math-verify",
+        "reasoning-gym",
+    )
+    figures: ClassVar = ("reward_first", "reward")
+    rewards: tuple[Reward, ...] = Field(min_length=1)
+    """What a good completion is: their weighted sum."""
+    learning_rate: float = Field(2e-5, gt=0, le=1)
+    """Highest step size, reached after the warm-up."""
+    num_generations: int = Field(8, ge=2)
+    """Completions sampled for each prompt; their rewards are compared with one another."""
+    temperature: float = Field(1.0, gt=0, le=5)
+    """Of sampling: higher explores more."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sampling is from the likeliest tokens that have this share of the probability."""
+    max_completion_length: int = Field(256, ge=1)
+    """Longest completion, in tokens."""
+    mask_truncated_completions: bool = False
+    """Leaves completions that reached the longest length out of the loss (arXiv:2503.14476)."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of the KL divergence from the model that the training began with; 0 leaves it out."""
+    epsilon: float = Field(0.2, gt=0)
+    """Clipping of the probability ratio."""
+    epsilon_high: float | None = Field(None, gt=0)
+    """Clipping above, where it is another one (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
+    """How token losses are averaged: `grpo` by sequence, `dr_grpo` by the longest length (arXiv:2503.20783), `dapo` by the tokens of
+    the whole batch."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Probability ratios of tokens, or of whole sequences (GSPO, arXiv:2507.18071)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Advantages are divided by the standard deviation of rewards in the group, in the batch, or not at all (arXiv:2503.20783)."""
+    num_iterations: int = Field(1, ge=1)
+    """Optimizer steps on each batch of completions."""
+    rollouts: Rollouts = Rollouts()
+    """What samples completions."""
+
+    def uses_engine(self) -> bool:
+        return self.rollouts.engine == "vllm"
+
+    def findings(self) -> Iterator[Finding]:
+        yield from super().findings()
+        yield from reward_findings(self.rewards)
+        if self.global_batch_size % self.num_generations:
+            found = f"found {self.global_batch_size}, allowed multiples of num_generations, {self.num_generations}"
+            yield Finding("global_batch_size", found, "a step samples whole groups of completions for the same prompt")
+        if self.lora.lora_dropout:
+            found = f"found {self.lora.lora_dropout}, allowed 0: completions would be sampled from another model than is trained"
+            yield Finding("lora.lora_dropout", found, "leave it out")
+        if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
+            found = f"found {self.loss_type} with importance_sampling_level: sequence, allowed grpo"
+            yield Finding("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
+        if self.resources.sequence_parallel_size > 1:
+            # trl/trainer/grpo_trainer.py has no part for it.
+            found = f"found {self.resources.sequence_parallel_size} for grpo, allowed 1: TRL shares sequences in sft alone"
+            yield Finding("resources.sequence_parallel_size", found, "leave it out")
+        if self.resources.strategy == "fsdp":
+            # trl/models/utils.py, unwrap_model_for_generation: it gathers what ZeRO-3 has split, and knows nothing of FSDP2.
+            yield Finding("resources.strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2")
+        if not self.uses_engine():
+            return
+        if self.resources.strategy == "zero3":
+            # tasks/training/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
+            yield Finding("resources.strategy", "found zero3 with rollouts of vLLM, allowed ddp, zero1, zero2", "use zero2")
+        if self.resources.nodes > 1:
+            yield Finding("resources.nodes", f"found {self.resources.nodes} with rollouts of vLLM, whose server is for one machine")
+        # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
+        if self.lora.use_dora:
+            yield Finding(
+                "lora.use_dora", "found DoRA, which vLLM does not serve", "set `rollouts: {engine: transformers}`, or leave it out"
+            )
+        if self.lora.r > MAX_LORA_RANK:
+            found = f"found {self.lora.r}, allowed at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
+            yield Finding("lora.r", found, "lower it, or sample with transformers")
+        engine = self.resources.engine
+        if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
+            found = f"found {engine.gpus}, allowed fewer than resources.gpus, {self.resources.gpus}"
+            yield Finding("resources.engine.gpus", found, "the training needs a GPU too; with `gpus: 0` they share the first")

@@ -1,0 +1,30 @@
+"""The stage kind `merge`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tuneline.kinds.fields import AdapterRef, ArtifactType
+from tuneline.kinds.stage import ProgramStage
+
+SHARD = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(MB|GB)$"
+
+
+class MergeStage(ProgramStage):
+    """An adapter folded into its base, shard by shard."""
+
+    kind: Literal["merge"]
+    program: ClassVar = "tasks.convert.merge"
+    libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub")
+    figures: ClassVar = ("max_logit_difference",)
+    adapters: tuple[AdapterRef, ...] = Field(min_length=1, max_length=1)
+    """The adapter; its base is found by itself."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights written; `auto` keeps the base's."""
+    max_shard_size: str = Field("5GB", pattern=SHARD)
+    """Largest weight file."""
+
+    def gives(self) -> ArtifactType:
+        return "Model"

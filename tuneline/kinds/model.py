@@ -1,0 +1,44 @@
+"""The stage kind `model`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from tuneline.kinds.fields import ArtifactType, Finding, Path, Repository, Revision
+from tuneline.kinds.stage import ProgramStage
+
+
+class ModelStage(ProgramStage):
+    """A base model: fetched, pinned and checked."""
+
+    kind: Literal["model"]
+    program: ClassVar = "tasks.models.fetch"
+    libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub")
+    figures: ClassVar = ("parameters",)
+    hub: Repository | None = None
+    """Repository of the model hub, `owner/name`."""
+    revision: Revision = "main"
+    """Branch, tag or commit of the hub repository; its commit is in the key."""
+    path: Path | None = None
+    """Local model folder; kept by reference, not copied."""
+    gguf: Path | None = None
+    """Local GGUF file; converted to safetensors in float32."""
+    trust_remote_code: bool = False
+    """Runs Python files that come with the model, here and in every later stage. Only for sources that you trust."""
+
+    def gives(self) -> ArtifactType:
+        return "Model"
+
+    def findings(self) -> Iterator[Finding]:
+        given = [name for name in ("hub", "path", "gguf") if getattr(self, name) is not None]
+        if len(given) != 1:
+            yield Finding("", f"found {' and '.join(given) or 'no source'}, allowed exactly one of hub, path, gguf")
+        if self.hub is None and self.revision != "main":
+            yield Finding("revision", "found a revision without hub", "only hub repositories have revisions")
+        if self.trust_remote_code and self.gguf is not None:
+            yield Finding("trust_remote_code", "found trust_remote_code with gguf, which holds no code", "remove it")
+
+    def warnings(self) -> Iterator[Finding]:
+        if self.trust_remote_code:
+            yield Finding("trust_remote_code", "Python files that come with this model are run")

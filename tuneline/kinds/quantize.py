@@ -1,0 +1,46 @@
+"""The stage kind `quantize`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from tuneline.kinds.fields import ArtifactType, DatasetRef, ModelRef, Name
+from tuneline.kinds.stage import ComputingStage
+
+
+class QuantizeStage(ComputingStage):
+    """Weights of fewer bits by GPTQ (arXiv:2210.17323), through gptqmodel, in the runtime `quantize`.
+
+    An evaluation decodes them, on GPUs as on CPUs, and takes the memory of the unquantized model; with `backend: vllm` it computes with
+    packed weights.
+    """
+
+    kind: Literal["quantize"]
+    program: ClassVar = "tasks.convert.quantize"
+    libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "gptqmodel")
+    figures: ClassVar = ("perplexity_before", "perplexity", "size_ratio")
+    runtime: Name = "quantize"
+    method: Literal["gptq"] = "gptq"
+    """How weights are rounded."""
+    model: ModelRef
+    """Model to quantize, in full precision."""
+    calibration: DatasetRef
+    """Dataset whose train split calibrates, rendered as in training; its test split measures perplexity."""
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
+    """Weights that share a scale; must divide the model's width. Smaller is better and larger on disk."""
+    desc_act: bool = False
+    """Quantizes important columns first: better, slower to serve."""
+    sym: bool = True
+    """Symmetric around zero."""
+    samples: int = Field(128, ge=1)
+    """Calibration rows, drawn with the seed."""
+    max_length: int = Field(2048, ge=8)
+    """Tokens of a calibration row; longer ones are cut."""
+    max_perplexity_ratio: float = Field(1.5, gt=1)
+    """The stage fails where perplexity rises by more than this factor."""
+
+    def gives(self) -> ArtifactType:
+        return "Model"
