@@ -29,8 +29,7 @@ from flows.report.models import columns
 from flows.report.stage import stages_of
 from tuneline.canonical import key_of
 from tuneline.config.load import load
-from tuneline.config.order import planned
-from tuneline.workspace.runs import RunRecord, Runs, StageRecord
+from tuneline.workspace.runs import RunRecord, Runs, StageRecord, planned
 from tuneline.workspace.store import Artifact, Manifest, Store
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
