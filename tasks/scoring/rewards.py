@@ -13,13 +13,14 @@ import json
 import logging
 import math
 import re
+import signal
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tasks.data.rows import Row
 from tasks.sandbox import run as sandbox
@@ -37,8 +38,9 @@ from tuneline.kinds.rewards import (
     ReasoningGymReward,
 )
 
+T = TypeVar("T")
 SHOWN = 1000  # characters of a completion in a message
-MATH_SECONDS = 2  # for reading one formula, and for comparing two
+MATH_SECONDS = 2.0  # of CPU time, for reading one formula and for comparing two: a busy machine must not change a reward
 FENCED = re.compile(r"```(?:python|py)\b[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 HINTS = {
     "answer": "give each row an `answer`, or leave the reward out",
@@ -135,6 +137,7 @@ def reward_function(reward: AnyReward, files: Sequence[Path]) -> RewardFunction:
             return each(reward, lambda one: exact_match(one.said, answer_of(one), one.calls), no_answer)
         case MathEqualReward():
             logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every formula that takes too long
+            warm_math()
             return each(reward, lambda one: math_equal(one.said, answer_of(one)), no_formula)
         case FormatReward():
             pattern = re.compile(reward.pattern, re.DOTALL)
@@ -210,12 +213,20 @@ def answer_of(completion: Completion) -> str:
 
 
 def math_equal(text: str, answer: str) -> float:
-    """math-verify ends what takes too long by SIGALRM, so this works in the main thread alone, where TRL calls rewards."""
     from math_verify import parse, verify
 
     if exact_match(text, answer):  # of words it would see no formula in the text
         return 1.0
-    return float(verify(formula(answer), parse(text, parsing_timeout=MATH_SECONDS), timeout_seconds=MATH_SECONDS))
+    right = formula(answer)
+    found = within_limit(lambda: parse(text, parsing_timeout=None), [])
+    return float(within_limit(lambda: verify(right, found, timeout_seconds=None), False))
+
+
+def warm_math() -> None:
+    """The first formulas load the grammar and most of SymPy, which takes longer than the limit on a slow disk."""
+    from math_verify import parse, verify
+
+    verify(*(parse(text, parsing_timeout=None) for text in ("$1$", "$x + 1$")), timeout_seconds=None)
 
 
 @lru_cache(maxsize=100_000)
@@ -224,7 +235,28 @@ def formula(answer: str) -> list[Any]:
     from math_verify import parse
 
     marked = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
-    return list(parse(answer if marked else f"${answer}$", parsing_timeout=MATH_SECONDS))
+    return list(within_limit(lambda: parse(answer if marked else f"${answer}$", parsing_timeout=None), []))
+
+
+def within_limit(compute: Callable[[], T], otherwise: T) -> T:
+    """Return `compute()`, or `otherwise` once it has used MATH_SECONDS of this process's CPU time. math-verify's own limit is
+    an alarm of the clock, which on a busy machine ends formulas that are easy. Python runs signal handlers in the main thread
+    only; TRL calls rewards there."""
+    from math_verify.errors import TimeoutException
+
+    def end(signum: int, frame: object) -> None:
+        raise TimeoutException  # math-verify catches it and returns what it returns for an unreadable formula
+
+    before = signal.signal(signal.SIGPROF, end)
+    # Again and again: Python ignores what is raised within a callback of the garbage collector, or in a `__del__`.
+    signal.setitimer(signal.ITIMER_PROF, MATH_SECONDS, MATH_SECONDS / 10)
+    try:
+        return compute()
+    except TimeoutException:
+        return otherwise
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def pass_tests(batch: Sequence[Completion], limits: sandbox.Limits) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ def test_math_equal(answer: str, completion: str, expected: float) -> None:
 def test_math_equal_ends_formulas_that_never_end() -> None:
     (reward,) = make({"type": "math_equal"})
     assert call(reward, ["$9^{9^{9^{9}}}$", "$" + "{" * 2000 + "4" + "}" * 2000 + "$", "$99999999!$", "4"], "4") == [0, 0, 0, 1]
+
+
+def test_a_busy_machine_does_not_change_math_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock goes on while other processes have the cores; what counts is the time that the formula itself took."""
+    import math_verify
+
+    parse = math_verify.parse
+
+    def on_a_busy_machine(text: str, **options: object) -> object:
+        time.sleep(0.2)
+        return parse(text, **options)
+
+    (reward,) = make({"type": "math_equal"})
+    monkeypatch.setattr("tasks.scoring.rewards.MATH_SECONDS", 0.1)
+    monkeypatch.setattr("math_verify.parse", on_a_busy_machine)
+    assert call(reward, ["it is $\\frac{8}{2}$", "5"], "4") == [1, 0]
 
 
 def test_answers_are_compared_without_thoughts_and_functions_of_ones_own_see_them(tmp_path: Path) -> None:
