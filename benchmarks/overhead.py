@@ -44,7 +44,7 @@ TIMED = """
 import atexit, json, os, sys, threading, time
 import flows.__main__, flows.run.stage
 from flows.run.supervisor import Supervisor
-from flows.run.this_run import Run
+from flows.run.run_context import Run
 from tuneline.workspace.store import Store
 
 seconds, spans, lock = {}, [], threading.Lock()

@@ -106,7 +106,8 @@ def build(folder: Path) -> None:
         def manifest(digest: str, files: tuple[File, ...], stage=stage, key=key, document=document, inputs=inputs, base=base) -> Manifest:
             parents = {slot: f"{artifact.manifest.kind}/{artifact.key}" for slot, artifact in inputs.items()}
             return Manifest(
-                kind=stage.kind, type=stage.gives(), key=key, document=document, digest=digest, files=files, parents=parents, base=base,
+                kind=stage.kind, type=stage.output_type(),
+                key=key, document=document, digest=digest, files=files, parents=parents, base=base,
                 metrics={"loss": 1.0}, info={}, host={},
             )  # fmt: skip
 

@@ -78,9 +78,9 @@ def request_for(folder: Path, kind: str, artifacts: dict[str, Input]) -> Request
 
 def artifact_of(request: Request, artifacts: dict[str, Input]) -> Input:
     template = Result.read(request.work / "result.json").info.get("template")
-    gives = PICO[request.kind][2]
-    base = artifacts["model"] if gives == "Adapter" else None
-    return Input(path=request.payload, digest="", type=gives, template=template, base=base)  # type: ignore[arg-type]
+    output_type = PICO[request.kind][2]
+    base = artifacts["model"] if output_type == "Adapter" else None
+    return Input(path=request.payload, digest="", type=output_type, template=template, base=base)  # type: ignore[arg-type]
 
 
 def seconds_of(python: str, request: Request, how: list[str]) -> tuple[float, str]:

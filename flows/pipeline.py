@@ -32,12 +32,12 @@ from flows.report.html import report_of
 from flows.report.markdown import run_report
 from flows.run.cancelled import Watch
 from flows.run.missed import SKIPPED, missed
-from flows.run.orphan import end_with_parent
+from flows.run.parent_watch import end_with_parent
+from flows.run.run_context import NoReporter, Reporter, RunContext
 from flows.run.run_stage import run_stage
 from flows.run.slots import Slots
 from flows.run.stage import FAILED, stage_task
 from flows.run.supervisor import Supervisor
-from flows.run.this_run import NoReporter, Reporter, Run
 from tuneline import __version__
 from tuneline.config.load import load
 from tuneline.config.order import depends_on, in_order, with_ancestors
@@ -77,8 +77,8 @@ def run_pipeline(
     if (theirs := os.environ.get(DEPLOYED, __version__)) != __version__:
         logger.warning(f"deployed by tuneline {theirs}, this worker has {__version__}: upgrade one of them, then `tuneline deploy`")
     if deployment.id is not None and flow_run.flow_name not in (pipeline, run_pipeline.name):
-        found = f"found {pipeline}, allowed {flow_run.flow_name}, the pipeline of the deployment"
-        raise ConfigError([Problem("pipeline", "", found, f"`tuneline run {pipeline}`, or `tuneline submit {pipeline}`")])
+        found = f"found {pipeline}, expected {flow_run.flow_name}, the pipeline of the deployment"
+        raise ConfigError([Problem("", found, f"`tuneline run {pipeline}`, or `tuneline submit {pipeline}`", place="pipeline")])
     loaded = load(Path(file), pipeline, as_sets(overrides), as_sets(variables))
     check_stages(loaded, pipeline, only, force)
     reporter = REPORTER.get()
@@ -103,7 +103,9 @@ def run_pipeline(
     slots, in_pool = Slots(spec.parallel, visible_gpus()), deployment.id is not None
     if in_pool:
         end_with_parent()
-    run = Run(workspace, pipeline, record, Supervisor(), slots, reporter, publisher, frozenset(force), parameters if in_pool else None)
+    run = RunContext(
+        workspace, pipeline, record, Supervisor(), slots, reporter, publisher, frozenset(force), parameters if in_pool else None
+    )
 
     watch = Watch(UUID(flow_run.id), run.supervisor)
 

@@ -75,7 +75,7 @@ def pipelines_page() -> str:
     parts.append(section(stages.ProgramStage, {"kind"}, of_all, title="Every stage"))
     base = set(stages.ProgramStage.model_fields)
     for model in spec.STAGES.values():
-        given = model.model_construct().gives()  # by default: a field may change it, and its description says so
+        given = model.model_construct().output_type()  # by default: a field may change it, and its description says so
         parts.append(section(model, base, f"Gives {'an' if given == 'Adapter' else 'a'} {given}."))
     return "\n".join([*parts, *(section(model, set()) for model in PARTS)])
 

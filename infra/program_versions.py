@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the `tuneline` beside this script, wherever another one is installed
 
 from tuneline.config.spec import PROGRAM_STAGES  # noqa: E402
-from tuneline.planning.keys import HOW, PINNED_BY_COMMIT  # noqa: E402
+from tuneline.planning.keys import NOT_IN_KEY, PINNED_BY_COMMIT  # noqa: E402
 
 VERSIONS = ROOT / "tasks" / "versions.json"
 Defaults = dict[str, Any]
@@ -118,7 +118,7 @@ def moved(kind: str, known: dict[str, Any], code: str, defaults: Defaults) -> It
 
 def main(arguments: list[str]) -> int:
     known = json.loads(VERSIONS.read_text())
-    now = {kind: (code_digest(module), defaults_of(PROGRAM_STAGES[kind], HOW)) for kind, module in programs().items()}
+    now = {kind: (code_digest(module), defaults_of(PROGRAM_STAGES[kind], NOT_IN_KEY)) for kind, module in programs().items()}
     if arguments == ["--check"]:
         for kind, (code, defaults) in now.items():
             news = list(moved(kind, known.get(kind, {}), code, defaults))

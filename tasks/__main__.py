@@ -12,10 +12,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from tasks.launch import LOST_PEER, RANKS, SAID
+from tasks.launch import FAILURE_SUFFIX, LOST_PEER, RANKS
+from tasks.log_filters import silence
 from tasks.models.hardware import computed_on
 from tasks.models.loading import check_inputs
-from tasks.noise import silence
 from tasks.packages import hidden, hide, import_program
 from tuneline import disk
 from tuneline.config.spec import PROGRAM_STAGES
@@ -35,7 +35,7 @@ def main() -> int:
     folder = request_file.parent
     failure_file = folder / "failure.json"
     if (rank := os.environ.get("RANK")) is not None:  # one of several: `tasks.launch` says what they died of
-        failure_file = folder / RANKS / f"{rank}{SAID}"
+        failure_file = folder / RANKS / f"{rank}{FAILURE_SUFFIX}"
         if rank != "0":
             log = os.open(folder / RANKS / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(log, 1)

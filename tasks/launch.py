@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first, and what each died of
-SAID = ".failure.json"
-HERE = ".here"  # of a machine, after a failure
+FAILURE_SUFFIX = ".failure.json"
+HEARTBEAT_SUFFIX = ".here"  # of a machine, after a failure
 LOST_PEER = "another process of the training has gone, or hangs: the stage is tried again"
 RENDEZVOUS = "rendezvous.json"
 SECONDS_OF_OTHERS = 5.0  # that what happened on one machine may take to be seen on another
@@ -140,20 +140,20 @@ def joining(request: Request, nodes: int) -> str:
 def end_with_the_others(ranks: Path, node: int, ended: threading.Event) -> None:
     """A process that waits for a dead one on another machine may wait for long (NCCL does): its failure is looked for, and that this
     machine is still there is said. `ended` says that our own processes have come to an end meanwhile."""
-    while not list(ranks.glob(f"*{SAID}")):
+    while not list(ranks.glob(f"*{FAILURE_SUFFIX}")):
         time.sleep(1)
-    (ranks / f"{node}{HERE}").touch()
+    (ranks / f"{node}{HEARTBEAT_SUFFIX}").touch()
     if not ended.wait(SECONDS_OF_OTHERS):  # they may fail of it, too, and say so
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def note_deaths(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> int:
     """Says of each process what it could not say itself; returns the status to end with: that of one which was killed."""
-    status, told = 1, [file.stat().st_mtime for file in ranks.glob(f"*{SAID}")]
+    status, told = 1, [file.stat().st_mtime for file in ranks.glob(f"*{FAILURE_SUFFIX}")]
     for rank, failed in failures.items():
         if told and failed.exitcode == -signal.SIGKILL and time.time() - min(told) > HUNG:
             continue  # it hung, and torchrun ended it
-        if (ranks / f"{rank}{SAID}").exists() or failed.exitcode == -signal.SIGTERM:  # which the agent sends to the others
+        if (ranks / f"{rank}{FAILURE_SUFFIX}").exists() or failed.exitcode == -signal.SIGTERM:  # which the agent sends to the others
             continue
         tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
         if failed.exitcode < 0:
@@ -162,7 +162,7 @@ def note_deaths(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> 
         else:
             message = f"ended with status {failed.exitcode} without saying why; the end of its log:\n{tail}"
             death = transient(message, "the stage is tried again", tail)
-        death.write(ranks / f"{rank}{SAID}")
+        death.write(ranks / f"{rank}{FAILURE_SUFFIX}")
     return status
 
 
@@ -171,7 +171,7 @@ def first_said(ranks: Path, patience: float = 0) -> Failure | None:
     within `patience` seconds from another machine."""
     deadline = time.monotonic() + patience
     while True:
-        said = [(file, Failure.read(file)) for file in sorted(ranks.glob(f"*{SAID}"), key=lambda file: file.stat().st_mtime_ns)]
+        said = [(file, Failure.read(file)) for file in sorted(ranks.glob(f"*{FAILURE_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)]
         said.sort(key=lambda entry: entry[1].hint == LOST_PEER)
         if said and said[0][1].hint != LOST_PEER or time.monotonic() > deadline:
             break
@@ -179,14 +179,14 @@ def first_said(ranks: Path, patience: float = 0) -> Failure | None:
     if not said:
         return None
     file, failure = said[0]
-    of = f"process {file.name.removesuffix(SAID)}"
+    of = f"process {file.name.removesuffix(FAILURE_SUFFIX)}"
     message = f"{of} {failure.message}" if failure.message.startswith(("was ended", "ended with")) else f"{of}: {failure.message}"
     return failure.model_copy(update={"message": message})
 
 
 def absent(ranks: Path, nodes: int, node: int) -> list[int]:
     """Machines that have not answered a failure."""
-    return [other for other in range(nodes) if other != node and not (ranks / f"{other}{HERE}").exists()]
+    return [other for other in range(nodes) if other != node and not (ranks / f"{other}{HEARTBEAT_SUFFIX}").exists()]
 
 
 def machine_lost(request: Request, silent: list[int], failure: Failure) -> Failure:

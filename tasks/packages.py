@@ -15,7 +15,7 @@ import sys
 from types import ModuleType
 
 from tasks.models.gptq import quantization
-from tasks.models.loading import runs_code
+from tasks.models.loading import needs_remote_code
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.grpo import GrpoStage
@@ -68,7 +68,7 @@ def needed(request: Request) -> set[str]:
 
 def runs_own_code(stage: ProgramStage, models: list[Input]) -> bool:
     return (
-        any(runs_code(model) for model in models)
+        any(needs_remote_code(model) for model in models)
         or (isinstance(stage, ModelStage) and stage.trust_remote_code)
         or (isinstance(stage, GrpoStage) and any(isinstance(reward, FunctionReward) for reward in stage.rewards))
         or (isinstance(stage, EvaluateStage) and stage.include_path is not None)

@@ -30,15 +30,18 @@ class TunelineError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `place` is FILE:LINE:COL or a flag, `path` the dotted field, may be empty."""
+    """One thing that is wrong. A stage does not know its place in a file: `field` is then relative to the stage, and the loader
+    adds the rest."""
 
-    place: str
-    path: str
+    field: str
+    """Dotted, may be empty."""
     message: str
     hint: str = ""
+    place: str = ""
+    """FILE:LINE:COL or a flag."""
 
     def __str__(self) -> str:
-        where = f"{self.place}: {self.path}: " if self.path else f"{self.place}: "
+        where = f"{self.place}: {self.field}: " if self.field else f"{self.place}: "
         return where + self.message + (f"\n\nhint: {self.hint}" if self.hint else "")
 
 

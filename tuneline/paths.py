@@ -16,7 +16,7 @@ from tuneline.errors import ConfigError, Problem
 GLOB = frozenset("*?[")
 
 
-def placed(root: Path, named: str) -> Path:
+def resolve_path(root: Path, named: str) -> Path:
     """The place that `named` means in a file in the folder `root`: `~` is the home, `..` is taken out as text."""
     return Path(os.path.normpath(root / os.path.expanduser(named)))
 
@@ -27,7 +27,7 @@ def suffix(file: Path) -> str:
 
 
 def allowed_folders(root: Path, roots: Iterable[str]) -> list[Path]:
-    return [placed(root, named) for named in (".", *roots)]
+    return [resolve_path(root, named) for named in (".", *roots)]
 
 
 def outside(path: Path, allowed: Iterable[Path]) -> bool:
@@ -47,7 +47,7 @@ def refuse_escape(paths: Iterable[str], root: Path, roots: Sequence[str]) -> Non
         target = Path(os.path.realpath(path))
         if outside(target, allowed):
             found = f"found a link that leads out of the folder of the file: {path} -> {target}"
-            raise ConfigError([Problem("", "", found, f"if that is meant, add `roots: [{target.parent}]` at the top of the file")])
+            raise ConfigError([Problem("", found, f"if that is meant, add `roots: [{target.parent}]` at the top of the file")])
 
 
 def folder_to_allow(named: str) -> str:

@@ -131,7 +131,7 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
     problems = []
     for name in sorted({name for stage in stages.values() for name in stage.runtimes()}):
         if not find_runtime(name, workspace.loaded.spec, workspace.root).ready:
-            problems.append(Problem("runtimes", name, "found a runtime that is not set up", f"`tuneline setup {name}` builds it"))
+            problems.append(Problem(name, "found a runtime that is not set up", f"`tuneline setup {name}` builds it", place="runtimes"))
     visible = visible_gpus()
     there = len(visible)
     for name, stage in stages.items():
@@ -139,12 +139,14 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
         if absent:
             path: Keys = ("pipelines", pipeline, "stages", name, "resources", "devices")
             found = f"found {', '.join(absent)}, but this machine shows {', '.join(visible) or 'none'}"
-            problems.append(Problem(workspace.loaded.source.place(path), dotted(path), found, "name others, or none: then any is taken"))
+            problems.append(
+                Problem(dotted(path), found, "name others, or none: then any is taken", place=workspace.loaded.source.place(path))
+            )
         elif stage.resources.gpus > there:
             path = ("pipelines", pipeline, "stages", name, "resources", "gpus")
             found = f"found {stage.resources.gpus}, but this machine shows {there}"
             hint = f"`--set {name}.resources.gpus=0` runs it on the CPU, slowly"
-            problems.append(Problem(workspace.loaded.source.place(path), dotted(path), found, hint))
+            problems.append(Problem(dotted(path), found, hint, place=workspace.loaded.source.place(path)))
     if problems:
         raise ConfigError(problems)
 

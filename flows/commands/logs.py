@@ -77,8 +77,8 @@ def check_stage(record: RunRecord, stage: str) -> None:
     """Raises ConfigError for a stage that the run does not have."""
     known = _order(record)
     if stage and stage not in known:
-        found = f"found no stage `{stage}` in run {record.run_id}, allowed {', '.join(known) or 'none'}"
-        raise ConfigError([Problem("logs", "", found, nearest(stage, known))])
+        found = f"found no stage `{stage}` in run {record.run_id}, expected {', '.join(known) or 'none'}"
+        raise ConfigError([Problem("", found, nearest(stage, known), place="logs")])
 
 
 def entries(record: RunRecord, stage: str) -> list[StageRecord]:

@@ -81,7 +81,7 @@ def _run(record: RunRecord) -> dict[str, Any]:
 @json_option
 def status(file: Path, as_json: bool) -> None:
     """Shows what runs now and how far it is. Also what waits on the server."""
-    from flows.server import state as lasting
+    from flows.server import server_state
     from flows.server.connect import connect, find_server
     from flows.server.status import on_server, working
 
@@ -98,7 +98,7 @@ def status(file: Path, as_json: bool) -> None:
     from flows.server.table import status_tables
 
     status_tables(here, there)
-    if (state := lasting.read(lasting.folder_of(workspace.root))) and not state.server.alive:
+    if (state := server_state.read(server_state.folder_of(workspace.root))) and not state.server.alive:
         warn("the server that `up` started has ended: `tuneline up` starts it again, with its history")
     if not here and not there:
         click.echo("nothing runs" + (f", here or on {address}" if address else ""), err=True)

@@ -41,7 +41,7 @@ from flows.commands.options import (
     warn_of,
 )
 from flows.commands.server import deploy, doctor, down, submit, up, worker
-from flows.commands.streams import Unbroken
+from flows.commands.streams import BrokenPipeSafe
 from tuneline import __version__
 from tuneline.config.load import load
 from tuneline.errors import ConfigError, Problem, StoreError, TunelineError
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Every error a message, never a traceback."""
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = BrokenPipeSafe(sys.stdout), BrokenPipeSafe(sys.stderr)  # type: ignore[assignment]
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="tuneline"))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -112,13 +112,15 @@ def setup(names: tuple[str, ...], file: Path) -> None:
     known = sorted({*BUILT_IN_RUNTIMES, *loaded.spec.runtimes})
     for name in names:
         if name not in known:
-            found = f"found no runtime `{name}`, allowed {', '.join(known)}"
-            raise ConfigError([Problem("setup", "", found, nearest(name, known))])
+            found = f"found no runtime `{name}`, expected {', '.join(known)}"
+            raise ConfigError([Problem("", found, nearest(name, known), place="setup")])
     for name in names or used:
         runtime = find_runtime(name, loaded.spec, loaded.root)
         build(runtime, lambda message: click.echo(message, err=True))
         if runtime.versions(["pydantic"]) == {"pydantic": "absent"}:
-            raise ConfigError([Problem("runtimes", name, "found no pydantic in it, which every runtime needs", "install pydantic there")])
+            raise ConfigError(
+                [Problem(name, "found no pydantic in it, which every runtime needs", "install pydantic there", place="runtimes")]
+            )
         click.echo(f"{name}  {runtime.python}")
 
 
@@ -274,8 +276,8 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
         ended = ", ".join(entry.stage for entry in record.stages) or "none, as none has ended"
-        found = f"found no stage `{stage}` in run {record.run_id}, allowed {ended}"
-        raise ConfigError([Problem("show", "", found)])
+        found = f"found no stage `{stage}` in run {record.run_id}, expected {ended}"
+        raise ConfigError([Problem("", found, place="show")])
     manifests = {entry.stage: _manifest(entry.artifact) for entry in records}
     if as_json:
         document = _run_json(record, [])  # what became of each stage; beside it the manifests of those that gave an artifact

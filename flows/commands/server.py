@@ -163,12 +163,12 @@ def doctor(file: Path, fix: bool, as_json: bool) -> None:
     """Looks for what would make runs fail or hang. Names remedies."""
     from flows.doctor.machine import PROBLEM, examine
 
-    findings = examine(load(file), fix)
-    problems = sum(finding.status == PROBLEM for finding in findings)
+    checks = examine(load(file), fix)
+    problems = sum(check.status == PROBLEM for check in checks)
     if as_json:
-        print_json({"problems": problems, "findings": [asdict(finding) for finding in findings]})
+        print_json({"problems": problems, "checks": [asdict(check) for check in checks]})
     else:
         from flows.doctor.table import doctor_table
 
-        doctor_table(findings)
+        doctor_table(checks)
     sys.exit(FAILED if problems else 0)

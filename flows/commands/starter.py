@@ -33,7 +33,7 @@ def write_starter(folder: Path) -> list[Path]:
     file, schema, ignore = folder / "pipelines.yaml", folder / ".tuneline" / "schema.json", folder / ".gitignore"
     if file.exists():
         raise ConfigError(
-            [Problem(str(file), "", "found a pipelines.yaml here already, allowed a folder without one", "nothing was changed")]
+            [Problem("", "found a pipelines.yaml here already, expected a folder without one", "nothing was changed", place=str(file))]
         )
     schema.parent.mkdir(exist_ok=True)
     schema.write_text(json.dumps(json_schema(), indent=1, ensure_ascii=False), encoding="utf-8")

@@ -8,7 +8,7 @@ import os
 from typing import Any, TextIO
 
 
-class Unbroken:
+class BrokenPipeSafe:
     """A stream as it is, but what nobody reads any more is dropped, and what its encoding does not have is written as an escape."""
 
     def __init__(self, stream: TextIO):

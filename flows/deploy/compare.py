@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from prefect.client.orchestration import get_client
 
+from flows.deploy.desired import RUN_STAGE, TAG, Item, What, desired, file_tag
 from flows.deploy.remote import Server
-from flows.deploy.wanted import RUN_STAGE, TAG, Item, What, file_tag, wanted
 from flows.server.errors import told_errors
 from flows.server.waiting import nobody
 from tuneline.config.load import Loaded
@@ -46,7 +46,7 @@ class Row:
 
 def deploy(loaded: Loaded, dry_run: bool) -> list[Row]:
     """Needs PREFECT_API_URL. Raises ConfigError where names are taken, TunelineError where the server does not do it."""
-    items = wanted(loaded)
+    items = desired(loaded)
     with told_errors(), get_client(sync_client=True) as client:
         server = Server(client, file_tag(loaded.file), str(loaded.file))
         _refuse_taken(loaded, server, items)
@@ -58,7 +58,7 @@ def deploy(loaded: Loaded, dry_run: bool) -> list[Row]:
 
 def idle(loaded: Loaded) -> dict[str, str]:
     """By pool of a deployment: why nobody works for it."""
-    pools = dict.fromkeys(item.fields["pool"] for item in wanted(loaded) if item.what == "deployment")
+    pools = dict.fromkeys(item.fields["pool"] for item in desired(loaded) if item.what == "deployment")
     with told_errors(), get_client(sync_client=True) as client:
         return {pool: reason for pool in pools if (reason := nobody(client, pool))}
 
@@ -84,12 +84,12 @@ def _refuse_taken(loaded: Loaded, server: Server, items: list[Item]) -> None:
             path: Keys = ("pools", item.name, "type")
             message = f"found {item.fields['type']}, but the server has a pool `{item.name}` of type {found.fields['type']}"
             hint = f"a pool keeps its type: choose another name, or `prefect work-pool delete {item.name}`"
-            problems.append(Problem(loaded.source.place(path), dotted(path), message, hint))
+            problems.append(Problem(dotted(path), message, hint, place=loaded.source.place(path)))
         if found and item.what == "deployment" and not server.is_ours(found) and not (_shared(item) and TAG in found.fields["tags"]):
             path = ("pipelines", item.name.split("/")[0])
             message = f"found a deployment {item.name} on the server that was not made from this file"
             hint = f"rename the pipeline; or `prefect deployment delete {item.name}`, if it is what a moved file left behind"
-            problems.append(Problem(loaded.source.place(path, at_key=True), dotted(path), message, hint))
+            problems.append(Problem(dotted(path), message, hint, place=loaded.source.place(path, at_key=True)))
     if problems:
         raise ConfigError(problems)
 

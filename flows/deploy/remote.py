@@ -1,4 +1,4 @@
-"""What a Prefect server has, in the words of `flows.deploy.wanted`, and how each of its things is made, changed and deleted."""
+"""What a Prefect server has, in the words of `flows.deploy.desired`, and how each of its things is made, changed and deleted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
 
-from flows.deploy.wanted import FILE_TAG, Item, What, as_schedule, shown_automation, shown_schedule
+from flows.deploy.desired import FILE_TAG, Item, What, as_schedule, shown_automation, shown_schedule
 
 PAGE = 200  # Prefect's most
 
@@ -34,12 +34,12 @@ class Server:
         """Tags of other files that it is for as well."""
         return {tag for tag in deployment.fields["tags"] if tag.startswith(FILE_TAG) and tag != self.tag}
 
-    def users(self, item: Item, leaving: set[str], wanted: Mapping[str, Item]) -> list[str]:
-        """Deployments that stay and are in this pool or queue; of those that are `wanted` (by name), as they will be."""
+    def users(self, item: Item, leaving: set[str], desired: Mapping[str, Item]) -> list[str]:
+        """Deployments that stay and are in this pool or queue; of those that are `desired` (by name), as they will be."""
         if item.what not in ("pool", "queue"):
             return []
         pool, _, queue = item.name.partition("/")
-        there = [wanted.get(name, each) for (what, name), each in self.items.items() if what == "deployment" and name not in leaving]
+        there = [desired.get(name, each) for (what, name), each in self.items.items() if what == "deployment" and name not in leaving]
         return [each.name for each in there if each.fields["pool"] == pool and queue in ("", each.fields["queue"])]
 
     # --- reading ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import LogSort
 from prefect.utilities.urls import url_for
 
-from flows.deploy.wanted import TAG
+from flows.deploy.desired import TAG
 from flows.server.errors import told_errors
 from flows.server.waiting import why
 from tuneline.config.messages import listed, nearest
@@ -67,8 +67,8 @@ def _start(file: Path, name: str, parameters: dict[str, Any], queue: str | None)
         deployment, full_name = _find(client, name)
         its_file = deployment.parameters.get("file")
         if its_file != str(file):
-            found = f"found {full_name}, which was deployed from {its_file}, allowed what was deployed from {file}"
-            raise ConfigError([Problem(f"submit {name}", "", found, f"`--file {its_file}`, or `tuneline deploy`")])
+            found = f"found {full_name}, which was deployed from {its_file}, expected what was deployed from {file}"
+            raise ConfigError([Problem("", found, f"`--file {its_file}`, or `tuneline deploy`", place=f"submit {name}")])
         if queue is not None:
             _refuse_unknown_queue(client, deployment, queue)
         return client.create_flow_run_from_deployment(deployment.id, parameters=parameters, work_queue_name=queue)
@@ -156,13 +156,13 @@ def _find(client: SyncPrefectClient, name: str) -> tuple[DeploymentResponse, str
     named = {_full_name(client, each): each for each in client.read_deployments(deployment_filter=_named(bare))}
     matches = {full: each for full, each in named.items() if flow in ("", full.split("/")[0])}
     if len(matches) > 1:
-        found = f"found {len(matches)} deployments of that name, allowed one of {listed(list(matches))}"
-        raise ConfigError([Problem(f"submit {name}", "", found, f"`tuneline submit {next(iter(matches))}`")])
+        found = f"found {len(matches)} deployments of that name, expected one of {listed(list(matches))}"
+        raise ConfigError([Problem("", found, f"`tuneline submit {next(iter(matches))}`", place=f"submit {name}")])
     if not matches:
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
         known = [_full_name(client, each) for each in client.read_deployments(deployment_filter=tagged)]
         hint = nearest(name, known) or "`tuneline deploy` makes one of each pipeline that names a `pool`"
-        raise ConfigError([Problem(f"submit {name}", "", f"found no such deployment on the server, allowed {listed(known)}", hint)])
+        raise ConfigError([Problem("", f"found no such deployment on the server, expected {listed(known)}", hint, place=f"submit {name}")])
     full_name, deployment = matches.popitem()
     return deployment, full_name
 
@@ -180,5 +180,5 @@ def _refuse_unknown_queue(client: SyncPrefectClient, deployment: DeploymentRespo
     path: Any = f"/work_pools/{deployment.work_pool_name}/queues/filter"
     queues = [each["name"] for each in client.request("POST", path, json={"limit": PAGE}).json()]
     if queue not in queues:
-        found = f"found the unknown queue `{queue}` of pool `{deployment.work_pool_name}`, allowed {listed(queues)}"
-        raise ConfigError([Problem("--queue", "", found, nearest(queue, queues))])
+        found = f"found the unknown queue `{queue}` of pool `{deployment.work_pool_name}`, expected {listed(queues)}"
+        raise ConfigError([Problem("", found, nearest(queue, queues), place="--queue")])

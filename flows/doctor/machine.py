@@ -22,8 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from flows.machine import gpus_asked, visible_gpus
-from flows.server import api
-from flows.server import state as lasting
+from flows.server import api, server_state
 from flows.server.connect import connect
 from tuneline import disk
 from tuneline.config.load import Loaded
@@ -33,7 +32,7 @@ from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.sources import HubSource
 from tuneline.kinds.stage import ProgramStage, Stage
-from tuneline.paths import placed
+from tuneline.paths import resolve_path
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.store import Store
 
@@ -48,18 +47,18 @@ TAKES_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Check:
     check: str
     status: Status
     message: str
-    remedy: str = ""
+    hint: str = ""
     """A command, or what to do before it."""
 
 
-def examine(loaded: Loaded, fix: bool) -> list[Diagnosis]:
+def examine(loaded: Loaded, fix: bool) -> list[Check]:
     """With `fix`, the server is told the end of runs that are dead for certain."""
     home = loaded.root / ".tuneline"
-    found = [Diagnosis("python", OK, platform.python_version()), *_versions(), *_runtimes(loaded), *_disks(loaded), _store(loaded)]
+    found = [Check("python", OK, platform.python_version()), *_versions(), *_runtimes(loaded), *_disks(loaded), _store(loaded)]
     locks = locks_work(home)
     found += [_gpus(loaded), _token(loaded), *_shared(loaded, locks)]
     try:
@@ -71,25 +70,25 @@ def examine(loaded: Loaded, fix: bool) -> list[Diagnosis]:
     return [*found, *examine_server(loaded, address, fix and locks)]
 
 
-def _versions() -> Iterator[Diagnosis]:
+def _versions() -> Iterator[Check]:
     try:
         ranges = {name: _allowed(name, by) for name, by in PINNED}
     except PackageNotFoundError:
-        yield Diagnosis("versions", WARNING, "tuneline is not installed, so nothing says which versions it allows", "pip install .")
+        yield Check("versions", WARNING, "tuneline is not installed, so nothing says which versions it allows", "pip install .")
         return
     for name, allowed in ranges.items():
         there = version(name)
         if allowed.contains(there):
-            yield Diagnosis(name, OK, there)
+            yield Check(name, OK, there)
         else:
-            yield Diagnosis(name, PROBLEM, f"{there} is installed, allowed {allowed}", f"pip install '{name}{allowed}'")
+            yield Check(name, PROBLEM, f"{there} is installed, expected {allowed}", f"pip install '{name}{allowed}'")
 
 
 def _allowed(name: str, by: str) -> SpecifierSet:
     return next(needed.specifier for needed in map(Requirement, requires(by) or ()) if needed.name == name)
 
 
-def _runtimes(loaded: Loaded) -> Iterator[Diagnosis]:
+def _runtimes(loaded: Loaded) -> Iterator[Check]:
     stages = [s for pipeline in loaded.spec.pipelines.values() for s in pipeline.stages.values() if isinstance(s, ProgramStage)]
     programs = {stage.runtime for stage in stages}
     for name in sorted({name for stage in stages for name in stage.runtimes()}):
@@ -97,58 +96,58 @@ def _runtimes(loaded: Loaded) -> Iterator[Diagnosis]:
         try:
             runtime = find_runtime(name, loaded.spec, loaded.root)
         except ConfigError as error:
-            yield Diagnosis(check, PROBLEM, error.problems[0].message, error.problems[0].hint)
+            yield Check(check, PROBLEM, error.problems[0].message, error.problems[0].hint)
             continue
         if runtime.ready:
-            yield Diagnosis(check, OK, str(runtime.python))
+            yield Check(check, OK, str(runtime.python))
         else:
             assert runtime.folder is not None
             older = any(runtime.folder.parent.glob(f"{name}-{'[0-9a-f]' * 12}"))
             message = "its lock has changed since it was set up" if older else "it is not set up"
             # vLLM's are built by name alone: a file may hold pipelines that this machine never runs.
-            yield Diagnosis(check, PROBLEM if name in programs else WARNING, message, f"tuneline setup {name}")
+            yield Check(check, PROBLEM if name in programs else WARNING, message, f"tuneline setup {name}")
 
 
-def _disks(loaded: Loaded) -> Iterator[Diagnosis]:
-    for name, folder in (("store", placed(loaded.root, loaded.spec.store)), ("work", loaded.root / ".tuneline" / "work")):
+def _disks(loaded: Loaded) -> Iterator[Check]:
+    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", loaded.root / ".tuneline" / "work")):
         free = disk.free(folder)
         status = PROBLEM if free < disk.ROOM else WARNING if free < SCARCE else OK
-        yield Diagnosis(f"disk of {name}", status, f"{disk.human(free)} are free for {folder}", "" if status == OK else "tuneline gc")
+        yield Check(f"disk of {name}", status, f"{disk.human(free)} are free for {folder}", "" if status == OK else "tuneline gc")
 
 
-def _store(loaded: Loaded) -> Diagnosis:
-    root = placed(loaded.root, loaded.spec.store)
+def _store(loaded: Loaded) -> Check:
+    root = resolve_path(loaded.root, loaded.spec.store)
     try:
         Store(root).check()
     except StoreError as error:
-        return Diagnosis("store", PROBLEM, error.message, error.hint)
+        return Check("store", PROBLEM, error.message, error.hint)
     there = next(path for path in (root, *root.parents) if path.exists())
     if not os.access(there, os.W_OK):
-        return Diagnosis("store", PROBLEM, f"{there} cannot be written", f"chmod u+w {there}, or name another `store:`")
+        return Check("store", PROBLEM, f"{there} cannot be written", f"chmod u+w {there}, or name another `store:`")
     if not root.exists() and not root.is_relative_to(loaded.root / ".tuneline") and not root.parent.is_dir():
-        return Diagnosis("store", PROBLEM, f"there is no folder {root.parent}", f"mkdir {root.parent}, or mount its disk")
-    return Diagnosis("store", OK, f"{root} can be written" if root.exists() else f"{root} is made by the first run")
+        return Check("store", PROBLEM, f"there is no folder {root.parent}", f"mkdir {root.parent}, or mount its disk")
+    return Check("store", OK, f"{root} can be written" if root.exists() else f"{root} is made by the first run")
 
 
-def _gpus(loaded: Loaded) -> Diagnosis:
+def _gpus(loaded: Loaded) -> Check:
     wanting, there = gpus_asked(loaded), len(visible_gpus())
     most = max((gpus for _, gpus, _ in wanting), default=0)
     message = f"{there} seen, stages ask for up to {most}"
     if most <= there:
-        return Diagnosis("gpus", OK, message)
+        return Check("gpus", OK, message)
     stage, _, pool = next(each for each in wanting if each[1] > there)
     if pool is None:
-        return Diagnosis("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
-    remedy = f"`local: false` for the pool {pool}, and `tuneline worker {pool}` where the GPUs are"
-    return Diagnosis("gpus", WARNING, f"{message} ({stage}, in the pool {pool} of this machine)", remedy)
+        return Check("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
+    hint = f"`local: false` for the pool {pool}, and `tuneline worker {pool}` where the GPUs are"
+    return Check("gpus", WARNING, f"{message} ({stage}, in the pool {pool} of this machine)", hint)
 
 
-def _token(loaded: Loaded) -> Diagnosis:
+def _token(loaded: Loaded) -> Check:
     if os.environ.get("HF_TOKEN"):
-        return Diagnosis("HF_TOKEN", OK, "it is set")
+        return Check("HF_TOKEN", OK, "it is set")
     if any(_of_hub(stage) for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()):
-        return Diagnosis("HF_TOKEN", WARNING, "it is not set: of the hub, public repositories alone can be read", "export HF_TOKEN=...")
-    return Diagnosis("HF_TOKEN", OK, "it is not set, and nothing comes from the hub")
+        return Check("HF_TOKEN", WARNING, "it is not set: of the hub, public repositories alone can be read", "export HF_TOKEN=...")
+    return Check("HF_TOKEN", OK, "it is not set, and nothing comes from the hub")
 
 
 def _of_hub(stage: Stage) -> bool:
@@ -157,27 +156,27 @@ def _of_hub(stage: Stage) -> bool:
     return isinstance(stage, DatasetStage) and any(isinstance(source, HubSource) for source in stage.sources)
 
 
-def _shared(loaded: Loaded, locks: bool) -> Iterator[Diagnosis]:
+def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
     """Runs of other machines find artifacts and go on from checkpoints only where they see this very folder, with locks that work."""
     home = loaded.root / ".tuneline"
     if locks:
-        yield Diagnosis("locks", OK, f"flock works in {home}")
+        yield Check("locks", OK, f"flock works in {home}")
     else:
         message = f"flock does not work in {home}: two runs could build the same artifact at once"
-        yield Diagnosis("locks", PROBLEM, message, "move the project to another file system; of NFS, version 4")
+        yield Check("locks", PROBLEM, message, "move the project to another file system; of NFS, version 4")
     pools = loaded.spec.pools.items()
     apart = [name for name, pool in pools if isinstance(pool, KubernetesPool) or isinstance(pool, ProcessPool) and not pool.local]
-    for name, folder in (("store", placed(loaded.root, loaded.spec.store)), ("work", home / "work")) if apart else ():
-        kind, remedy = file_system(folder), "move the project, with .tuneline/, to a folder that they mount at the same path"
+    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", home / "work")) if apart else ():
+        kind, hint = file_system(folder), "move the project, with .tuneline/, to a folder that they mount at the same path"
         if kind in NETWORK:
-            yield Diagnosis(f"shared {name}", OK, f"{folder} is shared ({kind})")
+            yield Check(f"shared {name}", OK, f"{folder} is shared ({kind})")
         else:
             message = f"{folder} is on a disk of this machine ({kind}), but other machines work for {', '.join(apart)}"
-            yield Diagnosis(f"shared {name}", WARNING, message, remedy)
-    state = lasting.read(home / "server")
+            yield Check(f"shared {name}", WARNING, message, hint)
+    state = server_state.read(home / "server")
     if state and state.database is None and file_system(home / "server") in NETWORK:
         message = "the server's SQLite file is on a network file system, which can damage it"
-        yield Diagnosis("database", PROBLEM, message, "tuneline down, then tuneline up --database postgresql+asyncpg://...")
+        yield Check("database", PROBLEM, message, "tuneline down, then tuneline up --database postgresql+asyncpg://...")
 
 
 def locks_work(home: Path) -> bool:
@@ -206,11 +205,11 @@ def file_system(folder: Path) -> str:
     return found
 
 
-def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Diagnosis:
+def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Check:
     if api.setting(api.URL):
-        return Diagnosis("server", PROBLEM, problem.message, problem.hint)
-    if lasting.read(home / "server"):
-        return Diagnosis("server", PROBLEM, "the server that `up` started has ended", "tuneline up")
+        return Check("server", PROBLEM, problem.message, problem.hint)
+    if server_state.read(home / "server"):
+        return Check("server", PROBLEM, "the server that `up` started has ended", "tuneline up")
     if loaded.spec.pools:
-        return Diagnosis("server", WARNING, f"none is up, so nothing works for the pools ({', '.join(loaded.spec.pools)})", "tuneline up")
-    return Diagnosis("server", OK, "none is up; each run brings its own, without history and UI", "tuneline up")
+        return Check("server", WARNING, f"none is up, so nothing works for the pools ({', '.join(loaded.spec.pools)})", "tuneline up")
+    return Check("server", OK, "none is up; each run brings its own, without history and UI", "tuneline up")

@@ -13,8 +13,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from flows.doctor.machine import OK, PROBLEM, WARNING, Diagnosis
-from flows.server import state as lasting
+from flows.doctor.machine import OK, PROBLEM, WARNING, Check
+from flows.server import server_state
 from tuneline.config.load import Loaded
 from tuneline.config.pools import ProcessPool
 from tuneline.errors import StoreError
@@ -23,10 +23,10 @@ from tuneline.workspace.runs import RunRecord, Runs
 STUCK = timedelta(minutes=15)  # a worker takes seconds from Pending to Running; a big image may take minutes
 LATE = timedelta(minutes=2)  # after which a run that is due should have started
 SETTLED = timedelta(minutes=1)  # until the server has surely heard how a run ended
-MOST = 200  # runs that are asked for, newest first
+MAX_RUNS = 200  # runs that are asked for, newest first
 
 
-def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Diagnosis]:
+def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Check]:
     """`address` is of a server that answers, and PREFECT_API_URL."""
     import httpx
     from prefect import __version__
@@ -36,41 +36,41 @@ def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Diagnosi
     try:
         with get_client(sync_client=True) as client:
             yield _server(address, client.api_version(), __version__)
-            yield from _pools(loaded, client, lasting.read(home / "server"), address)
+            yield from _pools(loaded, client, server_state.read(home / "server"), address)
             yield from _runs(client, home, fix)
     except httpx.HTTPError as error:
-        yield Diagnosis("server", PROBLEM, f"{address} refuses an answer: {error}".splitlines()[0], "check PREFECT_API_KEY")
+        yield Check("server", PROBLEM, f"{address} refuses an answer: {error}".splitlines()[0], "check PREFECT_API_KEY")
 
 
-def _server(address: str, theirs: str, here: str) -> Diagnosis:
+def _server(address: str, theirs: str, here: str) -> Check:
     if Version(theirs) < Version(here):
         message = f"{address} runs Prefect {theirs}, older than the {here} here, which it may not understand"
-        return Diagnosis("server", WARNING, message, "tuneline down, then tuneline up; or upgrade that server")
-    return Diagnosis("server", OK, f"{address}, Prefect {theirs}")
+        return Check("server", WARNING, message, "tuneline down, then tuneline up; or upgrade that server")
+    return Check("server", OK, f"{address}, Prefect {theirs}")
 
 
-def _pools(loaded: Loaded, client: Any, state: lasting.State | None, address: str) -> Iterator[Diagnosis]:
+def _pools(loaded: Loaded, client: Any, state: server_state.State | None, address: str) -> Iterator[Check]:
     there = {pool.name: pool for pool in client.read_work_pools()}
     for name, pool in loaded.spec.pools.items():
         check, local = f"pool {name}", isinstance(pool, ProcessPool) and pool.local
         start = "tuneline up" if local else f"tuneline worker {name}, where it should work"
         ours = state.workers.get(name) if state and state.address == address else None
         if name not in there:
-            yield Diagnosis(check, PROBLEM, "the server does not know it", "tuneline up" if local else "tuneline deploy")
+            yield Check(check, PROBLEM, "the server does not know it", "tuneline up" if local else "tuneline deploy")
         elif there[name].type != pool.type:
-            remedy = f"prefect work-pool delete {name}, then tuneline deploy"
-            yield Diagnosis(check, PROBLEM, f"it is of type {there[name].type} on the server, {pool.type} in the file", remedy)
+            hint = f"prefect work-pool delete {name}, then tuneline deploy"
+            yield Check(check, PROBLEM, f"it is of type {there[name].type} on the server, {pool.type} in the file", hint)
         elif there[name].is_paused:
-            yield Diagnosis(check, WARNING, "it is paused: no run of it starts", f"prefect work-pool resume {name}")
+            yield Check(check, WARNING, "it is paused: no run of it starts", f"prefect work-pool resume {name}")
         elif ours and not ours.alive:
-            yield Diagnosis(check, PROBLEM, "the worker that `up` started has ended", "tuneline up")
+            yield Check(check, PROBLEM, "the worker that `up` started has ended", "tuneline up")
         elif online := [worker.name for worker in client.read_workers_for_work_pool(name) if worker.status.value == "ONLINE"]:
-            yield Diagnosis(check, OK, f"works on {', '.join(sorted(online))}")
+            yield Check(check, OK, f"works on {', '.join(sorted(online))}")
         else:
-            yield Diagnosis(check, PROBLEM, "no worker is online: its runs wait for ever", start)
+            yield Check(check, PROBLEM, "no worker is online: its runs wait for ever", start)
 
 
-def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
+def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
     from prefect.client.schemas.filters import (
         FlowRunFilter,
         FlowRunFilterExpectedStartTime,
@@ -89,32 +89,32 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Diagnosis]:
     try:
         records = {record.flow_run: record for record in Runs(home / "runs").every() if record.flow_run}
     except StoreError as error:
-        yield Diagnosis("runs", PROBLEM, error.message, error.hint)
+        yield Check("runs", PROBLEM, error.message, error.hint)
         return
     now, wrong = datetime.now(UTC), 0
-    for run in client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=MOST):
+    for run in client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=MAX_RUNS):
         check, record = f"run {run.name} {run.id}", records.get(str(run.id))
         if record and _ended(record, now):
             wrong += 1
             message = f"{run.state.name} on the server, but its process is gone (run {record.run_id}: {record.state})"
             if fix:
                 client.set_flow_run_state(run.id, _state(record), force=True)
-                yield Diagnosis(check, OK, f"{message}; now {record_state(record)} there")
+                yield Check(check, OK, f"{message}; now {record_state(record)} there")
             else:
-                yield Diagnosis(check, PROBLEM, message, "tuneline doctor --fix")
+                yield Check(check, PROBLEM, message, "tuneline doctor --fix")
         elif run.state.type == StateType.SCHEDULED:
             if run.expected_start_time and now - run.expected_start_time > LATE and (waits := why(client, run)):
                 wrong += 1
                 minutes = int((now - run.expected_start_time).total_seconds() // 60)
-                yield Diagnosis(check, WARNING, f"{run.state.name}, due for {minutes} min: {waits}", f"prefect flow-run cancel {run.id}")
+                yield Check(check, WARNING, f"{run.state.name}, due for {minutes} min: {waits}", f"prefect flow-run cancel {run.id}")
         elif run.state.type != StateType.RUNNING and now - run.state.timestamp > STUCK:
             wrong += 1
             minutes = (now - run.state.timestamp) // timedelta(minutes=1)
             pending = run.state.type == StateType.PENDING
-            remedy = f"prefect flow-run cancel {run.id}" if pending else f"prefect flow-run delete {run.id}, once no process of it is left"
-            yield Diagnosis(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a place in its pool", remedy)
+            hint = f"prefect flow-run cancel {run.id}" if pending else f"prefect flow-run delete {run.id}, once no process of it is left"
+            yield Check(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a place in its pool", hint)
     if not wrong:
-        yield Diagnosis("runs", OK, "none hangs")
+        yield Check("runs", OK, "none hangs")
 
 
 def _ended(record: RunRecord, now: datetime) -> bool:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from flows.doctor.machine import Diagnosis
+from flows.doctor.machine import Check
 from flows.report.tables import print_table, table_of
 
 
-def doctor_table(findings: Sequence[Diagnosis]) -> None:
+def doctor_table(checks: Sequence[Check]) -> None:
     """What is wrong last, where one looks first."""
     styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
     table = table_of("check", "status", "found", "remedy")
-    for finding in sorted(findings, key=lambda finding: list(styles).index(finding.status)):
-        table.add_row(finding.check, Text(finding.status, styles[finding.status]), finding.message, finding.remedy)
+    for check in sorted(checks, key=lambda check: list(styles).index(check.status)):
+        table.add_row(check.check, Text(check.status, styles[check.status]), check.message, check.hint)
     print_table(table)

@@ -110,13 +110,13 @@ def _heights(columns: list[list[Stop]], before: Mapping[Stop, list[Stop]]) -> di
     middle: dict[Stop, float] = {}
     for column in columns:
         wanted = [_mean([middle[other] for other in before.get(stop, ())], i * (NODE + GAP)) for i, stop in enumerate(column)]
-        placed: list[float] = []
+        resolve_path: list[float] = []
         for i, (stop, height) in enumerate(zip(column, wanted, strict=True)):
             room = (NODE if isinstance(stop, str) else GAP) / 2
             above = (NODE if i and isinstance(column[i - 1], str) else GAP) / 2
-            placed.append(max(height, placed[-1] + above + GAP + room) if placed else height)
-        shift = _mean([wish - got for wish, got in zip(wanted, placed, strict=True)], 0.0)
-        middle |= {stop: height + shift for stop, height in zip(column, placed, strict=True)}
+            resolve_path.append(max(height, resolve_path[-1] + above + GAP + room) if resolve_path else height)
+        shift = _mean([wish - got for wish, got in zip(wanted, resolve_path, strict=True)], 0.0)
+        middle |= {stop: height + shift for stop, height in zip(column, resolve_path, strict=True)}
     return middle
 
 

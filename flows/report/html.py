@@ -23,7 +23,7 @@ from tuneline import __version__
 from tuneline.config.overrides import as_flags
 from tuneline.workspace.runs import RunRecord, Runs
 
-OF_REWARDS = {
+REWARD_CURVES = {
     "frac_reward_zero_std": "share of groups without signal",
     "completions/mean_length": "completion length",
     "entropy": "entropy",
@@ -92,7 +92,7 @@ def curves(stage: Stage) -> dict[str, Chart]:
     history = [entry for entry in stage.lines("history.jsonl") if isinstance(entry.get("step"), int)]
     rewards = sorted({name for entry in history for name in entry if name.startswith("rewards/") and name.endswith("/mean")})
     figures = {"reward": ["reward"]} | ({name.split("/")[1]: [name] for name in rewards} if len(rewards) > 1 else {})
-    figures |= {title: [name] for name, title in OF_REWARDS.items()}
+    figures |= {title: [name] for name, title in REWARD_CURVES.items()}
     if not any("reward" in entry for entry in history):
         figures = {"loss": ["loss", "eval_loss"]}
     figures["learning rate"] = ["learning_rate"]

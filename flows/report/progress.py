@@ -13,7 +13,7 @@ import time
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from flows.report.pace import Pace
+from flows.report.eta import Eta
 from tuneline.workspace.protocol import Event
 
 SECONDS = 2.0  # between two updates at the beginning: each is a request, and an event that the server keeps
@@ -23,7 +23,7 @@ SLOWER = 0.01  # of the time that the stage has worked, beside these
 
 class ProgressArtifact:
     def __init__(self, stage: str):
-        self._pace = Pace(stage)
+        self._pace = Eta(stage)
         self._news, self._ended = threading.Event(), threading.Event()
         context = contextvars.copy_context()  # Prefect finds the task run there
         self._thread = threading.Thread(target=context.run, args=(self._publish,), daemon=True)

@@ -19,9 +19,9 @@ from prefect import get_run_logger
 from flows.report.progress import ProgressArtifact
 from flows.run import forced, node
 from flows.run.attempts import Attempts
+from flows.run.run_context import RunContext
 from flows.run.slots import Taken
 from flows.run.supervisor import Outcome, program_environment
-from flows.run.this_run import Run
 from tuneline import disk
 from tuneline.errors import ConfigError, StageFailed
 from tuneline.kinds.stage import ProgramStage
@@ -48,7 +48,7 @@ class Job:
     key: str
 
 
-def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
+def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     """Runs the program and publishes what it made. The caller holds the key's lock."""
     work, store = run.workspace.work(job.key), run.workspace.store
     if job.name in run.forced:
@@ -68,7 +68,7 @@ def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
         files=resolved.files,
         trees=resolved.trees,
         commits=resolved.commits,
-        out=store.building(job.key),
+        out=store.staging_dir(job.key),
         work=work,
         attempt=len(attempts.all) + 1,
         resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
@@ -108,7 +108,7 @@ def build(run: Run, job: Job, held: int, taken: Taken) -> Artifact:
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
-def as_in_key(run: Run, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
+def as_in_key(run: RunContext, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
     """The outside files as they are now. Raises StageFailed(data) where their content is no longer what the key says.
 
     A program reads files long after they were hashed for the key, and at times that we do not know. So this is called before it
@@ -140,14 +140,14 @@ def _input(workspace: Workspace, artifact: Artifact) -> Input:
     return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
 
 
-def _runtime(run: Run, name: str) -> RuntimeEnvironment:
+def _runtime(run: RunContext, name: str) -> RuntimeEnvironment:
     runtime = find_runtime(name, run.workspace.loaded.spec, run.workspace.root)
     if not runtime.ready:
         raise StageFailed("config", f"the runtime {name} is not set up", f"`tuneline setup {name}` builds it")
     return runtime
 
 
-def _supervise(run: Run, job: Job, request: Request, held: int, taken: Taken) -> Outcome:
+def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Taken) -> Outcome:
     name, stage = job.name, job.stage
     runtime = _runtime(run, stage.runtime)
     logger, progress = get_run_logger(), ProgressArtifact(name)
@@ -173,7 +173,7 @@ def _supervise(run: Run, job: Job, request: Request, held: int, taken: Taken) ->
         progress.close()
 
 
-def _publish(run: Run, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:
+def _publish(run: RunContext, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:
     result: Result = Result.read(request.work / "result.json")
     for name in ("log.txt", "events.jsonl"):
         shutil.copy(request.work / name, request.meta / name)
@@ -191,7 +191,7 @@ def _publish(run: Run, job: Job, request: Request, attempts: Attempts, began: da
     def manifest(payload_digest: str, files: tuple[File, ...]) -> Manifest:
         return Manifest(
             kind=job.stage.kind,
-            type=job.stage.gives(),
+            type=job.stage.output_type(),
             key=job.key,
             document=job.document,
             digest=payload_digest,
@@ -208,7 +208,7 @@ def _publish(run: Run, job: Job, request: Request, attempts: Attempts, began: da
 
 
 def _base(stage: ProgramStage, inputs: Mapping[str, Artifact]) -> Base | None:
-    if stage.gives() != "Adapter":
+    if stage.output_type() != "Adapter":
         return None
     model = inputs["model"].manifest
     return Base(kind=model.kind, key=model.key, digest=model.digest, template=model.template)

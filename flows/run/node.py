@@ -41,7 +41,7 @@ def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
     if rank >= most:
         allowed = f"1 to {most - 1}" if most > 2 else "1" if most == 2 else "none: no stage of it has `nodes`"
         hint = "set `resources: {nodes: 2}` in a training" if most == 1 else "the run itself is machine 0"
-        raise ConfigError([Problem("--rank", "", f"found {rank} for {pipeline}, allowed {allowed}", hint)])
+        raise ConfigError([Problem("", f"found {rank} for {pipeline}, expected {allowed}", hint, place="--rank")])
 
 
 def command(pipeline: str, file: Path, overrides: Sequence[str]) -> str:
@@ -58,7 +58,7 @@ def check_flags(workspace: Workspace, record: RunRecord, rank: int) -> None:
         ours, theirs = (json.dumps(flags[name]) if name in flags else "none" for flags in (here, there))
         if ours != theirs:
             flag = name if name.startswith("--var ") else f"--set {name}"
-            problems.append(Problem(flag, "", f"found {ours}, allowed {theirs}, as run {record.run_id} has it", hint))
+            problems.append(Problem("", f"found {ours}, expected {theirs}, as run {record.run_id} has it", hint, place=flag))
     if problems:
         raise ConfigError(problems)
 
@@ -73,8 +73,8 @@ def only_one(workspace: Workspace, pipeline: str, rank: int) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             held.seek(0)
-            found = f"found {rank}, which is {held.read()} already, allowed a number that no other machine of {pipeline} has"
-            raise ConfigError([Problem("--rank", "", found, "give each machine its own, or end that one first")]) from None
+            found = f"found {rank}, which is {held.read()} already, expected a number that no other machine of {pipeline} has"
+            raise ConfigError([Problem("", found, "give each machine its own, or end that one first", place="--rank")]) from None
         held.truncate(0)
         held.write(f"process {os.getpid()} on {socket.gethostname()}")
         held.flush()

@@ -19,11 +19,11 @@ from flows.machine import visible_gpus
 from flows.report.artifacts import Publisher
 from flows.run.cancelled import Watch
 from flows.run.child import NAME
-from flows.run.orphan import end_with_parent
+from flows.run.parent_watch import end_with_parent
+from flows.run.run_context import NoReporter, RunContext
 from flows.run.slots import Slots
 from flows.run.stage import stage_task
 from flows.run.supervisor import Supervisor
-from flows.run.this_run import NoReporter, Run
 from tuneline.config.load import load
 from tuneline.config.overrides import as_sets
 from tuneline.errors import StageFailed
@@ -52,7 +52,7 @@ def run_stage(
     record = RunRecord(run_id=run_id, pipeline=pipeline, started="", planned=planned(spec, None), flow_run=flow_run.parent_flow_run_id)
     slots, supervisor = Slots(spec.parallel, visible_gpus()), Supervisor()
     publisher, force = Publisher(), frozenset([stage] if forced else [])
-    run = Run(workspace, pipeline, record, supervisor, slots, NoReporter(), publisher, force, child_of=key)
+    run = RunContext(workspace, pipeline, record, supervisor, slots, NoReporter(), publisher, force, child_of=key)
     run.know_commits(commits)
     needs = {other: _input(workspace, inputs[slot]) for slot, other in input_slots(spec.stages[stage]).items()}
     end_with_parent()

@@ -24,8 +24,8 @@ from prefect.states import Cancelled, Completed, Failed
 from flows.report.tables import figures
 from flows.run.build import Job, as_in_key, build
 from flows.run.child import build_in_pool
+from flows.run.run_context import RunContext
 from flows.run.slots import Taken
-from flows.run.this_run import Run
 from tuneline import disk
 from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StageStopped, StoreError, TunelineError
@@ -43,7 +43,7 @@ FAILED = "Failed: "  # a state's name, before the class of the failure
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
 
 
-def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
+def stage_task(run: RunContext, name: str) -> Task[[dict[str, Any]], Any]:
     """The Prefect task of one stage. Its parameter: what each stage that it depends on handed on."""
     stage = run.stages[name]
 
@@ -88,14 +88,14 @@ def stage_task(run: Run, name: str) -> Task[[dict[str, Any]], Any]:
     return supervise
 
 
-def _show_figures(run: Run, name: str) -> None:
+def _show_figures(run: RunContext, name: str) -> None:
     """Beside the stage's name, where the UI lists the tasks of a run. Told with the state, as the tags are."""
     entry = next((entry for entry in run.record.stages if entry.stage == name), None)
     if entry and (shown := figures(entry)):
         TaskRunContext.get().task_run.name = f"{name}: {shown}"  # type: ignore[union-attr]
 
 
-def _failed(run: Run, name: str, error: StageFailed) -> State[Any]:
+def _failed(run: RunContext, name: str, error: StageFailed) -> State[Any]:
     """The state of a stage that is not tried again, named by its class."""
     details = f"\n{error.details}" if error.failure_class == "bug" else ""
     get_run_logger().error(f"{error.failure_class}: {error}{details}")
@@ -103,7 +103,7 @@ def _failed(run: Run, name: str, error: StageFailed) -> State[Any]:
     return Failed(name=f"{FAILED}{error.failure_class}", message=str(error))
 
 
-def _of_store(run: Run, error: Exception) -> StageFailed | None:
+def _of_store(run: RunContext, error: Exception) -> StageFailed | None:
     """What a full or broken disk, or a store that cannot be used, means to the stage."""
     if isinstance(error, StoreError):
         return StageFailed("disk" if disk.is_of_disk(error) else "config", error.message, error.hint)
@@ -116,7 +116,7 @@ def _retryable(state: State[Any]) -> bool:
     return isinstance(state.data, StageFailed) and state.data.retryable
 
 
-def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
+def _carry_out(run: RunContext, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     absent = [need for need, value in needs.items() if value is None or isinstance(value, BaseException)]
     if absent:
         message = f"needs {', '.join(absent)}"
@@ -148,7 +148,7 @@ def _carry_out(run: Run, name: str, stage: Stage, needs: dict[str, Any]) -> Any:
     return Completed(name="Cached", message=f"{stage.kind}/{key[:12]} is in the store", data=artifact)
 
 
-def _build_elsewhere(run: Run, job: Job) -> Artifact:
+def _build_elsewhere(run: RunContext, job: Job) -> Artifact:
     """In the stage's own pool, by a child run."""
     name, stage, key = job.name, job.stage, job.key
     wanted = {**(run.parameters or {}), "key": key, "run_id": run.record.run_id, "forced": name in run.forced}
@@ -156,7 +156,7 @@ def _build_elsewhere(run: Run, job: Job) -> Artifact:
     run.reporter.started(name, f"{stage.kind} in pool {stage.pool}")
     with run.attempt(name, key):
         build_in_pool(name, stage, job.inputs, wanted, run.supervisor)
-    with run.workspace.store.steady():
+    with run.workspace.store.shared_lock():
         artifact = run.workspace.store.find(stage.kind, key)
         if artifact is None:
             hint = "every pool must see the same project folder and store: docs/operating.md"
@@ -165,14 +165,14 @@ def _build_elsewhere(run: Run, job: Job) -> Artifact:
     return artifact
 
 
-def _cached(run: Run, job: Job) -> Artifact | None:
+def _cached(run: RunContext, job: Job) -> Artifact | None:
     """What the store has, unless the stage is to be built again; it is in the run's record before `tuneline gc` can look there."""
     if job.name in run.forced:
         paid = run.workspace.runs.paid(run.pipeline, job.name, job.key, run.record.flow_run)
         if paid is None:
             return None
         get_run_logger().info(f"`--force`: run {paid}, which was stopped later, has built it again already")
-    with run.workspace.store.steady():
+    with run.workspace.store.shared_lock():
         artifact = run.workspace.store.find(job.stage.kind, job.key)
         if artifact is not None:
             if (artifact.payload / REFERENCE).exists() and isinstance(job.stage, ModelStage) and job.stage.path:
@@ -183,7 +183,7 @@ def _cached(run: Run, job: Job) -> Artifact | None:
 
 
 @contextmanager
-def _lock(run: Run, job: Job) -> Iterator[int]:
+def _lock(run: RunContext, job: Job) -> Iterator[int]:
     """The key's lock; whoever waits for another run says so, and stops waiting when its own run stops."""
 
     def say() -> None:
@@ -196,7 +196,7 @@ def _lock(run: Run, job: Job) -> Iterator[int]:
         raise StageStopped from None
 
 
-def _slot(run: Run, job: Job) -> AbstractContextManager[Taken]:
+def _slot(run: RunContext, job: Job) -> AbstractContextManager[Taken]:
     """A slot of the run and the stage's GPUs; whoever waits for another stage's says so."""
     holder = {"stage": f"{run.pipeline}/{job.name}", "run": run.record.run_id}
     resources = job.stage.resources
@@ -204,7 +204,7 @@ def _slot(run: Run, job: Job) -> AbstractContextManager[Taken]:
     return run.slots.taken(resources.gpus, resources.devices, holder, say, going_on)
 
 
-def _pass_gate(run: Run, name: str, stage: GateStage) -> Any:
+def _pass_gate(run: RunContext, name: str, stage: GateStage) -> Any:
     passed, lines = judge(stage, run.stages, run.manifests)
     logger = get_run_logger()
     for line in lines:

@@ -70,7 +70,7 @@ def _toml(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(
-            [Problem(str(path), "", f"found no TOML that can be read ({error})", "Prefect's settings are read from it")]
+            [Problem("", f"found no TOML that can be read ({error})", "Prefect's settings are read from it", place=str(path))]
         ) from None
 
 
@@ -132,6 +132,6 @@ def admitted(address: str) -> None:
         name = KEY if setting(KEY) and not setting(AUTH) else AUTH
         found = f"found {'another one' if setting(name) else 'none'} than {address} wants (HTTP {error.code})"
         hint = "`export PREFECT_API_KEY=...`" if name == KEY else "`export PREFECT_API_AUTH_STRING=user:password`"
-        raise ConfigError([Problem(name, "", found, hint)]) from None
+        raise ConfigError([Problem("", found, hint, place=name)]) from None
     except (OSError, ValueError):
         return  # that it does not answer is said elsewhere

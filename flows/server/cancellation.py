@@ -55,8 +55,8 @@ def cancel(workspace: Workspace, what: str, say: Callable[[str], None]) -> str:
 
 def _check_one(what: str, ids: list[str]) -> None:
     if len(ids) > 1:
-        found = f"found {len(ids)} runs of it, allowed one of {listed(ids)}"
-        raise ConfigError([Problem(f"cancel {what}", "", found, f"`tuneline cancel {ids[0]}`")])
+        found = f"found {len(ids)} runs of it, expected one of {listed(ids)}"
+        raise ConfigError([Problem("", found, f"`tuneline cancel {ids[0]}`", place=f"cancel {what}")])
 
 
 def _waiting(workspace: Workspace, pipeline: str) -> list[str]:
@@ -133,4 +133,6 @@ def _no_such_run(workspace: Workspace, what: str, alive: list[RunRecord]) -> Pro
     else:
         found = "found no such run"
     hint = nearest(what, known) if ended is None else ""
-    return Problem(f"cancel {what}", "", f"{found}, allowed one that runs: {listed(known)}", hint or "`tuneline status` shows what runs")
+    return Problem(
+        "", f"{found}, expected one that runs: {listed(known)}", hint or "`tuneline status` shows what runs", place=f"cancel {what}"
+    )

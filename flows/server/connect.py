@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.server import api, migrated
-from flows.server import state as lasting
+from flows.server import api, migrated, server_state
 from tuneline import PACKAGES_ROOT, watchdog
 from tuneline.config.pools import interval
 from tuneline.errors import ConfigError, Problem, StageFailed
@@ -51,7 +50,7 @@ def find_server(home: Path) -> str | None:
     `.tuneline`."""
     if configured := api.setting(api.URL):
         return str(configured)
-    state = lasting.read(home / "server")
+    state = server_state.read(home / "server")
     return state.address if state and state.server.alive and answers(state.address) else None
 
 
@@ -64,15 +63,15 @@ def connect(home: Path) -> str:
     configured, address = api.setting(api.URL), find_server(home)
     if address is None:
         found = "found no address of a Prefect server, and none of `tuneline up` that runs"
-        raise ConfigError([Problem(api.URL, "", found, "`tuneline up` starts one")])
+        raise ConfigError([Problem("", found, "`tuneline up` starts one", place=api.URL)])
     loopback_without_proxy()
     if configured:
         _require(configured.rstrip("/"))
     else:
         os.environ |= {"PREFECT_HOME": str(home / "server"), "DO_NOT_TRACK": "1"}
     os.environ[api.URL] = address
-    if (state := lasting.read(home / "server")) and state.address == address.rstrip("/"):
-        os.environ |= lasting.password(home / "server")
+    if (state := server_state.read(home / "server")) and state.address == address.rstrip("/"):
+        os.environ |= server_state.password(home / "server")
     for name in (api.AUTH, api.KEY):  # from wherever they come: what is in the environment is masked in logs
         if value := api.setting(name):
             os.environ[name] = str(value)
@@ -105,7 +104,7 @@ def _require(address: str) -> None:
         hint = "start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL: each run then brings a server of its own"
         if isinstance(getattr(error, "reason", None), ssl.SSLError):
             hint = f"{api.CERTIFICATES} names a file with the certificate of who signed the server's"
-        raise ConfigError([Problem(api.URL, "", f"found no Prefect server at {address} ({error})", hint)]) from None
+        raise ConfigError([Problem("", f"found no Prefect server at {address} ({error})", hint, place=api.URL)]) from None
 
 
 @contextmanager

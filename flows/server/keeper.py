@@ -11,8 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from flows.server import state as lasting
-from flows.server import workers
+from flows.server import server_state, workers
 from flows.server.connect import answers
 from tuneline import PACKAGES_ROOT
 from tuneline.config.load import Loaded, load
@@ -23,16 +22,16 @@ POLL_SECONDS = 2.0
 AGAIN_SECONDS = 60.0  # before a worker that did not start is tried again
 
 
-def start(loaded: Loaded, folder: Path, state: lasting.State) -> lasting.Process:
+def start(loaded: Loaded, folder: Path, state: server_state.State) -> server_state.Process:
     code = f"import sys; sys.path.insert(0, {str(PACKAGES_ROOT)!r}); from flows.server import keeper; keeper.main()"
     command = [sys.executable, "-P", "-c", code, str(loaded.file)]
-    return lasting.process(workers.spawn(command, folder, ROLE, state.address, folder / "keeper.log", {}).pid)
+    return server_state.process(workers.spawn(command, folder, ROLE, state.address, folder / "keeper.log", {}).pid)
 
 
 def main() -> None:
-    file, folder = Path(sys.argv[1]), Path(os.environ[lasting.UP])
+    file, folder = Path(sys.argv[1]), Path(os.environ[server_state.UP])
     loaded, seen = None, None
-    with lasting.alone(folder):
+    with server_state.alone(folder):
         pass  # until `up` has written down who the keeper is
     while _its_state(folder):
         with suppress(OSError, ConfigError):  # moved, or half edited: the pools of before count
@@ -53,16 +52,16 @@ def _tend(loaded: Loaded, folder: Path) -> None:
     state = _its_state(folder)
     if state is None or not workers.missing(loaded, state):
         return
-    with lasting.alone(folder):  # what an `up` or a `down` has changed meanwhile counts
+    with server_state.alone(folder):  # what an `up` or a `down` has changed meanwhile counts
         state = _its_state(folder)
         if state and answers(state.address):
-            os.environ |= lasting.password(folder)
+            os.environ |= server_state.password(folder)
             workers.start(loaded, folder, state, _say)
 
 
-def _its_state(folder: Path) -> lasting.State | None:
+def _its_state(folder: Path) -> server_state.State | None:
     """None once this process is not its keeper any more."""
-    state = lasting.read(folder)
+    state = server_state.read(folder)
     return state if state and state.keeper and state.keeper.pid == os.getpid() else None
 
 

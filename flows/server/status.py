@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.report.pace import Pace
+from flows.report.eta import Eta
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import RunRecord, StageRecord
 from tuneline.workspace.workspace import Workspace
@@ -65,12 +65,12 @@ def _age(record: RunRecord) -> float:
 
 
 def _progress(work: Path, stage: str) -> str:
-    pace = Pace(stage)
+    eta = Eta(stage)
     with contextlib.suppress(OSError):  # not there before the program's first word
         for line in (work / "events.jsonl").read_bytes().splitlines():
             with contextlib.suppress(ValidationError):  # torn by a kill
-                pace.take(Event.model_validate_json(line))
-    return pace.latest[1].removeprefix(f"{stage}: ") if pace.latest else ""
+                eta.take(Event.model_validate_json(line))
+    return eta.latest[1].removeprefix(f"{stage}: ") if eta.latest else ""
 
 
 def on_server() -> list[OnServer]:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.server import api, keeper, migrated, workers
-from flows.server import state as lasting
+from flows.server import api, keeper, migrated, server_state, workers
 from flows.server.connect import DATABASE, answers, kept, loopback_without_proxy, server_command, wait_for_health
 from tuneline.config.load import Loaded
 from tuneline.errors import ConfigError, Problem, StageFailed
@@ -29,7 +28,7 @@ DATABASES = {"postgresql+asyncpg": "postgresql+asyncpg://user@host/name", "sqlit
 
 @dataclass(frozen=True)
 class Up:
-    state: lasting.State
+    state: server_state.State
     started: list[str]
     """What was not there already: `server`, `worker POOL`."""
 
@@ -46,50 +45,50 @@ def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None,
 
     Raises ConfigError for a call that does not fit what is there, StageFailed for what does not start.
     """
-    folder, started = lasting.folder_of(loaded.root), []
+    folder, started = server_state.folder_of(loaded.root), []
     loopback_without_proxy()
-    with lasting.alone(folder):
-        state = lasting.read(folder)
+    with server_state.alone(folder):
+        state = server_state.read(folder)
         port = port or (state.port if state else PORT)
         _refuse(folder, state, port, database, auth)
         if auth:
-            lasting.keep_password(folder, auth)
-        os.environ |= lasting.password(folder)
+            server_state.keep_password(folder, auth)
+        os.environ |= server_state.password(folder)
         if state is None or not _runs(state):
             say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
             before = {"workers": state.workers, "keeper": state.keeper} if state else {}
             state = _start_server(folder, port, database, loaded.spec.history).model_copy(update=before)
-            lasting.write(folder, state)
+            server_state.write(folder, state)
             started.append("server")
         for name in [name for name in state.workers if name not in loaded.spec.pools]:
             workers.end(state.workers.pop(name))
-            lasting.write(folder, state)
+            server_state.write(folder, state)
         started += [f"worker {name}" for name in workers.start(loaded, folder, state, say)]
         if state.keeper is None or not state.keeper.alive:
             state.keeper = keeper.start(loaded, folder, state)
-            lasting.write(folder, state)
+            server_state.write(folder, state)
     return Up(state, started)
 
 
-def _refuse(folder: Path, state: lasting.State | None, port: int, database: str | None, auth: str | None) -> None:
+def _refuse(folder: Path, state: server_state.State | None, port: int, database: str | None, auth: str | None) -> None:
     problems = []
     place = _without_secrets(database) if database else None
     if place and place.partition("://")[0] not in DATABASES:
-        found = f"found an address that begins with `{place.partition('://')[0][:20]}`, allowed {' or '.join(DATABASES.values())}"
-        problems.append(Problem("--database", "", found))
+        found = f"found an address that begins with `{place.partition('://')[0][:20]}`, expected {' or '.join(DATABASES.values())}"
+        problems.append(Problem("", found, place="--database"))
     elif state and place != state.database and (place or not _runs(state)):
         found = f"found {place or 'none'}, but the server that `up` started has {state.database or 'a file of its own'}"
-        problems.append(Problem("--database", "", found, "name that one, or `tuneline down` first"))
-    if auth and state and _runs(state) and lasting.password(folder).get(api.AUTH) != auth:
+        problems.append(Problem("", found, "name that one, or `tuneline down` first", place="--database"))
+    if auth and state and _runs(state) and server_state.password(folder).get(api.AUTH) != auth:
         found = "found a password, but the server that `up` has started asks for another one, or for none"
-        problems.append(Problem("--auth", "", found, "`tuneline down` first"))
-    if state and port != state.port and lasting.ours(folder):
+        problems.append(Problem("", found, "`tuneline down` first", place="--auth"))
+    if state and port != state.port and server_state.ours(folder):
         found = f"found {port}, but what `up` has started works on port {state.port}"
-        problems.append(Problem("--port", "", found, "`tuneline down` first"))
+        problems.append(Problem("", found, "`tuneline down` first", place="--port"))
     configured = api.setting(api.URL)
     if configured and configured.rstrip("/") != _address(port):
         found = f"found {configured}, to which runs would go, not to the server of `up`"
-        problems.append(Problem("PREFECT_API_URL", "", found, "unset it; for that server, `tuneline worker POOL` starts a worker"))
+        problems.append(Problem("", found, "unset it; for that server, `tuneline worker POOL` starts a worker", place="PREFECT_API_URL"))
     if problems:
         raise ConfigError(problems)
 
@@ -98,7 +97,7 @@ def _address(port: int) -> str:
     return f"http://127.0.0.1:{port}/api"
 
 
-def _runs(state: lasting.State) -> bool:
+def _runs(state: server_state.State) -> bool:
     return state.server.alive and answers(state.address)
 
 
@@ -107,20 +106,20 @@ def _without_secrets(database: str) -> str:
     return f"{kind}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
-def _start_server(folder: Path, port: int, database: str | None, history: str) -> lasting.State:
+def _start_server(folder: Path, port: int, database: str | None, history: str) -> server_state.State:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not hold it
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            found = f"found {port}, which cannot be listened on ({os.strerror(error.errno or 0)}), allowed a free port"
-            raise ConfigError([Problem("--port", "", found, f"`tuneline up --port {port + 1}`, or end what holds it")]) from None
+            found = f"found {port}, which cannot be listened on ({os.strerror(error.errno or 0)}), expected a free port"
+            raise ConfigError([Problem("", found, f"`tuneline up --port {port + 1}`, or end what holds it", place="--port")]) from None
     address, log = _address(port), folder / "server.log"
     place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
     # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
     settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **kept(history), **dict.fromkeys(DATABASE, place)}
     settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which deployment has its one run
-    if password := lasting.password(folder).get(api.AUTH):
+    if password := server_state.password(folder).get(api.AUTH):
         settings["PREFECT_SERVER_API_AUTH_STRING"] = password
     if database is None:
         settings |= migrated.prepare(folder / "prefect.db")
@@ -131,17 +130,19 @@ def _start_server(folder: Path, port: int, database: str | None, history: str) -
         process.kill()
         process.wait()
         raise
-    return lasting.State(address=address, database=_without_secrets(database) if database else None, server=lasting.process(process.pid))
+    return server_state.State(
+        address=address, database=_without_secrets(database) if database else None, server=server_state.process(process.pid)
+    )
 
 
 def down(root: Path) -> list[Ended]:
     """Ends what `up` started and what that started. Runs in progress are asked to stop their programs in order, and have their say on
     the server; then workers and the server go. Raises StageFailed for what cannot be ended."""
-    folder = lasting.folder_of(root)
+    folder = server_state.folder_of(root)
     if not folder.is_dir():
         return []
-    with lasting.alone(folder):
-        state, found = lasting.read(folder), lasting.ours(folder)
+    with server_state.alone(folder):
+        state, found = server_state.read(folder), server_state.ours(folder)
         working = {process.pid for process in state.workers.values() if process.alive} if state else set()
         servers = {process.pid for process in found if process.role == "server"}
         keepers = {process.pid for process in found if process.role == keeper.ROLE}
@@ -166,13 +167,13 @@ def down(root: Path) -> list[Ended]:
     return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _told(found, working)]
 
 
-def _told(found: list[lasting.Ours], working: set[int]) -> list[lasting.Ours]:
+def _told(found: list[server_state.Ours], working: set[int]) -> list[server_state.Ours]:
     """Of all that is ours: servers, workers and runs, not the programs below them."""
     return [process for process in found if process.flow_run or process.role == "server" or process.pid in working]
 
 
 def _pids(folder: Path) -> set[int]:
-    return {process.pid for process in lasting.ours(folder)}
+    return {process.pid for process in server_state.ours(folder)}
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -26,15 +26,15 @@ def run_worker(loaded: Loaded, pool: str) -> NoReturn:
     pools = loaded.spec.pools
     if pool not in pools:
         allowed = ", ".join(pools) or "none (the file has no `pools`)"
-        raise ConfigError([Problem("worker", "", f"found no pool `{pool}`, allowed {allowed}", nearest(pool, list(pools)))])
+        raise ConfigError([Problem("", f"found no pool `{pool}`, expected {allowed}", nearest(pool, list(pools)), place="worker")])
     kind = pools[pool].type
     library = LIBRARIES.get(kind)
     if library and importlib.util.find_spec(library.replace("-", "_")) is None:
         found = f"found no {library}, which a {kind} worker needs"
-        raise ConfigError([Problem("worker", pool, found, f"`pip install {library}` into the environment of tuneline")])
+        raise ConfigError([Problem(pool, found, f"`pip install {library}` into the environment of tuneline", place="worker")])
     address = connect(loaded.root / ".tuneline")
     if library and _unknown(address, pool):
-        raise ConfigError([Problem("worker", pool, f"found no such pool on the server at {address}", "`tuneline deploy` makes it")])
+        raise ConfigError([Problem(pool, f"found no such pool on the server at {address}", "`tuneline deploy` makes it", place="worker")])
     os.environ |= QUIET
     os.chdir(loaded.root)
     command = worker_command(pool, kind)

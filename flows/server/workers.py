@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.machine import gpus_asked, visible_gpus
-from flows.server import state as lasting
+from flows.server import server_state
 from flows.server.connect import DATABASE, QUIET, tail
 from flows.server.worker import heartbeat, worker_command
 from tuneline.config.load import Loaded
@@ -22,30 +22,30 @@ END_SECONDS = 10.0
 POLL_SECONDS = "2"  # between a worker's looks for runs; Prefect's 10 s are felt by whoever waits
 
 
-def missing(loaded: Loaded, state: lasting.State) -> list[str]:
+def missing(loaded: Loaded, state: server_state.State) -> list[str]:
     """Pools of this machine for which no worker of ours lives."""
     local = [name for name, pool in loaded.spec.pools.items() if isinstance(pool, ProcessPool) and pool.local]
     return [name for name in local if name not in state.workers or not state.workers[name].alive]
 
 
-def start(loaded: Loaded, folder: Path, state: lasting.State, say: Callable[[str], object]) -> list[str]:
+def start(loaded: Loaded, folder: Path, state: server_state.State, say: Callable[[str], object]) -> list[str]:
     """Starts those that are missing, and writes each down. Returns their pools. Raises StageFailed for one that does not start."""
     started = []
     for name in missing(loaded, state):
         say(f"starting a worker for the pool {name}{_without_gpus(loaded, name)}")
         state.workers[name] = _start(folder, state.address, name)
-        lasting.write(folder, state)
+        server_state.write(folder, state)
         started.append(name)
     return started
 
 
 def start_beside(loaded: Loaded, address: str, say: Callable[[str], object]) -> None:
     """Starts those that are missing, where the server at `address` is that of this project's `up`."""
-    folder = lasting.folder_of(loaded.root)
-    state = lasting.read(folder)
+    folder = server_state.folder_of(loaded.root)
+    state = server_state.read(folder)
     if state and state.address == address.rstrip("/") and missing(loaded, state):
-        with lasting.alone(folder):
-            if state := lasting.read(folder):
+        with server_state.alone(folder):
+            if state := server_state.read(folder):
                 start(loaded, folder, state, say)
 
 
@@ -60,7 +60,7 @@ def _without_gpus(loaded: Loaded, pool: str) -> str:
     )
 
 
-def _start(folder: Path, address: str, pool: str) -> lasting.Process:
+def _start(folder: Path, address: str, pool: str) -> server_state.Process:
     log, deadline = folder / f"worker-{pool}.log", time.monotonic() + START_SECONDS
     before, settings = heartbeat(address, pool), {"PREFECT_WORKER_QUERY_SECONDS": POLL_SECONDS}
     process = spawn(worker_command(pool, "process"), folder, f"worker {pool}", address, log, settings)
@@ -74,10 +74,10 @@ def _start(folder: Path, address: str, pool: str) -> lasting.Process:
         process.kill()
         process.wait()
         raise
-    return lasting.process(process.pid)
+    return server_state.process(process.pid)
 
 
-def end(worker: lasting.Process) -> None:
+def end(worker: server_state.Process) -> None:
     """Of a pool that left the file: it would make the pool again. Its runs end with it, and go on from their checkpoints elsewhere."""
     if worker.alive:
         os.kill(worker.pid, signal.SIGTERM)
@@ -89,7 +89,13 @@ def end(worker: lasting.Process) -> None:
 def spawn(command: list[str], folder: Path, role: str, address: str, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
     """The address of the database may hold a password: it is in the server's environment, and in nothing else."""
     inherited = {name: value for name, value in os.environ.items() if name not in DATABASE}
-    ours = {lasting.UP: str(folder), lasting.ROLE: role, "PREFECT_HOME": str(folder), "PREFECT_API_URL": address, "PYTHONUNBUFFERED": "1"}
+    ours = {
+        server_state.UP: str(folder),
+        server_state.ROLE: role,
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": address,
+        "PYTHONUNBUFFERED": "1",
+    }
     with log.open("ab") as output:
         return subprocess.Popen(
             command,

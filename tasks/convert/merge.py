@@ -30,7 +30,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from tasks.data.endings import check_ends, save_configs
 from tasks.data.masks import prompt_ids
 from tasks.data.rows import Row
-from tasks.models.loading import code_files, load_model, load_tokenizer, model_folder, runs_code, saved_tokenizer, template_hash, write_json
+from tasks.models.loading import (
+    code_files,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    needs_remote_code,
+    saved_tokenizer,
+    template_hash,
+    write_json,
+)
 from tuneline.errors import StageFailed
 from tuneline.kinds.merge import MergeStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
@@ -167,7 +176,7 @@ def refuse(adapter: Input, config: Any, names: list[str]) -> None:
 
     assert adapter.base is not None
     base = model_folder(adapter.base.path)
-    model = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=runs_code(adapter))
+    model = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=needs_remote_code(adapter))
     if "quantization_config" in json.loads((base / "config.json").read_text(encoding="utf-8")):
         raise StageFailed("config", "the adapter's base is quantized", "train on the full-precision model, merge, then quantize")
     tied = model.get_text_config().tie_word_embeddings and not config.ensure_weight_tying

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.convert import quantizer
 from tasks.models.experts import expert_tensors
 from tasks.models.gptq import quantization
-from tasks.models.loading import model_folder, runs_code
+from tasks.models.loading import model_folder, needs_remote_code
 from tasks.models.weights import read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
@@ -32,7 +32,7 @@ MISREAD = {  # why, as tried with small random models
     "ctrl": "of which transformers then reads other logits",
     "gemma4_text": "of which transformers then reads other logits",
 }
-OTHERWISE = "leave the stage out: evaluate and serve the model in 16 bits"
+FALLBACK_HINT = "leave the stage out: evaluate and serve the model in 16 bits"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Quantizable:
 
 def quantizable(source: Input, stage: QuantizeStage) -> Quantizable:
     """Raises StageFailed(config) where the model cannot be quantized by this stage."""
-    if runs_code(source):
+    if needs_remote_code(source):
         hint = "quantize a model of an architecture that transformers knows by itself"
         raise StageFailed("config", "the model runs code of its own (trust_remote_code), whose layers gptqmodel does not know", hint)
     folder = model_folder(source.path)
@@ -102,7 +102,7 @@ def refuse_architecture(model: PreTrainedModel, linear: dict[str, Any], named: s
         problem = f"gptqmodel leaves {left[0]} of `{kind}`, or takes it apart, and transformers would read it in few bits as it is"
     else:
         return
-    raise StageFailed("config", problem, OTHERWISE)
+    raise StageFailed("config", problem, FALLBACK_HINT)
 
 
 def refuse_widths(layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> None:
@@ -113,11 +113,11 @@ def refuse_widths(layers: dict[str, tuple[int, int]], stage: QuantizeStage) -> N
             raise StageFailed(
                 "config",
                 f"group_size {stage.group_size} does not divide {width}, the width of {name}",
-                f"allowed for this model: {', '.join(map(str, allowed))}",
+                f"expected for this model: {', '.join(map(str, allowed))}",
             )
     for name, shape in layers.items():
         if wrong := [width for width in shape if width % PACKED]:
-            raise StageFailed("config", f"{name} is {wrong[0]} wide, and GPTQ packs widths that {PACKED} divides", OTHERWISE)
+            raise StageFailed("config", f"{name} is {wrong[0]} wide, and GPTQ packs widths that {PACKED} divides", FALLBACK_HINT)
 
 
 def headers(folder: Path, prefix: str = "") -> dict[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ WORDS = {
     "unrendered": "are not rendered whole",
 }  # fmt: skip
 DROPPED = tuple(WORDS)
-FEW = 10  # rows: of 9, a share of right answers has a standard error of up to 0.17
+MIN_ROWS = 10  # rows: of 9, a share of right answers has a standard error of up to 0.17
 BATCH = 2000  # rows tokenized together, and between two signs of life
 
 
@@ -115,7 +115,7 @@ def identified(row: Row) -> Row:
         return named
     except (TypeError, ValueError, RecursionError) as error:
         refuse_row(row)
-        raise BadRow("found lists and objects nested too deeply to be compared, allowed a few hundred") from error
+        raise BadRow("found lists and objects nested too deeply to be compared, expected a few hundred") from error
 
 
 def group_of(row: Row) -> str:
@@ -151,7 +151,7 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
                 yield truncated(item, tokenizer, stage.max_length)
             else:
                 why = ": only plain text can be truncated" if stage.over_long == "truncate" else ""
-                message = f"{item.place}: found a row of {tokens} tokens, allowed {stage.max_length}{why}"
+                message = f"{item.place}: found a row of {tokens} tokens, expected {stage.max_length}{why}"
                 raise StageFailed("data", message, "shorten it, raise max_length, or set `over_long: drop`")
 
 
@@ -283,7 +283,7 @@ def unclear(items: list[Item]) -> Iterator[str]:
 
 def warnings(items: list[Item], splits: dict[str, list[Item]], stage: DatasetStage, counts: Counts) -> Iterator[str]:
     for name in ("validation", "test"):
-        if 0 < (held := len(splits[name])) < FEW:
+        if 0 < (held := len(splits[name])) < MIN_ROWS:
             yield f"the {name} split has {held} of {len(items)} rows: figures of so few say little; add rows, or raise split.{name}"
     groups = Counter(item.row.group for item in items)
     largest = max(groups.values(), default=0)

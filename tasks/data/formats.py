@@ -57,10 +57,10 @@ def detect(record: dict[str, Any]) -> str:
         if record.keys() >= set(needed):
             if name == "prompt" and all(blank(record.get(column)) for column in FOR_REWARDS):
                 hint = "for rewards that need no more than a prompt: `format: prompt`"
-                raise BadRow(f"found a prompt alone, allowed one with completion, or with {', '.join(FOR_REWARDS)}", hint)
+                raise BadRow(f"found a prompt alone, expected one with completion, or with {', '.join(FOR_REWARDS)}", hint)
             return name
     raise BadRow(
-        f"found columns {', '.join(record) or 'none'}, allowed {', or '.join(' and '.join(needed) for needed, _ in COLUMNS.values())}",
+        f"found columns {', '.join(record) or 'none'}, expected {', or '.join(' and '.join(needed) for needed, _ in COLUMNS.values())}",
         "name the columns: `columns: {prompt: question, completion: solution}`",
     )
 
@@ -71,7 +71,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
     for column in needed:
         if column not in record:
             allowed = ", ".join(needed) + (f" (and perhaps {', '.join(read)})" if read else "")
-            raise BadRow(f"found no {column} (columns: {', '.join(record) or 'none'}), allowed for format {name}: {allowed}")
+            raise BadRow(f"found no {column} (columns: {', '.join(record) or 'none'}), expected for format {name}: {allowed}")
     if len(record) > len(needed):
         ignored.update(record.keys() - {*needed, *read})
         record = {column: value for column, value in record.items() if column in needed or not blank(value)}
@@ -91,7 +91,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
             return replace(row, **{column: text(value, column) for column, value in given})
         if len(given) == 2 and not all(isinstance(value, list) for _, value in given):
             found = ", ".join(f"{column} as {describe(value)}" for column, value in given)
-            raise BadRow(f"found {found}, allowed both text or both lists of messages")
+            raise BadRow(f"found {found}, expected both text or both lists of messages")
         messages = [message for column, value in given for message in message_list(value, column, ignored)]
     messages = around(record, messages, ignored)
     check_conversation(messages, row, name)
@@ -101,16 +101,16 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
 def check_conversation(messages: list[dict[str, Any]], row: Row, name: str) -> None:
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
-        raise BadRow(f"found a system message at position {roles.index('system', 1)}, allowed only the first")
+        raise BadRow(f"found a system message at position {roles.index('system', 1)}, expected only the first")
     if "user" not in roles:
-        raise BadRow("found no message from user, allowed conversations with a question", "plain text goes into a column `text`")
+        raise BadRow("found no message from user, expected conversations with a question", "plain text goes into a column `text`")
     if roles[-1] == "user":
         if name != "prompt" and row.answer is None and not row.extra.keys() - {"tools"}:
-            raise BadRow(f"the last message is from user, allowed assistant, or user with {', '.join(FOR_REWARDS)}", LAST)
+            raise BadRow(f"the last message is from user, expected assistant, or user with {', '.join(FOR_REWARDS)}", LAST)
     elif roles[-1] != "assistant":
-        raise BadRow(f"the last message is from {roles[-1]}, allowed assistant", LAST)
+        raise BadRow(f"the last message is from {roles[-1]}, expected assistant", LAST)
     elif all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
-        raise BadRow("every answer has weight 0, allowed at least one that is trained on", "remove the row")
+        raise BadRow("every answer has weight 0, expected at least one that is trained on", "remove the row")
 
 
 # --- what stands around a conversation --------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def around(record: dict[str, Any], messages: list[dict[str, Any]], ignored: Coun
             messages = [system, *messages]
         elif messages[0]["content"].strip() != system["content"].strip():
             raise BadRow(
-                "found a system prompt in the column system and another one in the conversation, allowed one", "remove one of them"
+                "found a system prompt in the column system and another one in the conversation, expected one", "remove one of them"
             )
     return messages
 
@@ -137,14 +137,14 @@ def around(record: dict[str, Any], messages: list[dict[str, Any]], ignored: Coun
 def history(value: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
     value = parsed(value, "history")
     if not isinstance(value, list):
-        raise BadRow(f"history: found {describe(value)}, allowed a list of [question, answer]")
+        raise BadRow(f"history: found {describe(value)}, expected a list of [question, answer]")
     if value and isinstance(value[0], dict):
         return message_list(value, "history", ignored)
     messages: list[dict[str, Any]] = []
     for position, pair in enumerate(value):
         where = f"history[{position}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow(f"{where}: found {describe(pair)}, allowed [question, answer]")
+            raise BadRow(f"{where}: found {describe(pair)}, expected [question, answer]")
         messages += [
             {"role": "user", "content": text(pair[0], f"{where}[0]")},
             {"role": "assistant", "content": text(pair[1], f"{where}[1]")},
@@ -157,7 +157,7 @@ def refuse_around(record: dict[str, Any]) -> None:
     for column in AROUND:
         if column in record:
             hint = "make it a conversation: `format: alpaca` and `columns: {instruction: prompt, output: completion}`"
-            raise BadRow(f"found {column} beside a prompt that is text, allowed beside a list of messages", hint)
+            raise BadRow(f"found {column} beside a prompt that is text, expected beside a list of messages", hint)
 
 
 def alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -174,7 +174,7 @@ def answer(record: dict[str, Any]) -> str | None:
     value = record.get("answer")
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise BadRow(f"answer: found {value}, allowed text or a number")
+            raise BadRow(f"answer: found {value}, expected text or a number")
         return value.text if isinstance(value, Number) else str(value)
     return None if value is None else text(value, "answer")
 
@@ -183,9 +183,9 @@ def extra(record: dict[str, Any]) -> dict[str, Any]:
     """What rewards and the template see beside the answer."""
     found = parsed(record.get("extra", {}), "extra")
     if not isinstance(found, dict):
-        raise BadRow(f"extra: found {describe(found)}, allowed an object")
+        raise BadRow(f"extra: found {describe(found)}, expected an object")
     if taken := [name for name in RESERVED if name in found]:
-        raise BadRow(f"extra: found {taken[0]}, allowed names other than {', '.join(RESERVED)}")
+        raise BadRow(f"extra: found {taken[0]}, expected names other than {', '.join(RESERVED)}")
     if "tests" in record:
         found = found | {"tests": record["tests"]}
     if found:
@@ -202,7 +202,7 @@ def tools(value: Any) -> Any:
     if isinstance(value, list):
         value = [parsed(tool, f"tools[{position}]") for position, tool in enumerate(value)]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRow(f"tools: found {describe(value)}, allowed a list of JSON schemas")
+        raise BadRow(f"tools: found {describe(value)}, expected a list of JSON schemas")
     return value
 
 

@@ -24,7 +24,7 @@ from tuneline.errors import StageFailed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
+IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 MOST_ORDERS = 1000  # of the arguments of calls: all of six
 
 
@@ -37,7 +37,7 @@ class Tokens:
 
     @property
     def labels(self) -> list[int]:
-        return [token if trained else IGNORED for token, trained in zip(self.input_ids, self.trained, strict=True)]
+        return [token if trained else IGNORE_INDEX for token, trained in zip(self.input_ids, self.trained, strict=True)]
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> Tokens:

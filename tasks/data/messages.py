@@ -22,7 +22,7 @@ WEIGHTS = ("weight", "loss", "train")
 def message_list(items: Any, column: str, ignored: Counter[str]) -> list[dict[str, Any]]:
     items = parsed(items, column)
     if not isinstance(items, list) or not items:
-        raise BadRow(f"{column}: found {describe(items)}, allowed a list of {'turns' if column == 'conversations' else 'messages'}")
+        raise BadRow(f"{column}: found {describe(items)}, expected a list of {'turns' if column == 'conversations' else 'messages'}")
     role, said = ("from", "value") if column == "conversations" else ("role", "content")
     found = [message(item, f"{column}[{position}]", role, said, ignored) for position, item in enumerate(items)]
     return [item for item in found if item is not None]
@@ -32,12 +32,12 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
     """None for a system prompt without content."""
     if not isinstance(item, dict) or role_name == "from" and "from" not in item:
         hint = "for turns with role and content: `columns: {messages: conversations}`" if role_name == "from" else ""
-        raise BadRow(f"{where}: found {describe(item)}, allowed an object with {role_name} and {content_name}", hint)
+        raise BadRow(f"{where}: found {describe(item)}, expected an object with {role_name} and {content_name}", hint)
     given = item.get(role_name)
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
         hint = "for turns with from and value: `columns: {conversations: messages}`" if role_name == "role" and "from" in item else ""
-        raise BadRow(f"{where}.{role_name}: found {describe(given)}, allowed {', '.join(ROLES)}", hint)
+        raise BadRow(f"{where}.{role_name}: found {describe(given)}, expected {', '.join(ROLES)}", hint)
     said, where_said = item.get(content_name), f"{where}.{content_name}"
     if len(item) == 2 and given not in CALLING and isinstance(said, str) and content_name in item and said.strip():
         return {"role": role, "content": text(said, where_said)}  # most messages: the rest looks for what they do not have
@@ -54,7 +54,7 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
         if given in CALLING:
             calls, said = [*calls, *called(said, where_said)], None
     elif any(not blank(parsed(item.get(name), f"{where}.{name}")) for name in ("tool_calls", "function_call")):
-        raise BadRow(f"{where}.tool_calls: found calls of {role}, allowed only those of assistant")
+        raise BadRow(f"{where}.tool_calls: found calls of {role}, expected only those of assistant")
     else:
         read |= {"tool_calls", "function_call"}
     if role == "system" and blank(said):
@@ -79,7 +79,7 @@ def weighed(item: dict[str, Any], found: dict[str, Any], where: str) -> set[str]
         if value is None:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise BadRow(f"{where}.{name}: found {describe(value)}, allowed 0 (not trained on) or 1")
+            raise BadRow(f"{where}.{name}: found {describe(value)}, expected 0 (not trained on) or 1")
         if found["role"] == "assistant" or value == 0:
             read.add(name)
         if found["role"] == "assistant" and value == 0:
@@ -96,7 +96,7 @@ def content(value: Any, where: str) -> str:
         said = part.get("text") if isinstance(part, dict) and part.get("type") in (None, "text", "input_text", "output_text") else part
         if not isinstance(said, str):
             kind = part["type"] if isinstance(part, dict) and isinstance(part.get("type"), str) else describe(part)
-            raise BadRow(f"{where}[{position}]: found {kind}, allowed parts with type text, and their text")
+            raise BadRow(f"{where}[{position}]: found {kind}, expected parts with type text, and their text")
         parts.append(said)
     return text("".join(parts), where)
 
@@ -119,21 +119,21 @@ def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(calls, list):
         hint = "put the call into a list" if isinstance(calls, dict) else ""
-        raise BadRow(f"{where}: found {describe(calls)}, allowed a list of calls", hint)
+        raise BadRow(f"{where}: found {describe(calls)}, expected a list of calls", hint)
     return [tool_call(call, f"{where}[{position}]") for position, call in enumerate(calls)]
 
 
 def tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
-        raise BadRow(f"{where}: found {describe(function)}, allowed an object with name and arguments")
+        raise BadRow(f"{where}: found {describe(function)}, expected an object with name and arguments")
     text(function.get("name"), f"{where}.name")
     arguments = function.get("arguments")
     if blank(arguments):
         others = sorted(name for name in function.keys() - {"name", "arguments", "id", "type", "index"} if not blank(function[name]))
         if others:
-            raise BadRow(f"{where}: found no arguments (fields: name, {', '.join(others)}), allowed an object with name and arguments")
+            raise BadRow(f"{where}: found no arguments (fields: name, {', '.join(others)}), expected an object with name and arguments")
         function = function | {"arguments": {}}
     elif not isinstance(parsed(arguments, f"{where}.arguments"), dict):
-        raise BadRow(f"{where}.arguments: found {describe(arguments)}, allowed an object")
+        raise BadRow(f"{where}.arguments: found {describe(arguments)}, expected an object")
     return call | {"function": function} if "function" in call else function

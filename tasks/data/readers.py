@@ -45,7 +45,7 @@ def file_records(file: Path) -> Records:
         return
     if ending.removesuffix(".gz") not in readers:
         allowed = f"{', '.join(readers)} (each also with .gz), .parquet"
-        raise StageFailed("config", f"{file}: found ending {ending or 'none'}, allowed {allowed}")
+        raise StageFailed("config", f"{file}: found ending {ending or 'none'}, expected {allowed}")
     try:
         with opened(file) as content:
             yield from readers[ending.removesuffix(".gz")](file, content)
@@ -66,7 +66,7 @@ def not_utf8(file: Path, error: UnicodeDecodeError) -> tuple[str, str]:
     """The message, with the first line that is at fault, and the hint."""
     with opened(file) as lines:
         if next(lines, b"").startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return f"{file}: found UTF-16, allowed UTF-8", "convert the file to UTF-8"
+            return f"{file}: found UTF-16, expected UTF-8", "convert the file to UTF-8"
     number = next((number for number, _ in broken_lines(file)), 1)
     return f"{file}:{number}: found bytes that are not UTF-8 ({error})", to_utf8(file)
 
@@ -102,7 +102,7 @@ def to_utf8(file: Path) -> str:
 def jsonl_records(file: Path, lines: IO[bytes]) -> Records:
     for number, line in enumerate(lines, 1):
         if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise StageFailed("data", f"{file}: found UTF-16, allowed UTF-8", "convert the file to UTF-8")
+            raise StageFailed("data", f"{file}: found UTF-16, expected UTF-8", "convert the file to UTF-8")
         if line.strip():
             record: Any
             try:
@@ -119,7 +119,7 @@ def json_records(file: Path, content: IO[bytes]) -> Records:
     text = content.read().decode("utf-8-sig")
     position, line, counted, number, of_line = skip_space(text, 0), 1, 0, 0, 0
     if text[position : position + 1] != "[":
-        raise StageFailed("data", f"{file}:1: found no list, allowed a list of objects", "one object a line? name the file .jsonl")
+        raise StageFailed("data", f"{file}:1: found no list, expected a list of objects", "one object a line? name the file .jsonl")
     position, first = skip_space(text, position + 1), True
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
@@ -139,7 +139,7 @@ def json_records(file: Path, content: IO[bytes]) -> Records:
     position = skip_space(text, position + 1)
     if position < len(text):
         line += text.count("\n", counted, position)
-        message = f"{file}:{line}: found {describe(text[position:].rstrip())} after the end of the list, allowed one list"
+        message = f"{file}:{line}: found {describe(text[position:].rstrip())} after the end of the list, expected one list"
         raise StageFailed("data", message, "join the lists to one, or give each a file of its own")
 
 
@@ -157,9 +157,9 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
         try:
             header = next(reader, [])
             if not header:
-                raise StageFailed("data", f"{file}:1: found no header, allowed a first line with column names")
+                raise StageFailed("data", f"{file}:1: found no header, expected a first line with column names")
             if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
-                message = f"{file}:1: found one column, {header[0]!r}, allowed columns set apart by commas"
+                message = f"{file}:1: found one column, {header[0]!r}, expected columns set apart by commas"
                 raise StageFailed("data", message, f"convert it: `csvformat -d {mark!r}` of csvkit, say, or save it with commas")
             refuse_twice(f"{file}:1", header)
             for cells in filter(None, reader):
@@ -167,7 +167,7 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
                 if len(cells) == len(header):
                     yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
                 else:
-                    message = f"found {len(cells)} cells, allowed {len(header)}, as in the header"
+                    message = f"found {len(cells)} cells, expected {len(header)}, as in the header"
                     yield place, BadRow(message, "quote cells that hold commas or line ends, or set `on_bad_row: drop` in the source")
         except csv.Error as error:
             message = f"{file}:{reader.line_num}: found no CSV ({error})"
@@ -176,7 +176,7 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
 
 def refuse_twice(place: str, columns: list[str]) -> None:
     if twice := sorted(name for name, count in Counter(columns).items() if count > 1):
-        raise StageFailed("data", f"{place}: found the column {twice[0]} twice, allowed once", "give each column a name of its own")
+        raise StageFailed("data", f"{place}: found the column {twice[0]} twice, expected once", "give each column a name of its own")
 
 
 # --- columnar files ---------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def items_of(
         return
     unknown = sorted(source.columns.keys() - KNOWN)
     if unknown:
-        message = f"{name}.columns: found {', '.join(unknown)}, allowed {', '.join(sorted(KNOWN))}"
+        message = f"{name}.columns: found {', '.join(unknown)}, expected {', '.join(sorted(KNOWN))}"
         raise StageFailed("config", message, "our name comes first, then the file's")
     if isinstance(source, HubSource):
         yield from rows_of(hub_records(name, source, request.commits[f"{name}.repo"]), name, source, counts, events)
@@ -111,7 +111,7 @@ def rows_of(records: Records, name: str, source: FilesSource | HubSource, counts
             if isinstance(record, BadRow):
                 raise record
             if not isinstance(record, dict):
-                raise BadRow(f"found {describe(record)}, allowed an object")
+                raise BadRow(f"found {describe(record)}, expected an object")
             readable(record)
             if absent is None and (absent := sorted(set(source.columns.values()) - record.keys())):
                 message = f"{place}: found columns {', '.join(record)}, but {name}.columns names {', '.join(absent)}"
@@ -167,7 +167,7 @@ def gym_rows(name: str, source: ReasoningGymSource, seed: int) -> Iterator[Item]
     if source.task not in DATASETS:
         near = difflib.get_close_matches(source.task, DATASETS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(DATASETS))}"
-        raise StageFailed("config", f"{name}.task: found {source.task}, allowed a dataset of reasoning-gym", hint)
+        raise StageFailed("config", f"{name}.task: found {source.task}, expected a dataset of reasoning-gym", hint)
     try:
         data = reasoning_gym.create_dataset(source.task, seed=seed, size=source.size, **source.config)
     except (TypeError, AssertionError, ValueError) as error:

@@ -66,9 +66,9 @@ def parsed(value: Any, where: str) -> Any:
 
 def text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"{where}: found {describe(value)}, allowed text")
+        raise BadRow(f"{where}: found {describe(value)}, expected text")
     if not value.strip():
-        raise BadRow(f"{where}: found empty text, allowed text with content")
+        raise BadRow(f"{where}: found empty text, expected text with content")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -77,7 +77,7 @@ def text(value: Any, where: str) -> str:
 
 
 def half_a_pair(error: UnicodeEncodeError) -> str:
-    return f"found half a surrogate pair ({error.object[error.start]!r}), allowed valid Unicode"
+    return f"found half a surrogate pair ({error.object[error.start]!r}), expected valid Unicode"
 
 
 def describe(value: Any) -> str:
@@ -107,4 +107,4 @@ def refuse_unstorable(value: Any, where: str) -> None:
     except UnicodeEncodeError as error:
         raise BadRow(f"{where}: {half_a_pair(error)}") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: found what JSON cannot hold ({error}), allowed text, numbers, lists and objects") from error
+        raise BadRow(f"{where}: found what JSON cannot hold ({error}), expected text, numbers, lists and objects") from error

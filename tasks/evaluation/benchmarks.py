@@ -48,7 +48,7 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
                 from tuneline.config.messages import nearest
 
                 hint = nearest(name, manager.all_tasks) or "`python -m lm_eval ls tasks` lists them; your own need include_path"
-                raise StageFailed("config", f"benchmarks.{i}: found `{name}`, allowed names of lm-eval's tasks", hint)
+                raise StageFailed("config", f"benchmarks.{i}: found `{name}`, expected names of lm-eval's tasks", hint)
         if HUMAN_EVAL in stage.benchmarks:
             sandbox.check()
             wanted.append(human_eval(events, chat=stage.apply_chat_template))

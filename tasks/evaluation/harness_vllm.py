@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from tasks.engine.client import BASE, OUTPUT, Engine, modules_of
 from tasks.evaluation.harness import LanguageModel
 from tasks.models.gptq import is_gptq
-from tasks.models.loading import model_folder, runs_code
+from tasks.models.loading import model_folder, needs_remote_code
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.evaluate import EvaluateStage
@@ -33,11 +33,11 @@ from tuneline.workspace.protocol import Events, Input, Request
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TOGETHER = 1024  # requests handed over at once: of these vLLM makes its own batches
+BATCH_SIZE = 1024  # requests handed over at once: of these vLLM makes its own batches
 STOPS = 4  # texts that its server ends an answer at; lm-eval cuts at all of them afterwards
 NOT_FINITE = "Out of range float values"  # what its server says of them
-TAKEN = {"attention_mask", "do_sample", "temperature", "top_p"}
-OTHERWISE = "set `backend: transformers`"
+SUPPORTED_OPTIONS = {"attention_mask", "do_sample", "temperature", "top_p"}
+FALLBACK_HINT = "set `backend: transformers`"
 
 
 class EngineModel(LanguageModel):
@@ -45,9 +45,9 @@ class EngineModel(LanguageModel):
 
     def __init__(self, source: Input, tokenizer: PreTrainedTokenizerBase, seed: int, events: Events):
         self.source, self.base = source, source.base or source
-        if runs_code(self.base):
-            raise StageFailed("config", "vLLM is not given models whose code comes with them", OTHERWISE)
-        super().__init__(without_weights(model_folder(self.base.path)), tokenizer, TOGETHER, events)
+        if needs_remote_code(self.base):
+            raise StageFailed("config", "vLLM is not given models whose code comes with them", FALLBACK_HINT)
+        super().__init__(without_weights(model_folder(self.base.path)), tokenizer, BATCH_SIZE, events)
         patch(self, "_device", torch.device("cpu"))
         # A window of lm-eval's is one token longer than this, and vLLM samples one more after what it scores.
         patch(self, "_max_length", self.max_length - 2)
@@ -67,11 +67,11 @@ class EngineModel(LanguageModel):
             config = json.loads((self.source.path / "adapter_config.json").read_bytes())
             if experts := [name for name in config.get("target_parameters") or () if not name.endswith(".weight")]:
                 message = f"the adapter changes experts, which vLLM reads under other names: {experts[0]}"
-                raise StageFailed("config", message, f"merge it and evaluate the model, or {OTHERWISE}")
+                raise StageFailed("config", message, f"merge it and evaluate the model, or {FALLBACK_HINT}")
             rank = config["r"]
             modules = modules_of(self.source.path)
             if OUTPUT in modules:
-                raise StageFailed("config", f"the adapter changes {OUTPUT}, with which vLLM cannot score", OTHERWISE)
+                raise StageFailed("config", f"the adapter changes {OUTPUT}, with which vLLM cannot score", FALLBACK_HINT)
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if stage.resources.gpus else None
         log = request.work / "engine.log"
         engine = Engine(
@@ -108,8 +108,8 @@ class EngineModel(LanguageModel):
     ) -> list[tuple[float, bool]]:
         self._begin(len(requests))
         found = []
-        for start in range(0, len(requests), TOGETHER):
-            batch = [(continuation, context + continuation) for _, context, continuation in requests[start : start + TOGETHER]]
+        for start in range(0, len(requests), BATCH_SIZE):
+            batch = [(continuation, context + continuation) for _, context, continuation in requests[start : start + BATCH_SIZE]]
             scores = self.engine.score([whole[-(self.max_length + 1) :] for _, whole in batch], self.name)
             for (continuation, _), score in zip(batch, scores, strict=True):
                 assert 0 < len(continuation) <= self.max_length
@@ -119,8 +119,8 @@ class EngineModel(LanguageModel):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """Token ids of contexts and answers, shape [batch, max_length]; contexts are padded on the left, answers with the end token."""
-        if more := sorted(options.keys() - TAKEN):
-            raise StageFailed("config", f"a benchmark generates with {', '.join(more)}, which vLLM is not given", OTHERWISE)
+        if more := sorted(options.keys() - SUPPORTED_OPTIONS):
+            raise StageFailed("config", f"a benchmark generates with {', '.join(more)}, which vLLM is not given", FALLBACK_HINT)
         before, end = self.done, self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         completions = self.engine.generate(
             [row[kept.bool()].tolist() for row, kept in zip(context, options["attention_mask"], strict=True)],

@@ -1,5 +1,5 @@
 """Models and tokenizers out of artifacts, the same way in every program: local files only, safetensors only, and code that came
-with a model only where the user allowed it (`runs_code`)."""
+with a model only where the user allowed it (`needs_remote_code`)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def check_device(stage: ComputingStage) -> None:
         raise StageFailed("config", found, "set `dtype: float32` in the stage; or take a GPU, or a CPU with AVX512-BF16 or AMX")
 
 
-def runs_code(source: Input) -> bool:
+def needs_remote_code(source: Input) -> bool:
     """Whether Python files that came with a model are run: only where they are part of the artifact, and there they are only
     where `trust_remote_code` was set in the stage that fetched it (an Adapter goes by its base)."""
     model = source.base if source.base is not None else source
@@ -115,7 +115,7 @@ def runs_code(source: Input) -> bool:
 
 def code_files(source: Input) -> list[Path]:
     """What of a model's folder must go along with it wherever it goes."""
-    return sorted(model_folder(source.path).glob(f"*{CODE}")) if runs_code(source) else []
+    return sorted(model_folder(source.path).glob(f"*{CODE}")) if needs_remote_code(source) else []
 
 
 def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
@@ -126,7 +126,7 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = model_folder(source.path) if source.type == "Model" else source.path
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=runs_code(source))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=needs_remote_code(source))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_no_end(tokenizer)
@@ -190,14 +190,14 @@ def load_model(
     base = source.base if source.type == "Adapter" else source
     assert base is not None
     folder = model_folder(base.path)
-    code = runs_code(base)
+    code = needs_remote_code(base)
     if is_gptq(folder) and not code:
         model = load_dense(folder, dtype, place if place == "balanced" else None)
     else:
-        placed: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
+        resolve_path: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
         options = {"quantization_config": quantization} if quantization else {}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=placed, local_files_only=True, trust_remote_code=code, use_safetensors=True, **options
+            folder, dtype=dtype, device_map=resolve_path, local_files_only=True, trust_remote_code=code, use_safetensors=True, **options
         )
     if source.type == "Adapter":
         from peft import PeftModel

@@ -105,7 +105,7 @@ def named(known: set[str], target_modules: tuple[str, ...] | str) -> set[str]:
         near = [match for target in unknown for match in difflib.get_close_matches(target, names, 1)]
         raise StageFailed(
             "config",
-            f"lora.target_modules: found {', '.join(unknown)}, allowed {ALL} or some of {', '.join(names)}",
+            f"lora.target_modules: found {', '.join(unknown)}, expected {ALL} or some of {', '.join(names)}",
             f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, less its head",
         )
     return matching(known, target_modules)

@@ -24,21 +24,21 @@ def load_function(file: Path, name: str) -> Callable[..., Any]:
     if name not in members:
         functions = [member for member, value in members.items() if inspect.isfunction(value) and value.__module__ == members["__name__"]]
         near = difflib.get_close_matches(name, functions, 1)
-        found = f"{file}: found no function `{name}`, allowed {', '.join(functions) or 'none (there is none)'}"
+        found = f"{file}: found no function `{name}`, expected {', '.join(functions) or 'none (there is none)'}"
         raise StageFailed("config", found, f"did you mean `{near[0]}`?" if near else hint)
     function = members[name]
     if not inspect.isfunction(function):
-        raise StageFailed("config", f"{file}: found `{name}` as {type(function).__name__}, allowed a function", hint)
+        raise StageFailed("config", f"{file}: found `{name}` as {type(function).__name__}, expected a function", hint)
     place = f"{file}:{function.__code__.co_firstlineno}"
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         kind = "an async function" if inspect.iscoroutinefunction(function) else "a generator"
-        raise StageFailed("config", f"{place}: found `{name}` as {kind}, allowed a plain function", hint)
+        raise StageFailed("config", f"{place}: found `{name}` as {kind}, expected a plain function", hint)
     parameters = inspect.signature(function).parameters.values()
     takes_any = any(each.kind == each.VAR_KEYWORD for each in parameters)
     positional = [each.name for each in parameters if each.kind == each.POSITIONAL_ONLY and each.default is each.empty]
     by_name = {each.name for each in parameters}
     if not takes_any or positional or "completions" not in by_name:
-        found = f"{place}: found `{name}{inspect.signature(function)}`, allowed (prompts, completions, **columns)"
+        found = f"{place}: found `{name}{inspect.signature(function)}`, expected (prompts, completions, **columns)"
         raise StageFailed("config", found, hint)
     return function
 
@@ -60,7 +60,7 @@ def load_module(file: Path) -> ModuleType:
     except FileNotFoundError as error:
         if error.filename != str(file):
             raise failed(file, error) from error
-        raise StageFailed("config", f"{file}: found no file, allowed a Python file", "paths are relative to pipelines.yaml") from error
+        raise StageFailed("config", f"{file}: found no file, expected a Python file", "paths are relative to pipelines.yaml") from error
     except (Exception, SystemExit) as error:
         raise failed(file, error) from error
     return module

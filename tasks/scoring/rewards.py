@@ -106,10 +106,10 @@ class RewardFunction:
             raise self._failed(message, batch[0], details="".join(traceback.format_exception(error))) from error
         if not isinstance(values, list | tuple) or len(values) != len(batch):
             found = f"a list of {len(values)}" if isinstance(values, list | tuple) else type(values).__name__
-            raise self._failed(f"gave {found}, allowed a list of {len(batch)} numbers, one for each completion, the first", batch[0])
+            raise self._failed(f"gave {found}, expected a list of {len(batch)} numbers, one for each completion, the first", batch[0])
         for value, completion in zip(values, batch, strict=True):
             if not isinstance(value, Real) or not abs(value) <= LARGEST:
-                raise self._failed(f"gave {value!r}, allowed a number from -{LARGEST:g} to {LARGEST:g}, for the completion", completion)
+                raise self._failed(f"gave {value!r}, expected a number from -{LARGEST:g} to {LARGEST:g}, for the completion", completion)
         return [float(value) for value in values]
 
     def _place(self, error: BaseException) -> str:
@@ -276,7 +276,7 @@ def with_tests(completion: Completion) -> str:
 def of_user(reward: FunctionReward, files: Sequence[Path]) -> RewardFunction:
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "no file"
-        raise StageFailed("config", f"reward `{reward.label}`: found {found} for {reward.file}, allowed one file")
+        raise StageFailed("config", f"reward `{reward.label}`: found {found} for {reward.file}, expected one file")
     function = load_function(files[0], reward.function)
     wanted = required_columns(function)
 

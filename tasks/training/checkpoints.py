@@ -17,7 +17,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tasks.training import methods, universal
+from tasks.training import deepspeed_checkpoints, methods
 from tasks.training.shared import adapter_tensors
 from tuneline.errors import StageFailed
 from tuneline.kinds.stage import Resources
@@ -107,7 +107,7 @@ def newest_checkpoint(arguments: TrainingArguments, request: Request, resources:
     if newest is not None and (refused := checkpoints.read(newest).refused(resources)):
         raise StageFailed("config", *refused)
     if resources.strategy.startswith("zero"):
-        universal.be_loaded_by(request.work, resources)
+        deepspeed_checkpoints.patch_loader(request.work, resources)
     return newest
 
 

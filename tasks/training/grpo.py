@@ -109,7 +109,9 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             events=events,
         )
         trainer.remove_callback(PrinterCallback)  # events say the same
-        trainer.add_callback(training.OncePrepared(lambda: strategies.prove(trainer, stage.resources), lambda: check_log_probs(trainer)))
+        trainer.add_callback(
+            training.RunOnTrainBegin(lambda: strategies.verify_strategy(trainer, stage.resources), lambda: check_log_probs(trainer))
+        )
         before = training.adapter_tensors(trainer.model)
         training.check_before(trainer.model, stage.lora, found, before)
         trainable, parameters = trainer.model.get_nb_trainable_parameters()
@@ -284,29 +286,29 @@ def check_signal(history: list[dict[str, Any]]) -> None:
 
 def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]:
     """The manifest's metrics: rewards at the beginning and at the end are means over ten steps, or over its halves where it is short."""
-    from tasks.training.shared import RECENT, recent
+    from tasks.training.shared import RECENT, mean_of_last
 
     steps = [entry for entry in history if "reward" in entry]
     window = max(1, min(RECENT, len(steps) // 2))  # of a short training, the halves
     first, last = steps[:window], steps[-window:]
     metrics = {
         "steps": float(history[-1]["step"]),
-        "loss": recent(history, "loss"),
+        "loss": mean_of_last(history, "loss"),
         "reward": sum(entry["reward"] for entry in last) / window,
         "reward_first": sum(entry["reward"] for entry in first) / window,
-        "completion_length": recent(history, "completions/mean_length"),
-        "truncated": recent(history, "completions/clipped_ratio"),
-        "groups_without_signal": recent(history, "frac_reward_zero_std"),
-        "entropy": recent(history, "entropy"),
+        "completion_length": mean_of_last(history, "completions/mean_length"),
+        "truncated": mean_of_last(history, "completions/clipped_ratio"),
+        "groups_without_signal": mean_of_last(history, "frac_reward_zero_std"),
+        "entropy": mean_of_last(history, "entropy"),
     }
     metrics["reward_gain"] = metrics["reward"] - metrics["reward_first"]
-    metrics |= {f"reward/{reward.label}": recent(history, f"rewards/{reward.label}/mean") for reward in stage.rewards}
+    metrics |= {f"reward/{reward.label}": mean_of_last(history, f"rewards/{reward.label}/mean") for reward in stage.rewards}
     if stage.beta:
-        metrics["kl"] = recent(history, "kl")
+        metrics["kl"] = mean_of_last(history, "kl")
     if stage.uses_engine():
         metrics["freshness_max_logprob_diff"] = max(
             entry["freshness_max_logprob_diff"] for entry in steps if "freshness_max_logprob_diff" in entry
         )
-        metrics["sync_seconds"] = recent(history, "sync_seconds")
-        metrics["sync_bytes"] = recent(history, "sync_bytes")
+        metrics["sync_seconds"] = mean_of_last(history, "sync_seconds")
+        metrics["sync_bytes"] = mean_of_last(history, "sync_bytes")
     return metrics

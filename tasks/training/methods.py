@@ -40,7 +40,7 @@ def load_base(base: Input, stage: SftStage) -> PreTrainedModel:
         return strategies.load_base(base, stage.resources, dtype)
     if "quantization_config" in json.loads((model_folder(base.path) / "config.json").read_text(encoding="utf-8")):
         hint = "name the model that it was made from, or set `method: lora`"
-        raise StageFailed("config", f"method: {stage.method}: found a base that is quantized, allowed one in full precision", hint)
+        raise StageFailed("config", f"method: {stage.method}: found a base that is quantized, expected one in full precision", hint)
     if stage.method == "full":
         model = strategies.load_base(base, stage.resources, torch.float32)
         check_names(model, base)

@@ -209,7 +209,7 @@ class Rollouts:
             raise StageFailed(
                 "bug",
                 f"vLLM does not sample from the trained weights: at step {step} its log-probabilities differ from the trainer's by up to "
-                f"{furthest:.2g}, allowed is {allowed:.2g}",
+                f"{furthest:.2g}, expected is {allowed:.2g}",
                 "it serves another adapter or none, or computes this model otherwise: `rollouts: {engine: transformers}` needs no vLLM",
             )
         apart = float((now - before).square().sum().sqrt())

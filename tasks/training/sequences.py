@@ -41,7 +41,7 @@ def share(model: PreTrainedModel, resources: Resources, rows: int) -> None:
     size, config = resources.sequence_parallel_size, model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else []))
     if others := sorted(kinds - {"full_attention"}):
-        message = f"resources.sequence_parallel_size: found a model with {', '.join(others)}, allowed is full attention alone"
+        message = f"resources.sequence_parallel_size: found a model with {', '.join(others)}, expected is full attention alone"
         raise StageFailed("config", message, LEAVE_OUT)
     heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if keys is None:  # DeepSpeed reads it there
@@ -49,7 +49,7 @@ def share(model: PreTrainedModel, resources: Resources, rows: int) -> None:
         raise StageFailed("config", message, LEAVE_OUT)
     if heads % size or (keys % size and size % keys):
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0))
-        message = f"resources.sequence_parallel_size: found {size}, allowed for the {heads} heads of this model ({keys} of keys): {allowed}"
+        message = f"resources.sequence_parallel_size: found {size}, expected for {heads} heads ({keys} of keys): {allowed}"
         raise StageFailed("config", message, "processes exchange tokens for heads")
 
     deepspeed.init_distributed(torch.distributed.get_backend())

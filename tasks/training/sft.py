@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
 from tasks.data.endings import check_ends, save_configs
-from tasks.data.masks import IGNORED, sequences
+from tasks.data.masks import IGNORE_INDEX, sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
@@ -165,13 +165,13 @@ def make_trainer(
     check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
     if validation:
         check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
-    checks = [lambda: strategies.prove(trainer, stage.resources), lambda: check_loss(trainer)]
+    checks = [lambda: strategies.verify_strategy(trainer, stage.resources), lambda: check_loss(trainer)]
     if stage.resources.sequence_parallel_size > 1:
         sequences.share(model, stage.resources, stage.micro_batch_size())
         checks.append(lambda: sequences.check(trainer, stage.resources))
     if stage.packing:
         checks.append(lambda: check_rows_apart(trainer))
-    trainer.add_callback(training.OncePrepared(*checks))
+    trainer.add_callback(training.RunOnTrainBegin(*checks))
     return trainer
 
 
@@ -201,11 +201,11 @@ def end_of_training(
 
 def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict[str, float]:
     """The stage's metrics, from the history of all attempts."""
-    from tasks.training.shared import recent
+    from tasks.training.shared import mean_of_last
 
     history = state.log_history
     found = {
-        "loss": recent(history, "loss"),
+        "loss": mean_of_last(history, "loss"),
         "steps": state.global_step,
         "trained_tokens": sum(entry.get("trained_tokens", 0) for entry in history),
         **sizes,
@@ -299,14 +299,14 @@ def check_nothing_lost(given: Dataset, used: Dataset, collator: Any) -> None:
     batch = collator(rows)
     size = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
     expected = sum(len(row["input_ids"]) for row in rows), sum(_trained(row) for row in rows)
-    found = int(size), int((batch["labels"][:, 1:] != IGNORED).sum())
+    found = int(size), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     if found != expected:
         raise StageFailed("bug", f"the first sequences hold {expected} tokens and trained tokens, but the batch made of them {found}")
 
 
 def check_every_row_trained(train: Dataset, state: TrainerState) -> None:
     """Each whole pass over the data has trained on every row's tokens, but for its first, which nothing predicts."""
-    wanted = int(state.epoch + 1e-6) * sum(label != IGNORED for labels in train["labels"] for label in labels[1:])
+    wanted = int(state.epoch + 1e-6) * sum(label != IGNORE_INDEX for labels in train["labels"] for label in labels[1:])
     trained = sum(entry.get("trained_tokens", 0) for entry in state.log_history)
     if trained < wanted:
         raise StageFailed("bug", f"{state.epoch:.2f} passes over the data trained on {trained:,} tokens, expected were {wanted:,} or more")
@@ -364,9 +364,9 @@ def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
 def _trained(row: dict[str, Any]) -> int:
     """Labels that count: the first token of a row has nothing before it to be predicted from."""
     starts = {0, *accumulate(row.get("seq_lengths", ()))}
-    return sum(label != IGNORED and i not in starts for i, label in enumerate(row["labels"]))
+    return sum(label != IGNORE_INDEX and i not in starts for i, label in enumerate(row["labels"]))
 
 
 def _counts(dataset: Any) -> tuple[int, int, int]:
     rows = sum(map(len, dataset["seq_lengths"])) if "seq_lengths" in dataset.column_names else len(dataset)
-    return rows, sum(map(len, dataset["input_ids"])), sum(sum(label != IGNORED for label in labels) for labels in dataset["labels"])
+    return rows, sum(map(len, dataset["input_ids"])), sum(sum(label != IGNORE_INDEX for label in labels) for labels in dataset["labels"])

@@ -162,7 +162,7 @@ def score_only_trained_tokens() -> None:
     patch(utils, "_use_triton", lambda device: True)  # in this module it only decides on that
 
 
-class OncePrepared(TrainerCallback):  # type: ignore[misc]
+class RunOnTrainBegin(TrainerCallback):  # type: ignore[misc]
     """Checks of the model as it trains: wrapped, split, and with the weights that a checkpoint gave back."""
 
     def __init__(self, *checks: Callable[[], None]):
@@ -182,11 +182,13 @@ class Report(TrainerCallback):  # type: ignore[misc]
     Every process looks at the loss (it is the same everywhere), the first one reports.
     """
 
-    def __init__(self, events: Events, rows: Callable[[], list[str]], shown: Mapping[str, str] | None = None, told: str = "loss"):
+    def __init__(
+        self, events: Events, rows: Callable[[], list[str]], shown: Mapping[str, str] | None = None, progress_metric: str = "loss"
+    ):
         """`rows` are the ids of those of the step, in this process; `shown` further figures of the log, by the name that they get as
         events; `told` stands beside the progress."""
         self.rows = rows
-        self.events, self.told = events, told
+        self.events, self.progress_metric = events, progress_metric
         self.shown = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"} | dict(
             shown or {}
         )
@@ -221,8 +223,10 @@ class Report(TrainerCallback):  # type: ignore[misc]
                 self.events.metric(name, logs[logged], state.global_step)
         if "loss" in logs:
             self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
-            figure = next(entry[self.told] for entry in reversed(state.log_history) if self.told in entry)  # GRPO may log it less often
-            self.events.progress(state.global_step, state.max_steps, f"{self.told} {figure:.4f}")
+            figure = next(
+                entry[self.progress_metric] for entry in reversed(state.log_history) if self.progress_metric in entry
+            )  # GRPO may log it less often
+            self.events.progress(state.global_step, state.max_steps, f"{self.progress_metric} {figure:.4f}")
 
     def rows_of_step(self, args: TrainingArguments) -> str:
         found: list[list[str]] = [[]] * args.world_size
@@ -234,7 +238,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
         return f"rows {', '.join(ids[:SHOWN_ROWS])}{f' and {len(ids) - SHOWN_ROWS} more' if len(ids) > SHOWN_ROWS else ''}"
 
 
-def recent(history: list[dict[str, float]], name: str) -> float:
+def mean_of_last(history: list[dict[str, float]], name: str) -> float:
     """The mean of the last steps."""
     values = [entry[name] for entry in history if name in entry][-RECENT:]
     return sum(values) / len(values)

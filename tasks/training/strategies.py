@@ -127,15 +127,15 @@ def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     return full.detach().cpu().clone()
 
 
-def prove(trainer: Trainer, resources: Resources) -> None:
+def verify_strategy(trainer: Trainer, resources: Resources) -> None:
     """Raises StageFailed(bug) unless the strategy that was asked for is the one which is about to train."""
-    wanted, found = resources.strategy, active(trainer)
+    wanted, found = resources.strategy, detect_strategy(trainer)
     if found != (wanted if resources.world_size > 1 or wanted != "ddp" else "one process"):
         raise StageFailed("bug", f"resources.strategy: {wanted} was asked for, but what trains is {found}", "tell us, with the log")
     print(f"{found} trains, over {processes(resources.world_size)}" if found != "one process" else "one process trains", flush=True)
 
 
-def active(trainer: Trainer) -> str:
+def detect_strategy(trainer: Trainer) -> str:
     """The strategy that trains, by what has become of model and optimizer."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel

@@ -465,7 +465,7 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
 
 def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:
     (warning,) = warnings_of(folder, "sft.resources.gpus=0", "sft.resources.processes=8", "sft.resources.sequence_parallel_size=8")
-    assert "demo.sft.resources.sequence_parallel_size: found 8, allowed for the 28 heads of its model (4 of keys): 1, 2, 4, 28" in warning
+    assert "demo.sft.resources.sequence_parallel_size: found 8, expected for the 28 heads of its model (4 of keys): 1, 2, 4, 28" in warning
 
 
 def test_the_memory_of_the_cpu_is_told_where_weights_wait_there(models: dict[str, Architecture]) -> None:

@@ -27,7 +27,7 @@ pipelines:
 HINT = "\n\nhint: set `backend: transformers`"
 HALF = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
 REFUSED = {
-    "unknown": ("model: base, backend: sglang", "demo.eval.backend: found 'sglang', allowed transformers, vllm"),
+    "unknown": ("model: base, backend: sglang", "demo.eval.backend: found 'sglang', expected transformers, vllm"),
     "quantized on a CPU": ("model: small, backend: vllm", f"demo.eval.model: found `small` with {HALF}{HINT}"),
     "quantized in float32": (
         "model: small, backend: vllm, resources: {gpus: 1}, dtype: float32",
@@ -45,7 +45,7 @@ REFUSED = {
     ),
     "some of the GPUs": (
         "model: base, backend: vllm, resources: {gpus: 4, engine: {gpus: 2}}",
-        "demo.eval.resources.engine.gpus: found 2, allowed resources.gpus, 4: all of them are the engine's\n\nhint: leave it out",
+        "demo.eval.resources.engine.gpus: found 2, expected resources.gpus, 4: all of them are the engine's\n\nhint: leave it out",
     ),
     "micro-batch": (
         "model: base, backend: vllm, resources: {micro_batch_size: 4}",
@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "processes": (
         "model: base, backend: vllm, resources: {gpus: 2, processes: 2}",
-        "demo.eval.resources.processes: found 2 for evaluate, allowed 1\n\nhint: only trainings run in several processes: remove it",
+        "demo.eval.resources.processes: found 2 for evaluate, expected 1\n\nhint: only trainings run in several processes: remove it",
     ),
 }
 

@@ -23,7 +23,7 @@ from tuneline.config.json_schema import json_schema
 from tuneline.config.load import Loaded, check
 from tuneline.config.order import depends_on, in_order
 from tuneline.config.spec import Spec
-from tuneline.config.yaml_source import Source, parse, read
+from tuneline.config.yaml_source import YamlDocument, parse, read
 from tuneline.errors import ConfigError, Problem
 from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.keys import key_document
@@ -36,7 +36,7 @@ SCHEMA = jsonschema.Draft202012Validator(json_schema())
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def load_source(source: Source) -> Loaded:
+def load_source(source: YamlDocument) -> Loaded:
     return check(source, Path("/project/p.yaml"), environment={"SCRATCH": "/scratch"})
 
 

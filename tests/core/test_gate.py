@@ -91,7 +91,7 @@ def test_evaluations_that_asked_otherwise_are_not_compared(
     with pytest.raises(ConfigError) as caught:
         load(tmp_path / "p.yaml")
     assert str(caught.value).partition(": ")[2] == (
-        f"demo.gate.require.0.{condition}: found `old` with {field} {found}, `new` with {against}, allowed the same: else they are asked other "
+        f"demo.gate.require.0.{condition}: found `old` with {field} {found}, `new` with {against}, expected the same: else they are asked other "
         f"things\n\nhint: set the same {field} in both"
     )
     assert f":{10}:" in str(caught.value)
@@ -100,8 +100,8 @@ def test_evaluations_that_asked_otherwise_are_not_compared(
 @pytest.mark.parametrize(
     ("metric", "compared", "message"),
     [
-        ("rows/exactmatch", "old", "found `rows/exactmatch`, allowed of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: did you mean `exact_match`?"),
-        ("rows/perplexity", "old", "found `rows/perplexity`, allowed of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: write `rows/exact_match`, say"),
+        ("rows/exactmatch", "old", "found `rows/exactmatch`, expected of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: did you mean `exact_match`?"),
+        ("rows/perplexity", "old", "found `rows/perplexity`, expected of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: write `rows/exact_match`, say"),
         ("rows/exact_match", "sft", "found `rows/exact_match` of `sft`, which is no evaluation\n\nhint: compare the figures of two stages of kind evaluate"),
     ],
 )  # fmt: skip

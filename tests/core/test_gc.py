@@ -47,7 +47,7 @@ class House:
 
     def artifact(self, number: int, parents: tuple[int, ...] = (), base: int | None = None) -> Path:
         with self.store.locked(key(number)):
-            built = self.store.building(key(number))
+            built = self.store.staging_dir(key(number))
             (built / "payload").mkdir()
             (built / "payload" / "data").write_bytes(b"x" * 1000)
             facts = {"document": {}, "metrics": {}, "info": {}, "host": {}, "kind": "dataset", "type": "Dataset", "key": key(number)}
@@ -176,7 +176,7 @@ def test_what_is_being_built_is_left_alone(house: House) -> None:
     house.run(1)
     house.run(2)
     with house.store.locked(key(1)):
-        house.store.building(key(1))
+        house.store.staging_dir(key(1))
         items = {item.kind: item for item in house.collect()}
         assert house.left() == {1, 2}
         assert items["building"].why == "being built"
@@ -309,14 +309,14 @@ def test_what_a_run_notes_while_gc_waits_for_it_is_kept(house: House, monkeypatc
     house.artifact(2)
     house.run(1)
     house.run(2)
-    locked_now = Store.locked_now
+    try_lock = Store.try_lock
 
     def late(store: Store, name: str) -> object:
         if name == key(1) and "late" not in [record.pipeline for record in house.runs.every()]:
             house.run(1, pipeline="late", days=0)
-        return locked_now(store, name)
+        return try_lock(store, name)
 
-    monkeypatch.setattr(Store, "locked_now", late)
+    monkeypatch.setattr(Store, "try_lock", late)
     items = {item.key: item for item in house.collect()}
     assert house.left() == {1, 2}
     assert not items[key(1)].removed
@@ -338,12 +338,12 @@ def test_it_works_on_a_disk_without_a_byte_left(tmp_path: Path) -> None:
 
 
 def test_removal_waits_for_a_run_that_is_just_taking_something(house: House) -> None:
-    with house.store.steady():
+    with house.store.shared_lock():
         descriptor = os.open(house.store.root / ".locks" / "removal", os.O_RDWR)
         with pytest.raises(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(descriptor)
-    with house.store.removing():
+    with house.store.exclusive_lock():
         pass
 
 
@@ -354,7 +354,7 @@ def test_ages(text: str, days: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1.5d", "30 days", "1m", "999999d", "٣d"])
 def test_no_ages(text: str) -> None:
-    with pytest.raises(ConfigError, match="allowed a whole number of hours, days or weeks: 12h, 30d, 2w"):
+    with pytest.raises(ConfigError, match="expected a whole number of hours, days or weeks: 12h, 30d, 2w"):
         age(text)
 
 
@@ -438,7 +438,7 @@ def test_a_run_never_loses_what_it_has_written_down(house: House) -> None:
             if i >= 60 and removed:  # on a busy machine gc may miss its moments for a while
                 break
             record = house.runs.begin(f"q{i}", ())
-            with house.store.steady():
+            with house.store.shared_lock():
                 artifact = house.store.find("dataset", key(1))
                 if artifact:
                     time.sleep(0.005)

@@ -26,11 +26,11 @@ pipelines:
 REFUSED = {
     "group does not divide": (
         "num_generations: 5, global_batch_size: 16",
-        "demo.rl.global_batch_size: found 16, allowed multiples of num_generations, 5\n\nhint: a step samples whole groups of completions for the same prompt",
+        "demo.rl.global_batch_size: found 16, expected multiples of num_generations, 5\n\nhint: a step samples whole groups of completions for the same prompt",
     ),
     "micro-batch does not divide": (
         "global_batch_size: 16, resources: {micro_batch_size: 3}",
-        "demo.rl.global_batch_size: found 16, allowed multiples of 3 (micro_batch_size 3 x 1 process)\n\nhint: change resources.micro_batch_size: it does not change the result",
+        "demo.rl.global_batch_size: found 16, expected multiples of 3 (micro_batch_size 3 x 1 process)\n\nhint: change resources.micro_batch_size: it does not change the result",
     ),
     "dora": (
         "rollouts: {engine: vllm}, lora: {use_dora: true}",
@@ -38,40 +38,40 @@ REFUSED = {
     ),
     "rank": (
         "rollouts: {engine: vllm}, lora: {r: 600}",
-        "demo.rl.lora.r: found 600, allowed at most 512, the highest rank that vLLM serves\n\nhint: lower it, or sample with transformers",
+        "demo.rl.lora.r: found 600, expected at most 512, the highest rank that vLLM serves\n\nhint: lower it, or sample with transformers",
     ),
     "modules to save": (
         "rollouts: {engine: vllm}, lora: {modules_to_save: [lm_head]}",
-        "demo.rl.lora.modules_to_save: found the unknown field `modules_to_save`, allowed r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora",
+        "demo.rl.lora.modules_to_save: found the unknown field `modules_to_save`, expected r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora",
     ),
     "dropout": (
         "lora: {lora_dropout: 0.1}",
-        "demo.rl.lora.lora_dropout: found 0.1, allowed 0: completions would be sampled from another model than is trained\n\nhint: leave it out",
+        "demo.rl.lora.lora_dropout: found 0.1, expected 0: completions would be sampled from another model than is trained\n\nhint: leave it out",
     ),
     "sequence": (
         "importance_sampling_level: sequence",
-        "demo.rl.loss_type: found dapo with importance_sampling_level: sequence, allowed grpo\n\nhint: any other weighs a sequence by its length again (arXiv:2507.18071)",
+        "demo.rl.loss_type: found dapo with importance_sampling_level: sequence, expected grpo\n\nhint: any other weighs a sequence by its length again (arXiv:2507.18071)",
     ),
     "a loss that depends on the micro-batch": (
         "loss_type: bnpo",
-        "demo.rl.loss_type: found 'bnpo', allowed grpo, dr_grpo, dapo\n\nhint: write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size must not change a result",
+        "demo.rl.loss_type: found 'bnpo', expected grpo, dr_grpo, dapo\n\nhint: write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size must not change a result",
     ),
-    "unknown engine": ("rollouts: {engine: sglang}", "demo.rl.rollouts.engine: found 'sglang', allowed transformers, vllm"),
+    "unknown engine": ("rollouts: {engine: sglang}", "demo.rl.rollouts.engine: found 'sglang', expected transformers, vllm"),
     "engine without use": (
         "resources: {engine: {max_num_seqs: 8}}",
         "demo.rl.resources.engine: found an engine in a stage that uses none\n\nhint: remove it, or choose the engine vllm",
     ),
     "all GPUs": (
         "rollouts: {engine: vllm}, resources: {gpus: 2, engine: {gpus: 2}}",
-        "demo.rl.resources.engine.gpus: found 2, allowed fewer than resources.gpus, 2\n\nhint: the training needs a GPU too; with `gpus: 0` they share the first",
+        "demo.rl.resources.engine.gpus: found 2, expected fewer than resources.gpus, 2\n\nhint: the training needs a GPU too; with `gpus: 0` they share the first",
     ),
     "more than there are": (
         "rollouts: {engine: vllm}, resources: {gpus: 1, engine: {gpus: 2}}",
-        "demo.rl.resources.engine.gpus: found 2, allowed at most resources.gpus, 1\n\nhint: resources.gpus counts all of the stage's GPUs, the engine's among them",
+        "demo.rl.resources.engine.gpus: found 2, expected at most resources.gpus, 1\n\nhint: resources.gpus counts all of the stage's GPUs, the engine's among them",
     ),
     "unknown runtime": (
         "rollouts: {engine: vllm}, resources: {engine: {runtime: vlm}}",
-        "demo.rl.resources.engine.runtime: found `vlm`, allowed quantize, torch, vllm, vllm-cpu\n\nhint: did you mean `vllm`?",
+        "demo.rl.resources.engine.runtime: found `vlm`, expected quantize, torch, vllm, vllm-cpu\n\nhint: did you mean `vllm`?",
     ),
 }
 

@@ -56,7 +56,7 @@ def test_a_variable_inside_text_is_written_as_yaml_writes_it() -> None:
 
 def test_merge_keys_give_way_to_what_stands_in_the_stage_and_to_its_places() -> None:
     text = GOOD.replace("merged: {kind: merge,", "merged: &m {kind: merge, dtype: float16, seed: 1,") + "      other: {<<: *m, seed: -2}\n"
-    with pytest.raises(ConfigError, match=r"^p\.yaml:13:29: demo\.other\.seed: found -2, allowed at least 0$"):
+    with pytest.raises(ConfigError, match=r"^p\.yaml:13:29: demo\.other\.seed: found -2, expected at least 0$"):
         load_text(text)
     other = load_text(text.replace("-2", "2")).spec.pipelines["demo"].stages["other"]
     assert (other.seed, other.dtype) == (2, "float16")

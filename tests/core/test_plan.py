@@ -166,7 +166,7 @@ def test_a_folder_in_the_place_of_rows_is_said_with_its_place(folder: Path) -> N
     (folder / "pipelines.yaml").write_text(text.replace("rows/*.jsonl", "rows"))
     row = planned(folder)["data"]
     assert row.status == "unknown"
-    assert f"found the folder {folder / 'rows'}, allowed a file or a glob\n\nhint: `rows/*.jsonl`, say" in str(row.problems[0])
+    assert f"found the folder {folder / 'rows'}, expected a file or a glob\n\nhint: `rows/*.jsonl`, say" in str(row.problems[0])
 
 
 def test_a_hub_branch_is_unknown_and_a_commit_is_known(folder: Path) -> None:
@@ -222,7 +222,7 @@ def test_data_of_benchmarks_is_pinned_by_its_commits(folder: Path) -> None:
         rows = {row.stage: row for row in plan(workspace, "demo")}
         publish(workspace, rows["base"], rows, "1") if rows["base"].artifact is None else None
         rows = {row.stage: row for row in plan(workspace, "demo")}
-        return rows["eval"], [f"{problem.path}: {problem.message}" for problem in unpinned(workspace, "demo", list(rows.values()))]
+        return rows["eval"], [f"{problem.field}: {problem.message}" for problem in unpinned(workspace, "demo", list(rows.values()))]
 
     def commits(fields: str) -> set[str]:
         row, _ = of_eval(fields, KnownHub())

@@ -53,7 +53,7 @@ def test_versions_come_from_the_lock_without_local_suffix(tmp_path: Path) -> Non
         "torch": "2.13.0", "trl": "1.16.0", "hugging-face-hub": "2.0", "peft": "absent",
     }  # fmt: skip
     lock.write_text("torch==2.13.0\npeft>=0.2\n")
-    with pytest.raises(ConfigError, match=r"lock.txt:2: found `peft>=0.2` in a lock, allowed name==version"):
+    with pytest.raises(ConfigError, match=r"lock.txt:2: found `peft>=0.2` in a lock, expected name==version"):
         runtime.versions(["torch"])
 
 

@@ -66,26 +66,26 @@ def test_the_file_is_an_outside_file_and_its_path_not_in_the_key() -> None:
 
 # fmt: off
 BAD = {
-    "no type": ("{weight: 2.0}", f"p.yaml:15:9: demo.grpo.rewards.0: found no `type`, allowed {TYPES}\n\nhint: add `type: ...`"),
-    "type misspelt": ("{type: exact_math}", f"p.yaml:15:16: demo.grpo.rewards.0.type: found 'exact_math', allowed {TYPES}\n\nhint: did you mean `exact_match`?"),
-    "type null": ("{type: }", f"p.yaml:15:15: demo.grpo.rewards.0.type: found nothing, allowed {TYPES}"),
-    "no mapping": ("exact_match", "p.yaml:15:9: demo.grpo.rewards.0: found 'exact_match', allowed a mapping"),
-    "none": ("", "p.yaml:14:59: demo.grpo.rewards: found an empty list, allowed at least 1"),
-    "unknown field": ("{type: length, full_up_to: 1, zero_from: 2, max: 3}", "p.yaml:15:53: demo.grpo.rewards.0.max: found the unknown field `max`, allowed type, weight, full_up_to, zero_from"),
-    "unknown field of a name shared with a source": ("{type: reasoning_gym, task: sums}", "p.yaml:15:31: demo.grpo.rewards.0.task: found the unknown field `task`, allowed type, weight"),
-    "unknown field without type": ("{file: a.py, function: f, wieght: 2}", "p.yaml:15:35: demo.grpo.rewards.0.wieght: found the unknown field `wieght`, allowed type, weight, file, function\n\nhint: did you mean `weight`?"),
-    "function without file": ("{function: score}", "p.yaml:15:9: demo.grpo.rewards.0.file: found nothing, allowed a value (Python file that holds it; its content is in the key, not that of what it imports)\n\nhint: add `file: ...`"),
-    "file without function": ("{file: a.py}", "p.yaml:15:9: demo.grpo.rewards.0.function: found nothing, allowed a value (Name of the function: it takes prompts and completions, and gives one number for each completion)\n\nhint: add `function: ...`"),
-    "function of a number": ("{file: a.py, function: 3}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 3, allowed text\n\nhint: put quotes around it"),
-    "function in a file": ("{file: a.py, function: a.score}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 'a.score', allowed the name of a function\n\nhint: the file stands in `file`, the name alone here"),
-    "file outside": ("{file: ../a.py, function: score}", "p.yaml:15:16: demo.grpo.rewards.0.file: found '../a.py', allowed paths inside the folder of the file\n\nhint: add `roots: [..]` at the top of the file"),
-    "weight nought": ("{type: exact_match, weight: 0}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 0, allowed any other number\n\nhint: remove a reward that does not count"),
-    "weight infinite": ("{type: exact_match, weight: .inf}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found .inf, allowed finite numbers\n\nhint: put quotes around it if it is meant as text"),
-    "weight as text": ("{type: exact_match, weight: much}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 'much', allowed a number"),
-    "pattern": ("{type: format, pattern: '<a>(.*</a>'}", "p.yaml:15:33: demo.grpo.rewards.0.pattern: found '<a>(.*</a>', allowed a regular expression: missing ), unterminated subpattern at position 3\n\nhint: in YAML, single quotes keep backslashes: '<answer>\\d+</answer>'"),
-    "no pattern": ("{type: format}", "p.yaml:15:9: demo.grpo.rewards.0.pattern: found nothing, allowed a value (Regular expression of Python that the whole completion must match, space around it aside; `.` matches line ends too)\n\nhint: add `pattern: ...`"),
-    "length": ("{type: length, full_up_to: 20, zero_from: 20}", "p.yaml:15:51: demo.grpo.rewards.0.zero_from: found 20, allowed more than full_up_to, 20"),
-    "memory": ("{type: python_tests, memory_mb: 8}", "p.yaml:15:41: demo.grpo.rewards.0.memory_mb: found 8, allowed at least 128"),
+    "no type": ("{weight: 2.0}", f"p.yaml:15:9: demo.grpo.rewards.0: found no `type`, expected {TYPES}\n\nhint: add `type: ...`"),
+    "type misspelt": ("{type: exact_math}", f"p.yaml:15:16: demo.grpo.rewards.0.type: found 'exact_math', expected {TYPES}\n\nhint: did you mean `exact_match`?"),
+    "type null": ("{type: }", f"p.yaml:15:15: demo.grpo.rewards.0.type: found nothing, expected {TYPES}"),
+    "no mapping": ("exact_match", "p.yaml:15:9: demo.grpo.rewards.0: found 'exact_match', expected a mapping"),
+    "none": ("", "p.yaml:14:59: demo.grpo.rewards: found an empty list, expected at least 1"),
+    "unknown field": ("{type: length, full_up_to: 1, zero_from: 2, max: 3}", "p.yaml:15:53: demo.grpo.rewards.0.max: found the unknown field `max`, expected type, weight, full_up_to, zero_from"),
+    "unknown field of a name shared with a source": ("{type: reasoning_gym, task: sums}", "p.yaml:15:31: demo.grpo.rewards.0.task: found the unknown field `task`, expected type, weight"),
+    "unknown field without type": ("{file: a.py, function: f, wieght: 2}", "p.yaml:15:35: demo.grpo.rewards.0.wieght: found the unknown field `wieght`, expected type, weight, file, function\n\nhint: did you mean `weight`?"),
+    "function without file": ("{function: score}", "p.yaml:15:9: demo.grpo.rewards.0.file: found nothing, expected a value (Python file that holds it; its content is in the key, not that of what it imports)\n\nhint: add `file: ...`"),
+    "file without function": ("{file: a.py}", "p.yaml:15:9: demo.grpo.rewards.0.function: found nothing, expected a value (Name of the function: it takes prompts and completions, and gives one number for each completion)\n\nhint: add `function: ...`"),
+    "function of a number": ("{file: a.py, function: 3}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 3, expected text\n\nhint: put quotes around it"),
+    "function in a file": ("{file: a.py, function: a.score}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 'a.score', expected the name of a function\n\nhint: the file stands in `file`, the name alone here"),
+    "file outside": ("{file: ../a.py, function: score}", "p.yaml:15:16: demo.grpo.rewards.0.file: found '../a.py', expected paths inside the folder of the file\n\nhint: add `roots: [..]` at the top of the file"),
+    "weight nought": ("{type: exact_match, weight: 0}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 0, expected any other number\n\nhint: remove a reward that does not count"),
+    "weight infinite": ("{type: exact_match, weight: .inf}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found .inf, expected finite numbers\n\nhint: put quotes around it if it is meant as text"),
+    "weight as text": ("{type: exact_match, weight: much}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 'much', expected a number"),
+    "pattern": ("{type: format, pattern: '<a>(.*</a>'}", "p.yaml:15:33: demo.grpo.rewards.0.pattern: found '<a>(.*</a>', expected a regular expression: missing ), unterminated subpattern at position 3\n\nhint: in YAML, single quotes keep backslashes: '<answer>\\d+</answer>'"),
+    "no pattern": ("{type: format}", "p.yaml:15:9: demo.grpo.rewards.0.pattern: found nothing, expected a value (Regular expression of Python that the whole completion must match, space around it aside; `.` matches line ends too)\n\nhint: add `pattern: ...`"),
+    "length": ("{type: length, full_up_to: 20, zero_from: 20}", "p.yaml:15:51: demo.grpo.rewards.0.zero_from: found 20, expected more than full_up_to, 20"),
+    "memory": ("{type: python_tests, memory_mb: 8}", "p.yaml:15:41: demo.grpo.rewards.0.memory_mb: found 8, expected at least 128"),
     "twice": ("{type: exact_match}, {type: math_equal}, {type: exact_match}", "p.yaml:15:50: demo.grpo.rewards.2: found `exact_match` twice, first in rewards.0\n\nhint: write it once"),
     "function twice": ("{file: a.py, function: score}, {file: b.py, function: score}", "p.yaml:15:63: demo.grpo.rewards.1.function: found `score` twice, first in rewards.0\n\nhint: each has its own metric: give the function another name"),
     "function named as a type": ("{type: length, full_up_to: 1, zero_from: 2}, {file: a.py, function: length}", "p.yaml:15:77: demo.grpo.rewards.1.function: found `length` twice, first in rewards.0\n\nhint: each has its own metric: give the function another name"),
@@ -103,8 +103,8 @@ def test_what_is_wrong_is_told_in_full(case: str) -> None:
 
 def test_a_stage_or_pipeline_named_rewards_gets_messages_of_its_own() -> None:
     text = GOOD.replace("data:   {", "rewards: {").replace("dataset: data", "dataset: rewards").replace("[data]", "[rewards]")
-    with pytest.raises(ConfigError, match=r"demo\.rewards\.sources\.0\.type: found 'file', allowed files, hub, reasoning_gym, code\n"):
+    with pytest.raises(ConfigError, match=r"demo\.rewards\.sources\.0\.type: found 'file', expected files, hub, reasoning_gym, code\n"):
         load_text(text.replace("type: files", "type: file"))
     text = GOOD.replace("demo:", "rewards:").replace("sft:    {kind: sft,", "function: {kind: sft, learning_rate: fast,")
-    with pytest.raises(ConfigError, match=r"rewards\.function\.learning_rate: found 'fast', allowed a number$"):
+    with pytest.raises(ConfigError, match=r"rewards\.function\.learning_rate: found 'fast', expected a number$"):
         load_text(text.replace("[sft]", "[function]").replace("model: sft", "model: function"))

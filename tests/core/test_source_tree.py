@@ -347,7 +347,7 @@ def test_only_files_that_are_read_enter_the_key(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({}, "found no file at {root}/tree"),
-        ({"tree": "x"}, "found a file at {root}/tree, allowed a folder"),
+        ({"tree": "x"}, "found a file at {root}/tree, expected a folder"),
         ({"tree/notes.md": "x", "tree/dist/a.js": "x"}, "found no file to read in {root}/tree; left out: 1 "),
     ],
 )

@@ -22,7 +22,7 @@ KEY = key_of(DOCUMENT)
 
 def publish(store: Store, files: dict[str, bytes], key: str = KEY) -> Artifact:
     with store.locked(key):
-        built = store.building(key)
+        built = store.staging_dir(key)
         for name, content in files.items():
             path = built / "payload" / name
             path.parent.mkdir(parents=True, exist_ok=True)

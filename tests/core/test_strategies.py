@@ -20,22 +20,22 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
     "fsdp on a CPU": (SFT, {"strategy": "fsdp", "processes": 2}, "strategy", "found fsdp without GPUs, where accelerate trains plain ddp instead", "zero3 splits weights on CPUs, too"),
     "fsdp dora": (SFT | DORA, {"strategy": "fsdp", "gpus": 2}, "strategy", "found fsdp with lora.use_dora, whose norms need whole weights", "use zero3, or leave use_dora out"),
     "fsdp grpo": (GRPO, {"strategy": "fsdp", "gpus": 2}, "strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2"),
-    "zero3 vllm": (GRPO | VLLM, {"strategy": "zero3", "gpus": 2}, "strategy", "found zero3 with rollouts of vLLM, allowed ddp, zero1, zero2", "use zero2"),
+    "zero3 vllm": (GRPO | VLLM, {"strategy": "zero3", "gpus": 2}, "strategy", "found zero3 with rollouts of vLLM, expected ddp, zero1, zero2", "use zero2"),
     "vllm nodes": (GRPO | VLLM, {"nodes": 2, "gpus": 1}, "nodes", "found 2 with rollouts of vLLM, whose server is for one machine", ""),
-    "one device for a map": (SFT, {"strategy": "device_map", "gpus": 1}, "strategy", "found device_map with 1 GPU, allowed two or more", "leave it out: one device holds all layers"),
-    "processes of a map": (SFT, {"strategy": "device_map", "gpus": 2, "processes": 2}, "strategy", "found device_map with several processes or machines, allowed one", "remove processes and nodes"),
+    "one device for a map": (SFT, {"strategy": "device_map", "gpus": 1}, "strategy", "found device_map with 1 GPU, expected two or more", "leave it out: one device holds all layers"),
+    "processes of a map": (SFT, {"strategy": "device_map", "gpus": 2, "processes": 2}, "strategy", "found device_map with several processes or machines, expected one", "remove processes and nodes"),
     "offload to itself": (SFT, {"strategy": "zero2", "processes": 2, "offload": "optimizer"}, "offload", "found optimizer without GPUs, whose memory it would spare", "remove it"),
-    "offload of ddp": (SFT, {"gpus": 2, "offload": "optimizer"}, "offload", "found optimizer with ddp, allowed with zero1, zero2 and zero3", "set `strategy: zero2`"),
-    "offload of fsdp": (SFT, {"gpus": 2, "offload": "optimizer", "strategy": "fsdp"}, "offload", "found optimizer with fsdp, allowed with zero1, zero2 and zero3", "fsdp offloads `all`"),
-    "offload all of zero2": (SFT, {"gpus": 2, "offload": "all", "strategy": "zero2"}, "offload", "found all with zero2, allowed with zero3 and fsdp", "set `offload: optimizer`"),
-    "more processes than GPUs": (SFT, {"gpus": 2, "processes": 4}, "processes", "found 4 with 2 GPUs to train on, allowed one for each", "leave it out"),
+    "offload of ddp": (SFT, {"gpus": 2, "offload": "optimizer"}, "offload", "found optimizer with ddp, expected with zero1, zero2 and zero3", "set `strategy: zero2`"),
+    "offload of fsdp": (SFT, {"gpus": 2, "offload": "optimizer", "strategy": "fsdp"}, "offload", "found optimizer with fsdp, expected with zero1, zero2 and zero3", "fsdp offloads `all`"),
+    "offload all of zero2": (SFT, {"gpus": 2, "offload": "all", "strategy": "zero2"}, "offload", "found all with zero2, expected with zero3 and fsdp", "set `offload: optimizer`"),
+    "more processes than GPUs": (SFT, {"gpus": 2, "processes": 4}, "processes", "found 4 with 2 GPUs to train on, expected one for each", "leave it out"),
     "fewer processes than GPUs": (SFT, {"gpus": 4, "processes": 1, "strategy": "zero2"}, "processes", "found 1 with 4 GPUs", "leave it out"),
-    "sharing that does not divide": (SFT, {"processes": 4, "sequence_parallel_size": 3}, "sequence_parallel_size", "found 3 with 4 processes, allowed 1, 2, 4", "in groups of this size"),
-    "sharing by one": (SFT, {"sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 with 1 process, allowed 1", "in groups of this size"),
+    "sharing that does not divide": (SFT, {"processes": 4, "sequence_parallel_size": 3}, "sequence_parallel_size", "found 3 with 4 processes, expected 1, 2, 4", "in groups of this size"),
+    "sharing by one": (SFT, {"sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 with 1 process, expected 1", "in groups of this size"),
     "sharing packed rows": (SFT | {"packing": True}, {"gpus": 2, "sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 with packing, where packed rows would see one another", "set `packing: false`"),
-    "sharing for grpo": (GRPO, {"gpus": 2, "sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 for grpo, allowed 1", "leave it out"),
-    "groups that do not divide": (SFT | {"global_batch_size": 3}, {"gpus": 8, "sequence_parallel_size": 4}, "global_batch_size", "found 3, allowed multiples of 2 (micro_batch_size 1 x 2 groups of 4 processes)", "change the number of processes"),
-    "nodes that do not divide": (SFT | {"global_batch_size": 8}, {"nodes": 3}, "global", "found 8, allowed multiples of", "change the number of processes, or the batch"),
+    "sharing for grpo": (GRPO, {"gpus": 2, "sequence_parallel_size": 2}, "sequence_parallel_size", "found 2 for grpo, expected 1", "leave it out"),
+    "groups that do not divide": (SFT | {"global_batch_size": 3}, {"gpus": 8, "sequence_parallel_size": 4}, "global_batch_size", "found 3, expected multiples of 2 (micro_batch_size 1 x 2 groups of 4 processes)", "change the number of processes"),
+    "nodes that do not divide": (SFT | {"global_batch_size": 8}, {"nodes": 3}, "global", "found 8, expected multiples of", "change the number of processes, or the batch"),
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
 def test_it_is_refused(name: str) -> None:
     fields, resources, field, message, hint = REFUSED[name]
     stage = STAGES[fields["kind"]].model_validate(fields | {"resources": resources})
-    (found,) = list(stage.findings())
+    (found,) = list(stage.problems())
     assert field in found.field
     assert found.message.startswith(message)
     assert hint in found.hint
@@ -64,7 +64,7 @@ def test_it_is_refused(name: str) -> None:
 )
 def test_it_is_allowed_with_so_many_processes(resources: dict[str, Any], world: int, launched: bool) -> None:
     stage = SftStage.model_validate(SFT | {"resources": resources})
-    assert not list(stage.findings())
+    assert not list(stage.problems())
     assert (stage.world_size(), stage.launched()) == (world, launched)
 
 
@@ -76,4 +76,4 @@ def test_how_a_training_is_shared_is_not_in_its_key() -> None:
 
 def test_grpo_may_split_what_its_sampling_can_gather() -> None:
     for strategy in ("ddp", "zero1", "zero2", "zero3"):
-        assert not list(GrpoStage.model_validate(GRPO | {"resources": {"processes": 2, "strategy": strategy}}).findings())
+        assert not list(GrpoStage.model_validate(GRPO | {"resources": {"processes": 2, "strategy": strategy}}).problems())

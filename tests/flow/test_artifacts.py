@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.report.eta import Eta
 from flows.report.markdown import LONGEST, run_report, stage_report
-from flows.report.pace import Pace
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
@@ -19,27 +19,27 @@ PLAN = PlannedStage(stage="sft", kind="sft", names={"model": "base", "dataset": 
 
 
 def test_a_training_tells_its_step_loss_speed_and_time_left() -> None:
-    pace = Pace("sft")
-    assert pace.latest is None
-    assert not pace.take(Event(t=0, type="metric", name="loss", value=2.0))
-    assert not pace.take(Event(t=0, type="progress"))
-    assert pace.take(Event(t=100, type="progress", step=1000, total=3000, message="loss 2.0000"))
-    assert pace.latest == (pytest.approx(100 / 3), "sft: step 1,000 of 3,000, loss 2.0000")
-    assert not pace.take(Event(t=110, type="metric", name="tokens_per_second", value=2048.4))
-    assert pace.take(Event(t=110, type="progress", step=1200, total=3000, message="loss 1.5000"))  # resumed at 1000: 20 steps a second
-    assert pace.latest == (40.0, "sft: step 1,200 of 3,000, loss 1.5000, 2,048 tokens/s, about 1 min 30 s left")
-    assert pace.take(Event(t=200, type="progress", step=3000, total=3000))
-    assert pace.latest == (100.0, "sft: step 3,000 of 3,000, 2,048 tokens/s")
+    eta = Eta("sft")
+    assert eta.latest is None
+    assert not eta.take(Event(t=0, type="metric", name="loss", value=2.0))
+    assert not eta.take(Event(t=0, type="progress"))
+    assert eta.take(Event(t=100, type="progress", step=1000, total=3000, message="loss 2.0000"))
+    assert eta.latest == (pytest.approx(100 / 3), "sft: step 1,000 of 3,000, loss 2.0000")
+    assert not eta.take(Event(t=110, type="metric", name="tokens_per_second", value=2048.4))
+    assert eta.take(Event(t=110, type="progress", step=1200, total=3000, message="loss 1.5000"))  # resumed at 1000: 20 steps a second
+    assert eta.latest == (40.0, "sft: step 1,200 of 3,000, loss 1.5000, 2,048 tokens/s, about 1 min 30 s left")
+    assert eta.take(Event(t=200, type="progress", step=3000, total=3000))
+    assert eta.latest == (100.0, "sft: step 3,000 of 3,000, 2,048 tokens/s")
 
 
 def test_another_phase_counts_anew_and_no_bar_goes_beyond_its_end() -> None:
-    pace = Pace("words")
-    pace.take(Event(t=0, type="progress", step=4, total=4, message="reading"))
-    pace.take(Event(t=10, type="progress", step=0, total=100, message="counting"))
-    pace.take(Event(t=20, type="progress", step=50, total=100, message="counting"))
-    assert pace.latest == (50.0, "words: step 50 of 100, counting, about 10.0 s left")
-    pace.take(Event(t=30, type="progress", step=101, total=100))
-    assert pace.latest == (100.0, "words: step 101 of 100")
+    eta = Eta("words")
+    eta.take(Event(t=0, type="progress", step=4, total=4, message="reading"))
+    eta.take(Event(t=10, type="progress", step=0, total=100, message="counting"))
+    eta.take(Event(t=20, type="progress", step=50, total=100, message="counting"))
+    assert eta.latest == (50.0, "words: step 50 of 100, counting, about 10.0 s left")
+    eta.take(Event(t=30, type="progress", step=101, total=100))
+    assert eta.latest == (100.0, "words: step 101 of 100")
 
 
 def trained(folder: Path, report: str = "") -> StageRecord:

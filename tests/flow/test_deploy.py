@@ -285,7 +285,7 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
     from prefect.events.schemas.automations import AutomationCore
     from prefect.states import Pending, Running
 
-    from flows.deploy.wanted import crash_after, file_tag
+    from flows.deploy.desired import crash_after, file_tag
 
     pico.tuneline("deploy")
     tag = file_tag(pico.root / "pipelines.yaml")
@@ -325,29 +325,29 @@ def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -
         return pico.tuneline("submit", *arguments, status=2).stderr
 
     assert told("here").startswith(
-        "submit here: found no such deployment on the server, allowed none (there is none)\n\nhint: `tuneline deploy` makes one"
+        "submit here: found no such deployment on the server, expected none (there is none)\n\nhint: `tuneline deploy` makes one"
     )
     pico.tuneline("deploy")
     known = "other/other, pico/pico, pico/pico-nightly, run-stage/run-stage-boxes"
-    assert told("pico/picoo").startswith("submit pico/picoo: found no such deployment on the server, allowed ")
-    assert sorted(told("pico/picoo").split("allowed ")[1].split("\n")[0].split(", ")) == known.split(", ")
-    assert told("pco").startswith("pipelines.yaml: found no pipeline `pco`, allowed pico, other, here")
+    assert told("pico/picoo").startswith("submit pico/picoo: found no such deployment on the server, expected ")
+    assert sorted(told("pico/picoo").split("expected ")[1].split("\n")[0].split(", ")) == known.split(", ")
+    assert told("pco").startswith("pipelines.yaml: found no pipeline `pco`, expected pico, other, here")
     assert told("pico", "--set", "one.sed=1").startswith("--set one.sed: pico.one.sed: found the unknown field `sed`")
-    assert told("pico", "--force", "on").startswith("--force: found no stage `on` in pico, allowed one, two, gate")
+    assert told("pico", "--force", "on").startswith("--force: found no stage `on` in pico, expected one, two, gate")
     assert told("pico", "--queue", "nightli") == (
-        "--queue: found the unknown queue `nightli` of pool `local`, allowed interactive, default, nightly\n\nhint: did you mean `nightly`?\n"
+        "--queue: found the unknown queue `nightli` of pool `local`, expected interactive, default, nightly\n\nhint: did you mean `nightly`?\n"
     )
     with server() as client:
         client.create_deployment(client.create_flow_from_name("theirs"), "pico", work_pool_name="local")
     several = told("pico")
-    assert several.startswith("submit pico: found 2 deployments of that name, allowed one of ")
+    assert several.startswith("submit pico: found 2 deployments of that name, expected one of ")
     assert {"pico/pico", "theirs/pico"} == set(several.split("one of ")[1].split("\n")[0].split(", "))
     assert pico.json("submit", "pico/pico")["state"] == "scheduled"
 
     # What waits is cancelled by the pipeline's name as well; what a schedule plans ahead is left alone.
     pico.json("submit", "pico/pico")
     both = pico.tuneline("cancel", "pico", status=2).stderr
-    assert both.startswith("cancel pico: found 2 runs of it, allowed one of ")
+    assert both.startswith("cancel pico: found 2 runs of it, expected one of ")
     first, second = both.partition("one of ")[2].partition("\n")[0].split(", ")
     assert pico.tuneline("cancel", first).stderr.startswith(f"cancelled {first}; ")
     assert pico.tuneline("cancel", "pico").stderr.startswith(f"cancelled {second}; ")

@@ -169,8 +169,8 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         assert reason() == paused
         out, err = working.start("doctor", "--json").communicate(timeout=PATIENCE)
         assert out, err
-        findings = json.loads(out)["findings"]
-        (found,) = [finding for finding in findings if str(run.id) in finding["check"]]
+        problems = json.loads(out)["checks"]
+        (found,) = [problem for problem in problems if str(run.id) in problem["check"]]
         assert (found["status"], found["message"].split(": ", 1)[1]) == ("warning", paused)
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})
         client.update_work_pool("local", WorkPoolUpdate(is_paused=False))
@@ -194,7 +194,7 @@ def test_a_name_that_the_user_gave_stays_and_another_pipeline_is_refused(working
         asked = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, parameters={"pipeline": "other"})
     until(lambda: state(str(asked.id)).is_final())
     assert state(str(asked.id)).is_failed()
-    until(lambda: "pipeline: found other, allowed pico, the pipeline of the deployment" in "\n".join(logs(str(asked.id))))
+    until(lambda: "pipeline: found other, expected pico, the pipeline of the deployment" in "\n".join(logs(str(asked.id))))
 
 
 @pytest.mark.slow

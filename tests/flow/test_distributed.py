@@ -276,8 +276,8 @@ def test_a_machine_that_does_not_come_ends_the_stage(pico: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pico", "--rank", "1"], "--rank: found 1 for pico, allowed none: no stage of it has `nodes`\n\nhint: set `resources: {nodes: 2}` in a training\n"),
-        (["pico", "--rank", "2", "--set", "sft.resources.nodes=2"], "--rank: found 2 for pico, allowed 1\n\nhint: the run itself is machine 0\n"),
+        (["pico", "--rank", "1"], "--rank: found 1 for pico, expected none: no stage of it has `nodes`\n\nhint: set `resources: {nodes: 2}` in a training\n"),
+        (["pico", "--rank", "2", "--set", "sft.resources.nodes=2"], "--rank: found 2 for pico, expected 1\n\nhint: the run itself is machine 0\n"),
     ],
 )  # fmt: skip
 def test_a_machine_for_which_there_is_no_work_does_not_wait(pico: Project, arguments: list[str], message: str) -> None:
@@ -303,7 +303,7 @@ def test_a_number_is_of_one_machine(project: Project, stand_in: Callable[..., No
     assert first.stderr.readline() == "waits for a run of demo\n"
     refused = project.tuneline("node", "demo", "--rank", "1", status=2).stderr
     assert refused == (
-        f"--rank: found 1, which is process {first.pid} on {socket.gethostname()} already, allowed a number that no other machine of demo "
+        f"--rank: found 1, which is process {first.pid} on {socket.gethostname()} already, expected a number that no other machine of demo "
         "has\n\nhint: give each machine its own, or end that one first\n"
     )
     first.kill()
@@ -328,8 +328,8 @@ def test_a_machine_has_the_flags_of_its_run(project: Project, stand_in: Callable
         "--var 'rows=\"a.jsonl\"' --rank 1`\n"
     )
     assert refused == (
-        f'--var rows: found none, allowed "a.jsonl", as run {record.run_id} has it\n\n{hint}\n'
-        f"--set sft.seed: found 4, allowed none, as run {record.run_id} has it\n\n{hint}"
+        f'--var rows: found none, expected "a.jsonl", as run {record.run_id} has it\n\n{hint}\n'
+        f"--set sft.seed: found 4, expected none, as run {record.run_id} has it\n\n{hint}"
     )
     joined = project.start("node", "demo", "--rank", "1", *sets, "--var", "rows=a.jsonl")
     assert joined.stderr is not None

@@ -16,7 +16,7 @@ from lasting import Lasting
 from processes import gone, until
 from project import ROOT
 
-from flows.server import state as lasting
+from flows.server import server_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.usefixtures("no_server_of_the_session")]
 PIPELINES = """\
@@ -76,7 +76,7 @@ def test_from_up_to_down(place: Lasting) -> None:
     watched = subprocess.Popen(command, env=environment, cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         until(lambda: (project.root / "waiting-two").exists())
-        state = lasting.read(place.folder)
+        state = server_state.read(place.folder)
         assert state is not None
         os.kill(state.server.pid, signal.SIGKILL)  # while a stage is at work
         until(lambda: not state.server.alive)

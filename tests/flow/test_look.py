@@ -16,7 +16,7 @@ from flows.commands import meant
 from flows.commands.logs import Followed, shown
 from flows.commands.options import print_json
 from flows.commands.runs import cli
-from flows.commands.streams import Unbroken
+from flows.commands.streams import BrokenPipeSafe
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_followed_log_loses_no_line(tmp_path: Path) -> None:
 def test_a_stream_of_ascii_takes_any_text() -> None:
     """A pipe under LANG=C, and the name of a file that is no Unicode."""
     written = io.BytesIO()
-    stream = Unbroken(io.TextIOWrapper(written, encoding="ascii"))
+    stream = BrokenPipeSafe(io.TextIOWrapper(written, encoding="ascii"))
     stream.write("résumé … \udcff")
     stream.flush()
     assert written.getvalue() == b"r\\xe9sum\\xe9 \\u2026 \\udcff"

@@ -51,7 +51,7 @@ class Story:
         document = {"schema": 1, "kind": plan.kind, "program": 1, "config": {"stage": name}, "inputs": inputs, "commits": {}, "salt": ""}
         document |= {"files": {"sources.0.path": [{"suffix": ".jsonl", "sha256": "ab" * 32}]}, "libraries": {"torch": "2.13.0"}}
         key = key_of(document)
-        built = self.store.building(key)
+        built = self.store.staging_dir(key)
         for folder, files in (("payload", {"weights": name + "x" * (size - len(name))}), ("meta", meta)):
             (built / folder).mkdir()
             for file, text in files.items():

@@ -94,13 +94,13 @@ def test_a_token_in_the_file_or_a_flag_is_refused(demo: Project) -> None:
     with pytest.raises(ConfigError) as error:
         load(demo.root / "pipelines.yaml")
     assert str(error.value) == (
-        "pipelines.yaml:9:118: demo.other.description: found a token, allowed none: it would be in keys, manifests and Prefect's parameters\n\n"
+        "pipelines.yaml:9:118: demo.other.description: found a token, expected none: it would be in keys, manifests and Prefect's parameters\n\n"
         "hint: tokens come from the environment of the process alone, as HF_TOKEN, where the libraries look for them"
     )
     demo.write(text)
-    with pytest.raises(ConfigError, match=r"^--set one\.description: found the value of WANDB_API_KEY, allowed no secrets: Prefect shows"):
+    with pytest.raises(ConfigError, match=r"^--set one\.description: found the value of WANDB_API_KEY, expected no secrets: Prefect shows"):
         load(demo.root / "pipelines.yaml", "demo", ["one.description=x-not-told-1"], environment={"WANDB_API_KEY": "not-told-1"})
-    with pytest.raises(ConfigError, match=r"^--set one\.description: demo\.one\.description: found a token, allowed none"):
+    with pytest.raises(ConfigError, match=r"^--set one\.description: demo\.one\.description: found a token, expected none"):
         load(demo.root / "pipelines.yaml", "demo", [f"one.description={TOKEN}"], environment={})
 
 

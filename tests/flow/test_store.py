@@ -219,7 +219,7 @@ def damaged(store: Path) -> None:
 
 
 WRONG = [
-    (a_file, "the store {store} is a file, allowed a folder\n\nhint: name another `store:`\n"),
+    (a_file, "the store {store} is a file, expected a folder\n\nhint: name another `store:`\n"),
     (newer, "the store {store} was made by a newer tuneline (store schema 2, this one reads 1)\n\nhint: upgrade tuneline, or name another `store:`\n"),
     (damaged, "{store}/store.json is damaged\n\nhint: delete it if that folder is a store: the next run writes it anew\n"),
 ]  # fmt: skip
@@ -308,7 +308,7 @@ def test_gc_does_not_disturb_a_run_that_goes_on(p: Project, stand_in: Script) ->
 
 def test_gc_calls_that_are_wrong(p: Project) -> None:
     assert p.tuneline("gc", "--older-than", "soon", status=2).stderr == (
-        "--older-than: found 'soon', allowed a whole number of hours, days or weeks: 12h, 30d, 2w\n"
+        "--older-than: found 'soon', expected a whole number of hours, days or weeks: 12h, 30d, 2w\n"
     )
     assert "Invalid value for '--keep-last': 0 is not in the range x>=1" in p.tuneline("gc", "--keep-last", "0", status=2).stderr
     assert p.tuneline("gc").stderr == "0 bytes freed, 0 of 0 removed\n"

@@ -268,7 +268,7 @@ print(kills, "kills")
 FAULTS = {
     "the manifest half-written": "store._write_synced = lambda path, data: manifest(path, data, 2)",
     "all written, not yet in its place": "store._write_synced = lambda path, data: manifest(path, data, 1)",
-    "in its place, not yet in the record": "flows.run.this_run.Run.note = lambda *_, **__: die()",
+    "in its place, not yet in the record": "flows.run.run_context.RunContext.note = lambda *_, **__: die()",
 }
 
 
@@ -289,7 +289,7 @@ def test_a_run_killed_while_it_publishes(project: Project, stand_in: Callable[..
     stand_in()
     script = f"""
 import os, signal, sys
-import flows.__main__, flows.run.stage, flows.run.this_run, tuneline.workspace.store as store
+import flows.__main__, flows.run.stage, flows.run.run_context, tuneline.workspace.store as store
 real, die = store._write_synced, lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def manifest(path, data, part):

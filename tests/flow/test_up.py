@@ -23,7 +23,7 @@ from processes import PATIENCE, gone, marked, until
 from project import ROOT, Project
 
 from flows.doctor.machine import file_system, locks_work
-from flows.server import state as lasting
+from flows.server import server_state
 from flows.server.connect import find_server, free_port
 from flows.server.up import _without_secrets
 from flows.server.workers import _without_gpus
@@ -58,8 +58,8 @@ def fresh(tmp_path: Path) -> Iterator[Lasting]:
     it.end()
 
 
-def finding(findings: dict[str, Any], check: str) -> tuple[str, str, str]:
-    found = next(entry for entry in findings["findings"] if entry["check"].startswith(check))
+def problem(problems: dict[str, Any], check: str) -> tuple[str, str, str]:
+    found = next(entry for entry in problems["checks"] if entry["check"].startswith(check))
     return found["status"], found["message"], found["remedy"]
 
 
@@ -75,14 +75,14 @@ def doctor(it: Lasting, *arguments: str) -> dict[str, Any]:
 
 
 def test_a_number_given_to_another_process_is_not_ours(tmp_path: Path) -> None:
-    me = lasting.process(os.getpid())
+    me = server_state.process(os.getpid())
     assert me.alive
-    assert not lasting.Process(pid=me.pid, started=me.started + 1).alive
+    assert not server_state.Process(pid=me.pid, started=me.started + 1).alive
     (tmp_path / "server").mkdir()
-    for server in (me, lasting.Process(pid=me.pid, started=me.started + 1)):
-        state = lasting.State(address="http://127.0.0.1:9/api", database=None, server=server)
-        lasting.write(tmp_path / "server", state)
-        assert lasting.read(tmp_path / "server") == state
+    for server in (me, server_state.Process(pid=me.pid, started=me.started + 1)):
+        state = server_state.State(address="http://127.0.0.1:9/api", database=None, server=server)
+        server_state.write(tmp_path / "server", state)
+        assert server_state.read(tmp_path / "server") == state
         assert find_server(tmp_path) is None  # nothing answers, or the server is gone
     (tmp_path / "server" / "state.json").write_text("{")
     assert find_server(tmp_path) is None
@@ -90,7 +90,7 @@ def test_a_number_given_to_another_process_is_not_ours(tmp_path: Path) -> None:
 
 def test_a_dead_child_that_nobody_has_collected_is_dead() -> None:
     child = subprocess.Popen(["sleep", "1000"])
-    process = lasting.process(child.pid)
+    process = server_state.process(child.pid)
     assert process.alive
     child.kill()
     until(lambda: not process.alive)
@@ -119,16 +119,16 @@ def test_a_port_in_use_is_said(fresh: Lasting) -> None:
         taken.bind(("127.0.0.1", fresh.port))
         taken.listen()
         told = fresh.project.tuneline("up", "--port", str(fresh.port), status=2).stderr
-    assert f"--port: found {fresh.port}, which cannot be listened on (Address already in use), allowed a free port" in told
+    assert f"--port: found {fresh.port}, which cannot be listened on (Address already in use), expected a free port" in told
     assert told.endswith(f"hint: `tuneline up --port {fresh.port + 1}`, or end what holds it\n")
-    assert lasting.read(fresh.folder) is None
+    assert server_state.read(fresh.folder) is None
 
 
 CALLS = [
-    (["up", "--database", "postgresql://me:secret@db/prefect"], "--database: found an address that begins with `postgresql`, allowed postgresql+asyncpg://user@host/name or sqlite+aiosqlite:////folder/file.db\n"),
-    (["up", "--database", "mine"], "--database: found an address that begins with `mine`, allowed postgresql+asyncpg://user@host/name or sqlite+aiosqlite:////folder/file.db\n"),
+    (["up", "--database", "postgresql://me:secret@db/prefect"], "--database: found an address that begins with `postgresql`, expected postgresql+asyncpg://user@host/name or sqlite+aiosqlite:////folder/file.db\n"),
+    (["up", "--database", "mine"], "--database: found an address that begins with `mine`, expected postgresql+asyncpg://user@host/name or sqlite+aiosqlite:////folder/file.db\n"),
     (["up", "--port", "0"], "Invalid value for '--port': 0 is not in the range 1<=x<=65535.\n\nhint: `tuneline up --help`\n"),
-    (["worker", "her"], "worker: found no pool `her`, allowed here, there\n\nhint: did you mean `here`?\n"),
+    (["worker", "her"], "worker: found no pool `her`, expected here, there\n\nhint: did you mean `here`?\n"),
     (["worker", "there"], "PREFECT_API_URL: found no address of a Prefect server, and none of `tuneline up` that runs\n\nhint: `tuneline up` starts one\n"),
 ]  # fmt: skip
 
@@ -165,11 +165,11 @@ def test_the_doctor_without_a_server_imports_no_prefect_and_says_what_is_wrong(f
     found = json.loads(done.stdout)
     assert found["problems"] == 0
     assert "hf_never_shown" not in done.stdout
-    assert finding(found, "HF_TOKEN") == ("ok", "it is set", "")
-    assert finding(found, "server") == ("warning", "none is up, so nothing works for the pools (here, there)", "tuneline up")
-    shared = finding(found, "shared work")
+    assert problem(found, "HF_TOKEN") == ("ok", "it is set", "")
+    assert problem(found, "server") == ("warning", "none is up, so nothing works for the pools (here, there)", "tuneline up")
+    shared = problem(found, "shared work")
     assert shared[0] == ("ok" if "is shared" in shared[1] else "warning")
-    assert finding(found, "prefect")[0] == "ok"
+    assert problem(found, "prefect")[0] == "ok"
 
 
 @pytest.mark.process
@@ -191,16 +191,16 @@ def test_the_doctor_names_each_problem_with_its_remedy(fresh: Lasting) -> None:
         "TUNELINE_RUNTIMES": "",
     }
     found = fresh.project.json("doctor", status=1, **environment)
-    assert finding(found, "runtime stand-in") == ("problem", "its lock has changed since it was set up", "tuneline setup stand-in")
-    status, message, remedy = finding(found, "fastapi")
+    assert problem(found, "runtime stand-in") == ("problem", "its lock has changed since it was set up", "tuneline setup stand-in")
+    status, message, remedy = problem(found, "fastapi")
     assert (status, message.split(",")[0], remedy.split("'")[0]) == ("problem", "0.165.0 is installed", "pip install ")
-    assert finding(found, "store") == ("problem", "there is no folder /nowhere/at", "mkdir /nowhere/at, or mount its disk")
-    assert finding(found, "gpus") == (
+    assert problem(found, "store") == ("problem", "there is no folder /nowhere/at", "mkdir /nowhere/at, or mount its disk")
+    assert problem(found, "gpus") == (
         "warning",
         "0 seen, stages ask for up to 1 (demo.one, in the pool here of this machine)",
         "`local: false` for the pool here, and `tuneline worker here` where the GPUs are",
     )
-    assert finding(found, "server")[:2][0] == "problem"
+    assert problem(found, "server")[:2][0] == "problem"
     assert found["problems"] == 4
     table = fresh.project.tuneline("doctor", status=1, **environment).stdout
     assert "tuneline setup stand-in" in table
@@ -226,7 +226,7 @@ def test_locks_and_file_systems_are_looked_at(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting_up: Lasting) -> None:
-    state = lasting.read(lasting_up.folder)
+    state = server_state.read(lasting_up.folder)
     assert state is not None
     assert (state.port, list(state.workers)) == (lasting_up.port, ["here"])
     with urllib.request.urlopen(f"{state.ui}/ui-settings", timeout=30) as answer:
@@ -243,7 +243,7 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
     again = lasting_up.project.tuneline("up")
     assert again.stdout == f"{state.ui}\n"
     assert again.stderr.startswith("it is up already;")
-    assert lasting.read(lasting_up.folder) == state
+    assert server_state.read(lasting_up.folder) == state
     lasting_up.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"), "docker.yaml")
     worker = lasting_up.project.tuneline("worker", "there", "--file", "docker.yaml", status=2)
     assert worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` makes it\n"
@@ -258,8 +258,8 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
 
 @pytest.mark.slow
 def test_a_worker_that_died_is_started_again_and_one_for_a_new_pool(lasting_up: Lasting) -> None:
-    def state() -> lasting.State:
-        found = lasting.read(lasting_up.folder)
+    def state() -> server_state.State:
+        found = server_state.read(lasting_up.folder)
         assert found is not None
         return found
 
@@ -273,18 +273,18 @@ def test_a_worker_that_died_is_started_again_and_one_for_a_new_pool(lasting_up: 
     after = state()
     assert (after.server, after.keeper) == (before.server, before.keeper)
     assert lasting_up.up()["started"] == []
-    assert finding(doctor(lasting_up), "pool more") == ("ok", f"works on {socket.gethostname()}", "")
+    assert problem(doctor(lasting_up), "pool more") == ("ok", f"works on {socket.gethostname()}", "")
     lasting_up.prefect("-m", "prefect", "work-pool", "pause", "more")
     found = doctor(lasting_up)
-    assert finding(found, "pool more") == ("warning", "it is paused: no run of it starts", "prefect work-pool resume more")
-    assert finding(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
+    assert problem(found, "pool more") == ("warning", "it is paused: no run of it starts", "prefect work-pool resume more")
+    assert problem(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
 
     # Without its keeper, which `up` brings back.
     assert after.keeper is not None
     for process in (after.keeper, after.workers["here"]):
         os.kill(process.pid, signal.SIGKILL)
     until(lambda: not after.workers["here"].alive)
-    assert finding(doctor(lasting_up), "pool here") == ("problem", "the worker that `up` started has ended", "tuneline up")
+    assert problem(doctor(lasting_up), "pool here") == ("problem", "the worker that `up` started has ended", "tuneline up")
     assert lasting_up.up()["started"] == ["worker here"]
     assert state().keeper != after.keeper
     lasting_up.project.write(PIPELINES)  # a pool that left the file needs no worker, which would make it again
@@ -299,7 +299,7 @@ def test_a_worker_of_another_machine_works_in_the_foreground_until_it_is_told_to
     try:
         until(lambda: "there" in [pool["name"] for pool in lasting_up.ask("work_pools/filter", {})])
         until(lambda: lasting_up.ask("work_pools/there/workers/filter", {}))
-        assert finding(doctor(lasting_up), "pool there") == ("ok", f"works on {socket.gethostname()}", "")
+        assert problem(doctor(lasting_up), "pool there") == ("ok", f"works on {socket.gethostname()}", "")
     finally:
         worker.send_signal(signal.SIGTERM)
         out, err = worker.communicate(timeout=PATIENCE)
@@ -330,16 +330,16 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     until(lambda: (lasting_up.project.root / "sleeping-one").exists())
     page = next(line for line in iter(process.stderr.readline, "") if line.startswith("page: ")).strip()  # type: ignore[union-attr]
     identity = page.rpartition("/")[2]
-    assert not any(identity in entry["check"] for entry in doctor(lasting_up)["findings"])
+    assert not any(identity in entry["check"] for entry in doctor(lasting_up)["checks"])
     process.kill()
     process.communicate(timeout=PATIENCE)
-    found = finding(doctor(lasting_up), "run demo")
+    found = problem(doctor(lasting_up), "run demo")
     assert found[0] == "problem"
     assert found[1].startswith("Running on the server, but its process is gone")
     assert found[2] == "tuneline doctor --fix"
-    assert finding(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
+    assert problem(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
     assert lasting_up.ask(f"flow_runs/{identity}")["state"]["type"] == "CRASHED"
-    assert finding(doctor(lasting_up), "runs") == ("ok", "none hangs", "")
+    assert problem(doctor(lasting_up), "runs") == ("ok", "none hangs", "")
 
 
 @pytest.mark.slow
@@ -348,7 +348,7 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
     run = lasting_up.ask("flow_runs/", {"flow_id": flow, "name": "stuck", "tags": ["tuneline"], "state": {"type": "PENDING"}})["id"]
     with sqlite3.connect(lasting_up.folder / "prefect.db") as database:  # what the server would not believe
         database.execute("UPDATE flow_run_state SET timestamp = '2026-01-01 00:00:00.000000' WHERE flow_run_id = ?", (run,))
-    status, message, remedy = finding(doctor(lasting_up), f"run stuck {run}")
+    status, message, remedy = problem(doctor(lasting_up), f"run stuck {run}")
     assert (status, message.endswith("it holds a place in its pool"), remedy) == ("problem", True, f"prefect flow-run cancel {run}")
     lasting_up.prefect("-m", "prefect", "--no-prompt", "flow-run", "delete", run)
 
@@ -370,7 +370,7 @@ def test_a_server_with_a_password_says_so_to_who_has_another(lasting_up: Lasting
 
 @pytest.mark.slow
 def test_after_kill_9_of_the_server_up_works_again_with_the_same_history(lasting_up: Lasting) -> None:
-    before = lasting.read(lasting_up.folder)
+    before = server_state.read(lasting_up.folder)
     assert before is not None
     runs = len(lasting_up.ask("flow_runs/filter", {}))
     os.kill(before.server.pid, signal.SIGKILL)
@@ -379,9 +379,9 @@ def test_after_kill_9_of_the_server_up_works_again_with_the_same_history(lasting
     told = lasting_up.project.tuneline("status").stderr
     assert told.startswith("warning: the server that `up` started has ended: `tuneline up` starts it again, with its history\n")
     found = doctor(lasting_up)
-    assert finding(found, "server") == ("problem", "the server that `up` started has ended", "tuneline up")
+    assert problem(found, "server") == ("problem", "the server that `up` started has ended", "tuneline up")
     assert lasting_up.project.json("up")["started"] == ["server"]  # on the port where its workers look for it
-    after = lasting.read(lasting_up.folder)
+    after = server_state.read(lasting_up.folder)
     assert after is not None
     assert (after.port, after.workers) == (before.port, before.workers)
     assert after.server != before.server
@@ -459,7 +459,7 @@ def test_history_lies_in_postgres_and_its_password_nowhere_else(fresh: Lasting, 
         assert (secret in Path(f"/proc/{pid}/environ").read_bytes()) == (pid == told["server"]["pid"])
     assert fresh.project.tuneline("up").stderr.startswith("it is up already;")
     os.kill(told["server"]["pid"], signal.SIGKILL)
-    until(lambda: not lasting.Process(**told["server"]).alive)
+    until(lambda: not server_state.Process(**told["server"]).alive)
     lost = fresh.project.tuneline("up", status=2).stderr  # rather than start another history
     assert lost.startswith(f"--database: found none, but the server that `up` started has {told['database']}")
     wrong = fresh.project.tuneline(

@@ -323,8 +323,8 @@ def test_text_is_truncated(tmp_path: Path, pico: Input, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("over_long", "message"),
     [
-        ("truncate", r"data\.jsonl:2: found a row of \d+ tokens, allowed 60: only plain text can be truncated"),
-        ("error", r"data\.jsonl:2: found a row of \d+ tokens, allowed 60\n"),
+        ("truncate", r"data\.jsonl:2: found a row of \d+ tokens, expected 60: only plain text can be truncated"),
+        ("error", r"data\.jsonl:2: found a row of \d+ tokens, expected 60\n"),
     ],
 )
 def test_over_long_conversations_are_refused(tmp_path: Path, pico: Input, over_long: str, message: str) -> None:

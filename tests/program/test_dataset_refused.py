@@ -34,57 +34,61 @@ def asked(answer: str, beside: str = '"tools": []') -> str:
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 BAD_ROWS = [
     ("d.jsonl", GOOD + "{oops}\n", r"d\.jsonl:2: found no JSON \(Expecting property name"),
-    ("d.jsonl", GOOD + "\n[1, 2]\n", r"d\.jsonl:3: found a list of 2, allowed an object"),
+    ("d.jsonl", GOOD + "\n[1, 2]\n", r"d\.jsonl:3: found a list of 2, expected an object"),
     (
         "d.jsonl",
         '{"question": "a", "reply": "b"}\n',
-        r"d\.jsonl:1: found columns question, reply, allowed messages, or conversations, or inst",
+        r"d\.jsonl:1: found columns question, reply, expected messages, or conversations, or inst",
     ),
     (
         "d.jsonl",
         GOOD + '{"prompt": "a"}\n',
-        r"d\.jsonl:2: found no completion \(columns: prompt\), allowed for format prompt_completion: prompt,",
+        r"d\.jsonl:2: found no completion \(columns: prompt\), expected for format prompt_completion: prompt,",
     ),
     ("d.jsonl", GOOD + '{"text": "a"}\n', r"d\.jsonl:2: found no prompt \(columns: text\)"),
-    ("d.jsonl", GOOD + '{"prompt": "a", "completion": " \\n"}\n', r"d\.jsonl:2: completion: found empty text, allowed text with content"),
-    ("d.jsonl", GOOD + '{"prompt": "a", "completion": 5}\n', r"d\.jsonl:2: found prompt as 'a', completion as int 5, allowed both text or"),
+    ("d.jsonl", GOOD + '{"prompt": "a", "completion": " \\n"}\n', r"d\.jsonl:2: completion: found empty text, expected text with content"),
+    (
+        "d.jsonl",
+        GOOD + '{"prompt": "a", "completion": 5}\n',
+        r"d\.jsonl:2: found prompt as 'a', completion as int 5, expected both text or",
+    ),
     ("d.jsonl", GOOD + '{"prompt": "a", "completion": "\\ud800"}\n', r"d\.jsonl:2: completion: found half a surrogate pair"),
-    ("d.jsonl", '{"text": ["a"]}\n', r"d\.jsonl:1: text: found a list of 1, allowed text"),
-    ("d.jsonl", '{"messages": []}\n', r"d\.jsonl:1: messages: found an empty list, allowed a list of messages"),
-    ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', r"d\.jsonl:1: the last message is from user, allowed assistant"),
+    ("d.jsonl", '{"text": ["a"]}\n', r"d\.jsonl:1: text: found a list of 1, expected text"),
+    ("d.jsonl", '{"messages": []}\n', r"d\.jsonl:1: messages: found an empty list, expected a list of messages"),
+    ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', r"d\.jsonl:1: the last message is from user, expected assistant"),
     ("d.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}\n', r"d\.jsonl:1: found no message from user"),
     ("d.jsonl", '{"prompt": [{"role": "assistant", "content": "a"}], "answer": "b"}\n', r"d\.jsonl:1: found no message from user"),
-    ("d.jsonl", '{"prompt": "a"}\n', r"d\.jsonl:1: found a prompt alone, allowed one with completion, or with answer, tests, extra"),
+    ("d.jsonl", '{"prompt": "a"}\n', r"d\.jsonl:1: found a prompt alone, expected one with completion, or with answer, tests, extra"),
     ("d.jsonl", '{"prompt": "a", "extra": {}}\n', r"d\.jsonl:1: found a prompt alone"),
-    ("d.jsonl", '{"prompt": "a", "answer": "b", "extra": 3}\n', r"d\.jsonl:1: extra: found int 3, allowed an object"),
+    ("d.jsonl", '{"prompt": "a", "answer": "b", "extra": 3}\n', r"d\.jsonl:1: extra: found int 3, expected an object"),
     (
         "d.jsonl",
         '{"prompt": "a", "extra": {"id": 3}}\n',
-        r"d\.jsonl:1: extra: found id, allowed names other than prompts, completions, id,",
+        r"d\.jsonl:1: extra: found id, expected names other than prompts, completions, id,",
     ),
     ("d.jsonl", '{"prompt": "a", "tests": NaN}\n', r"d\.jsonl:1: extra, tests: found what JSON cannot hold \(Out of range float"),
     ("d.jsonl", '{"prompt": "a", "tests": "\\ud800"}\n', r"d\.jsonl:1: extra, tests: found half a surrogate pair \('\\ud800'\)"),
     (
         "d.jsonl",
         '{"messages": [{"role": "bot", "content": "a"}]}\n',
-        r"d\.jsonl:1: messages\[0\]\.role: found 'bot', allowed system, user,",
+        r"d\.jsonl:1: messages\[0\]\.role: found 'bot', expected system, user,",
     ),
-    ("d.jsonl", '{"messages": [{"role": "user"}]}\n', r"d\.jsonl:1: messages\[0\]\.content: found nothing, allowed text"),
-    ("d.jsonl", '{"messages": ["hello"]}\n', r"d\.jsonl:1: messages\[0\]: found 'hello', allowed an object with role and content"),
+    ("d.jsonl", '{"messages": [{"role": "user"}]}\n', r"d\.jsonl:1: messages\[0\]\.content: found nothing, expected text"),
+    ("d.jsonl", '{"messages": ["hello"]}\n', r"d\.jsonl:1: messages\[0\]: found 'hello', expected an object with role and content"),
     (
         "d.jsonl",
         '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}]}\n',
-        r"d\.jsonl:1: found a system message at position 1, allowed only the first",
+        r"d\.jsonl:1: found a system message at position 1, expected only the first",
     ),
     (
         "d.jsonl",
         '{"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]}\n',
-        r"d\.jsonl:1: messages\[0\]\.tool_calls: found calls of user, allowed only those of assistant",
+        r"d\.jsonl:1: messages\[0\]\.tool_calls: found calls of user, expected only those of assistant",
     ),
     (
         "d.jsonl",
         '{"conversations": [{"from": "me", "value": "a"}]}\n',
-        r"d\.jsonl:1: conversations\[0\]\.from: found 'me', allowed system,",
+        r"d\.jsonl:1: conversations\[0\]\.from: found 'me', expected system,",
     ),
     (
         "d.jsonl",
@@ -94,7 +98,7 @@ BAD_ROWS = [
     (
         "d.jsonl",
         '{"instruction": "a", "output": "b", "history": [["c"]]}\n',
-        r"d\.jsonl:1: history\[0\]: found a list of 1, allowed \[quest",
+        r"d\.jsonl:1: history\[0\]: found a list of 1, expected \[quest",
     ),
     (
         "d.jsonl",
@@ -102,24 +106,24 @@ BAD_ROWS = [
         r"d\.jsonl:1: found prompt as 'a', completion as",
     ),
     ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}], "tools": "["}\n', r"d\.jsonl:1: tools: found text that is no JSON"),
-    ("d.json", '[\n{"text": "a"},\n{"text":\n1}]', r"d\.json:3: text: found int 1, allowed text"),
+    ("d.json", '[\n{"text": "a"},\n{"text":\n1}]', r"d\.json:3: text: found int 1, expected text"),
     ("d.json", '[\n{"text": "a"},\n{"text" 1}]', r"d\.json:3: found no JSON \(Expecting ':'"),
     ("d.json", '[{"text": "a"}\n{"text": "b"}]', r"d\.json:2: found no JSON \(Expecting ',' or '\]'"),
     ("d.json", '[{"text": "a"}', r"d\.json:1: found no JSON"),
-    ("d.json", '{"text": "a"}\n', r"d\.json:1: found no list, allowed a list of objects"),
-    ("d.csv", "prompt,completion\na,b\n\nc\n", r"d\.csv:4: found 1 cells, allowed 2, as in the header"),
+    ("d.json", '{"text": "a"}\n', r"d\.json:1: found no list, expected a list of objects"),
+    ("d.csv", "prompt,completion\na,b\n\nc\n", r"d\.csv:4: found 1 cells, expected 2, as in the header"),
     ("d.csv", 'prompt,completion\n"a\nb",c\nd,\n', r"d\.csv:4: found no completion \(columns: prompt\)"),
     ("d.csv", 'prompt,completion\na,"b" c\n', r"d\.csv:2: found no CSV"),
     ("d.csv", "", r"d\.csv:1: found no header"),
-    ("d.csv", "prompt;completion\na;b\n", r"d\.csv:1: found one column, 'prompt;completion', allowed columns set apart by commas"),
+    ("d.csv", "prompt;completion\na;b\n", r"d\.csv:1: found one column, 'prompt;completion', expected columns set apart by commas"),
     ("d.json", '[{"text": "a"}, {"prompt": 3}]', r"d\.json:1 \(row 2\): found "),
-    ("d.csv", "prompt,prompt,completion\na,b,c\n", r"d\.csv:1: found the column prompt twice, allowed once"),
+    ("d.csv", "prompt,prompt,completion\na,b,c\n", r"d\.csv:1: found the column prompt twice, expected once"),
     ("d.parquet", "no parquet", r"d\.parquet: found no parquet"),
     ("d.jsonl", "\n", r"the train split is empty: 0 rows in 0 groups are left"),
     (
         "d.json",
         '[{"text": "a"}]\n[{"text": "b"}]',
-        r"d\.json:2: found '\[\{\"text\": \"b\"\}\]' after the end of the list, allowed one list",
+        r"d\.json:2: found '\[\{\"text\": \"b\"\}\]' after the end of the list, expected one list",
     ),
     ("d.json", '[{"text": "a"}],\n\n{"text": "b"}\n', r"d\.json:1: found ',"),
     ("d.json", '[\n{"text": "a"},\n{"id": ' + 5000 * "9" + "}]", r"d\.json:3: found no JSON \(Exceeds the limit"),
@@ -138,8 +142,8 @@ BAD_ROWS = [
     ),
     ("d.jsonl", GOOD + '{"prompt": "a", "completion": "b", "system": "c"}\n', r"d\.jsonl:2: found system beside a prompt that is text"),
     ("d.jsonl", GOOD + '{"prompt": "[{\'role\': \'user\'}]", "completion": "b"}\n', r"d\.jsonl:2: prompt: found text that is no JSON"),
-    ("d.jsonl", '{"prompt": "a", "answer": Infinity}\n', r"d\.jsonl:1: answer: found inf, allowed text or a number"),
-    ("d.jsonl", '{"prompt": "a", "answer": false}\n', r"d\.jsonl:1: answer: found bool False, allowed text"),
+    ("d.jsonl", '{"prompt": "a", "answer": Infinity}\n', r"d\.jsonl:1: answer: found inf, expected text or a number"),
+    ("d.jsonl", '{"prompt": "a", "answer": false}\n', r"d\.jsonl:1: answer: found bool False, expected text"),
     (
         "d.jsonl",
         '{"system": "b", "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]}\n',
@@ -148,24 +152,28 @@ BAD_ROWS = [
     (
         "d.jsonl",
         asked('"content": [{"type": "image_url", "image_url": "x"}]'),
-        r"messages\[1\]\.content\[0\]: found image_url, allowed parts",
+        r"messages\[1\]\.content\[0\]: found image_url, expected parts",
     ),
-    ("d.jsonl", asked('"content": "b", "weight": 0.5'), r"messages\[1\]\.weight: found float 0\.5, allowed 0 \(not trained on\) or 1"),
+    ("d.jsonl", asked('"content": "b", "weight": 0.5'), r"messages\[1\]\.weight: found float 0\.5, expected 0 \(not trained on\) or 1"),
     ("d.jsonl", asked('"content": "b", "loss": false'), r"d\.jsonl:1: every answer has weight 0"),
-    ("d.jsonl", asked('"content": "b", "tool_calls": 5'), r"messages\[1\]\.tool_calls: found int 5, allowed a list of calls"),
-    ("d.jsonl", asked('"tool_calls": "7"'), r"messages\[1\]\.tool_calls: found int 7, allowed a list of calls"),
-    ("d.jsonl", asked('"tool_calls": ["f", "g"]'), r"messages\[1\]\.tool_calls\[0\]: found 'f', allowed an object with name and arguments"),
+    ("d.jsonl", asked('"content": "b", "tool_calls": 5'), r"messages\[1\]\.tool_calls: found int 5, expected a list of calls"),
+    ("d.jsonl", asked('"tool_calls": "7"'), r"messages\[1\]\.tool_calls: found int 7, expected a list of calls"),
+    (
+        "d.jsonl",
+        asked('"tool_calls": ["f", "g"]'),
+        r"messages\[1\]\.tool_calls\[0\]: found 'f', expected an object with name and arguments",
+    ),
     (
         "d.jsonl",
         asked('"tool_calls": {"name": "f", "arguments": {}}'),
-        r"tool_calls: found an object with name, arguments, allowed a list of calls",
+        r"tool_calls: found an object with name, arguments, expected a list of calls",
     ),
-    ("d.jsonl", asked('"tool_calls": [{"function": "f"}]'), r"tool_calls\[0\]: found 'f', allowed an object with name and arguments"),
-    ("d.jsonl", asked('"tool_calls": [{"arguments": {}}]'), r"tool_calls\[0\]\.name: found nothing, allowed text"),
+    ("d.jsonl", asked('"tool_calls": [{"function": "f"}]'), r"tool_calls\[0\]: found 'f', expected an object with name and arguments"),
+    ("d.jsonl", asked('"tool_calls": [{"arguments": {}}]'), r"tool_calls\[0\]\.name: found nothing, expected text"),
     (
         "d.jsonl",
         asked('"tool_calls": [{"name": "f", "arguments": [1]}]'),
-        r"tool_calls\[0\]\.arguments: found a list of 1, allowed an object",
+        r"tool_calls\[0\]\.arguments: found a list of 1, expected an object",
     ),
     ("d.jsonl", asked('"tool_calls": [{"name": "f", "arguments": "{1"}]'), r"tool_calls\[0\]\.arguments: found text that is no JSON"),
     (
@@ -186,14 +194,14 @@ BAD_ROWS = [
     ("d.jsonl", asked('"tool_calls": [{"name": "f", "arguments": {"a": NaN}}]'), r"messages\[1\]\.tool_calls: found what JSON cannot hold"),
     ("d.jsonl", asked('"content": "b"', '"tools": [{"name": "\\ud800"}]'), r"d\.jsonl:1: tools: found half a surrogate pair"),
     ("d.jsonl", asked('"content": "b"', '"tools": ["search"]'), r"d\.jsonl:1: tools\[0\]: found text that is no JSON"),
-    ("d.jsonl", asked('"content": "b"', '"tools": 3'), r"d\.jsonl:1: tools: found int 3, allowed a list of JSON schemas"),
+    ("d.jsonl", asked('"content": "b"', '"tools": 3'), r"d\.jsonl:1: tools: found int 3, expected a list of JSON schemas"),
     ("d.jsonl", asked('"content": "b"', '"tools": "' + 5000 * "[" + '"'), r"d\.jsonl:1: tools: found text that is no JSON"),
     (
         "d.jsonl",
         asked('"content": "b"', '"extra": {"a": ' + 900 * "[" + 900 * "]" + "}"),
         r"d\.jsonl:1: (extra|found lists and objects nested too)",
     ),
-    ("d.jsonl", '{"messages": [{"from": "human", "value": "a"}]}\n', r"d\.jsonl:1: messages\[0\]\.role: found nothing, allowed system"),
+    ("d.jsonl", '{"messages": [{"from": "human", "value": "a"}]}\n', r"d\.jsonl:1: messages\[0\]\.role: found nothing, expected system"),
 ]
 
 
@@ -212,7 +220,7 @@ def test_utf_16_is_never_guessed(tmp_path: Path, encoding: str, on_bad_row: str)
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     text = mark + "".join(json.dumps({"text": f"ł{i} → ok"}, ensure_ascii=False) + "\n" for i in range(60))
     (tmp_path / "d.jsonl").write_text(text, encoding=encoding)
-    with pytest.raises(StageFailed, match=r"d\.jsonl: found UTF-16, allowed UTF-8"):
+    with pytest.raises(StageFailed, match=r"d\.jsonl: found UTF-16, expected UTF-8"):
         build(tmp_path, [{"type": "files", "path": "d.jsonl", "on_bad_row": on_bad_row}])
     (tmp_path / "d.jsonl").write_text(text.removeprefix(mark), encoding="utf-8-sig")
     assert [row.text for row in build(tmp_path, [{"type": "files", "path": "d.jsonl"}]).rows()][0] == "ł0 → ok"
@@ -362,7 +370,7 @@ def test_dropping_bad_rows_excuses_no_broken_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "failure_class", "message"),
     [
-        ({"columns": {"question": "prompt"}}, "config", r"sources\.0\.columns: found question, allowed answer, "),
+        ({"columns": {"question": "prompt"}}, "config", r"sources\.0\.columns: found question, expected answer, "),
         (
             {"columns": {"prompt": "qestion"}},
             "data",
@@ -372,7 +380,7 @@ def test_dropping_bad_rows_excuses_no_broken_file(tmp_path: Path) -> None:
         (
             {"path": "data.txt"},
             "config",
-            r"data\.txt: found ending \.txt, allowed \.jsonl, \.json, \.csv \(each also with \.gz\), \.parquet",
+            r"data\.txt: found ending \.txt, expected \.jsonl, \.json, \.csv \(each also with \.gz\), \.parquet",
         ),
     ],
 )

@@ -322,7 +322,7 @@ def test_more_generated_rows_begin_with_the_same_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "chain_sums"}, r"sources\.0\.task: found chain_sums, allowed"),
+        ({"task": "chain_sums"}, r"sources\.0\.task: found chain_sums, expected"),
         ({"config": {"terms": 3}}, r"sources\.0\.config: chain_sum: .*terms"),
         ({"config": {"min_terms": 0}}, r"sources\.0\.config: chain_sum: min_terms must be positive"),
         ({"task": "graph_color", "config": {}}, r"graph_color gives no answer to learn from"),

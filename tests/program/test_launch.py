@@ -55,7 +55,7 @@ from tasks import launch
 
 def launch_agent(*arguments):
     work = Path(sys.argv[1]).parent
-    (work / "said.json").rename(work / launch.RANKS / f"1{launch.SAID}")
+    (work / "said.json").rename(work / launch.RANKS / f"1{launch.FAILURE_SUFFIX}")
     time.sleep(2)
     raise ChildFailedError("tasks", {1: ProcessFailure(0, 1, 1, "")})
 

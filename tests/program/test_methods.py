@@ -228,7 +228,7 @@ def test_a_quantized_base_is_refused(tmp_path: Path, base: Input, method: str) -
     shutil.copytree(base.path, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(StageFailed, match=f"method: {method}: found a base that is quantized, allowed one in full precision") as caught:
+    with pytest.raises(StageFailed, match=f"method: {method}: found a base that is quantized, expected one in full precision") as caught:
         run_program(request_for(tmp_path / "run", base.model_copy(update={"path": folder}), method=method))
     assert caught.value.failure_class == "config"
 

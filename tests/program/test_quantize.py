@@ -277,7 +277,7 @@ def test_refuses_a_group_size_that_does_not_divide(tmp_path: Path, base: Path) -
     with pytest.raises(StageFailed, match=r"group_size 128 does not divide 64, the width of model\.layers\.0\.") as failure:
         run_program(request_for(tmp_path, base, group_size=128))
     assert failure.value.failure_class == "config"
-    assert failure.value.hint == "allowed for this model: -1, 16, 32, 64"
+    assert failure.value.hint == "expected for this model: -1, 16, 32, 64"
 
 
 def test_refuses_a_quantized_model(tmp_path: Path, done: Done) -> None:

@@ -262,19 +262,19 @@ HEAD = "def score(prompts, completions, **columns):\n    "
 BAD_VALUES = {
     "nan": (
         "return [0.0, float('nan')]",
-        "reward `score` gave nan, allowed a number from -1e+06 to 1e+06, for the completion of row row-1:",
+        "reward `score` gave nan, expected a number from -1e+06 to 1e+06, for the completion of row row-1:",
     ),
-    "too large": ("return [0.0, 1e38]", "gave 1e+38, allowed a number from -1e+06 to 1e+06"),
+    "too large": ("return [0.0, 1e38]", "gave 1e+38, expected a number from -1e+06 to 1e+06"),
     "an interrupt of its own": ("raise KeyboardInterrupt", "reward `score` KeyboardInterrupt:  (FILE:2)"),
-    "infinite": ("return [0.0, float('inf')]", "gave inf, allowed a number from"),
-    "none in it": ("return [0.0, None]", "gave None, allowed a number from"),
-    "text": ("return ['0', '1']", "gave '0', allowed a number from"),
-    "complex": ("return [0, 1j]", "gave 1j, allowed a number from"),
-    "too few": ("return [0.0]", "gave a list of 1, allowed a list of 2 numbers, one for each completion"),
-    "too many": ("return [0.0] * 3", "gave a list of 3, allowed a list of 2 numbers"),
-    "nothing": ("pass", "gave NoneType, allowed a list of 2 numbers"),
-    "a number": ("return 1.0", "gave float, allowed a list of 2 numbers"),
-    "no list": ("return (1.0 for _ in prompts)", "gave generator, allowed a list of 2 numbers"),
+    "infinite": ("return [0.0, float('inf')]", "gave inf, expected a number from"),
+    "none in it": ("return [0.0, None]", "gave None, expected a number from"),
+    "text": ("return ['0', '1']", "gave '0', expected a number from"),
+    "complex": ("return [0, 1j]", "gave 1j, expected a number from"),
+    "too few": ("return [0.0]", "gave a list of 1, expected a list of 2 numbers, one for each completion"),
+    "too many": ("return [0.0] * 3", "gave a list of 3, expected a list of 2 numbers"),
+    "nothing": ("pass", "gave NoneType, expected a list of 2 numbers"),
+    "a number": ("return 1.0", "gave float, expected a list of 2 numbers"),
+    "no list": ("return (1.0 for _ in prompts)", "gave generator, expected a list of 2 numbers"),
     "raises": (
         "return [len(completions) / 0, 0]",
         "ZeroDivisionError: division by zero (FILE:2), on 2 completions, the first of row row-1:",
@@ -314,28 +314,28 @@ SIGNATURE = "write `def score(prompts: list[str], completions: list[str], **colu
 BAD_FILES = {
     "misspelt": (
         "def scores(prompts, completions, **columns): ...",
-        "FILE: found no function `score`, allowed scores",
+        "FILE: found no function `score`, expected scores",
         "did you mean `scores`?",
     ),
-    "none": ("from math import sqrt\nx = 1", "FILE: found no function `score`, allowed none (there is none)", SIGNATURE),
-    "value": ("score = 1", "FILE: found `score` as int, allowed a function", SIGNATURE),
+    "none": ("from math import sqrt\nx = 1", "FILE: found no function `score`, expected none (there is none)", SIGNATURE),
+    "value": ("score = 1", "FILE: found `score` as int, expected a function", SIGNATURE),
     "no columns": (
         "\ndef score(prompts, completions): ...",
-        "FILE:2: found `score(prompts, completions)`, allowed (prompts, completions, **columns)",
+        "FILE:2: found `score(prompts, completions)`, expected (prompts, completions, **columns)",
         SIGNATURE,
     ),
-    "no completions": ("def score(a, **columns): ...", "FILE:1: found `score(a, **columns)`, allowed", SIGNATURE),
+    "no completions": ("def score(a, **columns): ...", "FILE:1: found `score(a, **columns)`, expected", SIGNATURE),
     "by position alone": (
         "def score(prompts, completions, /, **columns): ...",
-        "FILE:1: found `score(prompts, completions, /, **columns)`, allowed",
+        "FILE:1: found `score(prompts, completions, /, **columns)`, expected",
         SIGNATURE,
     ),
     "async": (
         "async def score(prompts, completions, **columns): ...",
-        "FILE:1: found `score` as an async function, allowed a plain function",
+        "FILE:1: found `score` as an async function, expected a plain function",
         SIGNATURE,
     ),
-    "generator": ("def score(prompts, completions, **columns):\n    yield 1", "FILE:1: found `score` as a generator, allowed", SIGNATURE),
+    "generator": ("def score(prompts, completions, **columns):\n    yield 1", "FILE:1: found `score` as a generator, expected", SIGNATURE),
     "syntax": ("x = 1\ndef score(:\n", "FILE:2: the file does not load: SyntaxError: invalid syntax", "correct it"),
     "raises": ("x = 1\nx.y\n", "FILE:2: the file does not load: AttributeError: 'int' object has no attribute 'y'", "correct it"),
     "exits": ("raise SystemExit(1)", "FILE:1: the file does not load: SystemExit: 1", "correct it"),
@@ -361,10 +361,10 @@ def test_bad_files_are_refused_before_anything_runs(tmp_path: Path, case: str) -
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StageFailed, match=r"gone\.py: found no file, allowed a Python file") as failure:
+    with pytest.raises(StageFailed, match=r"gone\.py: found no file, expected a Python file") as failure:
         make({"file": "gone.py", "function": "score"}, file=tmp_path / "gone.py")
     assert failure.value.failure_class == "config"
-    with pytest.raises(StageFailed, match="reward `score`: found a.py, b.py for [*].py, allowed one file"):
+    with pytest.raises(StageFailed, match="reward `score`: found a.py, b.py for [*].py, expected one file"):
         reward_functions(REWARDS.validate_python([{"file": "*.py", "function": "score"}]), {"rewards.0.file": [Path("a.py"), Path("b.py")]})
 
 
@@ -499,6 +499,6 @@ def brevity(prompts, completions, level, **columns):
     failure = json.loads((bad.work / "failure.json").read_text())
     assert failure["class"] == "data"
     assert failure["message"].startswith(
-        "reward `brevity` gave a list of 7, allowed a list of 8 numbers, one for each completion, the first of row row"
+        "reward `brevity` gave a list of 7, expected a list of 8 numbers, one for each completion, the first of row row"
     )
     assert "\n  prompt: '" in failure["message"]

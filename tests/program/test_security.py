@@ -21,7 +21,7 @@ from pico import save_pico, tokenizer
 from program_tools import Killed, make_request, run_process, run_program
 
 from tasks.data.rows import SPLITS, Row, write_rows
-from tasks.models.loading import load_model, load_tokenizer, runs_code
+from tasks.models.loading import load_model, load_tokenizer, needs_remote_code
 from tasks.training import sft
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events, Input, Request, Result
@@ -160,7 +160,7 @@ def test_a_data_file_that_could_hold_code_or_paths(name: str, tmp_path: Path, si
         file.write_text(f"open({str(sign)!r}, 'w')")
     else:
         file.write_bytes(pickle.dumps(Trap(sign)))
-    with pytest.raises(StageFailed, match=r"found ending (\.\w+(\.gz)?|none), allowed \.jsonl, \.json") as failure:
+    with pytest.raises(StageFailed, match=r"found ending (\.\w+(\.gz)?|none), expected \.jsonl, \.json") as failure:
         dataset_from(tmp_path / "run", file)
     assert failure.value.failure_class == "config"
     assert not sign.exists()
@@ -320,7 +320,7 @@ def test_python_files_that_no_one_names_are_left_alone(copy: Path, tmp_path: Pat
     request, _ = fetch(tmp_path / "run", copy)
     source = Input(path=request.payload, digest="", type="Model")
     assert "inference.py" not in (request.payload / "reference.json").read_text()
-    assert (runs_code(source), sign.exists()) == (False, False)
+    assert (needs_remote_code(source), sign.exists()) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_code_from_elsewhere_is_refused_with_the_field(auto_map: dict[str, str],
 def test_changed_code_is_noticed(own: Path, tmp_path: Path) -> None:
     request, _ = fetch(tmp_path / "run", own, trust_remote_code=True)
     source = Input(path=request.payload, digest="", type="Model")
-    assert runs_code(source)
+    assert needs_remote_code(source)
     (own / "modeling_own.py").write_text(MODELING + "\n")
     with pytest.raises(StageFailed, match=r"modeling_own\.py has changed since"):
         load_model(source, torch.float32)
@@ -381,7 +381,7 @@ def test_every_program_runs_a_trusted_models_code(own: Path, tmp_path: Path) -> 
         assert finish(merge).info["merged_by"] == merged_by
         assert sorted(file.name for file in merge.payload.glob("*.py")) == ["configuration_own.py", "modeling_own.py"]
         merged = Input(path=merge.payload, digest="m" * 64, type="Model")
-        assert runs_code(merged)
+        assert needs_remote_code(merged)
         assert evaluated(tmp_path / f"eval-{merged_by}", merged, rows) == pytest.approx(scored, rel=1e-3)
 
     quantize = make_request(

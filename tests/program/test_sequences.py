@@ -17,7 +17,7 @@ from sft_tools import furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE
 from transformers import AutoModelForCausalLM
 
-from tasks.launch import RANKS, SAID
+from tasks.launch import FAILURE_SUFFIX, RANKS
 from tasks.training import sequences
 from tuneline.errors import StageFailed
 from tuneline.kinds.stage import Resources
@@ -58,17 +58,17 @@ def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Inp
     assert start(request, 2).wait(timeout=PATIENCE) == 1
     found = "resources.sequence_parallel_size: found a model whose shared sequences differ"
     for rank in (0, 1):
-        said = Failure.read(request.work / RANKS / f"{rank}{SAID}")
+        said = Failure.read(request.work / RANKS / f"{rank}{FAILURE_SUFFIX}")
         assert (said.failure_class, said.message[: len(found)]) == ("config", found)
 
 
 @pytest.mark.parametrize(
     ("changes", "size", "found"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, 2, "found a model with sliding_attention, allowed is full attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 2, "found a model with sliding_attention, expected is full attention"),
         ({"sliding_window": 16}, 2, "found a model with sliding_attention"),
         ({"num_key_value_heads": None}, 2, "found a model of type llama, which does not say its num_key_value_heads"),
-        ({}, 8, r"found 8, allowed for the 4 heads of this model \(2 of keys\): 1, 2, 4"),
+        ({}, 8, r"found 8, expected for the 4 heads \(2 of keys\): 1, 2, 4"),
     ],
 )
 def test_a_model_that_cannot_share_is_refused(tmp_path: Path, changes: dict[str, Any], size: int, found: str) -> None:

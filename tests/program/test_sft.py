@@ -211,7 +211,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "no rows": ({"rows": []}, "data", "no rows in its train split"),
     "no validation rows": ({"eval_steps": 2}, "data", "no rows in its validation split"),
-    "unknown module": ({"lora": {"target_modules": ["q_proj", "v_prj"]}}, "config", "found v_prj, allowed all-linear or some of down_proj"),
+    "unknown module": (
+        {"lora": {"target_modules": ["q_proj", "v_prj"]}},
+        "config",
+        "found v_prj, expected all-linear or some of down_proj",
+    ),
     "the head": ({"lora": {"target_modules": ["lm_head"]}}, "config", "found lm_head"),
     "no learning": ({"learning_rate": 1e-300}, "data", "every lora_B"),
 }

@@ -18,7 +18,7 @@ from program_tools import payload_digest, run_program
 from sft_tools import TURNING, furthest, request_for
 from strategy_tools import FIELDS, TOLERANCE, failure, with_resources
 
-from tasks.training import checkpoints, sft, strategies, universal
+from tasks.training import checkpoints, deepspeed_checkpoints, sft, strategies
 from tuneline.errors import StageFailed
 from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import Resources
@@ -136,7 +136,7 @@ def test_a_split_checkpoint_is_read_by_another_number_of_processes(
     resources = {"strategy": strategy, "processes": processes, "checkpoint_steps": 4}
     killed = request_for(tmp_path / "killed", base, **fields, resources=resources)
     kill_at(killed, 6, 2)  # by the launcher, which DeepSpeed needs
-    left = killed.work / universal.FOLDER
+    left = killed.work / deepspeed_checkpoints.FOLDER
     left.mkdir()
     (left / "latest_universal").write_text("half of one, of an earlier attempt")
     known = len(steps(killed))

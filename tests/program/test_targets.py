@@ -105,7 +105,7 @@ def test_a_killed_training_of_experts_ends_as_an_undisturbed_one(mixture: Trial,
         ({"method": "qlora"}, "method: found qlora, which PEFT does not have for experts", "set `method: lora`"),
         (
             {"lora": {**LORA, "target_modules": ["gate_up_pro"]}},
-            "lora.target_modules: found gate_up_pro, allowed all-linear or some of",
+            "lora.target_modules: found gate_up_pro, expected all-linear or some of",
             "did you mean gate_up_proj?",
         ),
     ],
@@ -147,7 +147,7 @@ def test_what_kernels_read_themselves_is_left_out_and_told() -> None:
     (warning,) = targets.warnings(mamba, found, Lora())
     assert "all-linear leaves 4" in warning
     assert "out_proj" in warning
-    with pytest.raises(StageFailed, match="found out_proj, allowed all-linear or some of in_proj"):
+    with pytest.raises(StageFailed, match="found out_proj, expected all-linear or some of in_proj"):
         targets.adapted(mamba, Lora(target_modules=("out_proj",)))
 
 

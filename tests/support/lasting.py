@@ -15,7 +15,7 @@ from typing import Any
 from processes import marked
 from project import ROOT, Project, place_stand_in
 
-from flows.server import state as lasting
+from flows.server import server_state
 from flows.server.connect import free_port
 
 PIPELINES = """\
@@ -42,7 +42,7 @@ class Lasting:
         self.project.write(PIPELINES)
         self.project.write("one", "one.txt")
         self.script = place_stand_in(self.project)
-        self.mark, self.folder, self.port = f"up{root.name}{os.getpid()}", lasting.folder_of(root), free_port()
+        self.mark, self.folder, self.port = f"up{root.name}{os.getpid()}", server_state.folder_of(root), free_port()
         self.address = f"http://127.0.0.1:{self.port}/api"
 
     def up(self, *arguments: str, **environment: str) -> Any:

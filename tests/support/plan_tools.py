@@ -50,16 +50,17 @@ def build(folder: Path, *sets: str, payload: str = "1") -> dict[str, PlanRow]:
 def publish(workspace: Workspace, row: PlanRow, rows: dict[str, PlanRow], payload: str) -> None:
     stage = workspace.loaded.spec.pipelines["demo"].stages[row.stage]
     base = None
-    if stage.gives() == "Adapter":
+    if stage.output_type() == "Adapter":
         model = rows["base"].artifact
         assert model is not None
         base = Base(kind="model", key=model.key, digest=model.digest, template=None)
     assert row.key is not None
     with workspace.store.locked(row.key):
-        built = workspace.store.building(row.key)
+        built = workspace.store.staging_dir(row.key)
         (built / "payload").mkdir()
         (built / "payload" / "data").write_text(f"{row.kind} {payload}")
         facts = {"parents": {}, "metrics": {}, "info": {}, "host": {}, "base": base, "document": row.document}
         workspace.store.publish(
-            built, lambda digest, files: Manifest(kind=row.kind, type=stage.gives(), key=row.key or "", digest=digest, files=files, **facts)
+            built,
+            lambda digest, files: Manifest(kind=row.kind, type=stage.output_type(), key=row.key or "", digest=digest, files=files, **facts),
         )

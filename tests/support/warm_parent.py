@@ -33,7 +33,7 @@ from warm import PATCHES, ZYGOTE, Program, descendants, kill  # noqa: E402
 sys.path.pop(0)
 MODULES = (
     "tasks.launch", "tasks.training.checkpoints", "tasks.data.dataset", "tasks.evaluation.evaluate", "tasks.training.grpo", "tasks.training.grpo_trainer", "tasks.evaluation.harness", "tasks.convert.merge",
-    "tasks.models.fetch", "tasks.training.rollouts", "tasks.training.sequences", "tasks.training.sft", "tasks.training.sft_trainer", "tasks.training.strategies", "tasks.training.universal",
+    "tasks.models.fetch", "tasks.training.rollouts", "tasks.training.sequences", "tasks.training.sft", "tasks.training.sft_trainer", "tasks.training.strategies", "tasks.training.deepspeed_checkpoints",
     "accelerate", "datasets", "deepspeed", "matplotlib.figure", "transformers.models.llama.modeling_llama", "torch.distributed.launcher.api",
     "torch.distributed.elastic.multiprocessing", "torch.distributed.fsdp",
 )  # fmt: skip
@@ -84,7 +84,7 @@ def serve(listener: socket.socket, lifeline: int) -> None:
 
 
 def import_all() -> None:
-    from tasks.noise import silence
+    from tasks.log_filters import silence
 
     silence()
     for name in ABSENT:

@@ -21,19 +21,19 @@ from tuneline.config.spec import AnyStage, Runtime, Spec
 from tuneline.config.yaml_source import Keys
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME
-from tuneline.kinds.evaluate import SCORES, EvaluateStage, asked_otherwise
+from tuneline.kinds.evaluate import SCORES, EvaluateStage, incomparable_fields
 from tuneline.kinds.fields import OutsideFile, Reference, annotated_values
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import ProgramStage, Resources, Stage
 from tuneline.kinds.training import Training
-from tuneline.paths import allowed_folders, folder_to_allow, outside, placed
+from tuneline.paths import allowed_folders, folder_to_allow, outside, resolve_path
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
 
 BUILT_IN_RUNTIMES = ("torch", "quantize", CPU_RUNTIME, GPU_RUNTIME)
 # Of `resources`: without effect elsewhere.
-OF_TRAININGS = (
+TRAINING_ONLY = (
     "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
     "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
 )  # fmt: skip
@@ -65,12 +65,12 @@ class Checks:
 
     def run(self) -> None:
         for path in _tokens(self.tree, ()):
-            self.problem(path, "found a token, allowed none: it would be in keys, manifests and Prefect's parameters", FROM_ENVIRONMENT)
+            self.problem(path, "found a token, expected none: it would be in keys, manifests and Prefect's parameters", FROM_ENVIRONMENT)
         runtimes = _mapping(self.tree.get("runtimes"))
         for name, raw in runtimes.items():
             self._runtime(("runtimes", name), name, raw)
         if "://" in str(self.tree.get("store")):
-            self.problem(("store",), f"found `{self.tree['store']}`, allowed a folder", "mount shared storage and name its folder")
+            self.problem(("store",), f"found `{self.tree['store']}`, expected a folder", "mount shared storage and name its folder")
         self._pools()
         for name, pipeline in _mapping(self.tree.get("pipelines")).items():
             raw_stages = _mapping(_mapping(pipeline).get("stages"))
@@ -86,7 +86,7 @@ class Checks:
             priorities: dict[int, str] = {}
             for queue_name, each in pool.queues.items():
                 if (other := priorities.setdefault(each.priority, queue_name)) != queue_name:
-                    found = f"found {each.priority}, which is that of `{other}`, allowed a number of its own"
+                    found = f"found {each.priority}, which is that of `{other}`, expected a number of its own"
                     self.problem(("pools", name, "queues", queue_name, "priority"), found, "Prefect keeps queues of a pool in one order")
         for name, found, hint in deadlocks(self.spec):
             self.problem(("pools", name, "concurrency"), found, hint)
@@ -102,18 +102,18 @@ class Checks:
                 if queue is not None and pipeline.pool is None:
                     self.problem((*path, "queue"), "found a queue without `pool`", "name the pool that the pipeline runs in")
                 elif queue is not None and pipeline.pool in pools and queue not in queues:
-                    found = f"found the unknown queue `{queue}` of pool `{pipeline.pool}`, allowed {listed(queues)}"
+                    found = f"found the unknown queue `{queue}` of pool `{pipeline.pool}`, expected {listed(queues)}"
                     self.problem((*path, "queue"), found, nearest(queue, queues))
             if schedules and pipeline.pool is None:
                 self.problem((*here, "schedules"), "found schedules without `pool`", "name the pool that the pipeline runs in", at_key=True)
             for path, schedule in schedules:
-                for finding in schedule.findings():
-                    self.problem((*path, *keys_of(finding.field)), finding.message, finding.hint, at_key=not finding.field)
+                for problem in schedule.problems():
+                    self.problem((*path, *keys_of(problem.field)), problem.message, problem.hint, at_key=not problem.field)
 
     def _pool_name(self, path: Keys, name: str | None) -> None:
         assert self.spec is not None
         if name is not None and name not in self.spec.pools:
-            found = f"found the unknown pool `{name}`, allowed {listed(self.spec.pools)}"
+            found = f"found the unknown pool `{name}`, expected {listed(self.spec.pools)}"
             self.problem(path, found, nearest(name, self.spec.pools) or "declare it under `pools:`")
 
     def _runtime(self, here: Keys, name: str, raw: Any) -> None:
@@ -121,7 +121,7 @@ class Checks:
             self.problem(here, f"found `{name}`, which is built in", "choose another name", at_key=True)
         given = [field for field in ("lock", "python") if _mapping(raw).get(field) is not None]
         if isinstance(raw, dict) and len(given) != 1:
-            self.problem(here, f"found {' and '.join(given) or 'nothing'}, allowed exactly one of lock, python", at_key=True)
+            self.problem(here, f"found {' and '.join(given) or 'nothing'}, expected exactly one of lock, python", at_key=True)
         if isinstance(_mapping(raw).get("lock"), str):
             self._paths(here, Runtime(lock=raw["lock"]))
 
@@ -129,25 +129,25 @@ class Checks:
         for field, _, named in annotated_values(model, OutsideFile):
             path = (*here, *keys_of(field))
             if not named:
-                self.problem(path, "found an empty path, allowed a path", "the folder of the file itself is `.`")
-            elif outside(placed(self.root, named), allowed_folders(self.root, self.roots)):
+                self.problem(path, "found an empty path, expected a path", "the folder of the file itself is `.`")
+            elif outside(resolve_path(self.root, named), allowed_folders(self.root, self.roots)):
                 places = ", ".join(["the folder of the file", *self.roots])
                 folder = folder_to_allow(named)
                 folder = "'~'" if folder == "~" else folder  # which is nothing in YAML
                 hint = f"add `{folder}` to `roots:`" if self.roots else f"add `roots: [{folder}]` at the top of the file"
-                self.problem(path, f"found '{named}', allowed paths inside {places}", hint)
+                self.problem(path, f"found '{named}', expected paths inside {places}", hint)
 
     def _stages(self, at: Keys, raw: Mapping[str, Any], stages: Mapping[str, Stage], runtimes: set[str]) -> None:
         for name, stage in stages.items():
             here = (*at, name)
-            common = stage.common_findings() if isinstance(stage, ProgramStage) else ()
-            for finding in (*stage.findings(), *common):
-                self.problem((*here, *keys_of(finding.field)), finding.message, finding.hint, at_key=not finding.field)
+            common = stage.common_problems() if isinstance(stage, ProgramStage) else ()
+            for problem in (*stage.problems(), *common):
+                self.problem((*here, *keys_of(problem.field)), problem.message, problem.hint, at_key=not problem.field)
             if isinstance(stage, ProgramStage):
                 engine = stage.resources.engine.runtime if stage.resources.engine else None
                 for field, runtime in (("runtime", stage.runtime), ("resources.engine.runtime", engine)):
                     if runtime is not None and runtime not in runtimes:
-                        found = f"found `{runtime}`, allowed {listed(sorted(runtimes))}"
+                        found = f"found `{runtime}`, expected {listed(sorted(runtimes))}"
                         self.problem((*here, *keys_of(field)), found, nearest(runtime, runtimes) or "declare it under `runtimes:`")
             for field, reference, target in annotated_values(stage, Reference):
                 self._reference((*here, *keys_of(field)), name, reference, target, raw, stages)
@@ -159,11 +159,11 @@ class Checks:
                 self._same_base(here, stage, stages)
             elif isinstance(stage, ProgramStage) and stage.world_size() > 1:
                 field = next(name for name in ("nodes", "processes", "gpus") if (getattr(stage.resources, name) or 1) > 1)
-                found = f"found {getattr(stage.resources, field)} for {stage.kind}, allowed 1"
+                found = f"found {getattr(stage.resources, field)} for {stage.kind}, expected 1"
                 hint = "write `gpus: 1`" if field == "gpus" else "remove it"
                 self.problem((*here, "resources", field), found, f"only trainings run in several processes: {hint}")
             elif isinstance(stage, ProgramStage):
-                self._unused(here, stage, OF_TRAININGS, "is no training")
+                self._unused(here, stage, TRAINING_ONLY, "is no training")
                 if not isinstance(stage, EvaluateStage):
                     self._unused(here, stage, ("micro_batch_size",), "does not work in batches")
             if isinstance(stage, GateStage):
@@ -182,23 +182,25 @@ class Checks:
     def _reference(
         self, path: Keys, name: str, reference: Reference, target: str, raw: Mapping[str, Any], stages: Mapping[str, Stage]
     ) -> None:
-        given = stages[target].gives() if target in stages else None
+        given = stages[target].output_type() if target in stages else None
         if target != name and target in raw and (given is None or not reference.types or given in reference.types):
             if given and stages[name].kind in ("quantize", "sft", "grpo") and stages[target].kind == "quantize":
-                found = f"found `{target}`, which is quantized, allowed a model in full precision"
+                found = f"found `{target}`, which is quantized, expected a model in full precision"
                 self.problem(path, found, "name the model it was made from")
             return
-        fitting = [other for other, stage in stages.items() if other != name and (not reference.types or stage.gives() in reference.types)]
+        fitting = [
+            other for other, stage in stages.items() if other != name and (not reference.types or stage.output_type() in reference.types)
+        ]
         wanted = f"a stage that gives {' or '.join(with_article(kind) for kind in reference.types)}" if reference.types else "another stage"
         allowed = f"{wanted}: {listed(fitting)}"
         if target == name:
-            self.problem(path, f"found the stage itself, allowed {allowed}")
+            self.problem(path, f"found the stage itself, expected {allowed}")
         elif given is None:
             only = f"write `{fitting[0]}`, the only one there is" if len(fitting) == 1 else ""
             hint = nearest(target, fitting) or _same_words(target, fitting) or only
-            self.problem(path, f"found the unknown stage `{target}`, allowed {allowed}", hint)
+            self.problem(path, f"found the unknown stage `{target}`, expected {allowed}", hint)
         else:
-            self.problem(path, f"found `{target}`, which gives {with_article(given)}, allowed {allowed}")
+            self.problem(path, f"found `{target}`, which gives {with_article(given)}, expected {allowed}")
 
     def _held_out(self, here: Keys, stage: Stage, stages: Mapping[str, Stage]) -> None:
         """A dataset holds rows out where they are asked for."""
@@ -224,7 +226,7 @@ class Checks:
             problem = "GPTQ in float32: vLLM computes it in half precision only"
         elif isinstance(scored, QuantizeStage) and (scored.bits not in (4, 8) or not scored.sym):
             problem = f"bits {scored.bits} and sym {str(scored.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
-        elif isinstance(scored, Training) and scored.gives() == "Adapter":
+        elif isinstance(scored, Training) and scored.output_type() == "Adapter":
             problem = scored.lora.unserved()
         if problem:
             self.problem((*here, "model"), f"found `{stage.model}` with {problem}", "set `backend: transformers`")
@@ -232,7 +234,7 @@ class Checks:
     def _same_base(self, here: Keys, stage: Training, stages: Mapping[str, Stage]) -> None:
         other = stages.get(stage.adapter or "")
         if isinstance(other, Training) and other.model != stage.model:
-            self.problem((*here, "adapter"), f"found `{stage.adapter}`, trained on `{other.model}`, allowed adapters of `{stage.model}`")
+            self.problem((*here, "adapter"), f"found `{stage.adapter}`, trained on `{other.model}`, expected adapters of `{stage.model}`")
 
     def _metrics(self, here: Keys, gate: GateStage, stages: Mapping[str, Stage]) -> None:
         """A metric of a Report must be of something that the evaluation scores; what a benchmark measures only lm-eval knows."""
@@ -246,7 +248,7 @@ class Checks:
                 elif isinstance(stage, EvaluateStage) and subject in stage.datasets and other == requirement.of:
                     figure = requirement.metric.partition("/")[2].removesuffix("_stderr")
                     if figure not in SCORES:
-                        found = f"found `{requirement.metric}`, allowed of rows {listed(SCORES)}"
+                        found = f"found `{requirement.metric}`, expected of rows {listed(SCORES)}"
                         self.problem(
                             (*here, "require", i, "metric"), found, nearest(figure, SCORES) or f"write `{subject}/exact_match`, say"
                         )
@@ -258,10 +260,10 @@ class Checks:
                     found = f"found `{requirement.metric}` of `{other}`, which is no evaluation"
                     self.problem((*here, "require", i, "metric"), found, "compare the figures of two stages of kind evaluate")
             one, two = stages.get(requirement.of), stages.get(requirement.compared_with or "")
-            for field in asked_otherwise(requirement.metric, one, two) if one and two else ():
+            for field in incomparable_fields(requirement.metric, one, two) if one and two else ():
                 values = [shown(getattr(each, field)) for each in (two, one)]
                 names = (requirement.compared_with, requirement.of)
-                found = f"found `{names[0]}` with {field} {values[0]}, `{names[1]}` with {values[1]}, allowed the same"
+                found = f"found `{names[0]}` with {field} {values[0]}, `{names[1]}` with {values[1]}, expected the same"
                 path = (*here, "require", i, "improves_on" if requirement.improves_on else "not_below")
                 self.problem(path, f"{found}: else they are asked other things", f"set the same {field} in both")
 

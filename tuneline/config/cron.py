@@ -36,18 +36,18 @@ def wrong(cron: str) -> tuple[str, str]:
     """(what is wrong with an expression, a hint); empty where it is right."""
     parts = cron.split()
     if len(parts) != len(FIELDS):
-        return f"found '{cron}', allowed a cron expression as `0 2 * * *`", HINT
+        return f"found '{cron}', expected a cron expression as `0 2 * * *`", HINT
     for field, part in zip(FIELDS, parts, strict=True):
         for item in part.lower().split(","):
             if problem := _wrong_item(field, item, alone=item == part.lower()):
-                return f"found {problem[0]} for the {field.name} in '{cron}', allowed {problem[1]}", problem[2]
+                return f"found {problem[0]} for the {field.name} in '{cron}', expected {problem[1]}", problem[2]
     if not _comes(*parts[2:]):
-        return f"found day {parts[2]} of month {parts[3]} in '{cron}', allowed a day that comes", "`L` is the last day of a month"
+        return f"found day {parts[2]} of month {parts[3]} in '{cron}', expected a day that comes", "`L` is the last day of a month"
     return "", ""
 
 
 def _wrong_item(field: Field, item: str, alone: bool) -> tuple[str, str, str] | None:
-    """(found, allowed, hint)."""
+    """(found, expected, hint)."""
     if re.fullmatch(field.further, item) and (alone or item != "?"):
         return None
     parsed = re.fullmatch(r"(\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", item)

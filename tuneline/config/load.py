@@ -21,7 +21,7 @@ from tuneline.config.checks import BUILT_IN_RUNTIMES, Checks, keys_of
 from tuneline.config.messages import listed, nearest, shown, translate
 from tuneline.config.overrides import Overrides
 from tuneline.config.spec import Pipeline, Spec
-from tuneline.config.yaml_source import Keys, Source, dotted, read
+from tuneline.config.yaml_source import Keys, YamlDocument, dotted, read
 from tuneline.errors import ConfigError, Problem
 
 __all__ = ["BUILT_IN_RUNTIMES", "Loaded", "check", "load"]
@@ -33,7 +33,7 @@ class Loaded:
 
     spec: Spec
     file: Path
-    source: Source
+    source: YamlDocument
     overrides: tuple[str, ...] = ()
 
     @property
@@ -44,8 +44,8 @@ class Loaded:
         """Raises ConfigError for a name that is not in the file."""
         if name not in self.spec.pipelines:
             known = list(self.spec.pipelines)
-            found = f"found no pipeline `{name}`, allowed {listed(known)}"
-            raise ConfigError([Problem(self.source.name, "", found, nearest(name, known))])
+            found = f"found no pipeline `{name}`, expected {listed(known)}"
+            raise ConfigError([Problem("", found, nearest(name, known), place=self.source.name)])
         return self.spec.pipelines[name]
 
     def warnings(self, pipeline: str | None = None) -> list[Problem]:
@@ -53,9 +53,9 @@ class Loaded:
         found = []
         for name, stages in ((name, each.stages) for name, each in self.spec.pipelines.items() if pipeline in (None, name)):
             for stage_name, stage in stages.items():
-                for finding in stage.warnings():
-                    path = ("pipelines", name, "stages", stage_name, *keys_of(finding.field))
-                    found.append(Problem(self.source.place(path), dotted(path), finding.message, finding.hint))
+                for problem in stage.warnings():
+                    path = ("pipelines", name, "stages", stage_name, *keys_of(problem.field))
+                    found.append(Problem(dotted(path), problem.message, problem.hint, place=self.source.place(path)))
         return found
 
 
@@ -75,7 +75,7 @@ def load(
 
 
 def check(
-    source: Source,
+    source: YamlDocument,
     file: Path,
     pipeline: str | None = None,
     sets: Sequence[str] = (),
@@ -84,8 +84,8 @@ def check(
 ) -> Loaded:
     if not isinstance(source.tree, dict):
         empty = source.tree is None
-        found = "the file is empty" if empty else f"found {shown(source.tree)}, allowed a mapping with version, pipelines, ..."
-        raise ConfigError([Problem(source.place(()), "", found, "`tuneline init` in an empty folder writes a file to start from")])
+        found = "the file is empty" if empty else f"found {shown(source.tree)}, expected a mapping with version, pipelines, ..."
+        raise ConfigError([Problem("", found, "`tuneline init` in an empty folder writes a file to start from", place=source.place(()))])
     overrides = Overrides(source, environment)
     tree = overrides.applied(pipeline, sets, variables)
     problems = overrides.problems
@@ -97,7 +97,7 @@ def check(
             name = overrides.origins[path]
             hint = f"{hint}; the value is that of" if hint else "the value is that of"
             hint += f" ${{{name}}}, {source.place(('vars', name))}"
-        problems.append(Problem(source.place(path, at_key), dotted(path), message, hint))
+        problems.append(Problem(dotted(path), message, hint, place=source.place(path, at_key)))
 
     spec: Spec | None = None
     try:
@@ -113,7 +113,7 @@ def check(
 
 def _order(problem: Problem) -> tuple[Any, ...]:
     """As they stand in the file: line 9 before line 10."""
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", problem.place))), problem.path
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", problem.place))), problem.field
 
 
 def _shown(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""pydantic's errors in the words of pipelines.yaml: what was found, what is allowed, and the nearest name for a misspelt one."""
+"""pydantic's errors in the words of pipelines.yaml: what was found, what is expected, and the nearest name for a misspelt one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMS = {  # by pattern; a test holds them against the types
 UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # what is meant by a number without one, or with another of that kind
 UNQUOTED = "write it without quotes"
 MOST_LISTED = 30
-OTHERS_SAY = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
+FIELD_ALIASES = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
     "lr": "write `learning_rate`",
     **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "write `max_length`"),
     **dict.fromkeys(("lora_r", "lora_rank"), "write `lora: {r: ...}`"),
@@ -46,7 +46,7 @@ OTHERS_SAY = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
     ),
 }
 TRAININGS = "what trains is `sft`, on examples (with LoRA, unless `method:` says otherwise), and `grpo`, by rewards"
-OTHER_KINDS = {  # what else a stage is called elsewhere
+KIND_ALIASES = {  # what else a stage is called elsewhere
     **dict.fromkeys(("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward", "pretrain", "train", "finetune", "lora", "qlora"), TRAININGS),
     **dict.fromkeys(("gptq", "awq", "gguf"), "write `quantize`, which does GPTQ"),
 }
@@ -81,12 +81,12 @@ def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, s
         path, node = _in_tree(detail, tree)
         if detail["type"] == "too_short" and node:
             continue  # its items are wrong, and are reported themselves
-        at_key, found, allowed, hint = _words(detail, path, node, tree)
+        at_key, found, expected, hint = _words(detail, path, node, tree)
         known = by_path.setdefault((path, at_key), (found, [], hint))
-        if allowed not in known[1]:
-            known[1].append(allowed)
+        if expected not in known[1]:
+            known[1].append(expected)
     for (path, at_key), (found, allowed_list, hint) in by_path.items():
-        yield path, at_key, f"found {found}, allowed {' or '.join(allowed_list)}", hint
+        yield path, at_key, f"found {found}, expected {' or '.join(allowed_list)}", hint
 
 
 def _in_tree(detail: ErrorDetails, tree: Any) -> tuple[Keys, Any]:
@@ -129,11 +129,11 @@ def _discriminator(detail: ErrorDetails) -> str:
 
 
 def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool, str, str, str]:
-    """(at key, found, allowed, hint) of one pydantic error."""
+    """(at key, found, expected, hint) of one pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         names = _fields_at(path[:-1], tree)
-        others = OTHERS_SAY.get(str(path[-1]), "") if "learning_rate" in names else ""
+        others = FIELD_ALIASES.get(str(path[-1]), "") if "learning_rate" in names else ""
         hint = others or _elsewhere(str(path[-1]), path[:-1], tree) or nearest(path[-1], names)
         return True, f"the unknown field `{short(str(path[-1]))}`", ", ".join(names), hint
     if kind == "missing":
@@ -143,7 +143,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path[4:] else SOURCES)
         if kind == "union_tag_not_found":
             return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
-        others = OTHER_KINDS.get(str(node).lower().replace("-", ""), "") if tag == "kind" else ""
+        others = KIND_ALIASES.get(str(node).lower().replace("-", ""), "") if tag == "kind" else ""
         return False, shown(node), ", ".join(names), others or (nearest(node, names) if isinstance(node, str) else "")
     if "[key]" in detail["loc"]:
         return True, f"the name `{short(str(path[-1]))}`", FORMS[NAME], _slug(str(path[-1]))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tuneline.config.messages import listed, nearest
-from tuneline.config.yaml_source import Keys, Source, dotted, parse
+from tuneline.config.yaml_source import Keys, YamlDocument, dotted, parse
 from tuneline.errors import ConfigError, Problem
 from tuneline.secrets import FROM_ENVIRONMENT, named_in
 
@@ -21,7 +21,7 @@ MACHINE_FIELDS = ("store", "pools", "runtimes")
 
 
 class Overrides:
-    def __init__(self, source: Source, environment: Mapping[str, str]):
+    def __init__(self, source: YamlDocument, environment: Mapping[str, str]):
         self.source, self.environment = source, environment
         self.problems: list[Problem] = []
         self.origins: dict[Keys, str] = {}  # values that are a variable's, by its name
@@ -42,10 +42,10 @@ class Overrides:
         return tree
 
     def _problem(self, path: Keys, message: str, hint: str = "", at_key: bool = False) -> None:
-        self.problems.append(Problem(self.source.place(path, at_key), dotted(path), message, hint))
+        self.problems.append(Problem(dotted(path), message, hint, place=self.source.place(path, at_key)))
 
     def _flag(self, flag: str, message: str, hint: str = "") -> None:
-        self.problems.append(Problem(flag, "", message, hint))
+        self.problems.append(Problem("", message, hint, place=flag))
 
     # --- the command line -------------------------------------------------------------------------------------------
 
@@ -54,9 +54,9 @@ class Overrides:
             name, equals, value = text.partition("=")
             flag = f"--var {name}"
             if not equals:
-                self._flag(flag, "found no `=`, allowed name=value")
+                self._flag(flag, "found no `=`, expected name=value")
             elif name not in self.declared:
-                self._flag(flag, f"found an unknown variable, allowed {listed(self.declared)}", nearest(name, self.declared))
+                self._flag(flag, f"found an unknown variable, expected {listed(self.declared)}", nearest(name, self.declared))
             else:
                 self._put(self.declared, name, flag, value, ("vars", name))
 
@@ -72,11 +72,11 @@ class Overrides:
             flag = f"--set {name}"
             parts = name.split(".")
             if not equals:
-                self._flag(flag, "found no `=`, allowed stage.field=value")
+                self._flag(flag, "found no `=`, expected stage.field=value")
             elif len(parts) < 2:
-                self._flag(flag, "found no field, allowed stage.field=value")
+                self._flag(flag, "found no field, expected stage.field=value")
             elif parts[0] not in stages:
-                self._flag(flag, f"found the unknown stage `{parts[0]}`, allowed {listed(stages)}", nearest(parts[0], stages))
+                self._flag(flag, f"found the unknown stage `{parts[0]}`, expected {listed(stages)}", nearest(parts[0], stages))
             else:
                 keys, node = self._descend(stages, parts, flag)
                 if node is not None:
@@ -89,7 +89,7 @@ class Overrides:
             key: str | int = part
             if isinstance(node, list):
                 if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
-                    allowed = f"allowed 0 to {len(node) - 1}" if node else "which is empty"
+                    allowed = f"expected 0 to {len(node) - 1}" if node else "which is empty"
                     self._flag(flag, f"found `{part}` for a place in a list, {allowed}", "to replace the whole list: `=[a, b]`")
                     return keys, None
                 key = int(part)
@@ -105,20 +105,21 @@ class Overrides:
 
     def _put(self, node: Any, key: str | int, flag: str, text: str, path: Keys) -> None:
         if secret := named_in(text, self.environment):
-            self._flag(flag, f"found the value of {secret}, allowed no secrets: Prefect shows what a run was called with", FROM_ENVIRONMENT)
+            message = f"found the value of {secret}, expected no secrets: Prefect shows the parameters of a run"
+            self._flag(flag, message, FROM_ENVIRONMENT)
             return
         try:
             node[key] = parse(text, flag).tree if text.strip() else ""
             self.source.flags[path] = flag
         except ConfigError as error:
-            self.problems += [Problem(flag, "", problem.message, problem.hint) for problem in error.problems]
+            self.problems += [Problem("", problem.message, problem.hint, place=flag) for problem in error.problems]
 
     # --- variables --------------------------------------------------------------------------------------------------
 
     def _plain_variables(self) -> None:
         for name, value in self.declared.items():
             if any(True for _ in _named(value)):
-                self._problem(("vars", name), f"found '{value}', allowed values without ${{...}}", "write out the value")
+                self._problem(("vars", name), f"found '{value}', expected values without ${{...}}", "write out the value")
 
     def _substitute(self, node: Any, path: Keys) -> Any:
         if isinstance(node, dict):
@@ -148,7 +149,7 @@ class Overrides:
             if path[0] not in MACHINE_FIELDS:
                 self.unresolved.add(path)
                 hint = "a pipeline must not depend on the shell it is started from; use vars and --var"
-                self._problem(path, f"found ${{env:{name}}}, allowed only in {', '.join(MACHINE_FIELDS)}", hint)
+                self._problem(path, f"found ${{env:{name}}}, expected only in {', '.join(MACHINE_FIELDS)}", hint)
             elif name not in self.environment:
                 self.unresolved.add(path)
                 self._problem(path, f"found ${{env:{name}}}, but {name} is not set", f"export {name}=...")
@@ -156,7 +157,7 @@ class Overrides:
         if name not in self.declared:
             self.unresolved.add(path)
             hint = nearest(name, self.declared) or "declare it under `vars:`"
-            self._problem(path, f"found the unknown variable ${{{name}}}, allowed {listed(self.declared)}", hint)
+            self._problem(path, f"found the unknown variable ${{{name}}}, expected {listed(self.declared)}", hint)
             return None
         if self.declared[name] is None or isinstance(self.declared[name], dict | list):
             self.unresolved.add(path)  # what is wrong with it is said where it is declared
@@ -175,7 +176,7 @@ def as_overrides(flag: str, sets: Sequence[str]) -> dict[str, Any]:
     for text in sets:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError([Problem(f"{flag} {name}", "", "found no `=`, allowed name=value")])
+            raise ConfigError([Problem("", "found no `=`, expected name=value", place=f"{flag} {name}")])
         found[name] = parse(value, f"{flag} {name}").tree if value.strip() else ""
     return found
 

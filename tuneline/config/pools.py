@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tuneline.config.cron import wrong
-from tuneline.kinds.fields import Finding, Name, Strict
+from tuneline.errors import Problem
+from tuneline.kinds.fields import Name, Strict
 
 INTERVAL, SIZE = r"^[1-9][0-9]{0,3}[mhd]$", r"^[1-9][0-9]*(Mi|Gi)$"
 Size = Annotated[str, Field(pattern=SIZE)]
@@ -125,13 +126,13 @@ class Schedule(Strict):
     variables: dict[str, bool | int | float | str] = {}
     """Values of `vars` for these runs."""
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         given = [name for name in ("cron", "interval") if getattr(self, name) is not None]
         if len(given) != 1:
-            yield Finding("", f"found {' and '.join(given) or 'neither'}, allowed exactly one of cron, interval")
+            yield Problem("", f"found {' and '.join(given) or 'neither'}, expected exactly one of cron, interval")
         if self.cron is not None:
             found, hint = wrong(self.cron)
             if found:
-                yield Finding("cron", found, hint)
+                yield Problem("cron", found, hint)
         if self.timezone not in zoneinfo.available_timezones():
-            yield Finding("timezone", f"found '{self.timezone}', allowed the name of a time zone, as Europe/Berlin")
+            yield Problem("timezone", f"found '{self.timezone}', expected the name of a time zone, as Europe/Berlin")

@@ -33,5 +33,5 @@ def _problems(loaded: Loaded, name: str, here: Keys, overrides: Mapping[str, Any
         for problem in error.problems:
             path = flags.get(problem.place, here)
             # What is wrong with a value is said at it; what is wrong elsewhere because of it says where.
-            elsewhere = f"{problem.path}: " if problem.path and problem.place not in flags else ""
-            yield Problem(loaded.source.place(path), dotted(path), elsewhere + problem.message, problem.hint)
+            elsewhere = f"{problem.field}: " if problem.field and problem.place not in flags else ""
+            yield Problem(dotted(path), elsewhere + problem.message, problem.hint, place=loaded.source.place(path))

@@ -2,7 +2,7 @@
 
 A field's description says its effect. `Reference` marks a field that names another stage; `OutsideFile` one that names a
 file or folder beside pipelines.yaml. Everything in `Stage` (the base class) only changes how a stage runs and is never in
-its key; everything a kind adds changes the result and is. Checks that need more than one field are `findings()`; those that
+its key; everything a kind adds changes the result and is. Checks that need more than one field are `problems()`; those that
 need more than one stage are in `tuneline.config.checks`.
 """
 

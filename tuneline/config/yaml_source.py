@@ -44,7 +44,7 @@ for _name, _first in (("bool", "tTfF"), ("int", "-+0123456789"), ("float", "-+.0
 # What PyYAML says, where it says it to its own developers: (part of its words, ours, hint).
 _SYNTAX = (
     ("\\t", "found a tab at the start of a word", "YAML is indented with spaces, not tabs"),
-    ("another document", "found a second document after `---`, allowed one", "write every pipeline under one `pipelines:`"),
+    ("another document", "found a second document after `---`, expected one", "write every pipeline under one `pipelines:`"),
     ("second occurrence", "found an anchor (`&name`) twice", "give each anchor a name of its own"),
     (
         "mapping values are not allowed",
@@ -67,7 +67,7 @@ _TOKENS = {"<stream end>": "the end of the text", "<scalar>": "text"}
 
 
 @dataclass
-class Source:
+class YamlDocument:
     """`name` is the file as the user wrote it. Marks are (line, column), counted from 1."""
 
     name: str
@@ -95,11 +95,11 @@ class Source:
         return f"{self.name}:1:1"
 
 
-def read(path: Path, name: str) -> Source:
+def read(path: Path, name: str) -> YamlDocument:
     """Reads a YAML file. Raises ConfigError, with a place, for anything that is not plain data."""
 
     def wrong(place: str, message: str, hint: str) -> ConfigError:
-        return ConfigError([Problem(place, "", message, hint)])
+        return ConfigError([Problem("", message, hint, place=place)])
 
     try:
         with path.open("rb") as file:
@@ -107,7 +107,7 @@ def read(path: Path, name: str) -> Source:
     except FileNotFoundError:
         raise wrong(name, "found no such file", "`tuneline init` writes one; `--file` names another") from None
     except IsADirectoryError:
-        raise wrong(name, "found a folder, allowed a file", "name the file in it") from None
+        raise wrong(name, "found a folder, expected a file", "name the file in it") from None
     except OSError as error:
         raise wrong(name, f"the file cannot be read: {error.strerror}", "check its name and its permissions") from None
     if len(data) > MAX_BYTES:
@@ -118,12 +118,12 @@ def read(path: Path, name: str) -> Source:
         line = data[: error.start].count(b"\n") + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
         found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"the byte {data[error.start]:#04x}, which is not UTF-8"
-        raise wrong(f"{name}:{line}:{column}", f"found {found}, allowed a file in UTF-8", "save the file as UTF-8") from None
+        raise wrong(f"{name}:{line}:{column}", f"found {found}, expected a file in UTF-8", "save the file as UTF-8") from None
 
 
-def parse(text: str, name: str) -> Source:
+def parse(text: str, name: str) -> YamlDocument:
     """The tree of a text, None where nothing is in it. Raises ConfigError with places for anything that is not plain data."""
-    source, problems = Source(name), list[Problem]()
+    source, problems = YamlDocument(name), list[Problem]()
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -131,13 +131,13 @@ def parse(text: str, name: str) -> Source:
         if str(error.problem).startswith(_LATE):
             mark = error.context_mark or mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else f"{name}:1:1"
-        raise ConfigError([Problem(place, "", *_syntax(error))]) from None
+        raise ConfigError([Problem("", *_syntax(error), place=place)]) from None
     except yaml.reader.ReaderError as error:
         start = text.rfind("\n", 0, error.position)
         place = f"{name}:{text.count(chr(10), 0, error.position) + 1}:{error.position - start}"
         raise ConfigError([_control_character(place, "", chr(error.character))]) from None
     except RecursionError:
-        raise ConfigError([Problem(f"{name}:1:1", "", f"found more than {MAX_DEPTH} levels", "nest less")]) from None
+        raise ConfigError([Problem("", f"found more than {MAX_DEPTH} levels", "nest less", place=f"{name}:1:1")]) from None
     try:
         source.tree = None if node is None else _Builder(source, problems).build(node, (), 0)
     except _Stop:
@@ -161,7 +161,7 @@ def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
 
 
 def _control_character(place: str, path: str, character: str) -> Problem:
-    return Problem(place, path, f"found the control character U+{ord(character):04X}", "remove it: the file is plain text")
+    return Problem(path, f"found the control character U+{ord(character):04X}", "remove it: the file is plain text", place=place)
 
 
 class _Stop(Exception):
@@ -169,12 +169,12 @@ class _Stop(Exception):
 
 
 class _Builder:
-    def __init__(self, source: Source, problems: list[Problem]):
+    def __init__(self, source: YamlDocument, problems: list[Problem]):
         self.source, self.problems, self.nodes = source, problems, 0
 
     def _problem(self, node: yaml.Node, path: Keys, message: str, hint: str) -> None:
         place = f"{self.source.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-        self.problems.append(Problem(place, dotted(path), message, hint))
+        self.problems.append(Problem(dotted(path), message, hint, place=place))
 
     def build(self, node: yaml.Node, path: Keys, depth: int) -> Any:
         self.nodes += 1
@@ -204,8 +204,8 @@ class _Builder:
             return self._no_number(node, path, short(text), "finite numbers")
         return value
 
-    def _no_number(self, node: yaml.Node, path: Keys, found: str, allowed: str) -> None:
-        self._problem(node, path, f"found {found}, allowed {allowed}", "put quotes around it if it is meant as text")
+    def _no_number(self, node: yaml.Node, path: Keys, found: str, expected: str) -> None:
+        self._problem(node, path, f"found {found}, expected {expected}", "put quotes around it if it is meant as text")
 
     def _text(self, node: yaml.ScalarNode, path: Keys) -> str:
         control = _CONTROL.search(node.value)
@@ -215,7 +215,7 @@ class _Builder:
         return str(node.value)
 
     def _tag(self, node: yaml.Node, path: Keys) -> None:
-        found = f"found the tag {node.tag.replace(_TAG, '!!')}, allowed plain YAML without tags"
+        found = f"found the tag {node.tag.replace(_TAG, '!!')}, expected plain YAML without tags"
         self._problem(node, path, found, "remove the tag")
 
     def _mapping(self, node: yaml.MappingNode, path: Keys, depth: int) -> dict[str, Any]:
@@ -227,7 +227,7 @@ class _Builder:
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 found = f"`{key_node.value}`" if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                self._problem(key_node, path, f"found {found} as a key, allowed text", "put quotes around it if it is meant as a name")
+                self._problem(key_node, path, f"found {found} as a key, expected text", "put quotes around it if it is meant as a name")
                 continue
             key = self._text(key_node, path)
             if key in result:

@@ -18,7 +18,7 @@ from tuneline.kinds.merge import MergeStage
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
-from tuneline.paths import placed
+from tuneline.paths import resolve_path
 from tuneline.planning.plan import PlanRow
 from tuneline.workspace.workspace import Workspace
 
@@ -161,7 +161,7 @@ def architecture_of(workspace: Workspace, stages: Mapping[str, Stage], rows: Map
     artifact = rows[name].artifact
     try:
         if stage.path is not None:
-            return read((placed(workspace.root, stage.path) / "config.json").read_bytes())
+            return read((resolve_path(workspace.root, stage.path) / "config.json").read_bytes())
         if artifact is not None:
             return read((artifact.payload / "config.json").read_bytes())
         if stage.gguf is not None or stage.hub is None:

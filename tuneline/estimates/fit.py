@@ -21,7 +21,6 @@ from tuneline.estimates.estimate import job_of
 from tuneline.estimates.memory import Job
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import EngineSettings
-from tuneline.kinds.fields import Finding
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import Stage
@@ -54,14 +53,16 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         if isinstance(architecture, str):
             continue
         path: Keys = ("pipelines", pipeline, "stages", name)
-        if finding := beyond_positions(stage, stages[stage.dataset], architecture):
-            field = (*path, finding.field)
-            yield Problem(loaded.source.place(field), dotted(field), finding.message, finding.hint)
+        if problem := beyond_positions(stage, stages[stage.dataset], architecture):
+            field = (*path, problem.field)
+            yield Problem(dotted(field), problem.message, problem.hint, place=loaded.source.place(field))
         if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
             heads = f"{architecture.num_attention_heads} heads of its model ({architecture.num_key_value_heads} of keys)"
             allowed = ", ".join(map(str, architecture.sharing))
             path = (*path, "resources", "sequence_parallel_size")
-            yield Problem(loaded.source.place(path), dotted(path), f"found {size}, allowed for the {heads}: {allowed}", "the run will fail")
+            yield Problem(
+                dotted(path), f"found {size}, expected for the {heads}: {allowed}", "the run will fail", place=loaded.source.place(path)
+            )
             continue
         if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
             continue
@@ -70,21 +71,21 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
             digits = next((digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits)), 1)
             found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
             found += ", which is tight: estimates err by a tenth or more" if needed <= room else ""
-            yield Problem(loaded.source.place(path), dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name))
+            yield Problem(dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name), place=loaded.source.place(path))
 
 
-def beyond_positions(stage: Training, dataset: Stage, architecture: Architecture) -> Finding | None:
+def beyond_positions(stage: Training, dataset: Stage, architecture: Architecture) -> Problem | None:
     """Rows may be longer than the model's positions reach: then programs refuse them (tasks/training/sft.py says why)."""
     assert isinstance(dataset, DatasetStage)
     hint = f"`max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
     if isinstance(stage, SftStage):
         row = min(stage.max_length, dataset.max_length or stage.max_length)  # packed ones, too, count from 0 each
         message = f"rows may have {row} tokens, more than the model's positions, {architecture.positions:.0f}"
-        return Finding("max_length", message, hint) if row > architecture.positions else None
+        return Problem("max_length", message, hint) if row > architecture.positions else None
     assert isinstance(stage, GrpoStage)
     whole = (dataset.max_length or 1) + stage.max_completion_length
     message = f"prompts and completions may have {whole} tokens, more than the model's positions, {architecture.positions:.0f}"
-    return Finding("max_completion_length", message, f"lower it; {hint}") if whole > architecture.positions else None
+    return Problem("max_completion_length", message, f"lower it; {hint}") if whole > architecture.positions else None
 
 
 def room_for(stage: Training, gpu_memory: str) -> int:
@@ -102,7 +103,7 @@ def gpus_of(pool: Pool) -> int:
 def remedy(job: Job, room: int, gpus: int, name: str) -> str:
     for change in changes(job, gpus):
         changed = applied(job, change)
-        allowed = not [*changed.stage.findings(), *changed.stage.common_findings()]
+        allowed = not [*changed.stage.problems(), *changed.stage.common_problems()]
         if allowed and (needed := changed.memory().total) <= room:
             flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
             away = changed.memory().offloaded

@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from tuneline.kinds.fields import ArtifactType, Finding, ModelRef, OnUnrendered, Strict
-from tuneline.kinds.sources import CodeSource, Source
+from tuneline.errors import Problem
+from tuneline.kinds.fields import ArtifactType, ModelRef, OnUnrendered, Strict
+from tuneline.kinds.sources import CodeSource, DataSource
 from tuneline.kinds.stage import ProgramStage
 
 GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))
@@ -31,7 +32,7 @@ class DatasetStage(ProgramStage):
     figures: ClassVar = ("rows_train", "rows_validation", "rows_test")
     model: ModelRef | None = None
     """Model whose tokenizer and template count tokens and render samples."""
-    sources: tuple[Source, ...] = Field(min_length=1)
+    sources: tuple[DataSource, ...] = Field(min_length=1)
     """Where rows come from, in order."""
     system: str | None = None
     """System prompt put before conversations that have none."""
@@ -50,24 +51,24 @@ class DatasetStage(ProgramStage):
     on_unrendered: OnUnrendered = "error"
     """What happens to a conversation of which the model's chat template leaves something out, as calls or a system prompt."""
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Dataset"
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         if self.on_unrendered != "error" and self.model is None:
-            yield Finding("on_unrendered", "found on_unrendered without model", "name the model whose template renders: `model: base`")
+            yield Problem("on_unrendered", "found on_unrendered without model", "name the model whose template renders: `model: base`")
         if self.max_length is not None and self.model is None:
-            yield Finding("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
+            yield Problem("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
         if self.special_tokens != "error" and self.model is None:
-            yield Finding("special_tokens", "found special_tokens without model", "name the model whose tokens they are: `model: base`")
+            yield Problem("special_tokens", "found special_tokens without model", "name the model whose tokens they are: `model: base`")
         if self.over_long != "drop" and self.max_length is None:
-            yield Finding("over_long", "found over_long without max_length", "remove it, or set max_length")
+            yield Problem("over_long", "found over_long without max_length", "remove it, or set max_length")
         for i, source in enumerate(self.sources):
             if isinstance(source, CodeSource) and self.model is None:
                 hint = "name the model whose tokenizer cuts the chunks: `model: base`"
-                yield Finding(f"sources.{i}", "found source code without model", hint)
+                yield Problem(f"sources.{i}", "found source code without model", hint)
             if isinstance(source, CodeSource) and self.max_length is not None and source.chunk_length > self.max_length:
-                message = f"found {source.chunk_length}, allowed at most max_length, {self.max_length}"
-                yield Finding(f"sources.{i}.chunk_length", message, "a longer chunk would be dropped or cut as every row is")
+                message = f"found {source.chunk_length}, expected at most max_length, {self.max_length}"
+                yield Problem(f"sources.{i}.chunk_length", message, "a longer chunk would be dropped or cut as every row is")
         if self.split.validation + self.split.test >= 1:
-            yield Finding("split", f"found {self.split.validation} + {self.split.test}, allowed a sum below 1")
+            yield Problem("split", f"found {self.split.validation} + {self.split.test}, expected a sum below 1")

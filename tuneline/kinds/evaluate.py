@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tuneline.kinds.fields import ArtifactType, DatasetRef, Finding, ModelOrAdapterRef, OnUnrendered, Path
+from tuneline.errors import Problem
+from tuneline.kinds.fields import ArtifactType, DatasetRef, ModelOrAdapterRef, OnUnrendered, Path
 from tuneline.kinds.stage import ComputingStage, Stage
 
 # What decides which questions are asked, and how.
@@ -20,7 +21,7 @@ HUMAN_EVAL = "human_eval"  # the one benchmark that is not lm-eval's own
 
 
 # Fields without effect, unless the field is given that they are for.
-OF_EVALUATIONS = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | dict.fromkeys(
+ONLY_WITH = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | dict.fromkeys(
     ("max_new_tokens", "on_unrendered"), "datasets"
 )
 
@@ -56,7 +57,7 @@ class EvaluateStage(ComputingStage):
     """What computes: the model itself, or vLLM, a server in a runtime of its own that gets all of the stage's GPUs.
     It is meant for many rows on GPUs, and rounds otherwise: compare figures of one backend."""
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Report"
 
     def uses_engine(self) -> bool:
@@ -70,31 +71,31 @@ class EvaluateStage(ComputingStage):
         """vLLM makes its batches by itself."""
         return None if self.uses_engine() else self.resources.micro_batch_size or 16
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         engine = self.resources.engine
         if self.uses_engine() and engine is not None and engine.gpus not in (0, self.resources.gpus):
-            found = f"found {engine.gpus}, allowed resources.gpus, {self.resources.gpus}: all of them are the engine's"
-            yield Finding("resources.engine.gpus", found, "leave it out")
+            found = f"found {engine.gpus}, expected resources.gpus, {self.resources.gpus}: all of them are the engine's"
+            yield Problem("resources.engine.gpus", found, "leave it out")
         if self.uses_engine() and self.resources.micro_batch_size is not None:
             hint = "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time"
-            yield Finding("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
+            yield Problem("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
         if not self.datasets and not self.benchmarks:
-            yield Finding("", "found neither datasets nor benchmarks, allowed one or both", "add `datasets: [my-data]`")
+            yield Problem("", "found neither datasets nor benchmarks, expected one or both", "add `datasets: [my-data]`")
         if HUMAN_EVAL in self.benchmarks and not self.allow_code_execution:
             hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
-            yield Finding(f"benchmarks.{self.benchmarks.index(HUMAN_EVAL)}", "found human_eval without allow_code_execution", hint)
+            yield Problem(f"benchmarks.{self.benchmarks.index(HUMAN_EVAL)}", "found human_eval without allow_code_execution", hint)
         if self.allow_code_execution and HUMAN_EVAL not in self.benchmarks:
             found = "found allow_code_execution without human_eval, the only benchmark that runs code"
-            yield Finding("allow_code_execution", found, "remove it")
+            yield Problem("allow_code_execution", found, "remove it")
         for owner in ("benchmarks", "datasets"):
-            its = [field for field, of in OF_EVALUATIONS.items() if of == owner and not getattr(self, owner)]
+            its = [field for field, of in ONLY_WITH.items() if of == owner and not getattr(self, owner)]
             given = [field for field in its if getattr(self, field) != type(self).model_fields[field].default]
             if given:
                 which, hint = ("it is", "remove it") if len(given) == 1 else ("they are", "remove them")
-                yield Finding(given[0], f"found {', '.join(given)} without {owner}, which alone {which} for", hint)
+                yield Problem(given[0], f"found {', '.join(given)} without {owner}, which alone {which} for", hint)
 
 
-def asked_otherwise(metric: str, one: Stage, other: Stage) -> list[str]:
+def incomparable_fields(metric: str, one: Stage, other: Stage) -> list[str]:
     """Fields in which two evaluations differ so that their figures of `metric` are not of the same questions."""
     if not (isinstance(one, EvaluateStage) and isinstance(other, EvaluateStage)):
         return []

@@ -31,15 +31,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong with a stage beyond its types. `field` is dotted, relative to the stage."""
-
-    field: str
-    message: str
-    hint: str = ""
-
-
 ModelRef = Annotated[str, Reference(("Model",))]
 AdapterRef = Annotated[str, Reference(("Adapter",))]
 ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]

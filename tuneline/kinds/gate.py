@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from tuneline.kinds.fields import ArtifactType, Finding, StageRef, Strict
+from tuneline.errors import Problem
+from tuneline.kinds.fields import ArtifactType, StageRef, Strict
 from tuneline.kinds.stage import Stage
 
 
@@ -48,18 +49,19 @@ class GateStage(Stage):
     require: tuple[Requirement, ...] = Field(min_length=1)
     """All of them must hold."""
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Verdict"
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         choices = ("at_least", "at_most", "improves_on", "not_below")
         for i, requirement in enumerate(self.require):
             given = [name for name in choices if getattr(requirement, name) is not None]
             if len(given) != 1:
-                yield Finding(f"require.{i}", f"found {' and '.join(given) or 'no condition'}, allowed exactly one of {', '.join(choices)}")
+                found = f"found {' and '.join(given) or 'no condition'}, expected exactly one of {', '.join(choices)}"
+                yield Problem(f"require.{i}", found)
             for other in ("improves_on", "not_below"):
                 if getattr(requirement, other) == requirement.of:
-                    yield Finding(f"require.{i}.{other}", f"found `{requirement.of}`, the stage itself", "compare it with another stage")
+                    yield Problem(f"require.{i}.{other}", f"found `{requirement.of}`, the stage itself", "compare it with another stage")
             for extra, owner in (("by", "improves_on"), ("tolerance", "not_below")):
                 if extra in requirement.model_fields_set and owner not in given:
-                    yield Finding(f"require.{i}.{extra}", f"found {extra} without {owner}")
+                    yield Problem(f"require.{i}.{extra}", f"found {extra} without {owner}")

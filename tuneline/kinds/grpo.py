@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from tuneline.errors import Problem
 from tuneline.kinds.engine import MAX_LORA_RANK
-from tuneline.kinds.fields import Finding, Strict
+from tuneline.kinds.fields import Strict
 from tuneline.kinds.rewards import Reward
-from tuneline.kinds.rewards import findings as reward_findings
+from tuneline.kinds.rewards import problems as reward_findings
 from tuneline.kinds.training import Training
 
 
@@ -76,41 +77,41 @@ class GrpoStage(Training):
     def uses_engine(self) -> bool:
         return self.rollouts.engine == "vllm"
 
-    def findings(self) -> Iterator[Finding]:
-        yield from super().findings()
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         yield from reward_findings(self.rewards)
         if self.global_batch_size % self.num_generations:
-            found = f"found {self.global_batch_size}, allowed multiples of num_generations, {self.num_generations}"
-            yield Finding("global_batch_size", found, "a step samples whole groups of completions for the same prompt")
+            found = f"found {self.global_batch_size}, expected multiples of num_generations, {self.num_generations}"
+            yield Problem("global_batch_size", found, "a step samples whole groups of completions for the same prompt")
         if self.lora.lora_dropout:
-            found = f"found {self.lora.lora_dropout}, allowed 0: completions would be sampled from another model than is trained"
-            yield Finding("lora.lora_dropout", found, "leave it out")
+            found = f"found {self.lora.lora_dropout}, expected 0: completions would be sampled from another model than is trained"
+            yield Problem("lora.lora_dropout", found, "leave it out")
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
-            found = f"found {self.loss_type} with importance_sampling_level: sequence, allowed grpo"
-            yield Finding("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
+            found = f"found {self.loss_type} with importance_sampling_level: sequence, expected grpo"
+            yield Problem("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
         if self.resources.sequence_parallel_size > 1:
             # trl/trainer/grpo_trainer.py has no part for it.
-            found = f"found {self.resources.sequence_parallel_size} for grpo, allowed 1: TRL shares sequences in sft alone"
-            yield Finding("resources.sequence_parallel_size", found, "leave it out")
+            found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL shares sequences in sft alone"
+            yield Problem("resources.sequence_parallel_size", found, "leave it out")
         if self.resources.strategy == "fsdp":
             # trl/models/utils.py, unwrap_model_for_generation: it gathers what ZeRO-3 has split, and knows nothing of FSDP2.
-            yield Finding("resources.strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2")
+            yield Problem("resources.strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2")
         if not self.uses_engine():
             return
         if self.resources.strategy == "zero3":
             # tasks/training/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
-            yield Finding("resources.strategy", "found zero3 with rollouts of vLLM, allowed ddp, zero1, zero2", "use zero2")
+            yield Problem("resources.strategy", "found zero3 with rollouts of vLLM, expected ddp, zero1, zero2", "use zero2")
         if self.resources.nodes > 1:
-            yield Finding("resources.nodes", f"found {self.resources.nodes} with rollouts of vLLM, whose server is for one machine")
+            yield Problem("resources.nodes", f"found {self.resources.nodes} with rollouts of vLLM, whose server is for one machine")
         # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
         if self.lora.use_dora:
-            yield Finding(
+            yield Problem(
                 "lora.use_dora", "found DoRA, which vLLM does not serve", "set `rollouts: {engine: transformers}`, or leave it out"
             )
         if self.lora.r > MAX_LORA_RANK:
-            found = f"found {self.lora.r}, allowed at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
-            yield Finding("lora.r", found, "lower it, or sample with transformers")
+            found = f"found {self.lora.r}, expected at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
+            yield Problem("lora.r", found, "lower it, or sample with transformers")
         engine = self.resources.engine
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
-            found = f"found {engine.gpus}, allowed fewer than resources.gpus, {self.resources.gpus}"
-            yield Finding("resources.engine.gpus", found, "the training needs a GPU too; with `gpus: 0` they share the first")
+            found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"
+            yield Problem("resources.engine.gpus", found, "the training needs a GPU too; with `gpus: 0` they share the first")

@@ -26,5 +26,5 @@ class MergeStage(ProgramStage):
     max_shard_size: str = Field("5GB", pattern=SHARD)
     """Largest weight file."""
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Model"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from tuneline.kinds.fields import ArtifactType, Finding, Path, Repository, Revision
+from tuneline.errors import Problem
+from tuneline.kinds.fields import ArtifactType, Path, Repository, Revision
 from tuneline.kinds.stage import ProgramStage
 
 
@@ -27,18 +28,18 @@ class ModelStage(ProgramStage):
     trust_remote_code: bool = False
     """Runs Python files that come with the model, here and in every later stage. Only for sources that you trust."""
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Model"
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         given = [name for name in ("hub", "path", "gguf") if getattr(self, name) is not None]
         if len(given) != 1:
-            yield Finding("", f"found {' and '.join(given) or 'no source'}, allowed exactly one of hub, path, gguf")
+            yield Problem("", f"found {' and '.join(given) or 'no source'}, expected exactly one of hub, path, gguf")
         if self.hub is None and self.revision != "main":
-            yield Finding("revision", "found a revision without hub", "only hub repositories have revisions")
+            yield Problem("revision", "found a revision without hub", "only hub repositories have revisions")
         if self.trust_remote_code and self.gguf is not None:
-            yield Finding("trust_remote_code", "found trust_remote_code with gguf, which holds no code", "remove it")
+            yield Problem("trust_remote_code", "found trust_remote_code with gguf, which holds no code", "remove it")
 
-    def warnings(self) -> Iterator[Finding]:
+    def warnings(self) -> Iterator[Problem]:
         if self.trust_remote_code:
-            yield Finding("trust_remote_code", "Python files that come with this model are run")
+            yield Problem("trust_remote_code", "Python files that come with this model are run")

@@ -42,5 +42,5 @@ class QuantizeStage(ComputingStage):
     max_perplexity_ratio: float = Field(1.5, gt=1)
     """The stage fails where perplexity rises by more than this factor."""
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Model"

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tuneline.kinds.fields import Finding, Path, Strict
+from tuneline.errors import Problem
+from tuneline.kinds.fields import Path, Strict
 
 
 class EveryReward(Strict):
@@ -27,9 +28,9 @@ class EveryReward(Strict):
         """Name of its metric."""
         return self.type
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         if self.weight == 0:
-            yield Finding("weight", "found 0, allowed any other number", "remove a reward that does not count")
+            yield Problem("weight", "found 0, expected any other number", "remove a reward that does not count")
 
 
 class ExactMatchReward(EveryReward):
@@ -51,13 +52,13 @@ class FormatReward(EveryReward):
     pattern: str = Field(min_length=1)
     """Regular expression of Python that the whole completion must match, space around it aside; `.` matches line ends too."""
 
-    def findings(self) -> Iterator[Finding]:
-        yield from super().findings()
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         try:
             re.compile(self.pattern, re.DOTALL)
         except (re.error, OverflowError, RecursionError) as error:
             hint = r"in YAML, single quotes keep backslashes: '<answer>\d+</answer>'"
-            yield Finding("pattern", f"found '{self.pattern}', allowed a regular expression: {error}", hint)
+            yield Problem("pattern", f"found '{self.pattern}', expected a regular expression: {error}", hint)
 
 
 class ReasoningGymReward(EveryReward):
@@ -75,10 +76,10 @@ class LengthReward(EveryReward):
     zero_from: int = Field(ge=1)
     """Tokens of a completion from which on the reward is 0."""
 
-    def findings(self) -> Iterator[Finding]:
-        yield from super().findings()
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if self.zero_from <= self.full_up_to:
-            yield Finding("zero_from", f"found {self.zero_from}, allowed more than full_up_to, {self.full_up_to}")
+            yield Problem("zero_from", f"found {self.zero_from}, expected more than full_up_to, {self.full_up_to}")
 
 
 class PythonTestsReward(EveryReward):
@@ -129,16 +130,16 @@ def _with_type(raw: Any) -> Any:
 Reward = Annotated[AnyReward, Field(discriminator="type"), BeforeValidator(_with_type)]
 
 
-def findings(rewards: Sequence[AnyReward]) -> Iterator[Finding]:
+def problems(rewards: Sequence[AnyReward]) -> Iterator[Problem]:
     """What the types of a list `rewards:` cannot say, by fields of the stage."""
     first: dict[str, int] = {}
     for i, reward in enumerate(rewards):
-        for finding in reward.findings():
-            yield Finding(f"rewards.{i}.{finding.field}", finding.message, finding.hint)
+        for problem in reward.problems():
+            yield Problem(f"rewards.{i}.{problem.field}", problem.message, problem.hint)
         field = f"rewards.{i}.function" if isinstance(reward, FunctionReward) else f"rewards.{i}"
         if (before := first.setdefault(reward.label, i)) != i:
             hint = "each has its own metric: give the function another name" if isinstance(reward, FunctionReward) else "write it once"
-            yield Finding(field, f"found `{reward.label}` twice, first in rewards.{before}", hint)
+            yield Problem(field, f"found `{reward.label}` twice, first in rewards.{before}", hint)
         if isinstance(reward, FunctionReward) and not reward.function.isidentifier():
-            found = f"found '{reward.function}', allowed the name of a function"
-            yield Finding(field, found, "the file stands in `file`, the name alone here")
+            found = f"found '{reward.function}', expected the name of a function"
+            yield Problem(field, found, "the file stands in `file`, the name alone here")

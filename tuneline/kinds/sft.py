@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tuneline.kinds.fields import ArtifactType, Finding, Strict
+from tuneline.errors import Problem
+from tuneline.kinds.fields import ArtifactType, Strict
 from tuneline.kinds.training import Training
 
 QLORA_LIBRARIES = ("bitsandbytes",)
@@ -49,44 +50,44 @@ class SftStage(Training):
     def libraries_in_key(self) -> tuple[str, ...]:
         return (*self.libraries, *(QLORA_LIBRARIES if self.method == "qlora" else ()))
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Model" if self.method == "full" else "Adapter"
 
     def micro_batch_size(self) -> int:
         """One where packing: packed sequences are full already, and are joined into one, where attention costs the square."""
         return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
 
-    def findings(self) -> Iterator[Finding]:
-        yield from super().findings()
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if self.early_stopping and self.eval_steps is None:
-            yield Finding("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
+            yield Problem("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
         if self.early_stopping and "checkpoint_steps" in self.resources.model_fields_set:
             found = "found checkpoint_steps with early_stopping, which saves at each evaluation"
             hint = "leave it out; `checkpoint_minutes` saves in between as well"
-            yield Finding("resources.checkpoint_steps", found, hint)
+            yield Problem("resources.checkpoint_steps", found, hint)
         if self.method == "full":
             found = "with `method: full`, which trains the model's own weights"
             if "lora" in self.model_fields_set:
-                yield Finding("lora", f"found lora {found}", "leave it out, or set `method: lora`")
+                yield Problem("lora", f"found lora {found}", "leave it out, or set `method: lora`")
             if self.adapter is not None:
-                yield Finding("adapter", f"found an adapter {found}", "merge it, and name the merged model under `model:`")
+                yield Problem("adapter", f"found an adapter {found}", "merge it, and name the merged model under `model:`")
         if self.method != "qlora" and "bits" in self.model_fields_set:
             found = f"found bits with `method: {self.method}`, which quantizes nothing"
-            yield Finding("bits", found, "set `method: qlora`, or leave it out")
+            yield Problem("bits", found, "set `method: qlora`, or leave it out")
         # PEFT's dequantize_module_weight, which DoRA needs, loses the scales of 8-bit weights on a CPU (0.21.2, utils/integrations.py).
         if self.method == "qlora" and self.bits == 8 and self.lora.use_dora:
-            yield Finding("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, allowed with 4", "leave out use_dora, or bits")
+            yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected with 4", "leave out use_dora, or bits")
         # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: weights of 4 bits are split only where
         # they are stored as floating-point numbers (bnb_4bit_quant_storage), which is not tried here; those of 8 bits never.
         if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
-            found = f"found {self.resources.strategy} with `method: qlora`, allowed ddp, zero1, zero2, device_map"
-            yield Finding("resources.strategy", found, "bitsandbytes' weights are not split over devices; they take little memory on each")
+            found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2, device_map"
+            yield Problem("resources.strategy", found, "bitsandbytes' weights are not split over devices; they take little memory on each")
         # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper: it drops the mask that keeps packed rows apart.
         if self.packing and self.resources.sequence_parallel_size > 1:
             found = f"found {self.resources.sequence_parallel_size} with packing, where packed rows would see one another"
-            yield Finding("resources.sequence_parallel_size", found, "set `packing: false`, or leave it out")
+            yield Problem("resources.sequence_parallel_size", found, "set `packing: false`, or leave it out")
 
-    def warnings(self) -> Iterator[Finding]:
+    def warnings(self) -> Iterator[Problem]:
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
             message = f"{self.learning_rate:g}, the default, suits adapters and wrecks a model that is trained whole"
-            yield Finding("learning_rate", message, "set `learning_rate: 1e-5`, say")
+            yield Problem("learning_rate", message, "set `learning_rate: 1e-5`, say")

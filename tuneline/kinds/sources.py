@@ -83,4 +83,4 @@ class CodeSource(Strict):
     """Share of chunks written as fill-in-the-middle (arXiv:2207.14255); the tokenizer must have the tokens for it."""
 
 
-Source = Annotated[FilesSource | HubSource | ReasoningGymSource | CodeSource, Field(discriminator="type")]
+DataSource = Annotated[FilesSource | HubSource | ReasoningGymSource | CodeSource, Field(discriminator="type")]

@@ -1,6 +1,6 @@
 """What every stage has: fields that only change how it runs. None of them is in its key.
 
-`findings()` of a stage are checks that need more than one of its fields; those that need more than one stage are in
+`problems()` of a stage are checks that need more than one of its fields; those that need more than one stage are in
 `tuneline.config.checks`.
 """
 
@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tuneline.errors import Problem
 from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME, EngineSettings
-from tuneline.kinds.fields import ArtifactType, Finding, Name, StageRef, Strict
+from tuneline.kinds.fields import ArtifactType, Name, StageRef, Strict
 
 
 class Resources(Strict):
@@ -84,13 +85,13 @@ class Stage(Strict):
     """Seconds after which the stage is ended."""
 
     @abstractmethod
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         """What others refer to it as."""
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         return iter(())
 
-    def warnings(self) -> Iterator[Finding]:
+    def warnings(self) -> Iterator[Problem]:
         """What is allowed and all the same worth a word at every validate, plan and run."""
         return iter(())
 
@@ -120,17 +121,17 @@ class ProgramStage(Stage):
     def libraries_in_key(self) -> tuple[str, ...]:
         return self.libraries
 
-    def common_findings(self) -> Iterator[Finding]:
+    def common_problems(self) -> Iterator[Problem]:
         devices = self.resources.devices
         if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
-            found = f"found {list(devices)}, allowed as many different numbers as resources.gpus, {self.resources.gpus}"
-            yield Finding("resources.devices", found, f"set `gpus: {len(devices)}`" if len(devices) != self.resources.gpus else "")
+            found = f"found {list(devices)}, expected as many different numbers as resources.gpus, {self.resources.gpus}"
+            yield Problem("resources.devices", found, f"set `gpus: {len(devices)}`" if len(devices) != self.resources.gpus else "")
         engine = self.resources.engine
         if engine is not None and not self.uses_engine():
-            yield Finding("resources.engine", "found an engine in a stage that uses none", "remove it, or choose the engine vllm")
+            yield Problem("resources.engine", "found an engine in a stage that uses none", "remove it, or choose the engine vllm")
         elif engine is not None and engine.gpus > self.resources.gpus:
-            found = f"found {engine.gpus}, allowed at most resources.gpus, {self.resources.gpus}"
-            yield Finding("resources.engine.gpus", found, "resources.gpus counts all of the stage's GPUs, the engine's among them")
+            found = f"found {engine.gpus}, expected at most resources.gpus, {self.resources.gpus}"
+            yield Problem("resources.engine.gpus", found, "resources.gpus counts all of the stage's GPUs, the engine's among them")
 
     def uses_engine(self) -> bool:
         """Whether vLLM works for this stage."""

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tuneline.errors import Problem
 from tuneline.kinds.engine import MAX_LORA_RANK
-from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, Finding, ModelRef, OnUnrendered, Strict
+from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, ModelRef, OnUnrendered, Strict
 from tuneline.kinds.stage import ComputingStage
-from tuneline.kinds.strategy import findings as strategy_findings
+from tuneline.kinds.strategy import problems as strategy_findings
 
 
 class Lora(Strict):
@@ -69,7 +70,7 @@ class Training(ComputingStage):
     """What happens to a row of which the chat template leaves something out, as calls or a system prompt: it is refused, left out, or
     trained on as it is rendered."""
 
-    def gives(self) -> ArtifactType:
+    def output_type(self) -> ArtifactType:
         return "Adapter"
 
     def micro_batch_size(self) -> int:
@@ -84,24 +85,24 @@ class Training(ComputingStage):
         share = self.global_batch_size // self.resources.data_parallel_size
         return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
-    def findings(self) -> Iterator[Finding]:
+    def problems(self) -> Iterator[Problem]:
         yield from strategy_findings(self.resources, self.lora.use_dora)
         at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
         if self.global_batch_size % (micro * at_once):
             alone = self.global_batch_size % at_once  # no micro-batch would do
             of = f"{at_once} {'process' if at_once == 1 else 'processes'}" if shared == 1 else f"{at_once} groups of {shared} processes"
-            yield Finding(
+            yield Problem(
                 "global_batch_size",
-                f"found {self.global_batch_size}, allowed multiples of {micro * at_once} (micro_batch_size {micro} x {of})",
+                f"found {self.global_batch_size}, expected multiples of {micro * at_once} (micro_batch_size {micro} x {of})",
                 "change the number of processes, or the batch"
                 if alone
                 else "change resources.micro_batch_size: it does not change the result",
             )
         if {"checkpoint_steps", "checkpoint_minutes"} <= self.resources.model_fields_set:
             found = "found checkpoint_steps with checkpoint_minutes, which take their place"
-            yield Finding("resources.checkpoint_steps", found, "leave one of them out")
+            yield Problem("resources.checkpoint_steps", found, "leave one of them out")
         if self.warmup_steps and self.lr_scheduler_type == "constant":
-            yield Finding(
+            yield Problem(
                 "lr_scheduler_type",
                 "found constant with warmup_steps, which it ignores",
                 "set `lr_scheduler_type: constant_with_warmup`",

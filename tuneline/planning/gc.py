@@ -12,7 +12,7 @@ it go the leftovers of runs and of a gc that were killed, the quarantine, and (w
 took up again; and records of runs that ended longer ago than `history`, unless they are kept or name what is left.
 
 Against runs that go on meanwhile: an artifact's lock is taken first and the run records are read after that, so what a run has
-just made is seen; and a run finds an artifact and writes it down under `Store.steady`, which excludes the moment of removal.
+just made is seen; and a run finds an artifact and writes it down under `Store.shared_lock`, which excludes the moment of removal.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Collection:
         items = self._artifacts() + self._leftovers()
         if dry_run or not any(item.removed for item in items):
             return items + self._records(items, dry_run)
-        with self.store.removing():
+        with self.store.exclusive_lock():
             pass  # a store that cannot be written says so here, before anything is touched
         done = {item.path: item for item in items}
         removable = [item for item in items if item.removed]
@@ -89,9 +89,9 @@ class Collection:
     def _remove(self, batch: list[Item]) -> list[Item]:
         """The items as they turned out: those that somebody uses now stay."""
         out, trash = [], []
-        with self.store.removing(), ExitStack() as locks:
+        with self.store.exclusive_lock(), ExitStack() as locks:
             lock_names = {_lock_of(item.key) for item in batch if item.kind not in UNLOCKED}
-            free = {name: locks.enter_context(self.store.locked_now(name)) for name in lock_names}
+            free = {name: locks.enter_context(self.store.try_lock(name)) for name in lock_names}
             needed = self._needed(self.runs.every())
             for item in batch:
                 why = needed.get(f"{item.kind}/{item.key}") or ("" if free.get(_lock_of(item.key), True) else "a run holds its lock")
@@ -102,7 +102,7 @@ class Collection:
                 elif item.kind == "work":  # perhaps on another disk than the store
                     trash.append(item.path.rename(item.path.with_name(f".{item.path.name}")))
                 else:
-                    trash.append(self.store.throw_away(item.path))
+                    trash.append(self.store.move_to_trash(item.path))
                 out.append(item)
         for path in trash:
             shutil.rmtree(path, ignore_errors=True)  # another gc may be at it, too
@@ -216,7 +216,7 @@ class Collection:
         lock = self.store.root / ".locks" / _lock_of(key)
         if not lock.exists():
             return True
-        with self.store.locked_now(lock.name) as free:
+        with self.store.try_lock(lock.name) as free:
             return free
 
 
@@ -250,7 +250,9 @@ def age(text: str) -> timedelta:
     """`30d`, `12h`, `2w`. Raises ConfigError."""
     found = re.fullmatch(r"([0-9]{1,5})([hdw])", text)
     if not found:
-        raise ConfigError([Problem("--older-than", "", f"found {text!r}, allowed a whole number of hours, days or weeks: 12h, 30d, 2w")])
+        raise ConfigError(
+            [Problem("", f"found {text!r}, expected a whole number of hours, days or weeks: 12h, 30d, 2w", place="--older-than")]
+        )
     return int(found[1]) * {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}[found[2]]
 
 

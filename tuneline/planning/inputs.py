@@ -20,7 +20,7 @@ from tuneline.kinds.fields import OutsideFile, annotated_values
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.kinds.stage import ProgramStage, Stage
-from tuneline.paths import placed, refuse_escape, suffix
+from tuneline.paths import refuse_escape, resolve_path, suffix
 from tuneline.planning.keys import ENGINE_PACKAGES
 from tuneline.trees.file_memory import Facts, Look, Reading
 from tuneline.trees.select import select
@@ -66,7 +66,7 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
     resolved = ResolvedInputs({}, {}, {}, {}, {}, {}, {}, look)
     rows = {f"sources.{i}.path" for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, FilesSource)}
     for path, _, named in annotated_values(stage, OutsideFile):
-        place = placed(workspace.root, named)
+        place = resolve_path(workspace.root, named)
         try:
             status = look.stat(str(place))
             if path in trees:
@@ -76,7 +76,7 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
             elif status and stat.S_ISDIR(status.st_mode):
                 if path in rows:
                     hint = f"`{named.rstrip('/')}/*.jsonl`, say"
-                    raise ConfigError([Problem("", path, f"found the folder {place}, allowed a file or a glob", hint)])
+                    raise ConfigError([Problem(path, f"found the folder {place}, expected a file or a glob", hint)])
                 read, digests = _of_folder(workspace, str(place), path == "include_path", look)
                 resolved.files[path] = [str(place)]
             else:
@@ -84,11 +84,11 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
                 resolved.files[path] = read
             resolved.digests[path], resolved.facts[path] = digests, [look.facts(file) for file in read]
         except FileNotFoundError as error:
-            problems.append(Problem("", path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
+            problems.append(Problem(path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
         except ConfigError as error:  # a link that leads too far
-            problems += [replace(problem, path=path) for problem in error.problems]
+            problems += [replace(problem, field=path) for problem in error.problems]
         except OSError as error:
-            problems.append(Problem("", path, f"{error.filename} cannot be read: {error.strerror}"))
+            problems.append(Problem(path, f"{error.filename} cannot be read: {error.strerror}"))
     for path, repository_type, repository, revision in hub_inputs(workspace, stage):
         found = commit(repository_type, repository, revision)
         if found:
@@ -117,12 +117,12 @@ def _of_tree(
     if status is None:
         raise FileNotFoundError(str(folder))
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError([Problem("", "", f"found a file at {folder}, allowed a folder", "for rows in files: `type: files`")])
+        raise ConfigError([Problem("", f"found a file at {folder}, expected a folder", "for rows in files: `type: files`")])
     refuse_escape([str(folder)], workspace.root, workspace.loaded.spec.roots)
     selection = select(folder, source, look)
     if not selection.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.most_common()) or "it is empty"
-        raise ConfigError([Problem("", "", f"found no file to read in {folder}; left out: {reasons}", "see include, exclude and licenses")])
+        raise ConfigError([Problem("", f"found no file to read in {folder}; left out: {reasons}", "see include, exclude and licenses")])
     tree = Tree(folder=folder, left_out=selection.left_out)
     return tree, [{"name": name, "sha256": digest} for name, digest in selection.files.items()]
 
@@ -155,7 +155,7 @@ def _of_files(
     if _is_file(status):
         read = [place]
     else:
-        pattern = placed(Path(escape(str(workspace.root))), named)  # of what surrounds the file, no character is a wildcard
+        pattern = resolve_path(Path(escape(str(workspace.root))), named)  # of what surrounds the file, no character is a wildcard
         read = sorted((file for file in look.glob(str(pattern)) if _is_file(look.stat(file))), key=lambda file: file.split("/"))
     if not read:
         raise FileNotFoundError(place)
@@ -175,7 +175,7 @@ def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
         there = [version for version in packages.values() if version != "absent"]
         if not there:
             found, hint = f"found the runtime `{name}`, which holds no vLLM", "name one that does: vllm-cpu, vllm or your own"
-            raise ConfigError([Problem("", "resources.engine.runtime", found, hint)])
+            raise ConfigError([Problem("resources.engine.runtime", found, hint)])
         libraries["vllm"] = there[0]
     return libraries
 
@@ -206,7 +206,7 @@ def benchmark_data(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, Da
         runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
     except ConfigError:  # `libraries_of` reports it
         return
-    own = placed(workspace.root, stage.include_path) if stage.include_path else None
+    own = resolve_path(workspace.root, stage.include_path) if stage.include_path else None
     for i, name in names if runtime.ready else ():
         yield from ((f"benchmarks.{i}", data) for data in data_of(name, own, runtime, workspace.home / "benchmarks"))
     if not runtime.ready:

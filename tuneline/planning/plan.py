@@ -69,8 +69,8 @@ def check_stages(loaded: Loaded, pipeline_name: str, only: str | None, force: Se
     problems = []
     for flag, name in [("--only", only), *(("--force", name) for name in force)]:
         if name is not None and name not in pipeline.stages:
-            found = f"found no stage `{name}` in {pipeline_name}, allowed {listed(pipeline.stages)}"
-            problems.append(Problem(flag, "", found, nearest(name, pipeline.stages)))
+            found = f"found no stage `{name}` in {pipeline_name}, expected {listed(pipeline.stages)}"
+            problems.append(Problem("", found, nearest(name, pipeline.stages), place=flag))
     if problems:
         raise ConfigError(problems)
 
@@ -112,7 +112,7 @@ def _row(
             code, problems = "file", error.problems
     if problems:
         row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in problems]
-        row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.path) for problem in row.problems]
+        row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.field) for problem in row.problems]
         return row
     document = document_of(stage, known, resolved, pipeline.salt)
     waiting = [slot for slot in slots if slot not in known]
@@ -152,7 +152,7 @@ def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Ite
     """A problem for each unfinished training that cannot go on with the resources that it has now."""
     for row in rows:
         if row.refused:
-            yield _placed(Problem("", "resources", *row.refused), loaded, pipeline_name, row.stage)
+            yield _placed(Problem("resources", *row.refused), loaded, pipeline_name, row.stage)
 
 
 def input_slots(stage: Stage) -> dict[str, str]:
@@ -173,7 +173,7 @@ def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         for path, data in benchmark_data(workspace, stages[row.stage]) if row.artifact is None else ():
             if data.unknown and data != NOT_SET_UP:
                 message = f"its data is not in the key, and may change: {data.unknown}"
-                yield _placed(Problem("", path, message, ""), workspace.loaded, pipeline, row.stage)
+                yield _placed(Problem(path, message, ""), workspace.loaded, pipeline, row.stage)
 
 
 @lru_cache
@@ -238,10 +238,10 @@ def _unanswered(workspace: Workspace, stage: Stage) -> Iterator[Problem]:
         try:
             workspace.hub.commit(*wanted)
         except StageFailed as error:
-            yield Problem("", path, error.message, error.hint)
+            yield Problem(path, error.message, error.hint)
 
 
 def _placed(problem: Problem, loaded: Loaded, pipeline: str, stage: str) -> Problem:
-    keys = tuple(int(part) if part.isdigit() else part for part in problem.path.split("."))
+    keys = tuple(int(part) if part.isdigit() else part for part in problem.field.split("."))
     path = ("pipelines", pipeline, "stages", stage, *keys)
-    return Problem(loaded.source.place(path), dotted(path), problem.message, problem.hint)
+    return Problem(dotted(path), problem.message, problem.hint, place=loaded.source.place(path))

@@ -1,7 +1,7 @@
 """Gates: requirements on metrics, judged with every figure named.
 
 Two evaluations are compared only where they asked the same in the same way. What the file says of that is refused by the loader
-(`asked_otherwise`), what only the finished reports tell by the gate; what may differ on purpose is told beside the verdict.
+(`incomparable_fields`), what only the finished reports tell by the gate; what may differ on purpose is told beside the verdict.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class Runs:
             if run_id in (None, record.run_id):
                 return record
         where, what = ("--run", f"run {run_id} of {pipeline}") if run_id else (pipeline, "run of it yet")
-        raise ConfigError([Problem(where, "", f"found no {what}", f"start one with `tuneline run {pipeline}`")])
+        raise ConfigError([Problem("", f"found no {what}", f"start one with `tuneline run {pipeline}`", place=where)])
 
     def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
         """The run that has built the stage's key by `--force` already, where what was asked for then is asked for again: since that

@@ -20,7 +20,7 @@ from pathlib import Path
 from tuneline import PACKAGES_ROOT
 from tuneline.config.spec import Spec
 from tuneline.errors import ConfigError, Problem
-from tuneline.paths import placed
+from tuneline.paths import resolve_path
 
 BUILT_IN_LOCKS = PACKAGES_ROOT / "infra" / "runtimes"
 MARKER = "tuneline-complete"
@@ -50,13 +50,13 @@ def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
     """`root` is the folder of pipelines.yaml. Raises ConfigError where the lock or the Python is not there."""
     declared = spec.runtimes.get(name)
     if declared and declared.python:
-        python = placed(root, declared.python)
+        python = resolve_path(root, declared.python)
         if not python.exists():
-            raise ConfigError([Problem("runtimes", name, f"found no Python at {python}", "name the `bin/python` of the environment")])
+            raise ConfigError([Problem(name, f"found no Python at {python}", "name the `bin/python` of the environment", place="runtimes")])
         return RuntimeEnvironment(name, python)
-    lock = placed(root, declared.lock) if declared and declared.lock else BUILT_IN_LOCKS / f"{name}.txt"
+    lock = resolve_path(root, declared.lock) if declared and declared.lock else BUILT_IN_LOCKS / f"{name}.txt"
     if not lock.is_file():
-        raise ConfigError([Problem("runtimes", name, f"found no lock file at {lock}", "write one with `uv pip compile`")])
+        raise ConfigError([Problem(name, f"found no lock file at {lock}", "write one with `uv pip compile`", place="runtimes")])
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
     folder = Path(os.environ.get("TUNELINE_RUNTIMES") or root / ".tuneline" / "runtimes") / f"{name}-{digest}"
     return RuntimeEnvironment(name, folder / "bin" / "python", lock, folder)
@@ -67,8 +67,8 @@ def _locked(lock: Path) -> dict[str, str]:
     for number, line in enumerate(lock.read_text(encoding="utf-8").splitlines(), 1):
         pin = _PIN.match(line)
         if pin and not pin[2]:
-            found = f"found `{line.strip()}` in a lock, allowed name==version"
-            raise ConfigError([Problem(f"{lock}:{number}", "", found, "`uv pip compile` pins every package")])
+            found = f"found `{line.strip()}` in a lock, expected name==version"
+            raise ConfigError([Problem("", found, "`uv pip compile` pins every package", place=f"{lock}:{number}")])
         if pin and _applies(line):
             pins[_normal(pin[1])] = pin[3]
     return pins
@@ -92,7 +92,7 @@ def _installed(python: Path) -> dict[str, str]:
         return {_normal(name): version for name, version in json.loads(found.stdout).items()}
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         hint = "name the `bin/python` of the environment"
-        raise ConfigError([Problem("runtimes", "", f"found {python}, which does not run as a Python ({error})", hint)]) from None
+        raise ConfigError([Problem("", f"found {python}, which does not run as a Python ({error})", hint, place="runtimes")]) from None
 
 
 def _normal(name: str) -> str:

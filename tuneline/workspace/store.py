@@ -37,7 +37,7 @@ SCHEMA = 1
 CHANGED = "has changed since it was written"
 POLL = 0.2  # seconds between two tries to take a lock
 KEY = re.compile("[0-9a-f]{64}")
-ANOTHER = "name another `store:`"
+OTHER_STORE_HINT = "name another `store:`"
 
 
 class File(BaseModel):
@@ -110,26 +110,28 @@ class Store:
     def check(self) -> None:
         """Raises StoreError for what is no store, or one of a newer tuneline. None yet is well."""
         if self.root.exists() and not self.root.is_dir():
-            raise StoreError(f"the store {self.root} is a file, allowed a folder", ANOTHER)
+            raise StoreError(f"the store {self.root} is a file, expected a folder", OTHER_STORE_HINT)
         marker = self.root / "store.json"
         try:
             schema = int(json.loads(marker.read_bytes())["schema"])
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            raise StoreError(f"the store {self.root} cannot be read: {error.strerror}", f"check its permissions, or {ANOTHER}") from error
+            raise StoreError(
+                f"the store {self.root} cannot be read: {error.strerror}", f"check its permissions, or {OTHER_STORE_HINT}"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{marker} is damaged", "delete it if that folder is a store: the next run writes it anew") from error
         if schema > SCHEMA:
             message = f"the store {self.root} was made by a newer tuneline (store schema {schema}, this one reads {SCHEMA})"
-            raise StoreError(message, f"upgrade tuneline, or {ANOTHER}")
+            raise StoreError(message, f"upgrade tuneline, or {OTHER_STORE_HINT}")
 
     def prepare(self, runs: Path) -> None:
         """Makes the store ready to be written into by the workspace whose run records lie in `runs`. Raises StoreError."""
         self.check()
         if not self.root.parent.is_dir():
             message = f"found no folder {self.root.parent}, in which the store `{self.root.name}` is to be made"
-            raise StoreError(message, f"make it, or mount its disk, or {ANOTHER}")
+            raise StoreError(message, f"make it, or mount its disk, or {OTHER_STORE_HINT}")
         try:
             (self.root / ".workspaces").mkdir(parents=True, exist_ok=True)
             for name in (".locks", ".trash"):  # there before the disk is full, so that gc works then
@@ -252,13 +254,13 @@ class Store:
             os.close(descriptor)
 
     @contextmanager
-    def steady(self) -> Iterator[None]:
+    def shared_lock(self) -> Iterator[None]:
         """Nothing is removed meanwhile: what a run finds, it writes into its record before `tuneline gc` looks there."""
         with self._removal(fcntl.LOCK_SH):
             yield
 
     @contextmanager
-    def removing(self) -> Iterator[None]:
+    def exclusive_lock(self) -> Iterator[None]:
         """No run takes anything from the store meanwhile. To be held for moments only."""
         with self._removal(fcntl.LOCK_EX):
             yield
@@ -280,7 +282,7 @@ class Store:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def building(self, key: str) -> Path:
+    def staging_dir(self, key: str) -> Path:
         """An empty folder to build in, on the store's filesystem. Only for the holder of the key's lock."""
         folder = self.root / ".building" / key
         shutil.rmtree(folder, ignore_errors=True)
@@ -304,7 +306,7 @@ class Store:
         target = self.folder(document.kind, document.key)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():  # built again by force
-            replaced = self.building(f"{document.key}-replaced")
+            replaced = self.staging_dir(f"{document.key}-replaced")
             target.rename(replaced / "old")
             built.rename(target)
             shutil.rmtree(replaced)
@@ -314,14 +316,14 @@ class Store:
         return Artifact(target, document)
 
     def _quarantine(self, folder: Path, problem: str) -> None:
-        with self.locked_now(folder.name) as free:
+        with self.try_lock(folder.name) as free:
             if not free:
                 return  # somebody is building it anew this moment
             problem_now, _ = self.inspect(folder)
             if folder.is_dir() and (problem_now or problem.endswith(CHANGED)):
                 self._move_away(folder, problem)
 
-    def throw_away(self, folder: Path) -> Path:
+    def move_to_trash(self, folder: Path) -> Path:
         """Takes an artifact, or what else lies in the store, out of sight by one rename. Whoever calls deletes what it returns."""
         target = self.root / ".trash" / f"{folder.name}-{time.time_ns()}"
         try:
@@ -334,7 +336,7 @@ class Store:
         return target
 
     @contextmanager
-    def locked_now(self, key: str) -> Iterator[bool]:
+    def try_lock(self, key: str) -> Iterator[bool]:
         """Whether the key's lock was free, and is held now."""
         try:
             with self.locked(key, keep_waiting=lambda: False):
@@ -358,7 +360,9 @@ class Store:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = disk.human(shutil.disk_usage(self.root if self.root.exists() else self.root.parent).free)
             return StoreError(f"the disk of the store {self.root} is full: {free} are free", disk.HINT)
-        return StoreError(f"the store {self.root} cannot be written: {os.strerror(error.errno or 0)}", f"mount it writable, or {ANOTHER}")
+        return StoreError(
+            f"the store {self.root} cannot be written: {os.strerror(error.errno or 0)}", f"mount it writable, or {OTHER_STORE_HINT}"
+        )
 
 
 def digest(files: tuple[File, ...]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tuneline import disk
 from tuneline.config.load import Loaded
 from tuneline.errors import StoreError
-from tuneline.paths import placed
+from tuneline.paths import resolve_path
 from tuneline.trees.file_memory import FileMemory
 from tuneline.workspace.hub_cache import HubCache
 from tuneline.workspace.runs import Runs
@@ -25,7 +25,7 @@ class Workspace:
     def __init__(self, loaded: Loaded, warn: Callable[[str], None] = lambda message: None, hub: HubCache = HubCache()):  # noqa: B008
         self.loaded, self.root, self.hub = loaded, loaded.root, hub
         self.home = self.root / ".tuneline"
-        self.store = Store(placed(self.root, loaded.spec.store), warn)
+        self.store = Store(resolve_path(self.root, loaded.spec.store), warn)
         self.store.check()
         self.runs = Runs(self.home / "runs")
         self.memory = FileMemory(self.home / "digests.json")

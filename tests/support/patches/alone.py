@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks.noise import silence
+from tasks.log_filters import silence
 
 silence()
 

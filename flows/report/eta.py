@@ -6,7 +6,7 @@ from flows.report.html import duration
 from tuneline.workspace.protocol import Event
 
 
-class Pace:
+class Eta:
     """How far a program is, in words: `sft: step 30 of 100, loss 1.2345, 2,048 tokens/s, about 1 min 10 s left`."""
 
     def __init__(self, stage: str):

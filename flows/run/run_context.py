@@ -50,7 +50,7 @@ class NoReporter:
 
 
 @dataclass
-class Run:
+class RunContext:
     """What the stages of one run share."""
 
     workspace: Workspace

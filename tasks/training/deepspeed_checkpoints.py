@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FOLDER = "universal"  # in the work folder
 
 
-def be_loaded_by(work: Path, resources: Resources) -> None:
+def patch_loader(work: Path, resources: Resources) -> None:
     """Has transformers load any layout: what it resumes from, and early stopping's best."""
     from transformers import trainer
 
@@ -49,12 +49,12 @@ def load(folder: Path, wanted: str, engine: DeepSpeedEngine, checkpoint: str, lo
     engine.load_checkpoint(str(converted or checkpoint), load_module_strict=load_module_strict)
     torch.distributed.barrier()
     if converted:
-        mend(engine, decays)
+        fix_zero3_state(engine, decays)
         if engine.global_rank == 0:
             shutil.rmtree(converted)
 
 
-def mend(engine: DeepSpeedEngine, decays: list[float]) -> None:
+def fix_zero3_state(engine: DeepSpeedEngine, decays: list[float]) -> None:
     """ZeRO-3 of DeepSpeed 0.19 gives all parameters one counter of steps, which each of their groups then moves on, and the weight decay
     of the first group (runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)."""
     for state in engine.optimizer.optimizer.state.values():

@@ -8,7 +8,7 @@ import warnings
 
 from tuneline.patches import patch
 
-SAID: dict[str, tuple[str, ...]] = {  # by logger: how the line begins
+FAILURE_SUFFIX: dict[str, tuple[str, ...]] = {  # by logger: how the line begins
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # of a package that we leave out; it has no gradient
     "torchao": ("Failed to load ",),  # kernels for other devices; PEFT imports it, and nothing of it is used
     "torch.utils._pytree": ("%s is an Enum subclass",),  # torchao's own, of torch 2.13
@@ -28,7 +28,7 @@ DEPRECATED = (  # what they call of one another, FutureWarnings all
 
 def silence() -> None:
     """Before the libraries are imported: some speak then."""
-    for name, beginnings in SAID.items():
+    for name, beginnings in FAILURE_SUFFIX.items():
         logging.getLogger(name).addFilter(lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings))  # type: ignore[misc]
     for name in ("httpx", "accelerate"):  # libraries turn information on for all, where these tell each request and each gathering
         logging.getLogger(name).setLevel(logging.WARNING)

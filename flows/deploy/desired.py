@@ -70,7 +70,7 @@ def file_tag(file: Path) -> str:
     return f"{FILE_TAG}{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
 
 
-def wanted(loaded: Loaded) -> list[Item]:
+def desired(loaded: Loaded) -> list[Item]:
     """In the order in which it can be made. Raises ConfigError for what Prefect would not take."""
     _check(loaded)
     deployed = {name: pipeline for name, pipeline in loaded.spec.pipelines.items() if pipeline.pool}
@@ -204,8 +204,8 @@ def _check(loaded: Loaded) -> None:
     for name, pipeline in loaded.spec.pipelines.items():
         if pipeline.pool and name in vars(flows.pipeline):  # its entrypoint would be that
             here: Keys = ("pipelines", name)
-            found = f"found the name `{name}`, which has a meaning of its own in flows/pipeline.py, allowed any other to be deployed"
-            problems.append(Problem(loaded.source.place(here, at_key=True), dotted(here), found, f"`{name}-pipeline`, say"))
+            found = f"found the name `{name}`, which has a meaning of its own in flows/pipeline.py, expected any other to be deployed"
+            problems.append(Problem(dotted(here), found, f"`{name}-pipeline`, say", place=loaded.source.place(here, at_key=True)))
         for key, schedule in pipeline.schedules.items():
             try:
                 _schedule(schedule)
@@ -213,7 +213,7 @@ def _check(loaded: Loaded) -> None:
                 path: Keys = ("pipelines", name, "schedules", key, "cron")
                 said = error.errors()[0]["msg"].removeprefix("Value error, ")
                 hint = "five fields: minute, hour, day of the month, month, day of the week"
-                problems.append(Problem(loaded.source.place(path), dotted(path), f"found '{schedule.cron}': {said}", hint))
+                problems.append(Problem(dotted(path), f"found '{schedule.cron}': {said}", hint, place=loaded.source.place(path)))
     if problems:
         raise ConfigError(problems)
 
