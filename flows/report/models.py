@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.report.stage import Stage
+from tuneline.config.spec import STAGES
 
-ROLES = {"model": "base", "merge": "merged", "quantize": "quantized"}  # what a training gives is an adapter, or a model
+ROLES = ("base", "adapter", "fine-tuned", "merged", "quantized")  # order of columns; others come last
 LOWER_IS_BETTER = {"bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "brier_score", "ter"}
 RIGHT = ("score", "exact_match", "acc", "acc_norm", "pass@1")  # of a sample's scores, the first that it has says right or wrong
 CERTAIN = 1.96  # standard errors of a difference that is none by chance, 19 times of 20
@@ -22,8 +23,9 @@ def number(value: float) -> str:
 
 
 def role_of(stage: Stage) -> str:
-    whole = stage.document.get("config", {}).get("method") == "full"
-    return ROLES.get(stage.kind, "fine-tuned" if whole else "adapter")
+    if stage.manifest and stage.manifest.type == "Adapter":
+        return "adapter"
+    return STAGES[stage.kind].role if stage.kind in STAGES else ""
 
 
 @dataclass
@@ -50,8 +52,7 @@ def columns(stages: Mapping[str, Stage]) -> list[Column]:
                 found.append(column := Column(model, role_of(stages[model]), _root(stages, model)))
             column.evaluations.append(stage)
             column.metrics |= stage.metrics
-    roles = ["base", "adapter", "fine-tuned", "merged", "quantized"]
-    return sorted(found, key=lambda column: roles.index(column.role))
+    return sorted(found, key=lambda column: ROLES.index(column.role) if column.role in ROLES else len(ROLES))
 
 
 def _root(stages: Mapping[str, Stage], model: str) -> str:

@@ -447,7 +447,7 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
 
     (warning,) = warned(1024)
     assert (
-        ":9:67: demo.sft.max_length: rows may have 2048 tokens, more than the model's positions, 1024\n\nhint: `max_length` in `data`"
+        ":9:67: demo.sft.max_length: sequences may have 2048 tokens, more than the model's positions, 1024\n\nhint: lower it; `max_length` in `data`"
         in warning
     )
     assert warned(2048) == warned(None) == warned(1024, "data.max_length=1024") == []

@@ -15,28 +15,17 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tuneline.config.deadlocks import deadlocks
-from tuneline.config.messages import listed, nearest, shown
 from tuneline.config.order import cycles, depends_on
 from tuneline.config.spec import AnyStage, Runtime, Spec
 from tuneline.config.yaml_source import Keys
-from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME
-from tuneline.kinds.evaluate import SCORES, EvaluateStage, incomparable_fields
 from tuneline.kinds.fields import OutsideFile, Reference, annotated_values
-from tuneline.kinds.gate import GateStage
-from tuneline.kinds.quantize import QuantizeStage
-from tuneline.kinds.sft import SftStage
-from tuneline.kinds.stage import ProgramStage, Resources, Stage
-from tuneline.kinds.training import Training
+from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.paths import allowed_folders, folder_to_allow, outside, resolve_path
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
+from tuneline.wording import listed, nearest, with_article
 
 BUILT_IN_RUNTIMES = ("torch", "quantize", CPU_RUNTIME, GPU_RUNTIME)
-# Of `resources`: without effect elsewhere.
-TRAINING_ONLY = (
-    "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
-    "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
-)  # fmt: skip
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
 Report = Callable[[Keys, str, str, bool], None]
 """(path in the file, message, hint, whether its key is at fault)."""
@@ -152,39 +141,22 @@ class Checks:
             for field, reference, target in annotated_values(stage, Reference):
                 self._reference((*here, *keys_of(field)), name, reference, target, raw, stages)
             self._paths(here, stage)
-            self._held_out(here, stage, stages)
-            if isinstance(stage, EvaluateStage) and stage.uses_engine():
-                self._served(here, stage, stages)
-            if isinstance(stage, Training):
-                self._same_base(here, stage, stages)
-            elif isinstance(stage, ProgramStage) and stage.world_size() > 1:
-                field = next(name for name in ("nodes", "processes", "gpus") if (getattr(stage.resources, name) or 1) > 1)
-                found = f"found {getattr(stage.resources, field)} for {stage.kind}, expected 1"
-                hint = "write `gpus: 1`" if field == "gpus" else "remove it"
-                self.problem((*here, "resources", field), found, f"only trainings run in several processes: {hint}")
-            elif isinstance(stage, ProgramStage):
-                self._unused(here, stage, TRAINING_ONLY, "is no training")
-                if not isinstance(stage, EvaluateStage):
-                    self._unused(here, stage, ("micro_batch_size",), "does not work in batches")
-            if isinstance(stage, GateStage):
-                self._metrics(here, stage, stages)
+            for field, dataset, split in stage.held_out():
+                if dataset in stages and not stages[dataset].holds_out(split):
+                    found = f"found `{dataset}`, which holds no rows out for {split}"
+                    self.problem((*here, *keys_of(field)), found, f"`split: {{{split}: 0.05}}` in `{dataset}`")
+            for problem in stage.upstream_problems(stages):
+                self.problem((*here, *keys_of(problem.field)), problem.message, problem.hint)
         needs = {name: [need for need in depends_on(stage) if need in stages and need != name] for name, stage in stages.items()}
         for ring in cycles(needs):
             self.problem((*at, ring[0]), f"found a cycle: {' -> '.join(ring)}", _way_out(ring, stages), at_key=True)
-
-    def _unused(self, here: Keys, stage: ProgramStage, fields: Iterable[str], why: str) -> None:
-        """Fields of resources without effect, said once for all of one reason."""
-        given = [field for field in fields if getattr(stage.resources, field) != Resources.model_fields[field].default]
-        if given:
-            found = f"found {listed(given)} for {stage.kind}, which {why}"
-            self.problem((*here, "resources", given[0]), found, "remove it" if len(given) == 1 else "remove them")
 
     def _reference(
         self, path: Keys, name: str, reference: Reference, target: str, raw: Mapping[str, Any], stages: Mapping[str, Stage]
     ) -> None:
         given = stages[target].output_type() if target in stages else None
         if target != name and target in raw and (given is None or not reference.types or given in reference.types):
-            if given and stages[name].kind in ("quantize", "sft", "grpo") and stages[target].kind == "quantize":
+            if given and reference.full_precision and stages[target].quantized:
                 found = f"found `{target}`, which is quantized, expected a model in full precision"
                 self.problem(path, found, "name the model it was made from")
             return
@@ -201,71 +173,6 @@ class Checks:
             self.problem(path, f"found the unknown stage `{target}`, expected {allowed}", hint)
         else:
             self.problem(path, f"found `{target}`, which gives {with_article(given)}, expected {allowed}")
-
-    def _held_out(self, here: Keys, stage: Stage, stages: Mapping[str, Stage]) -> None:
-        """A dataset holds rows out where they are asked for."""
-        wanted: list[tuple[str, str, str]] = []  # field, dataset, split
-        if isinstance(stage, SftStage) and stage.eval_steps is not None:
-            wanted.append(("eval_steps", stage.dataset, "validation"))
-        if isinstance(stage, EvaluateStage):
-            wanted += [(f"datasets.{i}", name, "test") for i, name in enumerate(stage.datasets)]
-        if isinstance(stage, QuantizeStage):
-            wanted.append(("calibration", stage.calibration, "test"))
-        for field, name, split in wanted:
-            dataset = stages.get(name)
-            if isinstance(dataset, DatasetStage) and getattr(dataset.split, split) == 0:
-                found = f"found `{name}`, which holds no rows out for {split}"
-                self.problem((*here, *keys_of(field)), found, f"`split: {{{split}: 0.05}}` in `{name}`")
-
-    def _served(self, here: Keys, stage: EvaluateStage, stages: Mapping[str, Stage]) -> None:
-        """vLLM takes what is evaluated (vllm/model_executor/layers/quantization/auto_gptq.py)."""
-        scored, problem = stages.get(stage.model), None
-        if isinstance(scored, QuantizeStage) and not stage.resources.gpus:
-            problem = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
-        elif isinstance(scored, QuantizeStage) and stage.compute_type() == "float32":
-            problem = "GPTQ in float32: vLLM computes it in half precision only"
-        elif isinstance(scored, QuantizeStage) and (scored.bits not in (4, 8) or not scored.sym):
-            problem = f"bits {scored.bits} and sym {str(scored.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
-        elif isinstance(scored, Training) and scored.output_type() == "Adapter":
-            problem = scored.lora.unserved()
-        if problem:
-            self.problem((*here, "model"), f"found `{stage.model}` with {problem}", "set `backend: transformers`")
-
-    def _same_base(self, here: Keys, stage: Training, stages: Mapping[str, Stage]) -> None:
-        other = stages.get(stage.adapter or "")
-        if isinstance(other, Training) and other.model != stage.model:
-            self.problem((*here, "adapter"), f"found `{stage.adapter}`, trained on `{other.model}`, expected adapters of `{stage.model}`")
-
-    def _metrics(self, here: Keys, gate: GateStage, stages: Mapping[str, Stage]) -> None:
-        """A metric of a Report must be of something that the evaluation scores; what a benchmark measures only lm-eval knows."""
-        for i, requirement in enumerate(gate.require):
-            for other in filter(None, (requirement.of, requirement.compared_with)):
-                stage = stages.get(other)
-                subject = requirement.metric.partition("/")[0]
-                if isinstance(stage, EvaluateStage) and stage.datasets and not stage.benchmarks and subject not in stage.datasets:
-                    found = f"found `{requirement.metric}`, but `{other}` scores only {listed(stage.datasets)}"
-                    self.problem((*here, "require", i, "metric"), found, f"write `{stage.datasets[0]}/exact_match`, say")
-                elif isinstance(stage, EvaluateStage) and subject in stage.datasets and other == requirement.of:
-                    figure = requirement.metric.partition("/")[2].removesuffix("_stderr")
-                    if figure not in SCORES:
-                        found = f"found `{requirement.metric}`, expected of rows {listed(SCORES)}"
-                        self.problem(
-                            (*here, "require", i, "metric"), found, nearest(figure, SCORES) or f"write `{subject}/exact_match`, say"
-                        )
-                elif (
-                    isinstance(stage, ProgramStage)
-                    and not isinstance(stage, EvaluateStage)
-                    and isinstance(stages.get(subject), DatasetStage)
-                ):
-                    found = f"found `{requirement.metric}` of `{other}`, which is no evaluation"
-                    self.problem((*here, "require", i, "metric"), found, "compare the figures of two stages of kind evaluate")
-            one, two = stages.get(requirement.of), stages.get(requirement.compared_with or "")
-            for field in incomparable_fields(requirement.metric, one, two) if one and two else ():
-                values = [shown(getattr(each, field)) for each in (two, one)]
-                names = (requirement.compared_with, requirement.of)
-                found = f"found `{names[0]}` with {field} {values[0]}, `{names[1]}` with {values[1]}, expected the same"
-                path = (*here, "require", i, "improves_on" if requirement.improves_on else "not_below")
-                self.problem(path, f"{found}: else they are asked other things", f"set the same {field} in both")
 
 
 def _way_out(ring: list[str], stages: Mapping[str, Stage]) -> str:
@@ -284,10 +191,6 @@ def _same_words(name: str, known: Iterable[str]) -> str:
     """For a stage that got a longer or a shorter name: `base` and `base-model`."""
     words = set(name.split("-"))
     return next((f"did you mean `{other}`?" for other in known if words & set(other.split("-"))), "")
-
-
-def with_article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
 
 
 def _valid(raw: Mapping[str, Any]) -> Iterable[tuple[str, Stage]]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from tuneline.config.messages import listed
 from tuneline.config.order import cycles
 from tuneline.config.spec import Pipeline, Spec
 from tuneline.kinds.stage import ProgramStage
+from tuneline.wording import listed
 
 
 def deadlocks(spec: Spec) -> Iterator[tuple[str, str, str]]:

@@ -18,11 +18,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from tuneline.config.checks import BUILT_IN_RUNTIMES, Checks, keys_of
-from tuneline.config.messages import listed, nearest, shown, translate
+from tuneline.config.messages import translate
 from tuneline.config.overrides import Overrides
 from tuneline.config.spec import Pipeline, Spec
 from tuneline.config.yaml_source import Keys, YamlDocument, dotted, read
 from tuneline.errors import ConfigError, Problem
+from tuneline.wording import listed, nearest, shown
 
 __all__ = ["BUILT_IN_RUNTIMES", "Loaded", "check", "load"]
 

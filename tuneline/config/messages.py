@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -13,13 +12,13 @@ from pydantic_core import ErrorDetails
 
 from tuneline.config.pools import INTERVAL, POOLS, SIZE
 from tuneline.config.spec import STAGES, Spec
-from tuneline.config.yaml_source import Keys, short, yaml_value
+from tuneline.config.yaml_source import Keys, yaml_value
 from tuneline.kinds.fields import MAX_NAME, NAME, REPOSITORY, REVISION
 from tuneline.kinds.merge import SHARD
 from tuneline.kinds.rewards import REWARDS, type_of
-from tuneline.kinds.sources import CodeSource, FilesSource, HubSource, ReasoningGymSource
+from tuneline.kinds.sources import SOURCES
+from tuneline.wording import nearest, short, shown
 
-SOURCES: dict[str, type[BaseModel]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource, "code": CodeSource}
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list", "dict": "a mapping"}
 FORMS = {  # by pattern; a test holds them against the types
     NAME: "lower-case letters, digits and dashes, at most 63",
@@ -31,7 +30,6 @@ FORMS = {  # by pattern; a test holds them against the types
 }
 UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # what is meant by a number without one, or with another of that kind
 UNQUOTED = "write it without quotes"
-MOST_LISTED = 30
 FIELD_ALIASES = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
     "lr": "write `learning_rate`",
     **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "write `max_length`"),
@@ -45,11 +43,6 @@ FIELD_ALIASES = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
         "write `global_batch_size`, the rows of a step over all devices; those of one pass are `resources.micro_batch_size`",
     ),
 }
-TRAININGS = "what trains is `sft`, on examples (with LoRA, unless `method:` says otherwise), and `grpo`, by rewards"
-KIND_ALIASES = {  # what else a stage is called elsewhere
-    **dict.fromkeys(("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward", "pretrain", "train", "finetune", "lora", "qlora"), TRAININGS),
-    **dict.fromkeys(("gptq", "awq", "gguf"), "write `quantize`, which does GPTQ"),
-}
 OTHER_VALUES = {  # that others allow
     ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size"
     " must not change a result",
@@ -60,18 +53,6 @@ BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """`did you mean ...?`, or nothing where no name is near."""
-    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"did you mean `{matches[0]}`?" if matches else ""
-
-
-def listed(names: Iterable[str]) -> str:
-    shown_names = [short(name) for name in names]
-    more = f", ... ({len(shown_names)} in all)" if len(shown_names) > MOST_LISTED else ""
-    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (there is none)"
 
 
 def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, str, str]]:
@@ -143,7 +124,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path[4:] else SOURCES)
         if kind == "union_tag_not_found":
             return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
-        others = KIND_ALIASES.get(str(node).lower().replace("-", ""), "") if tag == "kind" else ""
+        others = _kinds_called(str(node)) if tag == "kind" else ""
         return False, shown(node), ", ".join(names), others or (nearest(node, names) if isinstance(node, str) else "")
     if "[key]" in detail["loc"]:
         return True, f"the name `{short(str(path[-1]))}`", FORMS[NAME], _slug(str(path[-1]))
@@ -169,6 +150,19 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
     if name == "dict" and _is_stage(path) and (node is None or node in list(STAGES)):
         return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields under its name, indented"
     return False, shown(node), TYPES.get(name, detail["msg"]), _as_meant(node, name)
+
+
+def _kinds_called(name: str) -> str:
+    """Return a hint with the kinds that other tools call `name`, and what each does, or nothing."""
+    called = name.lower().replace("-", "")
+    found = {kind: stage for kind, stage in STAGES.items() if called in stage.also_called}
+    return "write " + " or ".join(f"`{kind}` ({_purpose(stage)})" for kind, stage in found.items()) if found else ""
+
+
+def _purpose(stage: type[BaseModel]) -> str:
+    """Return the first sentence of a kind's docstring, as part of a sentence."""
+    first = re.split(r"(?<!arXiv)[.,:(](?:\s|$)| \(", (stage.__doc__ or "").strip(), maxsplit=1)[0]
+    return first[:1].lower() + first[1:]
 
 
 def _as_meant(node: Any, wanted: str) -> str:
@@ -198,15 +192,6 @@ def _plain(number: float) -> str:
 def _slug(name: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].rstrip("-")
     return f"did you mean `{slug}`?" if slug else ""
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: as it would be written, containers by their kind."""
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    if value is None:
-        return "nothing"
-    return f"'{short(value)}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _model_at(path: Keys, tree: Any) -> type[BaseModel] | None:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tuneline.config.messages import listed, nearest
 from tuneline.config.yaml_source import Keys, YamlDocument, dotted, parse
 from tuneline.errors import ConfigError, Problem
 from tuneline.secrets import FROM_ENVIRONMENT, named_in
+from tuneline.wording import listed, nearest
 
 VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[^{}]*)(?P<end>\}?)")
 MACHINE_FIELDS = ("store", "pools", "runtimes")

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from tuneline.errors import ConfigError, Problem
+from tuneline.wording import short
 
 Keys = tuple[str | int, ...]
 MAX_BYTES = 1_000_000  # a 1,000-stage file has about 150,000
@@ -263,9 +264,3 @@ def dotted(path: Keys) -> str:
         if len(shown) > 2 and shown[1] == "stages":
             del shown[1]
     return ".".join(short(str(part)) for part in shown)
-
-
-def short(name: str) -> str:
-    """A name from the file as a message shows it: one line, not the whole of a novel."""
-    name = name if name.isprintable() else repr(name)[1:-1]
-    return name if len(name) <= 70 else f"{name[:60]}... ({len(name)} characters)"

@@ -9,9 +9,7 @@ from typing import Any, Literal
 from tuneline.estimates.architectures import BYTES, Architecture, architecture_of
 from tuneline.estimates.memory import PROCESS, Job, Memory
 from tuneline.kinds.dataset import DatasetStage
-from tuneline.kinds.grpo import GrpoStage
 from tuneline.kinds.merge import MergeStage
-from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
 from tuneline.planning.plan import PlanRow
@@ -19,7 +17,6 @@ from tuneline.workspace.checkpoints import Checkpoint, layout
 from tuneline.workspace.workspace import Workspace
 
 UNIVERSAL = 2 * 12  # bytes of a trained parameter that DeepSpeed's converter writes: its states by process, then those by parameter
-PROMPT = 512  # tokens of a prompt for grpo, where its dataset stage sets no max_length
 
 
 @dataclass(frozen=True)
@@ -86,19 +83,15 @@ def job_of(architecture: Architecture, stage: Training, stages: Mapping[str, Sta
     return Job(
         architecture,
         stage,
-        longest(stage, stages[stage.dataset]),
-        stage.method if isinstance(stage, SftStage) else "lora",
-        stage.bits if isinstance(stage, SftStage) else 4,
+        stage.longest_sequence(row_length(stages[stage.dataset])),
+        stage.training_method(),
+        stage.base_bits(),
     )
 
 
-def longest(stage: Training, dataset: Stage) -> int:
-    """Tokens that a sequence can have at most, padding included."""
-    row = dataset.max_length if isinstance(dataset, DatasetStage) else None
-    if isinstance(stage, SftStage):
-        return stage.max_length if stage.packing else min(stage.max_length, row or stage.max_length)
-    assert isinstance(stage, GrpoStage)
-    return (row or PROMPT) + stage.max_completion_length
+def row_length(dataset: Stage) -> int | None:
+    """Return the most tokens of a row, or None where the dataset stage does not bound them."""
+    return dataset.max_length if isinstance(dataset, DatasetStage) else None
 
 
 def of_merge(architecture: Architecture, stage: MergeStage) -> Estimate:

@@ -17,13 +17,9 @@ from tuneline.config.pools import DockerPool, KubernetesPool, Pool
 from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import Problem
 from tuneline.estimates.architectures import Architecture, architecture_of
-from tuneline.estimates.estimate import job_of
+from tuneline.estimates.estimate import job_of, row_length
 from tuneline.estimates.memory import Job
-from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import EngineSettings
-from tuneline.kinds.grpo import GrpoStage
-from tuneline.kinds.sft import SftStage
-from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
 from tuneline.planning.plan import PlanRow
 from tuneline.workspace.workspace import Workspace
@@ -53,7 +49,7 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         if isinstance(architecture, str):
             continue
         path: Keys = ("pipelines", pipeline, "stages", name)
-        if problem := beyond_positions(stage, stages[stage.dataset], architecture):
+        if problem := beyond_positions(stage, row_length(stages[stage.dataset]), architecture):
             field = (*path, problem.field)
             yield Problem(dotted(field), problem.message, problem.hint, place=loaded.source.place(field))
         if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
@@ -74,18 +70,12 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
             yield Problem(dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name), place=loaded.source.place(path))
 
 
-def beyond_positions(stage: Training, dataset: Stage, architecture: Architecture) -> Problem | None:
-    """Rows may be longer than the model's positions reach: then programs refuse them (tasks/training/sft.py says why)."""
-    assert isinstance(dataset, DatasetStage)
-    hint = f"`max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
-    if isinstance(stage, SftStage):
-        row = min(stage.max_length, dataset.max_length or stage.max_length)  # packed ones, too, count from 0 each
-        message = f"rows may have {row} tokens, more than the model's positions, {architecture.positions:.0f}"
-        return Problem("max_length", message, hint) if row > architecture.positions else None
-    assert isinstance(stage, GrpoStage)
-    whole = (dataset.max_length or 1) + stage.max_completion_length
-    message = f"prompts and completions may have {whole} tokens, more than the model's positions, {architecture.positions:.0f}"
-    return Problem("max_completion_length", message, f"lower it; {hint}") if whole > architecture.positions else None
+def beyond_positions(stage: Training, row: int | None, architecture: Architecture) -> Problem | None:
+    """Sequences may be longer than the model's positions reach: then programs refuse them (tasks/training/sft.py says why)."""
+    field, tokens = stage.positions(row)
+    message = f"sequences may have {tokens} tokens, more than the model's positions, {architecture.positions:.0f}"
+    hint = f"lower it; `max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
+    return Problem(field, message, hint) if tokens > architecture.positions else None
 
 
 def room_for(stage: Training, gpu_memory: str) -> int:
@@ -126,13 +116,13 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
         for strategy in ("zero2", "zero3"):
             sharded: Change = {"resources.gpus": count, "resources.strategy": strategy}
             yield from (sharded, least | sharded)
-        if isinstance(stage, SftStage) and not stage.packing and not job.architecture.family.windows:
+        if stage.shares_sequences() and not job.architecture.family.windows:
             sharded = least | {"resources.gpus": count, "resources.strategy": "zero3"}
             yield from (sharded | {"resources.sequence_parallel_size": size} for size in job.architecture.sharing[1:] if size <= count)
 
     yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
     yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))
-    if isinstance(stage, SftStage) and job.method == "lora":
+    if job.method == "lora" and "method" in type(stage).model_fields:
         yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least))
 
 

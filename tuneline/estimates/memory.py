@@ -17,8 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuneline.estimates.architectures import BYTES, Architecture
-from tuneline.kinds.grpo import GrpoStage
-from tuneline.kinds.sft import SftStage
 from tuneline.kinds.training import Training
 
 CONTEXT = 1 << 30  # of a GPU: CUDA's context, the libraries' workspaces, what the allocator holds and does not use
@@ -173,7 +171,7 @@ class Job:
         if a.family.head_norms:
             norms += (4 + (compute if full else 0)) * (a.queries + a.keys) + 4 * (a.num_attention_heads + a.num_key_value_heads)
         # With a mask, for padding or between packed rows, each head of queries gets keys and values of its own.
-        masked = self.shared == 1 and (self.rows > 1 or isinstance(self.stage, SftStage) and self.stage.packing)
+        masked = self.shared == 1 and (self.rows > 1 or self.stage.packs())
         keys = a.queries if masked else a.keys
         attention = 2 * compute * (a.queries + keys) + 4 * a.num_attention_heads + (compute * self.length if masked else 0)
         mlp = 3 * compute * a.intermediate_size
@@ -206,16 +204,16 @@ class Job:
     def head(self) -> int:
         """TRL's fused head: a tile of logits at a time, the gradient of the hidden states in float32, that of the head if trained."""
         a = self.architecture
-        scored = self.rows * self.stage.max_completion_length if isinstance(self.stage, GrpoStage) else self.tokens
+        scored = self.rows * -(-self.stage.scored_tokens(self.length) // self.shared)
         tile = min(scored, TILE[0]) * TILE[1] * (self.compute if self.on_gpu else 4 * CPU_TILES)
         return tile + 4 * scored * a.hidden_size + (4 * a.head_parameters if self.method == "full" else 0)
 
     def sampling(self) -> int:
-        """Where grpo's own model samples: keys and values of all of a step's sequences, their prompts' first pass, the next logits."""
-        if not isinstance(self.stage, GrpoStage) or self.stage.uses_engine():
+        """Where the trained model itself samples: keys and values of a step's sequences, the prompts' first pass, the next logits."""
+        if not (sampled := self.stage.sampled_tokens()):
             return 0
         a, compute = self.architecture, self.compute
         cache = 2 * compute * a.keys * a.num_hidden_layers * self.length
-        prompt = 3 * compute * a.intermediate_size * (self.length - self.stage.max_completion_length)
+        prompt = 3 * compute * a.intermediate_size * (self.length - sampled)
         sequences = -(-self.stage.global_batch_size // self.stage.resources.world_size)
         return sequences * (cache + prompt + (compute + 8) * a.vocab_size)

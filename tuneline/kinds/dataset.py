@@ -54,6 +54,9 @@ class DatasetStage(ProgramStage):
     def output_type(self) -> ArtifactType:
         return "Dataset"
 
+    def holds_out(self, split: str) -> bool:
+        return bool(getattr(self.split, split))
+
     def problems(self) -> Iterator[Problem]:
         if self.on_unrendered != "error" and self.model is None:
             yield Problem("on_unrendered", "found on_unrendered without model", "name the model whose template renders: `model: base`")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -10,10 +10,11 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.fields import ArtifactType, DatasetRef, ModelOrAdapterRef, OnUnrendered, Path
 from tuneline.kinds.stage import ComputingStage, Stage
+from tuneline.wording import listed, nearest
 
-# What decides which questions are asked, and how.
-OF_DATASETS = ("limit", "max_new_tokens")
-OF_BENCHMARKS = ("limit", "num_fewshot", "include_path", "seed")
+# Fields that decide which questions are asked, and how.
+DATASET_QUESTIONS = ("limit", "max_new_tokens")
+BENCHMARK_QUESTIONS = ("limit", "num_fewshot", "include_path", "seed")
 SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # of a dataset's rows: tasks/evaluation/evaluate.py
 WITHOUT_ANSWERS = ("bits_per_byte",)  # nothing is generated for them
 
@@ -32,6 +33,7 @@ class EvaluateStage(ComputingStage):
     kind: Literal["evaluate"]
     program: ClassVar = "tasks.evaluation.evaluate"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
+    batches: ClassVar = True
     model: ModelOrAdapterRef
     """What is evaluated."""
     datasets: tuple[DatasetRef, ...] = ()
@@ -94,12 +96,28 @@ class EvaluateStage(ComputingStage):
                 which, hint = ("it is", "remove it") if len(given) == 1 else ("they are", "remove them")
                 yield Problem(given[0], f"found {', '.join(given)} without {owner}, which alone {which} for", hint)
 
+    def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        scored = stages.get(self.model)
+        if scored and self.uses_engine() and (reason := scored.unserved(self)):
+            yield Problem("model", f"found `{self.model}` with {reason}", "set `backend: transformers`")
 
-def incomparable_fields(metric: str, one: Stage, other: Stage) -> list[str]:
-    """Fields in which two evaluations differ so that their figures of `metric` are not of the same questions."""
-    if not (isinstance(one, EvaluateStage) and isinstance(other, EvaluateStage)):
-        return []
-    subject, _, figure = metric.rpartition("/")
-    fields: tuple[str, ...] = OF_DATASETS if subject in one.datasets else OF_BENCHMARKS
-    unused = "max_new_tokens" if figure in WITHOUT_ANSWERS else None
-    return [field for field in fields if field != unused and getattr(one, field) != getattr(other, field)]
+    def held_out(self) -> Iterator[tuple[str, str, str]]:
+        yield from ((f"datasets.{i}", name, "test") for i, name in enumerate(self.datasets))
+
+    def metric_problem(self, name: str, metric: str, stages: Mapping[str, Stage]) -> tuple[str, str] | None:
+        """Only lm-eval knows the metrics of a benchmark; those of a dataset are SCORES."""
+        subject, _, figure = metric.partition("/")
+        if self.datasets and not self.benchmarks and subject not in self.datasets:
+            return f"found `{metric}`, but `{name}` scores only {listed(self.datasets)}", f"write `{self.datasets[0]}/exact_match`, say"
+        if subject in self.datasets and (figure := figure.removesuffix("_stderr")) not in SCORES:
+            hint = nearest(figure, SCORES) or f"write `{subject}/exact_match`, say"
+            return f"found `{metric}`, expected of rows {listed(SCORES)}", hint
+        return None
+
+    def incomparable_fields(self, other: Stage, metric: str) -> list[str]:
+        if not isinstance(other, EvaluateStage):
+            return []
+        subject, _, figure = metric.rpartition("/")
+        fields: tuple[str, ...] = DATASET_QUESTIONS if subject in self.datasets else BENCHMARK_QUESTIONS
+        unused = "max_new_tokens" if figure in WITHOUT_ANSWERS else None
+        return [field for field in fields if field != unused and getattr(self, field) != getattr(other, field)]

@@ -17,9 +17,11 @@ ArtifactType = Literal["Model", "Adapter", "Dataset", "Report", "Verdict"]
 
 @dataclass(frozen=True)
 class Reference:
-    """The field holds the name of a stage that gives one of these artifact types (empty: any stage)."""
+    """The field holds the name of a stage that makes one of these artifact types (empty: any stage)."""
 
     types: tuple[ArtifactType, ...] = ()
+    full_precision: bool = False
+    """Whether a quantized model is refused."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Strict(BaseModel):
 
 
 ModelRef = Annotated[str, Reference(("Model",))]
+FullPrecisionRef = Annotated[str, Reference(("Model",), full_precision=True)]
 AdapterRef = Annotated[str, Reference(("Adapter",))]
 ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]
 DatasetRef = Annotated[str, Reference(("Dataset",))]

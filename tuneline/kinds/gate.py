@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -10,6 +10,7 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.fields import ArtifactType, StageRef, Strict
 from tuneline.kinds.stage import Stage
+from tuneline.wording import shown
 
 
 class Requirement(Strict):
@@ -65,3 +66,17 @@ class GateStage(Stage):
             for extra, owner in (("by", "improves_on"), ("tolerance", "not_below")):
                 if extra in requirement.model_fields_set and owner not in given:
                     yield Problem(f"require.{i}.{extra}", f"found {extra} without {owner}")
+
+    def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        for i, requirement in enumerate(self.require):
+            compared = [name for name in (requirement.of, requirement.compared_with) if name and name in stages]
+            problems = [stages[name].metric_problem(name, requirement.metric, stages) for name in compared]
+            yield from (Problem(f"require.{i}.metric", *found) for found in dict.fromkeys(filter(None, problems)))
+            if len(compared) < 2:
+                continue
+            one, two = compared
+            for field in stages[one].incomparable_fields(stages[two], requirement.metric):
+                values = [shown(getattr(stages[name], field)) for name in (two, one)]
+                found = f"found `{two}` with {field} {values[0]}, `{one}` with {values[1]}, expected the same"
+                field_of_gate = f"require.{i}.{'improves_on' if requirement.improves_on else 'not_below'}"
+                yield Problem(field_of_gate, f"{found}: else they are asked other things", f"set the same {field} in both")

@@ -10,9 +10,10 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.engine import MAX_LORA_RANK
 from tuneline.kinds.fields import Strict
-from tuneline.kinds.rewards import Reward
-from tuneline.kinds.rewards import problems as reward_findings
+from tuneline.kinds.rewards import Reward, reward_problems
 from tuneline.kinds.training import Training
+
+PROMPT = 512  # tokens assumed of a prompt, where the dataset stage sets no max_length
 
 
 class Rollouts(Strict):
@@ -77,9 +78,21 @@ class GrpoStage(Training):
     def uses_engine(self) -> bool:
         return self.rollouts.engine == "vllm"
 
+    def longest_sequence(self, row: int | None) -> int:
+        return (row or PROMPT) + self.max_completion_length
+
+    def positions(self, row: int | None) -> tuple[str, int]:
+        return "max_completion_length", (row or 1) + self.max_completion_length
+
+    def scored_tokens(self, length: int) -> int:
+        return self.max_completion_length
+
+    def sampled_tokens(self) -> int:
+        return 0 if self.uses_engine() else self.max_completion_length
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from reward_findings(self.rewards)
+        yield from reward_problems(self.rewards)
         if self.global_batch_size % self.num_generations:
             found = f"found {self.global_batch_size}, expected multiples of num_generations, {self.num_generations}"
             yield Problem("global_batch_size", found, "a step samples whole groups of completions for the same prompt")

@@ -19,6 +19,7 @@ class MergeStage(ProgramStage):
     program: ClassVar = "tasks.convert.merge"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub")
     figures: ClassVar = ("max_logit_difference",)
+    role: ClassVar = "merged"
     adapters: tuple[AdapterRef, ...] = Field(min_length=1, max_length=1)
     """The adapter; its base is found by itself."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

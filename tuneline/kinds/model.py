@@ -17,6 +17,7 @@ class ModelStage(ProgramStage):
     program: ClassVar = "tasks.models.fetch"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub")
     figures: ClassVar = ("parameters",)
+    role: ClassVar = "base"
     hub: Repository | None = None
     """Repository of the model hub, `owner/name`."""
     revision: Revision = "main"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from tuneline.kinds.fields import ArtifactType, DatasetRef, ModelRef, Name
+from tuneline.kinds.fields import ArtifactType, DatasetRef, FullPrecisionRef, Name
 from tuneline.kinds.stage import ComputingStage
 
 
@@ -24,7 +25,10 @@ class QuantizeStage(ComputingStage):
     runtime: Name = "quantize"
     method: Literal["gptq"] = "gptq"
     """How weights are rounded."""
-    model: ModelRef
+    role: ClassVar = "quantized"
+    also_called: ClassVar = ("gptq", "awq", "gguf")
+    quantized: ClassVar = True
+    model: FullPrecisionRef
     """Model to quantize, in full precision."""
     calibration: DatasetRef
     """Dataset whose train split calibrates, rendered as in training; its test split measures perplexity."""
@@ -44,3 +48,16 @@ class QuantizeStage(ComputingStage):
 
     def output_type(self) -> ArtifactType:
         return "Model"
+
+    def held_out(self) -> Iterator[tuple[str, str, str]]:
+        yield "calibration", self.calibration, "test"
+
+    def unserved(self, by: ComputingStage) -> str | None:
+        """vllm/model_executor/layers/quantization/auto_gptq.py."""
+        if not by.resources.gpus:
+            return "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
+        if by.compute_type() == "float32":
+            return "GPTQ in float32: vLLM computes it in half precision only"
+        if self.bits not in (4, 8) or not self.sym:
+            return f"bits {self.bits} and sym {str(self.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
+        return None

@@ -130,7 +130,7 @@ def _with_type(raw: Any) -> Any:
 Reward = Annotated[AnyReward, Field(discriminator="type"), BeforeValidator(_with_type)]
 
 
-def problems(rewards: Sequence[AnyReward]) -> Iterator[Problem]:
+def reward_problems(rewards: Sequence[AnyReward]) -> Iterator[Problem]:
     """What the types of a list `rewards:` cannot say, by fields of the stage."""
     first: dict[str, int] = {}
     for i, reward in enumerate(rewards):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tuneline.errors import Problem
 from tuneline.kinds.fields import ArtifactType, Strict
-from tuneline.kinds.training import Training
+from tuneline.kinds.training import Method, Training
 
 QLORA_LIBRARIES = ("bitsandbytes",)
 
@@ -31,7 +31,7 @@ class SftStage(Training):
     program: ClassVar = "tasks.training.sft"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets")
     figures: ClassVar = ("loss", "eval_loss")
-    method: Literal["lora", "qlora", "full"] = "lora"
+    method: Method = "lora"
     """What is trained: an adapter (`lora`), an adapter on a base that bitsandbytes holds in few bits meanwhile (`qlora`,
     arXiv:2305.14314), or every weight (`full`), which gives a Model."""
     bits: Literal[4, 8] = 4
@@ -46,6 +46,28 @@ class SftStage(Training):
     """Steps between losses on the validation split."""
     early_stopping: EarlyStopping | None = None
     """Ends training when the validation loss no longer falls."""
+
+    def training_method(self) -> Method:
+        return self.method
+
+    def base_bits(self) -> int:
+        return self.bits
+
+    def packs(self) -> bool:
+        return self.packing
+
+    def shares_sequences(self) -> bool:
+        return not self.packing
+
+    def longest_sequence(self, row: int | None) -> int:
+        return self.max_length if self.packing else min(self.max_length, row or self.max_length)
+
+    def positions(self, row: int | None) -> tuple[str, int]:
+        return "max_length", min(self.max_length, row or self.max_length)  # positions of packed rows start at 0 as well
+
+    def held_out(self) -> Iterator[tuple[str, str, str]]:
+        if self.eval_steps is not None:
+            yield "eval_steps", self.dataset, "validation"
 
     def libraries_in_key(self) -> tuple[str, ...]:
         return (*self.libraries, *(QLORA_LIBRARIES if self.method == "qlora" else ()))

@@ -83,4 +83,5 @@ class CodeSource(Strict):
     """Share of chunks written as fill-in-the-middle (arXiv:2207.14255); the tokenizer must have the tokens for it."""
 
 
+SOURCES: dict[str, type[Strict]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource, "code": CodeSource}
 DataSource = Annotated[FilesSource | HubSource | ReasoningGymSource | CodeSource, Field(discriminator="type")]

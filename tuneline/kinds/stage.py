@@ -1,13 +1,13 @@
 """What every stage has: fields that only change how it runs. None of them is in its key.
 
-`problems()` of a stage are checks that need more than one of its fields; those that need more than one stage are in
-`tuneline.config.checks`.
+A class answers whatever the rest of tuneline asks about its kind: its checks, its program, what tables show of it, what vLLM
+can serve. No other module names a kind to decide one of these.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +15,13 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME, EngineSettings
 from tuneline.kinds.fields import ArtifactType, Name, StageRef, Strict
+from tuneline.wording import listed
+
+# Fields of `resources` that only a training uses.
+TRAINING_ONLY = (
+    "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
+    "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
+)  # fmt: skip
 
 
 class Resources(Strict):
@@ -73,7 +80,13 @@ class Stage(Strict):
     """Fields that every stage has; none of them is in the key."""
 
     figures: ClassVar[tuple[str, ...]] = ()
-    """Metrics that tables show of it; without any, all."""
+    """Metrics that tables show; all if empty."""
+    role: ClassVar[str] = ""
+    """Name of the model that the stage makes, in tables that compare models: `base`, `merged`."""
+    also_called: ClassVar[tuple[str, ...]] = ()
+    """Names of the kind in other tools; the message about an unknown kind suggests this one for them."""
+    quantized: ClassVar[bool] = False
+    """Whether the weights of the model that the stage makes are quantized."""
     kind: str
     description: str = ""
     """Shown in tables and reports."""
@@ -86,14 +99,42 @@ class Stage(Strict):
 
     @abstractmethod
     def output_type(self) -> ArtifactType:
-        """What others refer to it as."""
+        """Return the type of artifact that the stage makes."""
 
     def problems(self) -> Iterator[Problem]:
+        """Yield what is wrong between fields of this stage."""
+        return iter(())
+
+    def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        """Yield what is wrong between this stage and those that it names. `stages` are those of the pipeline with valid types."""
         return iter(())
 
     def warnings(self) -> Iterator[Problem]:
-        """What is allowed and all the same worth a word at every validate, plan and run."""
+        """Yield settings that are valid but suspicious; shown by every validate, plan and run."""
         return iter(())
+
+    def held_out(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (field, dataset stage, split) for each held-out split that the stage reads."""
+        return iter(())
+
+    def holds_out(self, split: str) -> bool:
+        """Return whether a dataset stage holds out rows for `split`; True for other kinds."""
+        return True
+
+    def unserved(self, by: ComputingStage) -> str | None:
+        """Return why vLLM cannot serve the stage's model to `by`, or None if it can."""
+        return None
+
+    def metric_problem(self, name: str, metric: str, stages: Mapping[str, Stage]) -> tuple[str, str] | None:
+        """Return (message, hint) if this stage, called `name`, cannot have that metric: only evaluations score datasets."""
+        dataset = stages.get(metric.partition("/")[0])
+        if dataset is None or dataset.output_type() != "Dataset" or self.output_type() == "Verdict":
+            return None
+        return f"found `{metric}` of `{name}`, which is no evaluation", "compare the figures of two stages of kind evaluate"
+
+    def incomparable_fields(self, other: Stage, metric: str) -> list[str]:
+        """Return the fields in which two evaluations differ so that their values of `metric` answer different questions."""
+        return []
 
 
 class ProgramStage(Stage):
@@ -104,6 +145,11 @@ class ProgramStage(Stage):
     libraries: ClassVar[tuple[str, ...]]
     """Libraries of the program whose versions change what comes out: they are in the key. tests/core/test_libraries.py compares them with
     what the program imports."""
+
+    trains: ClassVar[bool] = False
+    """Whether the program trains: only a training runs in several processes and writes checkpoints."""
+    batches: ClassVar[bool] = False
+    """Whether the program works in batches of `micro_batch_size` rows."""
 
     runtime: Name = "torch"
     """The Python environment it runs in; for `quantize` it is `quantize`, because gptqmodel holds other libraries back."""
@@ -132,6 +178,23 @@ class ProgramStage(Stage):
         elif engine is not None and engine.gpus > self.resources.gpus:
             found = f"found {engine.gpus}, expected at most resources.gpus, {self.resources.gpus}"
             yield Problem("resources.engine.gpus", found, "resources.gpus counts all of the stage's GPUs, the engine's among them")
+
+        if not self.trains and self.world_size() > 1:
+            field = next(name for name in ("nodes", "processes", "gpus") if (getattr(self.resources, name) or 1) > 1)
+            found = f"found {getattr(self.resources, field)} for {self.kind}, expected 1"
+            hint = "write `gpus: 1`" if field == "gpus" else "remove it"
+            yield Problem(f"resources.{field}", found, f"only trainings run in several processes: {hint}")
+        elif not self.trains:
+            yield from self._without_effect(TRAINING_ONLY, "is no training")
+            if not self.batches:
+                yield from self._without_effect(("micro_batch_size",), "does not work in batches")
+
+    def _without_effect(self, fields: Iterable[str], why: str) -> Iterator[Problem]:
+        """Yield one problem for all of the fields of `resources` that are set."""
+        given = [field for field in fields if getattr(self.resources, field) != Resources.model_fields[field].default]
+        if given:
+            found = f"found {listed(given)} for {self.kind}, which {why}"
+            yield Problem(f"resources.{given[0]}", found, "remove it" if len(given) == 1 else "remove them")
 
     def uses_engine(self) -> bool:
         """Whether vLLM works for this stage."""

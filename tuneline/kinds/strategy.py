@@ -8,7 +8,7 @@ from tuneline.errors import Problem
 from tuneline.kinds.stage import Resources
 
 
-def problems(resources: Resources, dora: bool) -> Iterator[Problem]:
+def strategy_problems(resources: Resources, dora: bool) -> Iterator[Problem]:
     strategy, offload, gpus = resources.strategy, resources.offload, resources.gpus
     zero = strategy.startswith("zero")
     if strategy == "fsdp" and not gpus:

@@ -1,17 +1,20 @@
-"""Stages that train: what they share, supervised fine-tuning of an adapter or of all weights, and reinforcement learning."""
+"""Fields and rules that every kind of training shares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
 from tuneline.kinds.engine import MAX_LORA_RANK
-from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, ModelRef, OnUnrendered, Strict
-from tuneline.kinds.stage import ComputingStage
-from tuneline.kinds.strategy import problems as strategy_findings
+from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered, Strict
+from tuneline.kinds.stage import ComputingStage, Stage
+from tuneline.kinds.strategy import strategy_problems
+
+Method = Literal["lora", "qlora", "full"]
 
 
 class Lora(Strict):
@@ -38,9 +41,16 @@ class Lora(Strict):
 
 
 class Training(ComputingStage):
-    """What every training has."""
+    """Fields of every training, and what estimates ask about one."""
 
-    model: ModelRef
+    trains: ClassVar = True
+    batches: ClassVar = True
+    role: ClassVar = "fine-tuned"  # an adapter is called `adapter`
+    also_called: ClassVar = (
+        *("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward"),
+        *("pretrain", "train", "finetune", "lora", "qlora"),
+    )
+    model: FullPrecisionRef
     """Model to begin with."""
     dataset: DatasetRef
     """Rows to train on: its train split."""
@@ -73,6 +83,45 @@ class Training(ComputingStage):
     def output_type(self) -> ArtifactType:
         return "Adapter"
 
+    @abstractmethod
+    def longest_sequence(self, row: int | None) -> int:
+        """Return the most tokens of a sequence, padding included. `row` is the dataset stage's max_length."""
+
+    @abstractmethod
+    def positions(self, row: int | None) -> tuple[str, int]:
+        """Return the field that bounds a sequence's positions, and how many it may have."""
+
+    def training_method(self) -> Method:
+        return "lora"
+
+    def base_bits(self) -> int:
+        """Return the bits of the base's weights under QLoRA."""
+        return 4
+
+    def packs(self) -> bool:
+        """Return whether sequences hold several rows."""
+        return False
+
+    def shares_sequences(self) -> bool:
+        """Return whether the kind works with `sequence_parallel_size` above 1."""
+        return False
+
+    def scored_tokens(self, length: int) -> int:
+        """Return the tokens of a sequence of `length` for which logits are computed."""
+        return length
+
+    def sampled_tokens(self) -> int:
+        """Return the most tokens that the trained model itself samples for a sequence; 0 if it samples none."""
+        return 0
+
+    def unserved(self, by: ComputingStage) -> str | None:
+        return self.lora.unserved() if self.output_type() == "Adapter" else None
+
+    def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        other = stages.get(self.adapter or "")
+        if isinstance(other, Training) and other.model != self.model:
+            yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected adapters of `{self.model}`")
+
     def micro_batch_size(self) -> int:
         """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
         return self.resources.micro_batch_size or self._divisor_up_to(8)
@@ -86,7 +135,7 @@ class Training(ComputingStage):
         return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
     def problems(self) -> Iterator[Problem]:
-        yield from strategy_findings(self.resources, self.lora.use_dora)
+        yield from strategy_problems(self.resources, self.lora.use_dora)
         at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
         if self.global_batch_size % (micro * at_once):
             alone = self.global_batch_size % at_once  # no micro-batch would do

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from tuneline import PACKAGES_ROOT
 from tuneline.canonical import key_of
 from tuneline.config.load import Loaded
-from tuneline.config.messages import listed, nearest
 from tuneline.config.order import in_order, with_ancestors
 from tuneline.config.yaml_source import dotted
 from tuneline.errors import ConfigError, Problem, StageFailed
@@ -25,6 +24,7 @@ from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.kinds.training import Training
 from tuneline.planning.inputs import ResolvedInputs, benchmark_data, hub_inputs, resolve
 from tuneline.planning.keys import key_document
+from tuneline.wording import listed, nearest
 from tuneline.workspace.benchmarks import NOT_SET_UP
 from tuneline.workspace.checkpoints import Checkpoint, newest
 from tuneline.workspace.runs import StageRecord

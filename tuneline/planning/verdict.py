@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tuneline.config.messages import nearest
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.gate import GateStage, Requirement
 from tuneline.kinds.stage import Stage
+from tuneline.wording import nearest
 from tuneline.workspace.store import Manifest
 
 Metrics = Mapping[str, float]

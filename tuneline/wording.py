@@ -1,0 +1,40 @@
+"""How messages name things: lists, near names, values as they are written in the file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+MOST_LISTED = 30
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """Return `did you mean ...?`, or nothing where no name is near."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"did you mean `{matches[0]}`?" if matches else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    shown_names = [short(name) for name in names]
+    more = f", ... ({len(shown_names)} in all)" if len(shown_names) > MOST_LISTED else ""
+    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (there is none)"
+
+
+def short(name: str) -> str:
+    """Return a name from the file for a message: one line, cut after 60 characters."""
+    name = name if name.isprintable() else repr(name)[1:-1]
+    return name if len(name) <= 70 else f"{name[:60]}... ({len(name)} characters)"
+
+
+def shown(value: Any) -> str:
+    """Return a value as it would be written in the file, containers by their kind."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if value is None:
+        return "nothing"
+    return f"'{short(value)}'" if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
