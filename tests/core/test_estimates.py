@@ -459,7 +459,7 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
     )
     (folder / "pipelines.yaml").write_text(text)
     (warning,) = warned(2200)
-    assert "demo.sft.max_completion_length: prompts and completions may have 2304 tokens, more than the model's positions, 2200" in warning
+    assert "demo.sft.max_completion_length: sequences may have 2304 tokens, more than the model's positions, 2200" in warning
     assert warned(2304) == warned(2200, "data.max_length=null") == []  # how long prompts are is not known
 
 
