@@ -30,8 +30,8 @@ from table import add_row  # noqa: E402
 from flows.server.connect import embedded_server  # noqa: E402
 from tuneline.config.load import load  # noqa: E402
 from tuneline.config.spec import ProgramStage  # noqa: E402
+from tuneline.files import sha256  # noqa: E402
 from tuneline.workspace.protocol import Request  # noqa: E402
-from tuneline.workspace.store import sha256  # noqa: E402
 
 PARTS = {
     "program, its start and end watched": "program",

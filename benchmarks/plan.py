@@ -40,8 +40,8 @@ from tuneline.config.order import in_order  # noqa: E402
 from tuneline.config.spec import ProgramStage  # noqa: E402
 from tuneline.planning.inputs import resolve  # noqa: E402
 from tuneline.planning.plan import document_of, input_slots  # noqa: E402
+from tuneline.workspace.artifact import Artifact, Base, File, Manifest  # noqa: E402
 from tuneline.workspace.runs import StageRecord  # noqa: E402
-from tuneline.workspace.store import Artifact, Base, File, Manifest  # noqa: E402
 from tuneline.workspace.workspace import Workspace  # noqa: E402
 
 TUNELINE = (sys.executable, "-m", "flows")
@@ -112,7 +112,7 @@ def build(folder: Path) -> None:
             )  # fmt: skip
 
         with workspace.store.locked(key):
-            built = workspace.store.building(key)
+            built = workspace.store.staging_dir(key)
             (built / "meta").mkdir()
             (built / "payload").mkdir()
             for file in FILES:

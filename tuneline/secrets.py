@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from tuneline.files import write_atomically
+
 NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 NO_SECRETS = frozenset({"TOKENIZERS_PARALLELISM"})
 SHORTEST = 8  # characters; shorter ones cannot be told from ordinary words
@@ -34,9 +36,7 @@ def mask_file(path: Path) -> None:
     except FileNotFoundError:
         return
     if (clean := masked(content)) != content:
-        temporary = path.with_name(f"{path.name}.masked")
-        temporary.write_bytes(clean)
-        temporary.replace(path)
+        write_atomically(path, clean)
 
 
 def named_in(text: str, environment: Mapping[str, str]) -> str | None:

@@ -23,9 +23,9 @@ from tuneline.kinds.gate import GateStage
 from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.plan import PlanRow
 from tuneline.planning.verdict import judge, shown_metrics
+from tuneline.workspace.artifact import Manifest
 from tuneline.workspace.runs import RunRecord, StageRecord, planned
 from tuneline.workspace.runtimes import find_runtime
-from tuneline.workspace.store import Manifest
 from tuneline.workspace.workspace import Workspace
 
 RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tuneline.config.messages import nearest
 from tuneline.errors import ConfigError, Problem
+from tuneline.wording import nearest
 from tuneline.workspace.runs import RunRecord, StageRecord
 from tuneline.workspace.workspace import Workspace
 

@@ -102,8 +102,8 @@ def setup(names: tuple[str, ...], file: Path) -> None:
     """Builds the Python environments that pipelines name. With RUNTIME, those alone. vLLM's, of gigabytes, must be named."""
     from flows.commands.setup import build
     from tuneline.config.load import BUILT_IN_RUNTIMES
-    from tuneline.config.messages import nearest
     from tuneline.kinds.stage import ProgramStage
+    from tuneline.wording import nearest
     from tuneline.workspace.runtimes import find_runtime
 
     loaded = load(file)

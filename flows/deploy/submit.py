@@ -30,8 +30,8 @@ from prefect.utilities.urls import url_for
 from flows.deploy.desired import TAG
 from flows.server.errors import told_errors
 from flows.server.waiting import why
-from tuneline.config.messages import listed, nearest
 from tuneline.errors import ConfigError, Problem
+from tuneline.wording import listed, nearest
 
 POLL_SECONDS = 2.0
 LAST_SECONDS = 3.0  # in which the last log lines come, after the state

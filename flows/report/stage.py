@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tuneline.workspace.artifact import Manifest
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
-from tuneline.workspace.store import Manifest
 
 
 @dataclass

@@ -26,10 +26,10 @@ from tuneline import disk
 from tuneline.errors import ConfigError, StageFailed
 from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.inputs import ResolvedInputs
+from tuneline.workspace.artifact import Artifact, Base, File, Manifest
 from tuneline.workspace.checkpoints import newest
 from tuneline.workspace.protocol import Event, Input, Request, Result
 from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
-from tuneline.workspace.store import Artifact, Base, File, Manifest
 from tuneline.workspace.workspace import Workspace
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"

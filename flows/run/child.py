@@ -24,7 +24,7 @@ from prefect.states import Cancelling
 from flows.run.supervisor import Supervisor
 from tuneline.errors import FailureClass, StageFailed, StageStopped
 from tuneline.kinds.stage import ProgramStage
-from tuneline.workspace.store import Artifact
+from tuneline.workspace.artifact import Artifact
 
 NAME = "run-stage"
 POLL = 2.0  # seconds between two looks at a child

@@ -20,9 +20,9 @@ from flows.run.supervisor import Supervisor
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.planning.inputs import ResolvedInputs, resolve
 from tuneline.planning.verdict import shown_metrics
+from tuneline.workspace.artifact import Artifact, Manifest
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import RunRecord, StageRecord, StageStatus
-from tuneline.workspace.store import Artifact, Manifest
 from tuneline.workspace.workspace import Workspace
 
 

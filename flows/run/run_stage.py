@@ -28,8 +28,8 @@ from tuneline.config.load import load
 from tuneline.config.overrides import as_sets
 from tuneline.errors import StageFailed
 from tuneline.planning.plan import input_slots
+from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.runs import RunRecord, planned
-from tuneline.workspace.store import Artifact
 from tuneline.workspace.workspace import Workspace
 
 

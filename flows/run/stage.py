@@ -35,8 +35,8 @@ from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.planning.inputs import hub_inputs
 from tuneline.planning.plan import document_of, input_slots
 from tuneline.planning.verdict import judge
+from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.reference import REFERENCE, point
-from tuneline.workspace.store import Artifact
 
 PASSED = "passed"  # what a gate hands on
 FAILED = "Failed: "  # a state's name, before the class of the failure

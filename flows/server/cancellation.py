@@ -12,8 +12,8 @@ from pathlib import Path
 from uuid import UUID
 
 from flows.server.connect import connect, find_server
-from tuneline.config.messages import listed, nearest
 from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.wording import listed, nearest
 from tuneline.workspace.runs import RunRecord
 from tuneline.workspace.workspace import Workspace
 

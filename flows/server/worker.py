@@ -15,8 +15,8 @@ from typing import NoReturn
 from flows.server.api import ask
 from flows.server.connect import QUIET, connect
 from tuneline.config.load import Loaded
-from tuneline.config.messages import nearest
 from tuneline.errors import ConfigError, Problem
+from tuneline.wording import nearest
 
 LIBRARIES = {"docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}  # process workers are Prefect's own
 

@@ -45,7 +45,7 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
             manager = TaskManager(include_path=str(folder) if folder else None)  # 12 s: it reads 15000 files
         for i, name in enumerate(stage.benchmarks):
             if name not in manager.all_tasks and name != HUMAN_EVAL:
-                from tuneline.config.messages import nearest
+                from tuneline.wording import nearest
 
                 hint = nearest(name, manager.all_tasks) or "`python -m lm_eval ls tasks` lists them; your own need include_path"
                 raise StageFailed("config", f"benchmarks.{i}: found `{name}`, expected names of lm-eval's tasks", hint)

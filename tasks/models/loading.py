@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.gptq import is_gptq, load_dense
 from tasks.models.older_readers import make_tokenizer_readable, readable_config
 from tuneline.errors import StageFailed
+from tuneline.files import sha256
 from tuneline.kinds.stage import ComputingStage
+from tuneline.workspace.artifact import digest
 from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import REFERENCE
 from tuneline.workspace.reference import folder_of as model_folder
-from tuneline.workspace.store import CHANGED, Store, digest, sha256
+from tuneline.workspace.store import CHANGED, Store
 
 if TYPE_CHECKING:
     import torch

@@ -20,11 +20,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tasks.training import deepspeed_checkpoints, methods
 from tasks.training.shared import adapter_tensors
 from tuneline.errors import StageFailed
+from tuneline.files import sync
 from tuneline.kinds.stage import Resources
 from tuneline.workspace import checkpoints
 from tuneline.workspace.checkpoints import MARKER, REPLICATED, in_order
 from tuneline.workspace.protocol import Events, Request
-from tuneline.workspace.store import sync
 
 ADAPTER = "adapter_model.safetensors"
 WHOLE = "model.safetensors"

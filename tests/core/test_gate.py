@@ -13,7 +13,7 @@ from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.merge import MergeStage
 from tuneline.planning.verdict import judge, shown_metrics
-from tuneline.workspace.store import Manifest
+from tuneline.workspace.artifact import Manifest
 
 METRICS = {"a": {"m": 0.7, "m_stderr": 0.01}, "b": {"m": 0.4}, "c": {"other": 1.0}}
 MERGES = dict.fromkeys(METRICS, MergeStage(kind="merge", adapters=("x",)))

@@ -20,8 +20,9 @@ from small_disk import small_disk
 from tuneline.config.load import load
 from tuneline.errors import ConfigError, StoreError
 from tuneline.planning.gc import Item, Policy, age, collect
+from tuneline.workspace.artifact import Base, Manifest
 from tuneline.workspace.runs import RunRecord, RunState, StageRecord
-from tuneline.workspace.store import Base, Manifest, Store
+from tuneline.workspace.store import Store
 from tuneline.workspace.workspace import Workspace
 
 FILE = "version: 1\npipelines: {p: {stages: {d: {kind: dataset, sources: [{type: files, path: none.jsonl}]}}}}\n"

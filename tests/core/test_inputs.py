@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tuneline.config.load import load
+from tuneline.files import sha256
 from tuneline.kinds.sources import CodeSource
 from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.inputs import SHA256, ResolvedInputs, _of_folder, resolve
@@ -24,7 +25,6 @@ from tuneline.trees import file_memory, licenses
 from tuneline.trees import select as source_tree
 from tuneline.trees.file_memory import FileMemory, Look, Reading
 from tuneline.trees.select import select
-from tuneline.workspace.store import sha256
 from tuneline.workspace.workspace import Workspace
 
 PIPELINE = """version: 1

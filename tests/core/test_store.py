@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StoreError
-from tuneline.workspace.store import Artifact, File, Manifest, Store, digest
+from tuneline.workspace.artifact import Artifact, File, Manifest, digest
+from tuneline.workspace.store import Store
 
 DOCUMENT = {"kind": "dataset"}
 KEY = key_of(DOCUMENT)

@@ -29,8 +29,9 @@ from flows.report.models import columns
 from flows.report.stage import stages_of
 from tuneline.canonical import key_of
 from tuneline.config.load import load
+from tuneline.workspace.artifact import Artifact, Manifest
 from tuneline.workspace.runs import RunRecord, Runs, StageRecord, planned
-from tuneline.workspace.store import Artifact, Manifest, Store
+from tuneline.workspace.store import Store
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "<script>document.title = 'owned'</script><img src=\"ADDRESS/img.png\" onerror=\"document.title='owned'\">"

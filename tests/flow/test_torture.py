@@ -210,13 +210,15 @@ def test_the_pico_pipeline_killed_at_random(tmp_path: Path, pico_run: Project, p
 PUBLISH = """
 import os, shutil, signal, sys
 from pathlib import Path
+from tuneline import files as written
 from tuneline.workspace import store as module
-from tuneline.workspace.store import Manifest, Store
+from tuneline.workspace.artifact import Manifest
+from tuneline.workspace.store import Store
 
 store, kills = Store(Path(sys.argv[1])), 0
 
 def publish(key, text):
-    built = store.building(key)
+    built = store.staging_dir(key)
     (built / "payload" / "deep").mkdir(parents=True)
     for name in ("a.txt", "deep/b.txt"):
         (built / "payload" / name).write_text(text * 1000)
@@ -226,7 +228,7 @@ def publish(key, text):
 def killer(number):
     def trace(frame, event, argument):
         nonlocal number
-        if frame.f_code.co_filename not in (module.__file__, shutil.__file__):
+        if frame.f_code.co_filename not in (module.__file__, written.__file__, shutil.__file__):
             return None
         if event == "line":
             number -= 1
@@ -266,8 +268,8 @@ for forced in (False, True):
 print(kills, "kills")
 """
 FAULTS = {
-    "the manifest half-written": "store._write_synced = lambda path, data: manifest(path, data, 2)",
-    "all written, not yet in its place": "store._write_synced = lambda path, data: manifest(path, data, 1)",
+    "the manifest half-written": "store.write_atomically = lambda path, text, **_: manifest(path, text, 2)",
+    "all written, not yet in its place": "store.write_atomically = lambda path, text, **_: manifest(path, text, 1)",
     "in its place, not yet in the record": "flows.run.run_context.RunContext.note = lambda *_, **__: die()",
 }
 
@@ -290,12 +292,12 @@ def test_a_run_killed_while_it_publishes(project: Project, stand_in: Callable[..
     script = f"""
 import os, signal, sys
 import flows.__main__, flows.run.stage, flows.run.run_context, tuneline.workspace.store as store
-real, die = store._write_synced, lambda: os.kill(os.getpid(), signal.SIGKILL)
+real, die = store.write_atomically, lambda: os.kill(os.getpid(), signal.SIGKILL)
 
-def manifest(path, data, part):
+def manifest(path, text, part):
     if path.name != "manifest.json":
-        return real(path, data)
-    path.write_bytes(data[: len(data) // part])
+        return real(path, text)
+    path.write_text(text[: len(text) // part])
     die()
 
 {FAULTS[fault]}

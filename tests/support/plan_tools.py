@@ -7,8 +7,8 @@ from typing import Any
 
 from tuneline.config.load import load
 from tuneline.planning.plan import PlanRow, plan
+from tuneline.workspace.artifact import Base, Manifest
 from tuneline.workspace.runs import StageRecord
-from tuneline.workspace.store import Base, Manifest
 from tuneline.workspace.workspace import Workspace
 
 PIPELINES = """\

@@ -18,8 +18,9 @@ from processes import PATIENCE
 
 from tasks.models.loading import CPU_INFO, CPUS_WITH_BFLOAT16
 from tuneline.config.spec import PROGRAM_STAGES
+from tuneline.files import sha256
+from tuneline.workspace.artifact import File, digest
 from tuneline.workspace.protocol import Events, Input, Request, Result
-from tuneline.workspace.store import File, digest, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 

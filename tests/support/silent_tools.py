@@ -17,8 +17,9 @@ from program_tools import make_request
 from safetensors.torch import load_file, save_file
 
 import tasks.__main__ as program
+from tuneline.workspace.artifact import Artifact, Manifest
 from tuneline.workspace.protocol import Failure, Input, Result
-from tuneline.workspace.store import Artifact, Manifest, Store
+from tuneline.workspace.store import Store
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "model": {"path": "model"},

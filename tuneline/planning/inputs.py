@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import ConfigError, Problem
+from tuneline.files import sha256
 from tuneline.kinds.evaluate import HUMAN_EVAL, EvaluateStage
 from tuneline.kinds.fields import OutsideFile, annotated_values
 from tuneline.kinds.model import ModelStage
@@ -27,7 +28,6 @@ from tuneline.trees.select import select
 from tuneline.workspace.benchmarks import NOT_SET_UP, Data, data_of
 from tuneline.workspace.protocol import Tree
 from tuneline.workspace.runtimes import find_runtime
-from tuneline.workspace.store import sha256
 from tuneline.workspace.workspace import Workspace
 
 ResolveCommit = Callable[[str, str, str], str | None]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tuneline.kinds.fields import OutsideFile, Reference, annotated_values
 from tuneline.kinds.stage import ProgramStage
-from tuneline.workspace.store import Artifact
+from tuneline.workspace.artifact import Artifact
 
 SCHEMA = 1
 NOT_IN_KEY = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})

@@ -25,10 +25,10 @@ from tuneline.kinds.training import Training
 from tuneline.planning.inputs import ResolvedInputs, benchmark_data, hub_inputs, resolve
 from tuneline.planning.keys import key_document
 from tuneline.wording import listed, nearest
+from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.benchmarks import NOT_SET_UP
 from tuneline.workspace.checkpoints import Checkpoint, newest
 from tuneline.workspace.runs import StageRecord
-from tuneline.workspace.store import Artifact
 from tuneline.workspace.workspace import Workspace
 
 Status = Literal["cached", "run", "unknown"]

@@ -13,7 +13,7 @@ from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.gate import GateStage, Requirement
 from tuneline.kinds.stage import Stage
 from tuneline.wording import nearest
-from tuneline.workspace.store import Manifest
+from tuneline.workspace.artifact import Manifest
 
 Metrics = Mapping[str, float]
 ROUNDING = 1e-9  # 0.7 - 0.4 is a little less than 0.3 to a computer

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.disk import human
+from tuneline.files import hold_lock, write_atomically
 
 TICK = 2_000_000_000  # nanoseconds
 LARGE = 1 << 30  # bytes; reading so many takes about a second
@@ -91,17 +91,14 @@ class FileMemory:
             if not self._new:
                 return
             self._place.parent.mkdir(parents=True, exist_ok=True)
-            with self._place.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with hold_lock(self._place.with_suffix(".lock")):
                 known = self._read()
                 for section, answers in self._new.items():
                     reading = section.partition(" ")[0]
                     for old in [other for other in known if other.partition(" ")[0] == reading and other != section]:
                         del known[old]  # of other rules
                     known.setdefault(section, {}).update(answers)
-                temporary = self._place.with_suffix(".tmp")
-                temporary.write_text(json.dumps(known), encoding="utf-8")
-                temporary.replace(self._place)
+                write_atomically(self._place, json.dumps(known))
             self._known, self._new = known, {}
 
     def _read(self) -> dict[str, dict[str, Any]]:

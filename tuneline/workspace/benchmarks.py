@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from tuneline.files import write_atomically
 from tuneline.workspace.runtimes import RuntimeEnvironment
 
 Config = dict[str, Any]
@@ -132,9 +133,7 @@ def _of_runtime(runtime: RuntimeEnvironment, memory: Path) -> dict[str, Config]:
     if runtime.folder and runtime.ready:  # a Python of the user's own may change
         with contextlib.suppress(OSError):  # a read-only folder only costs time
             memory.mkdir(parents=True, exist_ok=True)
-            temporary = known.with_name(f"{known.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(index), encoding="utf-8")
-            temporary.replace(known)
+            write_atomically(known, json.dumps(index))
     return index
 
 

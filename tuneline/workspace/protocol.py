@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from tuneline.config.spec import STAGES
 from tuneline.errors import FailureClass
+from tuneline.files import write_atomically
 from tuneline.kinds.stage import ProgramStage
 
 SCHEMA = 4
@@ -32,9 +33,7 @@ class Message(BaseModel):
 
     def write(self, path: Path) -> None:
         """Atomic: a reader sees the whole message or none."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.model_dump_json(by_alias=True, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, self.model_dump_json(by_alias=True, indent=1))
 
 
 class Input(BaseModel):

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from tuneline.errors import StageFailed
+from tuneline.files import write_atomically
 
 REFERENCE, LOCATION = "reference.json", "location.json"
 
@@ -21,9 +22,7 @@ def point(artifact: Path, folder: Path) -> None:
     """Writes where the files of a reference lie now. `artifact` is the folder that holds payload/ and meta/."""
     names = [entry["path"] for entry in json.loads((artifact / "payload" / REFERENCE).read_bytes())["files"]]
     document = {"path": str(folder), "mtimes": {name: (folder / name).stat().st_mtime_ns for name in names}}
-    temporary = artifact / "meta" / f"{LOCATION}.tmp"
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(artifact / "meta" / LOCATION)
+    write_atomically(artifact / "meta" / LOCATION, json.dumps(document, indent=1) + "\n")
 
 
 def folder_of(payload: Path) -> Path:

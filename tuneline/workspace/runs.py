@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tuneline.config.order import in_order, with_ancestors
 from tuneline.config.spec import Pipeline
 from tuneline.errors import ConfigError, Problem, StoreError
+from tuneline.files import open_lock, try_lock, write_atomically
 from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.workspace.protocol import Event
 
@@ -100,8 +100,8 @@ class Runs:
         run_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         unlocked = self.folder / f".{run_id}.new"
-        self._locks[run_id] = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._locks[run_id], fcntl.LOCK_EX)
+        self._locks[run_id] = open_lock(unlocked)
+        try_lock(self._locks[run_id])
         with contextlib.suppress(OSError):
             os.posix_fallocate(self._locks[run_id], 0, BALLAST)
         unlocked.rename(self._lock(run_id))  # nobody ever sees it free while we live
@@ -119,9 +119,7 @@ class Runs:
             self._write(record)
 
     def _write(self, record: RunRecord) -> None:
-        temporary = self.folder / f".{record.run_id}"
-        temporary.write_text(record.model_dump_json(by_alias=True, indent=1), encoding="utf-8")
-        temporary.replace(self.folder / f"{record.run_id}.json")
+        write_atomically(self.folder / f"{record.run_id}.json", record.model_dump_json(by_alias=True, indent=1))
 
     def finish(self, record: RunRecord, state: RunState) -> None:
         record.state = state
@@ -270,9 +268,6 @@ def _held(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
+        return not try_lock(descriptor, shared=True)
     finally:
         os.close(descriptor)

@@ -13,8 +13,8 @@ An artifact enters by one rename after everything is on disk, and leaves by one,
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,84 +23,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import ValidationError
 
 from tuneline import disk
 from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StoreError
+from tuneline.files import hold_lock, open_lock, sha256, sync, try_lock, write_atomically
+from tuneline.workspace.artifact import SCHEMA, Artifact, File, Manifest, digest, sizes
 
-SCHEMA = 1
 CHANGED = "has changed since it was written"
 POLL = 0.2  # seconds between two tries to take a lock
 KEY = re.compile("[0-9a-f]{64}")
 OTHER_STORE_HINT = "name another `store:`"
-
-
-class File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    path: str
-    size: int
-    sha256: str
-
-
-class Base(BaseModel):
-    """The Model that an Adapter was trained on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: str
-    key: str
-    digest: str
-    template: str | None
-
-
-class Manifest(BaseModel):
-    """What an artifact is, what it was made from, and what came out. Only `files` decide the digest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    schema_number: int = Field(SCHEMA, alias="schema")
-    kind: str
-    type: Literal["Model", "Adapter", "Dataset", "Report"]
-    key: str
-    document: dict[str, Any]
-    """What the key is the hash of."""
-    digest: str
-    files: tuple[File, ...]
-    parents: dict[str, str]
-    """By input slot: the upstream artifact as `kind/key`."""
-    base: Base | None = None
-    template: str | None = None
-    """sha256 of the chat template saved with it."""
-    metrics: dict[str, FiniteFloat]
-    info: dict[str, Any]
-    host: dict[str, Any]
-    """Facts of the machine and the times; in no key and no digest."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the payload."""
-        return sum(file.size for file in self.files)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    path: Path
-    manifest: Manifest
-
-    @property
-    def payload(self) -> Path:
-        return self.path / "payload"
-
-    @property
-    def key(self) -> str:
-        return self.manifest.key
-
-    @property
-    def digest(self) -> str:
-        return self.manifest.digest
 
 
 class Store:
@@ -139,9 +75,7 @@ class Store:
             user = self.root / ".workspaces" / hashlib.sha256(os.fsencode(runs)).hexdigest()[:16]
             for path, text in ((self.root / "store.json", json.dumps({"schema": SCHEMA})), (user, str(runs))):
                 if not path.exists():
-                    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-                    _write_synced(temporary, os.fsencode(text))
-                    temporary.replace(path)
+                    write_atomically(path, os.fsencode(text), synced=True)
             if not os.access(self.root, os.W_OK):
                 raise OSError(errno.EROFS if os.statvfs(self.root).f_flag & os.ST_RDONLY else errno.EACCES, "")
         except OSError as error:
@@ -184,7 +118,7 @@ class Store:
         if manifest.key != folder.name or manifest.kind != folder.parent.parent.name:
             return f"its manifest is of {manifest.kind}/{manifest.key}", None
         try:
-            there = dict(_sizes(folder / "payload"))
+            there = dict(sizes(folder / "payload"))
         except OSError as error:  # it may be on its way out
             return f"its payload cannot be read: {error.strerror}", None
         expected = {file.path: file.size for file in manifest.files}
@@ -233,54 +167,39 @@ class Store:
         folder = self.root / ".locks"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = open_lock(folder / key)
         except OSError as error:
             raise self._not_writable(error) from error
         try:
             waiting = False
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not keep_waiting():
-                        raise
-                    if not waiting:
-                        on_wait()
-                    waiting = True
-                    time.sleep(POLL)
+            while not try_lock(descriptor):
+                if not keep_waiting():
+                    raise BlockingIOError(errno.EWOULDBLOCK, f"the lock of {key} is held")
+                if not waiting:
+                    on_wait()
+                waiting = True
+                time.sleep(POLL)
             yield descriptor
         finally:
             os.close(descriptor)
 
     @contextmanager
     def shared_lock(self) -> Iterator[None]:
-        """Nothing is removed meanwhile: what a run finds, it writes into its record before `tuneline gc` looks there."""
-        with self._removal(fcntl.LOCK_SH):
+        """Keep `gc` from removing anything: hold it from a cache lookup until the hit is in the run record."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # nothing is removed from a store that cannot be written
+                stack.enter_context(hold_lock(self.root / ".locks" / "removal", shared=True))
             yield
 
     @contextmanager
     def exclusive_lock(self) -> Iterator[None]:
-        """No run takes anything from the store meanwhile. To be held for moments only."""
-        with self._removal(fcntl.LOCK_EX):
-            yield
-
-    @contextmanager
-    def _removal(self, how: int) -> Iterator[None]:
-        descriptor: int | None
-        try:
-            descriptor = os.open(self.root / ".locks" / "removal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            if how == fcntl.LOCK_EX:
+        """Keep runs from taking artifacts out of the store. Hold it for moments only."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold_lock(self.root / ".locks" / "removal"))
+            except OSError as error:
                 raise self._not_writable(error) from error
-            descriptor = None  # what cannot be written loses nothing
-        try:
-            if descriptor is not None:
-                fcntl.flock(descriptor, how)
             yield
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
 
     def staging_dir(self, key: str) -> Path:
         """An empty folder to build in, on the store's filesystem. Only for the holder of the key's lock."""
@@ -294,11 +213,11 @@ class Store:
 
         `manifest` makes it from (digest, files). Only for the holder of the key's lock.
         """
-        files = tuple(File(path=path, size=size, sha256=sha256(built / "payload" / path)) for path, size in _sizes(built / "payload"))
+        files = tuple(File(path=path, size=size, sha256=sha256(built / "payload" / path)) for path, size in sizes(built / "payload"))
         if not files:
             raise StageFailed("bug", "the program ended well but left an empty payload")
         document = manifest(digest(files), files)
-        _write_synced(built / "manifest.json", document.model_dump_json(by_alias=True, indent=1).encode())
+        write_atomically(built / "manifest.json", document.model_dump_json(by_alias=True, indent=1), synced=True)
         for folder, _, names in os.walk(built):
             for name in names:
                 sync(Path(folder, name))
@@ -363,40 +282,3 @@ class Store:
         return StoreError(
             f"the store {self.root} cannot be written: {os.strerror(error.errno or 0)}", f"mount it writable, or {OTHER_STORE_HINT}"
         )
-
-
-def digest(files: tuple[File, ...]) -> str:
-    """sha256 over the sorted (path, sha256) of a payload."""
-    lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda file: file.path))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sizes(payload: Path) -> list[tuple[str, int]]:
-    """(relative path, bytes) of every file, sorted. A link is no file of ours: it counts as size -1."""
-    found = []
-    for folder, folders, names in os.walk(payload):
-        for name in names + [name for name in folders if Path(folder, name).is_symlink()]:
-            path = Path(folder, name)
-            found.append((path.relative_to(payload).as_posix(), -1 if path.is_symlink() else path.stat().st_size))
-    return sorted(found)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
