@@ -1,7 +1,23 @@
 """The pure core: WHAT runs, what it is called, and whether it is there already. Imports neither prefect nor torch."""
 
-from pathlib import Path
+from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuneline.api import Run, RunFailed, load, plan, run
+
+__all__ = ["Run", "RunFailed", "load", "plan", "run"]
 __version__ = "0.1.0"
 PACKAGES_ROOT = Path(__file__).resolve().parent.parent
 """Folder of flows/, tasks/, tuneline/ and infra/: the clone, or `tuneline-packages` in site-packages. Programs get it as PYTHONPATH."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Python API at its first use: programs and quick commands do without it."""
+    if name in __all__:
+        from tuneline import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'tuneline' has no attribute {name!r}")

@@ -14,7 +14,9 @@ from typing import Any
 
 from flows.machine import visible_gpus
 from flows.report.terminal import ConsoleReporter
+from flows.run.parent_watch import end_with_parent
 from flows.server.connect import connect, embedded_server, find_server
+from tuneline.api import WITH_PARENT
 from tuneline.config.order import depends_on
 from tuneline.config.overrides import as_overrides
 from tuneline.config.yaml_source import Keys, dotted
@@ -55,6 +57,8 @@ def execute(
     if to_run:
         workspace.prepare_store()
     with ExitStack() as stack:
+        if os.environ.pop(WITH_PARENT, None):
+            end_with_parent()
         reporter = stack.enter_context(ConsoleReporter(verbose))
         _on_signals(workspace, pipeline, reporter)
         for name in ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):

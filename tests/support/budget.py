@@ -90,7 +90,8 @@ def stands_in(python: str) -> bool:
 def summarize(terminal: Any, minutes: float) -> None:
     """Prints the dearest tests and the sum. `terminal` is pytest's reporter; under xdist it has the reports of all workers."""
     reports = [report for reports in terminal.stats.values() for report in reports if getattr(report, "when", None) == "teardown"]
-    by_test = {report.nodeid: dict(report.user_properties) for report in reports}
+    found = {report.nodeid: dict(report.user_properties) for report in reports}
+    by_test = {test: properties for test, properties in found.items() if "cpu" in properties}  # without: its teardown failed
     if not by_test:
         return
     terminal.section(f"dearest {DEAREST} of {len(by_test)} tests: CPU seconds, processes started")

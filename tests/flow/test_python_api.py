@@ -1,0 +1,105 @@
+"""`from tuneline import load, plan, run, Run`: in a process of its own, as a subflow, interrupted and killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from processes import PATIENCE, gone, until
+from project import ROOT, Project
+
+from tuneline import Run, RunFailed, load, plan, run
+from tuneline.errors import ConfigError
+
+
+@pytest.fixture
+def here(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.chdir(demo.root)
+    return demo
+
+
+def script(project: Project, text: str, **environment: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(text)], cwd=project.root, env=env, text=True, stderr=subprocess.PIPE)
+
+
+@pytest.mark.process
+def test_plan_run_and_what_a_run_has_made(here: Project, capfd: pytest.CaptureFixture[str]) -> None:
+    assert [(row.stage, row.status) for row in plan("demo")][:2] == [("one", "run"), ("two", "run")]
+    done = run("demo", overrides={"gate.require.0.at_least": 0.4})
+    assert (done.state, done.stages["two"].status, done.metrics["two"]["figure"]) == ("completed", "done", 1.0)
+    assert any(done.payload("two").iterdir())
+    assert done.report.is_file()
+    assert "two: done" in capfd.readouterr().err
+    assert repr(Run.last("demo")) == repr(done) == f"Run('demo', '{done.id}', 'completed')"
+    assert {row.status for row in plan("demo", only="two")} == {"cached"}
+    assert load().spec.pipelines["demo"].stages["other"].kind == "dataset"
+    with pytest.raises(ConfigError, match="found no artifact of `gate`, expected one, two, other, after"):
+        done.payload("gate")
+
+
+def test_wrong_calls_raise_before_anything_starts(here: Project) -> None:
+    with pytest.raises(ConfigError, match=r"pipelines\.yaml: found no pipeline `dmo`, expected demo\n\nhint: did you mean `demo`\?"):
+        run("dmo")
+    with pytest.raises(ConfigError, match="found the unknown field `sourcs`"):
+        plan("demo", overrides={"one.sourcs": []})
+    with pytest.raises(ConfigError, match="found no stage `oe` in demo"):
+        run("demo", force=["oe"])
+    assert not list(here.root.glob(".tuneline/runs/*.json"))
+
+
+@pytest.mark.process
+def test_a_run_that_fails_raises_with_what_each_stage_said(here: Project, stand_in: Callable[..., None]) -> None:
+    stand_in(one=["data", "data"])
+    with pytest.raises(RunFailed, match=r"demo failed \(run .*\)\n\none: data: planted data") as caught:
+        run("demo", only="two")
+    assert caught.value.run.stages["two"].status == "skipped"
+    assert run("demo", only="two", check=False).state == "failed"
+
+
+def test_within_a_flow_it_is_a_subflow(here: Project) -> None:
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+
+    @flow
+    def nightly() -> Any:
+        return run("demo", only="one"), run("demo", only="one").stages["one"].status
+
+    first, again = nightly()
+    assert (first.state, again) == ("completed", "cached")
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_run(first.record.flow_run)
+        assert found.parent_task_run_id is not None
+        assert client.read_flow(found.flow_id).name == "demo"
+
+
+def test_another_package_named_flows_is_reported(here: Project) -> None:
+    (here.root / "flows").mkdir()
+    (here.root / "flows" / "__init__.py").write_text("")
+    process = script(here, "import flows\nfrom prefect import flow\nimport tuneline\nflow(lambda: tuneline.run('demo'))()")
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "found another package `flows` imported in this process, expected tuneline's" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "state", "end"), [(signal.SIGINT, "cancelled", "KeyboardInterrupt"), (signal.SIGKILL, "cancelled", "")])
+def test_no_process_outlives_a_script_that_is_ended(
+    here: Project, stand_in: Callable[..., None], number: signal.Signals, state: str, end: str
+) -> None:
+    stand_in(one=["sleep"])
+    mark = f"{here.root.name}{os.getpid()}"
+    process = script(here, "import tuneline\ntuneline.run('demo')", MARK=mark)
+    until(lambda: (here.root / "calls-one").exists(), process)
+    process.send_signal(number)  # to this process alone, as a notebook's stop button does
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == (-number if number == signal.SIGKILL else 1 if "Traceback" not in err else process.returncode)
+    assert end in err
+    assert gone(mark)
+    assert Run.last("demo").state == state
