@@ -1,27 +1,28 @@
-"""What a branch or tag of a hub repository means right now: its commit. Looked up when a run starts, so that it can be in the key, and by
-`tuneline plan --online`, which reads models' config.json as well.
+"""Resolve a branch or tag of a hub repository to its current commit: for keys when a run starts, and for `tuneline plan --online`, which
+also reads the models' config.json.
 
-Offline (HF_HUB_OFFLINE=1) the local hub cache answers. Downloading is the programs' work, by huggingface_hub.
+huggingface_hub asks: proxies, tokens, redirects and retries are its work. Offline (HF_HUB_OFFLINE=1) the local hub cache answers.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import urllib.error
-import urllib.parse
-import urllib.request
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from tuneline.errors import StageFailed
 from tuneline.workspace.hub_cache import COMMIT, HubCache, cache_folder, cached_commit, cached_file
 
+T = TypeVar("T")
+SECONDS = 30  # for an answer of the hub
+
 
 class Hub(HubCache):
-    """Asks each thing once. Both raise StageFailed as `resolve_commit`."""
+    """Ask the hub, once for each question. The methods raise StageFailed as `resolve_commit` does."""
 
-    @cache  # noqa: B019  (there is one, as long as the process)
+    @cache  # noqa: B019  (one instance, which lives as long as the process)
     def commit(self, repository_type: str, repository: str, revision: str) -> str:
         return resolve_commit(repository_type, repository, revision)
 
@@ -30,48 +31,63 @@ class Hub(HubCache):
         commit = self.commit("model", repository, revision)
         if file := cached_file(repository, commit, "config.json"):
             return file.read_bytes()
-        return None if _offline() else _fetched(f"{repository}/raw/{commit}/config.json", f"config.json of {repository}")
+        if _offline():
+            return None
+        from huggingface_hub import hf_hub_download
+
+        return _answered(
+            f"config.json of {repository}",
+            lambda: Path(
+                hf_hub_download(repository, "config.json", revision=commit, endpoint=_endpoint(), etag_timeout=SECONDS)
+            ).read_bytes(),
+        )
 
 
 def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
-    """`repository_type` is `model` or `dataset`. Raises StageFailed: auth, config or transient."""
+    """Return the commit of a revision. `repository_type`: `model` or `dataset`. Raises StageFailed: auth, config or transient."""
     if COMMIT.match(revision):
         return revision
     if _offline():
         return _cached(repository_type, repository, revision)
-    answer = _fetched(
-        f"api/{repository_type}s/{repository}/revision/{urllib.parse.quote(revision, safe='')}",
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=_endpoint())
+    return _answered(
         f"{repository_type} {repository} at {revision}",
+        lambda: str(api.repo_info(repository, revision=revision, repo_type=repository_type, timeout=SECONDS).sha),
     )
-    try:
-        return str(json.loads(answer)["sha"])
-    except (ValueError, KeyError):
-        raise StageFailed("transient", f"the hub's answer for {repository} is no hub's", "is there a portal to log in to?") from None
 
 
 def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def _fetched(path: str, what: str) -> bytes:
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = urllib.request.Request(f"{endpoint}/{path}")
-    if token := _token():
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT")
+
+
+def _answered(what: str, ask: Callable[[], T]) -> T:
+    """Return the hub's answer. Raises StageFailed: auth, config or transient."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return bytes(answer.read())
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code in (401, 403):
+        return ask()
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403) or isinstance(error, GatedRepoError):
             hint = "check the name, ask for access on the hub, and set HF_TOKEN"
-            raise StageFailed("auth", f"the hub refuses {what} (HTTP {error.code})", hint) from None
-        if error.code == 404:
+            raise StageFailed("auth", f"the hub refuses {what} (HTTP {status})", hint) from None
+        if status == 404:
             raise StageFailed("config", f"the hub has no {what}", "check both names") from None
-        raise StageFailed("transient", f"the hub answers HTTP {error.code} for {what}", "a run tries the stage again by itself") from None
-    except OSError as error:
+        raise StageFailed("transient", f"the hub answers HTTP {status} for {what}", "a run retries the stage automatically") from None
+    except (OSError, TransportError, LocalEntryNotFoundError) as error:
         hint = "check the network; or write a full commit as `revision:`, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
-        raise StageFailed("transient", f"the hub cannot be reached for {what}: {getattr(error, 'reason', error)}", hint) from None
+        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        raise StageFailed("transient", f"the hub cannot be reached for {what}: {reason}", hint) from None
+    except (ValueError, KeyError, TypeError):
+        message = f"the answer for {what} does not come from the hub"
+        raise StageFailed("transient", message, "check whether the network has a login page") from None
 
 
 def _cached(repository_type: str, repository: str, revision: str) -> str:
@@ -80,12 +96,3 @@ def _cached(repository_type: str, repository: str, revision: str) -> str:
         found = f"{repository} at {revision} is not in the local hub cache {cache_folder()}, and HF_HUB_OFFLINE is set"
         raise StageFailed("config", found, "download it once with the network on, or write a full commit as `revision:`")
     return commit
-
-
-def _token() -> str | None:
-    """HF_TOKEN, or what `hf auth login` left."""
-    if token := os.environ.get("HF_TOKEN"):
-        return token
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    file = Path(os.environ.get("HF_TOKEN_PATH", home / "token"))
-    return file.read_text().strip() if file.is_file() else None

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from project import Project
@@ -41,16 +42,20 @@ pipelines:
 
 
 class Hub(BaseHTTPRequestHandler):
-    tokens: list[str | None] = []
+    tokens: ClassVar[list[str | None]] = []
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         Hub.tokens.append(self.headers.get("Authorization"))
+        Hub.asked.append(self.path)
         if self.path in ("/api/models/owner/open/revision/refs%2Fpr%2F1", "/api/models/owner/open/revision/main"):
-            self.answer(200, {"sha": COMMIT})
+            self.answer(200, {"id": "owner/open", "sha": COMMIT, "siblings": [], "tags": []})
         elif self.path == "/api/datasets/owner/rows/revision/main":
-            self.answer(200, {"sha": COMMIT})
-        elif self.path == f"/owner/open/raw/{COMMIT}/config.json":
+            self.answer(200, {"id": "owner/rows", "sha": COMMIT, "siblings": [], "tags": []})
+        elif self.path == f"/owner/open/resolve/{COMMIT}/config.json":
             self.answer(200, CONFIG)
+        elif self.path == "/api/models/owner/portal/revision/main":
+            self.answer(200, "please log in")
         elif "gated" in self.path:
             self.answer(403, {})
         elif "broken" in self.path:
@@ -58,10 +63,16 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer(404, {})
 
+    do_HEAD = do_GET
+
     def answer(self, status: int, body: object) -> None:
+        content = json.dumps(body).encode()
         self.send_response(status)
+        for name, value in (("ETag", '"1"'), ("X-Repo-Commit", COMMIT), ("Content-Length", str(len(content)))):
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
+        if self.command == "GET":
+            self.wfile.write(content)
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -74,6 +85,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_TOKEN", "secret-token")
         Hub.tokens.clear()
+        Hub.asked.clear()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield
         server.shutdown()
@@ -88,10 +100,12 @@ def test_a_branch_becomes_its_commit_and_a_commit_stays() -> None:
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize(("name", "failure_class"), [("owner/gated", "auth"), ("owner/none", "config"), ("owner/broken", "transient")])
+@pytest.mark.parametrize(
+    ("name", "failure_class"), [("gated", "auth"), ("none", "config"), ("broken", "transient"), ("portal", "transient")]
+)
 def test_a_refusal_has_its_class_and_no_token_in_it(name: str, failure_class: str) -> None:
     with pytest.raises(StageFailed, match="the hub") as caught:
-        resolve_commit("dataset", name, "main")
+        resolve_commit("model", f"owner/{name}", "main")
     assert caught.value.failure_class == failure_class
     assert "secret-token" not in str(caught.value)
 
@@ -106,7 +120,8 @@ def test_online_a_plan_knows_what_a_hub_model_takes_before_it_is_fetched(project
     online = project.json("plan", "large", "--online", HF_HUB_CACHE=str(project.root / "hub"))["stages"]
     assert [stage["status"] for stage in online] == ["run", "run", "run"]
     assert online[2]["estimate"]["parameters"] == 7_615_616_512
-    assert Hub.tokens == ["Bearer secret-token"] * 2, "once for each thing"
+    assert set(Hub.tokens) == {"Bearer secret-token"}
+    assert Hub.asked == ["/api/models/owner/open/revision/main", *[f"/owner/open/resolve/{COMMIT}/config.json"] * 2], "once for each thing"
 
 
 @pytest.mark.parametrize(
