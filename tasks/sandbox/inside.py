@@ -1,17 +1,17 @@
-"""The inner side of `tasks.sandbox.run`: makes the sandbox, runs one piece of Python in it, and says how that ended.
+"""Makes the sandbox of `tasks.sandbox.run`, runs one piece of Python in it, and reports the outcome.
 
     python -s -P tasks/sandbox/inside.py < REQUEST > ANSWER        (both JSON; standard library only, no imports of ours)
 
     launcher      new user, pid, mount, network, IPC and host-name namespaces; a root folder of read-only mounts; chroot
-    └── init      process 1 of the pid namespace: when it ends, the kernel ends everything in there, whatever session it has
+    └── init      process 1 of the pid namespace: when it ends, the kernel kills every process in it, of whatever session
         └── code  no capabilities, no user that owns anything, limits; runs the code
 
 The root folder holds the interpreter's own folders, /usr and the system's libraries, all read-only, and an empty /tmp of
-bounded size in memory. No /proc, no /sys, no home. A root that is not the system's own makes further user namespaces impossible too.
+bounded size in memory. There is no /proc, /sys or home. A root that is not the system's also prevents further user namespaces.
 
-That the code passed is believed only where it comes with a random word which is drawn after the code was handed over and is
-written once its last line has run: a code that leaves early, or prints what it likes, has not passed. Code that searches the
-interpreter's own frames for that word can find it; tests and tested code share a process, as HumanEval's must.
+The code counts as passed only if a random word is reported, which is drawn after the code was handed over and written after its
+last line: code that exits early, or prints anything, has not passed. Code that searches the interpreter's own frames can find the
+word; tests and tested code share a process, as HumanEval requires.
 """
 
 import ctypes
@@ -32,8 +32,8 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE, SYS_MOUNT_SETATTR = -100, 0x8000, 442
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 CAPABILITY_VERSION_3 = 0x20080522
-NOBODY = 65534  # where root starts the sandbox: RLIMIT_NPROC does not hold for user 0
-ROOT = "/sys"  # any folder that is everywhere and of which the code needs nothing; only covered in our own mount namespace
+NOBODY = 65534  # runs the code if root starts the sandbox: RLIMIT_NPROC does not apply to user 0
+ROOT = "/sys"  # a folder that exists everywhere and that the code does not need; covered only in the sandbox's mount namespace
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 TAIL = 2000  # bytes of stderr kept
@@ -44,7 +44,7 @@ def main():
     request, by_root = json.load(sys.stdin), os.getuid() == 0
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
-        write("/proc/self/oom_score_adj", "1000")  # should the machine run out of memory, this goes first
+        write("/proc/self/oom_score_adj", "1000")  # the kernel kills it first if the machine runs out of memory
         unshare()
         make_root(request["folders"], request["limits"]["folder_bytes"])
     except OSError as error:
@@ -54,7 +54,7 @@ def main():
     init = os.fork()
     if init == 0:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the code cannot trace us
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # prevents the code from tracing this process
         answer(*supervise(request["code"], request["limits"], by_root))
         os._exit(0)
     os.waitpid(init, 0)
@@ -74,7 +74,7 @@ def call(what, *arguments):
 
 
 def unshare():
-    """Enters new namespaces. A process that stays outside writes who we are in there: only root may name a second user."""
+    """Enter new namespaces. A process outside them writes the user mapping: only root may map a second user."""
     users, me, group = [f"0 {os.getuid()} 1"], os.getpid(), os.getgid()
     groups = [f"0 {group} 1"]
     if os.getuid() == 0:
@@ -144,7 +144,7 @@ def bind(path):
 
 
 def read_only(path, flags=AT_RECURSIVE):
-    """Usually with everything mounted below it; not by a remount, because an unprivileged one must repeat each flag that is set."""
+    """Make a mount read-only, by default with all mounts below it. An unprivileged remount would have to repeat every flag."""
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, ctypes.sizeof(attributes))
 
@@ -153,7 +153,7 @@ def read_only(path, flags=AT_RECURSIVE):
 
 
 def supervise(code, limits, by_root):
-    """Runs the code in a process of its own; the outcome, and what it wrote to stderr last."""
+    """Run the code in a child process. Return the outcome and the end of its stderr."""
     word = os.urandom(16)
     said_end, say_end = os.pipe()
     error_end, write_end = os.pipe()
@@ -178,7 +178,7 @@ def supervise(code, limits, by_root):
                 tail = (tail + chunk)[-TAIL:]
             else:
                 said = (said + chunk)[:1000]
-    for end in waiting:  # what was written last; something left behind may hold the pipe open
+    for end in waiting:  # read the rest; a remaining process may hold the pipe open
         os.set_blocking(end, False)
         try:
             while chunk := os.read(end, 65536):
@@ -202,7 +202,7 @@ def supervise(code, limits, by_root):
 
 
 def run(code, limits, by_root, word, say, write_end):
-    """Never returns."""
+    """Run the code and exit: never returns."""
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for source, target in ((null, 0), (null, 1), (write_end, 2)):
@@ -236,7 +236,7 @@ def run(code, limits, by_root, word, say, write_end):
 
 
 def drop_privileges(by_root):
-    """No capability, now or after an exec; where root started us, another user."""
+    """Drop all capabilities, also for after an exec; if root started the sandbox, change to another user."""
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     if by_root:
