@@ -192,7 +192,7 @@ def absent(ranks: Path, nodes: int, node: int) -> list[int]:
 def machine_lost(request: Request, silent: list[int], failure: Failure) -> Failure:
     """Return a clearer failure than torch's messages about a lost machine."""
     machines = f"machine{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
-    message = f"{machines} of {request.resources['nodes']} ended or {'do' if len(silent) > 1 else 'does'} not answer"
+    message = f"{machines} of {request.resources['nodes']} went away or {'do' if len(silent) > 1 else 'does'} not answer"
     return transient(message, f"the stage is tried again, there by `{request.join} --rank {silent[-1]}`", failure.details)
 
 
