@@ -34,7 +34,6 @@ from tasks.models.loading import (
     code_files,
     load_model,
     load_tokenizer,
-    model_folder,
     needs_remote_code,
     saved_tokenizer,
     template_hash,
@@ -43,6 +42,7 @@ from tasks.models.loading import (
 from tuneline.errors import StageFailed
 from tuneline.kinds.merge import MergeStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +90,7 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     parts, others = lora_parts(adapter)
     refuse(adapter, config, [*parts, *others])
 
-    dtype = None if stage.dtype == "auto" else stage.dtype
+    dtype: str | None = None if stage.dtype == "auto" else stage.dtype
     reason = why_not_streamed(config, parts, others, weights)
     if reason:
         events.warning(f"merged by PEFT, with the whole model in memory, because {reason}")
@@ -282,7 +282,7 @@ def write_tensor(weight: Stored, dtype: str, part: dict[str, Stored], scaling: f
             if first + step > rows:
                 before, sums, after = before[: rows - first], sums[: rows - first], after[: rows - first]
             here = slice(first, first + len(sums))
-            stream.readinto(before.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+            stream.readinto(before.view(torch.uint8).numpy())
             sums.copy_(before)
             if lora:
                 sums.addmm_(lora["lora_B.weight"][here], lora["lora_A.weight"], alpha=scaling)
@@ -343,7 +343,7 @@ def check_logits(adapter: Input, merged: Input, tokenizer: PreTrainedTokenizerBa
     import torch
 
     chat = tokenizer.chat_template is not None
-    rows = [Row(source="merge", **{"messages": ({"role": "user", "content": t},)} if chat else {"prompt": t}) for t in PROMPTS]  # type: ignore[arg-type]
+    rows = [Row(source="merge", **{"messages": ({"role": "user", "content": t},)} if chat else {"prompt": t}) for t in PROMPTS]
     prompts = [torch.tensor([prompt_ids(row, tokenizer)]) for row in rows]
 
     def logits(model: Any) -> torch.Tensor:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from tasks.convert import quantizer
 from tasks.models.experts import expert_tensors
 from tasks.models.gptq import quantization
-from tasks.models.loading import model_folder, needs_remote_code
+from tasks.models.loading import needs_remote_code
 from tasks.models.weights import read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.workspace.protocol import Input
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def without_weights(folder: Path) -> PreTrainedModel:
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config)
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from tasks.models.loading import (
     device,
     load_model,
     load_tokenizer,
-    model_folder,
     saved_config,
     saved_tokenizer,
     template_hash,
@@ -44,6 +43,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Events, Input, Request, Result
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch

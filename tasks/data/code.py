@@ -115,7 +115,7 @@ def attached(before: Node | None, node: Node) -> bool:
     if before is None or not ATTACHED.search(before.type):
         return False
     ends = before.end_point.row - (before.end_point.column == 0)  # some grammars include the line end in the comment
-    return node.start_point.row <= ends + 1
+    return bool(node.start_point.row <= ends + 1)
 
 
 def begins_line(line: str, node: Node) -> bool:

@@ -88,7 +88,8 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
         given = [(column, unpacked(record[column], column)) for column in needed]
         if all(isinstance(value, str) for _, value in given):
             refuse_around(record)
-            return replace(row, **{column: text(value, column) for column, value in given})
+            texts: dict[str, Any] = {column: text(value, column) for column, value in given}
+            return replace(row, **texts)
         if len(given) == 2 and not all(isinstance(value, list) for _, value in given):
             found = ", ".join(f"{column} as {describe(value)}" for column, value in given)
             raise BadRow(f"found {found}, expected both text or both lists of messages")

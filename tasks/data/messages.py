@@ -59,7 +59,7 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
         read |= {"tool_calls", "function_call"}
     if role == "system" and blank(said):
         return None
-    found = {"role": role, "content": content(said, where_said) if not (calls and blank(said)) else ""}
+    found: dict[str, Any] = {"role": role, "content": content(said, where_said) if not (calls and blank(said)) else ""}
     if calls:
         found["tool_calls"] = calls
     for name in ("name", "tool_call_id", *(THOUGHTS if role == "assistant" else ())):

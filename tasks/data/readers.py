@@ -233,11 +233,19 @@ def restorer(kind: pa.DataType) -> Callable[[Any], Any] | None:
         return partial(struct, parts)
     if pa.types.is_map(kind):
         each = restorer(kind.item_type)
-        return each and (lambda value: {name: item if item is None else each(item) for name, item in value.items()})
+        return each and partial(mapping, each)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         each = restorer(kind.value_type)
-        return each and (lambda value: [item if item is None else each(item) for item in value])
+        return each and partial(sequence, each)
     return None
+
+
+def mapping(fix: Callable[[Any], Any], value: dict[str, Any]) -> dict[str, Any]:
+    return {name: item if item is None else fix(item) for name, item in value.items()}
+
+
+def sequence(fix: Callable[[Any], Any], value: list[Any]) -> list[Any]:
+    return [item if item is None else fix(item) for item in value]
 
 
 def struct(parts: list[tuple[str, Callable[[Any], Any]]], value: dict[str, Any]) -> dict[str, Any]:

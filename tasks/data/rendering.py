@@ -197,7 +197,7 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     """Render artificial conversations to find a template's properties."""
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     found = next((f for f in (Form(), Form(parts=True)) if QUESTION in tried([question], None, tokenizer, f)), Form())
-    asked = [question, {"role": "assistant", "content": "", "tool_calls": made_up_calls(1)}]
+    asked: Messages = [question, {"role": "assistant", "content": "", "tool_calls": made_up_calls(1)}]
     for text_arguments, no_content in ((False, False), (True, False), (False, True), (True, True)):
         tries = Form(found.parts, text_arguments, no_content)
         text = tried(asked, TOOLS, tokenizer, tries).rpartition(QUESTION)[2]

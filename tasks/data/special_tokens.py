@@ -44,7 +44,9 @@ def refuse(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises StageFailed(data) for a row with a special token unless its stage keeps them. A dataset made without this model may have
     some."""
     special = pattern(tokenizer)
-    for row in rows if special else ():
+    if special is None:
+        return
+    for row in rows:
         found = first(row, special) if "special_tokens" not in row.extra else None
         if found is not None:
             hint = HINT + "; its stage needs the model for that: `model: base`"

@@ -62,7 +62,8 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
 
 @lru_cache(maxsize=8)
 def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> Marks:
-    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    question: dict[str, Any] = {"role": "user", "content": QUESTION}
+    answer: dict[str, Any] = {"role": "assistant", "content": ANSWER}
     (call,) = calls = made_up_calls(1)
     called = {"role": "assistant", "content": "", "tool_calls": calls}
     result = {"role": "tool", "content": QUESTION, "tool_call_id": call["id"]}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ class Engine:
 
     def __init__(
         self, python: Path, model: Path, settings: EngineSettings, dtype: str, lora_rank: int | None, max_model_len: int, log: Path,
-        gpus: Sequence[int | str] | None = None, lora_modules: Sequence[str] | None = None, memory: Path | None = None,
+        gpus: Sequence[int | str] | None = None, lora_modules: Collection[str] | None = None, memory: Path | None = None,
     ):  # fmt: skip
         self.max_model_len = settings.max_model_len or max_model_len
         arguments = {

@@ -102,9 +102,10 @@ class Server:
         """Send SIGTERM to all of its processes, SIGKILL after the watchdog's grace period. Returns when none is left."""
         if self.process is None:  # another process started it, or it has been stopped
             return
-        assert self.process.stdin is not None
+        stdin = self.process.stdin
+        assert stdin is not None
         try:
-            self.process.stdin.write(b"x")
+            stdin.write(b"x")
             self.process.wait(END_SECONDS)
         except BrokenPipeError:  # the server has already ended
             self.process.wait()
@@ -112,7 +113,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         finally:
-            self.process.stdin.close()
+            stdin.close()
             self.process = None
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:

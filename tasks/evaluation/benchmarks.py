@@ -112,7 +112,7 @@ def longest_of_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: Lang
     """Return the tokens of the longest request: a question with its answer, or a scored sequence with one token before and after it."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    lengths = []
+    lengths: list[int] = []
     for task in loaded["tasks"].values():
         task.build_all_requests(
             limit=stage.limit,

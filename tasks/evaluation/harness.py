@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOGITS_BYTES = 2**31  # limit of one batch's logits and log-probabilities, in float32
 
 
-class LanguageModel(HFLM):  # type: ignore[misc]
+class LanguageModel(HFLM):
     one_by_one = False
     """Whether answers are generated one row at a time."""
 

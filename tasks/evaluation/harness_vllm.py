@@ -23,12 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from tasks.engine.client import BASE, OUTPUT, Engine, modules_of
 from tasks.evaluation.harness import LanguageModel
 from tasks.models.gptq import is_gptq
-from tasks.models.loading import model_folder, needs_remote_code
+from tasks.models.loading import needs_remote_code
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Events, Input, Request
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,4 +153,4 @@ def without_weights(folder: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model  # type: ignore[no-any-return]
+    return model

@@ -212,7 +212,7 @@ def load_config(folder: Path, source: str, code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)
     except (ValueError, OSError, KeyError) as error:
         hint = "tuneline reads models that transformers supports, or that bring their code (see trust_remote_code)"
         raise StageFailed("data", f"config.json of {source} does not load: {first_line(error)}", hint) from error
@@ -228,7 +228,7 @@ def load_check_tokenizer(folder: Path, source: str, code: bool) -> PreTrainedTok
         raise StageFailed("data", f"the tokenizer of {source} does not load: {first_line(error)}", hint) from error
     if len(tokenizer) == 0:
         raise StageFailed("data", f"the tokenizer of {source} is empty", "a model folder holds tokenizer.json or tokenizer.model")
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def check_names(folder: Path, source: str, config: PreTrainedConfig, code: bool) -> None:

@@ -204,7 +204,7 @@ def load_model(
 
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
-    return (model if place == "balanced" else model.to(place or device())).eval()  # type: ignore[no-any-return]
+    return (model if place == "balanced" else model.to(place or device())).eval()
 
 
 def check_loaded(model: PeftModel, adapter: Path) -> None:

@@ -193,7 +193,7 @@ def check_form(config: dict[str, Any], tensors: dict[str, torch.Tensor], lora: L
     if len(tensors) != expected:
         places = len(found.layers) + len(found.parameters)
         raise StageFailed("bug", f"the adapter has {len(tensors)} tensors, expected {expected} for {places} layers")
-    left = Counter({part: Counter(ranks(lora, found)) for part in ("lora_A", "lora_B")})
+    left = {part: Counter(ranks(lora, found)) for part in ("lora_A", "lora_B")}
     for name, tensor in tensors.items():
         part = name.split(".")[-2]
         if part in left:

@@ -22,10 +22,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tasks.data.marks import said
 from tasks.data.rows import Row
 from tasks.sandbox import run as sandbox
 from tasks.scoring.reward_file import load_function, required_columns
-from tasks.scoring.scores import TAIL, exact_match, said, task_score
+from tasks.scoring.scores import TAIL, exact_match, task_score
 from tuneline.errors import StageFailed
 from tuneline.kinds.rewards import (
     AnyReward,
@@ -108,7 +109,7 @@ class RewardFunction:
             found = f"a list of {len(values)}" if isinstance(values, list | tuple) else type(values).__name__
             raise self._failed(f"returned {found}, expected a list of {len(batch)} numbers, one for each completion, the first", batch[0])
         for value, completion in zip(values, batch, strict=True):
-            if not isinstance(value, Real) or not abs(value) <= LARGEST:
+            if not isinstance(value, Real) or not abs(value) <= LARGEST:  # type: ignore[operator]
                 raise self._failed(f"returned {value!r}, expected a number from -{LARGEST:g} to {LARGEST:g}, for completion", completion)
         return [float(value) for value in values]
 
@@ -218,7 +219,7 @@ def math_equal(text: str, answer: str) -> float:
     if exact_match(text, answer):  # math-verify finds no formula in plain words
         return 1.0
     right = formula(answer)
-    found = within_limit(lambda: parse(text, parsing_timeout=None), [])
+    found: list[Any] = within_limit(lambda: parse(text, parsing_timeout=None), [])
     return float(within_limit(lambda: verify(right, found, timeout_seconds=None), False))
 
 

@@ -35,7 +35,7 @@ def checkpoint_steps(resources: Resources) -> int:
     return resources.checkpoint_steps if resources.checkpoint_minutes is None else 2**31
 
 
-class Checkpoints(TrainerCallback):  # type: ignore[misc]
+class Checkpoints(TrainerCallback):
     """Writes a checkpoint when one is due, and another on a SIGTERM. Marks each as complete once all of it, from every process, has
     reached the disk, with the stage's key, its layout and its files' sizes."""
 

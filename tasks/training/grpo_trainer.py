@@ -21,14 +21,14 @@ SHOWN_STEPS = 20  # about this many steps of a training emit a completion as an 
 TAIL = 400  # characters of a prompt kept with each completion
 
 
-class EpochSampler(RepeatSampler):  # type: ignore[misc]
+class EpochSampler(RepeatSampler):
     """Seeds each epoch. TRL's sampler uses one generator for all epochs, which a resumed training would restart at the first one."""
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self.seed + epoch)
 
 
-class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
+class AdapterTrainer(GRPOTrainer):
     def __init__(self, *args: Any, prompts: dict[str, list[int]], rows: dict[str, Row], samples: Path, events: Events, **kwargs: Any):
         """`prompts` are the token ids of each prompt, `rows` the row of each; every completion is written to `samples`, one line
         each."""

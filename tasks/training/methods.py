@@ -16,12 +16,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.models.loading import compute_type, device, model_folder
+from tasks.models.loading import compute_type, device
 from tasks.models.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.kinds.sft import SftStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Input
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch

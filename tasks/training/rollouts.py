@@ -25,13 +25,14 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 
 from tasks.engine.client import BASE, Completion, Engine
-from tasks.models.loading import compute_type, model_folder
+from tasks.models.loading import compute_type
 from tasks.models.targets import Targets
 from tasks.training.shared import adapter_tensors, save_adapter
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Events, Request
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     from tasks.training.grpo_trainer import AdapterTrainer
@@ -170,7 +171,7 @@ class Rollouts:
         self.weights = adapter_tensors(model)
         content = hashlib.sha256(b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in self.weights.values())).hexdigest()
         before, self.name = self.name, f"sync-{self.syncs}-step-{trainer.state.global_step}-{content[:16]}"
-        size = sum(tensor.nbytes for tensor in self.weights.values())
+        size: int = sum(tensor.nbytes for tensor in self.weights.values())
         if accelerator.is_main_process:
             place = self.folder / self.name
             place.mkdir()

@@ -91,10 +91,10 @@ class ForEachOfGroup(Sampler[int]):
 
     def __len__(self) -> int:
         at_once = self.rows * self.resources.data_parallel_size
-        return -(-len(self.sampler) // at_once) * at_once * self.resources.sequence_parallel_size  # type: ignore[arg-type]
+        return -(-len(self.sampler) // at_once) * at_once * self.resources.sequence_parallel_size
 
     def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.sampler.set_epoch(epoch)
 
 
 def check(trainer: TokenWeightedTrainer, resources: Resources) -> None:

@@ -22,12 +22,13 @@ from tasks.data.masks import IGNORE_INDEX, sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
-from tasks.models.loading import check_device, code_files, load_tokenizer, model_folder, save_tokenizer, saved_tokenizer, template_hash
+from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.sft import SftStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,8 @@ from tuneline.kinds.stage import Resources
 from tuneline.patches import patch
 
 
-class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
+class TokenWeightedTrainer(SFTTrainer):
+    data_collator: Any
     step_tokens = 0
 
     def __init__(self, *args: Any, resources: Resources, **kwargs: Any):

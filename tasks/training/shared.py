@@ -162,7 +162,7 @@ def score_only_trained_tokens() -> None:
     patch(utils, "_use_triton", lambda device: True)  # this module uses it for nothing else
 
 
-class RunOnTrainBegin(TrainerCallback):  # type: ignore[misc]
+class RunOnTrainBegin(TrainerCallback):
     """Checks the model as it trains: wrapped, split, and with the weights of the checkpoint."""
 
     def __init__(self, *checks: Callable[[], None]):
@@ -176,7 +176,7 @@ class RunOnTrainBegin(TrainerCallback):  # type: ignore[misc]
 # --- events and history -----------------------------------------------------------------------------------------------
 
 
-class Report(TrainerCallback):  # type: ignore[misc]
+class Report(TrainerCallback):
     """Emits the trainer's logs as events, and ends a training whose loss is not finite.
 
     Every process checks the loss (it is the same everywhere); the first one reports.
