@@ -220,7 +220,7 @@ def larger_vocabulary(folder: Path) -> None:
     ("spoil", "message"),
     [
         (pickled, r"has no model\.safetensors, found pytorch_model.bin"),
-        (cut, r"model.safetensors has \d+ bytes, expected \d+"),
+        (cut, r"model.safetensors: found \d+ bytes, expected \d+"),
         (not_safetensors, r"model.safetensors is no safetensors file, or is truncated"),
         (shard_missing, r"index.json names model-00002-of-00002.safetensors, found no such file"),
         (index_missing, r"found model-00001-of-00002.safetensors, model-00002-of-00002.safetensors without"),

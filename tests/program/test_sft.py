@@ -345,7 +345,7 @@ def test_the_saved_adapter_is_checked(tmp_path: Path, base: Input) -> None:
     training.check_adapter(request.payload, lora, found, zero, events)
     assert not (tmp_path / "events.jsonl").exists()
 
-    with pytest.raises(StageFailed, match="has lora_alpha 8, configured was 16"):
+    with pytest.raises(StageFailed, match="has lora_alpha 8, expected 16"):
         training.check_adapter(request.payload, lora.model_copy(update={"lora_alpha": 16}), found, zero, events)
     with pytest.raises(StageFailed, match="28 tensors, expected 30"):
         training.check_adapter(request.payload, lora, replace(found, layers=found.layers | {"one more"}), zero, events)

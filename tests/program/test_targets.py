@@ -135,7 +135,7 @@ def test_the_adapters_form_is_looked_at_before_the_first_step(mixture: Trial, mo
     real = targets.lora_config
     monkeypatch.setattr(targets, "lora_config", lambda lora, found: real(lora.model_copy(update={"r": 2}), found))
     made = request(mixture, "other-rank")
-    with pytest.raises(StageFailed, match="the adapter has r 2, configured was 4"):
+    with pytest.raises(StageFailed, match="the adapter has r 2, expected 4"):
         run_program(made)
     assert not (made.work / "events.jsonl").exists()
 
