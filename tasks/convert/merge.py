@@ -14,22 +14,19 @@ Left out: several adapters into one model, and quantized bases (merging would ha
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from tasks.convert.merge_checks import check_logits, check_tensors
 from tasks.data.endings import check_ends, save_configs
-from tasks.data.masks import prompt_ids
-from tasks.data.rows import Row
 from tasks.models.loading import (
     code_files,
     load_model,
@@ -39,6 +36,7 @@ from tasks.models.loading import (
     template_hash,
     write_json,
 )
+from tasks.models.weights import Stored, stored_tensors, tensors_in
 from tuneline.errors import StageFailed
 from tuneline.kinds.merge import MergeStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
@@ -46,7 +44,6 @@ from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 BLOCK = 2 * 2**20  # bytes of float32 rows at once: fits into the processor's cache
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names: ours
@@ -59,24 +56,6 @@ HARMLESS = {
     "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "runtime_config",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
 }  # fmt: skip
-PROMPTS = (
-    "What is the capital of France?",
-    "Write a Python function that adds two numbers.",
-    "If I have 3 + 4 apples and eat 2, how many are left?",
-)
-# Largest difference of a logit, as a share of the largest logit, that rounding the weights can cause.
-TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The place of a tensor: a file, and its bytes in it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
 
 
 def run(request: Request, stage: MergeStage, events: Events) -> Result:
@@ -128,25 +107,6 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return every tensor of a model folder, in the order of its files."""
-    single = folder / "model.safetensors"
-    if single.exists():
-        return dict(tensors_in(single))
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    return {name: tensor for file in sorted(set(index["weight_map"].values())) for name, tensor in tensors_in(folder / file)}
-
-
-def tensors_in(file: Path) -> Iterator[tuple[str, Stored]]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
-        start, end = entry["data_offsets"]
-        yield name, Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
 
 
 def lora_parts(adapter: Input) -> tuple[dict[str, dict[str, Stored]], list[str]]:
@@ -317,62 +277,3 @@ def merge_with_peft(adapter: Input, payload: Path, dtype: str, max_shard_size: s
     merged = model.merge_and_unload().to(getattr(torch, dtype))
     merged.save_pretrained(payload, max_shard_size=max_shard_size)
     return changed
-
-
-# --- hand-over checks -------------------------------------------------------------------------------------------------
-
-
-def check_tensors(base: dict[str, Stored], merged: dict[str, Stored]) -> None:
-    """Raises StageFailed(bug) if a tensor has another shape, or was added, such as a tied head. PEFT may rename tensors."""
-    if wrong := sorted(name for name in merged.keys() & base.keys() if merged[name].shape != base[name].shape):
-        message = f"{wrong[0]} of the merged model: found {merged[wrong[0]].shape}, expected the base's {base[wrong[0]].shape}"
-        raise StageFailed("bug", message)
-    size, most = (sum(math.prod(tensor.shape) for tensor in tensors.values()) for tensors in (merged, base))
-    if size > most:
-        extra = ", ".join(sorted(merged.keys() - base.keys()))
-        message = f"the merged model: found {size:,} parameters, expected at most the base's {most:,}: {extra} was added, perhaps untied"
-        raise StageFailed("bug", message)
-
-
-def check_logits(adapter: Input, merged: Input, tokenizer: PreTrainedTokenizerBase, dtype: str) -> float:
-    """Return the largest difference between a logit of the merged model and of base + adapter, over a few prompts.
-
-    Raises StageFailed if rounding to `dtype` does not explain it, or if less than half of the adapter's effect is left: a wrong
-    scale can stay within the first limit if the adapter changes little.
-    """
-    import torch
-
-    chat = tokenizer.chat_template is not None
-    rows = [Row(source="merge", **{"messages": ({"role": "user", "content": t},)} if chat else {"prompt": t}) for t in PROMPTS]
-    prompts = [torch.tensor([prompt_ids(row, tokenizer)]) for row in rows]
-
-    def logits(model: Any) -> torch.Tensor:
-        model.config.use_cache = False  # xLSTM's cache does not fit its own states
-        return torch.cat([model(prompt).logits[0] for prompt in prompts])
-
-    with torch.inference_mode():
-        model: Any = load_model(adapter, torch.float32, place="cpu")
-        expected = logits(model)
-        with model.disable_adapter():
-            base = logits(model)
-        del model
-        gc.collect()  # PEFT's wrappers are a cycle: without this, both models would be in memory
-        model = load_model(merged, torch.float32, place="cpu")
-        found = logits(model)
-
-    if found.shape != expected.shape:
-        raise StageFailed("bug", f"the merged model: found a vocabulary of {found.shape[1]}, expected {expected.shape[1]}, as in the base")
-    if len(tokenizer) > found.shape[1]:
-        raise StageFailed("data", f"the tokenizer: found {len(tokenizer)} tokens, expected at most the model's {found.shape[1]}")
-    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    error, effect = float((found - expected).norm()), float((expected - base).norm())
-    if effect == 0:
-        raise StageFailed("bug", "the adapter changes nothing: logits with and without it are the same", "check the loss of its training")
-    hint = "" if dtype == "float32" else f"if rounding to {dtype} is the cause, `dtype: float32` keeps the adapter's changes"
-    if not difference <= TOLERANCE[dtype] * scale:
-        message = f"logits of the merged model differ from base + adapter by up to {difference:.3g}; the largest is {scale:.3g}"
-        raise StageFailed("bug", message, hint)
-    if not error < 0.5 * effect:
-        message = f"the merged model differs by {error:.3g} from base + adapter, which differs by only {effect:.3g} from the base"
-        raise StageFailed("bug" if dtype == "float32" else "data", message, hint)
-    return difference

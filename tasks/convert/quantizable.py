@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.convert import quantizer
 from tasks.models.experts import expert_tensors
 from tasks.models.gptq import quantization
-from tasks.models.loading import needs_remote_code
+from tasks.models.loading import needs_remote_code, without_weights
 from tasks.models.weights import read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
@@ -62,15 +62,6 @@ def quantizable(source: Input, stage: QuantizeStage) -> Quantizable:
     stored = headers(folder)
     prefix = "" if any(f"{name}.weight" in stored for name in layers) else f"{model.base_model_prefix}."
     return Quantizable(layers, prefix)
-
-
-def without_weights(folder: Path) -> PreTrainedModel:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Any]:

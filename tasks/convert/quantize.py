@@ -39,6 +39,7 @@ from tasks.models.loading import (
 )
 from tasks.models.older_readers import make_tokenizer_readable
 from tasks.models.weights import INDEX, weight_files
+from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.patches import patch
@@ -275,22 +276,21 @@ def check_loss(before: float, after: float, stage: QuantizeStage) -> None:
 def report(stage: QuantizeStage, metrics: dict[str, float], info: dict[str, Any], losses: dict[str, str], rounded: list[str]) -> str:
     calibration, measured = info["calibration"], info["perplexity"]
     worst = sorted(losses.keys() - set(rounded), key=lambda name: -float(losses[name]))[:5]
+    compared = [
+        ("perplexity", *(f"{metrics[name]:.3f}" for name in ("perplexity_before", "perplexity", "perplexity_ratio"))),
+        ("bytes of weights", *(f"{metrics[name]:,.0f}" for name in ("bytes_before", "bytes")), f"{metrics['size_ratio']:.3f}"),
+    ]
     return "\n".join(
         [
             f"# {stage.method.upper()}, {stage.bits} bits, group size {stage.group_size}",
             "",
-            "| | before | after | ratio |",
-            "|---|---:|---:|---:|",
-            f"| perplexity | {metrics['perplexity_before']:.3f} | {metrics['perplexity']:.3f} | {metrics['perplexity_ratio']:.3f} |",
-            f"| bytes of weights | {metrics['bytes_before']:,.0f} | {metrics['bytes']:,.0f} | {metrics['size_ratio']:.3f} |",
+            table(("", "before", "after", "ratio"), compared),
             "",
             f"{metrics['quantized_layers']:.0f} layers, calibrated on {calibration['rows']} rows ({calibration['tokens']:,} tokens) of "
             f"{stage.calibration}'s train split. Perplexity over {measured['rows']} rows ({measured['tokens']:,} tokens) of its "
             f"{measured['split']} split.",
             "",
-            "| largest errors | loss |",
-            "|---|---:|",
-            *(f"| {name} | {losses[name]} |" for name in worst),
+            table(("largest errors", "loss"), ((name, losses[name]) for name in worst)),
             "",
         ]
     )

@@ -132,6 +132,12 @@ def render_text(messages: Messages, row: Row, tokenizer: PreTrainedTokenizerBase
         raise StageFailed("data", f"the chat template refuses row {row.id}: {why}", hint) from error
 
 
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of the row's prompt as a server would build it; empty for plain text."""
+    messages = row.prompt_messages()
+    return render_text(messages, row, tokenizer, add_generation_prompt=True) if messages is not None else row.prompt or ""
+
+
 def rendered(messages: Messages, tools: Any, tokenizer: PreTrainedTokenizerBase, form: Form, add_generation_prompt: bool = False) -> str:
     given = [adapted(message, form) for message in messages]
     return str(tokenizer.apply_chat_template(given, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt))

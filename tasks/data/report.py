@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.data.masks import Tokens, sequences
 from tasks.data.rows import SPLITS, Row, read_rows
 from tasks.data.sources import AnySource, Counts, Item
+from tasks.tables import table
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.workspace.protocol import Events
@@ -87,13 +88,13 @@ def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts
 
 def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
     kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
-    lines = [f"| source | read | bad rows | over long | duplicates | {' | '.join(SPLITS)} | truncated |", "|---|" + "---:|" * 8]
+    lines = []
     for index, source in enumerate(stage.sources):
         name = f"sources.{index}"
         figures = [counts.read[name], *(counts.fates[fate, name] for fate in ("bad_rows", "over_long", "duplicates"))]
         figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
-        lines.append(f"| {title(source)} | {' | '.join(f'{figure:,}' for figure in figures)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([title(source), *(f"{figure:,}" for figure in figures)])
+    return table(("source", "read", "bad rows", "over long", "duplicates", *SPLITS, "truncated"), lines) + "\n"
 
 
 def title(source: AnySource) -> str:

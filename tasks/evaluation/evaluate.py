@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
 from tasks.data.masks import in_the_order_of, last_answer, prompt_ids, with_reference
-from tasks.data.rendering import render_text
+from tasks.data.rendering import prompt_text, render_text
 from tasks.data.rows import Row, read_split
 from tasks.data.thoughts import said
 from tasks.data.unrendered import complete, lost_in_asking
@@ -29,6 +29,7 @@ from tasks.evaluation.code_benchmark import NAME as HUMAN_EVAL
 from tasks.evaluation.code_benchmark import info as human_eval_info
 from tasks.models.loading import check_device, compute_type, load_model, load_tokenizer
 from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
+from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
@@ -168,11 +169,6 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     report.samples += scored
 
 
-def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = row.prompt_messages()
-    return render_text(messages, row, tokenizer, add_generation_prompt=True) if messages is not None else row.prompt or ""
-
-
 def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tuple[list[str], int]:
     """Return greedy answers as in `tasks.data.thoughts.written`, in order, and how many ended with an end token. Raises
     StageFailed(bug) if lm-eval tokenizes a prompt differently than training did."""
@@ -267,10 +263,10 @@ def write(request: Request, report: Report) -> None:
     (request.payload / "results.json").write_text(document + "\n", encoding="utf-8")
     with (request.meta / "samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False, default=str) + "\n" for sample in report.samples)
-    lines = ["| metric | value | rows |", "|---|---:|---:|"]
+    lines = []
     for name, value in sorted(report.metrics.items()):
         if not name.endswith("_stderr"):
             error = report.metrics.get(f"{name}_stderr")
             rows = report.rows.get(name.split("/")[0], "")
-            lines.append(f"| {name} | {value:.4f}{'' if error is None else f' ± {error:.4f}'} | {rows} |")
-    (request.meta / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines.append((name, f"{value:.4f}{'' if error is None else f' ± {error:.4f}'}", rows))
+    (request.meta / "report.md").write_text(table(("metric", "value", "rows"), lines) + "\n", encoding="utf-8")

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from tasks.engine.client import BASE, OUTPUT, Engine, modules_of
 from tasks.evaluation.harness import LanguageModel
-from tasks.models.gptq import is_gptq
-from tasks.models.loading import needs_remote_code
+from tasks.models.loading import needs_remote_code, without_weights
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.evaluate import EvaluateStage
@@ -48,7 +47,7 @@ class EngineModel(LanguageModel):
         self.source, self.base = source, source.base or source
         if needs_remote_code(self.base):
             raise StageFailed("config", "tuneline does not run models with their own code in vLLM", FALLBACK_HINT)
-        super().__init__(without_weights(model_folder(self.base.path)), tokenizer, BATCH_SIZE, events)
+        super().__init__(configured(model_folder(self.base.path)), tokenizer, BATCH_SIZE, events)
         patch(self, "_device", torch.device("cpu"))
         # lm-eval's windows are one token longer than this, and vLLM samples one more token after a scored sequence.
         patch(self, "_max_length", self.max_length - 2)
@@ -144,13 +143,9 @@ class EngineModel(LanguageModel):
         return torch.cat([context, answers], dim=1)
 
 
-def without_weights(folder: Path) -> PreTrainedModel:
-    """Build the model on the meta device, with what lm-eval needs: its configuration and its end tokens."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if is_gptq(folder):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def configured(folder: Path) -> PreTrainedModel:
+    """Build the model with what lm-eval needs: its configuration and its end tokens."""
+    model = without_weights(folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.loading import CODE, save_tokenizer, template_hash, write_json
 from tasks.models.older_readers import readable_config
 from tasks.models.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
+from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.model import ModelStage
 from tuneline.patches import patch
@@ -281,6 +282,5 @@ def report(source: str, facts: Facts) -> str:
         "eos token": f"`{facts.eos_token}`",
         "chat template": f"sha256 {facts.template}" if facts.template else "none",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     template = f"\n## Chat template\n\n```jinja\n{facts.template_text}\n```\n" if facts.template else ""
-    return f"# Model\n\n| | |\n|---|---|\n{table}\n{template}"
+    return f"# Model\n\n{table(('', ''), rows.items(), right=False)}\n{template}"

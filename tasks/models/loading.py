@@ -207,6 +207,18 @@ def load_model(
     return (model if place == "balanced" else model.to(place or device())).eval()
 
 
+def without_weights(folder: Path) -> PreTrainedModel:
+    """Build a model on the meta device, from its configuration; a GPTQ model with the layers that it had before."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if is_gptq(folder):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def check_loaded(model: PeftModel, adapter: Path) -> None:
     """Raises StageFailed(bug) unless each tensor was read: PEFT skips those that do not fit, and keeps initial values for missing ones."""
     import torch

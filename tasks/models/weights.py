@@ -1,4 +1,4 @@
-"""Reads headers of safetensors files: names, types and shapes of a model's tensors, without reading a tensor.
+"""Reads headers of safetensors files: names, types, shapes and places of a model's tensors, without reading a tensor.
 
 A file is 8 bytes of header length (little endian), the header as JSON, then the data. The safetensors library checks the same
 when it opens a file, but it maps whole files, and its errors name neither the file nor the cause.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +20,17 @@ WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")  # not var
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 INDEX = "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes: the format's own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The place of a tensor: a file, and its bytes in it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,22 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     if size != 8 + length + end:
         raise StageFailed("data", f"{file.name}: found {size} bytes, expected {8 + length + end} by its header", "fetch it again")
     return header
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Return every tensor of a model folder, in the order of its files."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    files = ["model.safetensors"] if single.exists() else json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return {name: tensor for file in sorted(set(files)) for name, tensor in tensors_in(folder / file)}
+
+
+def tensors_in(file: Path) -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors of a file, in their order in it."""
+    entries = sorted(read_header(file).items(), key=lambda item: tuple(item[1]["data_offsets"]))
+    first = file.stat().st_size - max((entry["data_offsets"][1] for _, entry in entries), default=0)
+    for name, entry in entries:
+        start, end = entry["data_offsets"]
+        yield name, Stored(file, entry["dtype"], tuple(entry["shape"]), first + start, end - start)
 
 
 def check_index(folder: Path, headers: dict[str, dict[str, Any]]) -> None:

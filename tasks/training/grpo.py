@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
 from tasks.data.masks import prompt_ids, with_reference
-from tasks.data.rendering import check_end, ends, render_text
+from tasks.data.rendering import check_end, ends, prompt_text
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_asking
 from tasks.models.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
-from tasks.models.padding import PADS
 from tasks.scoring.rewards import check_rows, reward_functions
+from tasks.training.head_checks import check_log_probs
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.grpo import GrpoStage
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import GRPOConfig
 
-    from tasks.training.grpo_trainer import AdapterTrainer
 
 # Metrics of TRL's log that are emitted as events, by their name in events.
 SHOWN = {
@@ -191,11 +190,6 @@ def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, events: Event
     return list(first.values()), {text: prompt_ids(row, tokenizer) for text, row in first.items()}
 
 
-def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = row.prompt_messages()
-    return row.prompt or "" if messages is None else render_text(messages, row, tokenizer, add_generation_prompt=True)
-
-
 def as_dataset(rows: list[Row], prompts: dict[str, list[int]]) -> Dataset:
     """Build TRL's dataset: a row's columns beside its prompt. `extra` is JSON, because its fields differ between rows."""
     from datasets import Dataset
@@ -242,35 +236,6 @@ def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoSta
                     else "lower max_completion_length, or drop long rows in the dataset stage: `max_length: ...`",
                 )
     return longest
-
-
-def check_log_probs(trainer: AdapterTrainer) -> None:
-    """Raises StageFailed(config) unless TRL's log-probabilities, computed from hidden states and the head's weight, equal those of the
-    model's logits. They differ if the model's own code does more between the two. They must also not change by padding, which TRL
-    puts before shorter prompts: some models read it as text or count its positions."""
-    import torch
-
-    ids = next(iter(trainer.prompts.values()))[:256]
-    batch = torch.tensor([ids], device=trainer.args.device)
-    padded = torch.cat([batch.new_full((1, PADS), trainer.processing_class.pad_token_id), batch], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :PADS] = 0
-    model = trainer.model_wrapped
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        trained, _, _ = trainer._get_per_token_logps_and_entropies(model, batch, torch.ones_like(batch), len(ids) - 1)
-        beside, _, _ = trainer._get_per_token_logps_and_entropies(model, padded, mask, len(ids) - 1)
-        logits = model(input_ids=batch).logits[0, :-1].float() / trainer.temperature
-        used = logits.log_softmax(-1).gather(-1, batch[0, 1:, None])[:, 0]
-    model.train()
-    allowed = 0.02 * float(used.abs().mean()) + 1e-3  # rounding of bfloat16 is smaller
-    if float((trained[0] - used).abs().mean()) > allowed:
-        message = f"found log-probabilities of {trained.mean():.4f} in training, expected those of the model's logits, {used.mean():.4f}"
-        raise StageFailed("config", message, "TRL ignores what this architecture does after its last layer: use another base model")
-    if float((beside[0] - used).abs().mean()) > allowed and len(set(map(len, trainer.prompts.values()))) > 1:
-        means = f"found log-probabilities of {beside.mean():.4f}, expected {used.mean():.4f}"
-        message = f"padding before a prompt changes this model's output: {means}"
-        raise StageFailed("config", message, "prompts of different lengths are padded: use another base model, or prompts of one length")
 
 
 def check_signal(history: list[dict[str, Any]]) -> None:

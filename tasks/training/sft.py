@@ -11,19 +11,19 @@ beyond a step (`tasks.training.batches` says why).
 from __future__ import annotations
 
 import shutil
-import traceback
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
 from tasks.data.endings import check_ends, save_configs
-from tasks.data.masks import IGNORE_INDEX, sequences
+from tasks.data.masks import sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
 from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
+from tasks.training.head_checks import check_loss
+from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions, check_rows_apart
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.sft import SftStage
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from tasks.training.shared import Report
 
 
-CHECKED_TOKENS = 256  # of a row, in `check_loss`
-BORDER = 4  # tokens of a packed row that are compared, to see whether it attends to the previous row
 APART = "no single one holds every answer as it was asked for, because the chat template changes earlier turns of a longer conversation"
 
 
@@ -269,18 +267,6 @@ def taught(rows: list[Row], split: str, events: Events) -> list[Row]:
     return [row for row in rows if row.id not in left_out]
 
 
-def check_positions(splits: list[Dataset], positions: float) -> None:
-    """Raises StageFailed(config) if a row is longer than the model's positions. TRL and LLaMA-Factory would train on it: learned
-    positions end in an index error, RoPE continues where nothing was learned. grpo and evaluations refuse such rows, too."""
-    longest = max(len(tokens) for split in splits for tokens in split["input_ids"])
-    if longest > positions:
-        message = f"max_length: found rows of {longest} tokens, expected at most {positions:.0f}, the model's positions"
-        hint = (
-            f"`max_length: {positions:.0f}` in the dataset stage drops or truncates longer rows; or scale RoPE in the model's config.json"
-        )
-        raise StageFailed("config", message, hint)
-
-
 def packed(dataset: Dataset, length: int) -> Dataset:
     """Join rows into sequences of up to `length` tokens, without splitting any."""
     from datasets import disable_progress_bars
@@ -288,84 +274,3 @@ def packed(dataset: Dataset, length: int) -> Dataset:
 
     disable_progress_bars()
     return pack_dataset(dataset, length, strategy="bfd")
-
-
-def check_nothing_lost(given: Dataset, used: Dataset, collator: Any) -> None:
-    """Raises StageFailed(bug) unless the trainer, and a batch that it makes, hold as many rows, tokens and trained tokens as given."""
-    if _counts(given) != _counts(used):
-        raise StageFailed("bug", f"rows, tokens and trained tokens: found {_counts(used)} in the trainer, expected {_counts(given)}")
-    rows = [used[i] for i in range(min(len(used), 4))]
-    batch = collator(rows)
-    size = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-    expected = sum(len(row["input_ids"]) for row in rows), sum(_trained(row) for row in rows)
-    found = int(size), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    if found != expected:
-        raise StageFailed("bug", f"tokens and trained tokens: found {found} in the first batch, expected {expected}")
-
-
-def check_every_row_trained(train: Dataset, state: TrainerState) -> None:
-    """Raises StageFailed(bug) unless each full epoch trained on every token, except rows' first tokens, which are never predicted."""
-    wanted = int(state.epoch + 1e-6) * sum(label != IGNORE_INDEX for labels in train["labels"] for label in labels[1:])
-    trained = sum(entry.get("trained_tokens", 0) for entry in state.log_history)
-    if trained < wanted:
-        raise StageFailed("bug", f"{state.epoch:.2f} epochs: found {trained:,} trained tokens, expected {wanted:,} or more")
-
-
-def check_loss(trainer: TokenWeightedTrainer) -> None:
-    """Raises StageFailed(config) unless TRL's loss, computed from hidden states and the head's weight, equals that of the model's
-    logits. They differ if the model's own code does more between the two. Checks the beginning of one row: a long row's logits
-    would need more memory than anything else."""
-    import torch
-
-    tokens = torch.tensor([trainer.train_dataset[0]["input_ids"][:CHECKED_TOKENS]])
-    batch = trainer._prepare_inputs({"input_ids": tokens})
-    model = trainer.model_wrapped
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        try:
-            trained = float(model(**batch, labels=batch["input_ids"], fused_lm_head=True).loss)
-        except (AttributeError, TypeError) as error:  # TRL expects certain parts of a model
-            message = f"TRL does not support this architecture, {trainer.model.config.model_type}: {error}"
-            raise StageFailed("config", message, "use another base model", traceback.format_exc()) from error
-        logits = model(**batch).logits[:, :-1].flatten(0, 1)
-        used = float(torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(logits.device)))
-    if abs(trained - used) > 0.02 * used + 1e-3:  # rounding of bfloat16 is smaller
-        message = f"found a loss of {trained:.4f} in training, expected that of the model's logits, {used:.4f}"
-        raise StageFailed("config", message, "TRL ignores what this architecture does after its last layer: use another base model")
-
-
-def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
-    """Raises StageFailed(config) unless packed rows have the same hidden states without the row before them."""
-    import torch
-
-    sequence = next((sequence for sequence in trainer.train_dataset if len(sequence["seq_lengths"]) > 1), None)
-    if sequence is None:
-        return
-    first = sequence["seq_lengths"][0]
-    model = trainer.model_wrapped
-    model.eval()
-    hidden = []
-    for rows in (sequence, {"seq_lengths": sequence["seq_lengths"][1:], "input_ids": sequence["input_ids"][first:]}):
-        batch = trainer.data_collator([rows])
-        del batch["labels"]
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            try:
-                output = model(**trainer._prepare_inputs(batch), output_hidden_states=True, logits_to_keep=1)
-            except ValueError as error:  # some layers separate rows only in kernels that this runtime lacks
-                raise StageFailed("config", f"packing: {error}", "set `packing: false`") from error
-            hidden.append(output.hidden_states[-1].float())
-    # What a state carries over the border (Mamba), or attention by distance admits (Bloom), fades within a few tokens.
-    packed, alone = (states[:, :BORDER] for states in (hidden[0][:, first:], hidden[1]))
-    if (packed - alone).abs().mean() > 0.1 * alone.abs().mean():  # rounding of bfloat16 is smaller
-        raise StageFailed("config", "packing: found a base model whose packed rows attend to one another", "set `packing: false`")
-
-
-def _trained(row: dict[str, Any]) -> int:
-    """Count the labels that are trained on: the first token of a row is never predicted."""
-    starts = {0, *accumulate(row.get("seq_lengths", ()))}
-    return sum(label != IGNORE_INDEX and i not in starts for i, label in enumerate(row["labels"]))
-
-
-def _counts(dataset: Any) -> tuple[int, int, int]:
-    rows = sum(map(len, dataset["seq_lengths"])) if "seq_lengths" in dataset.column_names else len(dataset)
-    return rows, sum(map(len, dataset["input_ids"])), sum(sum(label != IGNORE_INDEX for label in labels) for labels in dataset["labels"])
