@@ -62,22 +62,17 @@ def read_source(
     A row's `source` is its position in the stage: a file's name may change without changing the key.
     """
     name = f"sources.{index}"
-    for item in items_of(request, index, name, source, tokenizer, counts, events):
+    for item in items_of(request, index, source, tokenizer, counts, events):
         counts.read[name] += 1
         if item is not None:
             yield item
 
 
 def items_of(
-    request: Request,
-    index: int,
-    name: str,
-    source: AnySource,
-    tokenizer: PreTrainedTokenizerBase | None,
-    counts: Counts,
-    events: Events,
+    request: Request, index: int, source: AnySource, tokenizer: PreTrainedTokenizerBase | None, counts: Counts, events: Events
 ) -> Iterator[Item | None]:
     """Yield each row of a source; None for a dropped row."""
+    name = f"sources.{index}"
     if isinstance(source, ReasoningGymSource):
         yield from gym_rows(name, source, request.seed + 1_000_000 * index)  # the library draws row i with seed + i
         return

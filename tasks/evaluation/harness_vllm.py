@@ -75,7 +75,15 @@ class EngineModel(LanguageModel):
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if stage.resources.gpus else None
         log = request.work / "engine.log"
         engine = Engine(
-            request.engine, model_folder(self.base.path), settings, stage.dtype, rank, longest, log, gpus, sorted(modules or ()) or None
+            request.engine,
+            model_folder(self.base.path),
+            settings,
+            stage.dtype,
+            lora_rank=rank,
+            max_model_len=longest,
+            log=log,
+            gpus=gpus,
+            lora_modules=sorted(modules or ()) or None,
         )
         began = time.monotonic()
         print(f"starting vLLM: its log is {log}", flush=True)

@@ -70,7 +70,18 @@ def start(
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:
         log = request.work / "engine.log"
-        engine = Engine(request.engine, model, settings, stage.dtype, stage.lora.r, longest, log, gpus, modules, folder)
+        engine = Engine(
+            request.engine,
+            model,
+            settings,
+            stage.dtype,
+            lora_rank=stage.lora.r,
+            max_model_len=longest,
+            log=log,
+            gpus=gpus,
+            lora_modules=modules,
+            memory=folder,
+        )
         try:
             began = time.monotonic()
             if first:

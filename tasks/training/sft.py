@@ -11,6 +11,7 @@ beyond a step (`tasks.training.batches` says why).
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,18 @@ if TYPE_CHECKING:
 APART = "no single one holds every answer as it was asked for, because the chat template changes earlier turns of a longer conversation"
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    targets: Targets | None
+    """The weights that get an adapter; None for `method: full`."""
+    train: Dataset
+    validation: Dataset | None
+
+
 def run(request: Request, stage: SftStage, events: Events) -> Result:
     from tasks.models import targets
     from tasks.training import shared as training
@@ -65,7 +78,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     warnings = list(targets.warnings(model, found, stage.lora, stage.method == "qlora")) if found else []
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
-    trainer = make_trainer(request, stage, arguments, model, tokenizer, train, validation, report, found)
+    trainer = make_trainer(request, stage, arguments, Start(model, tokenizer, found, train, validation), report)
     before = training.adapter_tensors(trainer.model) if found else {}
     if found:
         training.check_before(trainer.model, stage.lora, found, before)
@@ -130,10 +143,7 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
     return arguments
 
 
-def make_trainer(
-    request: Request, stage: SftStage, arguments: SFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Dataset,
-    validation: Dataset | None, report: Report, found: Targets | None,
-) -> TokenWeightedTrainer:  # fmt: skip
+def make_trainer(request: Request, stage: SftStage, arguments: SFTConfig, start: Start, report: Report) -> TokenWeightedTrainer:
     """Build the trainer with all rows. Its checks run on the loaded rows now, and on the wrapped model before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
@@ -148,25 +158,27 @@ def make_trainer(
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier and found else model,
+        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        if earlier and start.targets
+        else start.model,
         args=arguments,
-        train_dataset=packed(train, stage.max_length) if stage.packing else train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
+        train_dataset=packed(start.train, stage.max_length) if stage.packing else start.train,
+        eval_dataset=start.validation,
+        processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=targets.lora_config(stage.lora, found) if found and not earlier else None,
+        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         resources=stage.resources,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
     if stage.method == "qlora":
         methods.adapter_in_float32(trainer.model, earlier)
-    check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
-    if validation:
-        check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
+    check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)
+    if start.validation:
+        check_nothing_lost(start.validation, trainer.eval_dataset, trainer.data_collator)
     checks = [lambda: strategies.verify_strategy(trainer, stage.resources), lambda: check_loss(trainer)]
     if stage.resources.sequence_parallel_size > 1:
-        sequences.share(model, stage.resources, stage.micro_batch_size())
+        sequences.share(start.model, stage.resources, stage.micro_batch_size())
         checks.append(lambda: sequences.check(trainer, stage.resources))
     if stage.packing:
         checks.append(lambda: check_rows_apart(trainer))

@@ -274,7 +274,7 @@ def test_measures_on_rows_held_out(tmp_path: Path, base: Path) -> None:
 
 
 def test_refuses_a_group_size_that_does_not_divide(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(StageFailed, match=r"group_size 128 does not divide 64, the width of model\.layers\.0\.") as failure:
+    with pytest.raises(StageFailed, match=r"group_size: found 128, which does not divide 64, the width of model\.layers\.0\.") as failure:
         run_program(request_for(tmp_path, base, group_size=128))
     assert failure.value.failure_class == "config"
     assert failure.value.hint == "this model allows -1, 16, 32, 64"
@@ -348,12 +348,12 @@ FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any], str, str]] = [
         "8bits",
         lambda t: t.update({f"{DOWN}.qweight": torch.zeros(32, 64, dtype=torch.int32)}),
         "bug",
-        f"{DOWN} takes 8192 bytes, in 4 bits",
+        f"{DOWN}: found 8192 bytes, expected 4096 in 4 bits",
     ),
     ("no-norm", lambda t: t.pop("model.norm.weight"), "data", "1 tensors, first model.norm.weight"),
     ("scrambled", scrambled, "data", "perplexity rose from"),
-    ("noise", noise, "bug", rf"what model\.layers\.1\.self_attn\.v_proj {NOT_WHAT_IT_WAS}"),
-    ("zero-scales", lambda t: t[f"{DOWN}.scales"].zero_(), "bug", f"what {DOWN} {NOT_WHAT_IT_WAS}"),
+    ("noise", noise, "bug", rf"model\.layers\.1\.self_attn\.v_proj: found a cosine of \S+ {NOT_WHAT_IT_WAS}"),
+    ("zero-scales", lambda t: t[f"{DOWN}.scales"].zero_(), "bug", rf"{DOWN}: found a cosine of \S+ {NOT_WHAT_IT_WAS}"),
     ("nan", lambda t: t[f"{DOWN}.scales"].fill_(torch.nan), "bug", "found a cosine of nan"),
 ]
 

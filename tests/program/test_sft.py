@@ -201,7 +201,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "all masked": (
         {"rows": [*ROWS, Row("s", messages=({"role": "user", "content": "Hi"},), id="mute")]},
         "data",
-        "1 of 11 train rows.*row mute",
+        "1 of 11 train rows, such as mute",
     ),
     "over-long": ({"max_length": 30}, "data", r"longer than max_length 30: row row0 has \d+ tokens"),
     "beyond the positions": (

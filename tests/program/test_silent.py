@@ -353,7 +353,7 @@ MISBEHAVING: list[tuple[str, str, Callable[[Patch], Any], dict[str, Any], str]] 
     ("an adapter with another template", "sft", saves_another_template, {}, "data: the chat template beside the adapter is not the one recorded when it was made"),
     ("train and test overlapping", "dataset", splits_by_row, TWICE, r"bug: group \w+ is in \w+ and in \w+"),
     ("a row lost on the way", "dataset", lambda p: loses(p, "deduplicated"), {}, "bug: rows were lost: 59 are left of"),
-    ("a row lost in writing", "dataset", lambda p: loses(p, "write_rows"), {}, r"bug: train\.parquet holds \d+ rows, but \d+ were given"),
+    ("a row lost in writing", "dataset", lambda p: loses(p, "write_rows"), {}, r"bug: train\.parquet: found \d+ rows, expected \d+"),
     ("a merged model with another alpha", "merge", with_another_alpha, {}, "bug: logits of the merged model differ from base . adapter by up to"),
     ("layers swapped", "merge", lambda p: merges(p, swaps_layers), {}, "bug: logits of the merged model differ"),
     ("untied weights", "merge", lambda p: merges(p, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})), {}, r"bug: the merged model: found [\d,]+ parameters, expected at most the base's [\d,]+: lm_head.weight was added"),
