@@ -58,7 +58,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
         file = request.payload / f"{name}.parquet"
         write_rows([item.row for item in splits[name]], file)
         if (written := row_count(file)) != len(splits[name]):
-            raise StageFailed("bug", f"{file.name} : found {written} rows, expected {len(splits[name])}", "please report this")
+            raise StageFailed("bug", f"{file.name}: found {written} rows, expected {len(splits[name])}", "please report this")
     if kept := counts.total("kept_unrendered"):
         events.warning(f"{kept} of {counts.read.total()} rows are kept although the chat template leaves out part of them")
     for message in warnings(items, splits, stage, counts):
