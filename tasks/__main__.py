@@ -1,7 +1,7 @@
 """Runs one program: `python -m tasks WORK/request.json`, in the runtime's Python, from its own work folder.
 
-Ends with result.json, or with failure.json and exit status 1. What went wrong is sorted into failure classes here, once,
-so that programs raise `StageFailed` only for what they themselves can name.
+Ends with result.json, or with failure.json and exit status 1. Exceptions are classified here, in one place, so that programs raise
+`StageFailed` only for failures that they recognize.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events, Failure, Request
 
 NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError")
-# A process whose peers have gone, or do not answer: what torch says of it is a class of its own or, with gloo, only a text.
+# Signs of a lost or hanging peer process: torch raises its own classes or, with gloo, errors that only differ by their text.
 LOST = ("DistNetworkError", "DistStoreError", "DistBackendError")
 PEERS = ("NCCL", "gloo", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 AUTH = ("GatedRepoError", "RepositoryNotFoundError", "DatasetNotFoundError")
@@ -34,7 +34,7 @@ def main() -> int:
     request = Request.read(request_file)
     folder = request_file.parent
     failure_file = folder / "failure.json"
-    if (rank := os.environ.get("RANK")) is not None:  # one of several: `tasks.launch` says what they died of
+    if (rank := os.environ.get("RANK")) is not None:  # one of several processes: `tasks.launch` reports the failure
         failure_file = folder / RANKS / f"{rank}{FAILURE_SUFFIX}"
         if rank != "0":
             log = os.open(folder / RANKS / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -55,7 +55,7 @@ def main() -> int:
     except BaseException as error:
         failure = classify(error, request)
         if failure.failure_class == "disk":
-            shutil.rmtree(request.out, ignore_errors=True)  # room to say so
+            shutil.rmtree(request.out, ignore_errors=True)  # makes room for failure.json
         print(failure.details or failure.message, file=sys.stderr, flush=True)
         failure.write(failure_file)
         return 1
@@ -66,7 +66,7 @@ def is_first_process() -> bool:
 
 
 def classify(error: BaseException, request: Request) -> Failure:
-    """Sorts an exception into a failure class, by type name where importing the library to compare would cost seconds."""
+    """Map an exception to a failure class, by the type's name if importing its library would take seconds."""
     if isinstance(error, StageFailed):
         return Failure(failure_class=error.failure_class, message=error.message, hint=error.hint, details=error.details)
     names = {cls.__name__ for cls in type(error).__mro__}
@@ -81,10 +81,10 @@ def classify(error: BaseException, request: Request) -> Failure:
         hint = "check the name, ask for access on the hub, and set HF_TOKEN"
         return Failure(failure_class="auth", message=str(error).strip().splitlines()[0], hint=hint, details=details)
     if names & set(LOST) or any(sign in str(error) for sign in PEERS):
-        return Failure(failure_class="transient", message="waited in vain for another process", hint=LOST_PEER, details=details)
+        return Failure(failure_class="transient", message="another process did not answer", hint=LOST_PEER, details=details)
     if names & set(NETWORK) or isinstance(error, ConnectionError | TimeoutError):
         return Failure(failure_class="transient", message=text, hint="the stage is tried again", details=details)
-    hint = "the log has the whole traceback"
+    hint = "see the log for the traceback"
     if isinstance(error, ImportError) and hidden():
         hint += f"; tasks/packages.py hides {', '.join(hidden())} from this stage"
     return Failure(failure_class="bug", message=text, hint=hint, details=details)
@@ -92,7 +92,7 @@ def classify(error: BaseException, request: Request) -> Failure:
 
 if __name__ == "__main__":
     status = main()
-    if "RANK" in os.environ:  # threads of gloo and DeepSpeed abort the interpreter's end now and then; all has been handed over
+    if "RANK" in os.environ:  # threads of gloo and DeepSpeed sometimes abort the interpreter's exit; all results are written
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

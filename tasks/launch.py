@@ -1,8 +1,8 @@
-"""Starts a training's processes on this machine, and says of which one it died: `python -m tasks.launch WORK/request.json [NODE]`.
+"""Starts a training's processes on this machine, and reports which one failed and why: `python -m tasks.launch WORK/request.json [NODE]`.
 
-torchrun's own agent does the work: it starts the processes, and ends all of them when one fails. Machines meet at the address that
-the first of them writes to WORK/rendezvous.json, which like the store is on a disk that they share. Where a process dies the others
-fail as well, for want of it: only the first one's reason is told. Left out: elastic restarts, since the orchestrator tries again.
+torchrun's own agent starts the processes, and ends all of them when one fails. Machines meet at the address that the first one writes
+to WORK/rendezvous.json, which must be on a shared disk, like the store. If a process dies, its peers fail as well: only the first
+failure is reported. Left out: elastic restarts, since the orchestrator retries.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tuneline.workspace.protocol import Events, Failure, Request
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first, and what each died of
+RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first, and their failures
 FAILURE_SUFFIX = ".failure.json"
-HEARTBEAT_SUFFIX = ".here"  # of a machine, after a failure
-LOST_PEER = "another process of the training has gone, or hangs: the stage is tried again"
+HEARTBEAT_SUFFIX = ".here"  # file of a machine that still answers after a failure
+LOST_PEER = "another process of the training ended or hangs: the stage is tried again"
 RENDEZVOUS = "rendezvous.json"
-SECONDS_OF_OTHERS = 5.0  # that what happened on one machine may take to be seen on another
-HUNG = 15  # seconds after another's failure; torchrun waits 30 for a process that hears no SIGTERM
+SECONDS_OF_OTHERS = 5.0  # until an event on one machine is visible on another
+HUNG = 15  # seconds after another process's failure; torchrun waits 30 for a process that ignores SIGTERM
 LOG_TAIL = 30  # lines
 JOIN_SECONDS = 600  # that machines wait for one another
 
@@ -53,7 +53,7 @@ def main() -> int:
     if "TORCH_EXTENSIONS_DIR" not in os.environ and os.access(sys.prefix, os.W_OK):
         own_extensions(Path(sys.prefix, "torch_extensions"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // resources.local_processes)))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it says of failures, we say
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # failures are reported here
     wait = min(JOIN_SECONDS, resources.collective_timeout)
     if resources.nodes == 1:
         meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": request.key[:16]}
@@ -88,7 +88,7 @@ def main() -> int:
         if type(error).__name__ not in ("DistStoreError", "DistNetworkError", "RendezvousTimeoutError", "RendezvousConnectionError"):
             raise
         message = f"not all of {resources.nodes} machines met within {wait} s: {str(error).splitlines()[0]}"
-        failure, status = transient(message, f"is {joining(request, resources.nodes)} at work, with this store?"), 1
+        failure, status = transient(message, f"run {joining(request, resources.nodes)} there, with this store"), 1
     finally:
         if node == 0:
             (work / RENDEZVOUS).unlink(missing_ok=True)
@@ -101,13 +101,13 @@ def main() -> int:
 
 
 def own_extensions(folder: Path) -> None:
-    """Has DeepSpeed compile its operators into the runtime; in the home, as torch has it, runtimes would build over one another's.
+    """Make DeepSpeed compile its operators into the runtime: in torch's default, the home folder, runtimes would overwrite each other's.
 
-    torch's lock of a build stays behind where the build is killed, and is waited for for ever: with nobody else at work, it is removed.
+    torch's build lock stays behind if a build is killed, and later builds would wait forever. It is removed if no process builds.
     """
     folder.mkdir(exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    in_use = os.open(folder / "in-use", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)  # held for as long as this process lives
+    in_use = os.open(folder / "in-use", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)  # held until this process ends
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in folder.glob("*/lock"):
@@ -116,9 +116,9 @@ def own_extensions(folder: Path) -> None:
 
 
 def announced(request: Request, nodes: int) -> dict[str, str]:
-    """Tells the other machines, and whoever looks on, where this one waits for them.
+    """Publish, to the other machines and to users, the address where this machine waits.
 
-    TUNELINE_NODE_ADDRESS is its name where it has another outside.
+    TUNELINE_NODE_ADDRESS overrides the host name, for machines that have another name outside.
     """
     address = os.environ.get("TUNELINE_NODE_ADDRESS") or socket.getfqdn()
     with socket.socket() as probe:
@@ -127,33 +127,33 @@ def announced(request: Request, nodes: int) -> dict[str, str]:
     temporary = request.work / (RENDEZVOUS + ".tmp")
     temporary.write_text(json.dumps(where), encoding="utf-8")
     temporary.replace(request.work / RENDEZVOUS)
-    message = f"waits at {where['endpoint']} for {nodes - 1} more: there {joining(request, nodes)}"
+    message = f"waits at {where['endpoint']} for {nodes - 1} more: run {joining(request, nodes)} there"
     Events(request.work / "events.jsonl").progress(0, 1, message)
     return where
 
 
 def joining(request: Request, nodes: int) -> str:
-    """What is started on the other machines."""
+    """Return the command to run on the other machines."""
     return f"`{request.join} --rank 1`" + (f" to {nodes - 1}" if nodes > 2 else "")
 
 
 def end_with_the_others(ranks: Path, node: int, ended: threading.Event) -> None:
-    """A process that waits for a dead one on another machine may wait for long (NCCL does): its failure is looked for, and that this
-    machine is still there is said. `ended` says that our own processes have come to an end meanwhile."""
+    """Stop this machine's processes after a failure on any machine: waiting for a dead peer may take long (NCCL). Also marks this
+    machine as alive. `ended` is set when this machine's processes have ended."""
     while not list(ranks.glob(f"*{FAILURE_SUFFIX}")):
         time.sleep(1)
     (ranks / f"{node}{HEARTBEAT_SUFFIX}").touch()
-    if not ended.wait(SECONDS_OF_OTHERS):  # they may fail of it, too, and say so
+    if not ended.wait(SECONDS_OF_OTHERS):  # they may fail themselves, and report it
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def note_deaths(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> int:
-    """Says of each process what it could not say itself; returns the status to end with: that of one which was killed."""
-    status, told = 1, [file.stat().st_mtime for file in ranks.glob(f"*{FAILURE_SUFFIX}")]
+    """Write the failure of each process that could not write its own. Returns the exit status, which reflects a killed process."""
+    status, failed_at = 1, [file.stat().st_mtime for file in ranks.glob(f"*{FAILURE_SUFFIX}")]
     for rank, failed in failures.items():
-        if told and failed.exitcode == -signal.SIGKILL and time.time() - min(told) > HUNG:
+        if failed_at and failed.exitcode == -signal.SIGKILL and time.time() - min(failed_at) > HUNG:
             continue  # it hung, and torchrun ended it
-        if (ranks / f"{rank}{FAILURE_SUFFIX}").exists() or failed.exitcode == -signal.SIGTERM:  # which the agent sends to the others
+        if (ranks / f"{rank}{FAILURE_SUFFIX}").exists() or failed.exitcode == -signal.SIGTERM:  # the agent sends SIGTERM to the others
             continue
         tail = end_of(log if rank == 0 else ranks / f"{rank}.log")
         if failed.exitcode < 0:
@@ -167,11 +167,12 @@ def note_deaths(failures: dict[int, ProcessFailure], ranks: Path, log: Path) -> 
 
 
 def first_said(ranks: Path, patience: float = 0) -> Failure | None:
-    """What the first process that failed died of. That its peers have gone is nobody's reason while another is known, or may come
-    within `patience` seconds from another machine."""
+    """Return the failure of the first process that failed. A lost peer is no cause if another failure is known, or may arrive within
+    `patience` seconds from another machine."""
     deadline = time.monotonic() + patience
     while True:
-        said = [(file, Failure.read(file)) for file in sorted(ranks.glob(f"*{FAILURE_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)]
+        files = sorted(ranks.glob(f"*{FAILURE_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)
+        said: list[tuple[Path, Failure]] = [(file, Failure.read(file)) for file in files]
         said.sort(key=lambda entry: entry[1].hint == LOST_PEER)
         if said and said[0][1].hint != LOST_PEER or time.monotonic() > deadline:
             break
@@ -185,12 +186,12 @@ def first_said(ranks: Path, patience: float = 0) -> Failure | None:
 
 
 def absent(ranks: Path, nodes: int, node: int) -> list[int]:
-    """Machines that have not answered a failure."""
+    """Return the machines that have not answered a failure."""
     return [other for other in range(nodes) if other != node and not (ranks / f"{other}{HEARTBEAT_SUFFIX}").exists()]
 
 
 def machine_lost(request: Request, silent: list[int], failure: Failure) -> Failure:
-    """In place of what the processes made of it, which is torch's words."""
+    """Return a clearer failure than torch's messages about a lost machine."""
     machines = f"machine{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
     message = f"{machines} of {request.resources['nodes']} went away or {'do' if len(silent) > 1 else 'does'} not answer"
     return transient(message, f"the stage is tried again, there by `{request.join} --rank {silent[-1]}`", failure.details)

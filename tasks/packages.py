@@ -1,10 +1,9 @@
-"""What a program imports, which is most of the time that it takes on a small model: nothing large that its stage does not use, and
-all at once.
+"""Limits and speeds up a program's imports, which are most of its time on a small model: it imports no large package that its stage does
+not use, and the rest in one go.
 
 PEFT, transformers, accelerate and gptqmodel import what they find installed, used or not: up to a third of a program's CPU time on a
-small model. A hidden package is not installed for them: `importlib.util.find_spec` gives None, and an import raises
-ModuleNotFoundError, which `tasks.__main__` explains. None in `sys.modules` does both (docs.python.org/3/reference/import.html,
-"The module cache").
+small model. A hidden package seems not installed: `importlib.util.find_spec` returns None, and an import raises ModuleNotFoundError,
+which `tasks.__main__` explains. None in `sys.modules` does both (docs.python.org/3/reference/import.html, "The module cache").
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import folder_of as model_folder
 
 LARGE = ("bitsandbytes", "deepspeed", "gptqmodel", "torch", "torchao")
-LAYERS = "transformers.modeling_layers"  # which imports what all models are made of
-IMPORTS = {  # by kind: the modules whose imports are nearly all of what the program imports in any case
+LAYERS = "transformers.modeling_layers"  # imports what all models need
+IMPORTS = {  # kind -> modules that import nearly everything that the program needs in any case
     "model": (LAYERS,),
     "sft": ("tasks.training.checkpoints", "tasks.training.sft_trainer"),
     "grpo": ("tasks.training.checkpoints", "tasks.training.grpo_trainer"),
@@ -40,7 +39,7 @@ IMPORTS = {  # by kind: the modules whose imports are nearly all of what the pro
 
 
 def hide(request: Request) -> None:
-    """Must be called before any library is imported; what is there already stays."""
+    """Hide the packages. Must be called before any library is imported: loaded packages stay."""
     for name in set(LARGE) - needed(request):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
@@ -50,13 +49,13 @@ def hidden() -> list[str]:
 
 
 def needed(request: Request) -> set[str]:
-    """What the stage may import; all of them where code of a model or of a user runs, which may import anything."""
+    """Return the packages that the stage may import: all of them if a model's or user's code runs, which may import anything."""
     stage = request.stage()
     models = [given.base or given for given in request.inputs.values() if given.type in ("Model", "Adapter")]
     methods = {(quantization(model_folder(model.path)) or {}).get("quant_method", "none") for model in models}
     if runs_own_code(stage, models) or methods - {"none", "gptq"}:
         return set(LARGE)
-    found = set() if isinstance(stage, DatasetStage) else {"torch"}  # a tokenizer needs none
+    found = set() if isinstance(stage, DatasetStage) else {"torch"}  # a tokenizer does not need torch
     if isinstance(stage, QuantizeStage):
         found.add("gptqmodel")
     if isinstance(stage, SftStage) and stage.method == "qlora":
@@ -76,8 +75,8 @@ def runs_own_code(stage: ProgramStage, models: list[Input]) -> bool:
 
 
 def import_program(kind: str, name: str) -> ModuleType:
-    """The module `name`, imported with the libraries of its kind. The garbage collector waits, and never looks at them later: it would
-    walk through half a million objects that stay anyway, again and again, for a sixth of the program's CPU time."""
+    """Import the module `name` with the libraries of its kind. Pauses the garbage collector and freezes the imported objects: it would
+    traverse half a million permanent objects again and again, for a sixth of the program's CPU time."""
     gc.disable()
     for module in (name, *IMPORTS.get(kind, ())):
         importlib.import_module(module)

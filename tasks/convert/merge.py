@@ -1,82 +1,61 @@
-"""Folds a LoRA adapter into its base: reads the base's safetensors shards and writes the model's, a block of rows at a time.
+"""Folds a LoRA adapter into its base: reads the base's safetensors shards and writes the model's, one block of rows at a time.
 
-Plain LoRA, rsLoRA and DoRA change each row of a weight by itself, so neither the model nor even a whole tensor is ever in
-memory: the files are read and written here (the format is a length, a JSON header and the bytes), because safetensors' own
-`save_file` wants every tensor of a file at once. Sums are done in float32, then cast. What else PEFT can put into an adapter
-goes through PEFT's own merge, which needs memory for the model in float32, and the log says so; there every weight is cast
-to one type, so that a base of several types does not keep them.
+Plain LoRA, rsLoRA and DoRA change each row of a weight independently, so neither the model nor even a whole tensor is ever in
+memory. The files are read and written here (a length, a JSON header and the bytes), because safetensors' own `save_file` needs
+every tensor of a file at once. Sums are computed in float32, then cast. Adapters with other PEFT features are merged by PEFT, with a
+warning: this needs memory for the model in float32, and casts every weight to one type, so a base of several types does not keep
+them.
 
-Whichever way it was made, the model is loaded again and its logits are compared with base + adapter. That, too, takes the
-memory of a model in float32, on the CPU, where even a large one fits; the two are loaded one after the other.
+In both cases the merged model is loaded and its logits are compared with base + adapter. This also needs the memory of a model in
+float32, on the CPU, where even a large one fits; the two are loaded one after the other.
 
-Left out: several adapters into one model, and quantized bases (merging would have to quantize anew).
+Left out: several adapters into one model, and quantized bases (merging would have to quantize again).
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from tasks.convert.merge_checks import check_logits, check_tensors
 from tasks.data.endings import check_ends, save_configs
-from tasks.data.masks import prompt_ids
-from tasks.data.rows import Row
 from tasks.models.loading import (
     code_files,
     load_model,
     load_tokenizer,
-    model_folder,
     needs_remote_code,
     saved_tokenizer,
     template_hash,
     write_json,
 )
+from tasks.models.weights import Stored, stored_tensors, tensors_in
 from tuneline.errors import StageFailed
 from tuneline.kinds.merge import MergeStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
-BLOCK = 2 * 2**20  # bytes of float32 rows worked on at once: stays in the processor's cache
+BLOCK = 2 * 2**20  # bytes of float32 rows at once: fits into the processor's cache
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names: ours
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PART = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
-# LoraConfig fields that streaming follows, or that say nothing about a merge. Any other that differs from its default, also
-# one of a later PEFT, leaves the merge to PEFT.
+# LoraConfig fields that streaming supports, or that do not affect a merge. If any other field differs from its default, also one of
+# a later PEFT, PEFT merges.
 FOLLOWED = {"r", "lora_alpha", "use_rslora", "use_dora"}
 HARMLESS = {
     "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "runtime_config",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
 }  # fmt: skip
-PROMPTS = (
-    "What is the capital of France?",
-    "Write a Python function that adds two numbers.",
-    "If I have 3 + 4 apples and eat 2, how many are left?",
-)
-# Largest difference of a logit, as a share of the largest logit, that rounding the weights explains.
-TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: a file, and its bytes there."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
 
 
 def run(request: Request, stage: MergeStage, events: Events) -> Result:
@@ -90,13 +69,13 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     parts, others = lora_parts(adapter)
     refuse(adapter, config, [*parts, *others])
 
-    dtype = None if stage.dtype == "auto" else stage.dtype
+    dtype: str | None = None if stage.dtype == "auto" else stage.dtype
     reason = why_not_streamed(config, parts, others, weights)
     if reason:
         events.warning(f"merged by PEFT, with the whole model in memory, because {reason}")
         dtype = dtype or main_dtype(weights)
         merged = merge_with_peft(adapter, payload, dtype, stage.max_shard_size)
-        for file in (base / "config.json", base / "generation_config.json"):  # not as transformers 5 has rewritten them
+        for file in (base / "config.json", base / "generation_config.json"):  # not those that transformers 5 has rewritten
             if file.exists():
                 shutil.copyfile(file, payload / file.name)
     else:
@@ -105,8 +84,8 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
 
     for file in code_files(adapter.base):
         shutil.copyfile(file, payload / file.name)
-    for file in sorted(adapter.path.iterdir()):  # the trained side's tokenizer and template, to the byte
-        if file.is_dir():  # of named templates
+    for file in sorted(adapter.path.iterdir()):  # the trained side's tokenizer and template, unchanged
+        if file.is_dir():  # named templates
             shutil.copytree(file, payload / file.name)
         elif not file.name.startswith("adapter_"):
             shutil.copyfile(file, payload / file.name)
@@ -127,30 +106,11 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     return Result(metrics=metrics, info={"template": template_hash(tokenizer), "merged_by": "PEFT" if reason else "streaming"})
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a model folder, in the order of its files."""
-    single = folder / "model.safetensors"
-    if single.exists():
-        return dict(tensors_in(single))
-    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    return {name: tensor for file in sorted(set(index["weight_map"].values())) for name, tensor in tensors_in(folder / file)}
-
-
-def tensors_in(file: Path) -> Iterator[tuple[str, Stored]]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
-        start, end = entry["data_offsets"]
-        yield name, Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def lora_parts(adapter: Input) -> tuple[dict[str, dict[str, Stored]], list[str]]:
-    """The adapter's tensors by module and part (`lora_A.weight`, ...), and the names of those that are no such part."""
+    """Return the adapter's tensors by module and part (`lora_A.weight`, ...), and the names of its other tensors."""
     parts: dict[str, dict[str, Stored]] = {}
     others = []
     for name, tensor in tensors_in(adapter.path / "adapter_model.safetensors"):
@@ -162,7 +122,7 @@ def lora_parts(adapter: Input) -> tuple[dict[str, dict[str, Stored]], list[str]]
 
 
 def main_dtype(tensors: dict[str, Stored]) -> str:
-    """The type of most bytes, among those that weights have."""
+    """Return the dtype with the most bytes, among dtypes of weights."""
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.size
@@ -170,7 +130,7 @@ def main_dtype(tensors: dict[str, Stored]) -> str:
 
 
 def refuse(adapter: Input, config: Any, names: list[str]) -> None:
-    """Two merges that would go wrong whoever did them."""
+    """Raises StageFailed(config) for two merges that would be wrong by either way."""
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
     from transformers import AutoConfig
 
@@ -183,18 +143,18 @@ def refuse(adapter: Input, config: Any, names: list[str]) -> None:
     touched = sorted({part for name in names for part in name.split(".")} & set(EMBEDDING_LAYER_NAMES))
     if tied and touched:
         message = f"the adapter changes {' and '.join(touched)}, but the base's embeddings and head are one tied weight"
-        raise StageFailed("config", message, "train without it: leave it out of target_modules")
+        raise StageFailed("config", message, "train without it: remove it from target_modules")
 
 
 def why_not_streamed(config: Any, parts: dict[str, dict[str, Stored]], others: list[str], weights: dict[str, Stored]) -> str:
-    """Empty where every tensor of the adapter has its place in the arithmetic below."""
+    """Return why PEFT has to merge; empty if streaming supports every tensor of the adapter."""
     from peft import LoraConfig
 
     if type(config) is not LoraConfig:
         return f"the adapter is of type {config.peft_type.value}"
     given, default = vars(config), vars(LoraConfig())
     unusual = {field.name for field in fields(LoraConfig) if given[field.name] and given[field.name] != default[field.name]}
-    if isinstance(config.init_lora_weights, bool):  # a name may stand for a method that changed the base's weights, as PiSSA
+    if isinstance(config.init_lora_weights, bool):  # a name may mean a method that changed the base's weights, such as PiSSA
         unusual -= {"init_lora_weights"}
     if unusual := unusual - FOLLOWED - HARMLESS:
         return f"the adapter uses {', '.join(sorted(unusual))}"
@@ -231,12 +191,12 @@ def merge_streamed(
     if plan.is_sharded:
         total = {**plan.metadata, "total_parameters": sum(math.prod(weight.shape) for weight in weights.values())}
         write_json(payload / "model.safetensors.index.json", {"metadata": total, "weight_map": plan.tensor_to_filename})
-    # On blocks this small torch's own threads mostly wait for each other, so each tensor has one thread, and several go at once.
+    # On blocks this small torch's own threads mostly wait for each other, so each tensor uses one thread, and several run at once.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with ThreadPoolExecutor(threads) as pool:
         for number, (file, names) in enumerate(plan.filename_to_tensors.items(), start=1):
-            # Wider types first, as safetensors has it: every tensor is aligned to its type.
+            # Wider types first, as in safetensors: every tensor is aligned to its type.
             names = sorted(names, key=lambda name: -sizes[name] // max(1, math.prod(weights[name].shape)))
             header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
             end = 0
@@ -260,7 +220,7 @@ def merge_streamed(
 
 
 def write_tensor(weight: Stored, dtype: str, part: dict[str, Stored], scaling: float, file: Path, start: int) -> None:
-    """Writes the weight into `file` at `start`, the adapter's part added: W + s B A, its rows set to their magnitude for DoRA."""
+    """Write the weight into `file` at `start`, with the adapter's part added: W + s B A, its rows scaled to their magnitude for DoRA."""
     import torch
 
     with weight.file.open("rb", buffering=0) as stream, file.open("r+b", buffering=0) as out:
@@ -268,13 +228,13 @@ def write_tensor(weight: Stored, dtype: str, part: dict[str, Stored], scaling: f
         out.seek(start)
         if not part and dtype == weight.dtype:
             copied = 0
-            while copied < weight.size:  # inside the kernel, at most 2 GiB a call
+            while copied < weight.size:  # copied within the kernel, at most 2 GiB a call
                 copied += os.sendfile(out.fileno(), stream.fileno(), weight.start + copied, weight.size - copied)
             return
         lora = {name: read_float(tensor) for name, tensor in part.items()}
         rows, width = weight.shape[0] if weight.shape else 1, math.prod(weight.shape[1:])
         step = min(rows, max(1, BLOCK // (4 * max(1, width))))
-        # The same three blocks again and again: fresh memory would cost a page fault for every 4 kB.
+        # Reuses three blocks: fresh memory would cost a page fault for every 4 kB.
         before, sums, after = (
             torch.empty(step, width, dtype=getattr(torch, kind)) for kind in (DTYPES[weight.dtype], "float32", DTYPES[dtype])
         )
@@ -282,7 +242,7 @@ def write_tensor(weight: Stored, dtype: str, part: dict[str, Stored], scaling: f
             if first + step > rows:
                 before, sums, after = before[: rows - first], sums[: rows - first], after[: rows - first]
             here = slice(first, first + len(sums))
-            stream.readinto(before.view(torch.uint8).numpy())  # type: ignore[attr-defined]
+            stream.readinto(before.view(torch.uint8).numpy())
             sums.copy_(before)
             if lora:
                 sums.addmm_(lora["lora_B.weight"][here], lora["lora_A.weight"], alpha=scaling)
@@ -307,7 +267,7 @@ def read_rows(stream: BinaryIO, dtype: str, rows: int, width: int) -> torch.Tens
 
 
 def merge_with_peft(adapter: Input, payload: Path, dtype: str, max_shard_size: str) -> int:
-    """PEFT's own merge; returns how many modules it changed."""
+    """Merge with PEFT. Returns the number of changed modules."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -317,61 +277,3 @@ def merge_with_peft(adapter: Input, payload: Path, dtype: str, max_shard_size: s
     merged = model.merge_and_unload().to(getattr(torch, dtype))
     merged.save_pretrained(payload, max_shard_size=max_shard_size)
     return changed
-
-
-# --- the hand-over ----------------------------------------------------------------------------------------------------
-
-
-def check_tensors(base: dict[str, Stored], merged: dict[str, Stored]) -> None:
-    """No tensor has another shape, and none was added, such as a tied head written a second time. PEFT may name them otherwise."""
-    if wrong := sorted(name for name in merged.keys() & base.keys() if merged[name].shape != base[name].shape):
-        raise StageFailed("bug", f"{wrong[0]} of the merged model is {merged[wrong[0]].shape}, of the base {base[wrong[0]].shape}")
-    size, most = (sum(math.prod(tensor.shape) for tensor in tensors.values()) for tensors in (merged, base))
-    if size > most:
-        extra = ", ".join(sorted(merged.keys() - base.keys()))
-        message = f"the merged model has {size:,} parameters, the base {most:,}: {extra} was added, as if weights were no longer tied"
-        raise StageFailed("bug", message)
-
-
-def check_logits(adapter: Input, merged: Input, tokenizer: PreTrainedTokenizerBase, dtype: str) -> float:
-    """Returns the largest difference between a logit of the merged model and of base + adapter, over a few prompts.
-
-    Raises StageFailed where rounding to `dtype` does not explain it, or where less than half of what the adapter changes is
-    left: a wrong scale stays within the first bound when the adapter changes little.
-    """
-    import torch
-
-    chat = tokenizer.chat_template is not None
-    rows = [Row(source="merge", **{"messages": ({"role": "user", "content": t},)} if chat else {"prompt": t}) for t in PROMPTS]  # type: ignore[arg-type]
-    prompts = [torch.tensor([prompt_ids(row, tokenizer)]) for row in rows]
-
-    def logits(model: Any) -> torch.Tensor:
-        model.config.use_cache = False  # xLSTM's cache does not fit its own states
-        return torch.cat([model(prompt).logits[0] for prompt in prompts])
-
-    with torch.inference_mode():
-        model: Any = load_model(adapter, torch.float32, place="cpu")
-        expected = logits(model)
-        with model.disable_adapter():
-            base = logits(model)
-        del model
-        gc.collect()  # PEFT's wrappers hold each other: without this, both models are in memory at once
-        model = load_model(merged, torch.float32, place="cpu")
-        found = logits(model)
-
-    if found.shape != expected.shape:
-        raise StageFailed("bug", f"the merged model has a vocabulary of {found.shape[1]}, base and adapter of {expected.shape[1]}")
-    if len(tokenizer) > found.shape[1]:
-        raise StageFailed("data", f"the tokenizer has {len(tokenizer)} tokens, the model only {found.shape[1]}")
-    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    error, effect = float((found - expected).norm()), float((expected - base).norm())
-    if effect == 0:
-        raise StageFailed("bug", "the adapter changes nothing: logits with and without it are the same", "look at the loss of its training")
-    hint = "" if dtype == "float32" else f"if rounding to {dtype} is the cause, `dtype: float32` keeps the adapter's changes"
-    if not difference <= TOLERANCE[dtype] * scale:
-        message = f"logits of the merged model differ from base + adapter by up to {difference:.3g}, the largest being {scale:.3g}"
-        raise StageFailed("bug", message, hint)
-    if not error < 0.5 * effect:
-        message = f"the merged model is {error:.3g} away from base + adapter, which itself is only {effect:.3g} away from the base"
-        raise StageFailed("bug" if dtype == "float32" else "data", message, hint)
-    return difference

@@ -1,12 +1,12 @@
-"""One model through gptqmodel 7.6: GPTQ with settings that were measured on CPUs, and files that are the same each time.
+"""Runs gptqmodel 7.6: GPTQ with settings that were measured on CPUs, and reproducible files.
 
-Importing gptqmodel patches transformers and safetensors, sets environment variables and starts threads, so `prepare` comes
-before torch is imported, and this runs only in a program's own process. On a GPU gptqmodel's own defaults stand.
+Importing gptqmodel patches transformers and safetensors, sets environment variables and starts threads, so `prepare` must run
+before torch is imported, and this runs only in a program's own process. On a GPU gptqmodel's own defaults are used.
 
-What was changed for CPUs, on SmolLM2-135M with 16 texts (76 s instead of 156 to 385 s): float32 instead of its bfloat16, one
-thread in each worker, no redrawing progress bar, no folder of finished layers on disk, and one forward a layer instead of four
-(`true_sequential: false`: perplexity 13.22 instead of 13.15). The last changes the result, so it follows from the compute type,
-which is in the key, and not from the device.
+Changed for CPUs, on SmolLM2-135M with 16 texts (76 s instead of 156 to 385 s): float32 instead of bfloat16, one thread per worker,
+no animated progress bar, no folder of finished layers on disk, and one forward pass per layer instead of four (`true_sequential:
+false`: perplexity 13.22 instead of 13.15). The last one changes the result, so it depends on the compute type, which is in the key,
+and not on the device.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from tuneline.patches import patch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FALLBACK = "fallback"  # gptqmodel's word, in a layer's loss, for a layer that it rounded to nearest
+FALLBACK = "fallback"  # gptqmodel writes this into the loss of a layer that it rounded to nearest
 
 
 def prepare() -> None:
-    """Sets what torch, logbar and gptqmodel read once, when they are imported."""
-    # OpenMP threads that spin while they wait take the cores from the workers.
+    """Set what torch, logbar and gptqmodel read once, when they are imported."""
+    # OpenMP threads that spin while they wait would take the cores from the workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Its progress bar redraws from two threads of its own, even into a file; the other bars are tqdm's.
+    # The progress bar redraws from two threads of its own, even into a file; the other bars are tqdm's.
     os.environ |= {"LOGBAR_ANIMATION": "0", "LOGBAR_PROGRESS_OUTPUT_INTERVAL": "1000000", "TERM": "dumb", "TQDM_DISABLE": "1"}
-    # Its C++ packer is compiled at first use, into the home folder; the Python one gives the same bytes, seconds later.
+    # The C++ packer is compiled at first use, into the home folder; the Python one gives the same bytes in a few seconds more.
     os.environ["GPTQMODEL_DISABLE_PACK_EXT"] = "1"
 
     import torch
@@ -49,19 +49,19 @@ def prepare() -> None:
 
     os.environ.setdefault("HF_HOME", constants.HF_HOME)  # gptqmodel would set it to a folder below /tmp
     if not torch.cuda.is_available():
-        # By default half the cores; its loader asks for 2 and fails on a machine of 2.
+        # The default is half the cores; the loader asks for 2 and fails on a machine with 2.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, torch.get_num_threads())))
 
 
 def quiet() -> None:
-    """Its banner and tables come as information, at import."""
+    """Hide the banner and tables that gptqmodel logs as information at import."""
     from logbar import LogBar
 
     LogBar.shared().setLevel(logging.WARNING)
 
 
 def layer_names(source: Path, model: PreTrainedModel) -> set[str]:
-    """What gptqmodel quantizes in a block of the model, as `self_attn.q_proj`; nothing where it finds its way through no blocks."""
+    """Return the layers that gptqmodel quantizes in a block, such as `self_attn.q_proj`; empty if it does not find the blocks."""
     quiet()
     from gptqmodel import QuantizeConfig
     from gptqmodel.models.auto import check_and_get_model_definition
@@ -77,7 +77,7 @@ def layer_names(source: Path, model: PreTrainedModel) -> set[str]:
 def quantize(
     source: Path, rows: list[list[int]], stage: QuantizeStage, payload: Path, meta: Path, layer_done: Callable[[], None]
 ) -> dict[str, str]:
-    """Writes the weights and config.json into `payload`; returns each quantized layer's loss, as gptqmodel tells it."""
+    """Write the weights and config.json into `payload`. Returns each quantized layer's loss, as in gptqmodel's log."""
     import torch
 
     quiet()
@@ -92,7 +92,7 @@ def quantize(
         group_size=stage.group_size,
         desc_act=stage.desc_act,
         sym=stage.sym,
-        # Sorts whole groups by importance, which keeps them in place for serving; it is for groups, and not with desc_act.
+        # Sorts whole groups by importance but stores them in order, for serving; needs groups, and excludes desc_act.
         act_group_aware=stage.group_size > 0 and not stage.desc_act,
         true_sequential=stage.dtype != "float32",
         device="cpu" if on_cpu else None,
@@ -106,33 +106,33 @@ def quantize(
     logs = model.quantize(calibration, batch_size=1)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints each file that it saves
         model.save(str(payload))
-    (payload / "quant_log.csv").rename(meta / "quant_log.csv")  # holds times
+    (payload / "quant_log.csv").rename(meta / "quant_log.csv")  # it contains times, so not in the payload
     make_canonical(payload)
     entries = [entry for part in logs.values() for entry in part]
-    # A layer outside of any expert sees every token.
+    # A layer outside any expert sees every token.
     seen, given = max(int(entry["samples"]) for entry in entries), sum(map(len, rows))
     if seen != given:
-        raise StageFailed("bug", f"gptqmodel calibrated on {seen:,} tokens, but was given {given:,}")
+        raise StageFailed("bug", f"calibration: found {seen:,} tokens in gptqmodel's log, expected {given:,}")
     return {f"{entry['layer']}.{entry['module']}": str(entry["loss"]) for entry in entries}
 
 
 def rounded(losses: dict[str, str]) -> list[str]:
-    """Layers that too few tokens reached, or whose loss is no number: gptqmodel rounds those to nearest."""
+    """Return the layers that too few tokens reached, or whose loss is no number: gptqmodel rounds those to nearest."""
     return sorted(name for name, loss in losses.items() if FALLBACK in loss or not math.isfinite(float(loss)))
 
 
 def share_threads() -> None:
-    """Leaves the main thread, which runs the forwards, its OpenMP threads, and each of the quantizing workers a single one.
+    """Keep the OpenMP threads of the main thread, which runs the forward passes, and give each quantizing worker a single one.
 
-    The workers quantize several matrices at once, column by column, in operations too small to share. OpenMP keeps the number
-    for each calling thread, and torch sets it at a thread's first operation, so every worker has to run something now.
+    The workers quantize several matrices at once, column by column, in operations too small to parallelize. OpenMP keeps the number
+    per calling thread, and torch sets it at a thread's first operation, so every worker must run an operation now.
     """
     import torch
     from gptqmodel import get_device_thread_pool
 
     workers = int(os.environ["GPTQMODEL_CPU_WORKERS"])
     threads = torch.get_num_threads()
-    barrier = threading.Barrier(workers)  # holds each worker until all have come, so that every one gets exactly one task
+    barrier = threading.Barrier(workers)  # makes each worker wait for all, so that each gets exactly one task
 
     def settle() -> None:
         barrier.wait(timeout=60)
@@ -145,7 +145,7 @@ def share_threads() -> None:
 
 
 def make_canonical(payload: Path) -> None:
-    """Leaves weights and configs alone, free of this host, with what is not quantized in at most 16 bits."""
+    """Keep only weights and configs, without facts about this host, and store unquantized weights in at most 16 bits."""
     from safetensors.torch import load_file, save_file
 
     size = 0
@@ -154,7 +154,7 @@ def make_canonical(payload: Path) -> None:
         save_file(tensors, file, {"format": "pt"})
         size += sum(tensor.nbytes for tensor in tensors.values())
     kept = {file.name for file in weight_files(payload)} | {"config.json", "quantize_config.json", INDEX}
-    for file in payload.iterdir():  # tokenizer files, which gptqmodel writes in another way than the source's
+    for file in payload.iterdir():  # tokenizer files, which gptqmodel changes
         if file.name not in kept:
             file.unlink()
     for file in sorted(payload.glob("*.json")):
@@ -171,13 +171,13 @@ def make_canonical(payload: Path) -> None:
 
 
 def narrowed(name: str, tensor: Any) -> Any:
-    """float32 as float16: on a CPU gptqmodel saves all in the type that it computes in; a scale is float16 to any kernel."""
+    """Cast float32 to float16: on a CPU gptqmodel saves everything in its compute type, but all kernels expect float16 scales."""
     import torch
 
     if tensor.dtype != torch.float32:
         return tensor.contiguous()
     narrow = tensor.to(torch.float16).contiguous()
     if not torch.isfinite(narrow).all():
-        hint = "what GPTQ leaves alone is stored in 16 bits: quantize a bfloat16 model, on a GPU"
+        hint = "GPTQ's unquantized weights are stored in 16 bits: quantize a bfloat16 model, on a GPU"
         raise StageFailed("data", f"{name} holds values beyond float16's largest, 65504", hint)
     return narrow

@@ -1,13 +1,14 @@
-"""Reads a `code` source: each file of a source tree, cut into chunks that a model can learn from.
+"""Reads a `code` source: cuts each file of a source tree into chunks that a model can learn from.
 
-    file -> lines, each with the depth of the syntax node that begins there -> chunks of whole nodes -> perhaps fill-in-the-middle
+    file -> lines, each with the depth of the syntax node that begins there -> chunks of whole nodes -> optional fill-in-the-middle
 
-A chunk is cut where the outermost node begins: between definitions before between statements, and inside of a statement
-only where nothing else fits. What stands right above a node (comments, attributes) goes with it. Languages that no grammar is
+A chunk is cut where the outermost node begins: between definitions first, then between statements, and inside a statement only if
+nothing else fits. Lines directly above a node (comments, attributes) stay with it. Files without an installed grammar are cut at
+empty lines, then at any line. `tuneline.trees.select` chooses the files.
 installed for are cut at empty lines, then at any line. Which files are read is not decided here (`tuneline.trees.select`).
 
 Left out on purpose: overlapping chunks (they would put held-out lines into training), the suffix-prefix-middle order, and
-chunks that hold special tokens of the model as text, because a tokenizer would take them for the real ones.
+chunks that contain special tokens of the model as text, because a tokenizer would read them as the real tokens.
 """
 
 from __future__ import annotations
@@ -44,26 +45,26 @@ GRAMMARS = {
     **dict.fromkeys(("h", "cc", "cpp", "cxx", "hh", "hpp", "hxx", "cu", "cuh"), ("tree_sitter_cpp", "language")),
 }
 ATTACHED = re.compile(r"comment|attribute|decorator|annotation")  # nodes that belong to the one below them
-EMPTY_LINE, ANY_LINE = 1_000_000, 2_000_000  # depths for cuts that no grammar speaks of
-# Prefix, suffix and middle token of the families whose tokenizers have them; what they frame is the same everywhere.
+EMPTY_LINE, ANY_LINE = 1_000_000, 2_000_000  # depths of cuts where no syntax node begins
+# Prefix, suffix and middle token of each model family that has them. All families use them in the same order.
 FILL_IN_THE_MIDDLE = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
 )
-FRAME = 8  # tokens that a chunk may grow by when its middle is moved: three of them frame it, words are cut in two places
+FRAME = 8  # tokens that a chunk may grow by when its middle is moved: three frame tokens, and words cut in two places
 
 
 def code_rows(
     name: str, source: CodeSource, tree: Tree, files: list[Path], tokenizer: PreTrainedTokenizerBase, seed: int, left_out: Counter[str]
 ) -> Iterator[tuple[str, Row]]:
-    """(place, row) of every chunk, file by file; a file is a group. Counts in `left_out` the chunks that are not used, by reason."""
+    """Yield (place, row) of each chunk, file by file; a file is a group. Counts unused chunks in `left_out`, by reason."""
     frame = fill_in_the_middle_tokens(name, tokenizer) if source.fim_rate else None
     special = special_tokens.pattern(tokenizer)
     for file in files:
         relative = file.relative_to(tree.folder).as_posix()
-        lines = [f"{line}\n" for line in file.read_text(encoding="utf-8-sig").split("\n")]  # splitlines knows ends that grammars do not
+        lines = [f"{line}\n" for line in file.read_text(encoding="utf-8-sig").split("\n")]  # splitlines would cut at more characters
         for start, end in chunks(lines, depths(file, lines), tokenizer, source.chunk_length - (FRAME if frame else 0)):
             text = "".join(lines[start:end]).strip("\n")
             if not text.strip():
@@ -79,7 +80,7 @@ def code_rows(
 
 
 def length(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of a row of this text, with the one that ends it."""
+    """Return the number of tokens of a row with this text, including the eos token."""
     return len(tokenizer(text)["input_ids"]) + 1
 
 
@@ -87,7 +88,7 @@ def length(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def depths(file: Path, lines: list[str]) -> list[int]:
-    """For each line how deep the outermost syntax node is that begins there: the smaller, the better to cut before it."""
+    """Return for each line the depth of the outermost syntax node that begins there: lower is a better place to cut."""
     found = [EMPTY_LINE if i and not lines[i - 1].strip() and lines[i].strip() else ANY_LINE for i in range(len(lines))]
     grammar = GRAMMARS.get(file.suffix.lower().removeprefix("."))
     if grammar is None:
@@ -110,11 +111,11 @@ def depths(file: Path, lines: list[str]) -> list[int]:
 
 
 def attached(before: Node | None, node: Node) -> bool:
-    """Whether a comment or the like stands right above the node, or before it on its line."""
+    """Return whether a comment or similar node is directly above the node, or before it on its line."""
     if before is None or not ATTACHED.search(before.type):
         return False
-    ends = before.end_point.row - (before.end_point.column == 0)  # some grammars count the line's end to the comment
-    return node.start_point.row <= ends + 1
+    ends = before.end_point.row - (before.end_point.column == 0)  # some grammars include the line end in the comment
+    return bool(node.start_point.row <= ends + 1)
 
 
 def begins_line(line: str, node: Node) -> bool:
@@ -125,13 +126,13 @@ def begins_line(line: str, node: Node) -> bool:
 
 
 def chunks(lines: list[str], depths: list[int], tokenizer: PreTrainedTokenizerBase, limit: int) -> Iterator[tuple[int, int]]:
-    """(first line, line after the last) of chunks of at most `limit` tokens; a single line may be longer."""
+    """Yield (first line, line after the last) of chunks of at most `limit` tokens; a single line may be longer."""
     totals = [0, *accumulate(len(ids) for ids in tokenizer(lines, add_special_tokens=False)["input_ids"])]
 
     def within(start: int, end: int, room: int) -> Iterator[tuple[int, int]]:
         for first, last in cut(start, end, totals, depths, room):
             tokens = length("".join(lines[first:last]).strip("\n"), tokenizer)
-            if tokens > limit and last - first > 1:  # together its lines took more tokens than one by one, which is rare
+            if tokens > limit and last - first > 1:  # rare: together the lines have more tokens than one by one
                 yield from within(first, last, min(room - 1, room * limit // tokens))
             else:
                 yield first, last
@@ -140,9 +141,9 @@ def chunks(lines: list[str], depths: list[int], tokenizer: PreTrainedTokenizerBa
 
 
 def cut(start: int, end: int, totals: list[int], depths: list[int], room: int) -> list[tuple[int, int]]:
-    """Cuts before the outermost nodes, joins neighbours while they fit, and goes into those that do not.
+    """Cut before the outermost nodes, join neighbors while they fit, and descend into those that do not fit.
 
-    `totals` are the tokens before each line.
+    `totals` are the numbers of tokens before each line.
     """
     spans: list[tuple[int, int]] = []
     waiting = [(start, end)]
@@ -175,13 +176,13 @@ def fill_in_the_middle_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> 
     raise StageFailed(
         "config",
         f"{name}.fim_rate: the model's tokenizer has no tokens for fill-in-the-middle",
-        f"set `fim_rate: 0`, or take a model that was trained with {families}",
+        f"set `fim_rate: 0`, or use a model that was trained with {families}",
     )
 
 
 def moved_middle(text: str, frame: tuple[str, str, str], source: CodeSource, seed: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chunk with its middle at the end (arXiv:2207.14255), for `fim_rate` of them. Equal chunks are treated alike, so that
-    they are still found to be duplicates."""
+    """Return the chunk with its middle moved to the end (arXiv:2207.14255), for a share `fim_rate` of chunks. Equal chunks are
+    moved equally, so deduplication still finds them."""
     dice = random.Random(f"{seed}:{content_hash(text)}")
     if dice.random() >= source.fim_rate:
         return text

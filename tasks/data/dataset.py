@@ -1,10 +1,10 @@
-"""Builds a Dataset: reads every source, drops what is too long or there twice, splits by group, and reports on all of it.
+"""Builds a Dataset: reads every source, drops rows that are too long or duplicates, splits by group, and writes a report.
 
-    read -> measure (drop, cut or refuse what is over max_length) -> deduplicate -> split -> check -> write -> report
+    read -> measure (drop, truncate or refuse rows over max_length) -> deduplicate -> split -> check -> write -> report
 
-A row goes to the split that its *group* falls into: the bucket of hash(seed, group), so more rows never move a group, and
-rows with the same prompt are never on both sides. Left out on purpose: fuzzy deduplication and shuffling (the trainer's
-sampler shuffles); rows keep the order in which they were read.
+A row's *group* decides its split: the bucket of hash(seed, group), so adding rows never moves a group, and rows with the same
+prompt are never in two splits. Left out on purpose: fuzzy deduplication, and shuffling (the trainer's sampler shuffles); rows keep
+the order in which they were read.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
-from tasks.data.formats import refuse_row
-from tasks.data.masks import answers_to_learn, token_counts
-from tasks.data.rendering import conversation, turn
+from tasks.data.measuring import BATCH, identified, measured, opening
 from tasks.data.report import ignored, write_report
-from tasks.data.rows import SPLITS, Row, content_hash, row_count, seldom_collected, tidy, write_rows
+from tasks.data.rows import SPLITS, Row, row_count, seldom_collected, tidy, write_rows
 from tasks.data.sources import Counts, Item, drop, read_source
-from tasks.data.unrendered import HINT, unrendered
 from tasks.data.values import BadRow
-from tasks.models.loading import load_tokenizer, template_hash
+from tasks.models.loading import load_tokenizer
 from tuneline.errors import StageFailed
 from tuneline.kinds.dataset import DatasetStage, Split
 from tuneline.kinds.sources import CodeSource
@@ -34,12 +31,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORDS = {
-    "bad_rows": "could not be read", "duplicates": "are there twice", "over_long": "are over max_length",
-    "unrendered": "are not rendered whole",
+    "bad_rows": "could not be read", "duplicates": "are duplicates", "over_long": "are over max_length",
+    "unrendered": "are not rendered completely",
 }  # fmt: skip
 DROPPED = tuple(WORDS)
-MIN_ROWS = 10  # rows: of 9, a share of right answers has a standard error of up to 0.17
-BATCH = 2000  # rows tokenized together, and between two signs of life
+MIN_ROWS = 10  # of 9 rows, a share of right answers has a standard error of up to 0.17
 
 
 @seldom_collected()
@@ -62,9 +58,9 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
         file = request.payload / f"{name}.parquet"
         write_rows([item.row for item in splits[name]], file)
         if (written := row_count(file)) != len(splits[name]):
-            raise StageFailed("bug", f"{file.name} holds {written} rows, but {len(splits[name])} were given", "please report this")
+            raise StageFailed("bug", f"{file.name}: found {written} rows, expected {len(splits[name])}", "please report this")
     if kept := counts.total("kept_unrendered"):
-        events.warning(f"{kept} of {counts.read.total()} rows are kept although the chat template leaves something of them out")
+        events.warning(f"{kept} of {counts.read.total()} rows are kept although the chat template leaves out part of them")
     for message in warnings(items, splits, stage, counts):
         events.warning(message)
     figures = write_report(request.meta, request.payload, stage, splits, counts, tokenizer, events)
@@ -80,7 +76,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
     )
 
 
-# --- read and measure -------------------------------------------------------------------------------------------------
+# --- read ------------------------------------------------------------------------------------------------------------
 
 
 def read(
@@ -92,7 +88,7 @@ def read(
         for number, item in enumerate(read_source(request, index, source, tokenizer, counts, events), 1):
             try:
                 row = with_system(item.row, stage.system)
-                if special is not None and not isinstance(source, CodeSource):  # which leaves them out itself
+                if special is not None and not isinstance(source, CodeSource):  # code sources leave them out themselves
                     row = special_tokens.treated(row, special, stage.special_tokens)
                 yield Item(item.place, identified(row))
             except BadRow as error:
@@ -107,121 +103,11 @@ def with_system(row: Row, system: str | None) -> Row:
     return replace(row, messages=({"role": "system", "content": system}, *row.messages))
 
 
-def identified(row: Row) -> Row:
-    """With its id and, unless its source gave one, its group."""
-    try:
-        named = replace(row, id=content_hash(row.content()), group=row.group or group_of(row))
-        vars(named)["stored_extra"] = row.stored_extra
-        return named
-    except (TypeError, ValueError, RecursionError) as error:
-        refuse_row(row)
-        raise BadRow("found lists and objects nested too deeply to be compared, expected a few hundred") from error
-
-
-def group_of(row: Row) -> str:
-    """Hash of the prompt: what stands before the first answer, so that a conversation and one that goes on from it stay together,
-    also where the other comes later. System prompts do not count: the same question is the same."""
-    if row.text is not None:
-        return content_hash(row.text)
-    prompt = opening(row.messages) if row.messages is not None else ({"role": "user", "content": row.prompt},)
-    return content_hash([message for message in prompt if message["role"] != "system"])
-
-
-def opening(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """The messages before the first answer to a user; some conversations begin with a greeting."""
-    roles = [message["role"] for message in messages]
-    asked = roles.index("user") if "user" in roles else 0
-    return messages[: roles.index("assistant", asked)] if "assistant" in roles[asked:] else messages
-
-
-def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, counts: Counts, events: Events) -> Iterator[Item]:
-    """Counts tokens; what is over max_length is dropped, cut or refused, as the stage says."""
-    steps = len(stage.sources) + 3
-    known: set[Any] = set()
-    for start in range(0, len(items), BATCH):
-        batch, texts = rendered(items[start : start + BATCH], stage, tokenizer, known, counts, events)
-        events.progress(steps - 3, steps, f"counted tokens of {start:,} of {len(items):,} rows")
-        for item, tokens in zip(batch, token_counts([item.row for item in batch], tokenizer, texts), strict=True):
-            if stage.max_length is None or tokens <= stage.max_length:
-                yield replace(item, tokens=tokens)
-            elif stage.over_long == "drop":
-                counts.fates["over_long", item.row.source] += 1
-            elif stage.over_long == "truncate" and item.row.text is not None:
-                counts.fates["truncated", item.row.source] += 1
-                yield truncated(item, tokenizer, stage.max_length)
-            else:
-                why = ": only plain text can be truncated" if stage.over_long == "truncate" else ""
-                message = f"{item.place}: found a row of {tokens} tokens, expected {stage.max_length}{why}"
-                raise StageFailed("data", message, "shorten it, raise max_length, or set `over_long: drop`")
-
-
-def rendered(
-    items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, known: set[Any], counts: Counts, events: Events
-) -> tuple[list[Item], list[str]]:
-    """The rows, less those that the stage drops because the template leaves something of them out, and the texts of the conversations."""
-    kept, texts = [], []
-    for item in items:
-        row = item.row
-        if row.messages is not None:
-            try:
-                text = conversation(row, tokenizer)
-                check_turns(row, tokenizer, known)
-            except StageFailed as error:
-                if tokenizer.chat_template is None:
-                    raise
-                source = stage.sources[int(row.source.split(".")[1])]
-                drop(BadRow(error.message, error.hint), item.place, row.source, source, counts, events)
-                continue
-            if missing := unrendered(row, text, tokenizer):
-                message = f"{item.place}: the chat template (sha256 {str(template_hash(tokenizer))[:12]}) leaves out {', '.join(missing)}"
-                if stage.on_unrendered == "error":
-                    raise StageFailed("data", message, HINT)
-                fate = "unrendered" if stage.on_unrendered == "drop" else "kept_unrendered"
-                if not counts.total(fate):
-                    what = "dropped" if stage.on_unrendered == "drop" else "kept"
-                    events.warning(f"rows of which the chat template leaves something out are {what}, the first is {message}")
-                counts.fates[fate, row.source] += 1
-                if stage.on_unrendered == "drop":
-                    continue
-            texts.append(text)
-        kept.append(item)
-    return kept, texts
-
-
-def check_turns(row: Row, tokenizer: PreTrainedTokenizerBase, known: set[Any]) -> None:
-    """Raises StageFailed(data) where a training would not find one of the answers that it trains. Rows of one answer are alike to a
-    template where they have the same roles and fields: of those `known`, the first was looked at."""
-    assert row.messages is not None
-    shape = ("tools" in row.extra, *(tuple(message) + (message["role"],) for message in row.messages))
-    if shape in known:
-        return
-    positions = answers_to_learn(row)
-    for position in positions:
-        turn(row, position, tokenizer)
-    if len(positions) == 1:
-        known.add(shape)
-
-
-def truncated(item: Item, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Item:
-    """Cuts the text before the first token that is too many; again where the shorter text happens to take more tokens."""
-    text = item.row.text or ""
-    tokens = token_counts([item.row], tokenizer)[0]
-    row = item.row
-    while tokens > max_length:
-        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        text = text[: offsets[len(offsets) - (tokens - max_length)][0]]
-        row = replace(row, text=text)
-        tokens = token_counts([row], tokenizer)[0]
-    if not text.strip():
-        raise StageFailed("data", f"{item.place}: nothing is left of the text within {max_length} tokens", "raise max_length")
-    return Item(item.place, identified(row), tokens)
-
-
 # --- deduplicate and split --------------------------------------------------------------------------------------------
 
 
 def deduplicated(items: list[Item], by: str, counts: Counts) -> Iterator[Item]:
-    """Keeps the first of rows that say the same (`content`), or that ask the same (`prompt`)."""
+    """Keep the first of rows with equal content (`content`) or equal prompts (`prompt`)."""
     seen: set[str] = set()
     for item in items:
         what = item.row.asked() if by == "prompt" else item.row.id
@@ -233,7 +119,7 @@ def deduplicated(items: list[Item], by: str, counts: Counts) -> Iterator[Item]:
 
 
 def bucket(seed: int, group: str) -> float:
-    """Where in [0, 1) a group falls: a matter of seed and group alone."""
+    """Map a group to [0, 1), by the seed and the group only."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{group}".encode()).digest()[:6], "big") / 2**48
 
 
@@ -247,7 +133,7 @@ def split(items: list[Item], shares: Split, seed: int) -> dict[str, list[Item]]:
 
 
 def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
-    """No group on two sides, no row lost, nothing empty that was asked for."""
+    """Raises StageFailed if a group is in two splits, a row was lost, or a requested split is empty."""
     home: dict[str, str] = {}
     for name, items in splits.items():
         for item in items:
@@ -261,16 +147,16 @@ def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
             fates = [f"{total} {WORDS[fate]}" for fate in DROPPED if (total := counts.total(fate))]
             message = f"the {name} split is empty: {kept} rows in {len(home)} groups are left of {counts.read.total()} that were read"
             message += f" ({', '.join(fates)})" if fates else ""
-            hint = "add rows; the first that was dropped is in the warnings" if fates else "add rows"
+            hint = "add rows; the warnings name the first dropped row" if fates else "add rows"
             if name != "train":
                 hint = f"add rows, raise split.{name}, or set it to 0"
             if len(home) == 1 < kept:
-                hint = "rows with one first prompt stay together: put what all of them share into the system prompt"
+                hint = "rows with the same first prompt stay together: put what all of them share into the system prompt"
             raise StageFailed("data", message, hint)
 
 
 def unclear(items: list[Item]) -> Iterator[str]:
-    """Of all rows that were read: which of them are dropped later must not hide that their answers differ."""
+    """Warn of prompts with differing answers. Looks at all rows, also those that are dropped later."""
     answers: dict[str, set[str | None]] = defaultdict(set)
     for item in items:
         if item.row.messages is None or item.row.prompt_messages() == opening(item.row.messages):
@@ -278,25 +164,25 @@ def unclear(items: list[Item]) -> Iterator[str]:
     differing = [group for group, given in answers.items() if len(given) > 1]
     if differing:
         first = next(item.place for item in items if item.row.group == differing[0])
-        yield f"{len(differing)} prompts have differing answers, the first at {first}"
+        yield f"{len(differing)} prompts have different answers, the first at {first}"
 
 
 def warnings(items: list[Item], splits: dict[str, list[Item]], stage: DatasetStage, counts: Counts) -> Iterator[str]:
     for name in ("validation", "test"):
         if 0 < (held := len(splits[name])) < MIN_ROWS:
-            yield f"the {name} split has {held} of {len(items)} rows: figures of so few say little; add rows, or raise split.{name}"
+            yield f"the {name} split has {held} of {len(items)} rows: too few for reliable figures; add rows, or raise split.{name}"
     groups = Counter(item.row.group for item in items)
     largest = max(groups.values(), default=0)
     if len(items) > 1 and 2 * largest > len(items):
         yield f"{largest} of {len(items)} rows have the same prompt or file, and so are all in one split"
     different = {item.row.reference() for item in items}
-    if len(items) > 1 and len(different) == 1 and not different <= {None, ""}:  # of calls it is empty
+    if len(items) > 1 and len(different) == 1 and not different <= {None, ""}:  # empty for answers that only call tools
         yield f"all {len(items)} rows have the same answer: {str(different.pop())[:80]!r}"
     for fate in DROPPED:
         if 2 * counts.total(fate) > counts.read.total():
             yield f"more than half of the rows were dropped ({fate}): {counts.total(fate)} of {counts.read.total()}"
     others = sum(item.row.messages is None for item in items)
     if stage.system is not None and others:
-        yield f"the system prompt is for conversations: {others} rows of another format go without"
+        yield f"the system prompt is only for conversations: {others} rows of other formats do not get it"
     if counts.ignored:
         yield f"columns and parts of messages are not read: {ignored(counts)}"

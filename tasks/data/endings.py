@@ -1,4 +1,4 @@
-"""Where a saved model stops, by its configuration: at the tokens that end a rendered answer."""
+"""Configures where a saved model stops: at the tokens that end a rendered answer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def save_configs(folder: Path, payload: Path, dtype: str | None, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
-    """The base's config.json and generation_config.json, with the type that weights have been given, and with the tokens that end a
-    trained answer beside those that ended one before: `generate` is to stop where an evaluation does."""
+    """Write the base's config.json and generation_config.json with the weights' new dtype, and with the tokens that end a trained
+    answer in addition to the previous ones: `generate` must stop where an evaluation stops."""
     for name in ("config.json", "generation_config.json"):
         if not (folder / name).exists():
             continue
@@ -28,15 +28,15 @@ def save_configs(folder: Path, payload: Path, dtype: str | None, tokenizer: PreT
         if not set(trained) <= set(before if isinstance(before, list) else [before]):
             every = ends(tokenizer, before)
             document["eos_token_id"] = every if len(every) > 1 else every[0]
-            events.warning(f"{name}: eos_token_id was {before}, and is {document['eos_token_id']}: {trained} end what was trained")
+            events.warning(f"{name}: eos_token_id was {before} and is now {document['eos_token_id']}: {trained} end the trained answers")
         write_json(payload / name, document)
 
 
 def check_ends(payload: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """transformers' `generate` with its defaults ends where an evaluation does."""
+    """Raises StageFailed(bug) unless transformers' `generate`, with its defaults, stops where an evaluation stops."""
     from transformers import GenerationConfig
 
     name = "generation_config.json" if (payload / "generation_config.json").exists() else "config.json"
     found = GenerationConfig.from_pretrained(payload, config_file_name=name).eos_token_id
     if lost := sorted(set(ends(tokenizer)) - set(found if isinstance(found, list) else [found])):
-        raise StageFailed("bug", f"the model was saved so that {', '.join(tokenizer.convert_ids_to_tokens(lost))} would not end an answer")
+        raise StageFailed("bug", f"{name}: found no end of an answer at {', '.join(tokenizer.convert_ids_to_tokens(lost))}, expected one")

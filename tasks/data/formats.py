@@ -1,18 +1,18 @@
-"""The formats in which people keep training data, each turned into a Row.
+"""Converts each format of training data into Rows.
 
     messages            messages: [{role, content, tool_calls?, name?, tool_call_id?, reasoning_content?, thinking?, weight?}]
     sharegpt            conversations: [{from: human | gpt | system | tool | ..., value}]
-    alpaca              instruction, output, and perhaps input
+    alpaca              instruction, output, and optionally input
     prompt_completion   prompt, completion: both text, or both lists of messages
     text                text
-    prompt              prompt alone, text or a list of messages, with an answer or tests: what a reward needs, to be learnt by trying
+    prompt              prompt alone, text or a list of messages, with an answer or tests: for rewards in RL
 
-Beside any conversation may stand `system`, `history` ([[question, answer]] or messages) and `tools` (or `functions`). Lists may be JSON
-text, a message's content a list of text parts. `weight`, `loss` or `train` of 0 leaves an answer out of what is trained on.
+A conversation may also have the columns `system`, `history` ([[question, answer]] or messages) and `tools` (or `functions`). Lists may
+be JSON text, a message's content a list of text parts. An answer with a `weight`, `loss` or `train` of 0 is not trained on.
 
-Nothing is guessed: a row that does not fit raises BadRow, which says what was found and what is allowed. Columns that no
-format reads are reported as ignored, never silently. Beside any prompt may stand `answer` (what a right answer says), `tests` and
-`extra` (an object): rewards see them. An optional column without content counts as absent.
+Nothing is guessed: a row that does not fit raises BadRow, with what was found and what is expected. Columns that no format reads are
+reported as ignored. Any prompt may also have `answer` (the right answer), `tests` and `extra` (an object), which rewards see. An
+optional column without content counts as absent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tasks.data.rows import Row
 from tasks.data.values import BadRow, Number, blank, describe, parsed, refuse_unstorable, text, unpacked
 
 FOR_REWARDS = ("answer", "tests", "extra")
-AROUND = ("system", "history")  # columns that hold what stands before a conversation
+AROUND = ("system", "history")  # columns whose messages come before a conversation
 TOOLS = ("tools", "functions")
 RESERVED = (
     "prompts",
@@ -38,8 +38,8 @@ RESERVED = (
     "tools",
     "scorer",
     "special_tokens",
-)  # mean something else beside those of `extra`
-# Format -> columns it needs, columns it also reads. `auto` takes the first whose needs are there.
+)  # names that have another meaning than a column of `extra`
+# Format -> columns it needs, columns it also reads. `auto` takes the first format whose needed columns are present.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), (*AROUND, *TOOLS, *FOR_REWARDS)),
     "sharegpt": (("conversations",), (*AROUND, *TOOLS, *FOR_REWARDS)),
@@ -48,7 +48,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
     "prompt": (("prompt",), (*AROUND, *TOOLS, *FOR_REWARDS)),
 }
-LAST = "a row to learn from ends with an answer: cut the conversation after its last one, or give an `answer` for rewards"
+LAST = "a row to learn from ends with an answer: cut the conversation after its last answer, or give an `answer` for rewards"
 KNOWN = frozenset(name for needed, read in COLUMNS.values() for name in needed + read)
 
 
@@ -56,7 +56,7 @@ def detect(record: dict[str, Any]) -> str:
     for name, (needed, _) in COLUMNS.items():
         if record.keys() >= set(needed):
             if name == "prompt" and all(blank(record.get(column)) for column in FOR_REWARDS):
-                hint = "for rewards that need no more than a prompt: `format: prompt`"
+                hint = "for rewards that need only a prompt, set `format: prompt`"
                 raise BadRow(f"found a prompt alone, expected one with completion, or with {', '.join(FOR_REWARDS)}", hint)
             return name
     raise BadRow(
@@ -66,7 +66,7 @@ def detect(record: dict[str, Any]) -> str:
 
 
 def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]) -> Row:
-    """Reads `record` (absent values left out) in format `name`. Counts in `ignored` what it does not read."""
+    """Read `record` (without absent values) in format `name`. Counts in `ignored` the values it does not read."""
     needed, read = COLUMNS[name]
     for column in needed:
         if column not in record:
@@ -88,7 +88,8 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
         given = [(column, unpacked(record[column], column)) for column in needed]
         if all(isinstance(value, str) for _, value in given):
             refuse_around(record)
-            return replace(row, **{column: text(value, column) for column, value in given})
+            texts: dict[str, Any] = {column: text(value, column) for column, value in given}
+            return replace(row, **texts)
         if len(given) == 2 and not all(isinstance(value, list) for _, value in given):
             found = ", ".join(f"{column} as {describe(value)}" for column, value in given)
             raise BadRow(f"found {found}, expected both text or both lists of messages")
@@ -113,11 +114,11 @@ def check_conversation(messages: list[dict[str, Any]], row: Row, name: str) -> N
         raise BadRow("every answer has weight 0, expected at least one that is trained on", "remove the row")
 
 
-# --- what stands around a conversation --------------------------------------------------------------------------------
+# --- columns around a conversation ------------------------------------------------------------------------------------
 
 
 def around(record: dict[str, Any], messages: list[dict[str, Any]], ignored: Counter[str]) -> list[dict[str, Any]]:
-    """The conversation with the columns `system` and `history` before it."""
+    """Return the conversation with the columns `system` and `history` before it."""
     if "history" in record:
         earlier = history(record["history"], ignored)
         if messages and messages[0]["role"] == "system":
@@ -153,7 +154,7 @@ def history(value: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
 
 
 def refuse_around(record: dict[str, Any]) -> None:
-    """A plain prompt has no place for what a conversation begins with."""
+    """Raises BadRow if a prompt that is text has columns that only conversations can have."""
     for column in AROUND:
         if column in record:
             hint = "make it a conversation: `format: alpaca` and `columns: {instruction: prompt, output: completion}`"
@@ -161,13 +162,13 @@ def refuse_around(record: dict[str, Any]) -> None:
 
 
 def alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """`input` follows the instruction on a new line; either may be all that is asked."""
+    """Build the question from the instruction and, on a new line, `input`; one of the two may be empty."""
     asked = [name for name in ("instruction", "input") if not blank(record.get(name))] or ["instruction"]
     question = "\n".join(text(record[name], name) for name in asked)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": text(record["output"], "output")}]
 
 
-# --- what stands beside -----------------------------------------------------------------------------------------------
+# --- other columns ----------------------------------------------------------------------------------------------------
 
 
 def answer(record: dict[str, Any]) -> str | None:
@@ -180,7 +181,7 @@ def answer(record: dict[str, Any]) -> str | None:
 
 
 def extra(record: dict[str, Any]) -> dict[str, Any]:
-    """What rewards and the template see beside the answer."""
+    """Return what rewards and the template see in addition to the answer."""
     found = parsed(record.get("extra", {}), "extra")
     if not isinstance(found, dict):
         raise BadRow(f"extra: found {describe(found)}, expected an object")
@@ -192,7 +193,7 @@ def extra(record: dict[str, Any]) -> dict[str, Any]:
         refuse_unstorable(found, "extra, tests")
     if "tools" in record:
         return found | {"tools": tools(record["tools"])}
-    if "functions" in record:  # OpenAI's name for them before there were tools of other kinds
+    if "functions" in record:  # OpenAI's older name
         return found | {"tools": [{"type": "function", "function": function} for function in tools(record["functions"])]}
     return found
 
@@ -207,7 +208,7 @@ def tools(value: Any) -> Any:
 
 
 def refuse_row(row: Row) -> None:
-    """Raises BadRow with the place in a conversation that JSON cannot hold."""
+    """Raises BadRow with the place in a conversation that cannot be stored as JSON."""
     for position, message in enumerate(row.messages or ()):
         for name, value in message.items():
             refuse_unstorable(value, f"messages[{position}].{name}")

@@ -1,4 +1,4 @@
-"""How thoughts are marked in texts that no template has written; `tasks.data.thoughts` sees how a template does."""
+"""Recognizes thoughts in texts that no template has written; `tasks.data.thoughts` finds how a template marks them."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ OPENED = re.compile(f"(?:{START}).*", re.DOTALL)
 
 
 def said(answer: str) -> str:
-    """The answer without what the model thought before it; nothing of one that was still thinking when it was cut off."""
+    """Return the answer without the thoughts before it; empty if it was cut off within its thoughts."""
     return OPENED.sub("", CLOSED.sub("", answer)).strip()

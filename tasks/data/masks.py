@@ -1,10 +1,10 @@
-"""Which tokens of a row are trained on, decided once for training, samples, calibration and scoring.
+"""Decides which tokens of a row are trained on, for training, samples, calibration and scoring.
 
-An answer is found in the rendered text (`tasks.data.rendering`), and its tokens by their places there. The prompt before it has the
-tokens that a server sends, so that what is asked later is what was trained: where a token would lie across the border, as where an
-answer begins with a line end, the two are tokenized apart. Where a conversation is rendered otherwise once it goes on, as thoughts of
-earlier turns are left out, one text cannot hold every answer as it was asked for: such a row becomes a sequence for each answer.
-TRL's own masks are not used: `assistant_only_loss` needs `{% generation %}` marks that few templates have.
+An answer is located in the rendered text (`tasks.data.rendering`), and its tokens by their offsets. The prompt before it gets the
+tokens that a server would send, so that training and inference match: if a token would span the border, for example because an answer
+begins with a newline, prompt and answer are tokenized separately. If a template renders a conversation differently once it continues,
+for example without the thoughts of earlier turns, no single text holds every answer as it was asked for: such a row becomes one
+sequence per answer. TRL's own masks are not used: `assistant_only_loss` needs `{% generation %}` marks that few templates have.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tuneline.errors import StageFailed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
-MOST_ORDERS = 1000  # of the arguments of calls: all of six
+IGNORE_INDEX = -100  # the label that torch's cross entropy ignores
+MOST_ORDERS = 1000  # orders of a call's arguments that are tried: all of six arguments
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Tokens:
 
 
 def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> Tokens:
-    """The last of a row's sequences, which ends with its last answer; see `sequences`."""
+    """Return the last of a row's sequences, which ends with its last answer; see `sequences`."""
     return sequences(row, tokenizer, train_on)[-1]
 
 
 def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> list[Tokens]:
-    """What is trained on of a row: one sequence, or one for each answer where no single text holds them all as they are asked for.
+    """Return the sequences to train on: one, or one per answer if no single text holds every answer as it was asked for.
 
     `train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
     A turn of weight 0 is never trained on.
-    Raises StageFailed(data) where the template does not show which part of the text an answer is.
+    Raises StageFailed(data) if the answer cannot be located in the rendered text.
     """
     if row.text is not None:
         ids = with_eos(tokenizer(row.text)["input_ids"], tokenizer)
@@ -73,26 +73,26 @@ def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "ass
     if train_on != "all":
         return [whole] if whole else [apart(each, tokenizer) for each in turns]
     if whole is None:
-        message = f"the chat template renders row {row.id} so that its messages of weight 0 cannot be left out"
-        raise StageFailed("data", message, "train on answers alone (`train_on: assistant`)")
+        message = f"the chat template renders row {row.id} so that its messages of weight 0 cannot be masked"
+        raise StageFailed("data", message, "train on answers only (`train_on: assistant`)")
     return [Tokens(whole.input_ids, [not answer for answer in whole.trained])]
 
 
 def answers(row: Row) -> list[int]:
-    """Positions of the messages that answer something; a greeting before the first message of somebody else does not."""
+    """Return the positions of the messages that are answers. A greeting before anybody else's first message is none."""
     assert row.messages is not None
     roles = [message["role"] for message in row.messages]
     return [position for position, role in enumerate(roles) if role == "assistant" and set(roles[:position]) - {"assistant"}]
 
 
 def answers_to_learn(row: Row) -> list[int]:
-    """Those of the answers that are trained on: not the ones of weight 0."""
+    """Return the positions of the answers that are trained on: those whose weight is not 0."""
     assert row.messages is not None
     return [position for position in answers(row) if row.messages[position].get("weight") != 0]
 
 
 def at_once(text: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
-    """One sequence with every answer in it; None where a token lies across the border of one."""
+    """Build one sequence with every answer; None if a token spans the border of an answer."""
     ids, places = cut(text, [place for each in turns for place in (len(each.prompt), len(each.text))], tokenizer)
     if places is None:
         return None
@@ -103,8 +103,8 @@ def at_once(text: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def cut(text: str, borders: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
-    """Token ids of a text, and how many of them stand before each border; None where a token lies across one."""
-    if not tokenizer.is_fast:  # it does not tell where its tokens are
+    """Tokenize a text and count the tokens before each border; None in place of the counts if a token spans a border."""
+    if not tokenizer.is_fast:  # slow tokenizers return no offsets
         ids, before = token_ids(text, tokenizer), [token_ids(text[:border], tokenizer) for border in borders]
         return ids, [len(each) for each in before] if all(ids[: len(each)] == each for each in before) else None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -115,12 +115,12 @@ def cut(text: str, borders: list[int], tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def apart(one: Turn, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The sequence of one answer: the prompt's tokens as a server sends them, then those of the answer."""
+    """Build the sequence of one answer: the prompt's tokens as a server sends them, then those of the answer."""
     prompt, whole = token_ids(one.prompt, tokenizer), token_ids(one.text, tokenizer)
     ids, start = whole, len(prompt)
     if whole[:start] != prompt:
         ids = prompt + token_ids(one.answer, tokenizer)
-        if tokenizer.decode(ids) != tokenizer.decode(whole):  # a tokenizer that marks the beginning of any text, as SentencePiece's may
+        if tokenizer.decode(ids) != tokenizer.decode(whole):  # the tokenizer marks the beginning of any text, as SentencePiece may
             ids, start = whole, next(i for i in range(start) if whole[i] != prompt[i])
     return Tokens(ids, [False] * start + [True] * (len(ids) - start))
 
@@ -130,7 +130,7 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the row's prompt as a server would send it to the model; empty for plain text."""
+    """Return the token ids of the row's prompt as a server would send them; empty for plain text."""
     messages = row.prompt_messages()
     if messages is not None:
         return token_ids(render_text(messages, row, tokenizer, add_generation_prompt=True), tokenizer)
@@ -138,8 +138,8 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """The row with what a right answer says as its `answer`: its own, its completion, or the last answer as the model is taught to write
-    it, without its end and thoughts. None where there is none, or none to be seen or learnt: nothing is right for saying nothing."""
+    """Return the row with the right answer as its `answer`: its own `answer`, its completion, or the last answer as the model learns to
+    write it, without eos token and thoughts. None if there is no such text, or it is not rendered or not trained on."""
     answer = row.reference()
     if row.answer is None and row.messages is not None and row.messages[-1]["role"] == "assistant":
         answer = None
@@ -150,8 +150,8 @@ def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
 
 
 def in_the_order_of(row: Row, answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model said, with the arguments of its calls in the order of those in the row, `with_reference`, where nothing else differs:
-    however a template writes them."""
+    """Return the model's answer with the arguments of its calls in the row's order, if nothing else differs, in any template's syntax.
+    The row is one of `with_reference`."""
     assert row.messages is not None
     if answer == row.answer or row.answer is None or sorted(answer) != sorted(row.answer):
         return answer
@@ -164,7 +164,7 @@ def in_the_order_of(row: Row, answer: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def orders(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The call with its arguments in each order."""
+    """Yield the call with its arguments in each order."""
     call = called(call, as_text=False)
     function = call.get("function", call)
     arguments = function["arguments"]
@@ -174,7 +174,8 @@ def orders(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def last_answer(row: Row, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> tuple[list[int], int, int]:
-    """Token ids of the row, and where its last answer begins and where the first of `ends` ends it; at its end, if nothing is trained."""
+    """Return the row's token ids, and where its last answer begins and ends (at the first of `ends`); both at the end if nothing is
+    trained on."""
     tokens = tokenize(row, tokenizer, "completion")
     if not any(tokens.trained):
         return tokens.input_ids, len(tokens.input_ids), len(tokens.input_ids)
@@ -184,8 +185,8 @@ def last_answer(row: Row, tokenizer: PreTrainedTokenizerBase, ends: set[int]) ->
 
 
 def token_counts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, texts: list[str] | None = None) -> list[int]:
-    """Tokens of every row's longest sequence, several times as fast as by `sequences`: tokenized together, and no turn is looked for.
-    `texts` are those of the conversations among them, where they are rendered already."""
+    """Count the tokens of each row's longest sequence. Much faster than `sequences`: tokenizes rows together and locates no turns.
+    `texts` are the conversations' texts, if already rendered."""
 
     def batch(texts: list[str | None], add_special_tokens: bool) -> Iterator[list[int]]:
         return iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])

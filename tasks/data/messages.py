@@ -1,4 +1,4 @@
-"""Messages of a conversation as people write them, with their calls of tools, each turned into the message that templates know."""
+"""Converts messages of a conversation, with their tool calls, from the forms used in files into the form that templates know."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tasks.data.rows import THOUGHTS
 from tasks.data.values import BadRow, blank, describe, parsed, text
 
 CALLING = ("function_call", "tool_call")  # roles whose content is a call
-# Role, or `from`, as files write it -> the role that templates know.
+# Role in files (`role` or `from`) -> the role that templates know.
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
     **{"developer": "system", "human": "user", "gpt": "assistant"},
@@ -29,7 +29,7 @@ def message_list(items: Any, column: str, ignored: Counter[str]) -> list[dict[st
 
 
 def message(item: Any, where: str, role_name: str, content_name: str, ignored: Counter[str]) -> dict[str, Any] | None:
-    """None for a system prompt without content."""
+    """Convert one message. Returns None for a system prompt without content."""
     if not isinstance(item, dict) or role_name == "from" and "from" not in item:
         hint = "for turns with role and content: `columns: {messages: conversations}`" if role_name == "from" else ""
         raise BadRow(f"{where}: found {describe(item)}, expected an object with {role_name} and {content_name}", hint)
@@ -40,7 +40,7 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
         raise BadRow(f"{where}.{role_name}: found {describe(given)}, expected {', '.join(ROLES)}", hint)
     said, where_said = item.get(content_name), f"{where}.{content_name}"
     if len(item) == 2 and given not in CALLING and isinstance(said, str) and content_name in item and said.strip():
-        return {"role": role, "content": text(said, where_said)}  # most messages: the rest looks for what they do not have
+        return {"role": role, "content": text(said, where_said)}  # most messages have no other fields
 
     if role == "assistant" and "reasoning_content" not in item and isinstance(item.get("reasoning"), str):
         item = {"reasoning_content" if name == "reasoning" else name: value for name, value in item.items()}  # vLLM's and OpenRouter's name
@@ -59,7 +59,7 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
         read |= {"tool_calls", "function_call"}
     if role == "system" and blank(said):
         return None
-    found = {"role": role, "content": content(said, where_said) if not (calls and blank(said)) else ""}
+    found: dict[str, Any] = {"role": role, "content": content(said, where_said) if not (calls and blank(said)) else ""}
     if calls:
         found["tool_calls"] = calls
     for name in ("name", "tool_call_id", *(THOUGHTS if role == "assistant" else ())):
@@ -72,7 +72,7 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
 
 
 def weighed(item: dict[str, Any], found: dict[str, Any], where: str) -> set[str]:
-    """Sets the weight of a message that is not trained on; returns the names that were read. Only answers can be trained on."""
+    """Set the weight of a message that is not trained on. Returns the names that were read. Only answers can be trained on."""
     read = set()
     for name in WEIGHTS:
         value = item.get(name)
@@ -88,7 +88,7 @@ def weighed(item: dict[str, Any], found: dict[str, Any], where: str) -> set[str]
 
 
 def content(value: Any, where: str) -> str:
-    """Text, or the parts of a text."""
+    """Return the text of a content, which may be a list of parts."""
     if not isinstance(value, list):
         return text(value, where)
     parts = []
@@ -105,7 +105,7 @@ def content(value: Any, where: str) -> str:
 
 
 def called(value: Any, where: str) -> list[dict[str, Any]]:
-    """Calls written as {name, arguments}, one or a list of them, or as JSON text of that."""
+    """Read calls written as {name, arguments}: one, a list, or JSON text of either."""
     value = parsed(value, where)
     if blank(value):
         return []
@@ -115,7 +115,7 @@ def called(value: Any, where: str) -> list[dict[str, Any]]:
 
 def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     calls = parsed(value, where)
-    if blank(calls):  # columnar files fill in a null or an empty list
+    if blank(calls):  # columnar files write a null or an empty list
         return []
     if not isinstance(calls, list):
         hint = "put the call into a list" if isinstance(calls, dict) else ""

@@ -1,8 +1,8 @@
 """Reads files: .jsonl, .json and .csv, each also with .gz, and .parquet. Every record comes with its place.
 
-A record that cannot be read is given as a BadRow; what is wrong with a whole file raises StageFailed(data). Nothing is lost on the
-way: no key that stands twice, nothing after the end of a list. Columnar files fill in what a record does not have, and
-write whole numbers as floats where others of their column have a fraction: both are taken back.
+Yields a BadRow for a record that cannot be read; a problem of a whole file raises StageFailed(data). Nothing is lost silently: no
+duplicate key, nothing after the end of a list. Columnar files write nulls for absent values, and whole numbers as floats if other
+values of the column have a fraction: both are reverted.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tasks.data.values import DECODER, BadRow, Number, describe
 from tuneline.errors import StageFailed
 from tuneline.paths import suffix
 
-Records = Iterator[tuple[str, Any]]  # (place, what stands there, or a BadRow)
-# Encodings that training data is found in, beside UTF-8: of Western, Central and Eastern Europe, of the Near and of the Far East.
+Records = Iterator[tuple[str, Any]]  # (place, record or BadRow)
+# Encodings of training data other than UTF-8: Western, Central and Eastern European, Near Eastern and East Asian.
 ENCODINGS = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp932", "gb18030", "big5", "cp949"]
 WESTERN = {*map(chr, range(128)), *"ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜàáâãäåæçèéêëìíîïñòóôõöøùúûüÿßŒœŠšŽž€¡¿«»‹›‘’‚“”„–—…·•°§ªº²³½¼£©®™´¨×\u00a0"}
-SAMPLE = 200  # lines that are not UTF-8, from which an encoding is told
+SAMPLE = 200  # lines that are not UTF-8, by which the encoding is guessed
 
 
 def file_records(file: Path) -> Records:
@@ -52,7 +52,7 @@ def file_records(file: Path) -> Records:
     except UnicodeDecodeError as error:
         raise StageFailed("data", *not_utf8(file, error)) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise StageFailed("data", f"{file}: found no whole gzip file ({error})", "fetch or pack it again") from error
+        raise StageFailed("data", f"{file}: found no complete gzip file ({error})", "fetch or pack it again") from error
 
 
 def opened(file: Path) -> IO[bytes]:
@@ -63,7 +63,7 @@ def opened(file: Path) -> IO[bytes]:
 
 
 def not_utf8(file: Path, error: UnicodeDecodeError) -> tuple[str, str]:
-    """The message, with the first line that is at fault, and the hint."""
+    """Return the message, with the first faulty line, and the hint."""
     with opened(file) as lines:
         if next(lines, b"").startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return f"{file}: found UTF-16, expected UTF-8", "convert the file to UTF-8"
@@ -72,7 +72,7 @@ def not_utf8(file: Path, error: UnicodeDecodeError) -> tuple[str, str]:
 
 
 def broken_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not UTF-8, with their numbers."""
+    """Yield the lines that are not UTF-8, with their numbers."""
     with opened(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -83,14 +83,14 @@ def broken_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 @lru_cache(maxsize=1)
 def to_utf8(file: Path) -> str:
-    """The hint for a file that is not UTF-8, with the encoding that fits best."""
+    """Return the hint for a file that is not UTF-8, with the most likely encoding."""
     from charset_normalizer import from_bytes
 
     sample = b"".join(line for _, line in islice(broken_lines(file), SAMPLE))
     found = from_bytes(sample, cp_isolation=ENCODINGS).best()
     if found is None:
         return "convert the file to UTF-8"
-    # What is Western reads as well as Central European or Turkish, which share most of its letters.
+    # Western text is also valid Central European or Turkish text: the encodings share most letters.
     western = found.encoding in ("cp1250", "cp1254") and set(sample.decode("cp1252", "replace")) <= WESTERN
     encoding = "cp1252" if western else found.encoding
     return f"convert the file to UTF-8: it reads as {encoding} (`iconv -f {encoding} -t utf-8`)"
@@ -106,16 +106,16 @@ def jsonl_records(file: Path, lines: IO[bytes]) -> Records:
         if line.strip():
             record: Any
             try:
-                record = DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # of bytes json would guess the encoding
+                record = DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # json would guess the encoding of bytes
             except UnicodeDecodeError as error:
                 record = BadRow(f"found bytes that are not UTF-8 ({error})", to_utf8(file))
             except (ValueError, RecursionError) as error:
-                record = BadRow(f"found no JSON ({error})", "a .jsonl file holds one object a line; `on_bad_row: drop` leaves others out")
+                record = BadRow(f"found no JSON ({error})", "a .jsonl file holds one object a line; `on_bad_row: drop` drops other lines")
             yield f"{file}:{number}", record
 
 
 def json_records(file: Path, content: IO[bytes]) -> Records:
-    """Elements of one list, decoded one by one, so that each is known by its line."""
+    """Decode the elements of one list one by one, so that each has its line."""
     text = content.read().decode("utf-8-sig")
     position, line, counted, number, of_line = skip_space(text, 0), 1, 0, 0, 0
     if text[position : position + 1] != "[":
@@ -130,17 +130,17 @@ def json_records(file: Path, content: IO[bytes]) -> Records:
                 position = skip_space(text, position + 1)
                 line, counted = line + text.count("\n", counted, position), position
             record, position = DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:  # numbers of too many digits, lists in lists without end
+        except (ValueError, RecursionError) as error:  # numbers with too many digits, lists nested too deeply
             place = error.lineno if isinstance(error, JSONDecodeError) else line
             raise StageFailed("data", f"{file}:{place}: found no JSON ({error})", "check the file with `python -m json.tool`") from error
         number += 1
-        yield f"{file}:{line}" + (f" (row {number})" if line == of_line else ""), record  # of a file in one line, too
+        yield f"{file}:{line}" + (f" (row {number})" if line == of_line else ""), record  # also for files in one line
         position, first, of_line = skip_space(text, position), False, line
     position = skip_space(text, position + 1)
     if position < len(text):
         line += text.count("\n", counted, position)
         message = f"{file}:{line}: found {describe(text[position:].rstrip())} after the end of the list, expected one list"
-        raise StageFailed("data", message, "join the lists to one, or give each a file of its own")
+        raise StageFailed("data", message, "join the lists into one, or put each into its own file")
 
 
 def skip_space(text: str, position: int) -> int:
@@ -150,7 +150,7 @@ def skip_space(text: str, position: int) -> int:
 
 
 def csv_records(file: Path, content: IO[bytes]) -> Records:
-    """An empty cell is no value. A row may span lines; its place is the first."""
+    """Yield rows as objects. An empty cell is no value. A row may span lines; its place is its first line."""
     csv.field_size_limit(sys.maxsize)
     with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
@@ -159,8 +159,8 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
             if not header:
                 raise StageFailed("data", f"{file}:1: found no header, expected a first line with column names")
             if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
-                message = f"{file}:1: found one column, {header[0]!r}, expected columns set apart by commas"
-                raise StageFailed("data", message, f"convert it: `csvformat -d {mark!r}` of csvkit, say, or save it with commas")
+                message = f"{file}:1: found one column, {header[0]!r}, expected columns separated by commas"
+                raise StageFailed("data", message, f"convert it, for example by csvkit's `csvformat -d {mark!r}`, or save it with commas")
             refuse_twice(f"{file}:1", header)
             for cells in filter(None, reader):
                 place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
@@ -176,7 +176,7 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
 
 def refuse_twice(place: str, columns: list[str]) -> None:
     if twice := sorted(name for name, count in Counter(columns).items() if count > 1):
-        raise StageFailed("data", f"{place}: found the column {twice[0]} twice, expected once", "give each column a name of its own")
+        raise StageFailed("data", f"{place}: found the column {twice[0]} twice, expected once", "give each column a different name")
 
 
 # --- columnar files ---------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def parquet_records(file: Path) -> Records:
         table = pq.ParquetFile(file)
         refuse_twice(str(file), table.schema_arrow.names)
         shown = plain(table.schema_arrow)
-        maps = {"maps_as_pydicts": "strict"} if "map<" in str(table.schema_arrow.types) else {}  # by another way, which takes longer
+        maps = {"maps_as_pydicts": "strict"} if "map<" in str(table.schema_arrow.types) else {}  # slower, so only if there is a map
         for batch in table.iter_batches(batch_size=1000):
             for record in rows_of_batch(batch, **maps):
                 number += 1
@@ -201,7 +201,7 @@ def parquet_records(file: Path) -> Records:
 def rows_of_batch(batch: pa.RecordBatch, **maps: str) -> Iterator[Any]:
     try:
         yield from batch.to_pylist(**maps)
-    except (ValueError, KeyError, OverflowError):  # text that is not UTF-8, a key that stands twice, a date beyond Python's
+    except (ValueError, KeyError, OverflowError):  # not UTF-8, a duplicate key, a date out of Python's range
         for row in range(batch.num_rows):
             try:
                 yield from batch.slice(row, 1).to_pylist(**maps)
@@ -210,40 +210,48 @@ def rows_of_batch(batch: pa.RecordBatch, **maps: str) -> Iterator[Any]:
 
 
 def plain(schema: pa.Schema) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What makes of a columnar record what was written into it: without filled-in nulls, with 3 for 3.0."""
-    columns = [(name, mend) for name, mend in zip(schema.names, map(mended, schema.types), strict=True) if mend is not None]
+    """Return a function that restores a columnar record as it was written: without added nulls, with 3 for 3.0."""
+    columns = [(name, fix) for name, fix in zip(schema.names, map(restorer, schema.types), strict=True) if fix is not None]
 
     def shown(record: dict[str, Any]) -> dict[str, Any]:
-        for name, mend in columns:
+        for name, fix in columns:
             if record[name] is not None:
-                record[name] = mend(record[name])
+                record[name] = fix(record[name])
         return record
 
     return shown
 
 
-def mended(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """How a value of this type is mended; None where it is as it was written."""
+def restorer(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Return the function that restores a value of this type; None if it needs no change."""
     if pa.types.is_floating(kind):
         return partial(number, width=kind.to_pandas_dtype())
     if pa.types.is_decimal(kind):
         return decimal
     if pa.types.is_struct(kind):
-        parts = [(kind.field(i).name, mend) for i in range(kind.num_fields) if (mend := mended(kind.field(i).type)) is not None]
+        parts = [(kind.field(i).name, fix) for i in range(kind.num_fields) if (fix := restorer(kind.field(i).type)) is not None]
         return partial(struct, parts)
     if pa.types.is_map(kind):
-        each = mended(kind.item_type)
-        return each and (lambda value: {name: item if item is None else each(item) for name, item in value.items()})
+        each = restorer(kind.item_type)
+        return each and partial(mapping, each)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        each = mended(kind.value_type)
-        return each and (lambda value: [item if item is None else each(item) for item in value])
+        each = restorer(kind.value_type)
+        return each and partial(sequence, each)
     return None
 
 
+def mapping(fix: Callable[[Any], Any], value: dict[str, Any]) -> dict[str, Any]:
+    return {name: item if item is None else fix(item) for name, item in value.items()}
+
+
+def sequence(fix: Callable[[Any], Any], value: list[Any]) -> list[Any]:
+    return [item if item is None else fix(item) for item in value]
+
+
 def struct(parts: list[tuple[str, Callable[[Any], Any]]], value: dict[str, Any]) -> dict[str, Any]:
-    for name, mend in parts:
+    for name, fix in parts:
         if value[name] is not None:
-            value[name] = mend(value[name])
+            value[name] = fix(value[name])
     if None in value.values():
         for name in [name for name, item in value.items() if item is None]:
             del value[name]
@@ -251,7 +259,7 @@ def struct(parts: list[tuple[str, Callable[[Any], Any]]], value: dict[str, Any])
 
 
 def number(value: float, width: type[np.floating[Any]] = np.float64) -> float | int | None:
-    """With as few digits as a float of this width needs; None for what is no number, which is how pandas writes a gap."""
+    """Return the value with as few digits as a float of this width needs; None for NaN, which is how pandas writes an absent value."""
     if value != value:
         return None
     if value.is_integer() and abs(value) < 2**53:

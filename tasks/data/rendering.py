@@ -1,11 +1,11 @@
-"""What a model sees of a conversation: the text that its chat template writes, and where each answer begins in it.
+"""Renders conversations through the chat template, and finds where each answer begins in the text.
 
-An answer is what a model has to write after the prompt that a server would send at that moment, up to and with what the template
-writes after it, the end of the turn. A template may tell an answer apart by what it writes around it alone: so every turn is
-rendered as it was asked, and nothing is assumed of the template but what a few made-up conversations show (`form`).
+An answer is what a model has to write after the prompt that a server would send at that point, up to and including what the template
+writes after it, the end of the turn. A template may render an answer differently depending on the turns around it, so each turn is
+rendered as it was asked, and a template's properties are found by rendering a few artificial conversations (`form`).
 
-Left out: pictures and sound, and arguments of templates (`enable_thinking` and the like): a server that sets them sends another
-prompt than the one that was trained.
+Left out: images and sound, and template arguments (`enable_thinking` and similar): a server that sets them sends another prompt than
+the trained one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[dict[str, Any]]
 
-# Words that no template writes by itself.
+# Words that no template writes on its own.
 QUESTION, ANSWER, FUNCTION, NAME, VALUES = "Zquestion", "Zanswer", "zfunction", "zname", ("Zvalue", "Zother")
 # What a generation prompt may open (`<think>`), or open and close at once.
 THINKING = re.compile(r"\s*(?:(?P<open>[<\[])(?P<name>[\w:|]+)(?P<close>[>\]])\s*(?P<closed>[<\[]/(?P=name)[>\]]\s*)?)?")
@@ -34,9 +34,9 @@ THINKING = re.compile(r"\s*(?:(?P<open>[<\[])(?P<name>[\w:|]+)(?P<close>[>\]])\s
 @dataclass(frozen=True)
 class Turn:
     prompt: str
-    """What a server sends to the model."""
+    """The text that a server sends to the model."""
     answer: str
-    """What the model is to write after it, with the end of the turn."""
+    """The text that the model should write after it, including the end of the turn."""
 
     @property
     def text(self) -> str:
@@ -45,26 +45,26 @@ class Turn:
 
 @dataclass(frozen=True)
 class Form:
-    """How a template takes what a row says, and what it writes around an answer."""
+    """Describes the input that a template needs, and what it writes around an answer."""
 
     parts: bool = False
-    """Contents are lists of parts (`[{type: text, text: ...}]`): as text, the template would lose them."""
+    """Contents must be lists of parts (`[{type: text, text: ...}]`): as text, the template would drop them."""
     text_arguments: bool = False
-    """Arguments of calls are JSON text: the template joins them to a string. Elsewhere they are objects."""
+    """Arguments of calls must be JSON text, because the template concatenates them. Otherwise they are objects."""
     no_content: bool = False
-    """A turn that only calls tools has null as its content: with an empty one, the template would lose the calls."""
+    """A turn that only calls tools must have null as its content: with an empty text, the template would drop the calls."""
     ends: tuple[int, ...] = ()
-    """Tokens that it writes after an answer, or after calls: the first of them ends a turn. None where it writes no end."""
+    """Tokens that the template writes after an answer or after calls: the first one ends a turn. Empty if it writes none."""
     opened: str = ""
-    """What the generation prompt has after the beginning of an answer, and the rendered conversation has not: `<think>` and the like."""
+    """Text, such as `<think>`, that the generation prompt has after the beginning of an answer and the rendered conversation has not."""
     apart: bool = False
-    """A prompt is not the beginning of the conversation that goes on from it: a system prompt goes into the last question, say."""
+    """A prompt is not always a prefix of its continued conversation, for example because a system prompt moves into the last question."""
     closing: str = ""
-    """The end of an answer that the template writes where the conversation goes on alone, not after the last one."""
+    """The end of an answer, if the template writes it only when the conversation continues, not after the last answer."""
 
 
 def conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row's whole text: as its last answer was asked and given, or, where it ends with a question, without a generation prompt."""
+    """Render the whole row: as its last answer was asked and given, or without a generation prompt if it ends with a question."""
     assert row.messages is not None
     last = len(row.messages) - 1
     known = form(tokenizer)
@@ -74,8 +74,8 @@ def conversation(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def turn(row: Row, position: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
-    """The message at `position` as the answer to those before it. Raises StageFailed(data) where the template does not show which
-    part of the text that is."""
+    """Return the message at `position` as the answer to those before it. Raises StageFailed(data) if the answer cannot be located in the
+    rendered text."""
     assert row.messages is not None
     message, opened = row.messages[position], form(tokenizer).opened
     prompt = render_text(row.messages[:position], row, tokenizer, add_generation_prompt=True)
@@ -89,11 +89,11 @@ def turn(row: Row, position: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
         raise StageFailed(
             "data",
             f"the chat template renders row {row.id} so that the text before message {position} changes with the message itself",
-            "the prompt that is trained would not be the one that is asked: take another model, or mend its chat template",
+            "training would use another prompt than inference: use another model, or fix its chat template",
         )
     answer = whole[len(begun) :]
     block = THINKING.fullmatch(opened)
-    if block and block["open"] and not block["closed"]:  # what was opened is closed before anything is said
+    if block and block["open"] and not block["closed"]:  # an opened block is closed before the answer
         start, end = (f"{block['open']}{slash}{block['name']}{block['close']}" for slash in ("", "/"))
         thought, apart = thoughts(message, start, end)
         answer = f"{thought}\n{end}\n\n{answer if apart else answer.lstrip(chr(10))}"
@@ -101,8 +101,8 @@ def turn(row: Row, position: int, tokenizer: PreTrainedTokenizerBase) -> Turn:
 
 
 def after_question(asked: dict[str, Any], prompt: str, whole: str) -> str | None:
-    """The answer where a template writes the messages before it otherwise: what follows the last message and what stands after that in
-    the prompt. None where they are not to be found."""
+    """Return the answer if the template renders the earlier messages differently: the text after the last message and after what follows
+    that message in the prompt. None if these are not found."""
     content = (asked.get("content") or "").strip()
     _, there, rest = prompt.rpartition(content) if content else ("", "", "")
     place = whole.rfind(content + rest) if there and rest.strip() else -1
@@ -110,7 +110,7 @@ def after_question(asked: dict[str, Any], prompt: str, whole: str) -> str | None
 
 
 def thoughts(message: dict[str, Any], start: str, end: str) -> tuple[str, bool]:
-    """What the model thought before it answered, and whether the message has it in a field of its own, not within its content."""
+    """Return the model's thoughts before its answer, and whether they are in their own field instead of in the content."""
     before, closed, _ = (message.get("content") or "").partition(end)
     thought = next((message[name] for name in THOUGHTS if message.get(name)), "")
     if closed and not thought:
@@ -124,12 +124,18 @@ def render_text(messages: Messages, row: Row, tokenizer: PreTrainedTokenizerBase
         raise StageFailed("data", "the model has no chat template, but rows are conversations", hint)
     try:
         return rendered(messages, row.extra.get("tools"), tokenizer, form(tokenizer), add_generation_prompt)
-    except Exception as error:  # a template may raise anything: its own refusal, as of a system prompt, or what Python says of a type
+    except Exception as error:  # a template may raise anything: its own refusal, or a Python error
         from jinja2 import TemplateError  # comes with transformers
 
         why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-        hint = "change the rows, or take another model"
+        hint = "change the rows, or use another model"
         raise StageFailed("data", f"the chat template refuses row {row.id}: {why}", hint) from error
+
+
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of the row's prompt as a server would build it; empty for plain text."""
+    messages = row.prompt_messages()
+    return render_text(messages, row, tokenizer, add_generation_prompt=True) if messages is not None else row.prompt or ""
 
 
 def rendered(messages: Messages, tools: Any, tokenizer: PreTrainedTokenizerBase, form: Form, add_generation_prompt: bool = False) -> str:
@@ -138,7 +144,7 @@ def rendered(messages: Messages, tools: Any, tokenizer: PreTrainedTokenizerBase,
 
 
 def adapted(message: dict[str, Any], form: Form) -> dict[str, Any]:
-    """The message as the template takes it."""
+    """Return the message in the form that the template needs."""
     changed: dict[str, Any] = {}
     if form.parts and message.get("content") is not None:
         changed["content"] = [{"type": "text", "text": message["content"]}]
@@ -150,7 +156,7 @@ def adapted(message: dict[str, Any], form: Form) -> dict[str, Any]:
 
 
 def called(call: Any, as_text: bool) -> Any:
-    """The call with its arguments as text or as an object, whichever it had."""
+    """Return the call with its arguments as text or as an object, converted if needed."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "arguments" not in function:
         return call
@@ -161,7 +167,7 @@ def called(call: Any, as_text: bool) -> Any:
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            return call  # the template gets what there is
+            return call  # the template gets them unchanged
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else function
 
@@ -170,22 +176,22 @@ def called(call: Any, as_text: bool) -> Any:
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, listed: Any = None) -> list[int]:
-    """Tokens that end an answer: what the template writes after one, the eos token, which ends plain text, and those `listed` as
-    eos_token_id of a generation_config, a number or several."""
+    """Return the tokens that end an answer: those that the template writes after one, the eos token, which ends plain text, and those
+    `listed` as eos_token_id of a generation_config, a number or several."""
     known = listed if isinstance(listed, list) else [listed]
     of_turns = form(tokenizer).ends if tokenizer.chat_template is not None else ()
     return [token for token in dict.fromkeys([*of_turns, tokenizer.eos_token_id, *known]) if token is not None]
 
 
 def check_end(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, no_end: bool) -> None:
-    """Raises StageFailed(config) where conversations are to be trained under a template that ends no turn."""
+    """Raises StageFailed(config) if conversations would be trained under a template that ends no turn."""
     if no_end or tokenizer.chat_template is None or form(tokenizer).ends or all(row.messages is None for row in rows):
         return
     message = "the chat template writes no token after an answer: trained on it, a model does not learn where to stop"
-    raise StageFailed("config", message, "take a template that ends turns, or set `no_end: true`: answers then run to their longest")
+    raise StageFailed("config", message, "use a template that ends turns, or set `no_end: true`: answers then run to the maximum length")
 
 
-# --- what a template is like ------------------------------------------------------------------------------------------
+# --- properties of a template -----------------------------------------------------------------------------------------
 
 
 def form(tokenizer: PreTrainedTokenizerBase) -> Form:
@@ -194,10 +200,10 @@ def form(tokenizer: PreTrainedTokenizerBase) -> Form:
 
 @lru_cache(maxsize=8)
 def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
-    """Tries made-up conversations: what of them arrives in the text, and what stands where."""
+    """Render artificial conversations to find a template's properties."""
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     found = next((f for f in (Form(), Form(parts=True)) if QUESTION in tried([question], None, tokenizer, f)), Form())
-    asked = [question, {"role": "assistant", "content": "", "tool_calls": made_up_calls(1)}]
+    asked: Messages = [question, {"role": "assistant", "content": "", "tool_calls": made_up_calls(1)}]
     for text_arguments, no_content in ((False, False), (True, False), (False, True), (True, True)):
         tries = Form(found.parts, text_arguments, no_content)
         text = tried(asked, TOOLS, tokenizer, tries).rpartition(QUESTION)[2]
@@ -213,23 +219,23 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
         apart = apart or bool(whole) and not whole.startswith(prompt.removesuffix(opened))
     ends = ends_of_turns(question, answer, tokenizer, found)
     between = tried([question, answer, question], None, tokenizer, found).partition(ANSWER)[2].rpartition(QUESTION)[0]
-    if not ends and len(marked := marks_in(between, tokenizer)) > 1:  # a single one begins what follows
+    if not ends and len(marked := marks_in(between, tokenizer)) > 1:  # a single one begins the next turn
         ends = (marked[0],)
         return replace(found, opened=opened, apart=apart, ends=ends, closing=tokenizer.decode(marked[0]))
     return replace(found, opened=opened, apart=apart, ends=ends)
 
 
 def marks_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of its own that a tokenizer knows, in order."""
+    """Return the ids of the tokenizer's special and added tokens in a text, in order."""
     marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     return [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in marks]
 
 
 def ends_of_turns(question: dict[str, Any], answer: dict[str, Any], tokenizer: PreTrainedTokenizerBase, form: Form) -> tuple[int, ...]:
-    """The tokens of its own that a template writes after an answer, and the last of them after calls, which have marks within."""
+    """Return the special and added tokens that a template writes after an answer, and the last one after calls, which contain others."""
     _, there, after = tried([question, answer], None, tokenizer, form).rpartition(ANSWER)
     ends = marks_in(after, tokenizer) if there else []
-    for count in (2, 1):  # some templates know single calls alone
+    for count in (2, 1):  # some templates support only single calls
         called = {"role": "assistant", "content": "", "tool_calls": made_up_calls(count)}
         _, there, after = tried([question, called], TOOLS, tokenizer, form).rpartition(VALUES[count - 1])
         if there:
@@ -240,7 +246,7 @@ def ends_of_turns(question: dict[str, Any], answer: dict[str, Any], tokenizer: P
 
 
 def made_up_calls(count: int) -> list[dict[str, Any]]:
-    """Each with an id of nine letters, as Mistral's templates want it."""
+    """Return artificial calls. Each id has nine letters, as Mistral's templates require."""
     functions = [{"name": FUNCTION, "arguments": {NAME: value}} for value in VALUES[:count]]
     return [{"type": "function", "id": "zcallzero", "function": function} for function in functions]
 
@@ -258,7 +264,7 @@ TOOLS = [
 
 
 def tried(messages: Messages, tools: Any, tokenizer: PreTrainedTokenizerBase, form: Form, add_generation_prompt: bool = False) -> str:
-    """What the template writes; nothing where it refuses."""
+    """Render the messages; empty if the template refuses them."""
     try:
         return rendered(messages, tools, tokenizer, form, add_generation_prompt)
     except Exception:

@@ -1,4 +1,4 @@
-"""What a person looks at before training on a Dataset: counts, token lengths, and three rows as the model will see them."""
+"""Writes the report that users read before training on a Dataset: counts, token lengths, and three rows as the model sees them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.data.masks import Tokens, sequences
 from tasks.data.rows import SPLITS, Row, read_rows
 from tasks.data.sources import AnySource, Counts, Item
+from tasks.tables import table
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.workspace.protocol import Events
@@ -33,9 +34,9 @@ def write_report(
     tokenizer: PreTrainedTokenizerBase | None,
     events: Events,
 ) -> dict[str, float]:
-    """Writes report.md (and lengths.png), and report.json for the run's report; emits the samples as events.
+    """Write report.md, lengths.png and report.json (for the run's report), and emit the samples as events.
 
-    Returns the token figures, as metrics.
+    Returns the token figures as metrics.
     """
     parts = ["# Dataset\n", source_table(stage, splits, counts)]
     if counts.ignored:
@@ -49,14 +50,14 @@ def write_report(
         lengths = sorted(item.tokens for items in splits.values() for item in items)
         quantiles = {f"tokens_p{share}": quantile(lengths, share / 100) for share in (50, 90, 99)}
         figures = {"tokens_train": sum(item.tokens for item in splits["train"]), **quantiles, "tokens_max": lengths[-1]}
-        told = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in figures.items())
+        listed = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in figures.items())
         bars = "\n".join(histogram(lengths))
-        parts.append(f"## Tokens\n\nOf a row; train: of the whole split. {told}\n\n```\n{bars}\n```\n")
+        parts.append(f"## Tokens\n\nPer row; train: of the whole split. {listed}\n\n```\n{bars}\n```\n")
         plot(lengths, stage.max_length, meta / "lengths.png")
-    trained = "What is trained on stands between ⟦ and ⟧ (`train_on: assistant`)."
-    parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not as a model sees them.'}\n")
+    trained = "Text between ⟦ and ⟧ is trained on (`train_on: assistant`)."
+    parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not rendered as a model sees them.'}\n")
     last = len(splits["train"]) - 1
-    for row in read_rows(payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back: as they are stored
+    for row in read_rows(payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back, to show the stored rows
         text = rendered(row, tokenizer) if tokenizer is not None else plain(row)
         text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
         events.sample(text, {"id": row.id, "source": row.source})
@@ -77,7 +78,7 @@ def ignored(counts: Counts) -> str:
 
 
 def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> Iterator[dict[str, Any]]:
-    """What report.json holds of each source: rows read, how many met which fate, and how many are in which split."""
+    """Yield each source's entry in report.json: rows read, rows of each fate, and rows in each split."""
     kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
     for index, source in enumerate(stage.sources):
         name = f"sources.{index}"
@@ -87,13 +88,13 @@ def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts
 
 def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
     kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
-    lines = [f"| source | read | bad rows | over long | duplicates | {' | '.join(SPLITS)} | truncated |", "|---|" + "---:|" * 8]
+    lines = []
     for index, source in enumerate(stage.sources):
         name = f"sources.{index}"
         figures = [counts.read[name], *(counts.fates[fate, name] for fate in ("bad_rows", "over_long", "duplicates"))]
         figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
-        lines.append(f"| {title(source)} | {' | '.join(f'{figure:,}' for figure in figures)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([title(source), *(f"{figure:,}" for figure in figures)])
+    return table(("source", "read", "bad rows", "over long", "duplicates", *SPLITS, "truncated"), lines) + "\n"
 
 
 def title(source: AnySource) -> str:
@@ -104,12 +105,12 @@ def title(source: AnySource) -> str:
 
 
 def quantile(ordered: list[int], share: float) -> int:
-    """The least length that at least `share` of the rows do not exceed."""
+    """Return the smallest length that at least `share` of the rows do not exceed."""
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
 def bins(ordered: list[int]) -> list[tuple[int, int, int]]:
-    """(least, greatest, rows) of each of about BINS ranges of equal width."""
+    """Return (least, greatest, rows) of each of about BINS ranges of equal width."""
     width = ordered[-1] // BINS + 1
     counts = Counter(length // width for length in ordered)
     return [(i * width, i * width + width - 1, counts[i]) for i in range(ordered[0] // width, ordered[-1] // width + 1)]
@@ -123,7 +124,7 @@ def histogram(ordered: list[int]) -> list[str]:
 
 
 def plot(lengths: list[int], max_length: int | None, file: Path) -> None:
-    from matplotlib.figure import Figure  # no pyplot: it picks a window system
+    from matplotlib.figure import Figure  # not pyplot, which would need a display
 
     figure = Figure(figsize=(6, 3), layout="tight")
     axes = figure.add_subplot()
@@ -138,7 +139,7 @@ def plot(lengths: list[int], max_length: int | None, file: Path) -> None:
 
 
 def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row as the model sees it, what is trained on between ⟦ and ⟧; one text below the other where it is trained as several."""
+    """Render the row as the model sees it, trained text between ⟦ and ⟧; several sequences below one another."""
     return "\n\n".join(marked(tokens, tokenizer) for tokens in sequences(row, tokenizer))
 
 
@@ -157,7 +158,7 @@ def plain(row: Row) -> str:
 
 
 def fenced(text: str) -> str:
-    """As a code block, also where the text holds fences of its own."""
+    """Return a code block, also for text that contains fences."""
     fence = "```"
     while fence in text:
         fence += "`"

@@ -1,9 +1,9 @@
-"""Rows of a Dataset: the one shape in which programs hand them on, and the parquet files that hold them.
+"""Defines rows of a Dataset, the form in which programs pass them on, and reads and writes the parquet files that hold them.
 
-A row is a conversation (`messages`), a `prompt` with its `completion`, or plain `text`. `answer` is what a right answer says;
-`extra` is a JSON object (the scorer's entry of reasoning-gym, `tools` for the template, `tests` and more for rewards). A row
-for rewards alone has no completion: its conversation ends with the user. A message has `role` and `content`, and may have
-`tool_calls`, `name`, `tool_call_id`, `reasoning_content`, `thinking`, and `weight`: 0 where an answer is not trained on.
+A row is a conversation (`messages`), a `prompt` with its `completion`, or plain `text`. `answer` is the right answer; `extra` is a
+JSON object (the scorer's entry of reasoning-gym, `tools` for the template, `tests` and more for rewards). A row for rewards only
+has no completion: its conversation ends with the user. A message has `role` and `content`, and may have `tool_calls`, `name`,
+`tool_call_id`, `reasoning_content`, `thinking`, and `weight`: 0 for an answer that is not trained on.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from tuneline.errors import StageFailed
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "group", "source", "messages", "prompt", "completion", "text", "answer", "extra")
 PARTS = ("role", "content", "tool_calls")  # of a message; tool_calls: JSON
-THOUGHTS = ("reasoning_content", "thinking")  # of a message; where it has one, transformers gives templates both
-MORE = "more"  # JSON of a message's other fields; only files in which a message has one have this part
+THOUGHTS = ("reasoning_content", "thinking")  # of a message; if it has one, transformers gives templates both
+MORE = "more"  # JSON of a message's other fields; a file has this part only if one of its messages has such fields
 _STORED = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-UNASKED = ("scorer", "special_tokens")  # names in `extra` that are about a row, not part of it
+UNASKED = ("scorer", "special_tokens")  # names in `extra` that do not belong to a row's content
 
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Has the garbage collector look for cycles less often. Rows are in none, and it would walk through all of them again and again: for a
-    quarter of the time, where they have tools."""
+    """Run the garbage collector less often: rows are in no cycles, but it would traverse all of them again and again, for a quarter
+    of the time if they have tools."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 100)
     try:
@@ -61,10 +61,10 @@ class Row:
     id: str = ""
 
     def content(self) -> str:
-        """Canonical JSON of what a model sees and what is asked of it: equal rows, equal ids.
+        """Return canonical JSON of what a model sees and is asked for: equal rows, equal ids.
 
-        Whitespace at line ends and around each text is ignored, and so is the form in which Unicode writes an accent. An `answer` counts
-        where the row does not end with it, and all of `extra` but the scorer's entry, which numbers its rows.
+        Ignores whitespace at line ends and around each text, and Unicode's different forms of accents. An `answer` counts if the row
+        does not end with it, and so does all of `extra` except the scorer's entry, which numbers its rows.
         """
         document: dict[str, Any] = {"messages": self.messages, "prompt": self.prompt, "completion": self.completion, "text": self.text}
         if self.text is None:
@@ -78,26 +78,26 @@ class Row:
 
     @cached_property
     def stored_extra(self) -> str:
-        """`extra` as it is stored: JSON in the order of its keys."""
+        """Return `extra` as it is stored: JSON in the order of its keys."""
         return _STORED.encode(self.extra)
 
     def asked(self) -> str:
-        """Canonical JSON of all that stands before the answer: the same for rows that differ only in it."""
+        """Return canonical JSON of all that comes before the answer: equal for rows that differ only in the answer."""
         return _canonical({"messages": self.prompt_messages(), "prompt": self.prompt, "text": self.text})
 
     def prompt_messages(self) -> tuple[dict[str, Any], ...] | None:
-        """The conversation up to the answer that it ends with; None where the row is no conversation."""
+        """Return the conversation up to the answer that it ends with; None if the row is no conversation."""
         if self.messages is None or self.messages[-1]["role"] == "user":
             return self.messages
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
         return self.messages[:last]
 
     def calls(self) -> bool:
-        """Whether a right answer calls tools."""
+        """Return whether the right answer calls tools."""
         return self.messages is not None and bool(self.messages[-1].get("tool_calls"))
 
     def reference(self) -> str | None:
-        """What a right answer says: `answer`, else the completion or the last assistant turn; None for plain text."""
+        """Return the right answer: `answer`, else the completion or the last assistant turn; None for plain text."""
         if self.answer is not None:
             return self.answer
         if self.messages is not None and self.messages[-1]["role"] == "assistant":
@@ -107,12 +107,12 @@ class Row:
 
 
 def tidy(value: Any) -> Any:
-    """`value` with every text in it in one form (NFC), without whitespace at line ends and around it."""
+    """Return `value` with every text in it in one form (NFC), without whitespace at line ends and around it."""
     if isinstance(value, str):
         value = value.strip()
         if not value.isascii():
             value = unicodedata.normalize("NFC", value)
-        return value if value.isprintable() else "\n".join([line.rstrip() for line in value.splitlines()])  # printable: one line
+        return value if value.isprintable() else "\n".join([line.rstrip() for line in value.splitlines()])  # printable text is one line
     if isinstance(value, dict):
         return {_one_form(key): tidy(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
@@ -134,14 +134,14 @@ def _canonical_text(text: str) -> str:
 
 
 def content_hash(value: Any) -> str:
-    """First 16 hex digits of the sha256 of the tidied, canonical JSON of `value`."""
+    """Return the first 16 hex digits of the sha256 of the tidied, canonical JSON of `value`."""
     return hashlib.sha256(_canonical(value).encode()).hexdigest()[:16]
 
 
 def write_rows(rows: list[Row], path: Path) -> None:
-    """Writes parquet in row order, without statistics of time or host: the same rows give the same bytes.
+    """Write parquet in row order, without statistics of time or host: the same rows give the same bytes.
 
-    Calls, schemas and what else is an object keep the order of their keys: a template renders it.
+    Calls, schemas and other objects keep the order of their keys: a template renders it.
     """
     records = []
     for row in rows:
@@ -162,7 +162,7 @@ def _stored(message: dict[str, Any]) -> dict[str, str | None]:
 
 
 def read_rows(path: Path, positions: Sequence[int] | None = None) -> list[Row]:
-    """The rows of a file, all of them or those at `positions`."""
+    """Read the rows of a file, all of them or those at `positions`."""
     table = pq.read_table(path, columns=list(COLUMNS))
     rows = []
     for record in (table if positions is None else table.take(positions)).to_pylist():
@@ -179,14 +179,14 @@ def read_rows(path: Path, positions: Sequence[int] | None = None) -> list[Row]:
 
 
 def row_count(path: Path) -> int:
-    """Rows in a parquet file, by its footer alone."""
+    """Count the rows of a parquet file by its footer."""
     return int(pq.read_metadata(path).num_rows)
 
 
 def read_split(payload: Path, split: str) -> list[Row]:
-    """Rows of one split of a Dataset's payload, in their stored order.
+    """Read the rows of one split of a Dataset's payload, in their stored order.
 
-    Raises StageFailed(data) where a group stands in another split as well: what is measured on would have been trained on.
+    Raises StageFailed(data) if a group is also in another split: a model would be measured on what it was trained on.
     """
     rows = read_rows(payload / f"{split}.parquet")
     groups = {row.group for row in rows}

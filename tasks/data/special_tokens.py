@@ -1,7 +1,7 @@
-"""Special tokens of a model that are written out in the text of a row: a tokenizer would take them for the real ones.
+"""Handles special tokens of a model that are written in the text of a row: a tokenizer would read them as the real tokens.
 
-A message that holds `<|im_end|>` would end its turn there, and could go on with a turn of another role. So rows with such
-text are refused; a dataset may have it escaped, or kept where it is meant (`special_tokens`).
+A message that contains `<|im_end|>` would end its turn there, and could continue with a turn of another role. So rows with such
+text are refused; a dataset may escape it, or keep it where it is intended (`special_tokens`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tuneline.errors import StageFailed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HINT = "take it out, or set `special_tokens` in the dataset's stage: `escape` writes a space into it, `keep` lets it be the real token"
+HINT = "remove it, or set `special_tokens` in the dataset's stage: `escape` writes a space into it, `keep` lets it be the real token"
 
 
 def pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds every special token of the tokenizer, the longest first; None where it has none."""
+    """Return a pattern for every special token of the tokenizer, the longest first; None if it has none."""
     tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens))
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))) if tokens else None
 
 
 def treated(row: Row, special: re.Pattern[str], treatment: str) -> Row:
-    """The row as `special_tokens` of its stage wants it. Raises BadRow for `error`."""
+    """Return the row as its stage's `special_tokens` says. Raises BadRow for `error`."""
     found = first(row, special)
     if found is None:
         return row
@@ -41,9 +41,12 @@ def treated(row: Row, special: re.Pattern[str], treatment: str) -> Row:
 
 
 def refuse(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises StageFailed(data) for a row with a special token, as of a dataset made without this model, unless its stage keeps them."""
+    """Raises StageFailed(data) for a row with a special token unless its stage keeps them. A dataset made without this model may have
+    some."""
     special = pattern(tokenizer)
-    for row in rows if special else ():
+    if special is None:
+        return
+    for row in rows:
         found = first(row, special) if "special_tokens" not in row.extra else None
         if found is not None:
             hint = HINT + "; its stage needs the model for that: `model: base`"
@@ -56,7 +59,7 @@ def first(row: Row, special: re.Pattern[str]) -> str | None:
 
 
 def everything(row: Row) -> str:
-    """All that is tokenized of the row."""
+    """Return all text of the row that is tokenized."""
     if row.messages is None:
         return f"{row.prompt or ''}\n{row.completion or ''}\n{row.text or ''}"
     parts = []
@@ -72,10 +75,10 @@ def _json(value: Any) -> str:
 
 
 def escaped(row: Row, special: re.Pattern[str]) -> Row:
-    """With a space after the first character of every special token: `< |im_end|>`."""
+    """Return the row with a space after the first character of every special token: `< |im_end|>`."""
 
     def written(value: str) -> str:
-        while special.search(value):  # what is left of one may be another
+        while special.search(value):  # the result may contain another special token
             value = special.sub(lambda token: f"{token.group()[0]} {token.group()[1:]}", value)
         return value
 

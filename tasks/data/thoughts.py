@@ -1,8 +1,8 @@
-"""What an answer says, apart from what the model thought before it.
+"""Extracts what an answer says, without the thoughts before it.
 
-How a model marks its thoughts is seen in what its chat template writes of a made-up answer: a block (`<think>`), a channel
-(`<|channel|>analysis`), or a block that the generation prompt has opened. Marks that rows write into contents by themselves, and
-templates know nothing of, are in `tasks.data.marks`.
+The marks around thoughts are found in what the chat template writes for an artificial answer: a block (`<think>`), a channel
+(`<|channel|>analysis`), or a block that the generation prompt has opened. `tasks.data.marks` knows the marks that rows contain
+without their template.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ LAST_MARK = re.compile(r"[<\[][^<>\[\]]*[>\]]\s*\Z")
 
 @dataclass(frozen=True)
 class Marks:
-    """What a template writes around thoughts. Where it shows none, all are empty."""
+    """The text that a template writes around thoughts. All fields are empty if it writes no thoughts."""
 
     start: str = ""
     end: str = ""
     opened: bool = False
     """The generation prompt ends with the start."""
     leads: tuple[str, ...] = ()
-    """What it may write before an answer, as the name of a channel; or of the role, where it knows no generation prompt."""
+    """Text that may come before an answer, such as the name of a channel, or of the role if the template has no generation prompt."""
 
 
 def written(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, ends: Container[int]) -> str:
-    """The text of an answer's tokens, without its end, but with the special tokens that may mark thoughts."""
+    """Decode an answer's tokens, without its end, but with the special tokens that may mark thoughts."""
     return str(tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=False))
 
 
 def said(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the model said in an answer, as it is `written` after its prompt: without thoughts, special tokens and space around it.
-    Nothing where it was cut off while it was thinking."""
+    """Return what the model said in an answer (`written` after its prompt): without thoughts, special tokens and surrounding space.
+    Empty if it was cut off within its thoughts."""
     found = marks(tokenizer)
     if found.opened and prompt.rstrip().endswith(found.start):
         answer = found.start + answer
     while mark := next((mark for mark in (found.start, *found.leads) if mark and answer.lstrip().startswith(mark)), None):
         answer = answer.partition(found.end if mark == found.start else mark)[2]
     special = _special(tokenizer)
-    answer = said_plainly(answer)  # before special tokens go: they may mark thoughts, too
+    answer = said_plainly(answer)  # before special tokens are removed: they may mark thoughts, too
     return (special.sub("", answer) if special else answer).strip()
 
 
@@ -62,11 +62,12 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
 
 @lru_cache(maxsize=8)
 def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> Marks:
-    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    question: dict[str, Any] = {"role": "user", "content": QUESTION}
+    answer: dict[str, Any] = {"role": "assistant", "content": ANSWER}
     (call,) = calls = made_up_calls(1)
     called = {"role": "assistant", "content": "", "tool_calls": calls}
     result = {"role": "tool", "content": QUESTION, "tool_call_id": call["id"]}
-    found = _thoughts([question, answer], tokenizer) or _thoughts([question, called], tokenizer)  # some show them before calls alone
+    found = _thoughts([question, answer], tokenizer) or _thoughts([question, called], tokenizer)  # some only show them before calls
     start, end, opened = found or ("", "", False)
     before = [_tried(each, tokenizer)[1].partition(ANSWER) for each in ([question, answer], [question, called, result, answer])]
     leads = dict.fromkeys(lead.strip() for lead, there, _ in before if there and not (start and (start in lead or end in lead)))
@@ -74,7 +75,7 @@ def _marks(tokenizer: PreTrainedTokenizerBase, template: str) -> Marks:
 
 
 def _thoughts(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, bool] | None:
-    """What stands before and after the thoughts of a made-up answer, and whether the prompt ends with the former."""
+    """Return the text before and after the thoughts of an artificial answer, and whether the prompt ends with the former."""
     plain = _tried(messages, tokenizer)[1]
     prompt, thoughtful = _tried([*messages[:-1], messages[-1] | {"reasoning_content": THOUGHT}], tokenizer)
     before, there, after = thoughtful.partition(THOUGHT)
@@ -88,7 +89,7 @@ def _thoughts(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
 
 
 def _tried(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The prompt of a made-up answer and its text; nothing where the template refuses it."""
+    """Return the prompt of an artificial answer and its text; empty if the template refuses it."""
     tools = {"tools": TOOLS} if any("tool_calls" in message for message in messages) else {}
     try:
         last = turn(Row("", messages=tuple(messages), extra=tools), len(messages) - 1, tokenizer)

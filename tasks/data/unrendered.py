@@ -1,6 +1,6 @@
-"""What a row says and its chat template leaves out: a model would be trained, or asked, without it.
+"""Finds what a row contains and its chat template leaves out: a model would be trained, or asked, without it.
 
-Every stage that renders rows looks. What was looked for and not found is named by its field: `messages[0].content`, `tools[1]`.
+Every stage that renders rows checks this. Missing parts are named by their field: `messages[0].content`, `tools[1]`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD = 24  # characters
-LONGEST_MARKUP = 40  # characters of a word of the template's that could be taken for a row's
-HINT = "take a model whose template knows it, change the rows, or set `on_unrendered: drop` or `keep`"
+LONGEST_MARKUP = 40  # characters of a template's word that could be confused with a row's
+HINT = "use a model whose template knows it, change the rows, or set `on_unrendered: drop` or `keep`"
 
 
 def complete(
@@ -33,7 +33,7 @@ def complete(
     events: Events,
     lost: Callable[[Row, PreTrainedTokenizerBase], list[str]],
 ) -> list[Row]:
-    """The rows, less those that the stage drops because something is `lost`. Raises StageFailed(data) for one where that is an error."""
+    """Return the rows without those that the stage drops because something is `lost`. Raises StageFailed(data) if that is an error."""
     if on_unrendered == "keep":
         return list(rows)
     kept, dropped = [], []
@@ -57,7 +57,7 @@ def lost_in_training(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def lost_in_asking(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What is left out of the prompt, and of the answer where that says what is right; thoughts are not compared."""
+    """Return what is left out of the prompt, and of the answer if it is the reference; thoughts are not compared."""
     prompt = row.prompt_messages()
     assert row.messages is not None
     assert prompt is not None
@@ -69,8 +69,8 @@ def lost_in_asking(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The fields of a row that its rendered text does not hold, such as `messages[0].content`. Each message is looked for after the one
-    before it, so that a short one is not found within another; a template may put a system prompt anywhere."""
+    """Return the fields of a row that its rendered text does not contain, such as `messages[0].content`. Searches each message after
+    the previous one, so that a short one is not found within another; a template may put a system prompt anywhere."""
     missing, position = [], 0
     assert row.messages is not None
     markup = skeleton(tuple(message["role"] for message in row.messages), tokenizer, str(tokenizer.chat_template))
@@ -79,7 +79,7 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
         before = position  # a template may write calls and thoughts on either side of the content
         pieces = [content]
         if message["role"] == "assistant" and ("</" in content or "[/" in content or "<|" in content):
-            # a template may write thoughts in its own way, and leaves those of earlier turns out
+            # a template may write thoughts in its own way, and leave out those of earlier turns
             pieces = TAGS.split(content) if last else [said(content)]
         spans, place = [], 0 if message["role"] == "system" else position
         for piece in map(str.strip, pieces):
@@ -100,7 +100,7 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
                 for name, thought in thoughts.items()
                 if found(thought, beside, before) < 0 or is_markup(thought, text, markup)
             ]
-        elif not writes_thoughts(tokenizer, str(tokenizer.chat_template)):  # those that do leave out earlier ones, as when they are asked
+        elif not writes_thoughts(tokenizer, str(tokenizer.chat_template)):  # others leave out earlier ones, also in prompts
             missing += [f"{where}.{name}" for name, thought in thoughts.items() if thought]
         after = before
         for each, call in enumerate(message.get("tool_calls") or []):
@@ -112,26 +112,26 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
         missing += [
             f"tools[{number}]"
             for number, name in lost_tools(json.dumps(tools), tokenizer, str(tokenizer.chat_template))
-            if found(name, prompt) < 0  # some have their tools written out there
+            if found(name, prompt) < 0  # some rows list their tools there
         ]
     return missing
 
 
 @lru_cache(maxsize=1000)  # most rows of a dataset have the same roles
 def skeleton(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """What the template itself writes for messages of these roles; empty where it refuses such a conversation."""
-    messages = [{"role": role, "content": "\u2400"} for role in roles]  # no character of a row's
+    """Return what the template itself writes for messages of these roles; empty if it refuses such a conversation."""
+    messages = [{"role": role, "content": "\u2400"} for role in roles]  # a character that rows do not contain
     return tried(messages, None, tokenizer, form(tokenizer), False) or ""
 
 
 def is_markup(piece: str, text: str, markup: str) -> bool:
-    """Whether the template's own words, such as the names of roles, are all of the piece that there is in the text."""
+    """Return whether every occurrence of the piece is one of the template's own words, such as the names of roles."""
     return bool(piece) and len(piece) <= LONGEST_MARKUP and piece in markup and text.count(piece) <= markup.count(piece)
 
 
 @lru_cache(maxsize=100)
 def writes_thoughts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-    """Whether the template writes the thoughts of a last answer."""
+    """Return whether the template writes the thoughts of a last answer."""
     messages = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": "\u2400", "reasoning_content": "\u2401"})
     try:
         return "\u2401" in conversation(Row(source="probe", messages=messages), tokenizer)
@@ -147,21 +147,21 @@ def without(text: str, spans: list[tuple[int, int]]) -> str:
 
 @lru_cache(maxsize=1000)  # most rows of a dataset have the same tools
 def lost_tools(tools: str, tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[tuple[int, str], ...]:
-    """Number and name of those whose name does not stand beside a question in which nobody speaks of them."""
+    """Return number and name of the tools whose name the template does not write beside a neutral question."""
     listed = json.loads(tools)
     text = tried([{"role": "user", "content": QUESTION}], listed, tokenizer, form(tokenizer), True)
-    names = enumerate(map(name_of, listed)) if text else ()  # some refuse a question alone
+    names = enumerate(map(name_of, listed)) if text else ()  # some templates refuse a single question
     return tuple((number, name) for number, name in names if found(name, text) < 0)
 
 
 def name_of(of: Any) -> str:
-    """The name of a tool, or of the one that is called."""
+    """Return the name of a tool or of a call."""
     function = of.get("function", of) if isinstance(of, dict) else None
     return str(function.get("name") or "") if isinstance(function, dict) else ""
 
 
 def lost_of_call(call: Any, text: str, start: int, where: str) -> tuple[list[str], int]:
-    """Fields of a call that are not in the text, and where the call ends there: the next one is looked for behind it."""
+    """Return the fields of a call that the text lacks, and where the call ends there: the next one is searched after it."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     arguments = function.get("arguments") if isinstance(function, dict) else None
     named, given = found(name_of(call), text, start), [found(value, text, start) for value in values_of(arguments)]
@@ -170,7 +170,7 @@ def lost_of_call(call: Any, text: str, start: int, where: str) -> tuple[list[str
 
 
 def values_of(value: Any) -> Iterator[str]:
-    """Keys and values of what a call hands over, as text."""
+    """Yield keys and values of a call's arguments, as text."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield str(key)
@@ -185,13 +185,13 @@ def values_of(value: Any) -> Iterator[str]:
 
 
 def found(wanted: str, text: str, start: int = 0) -> int:
-    """Where the wanted text ends; -1 where it is not there."""
+    """Return where the wanted text ends; -1 if it is not found."""
     hit = span(wanted, text, start)
     return hit[1] if hit else -1
 
 
 def span(wanted: str, text: str, start: int = 0) -> tuple[int, int] | None:
-    """Where the wanted text begins and ends, as it is or as JSON and Python write it."""
+    """Return where the wanted text begins and ends, unchanged or as JSON and Python write it."""
     if hit := span_as_it_is(wanted, text, start):
         return hit
     written = dict.fromkeys([json.dumps(wanted, ensure_ascii=False)[1:-1], json.dumps(wanted)[1:-1], repr(wanted)[1:-1]])
@@ -199,7 +199,7 @@ def span(wanted: str, text: str, start: int = 0) -> tuple[int, int] | None:
 
 
 def span_as_it_is(wanted: str, text: str, start: int) -> tuple[int, int] | None:
-    """As by str.find, which prepares for ten times as long as it searches where it looks for a long text."""
+    """Search like str.find, whose preparation takes ten times as long as its search for a long text."""
     head = wanted[:HEAD]
     place = text.find(head, start)
     while place >= 0 and not text.startswith(wanted, place):

@@ -1,4 +1,4 @@
-"""Values of people's files: read as they are written, said by what they are, and refused by name where no dataset can hold them."""
+"""Reads and describes values of users' files, and raises BadRow for those that no dataset can hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['
 
 
 class BadRow(Exception):
-    """A row does not fit; whoever knows its file and line turns this into StageFailed."""
+    """Signals a row that does not fit. The caller that knows file and line turns it into StageFailed."""
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
@@ -21,7 +21,7 @@ class BadRow(Exception):
 
 
 class Number(float):
-    """A number of a file, with the text that stands there."""
+    """A number of a file, with its original text."""
 
     text: str
 
@@ -32,11 +32,11 @@ class Number(float):
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs. Python's json would keep the last value of a key that stands there twice, without a word."""
+    """Build the object of these pairs. Raises ValueError for a duplicate key, of which Python's json would silently keep the last value."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} is twice in one object")
     return found
 
 
@@ -45,17 +45,17 @@ STRICT = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def blank(value: Any) -> bool:
-    """Nothing, or without content. 0 and false are values."""
+    """Return whether a value is absent or without content. 0 and false are values."""
     return value is None or isinstance(value, str | list | dict) and (not value or isinstance(value, str) and not value.strip())
 
 
 def unpacked(value: Any, where: str) -> Any:
-    """Messages in columnar files are often kept as JSON; other text stays as it is."""
+    """Parse messages that are stored as JSON, as often in columnar files; other text is returned unchanged."""
     return parsed(value, where) if isinstance(value, str) and MESSAGES_AS_TEXT.match(value) else value
 
 
 def parsed(value: Any, where: str) -> Any:
-    """Lists in columnar files are often kept as JSON."""
+    """Parse lists that are stored as JSON, as often in columnar files."""
     if not isinstance(value, str) or not value.strip():
         return value
     try:
@@ -93,7 +93,7 @@ def describe(value: Any) -> str:
 
 
 def readable(names: Iterable[str]) -> None:
-    """Raises BadRow where the name of a column holds half a surrogate pair."""
+    """Raises BadRow if the name of a column contains half a surrogate pair."""
     try:
         " ".join(names).encode()
     except UnicodeEncodeError as error:
@@ -101,10 +101,10 @@ def readable(names: Iterable[str]) -> None:
 
 
 def refuse_unstorable(value: Any, where: str) -> None:
-    """Dates and bytes of a parquet file, NaN, half a surrogate pair, and what is nested without end."""
+    """Raises BadRow for dates and bytes of a parquet file, NaN, half a surrogate pair, and values nested too deeply."""
     try:
         STRICT.encode(value).encode()
     except UnicodeEncodeError as error:
         raise BadRow(f"{where}: {half_a_pair(error)}") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: found what JSON cannot hold ({error}), expected text, numbers, lists and objects") from error
+        raise BadRow(f"{where}: found a value that JSON cannot hold ({error}), expected text, numbers, lists and objects") from error

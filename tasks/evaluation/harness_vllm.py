@@ -1,9 +1,9 @@
-"""lm-eval's model with vLLM behind it: the requests, stops and cuts of `tasks.evaluation.harness`, computed by `tasks.engine.client`.
+"""Runs lm-eval's model with vLLM: requests, stops and truncation of `tasks.evaluation.harness`, computed by `tasks.engine.client`.
 
-lm-eval's Hugging Face model does all but the arithmetic, so that both backends ask the same token ids and cut answers alike; for
-that it holds the model's configuration, without weights. vLLM is started once it is known how long the longest request is.
+lm-eval's Hugging Face model does everything else, so that both backends use the same token ids and truncate answers equally; for
+that it holds the model's configuration, without weights. vLLM is started once the length of the longest request is known.
 
-Left out: models whose code comes with them, adapters of the output layer, and sampling by other than temperature and top_p.
+Left out: models that bring their own code, adapters of the output layer, and sampling parameters other than temperature and top_p.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from tasks.engine.client import BASE, OUTPUT, Engine, modules_of
 from tasks.evaluation.harness import LanguageModel
-from tasks.models.gptq import is_gptq
-from tasks.models.loading import model_folder, needs_remote_code
+from tasks.models.loading import needs_remote_code, without_weights
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Events, Input, Request
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_SIZE = 1024  # requests handed over at once: of these vLLM makes its own batches
-STOPS = 4  # texts that its server ends an answer at; lm-eval cuts at all of them afterwards
-NOT_FINITE = "Out of range float values"  # what its server says of them
+BATCH_SIZE = 1024  # requests sent together: vLLM makes its own batches
+STOPS = 4  # stop texts that are sent to the server; lm-eval truncates at all of them afterwards
+NOT_FINITE = "Out of range float values"  # vLLM's message about values that are not finite
 SUPPORTED_OPTIONS = {"attention_mask", "do_sample", "temperature", "top_p"}
 FALLBACK_HINT = "set `backend: transformers`"
 
 
 class EngineModel(LanguageModel):
-    """Tokenizes from the beginning on; computes inside of `serve`."""
+    """Tokenizes from the beginning on; computes only within `serve`."""
 
     def __init__(self, source: Input, tokenizer: PreTrainedTokenizerBase, seed: int, events: Events):
         self.source, self.base = source, source.base or source
         if needs_remote_code(self.base):
-            raise StageFailed("config", "vLLM is not given models whose code comes with them", FALLBACK_HINT)
-        super().__init__(without_weights(model_folder(self.base.path)), tokenizer, BATCH_SIZE, events)
+            raise StageFailed("config", "tuneline does not run models with their own code in vLLM", FALLBACK_HINT)
+        super().__init__(configured(model_folder(self.base.path)), tokenizer, BATCH_SIZE, events)
         patch(self, "_device", torch.device("cpu"))
-        # A window of lm-eval's is one token longer than this, and vLLM samples one more after what it scores.
+        # lm-eval's windows are one token longer than this, and vLLM samples one more token after a scored sequence.
         patch(self, "_max_length", self.max_length - 2)
         self.name, self.seed = BASE if source.type == "Model" else f"adapter-{source.digest[:16]}", seed
         self.engine: Engine
 
     @contextmanager
     def serve(self, request: Request, stage: EvaluateStage, longest: int) -> Iterator[None]:
-        """vLLM while it lasts, with room for requests of `longest` tokens, at most as many as the model has positions."""
+        """Run vLLM within the context, with room for requests of `longest` tokens, at most the model's positions."""
         assert request.engine is not None
         settings, longest = stage.resources.engine or EngineSettings(), min(longest, self.max_length + 2)
         if settings.max_model_len is not None and settings.max_model_len < longest:
-            message = f"the longest request takes {longest} tokens, but resources.engine.max_model_len is {settings.max_model_len}"
-            raise StageFailed("config", message, "raise it, or leave it out")
+            message = f"resources.engine.max_model_len: found {settings.max_model_len}, expected {longest}, as in the longest request"
+            raise StageFailed("config", message, "raise it, or remove it")
         rank, modules = None, None
         if self.source.type == "Adapter":
             config = json.loads((self.source.path / "adapter_config.json").read_bytes())
@@ -75,7 +75,15 @@ class EngineModel(LanguageModel):
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if stage.resources.gpus else None
         log = request.work / "engine.log"
         engine = Engine(
-            request.engine, model_folder(self.base.path), settings, stage.dtype, rank, longest, log, gpus, sorted(modules or ()) or None
+            request.engine,
+            model_folder(self.base.path),
+            settings,
+            stage.dtype,
+            lora_rank=rank,
+            max_model_len=longest,
+            log=log,
+            gpus=gpus,
+            lora_modules=sorted(modules or ()) or None,
         )
         began = time.monotonic()
         print(f"starting vLLM: its log is {log}", flush=True)
@@ -90,7 +98,7 @@ class EngineModel(LanguageModel):
             shutil.copy(log, request.meta / "engine.log")
 
     def check(self, prompt: list[int]) -> None:
-        """On a real prompt log-probabilities must be numbers, and an adapter must change them."""
+        """Raises StageFailed(bug) if, on a real prompt, log-probabilities are not finite, or the adapter changes none."""
         sequence = [*prompt, self.eot_token_id][: self.engine.max_model_len - 1]
         try:
             scores = {name: self.engine.score([sequence], name)[0].logprobs for name in (self.name, BASE)}
@@ -100,7 +108,7 @@ class EngineModel(LanguageModel):
             hint = "the training diverged, or the weights overflow their type"
             raise StageFailed("bug", "the model's log-probabilities are not finite", hint) from error
         if self.name != BASE and scores[self.name] == scores[BASE]:
-            hint = "it was not trained, or was not loaded: look at the loss of its training"
+            hint = "it was not trained, or was not loaded: check the loss of its training"
             raise StageFailed("bug", "the adapter changes nothing: log-probabilities with and without it are the same", hint)
 
     def _loglikelihood_tokens(
@@ -118,15 +126,17 @@ class EngineModel(LanguageModel):
         return found
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        """Token ids of contexts and answers, shape [batch, max_length]; contexts are padded on the left, answers with the end token."""
+        """Return token ids of contexts and answers, [batch, max_length]; contexts padded on the left, answers with the end token."""
         if more := sorted(options.keys() - SUPPORTED_OPTIONS):
-            raise StageFailed("config", f"a benchmark generates with {', '.join(more)}, which vLLM is not given", FALLBACK_HINT)
+            raise StageFailed(
+                "config", f"a benchmark generates with {', '.join(more)}, which tuneline does not pass to vLLM", FALLBACK_HINT
+            )
         before, end = self.done, self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         completions = self.engine.generate(
             [row[kept.bool()].tolist() for row, kept in zip(context, options["attention_mask"], strict=True)],
             model=self.name,
             max_tokens=max_length - context.shape[1],
-            temperature=options.get("temperature", 0.0),  # lm-eval's default, and what it makes of `do_sample: false`
+            temperature=options.get("temperature", 0.0),  # lm-eval's default, also for `do_sample: false`
             top_p=options.get("top_p", 1.0),
             seed=self.seed + before,
             stop_token_ids=sorted(self.ends),
@@ -135,19 +145,15 @@ class EngineModel(LanguageModel):
         )
         answers = context.new_full((len(context), max_length - context.shape[1]), self.eot_token_id)
         for row, completion in zip(answers, completions, strict=True):
-            ids = [token for token in completion.ids if token not in self.ends]  # one of them is the last, if any
+            ids = [token for token in completion.ids if token not in self.ends]  # an end token can only be the last
             row[: len(ids)] = torch.tensor(ids)
         self._count_stopped(answers)
         return torch.cat([context, answers], dim=1)
 
 
-def without_weights(folder: Path) -> PreTrainedModel:
-    """What lm-eval asks about a model: its configuration and its end tokens."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if is_gptq(folder):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def configured(folder: Path) -> PreTrainedModel:
+    """Build the model with what lm-eval needs: its configuration and its end tokens."""
+    model = without_weights(folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model  # type: ignore[no-any-return]
+    return model

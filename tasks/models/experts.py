@@ -1,4 +1,4 @@
-"""The experts of a mixture, of which transformers 5 holds a layer's in one tensor: no linear layer that PEFT or GPTQ would find."""
+"""Finds a mixture's experts: transformers 5 holds a layer's in one tensor, which PEFT and GPTQ do not see as a linear layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def expert_tensors(model: PreTrainedModel) -> dict[str, int]:
-    """Tensors that hold a matrix for each expert, by their names, and the number of experts."""
+    """Map the name of each tensor that holds one matrix per expert to its number of experts."""
     found = {}
     for name, module in model.named_modules():
         if "Expert" in type(module).__name__:
@@ -21,5 +21,5 @@ def expert_tensors(model: PreTrainedModel) -> dict[str, int]:
 
 
 def shape_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """Also of one that ZeRO-3 has split."""
+    """Return a parameter's full shape, also where ZeRO-3 has split it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

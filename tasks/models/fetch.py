@@ -1,13 +1,13 @@
 """Fetches a base model and checks it, so that no later stage finds out after an hour that it is broken.
 
-    hub   the commit that the orchestrator pinned, through the hub's own cache: a killed download goes on, and a model that
-          is already on the machine is not fetched again. Linked or copied into the payload.
-    path  by reference: the payload names the files with size and sha256; nothing is copied.
-    gguf  converted by transformers to safetensors in float32.
+    hub   downloads the commit that the orchestrator pinned, through the hub's own cache: an interrupted download resumes, and
+          a model that is already on the machine is not downloaded again. Files are linked or copied into the payload.
+    path  refers to the folder: the payload lists its files with size and sha256; nothing is copied.
+    gguf  converts the file to safetensors in float32, with transformers.
 
-Left out on purpose: pickled weights (they run whatever their author wrote), sub-folders but that of named templates, and every
-file that transformers does not need. Python files are left out, too, unless `trust_remote_code` says that they may run; a model
-that needs them is refused then. The check reads the headers of weight files and never a weight.
+Left out on purpose: pickled weights (reading them can run code), sub-folders except the one of named templates, and every file
+that transformers does not need. Python files are kept only if `trust_remote_code` is set; without it, a model that needs them
+is refused. The check reads the headers of weight files, never the weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.loading import CODE, save_tokenizer, template_hash, write_json
 from tasks.models.older_readers import readable_config
 from tasks.models.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
+from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.model import ModelStage
 from tuneline.patches import patch
@@ -38,12 +39,12 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
-TEMPLATES = "additional_chat_templates"  # a folder of named ones, beside the default one
+TEMPLATES = "additional_chat_templates"  # a folder of named templates, beside the default one
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the check found."""
+    """Holds what the check found."""
 
     architecture: str
     weights: Weights
@@ -93,7 +94,7 @@ def from_hub(repository: str, commit: str, payload: Path, code: bool) -> None:
         target.parent.mkdir(exist_ok=True)
         try:
             os.link(file.resolve(), target)
-        except OSError:  # another file system than the cache's
+        except OSError:  # the cache is on another file system
             shutil.copyfile(file, target)
 
 
@@ -104,9 +105,9 @@ def from_gguf(file: Path, payload: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True)
     except ValueError as error:
-        hint = "take the file whole, and of an architecture that transformers converts from GGUF"
+        hint = "use a complete file, of an architecture that transformers converts from GGUF"
         raise StageFailed("data", f"{file.name} does not load as GGUF: {first_line(error)}", hint) from error
-    # The weights are plain float32 by now; with these marks transformers would refuse to save them.
+    # The weights are float32 now, but with these attributes transformers would refuse to save them.
     patch(model, "hf_quantizer", None)
     del model.config.quantization_config
     model.save_pretrained(payload)
@@ -116,7 +117,7 @@ def from_gguf(file: Path, payload: Path) -> None:
 
 
 def write_reference(folder: Path, payload: Path, code: bool) -> None:
-    """reference.json says what the model is, location.json where it lies: see `tuneline.workspace.reference`."""
+    """Write reference.json (what the model is) and location.json (where it is): see `tuneline.workspace.reference`."""
     entries = []
     for file in kept_files(folder, code):
         with file.open("rb") as content:
@@ -139,7 +140,7 @@ def patterns(code: bool) -> list[str]:
 
 
 def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
-    """Everything that a training would trip over; raises StageFailed(data) with the first thing that is wrong."""
+    """Check everything that would make a training fail. Raises StageFailed(data) for the first problem."""
     if not (folder / "config.json").is_file():
         hint = "this is an adapter: name the model that it was trained on" if (folder / "adapter_config.json").is_file() else ""
         raise StageFailed("data", f"{source} has no config.json", hint or "a model folder holds config.json, weights and tokenizer")
@@ -147,16 +148,15 @@ def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
         raise StageFailed(
             "data",
-            f"{source} has no {WEIGHTS[0]}, found {', '.join(pickles) or 'no weights that may be read'}",
-            "pickled weights can run code when they are read and are refused: save the model with safetensors, "
-            "or take a revision that has them",
+            f"{source} has no {WEIGHTS[0]}, found {', '.join(pickles) or 'no weight files of another format'}",
+            "reading pickled weights can run code, so they are refused: save the model with safetensors, or use a revision that has them",
         )
     weights = read_weights(folder)
     check_code(folder, source, code)
     config, tokenizer = load_config(folder, source, code), load_check_tokenizer(folder, source, code)
     vocabulary = config.get_text_config().vocab_size
     if tokenizer.eos_token_id is None:
-        hint = "without one no answer ends: set eos_token in tokenizer_config.json"
+        hint = "without an eos token no answer ends: set eos_token in tokenizer_config.json"
         raise StageFailed("data", f"the tokenizer of {source} has no eos token", hint)
     if len(tokenizer) > vocabulary:
         raise StageFailed(
@@ -179,33 +179,33 @@ def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
 
 
 def text_of(template: str | dict[str, str] | None) -> str:
-    """Of all templates, where there are several."""
+    """Return the text of a template, or of all named templates."""
     if isinstance(template, dict):
         return "\n\n".join(f"{{#- {name} #}}\n{text}" for name, text in sorted(template.items()))
     return template or ""
 
 
 def check_code(folder: Path, source: str, code: bool) -> None:
-    """`auto_map` names classes of the model's own, which transformers runs if it may."""
+    """Raises StageFailed if `auto_map` names the model's own classes and they may not, or cannot, be run."""
     for name in ("config.json", "tokenizer_config.json"):
         for named in own_classes(folder / name):
             module = f"{named.split('.')[0]}{CODE}"
             if not code:
-                hint = "if you trust who wrote it, set `trust_remote_code: true` in the model's stage; else take a model without"
-                raise StageFailed("config", f"{name} of {source} names Python code of its own, {named}, which is not run", hint)
+                hint = "if you trust its author, set `trust_remote_code: true` in the model's stage; else use a model without own code"
+                raise StageFailed("config", f"{name} of {source} names its own Python code, {named}, which is not run", hint)
             if "--" in named:
                 hint = "put the file beside config.json, and name it there without the repository"
                 raise StageFailed("config", f"{name} of {source} names code of another repository, {named}", hint)
             if not (folder / module).is_file():
-                raise StageFailed("data", f"{name} of {source} names {named}, but there is no {module}", "take the complete model")
+                raise StageFailed("data", f"{name} of {source} names {named}, but there is no {module}", "use the complete model")
 
 
 def own_classes(file: Path) -> list[str]:
-    """As `modeling_mine.MineForCausalLM`; of a tokenizer there may be a slow and a fast one, or null."""
+    """Return names such as `modeling_mine.MineForCausalLM`. A tokenizer may name a slow and a fast class, or null."""
     try:
         named = json.loads(file.read_bytes()).get("auto_map", {})
     except (OSError, ValueError):
-        return []  # whatever is wrong with it is said where it is loaded
+        return []  # the code that loads the file reports the problem
     return [part for item in named.values() for part in (item if isinstance(item, list) else [item]) if part]
 
 
@@ -213,9 +213,9 @@ def load_config(folder: Path, source: str, code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code)
     except (ValueError, OSError, KeyError) as error:
-        hint = "tuneline reads models that transformers knows by itself, or that bring their code (see trust_remote_code)"
+        hint = "tuneline reads models that transformers supports, or that bring their code (see trust_remote_code)"
         raise StageFailed("data", f"config.json of {source} does not load: {first_line(error)}", hint) from error
 
 
@@ -229,13 +229,13 @@ def load_check_tokenizer(folder: Path, source: str, code: bool) -> PreTrainedTok
         raise StageFailed("data", f"the tokenizer of {source} does not load: {first_line(error)}", hint) from error
     if len(tokenizer) == 0:
         raise StageFailed("data", f"the tokenizer of {source} is empty", "a model folder holds tokenizer.json or tokenizer.model")
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def check_names(folder: Path, source: str, config: PreTrainedConfig, code: bool) -> None:
-    """Loads the model onto the meta device (names and shapes, no weights): transformers would fill what is missing with noise.
+    """Compare names and shapes on the meta device, without weights: transformers would fill missing weights with random numbers.
 
-    Quantized models are left out: their libraries do not load onto the meta device.
+    Skips quantized models: their libraries do not load onto the meta device.
     """
     from transformers import AutoModelForCausalLM
 
@@ -251,7 +251,7 @@ def check_names(folder: Path, source: str, config: PreTrainedConfig, code: bool)
     missing = sorted(loaded["missing_keys"])
     if missing:
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise StageFailed("data", f"the weights of {source} lack {named}", "take the complete model: missing weights would be random")
+        raise StageFailed("data", f"the weights of {source} lack {named}", "use the complete model: missing weights would be random")
 
 
 def warnings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -282,6 +282,5 @@ def report(source: str, facts: Facts) -> str:
         "eos token": f"`{facts.eos_token}`",
         "chat template": f"sha256 {facts.template}" if facts.template else "none",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     template = f"\n## Chat template\n\n```jinja\n{facts.template_text}\n```\n" if facts.template else ""
-    return f"# Model\n\n| | |\n|---|---|\n{table}\n{template}"
+    return f"# Model\n\n{table(('', ''), rows.items(), right=False)}\n{template}"

@@ -1,8 +1,8 @@
 """Reads a GPTQ model without its kernels: packed weights are decoded once, into ordinary linear layers.
 
 So gptqmodel, which pins other libraries, is in the runtime of `quantize` alone. On a CPU its kernels are over 10 times slower than the
-dense model. The values are the same: the code minus its zero, times the scale, rounded to the scale's type, as the kernels do it. This
-costs the memory of an unquantized model; an evaluation with `backend: vllm` has kernels that compute with packed weights.
+dense model. The values are the same as the kernels': (code - zero) * scale, rounded to the scale's type. This needs the memory of an
+unquantized model; an evaluation with `backend: vllm` uses kernels that compute with packed weights.
 
 Left out: layouts other than `gptq` and `gptq_v2`, and layers padded because their width is no multiple of 32.
 """
@@ -25,7 +25,7 @@ FORMATS = ("gptq", "gptq_v2")
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
-    """`quantization_config` of the model's config.json; None where it is not quantized."""
+    """Return `quantization_config` of the model's config.json; None if the model is not quantized."""
     found: dict[str, Any] | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     return found
 
@@ -35,7 +35,7 @@ def is_gptq(folder: Path) -> bool:
 
 
 def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> PreTrainedModel:
-    """The GPTQ model in `folder` with its weights decoded to `dtype`, on the CPU, or by the device map `place`."""
+    """Load the GPTQ model in `folder`, decoded to `dtype`, on the CPU or by the device map `place`."""
     import transformers
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -45,7 +45,7 @@ def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> Pr
     del config.quantization_config
     layout = settings.get("checkpoint_format", "gptq")
     if layout not in FORMATS:
-        raise StageFailed("data", f"cannot decode GPTQ weights of format {layout}", f"known: {', '.join(FORMATS)}")
+        raise StageFailed("data", f"cannot decode GPTQ weights of format {layout}", f"expected one of {', '.join(FORMATS)}")
     state = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
     turned = transposed(config)
     for name in [name.removesuffix(".qweight") for name in state if name.endswith(".qweight")]:
@@ -53,7 +53,7 @@ def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> Pr
         weight = decode(**packed, bits=settings["bits"], zeros_less_one=layout == "gptq")
         state[f"{name}.weight"] = weight.t().contiguous() if name in turned else weight
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    # Of AutoModelForCausalLM, only the classes themselves take a state without a folder.
+    # AutoModelForCausalLM needs a folder; only the model classes themselves accept a state dict without one.
     model, info = getattr(transformers, config.architectures[0]).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, device_map=place, output_loading_info=True
     )
@@ -64,7 +64,7 @@ def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> Pr
 
 
 def transposed(config: PreTrainedConfig) -> set[str]:
-    """Layers whose weight lies the other way round: GPT-2's."""
+    """Return the layers whose weight is stored as (inputs, outputs): GPT-2's Conv1D."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -75,10 +75,10 @@ def transposed(config: PreTrainedConfig) -> set[str]:
 
 
 def cosines(source: Path, payload: Path, layers: Iterable[str], prefix: str = "", outputs: int = 64) -> Iterator[tuple[str, float]]:
-    """Of each quantized layer its name, and the cosine between its first outputs' weights, decoded, and those of the source.
+    """Yield each quantized layer's name, and the cosine between its first outputs' decoded weights and those of the source.
 
-    Only these are read, so that a large model takes no more memory than a small one. GPT-2's weights lie transposed. The source's
-    files leave `prefix` out of their names.
+    Reads only these slices, so a large model needs no more memory than a small one. GPT-2's weights are stored transposed. The
+    names in the source's files lack `prefix`.
     """
     from torch.nn.functional import cosine_similarity
 
@@ -101,7 +101,7 @@ def cosines(source: Path, payload: Path, layers: Iterable[str], prefix: str = ""
 
 
 def slices(folder: Path) -> dict[str, Any]:
-    """Every tensor of a model folder, by name, of which parts can be read."""
+    """Map each tensor's name in a model folder to a slice, of which parts can be read."""
     from safetensors import safe_open
 
     files = [safe_open(file, "pt") for file in weight_files(folder)]
@@ -111,15 +111,15 @@ def slices(folder: Path) -> dict[str, Any]:
 def decode(
     qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, bits: int, zeros_less_one: bool
 ) -> torch.Tensor:
-    """A linear layer's weight (outputs, inputs).
+    """Return a linear layer's weight, (outputs, inputs).
 
     qweight (inputs * bits / 32, outputs) and qzeros (groups, outputs * bits / 32) hold codes in int32 words, scales are
     (groups, outputs), and g_idx names the group of each input.
     """
     import torch
 
-    # The format `gptq` stores each zero less one. Of 2, 4 and 8 bits that was subtracted from whole words, where a zero of 0
-    # borrows from its neighbour, so it is added to whole words again; of 3 bits, where codes cross words, from each code.
+    # The format `gptq` stores each zero minus one. With 2, 4 and 8 bits it was subtracted from whole words, where a zero of 0
+    # borrows from its neighbor, so it is added to whole words again; with 3 bits, where codes cross words, to each code.
     if zeros_less_one and bits != 3:
         qzeros = qzeros + torch.tensor(sum(1 << shift for shift in range(0, 32, bits)), dtype=torch.int32)
     zeros = unpack(qzeros, bits)
@@ -131,7 +131,7 @@ def decode(
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes in rows of int32 words: a row is one stream of bits, lowest first."""
+    """Decode rows of int32 words into codes: a row is one stream of bits, lowest bit first."""
     import numpy
     import torch
 

@@ -1,4 +1,4 @@
-"""On what a program computed and how much memory it took: facts for people, in no key."""
+"""Reports the device that a program computed on and the memory it took. These facts are for users and in no key."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 def computed_on() -> dict[str, Any]:
-    """`peak_memory` of this process in bytes; on GPUs also `device`, its name, `devices`, their count, and `peak_device_memory`."""
+    """Return `peak_memory` of this process in bytes; on GPUs also `device` (name), `devices` (count) and `peak_device_memory`."""
     status = Path("/proc/self/status")
     peak = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
     facts: dict[str, Any] = {"peak_memory": int(peak[1]) * 1024} if peak else {}
-    torch = sys.modules.get("torch")  # not imported for this
+    torch = sys.modules.get("torch")  # never imported only for this report
     if torch is not None and torch.cuda.is_initialized():
         facts |= {
             "device": torch.cuda.get_device_name(),

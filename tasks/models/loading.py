@@ -1,5 +1,5 @@
-"""Models and tokenizers out of artifacts, the same way in every program: local files only, safetensors only, and code that came
-with a model only where the user allowed it (`needs_remote_code`)."""
+"""Loads models and tokenizers out of artifacts, the same way in every program: local files only, safetensors only, and a model's
+own code only if the user allowed it (`needs_remote_code`)."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 CODE = ".py"
 CPU_INFO = Path("/proc/cpuinfo")
-CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86, and of ARM
-LEAST_CAPABILITY = (8, 0)  # of a GPU with bfloat16
-CLOCK = "strftime_now"  # the function by which templates ask for the date; transformers gives them no other
-DATE = datetime(2024, 7, 26)  # the one that Llama 3's templates fall back to where there is no clock
+CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM
+LEAST_CAPABILITY = (8, 0)  # of GPUs with bfloat16
+CLOCK = "strftime_now"  # the only function by which a template can ask transformers for the date
+DATE = datetime(2024, 7, 26)  # Llama 3's templates use this date if there is no clock
 CODES = "dbBmYyAajHMSp"
-MORE_CODES = "IeklcxXDFTRrhCgGuUVwWZz"  # as C's strftime has them; a template without them keeps its shorter macro, and so its hash
-UNPADDED = "dmHIMSjyUVWCgu"  # also with a `-`, which leaves zeros out
-REBUILD = "run `tuneline verify`, which puts what is damaged away, and run again: it is built anew"
+MORE_CODES = "IeklcxXDFTRrhCgGuUVwWZz"  # the other codes of C's strftime; templates without them keep the shorter macro, and their hash
+UNPADDED = "dmHIMSjyUVWCgu"  # codes that can have a `-`, which removes leading zeros
+REBUILD = "run `tuneline verify`, which moves damaged artifacts away, and run again: they are rebuilt"
 
 
 def check_inputs(request: Request) -> None:
-    """Every input is still what its manifest and the request say, whoever has been at the store in between.
+    """Raises StageFailed(data) if an input has changed since its manifest was written.
 
-    Names and sizes are always compared. A file is read only where it was touched after the manifest, which is written last:
-    what nobody touched costs nothing. Bits that rot by themselves are found by `tuneline verify`. A folder without a manifest
-    is no artifact of a store: such come from tests and benchmarks alone.
+    Names and sizes are always compared. A file's content is read only if its ctime is later than the manifest's, which is written
+    last, so unchanged files cost nothing. `tuneline verify` finds silent disk errors. A folder without a manifest is no
+    artifact of a store: only tests and benchmarks have them.
     """
     for slot, source in request.inputs.items():
         for name, given in ((slot, source), (f"{slot}'s base", source.base)):
@@ -59,7 +59,7 @@ def _problem(given: Input) -> str | None:
         return problem
     manifest, written = artifact.manifest, (folder / "manifest.json").stat().st_mtime_ns
     if manifest.digest != given.digest:
-        return f"found the artifact with digest {manifest.digest[:12]}, asked for {given.digest[:12]}"
+        return f"found the artifact with digest {manifest.digest[:12]}, expected {given.digest[:12]}"
     if digest(manifest.files) != manifest.digest or manifest.template != given.template:
         return "its manifest.json has been edited"
     for file in manifest.files:
@@ -76,23 +76,23 @@ def device() -> str:
 
 
 def compute_type(stage: ComputingStage) -> torch.dtype:
-    """The type that is in the key. A request holds it decided: `auto` raises KeyError."""
+    """Return the dtype, which is part of the key. A request has it resolved: `auto` raises KeyError."""
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[stage.dtype]
 
 
 def check_device(stage: ComputingStage) -> None:
-    """Raises StageFailed(config) where the GPUs that the stage asks for are not there, or bfloat16 would be emulated.
+    """Raises StageFailed(config) if the stage's GPUs are not visible, or bfloat16 would be emulated.
 
-    Torch looks for GPUs here, and sees no others afterwards.
+    Torch initializes CUDA here and cannot see other GPUs afterwards.
     """
     import torch
 
     if stage.resources.gpus and not torch.cuda.is_available():
-        found = f"resources.gpus is {stage.resources.gpus}, but torch {torch.__version__} sees no GPU here"
+        found = f"resources.gpus is {stage.resources.gpus}, but torch {torch.__version__} sees no GPU"
         raise StageFailed(
-            "config", found, "is the driver there, and the runtime one for GPUs? `gpus: 0` runs on the CPU, under another key"
+            "config", found, "check the driver, and that the runtime is one for GPUs; `gpus: 0` runs on the CPU, under another key"
         )
     if stage.dtype != "bfloat16":
         return
@@ -100,15 +100,15 @@ def check_device(stage: ComputingStage) -> None:
         for number in range(torch.cuda.device_count()):
             if (capability := torch.cuda.get_device_capability(number)) < LEAST_CAPABILITY:
                 found = f"{torch.cuda.get_device_name(number)} (compute capability {'.'.join(map(str, capability))}) has no bfloat16"
-                raise StageFailed("config", found, "set `dtype: float32` in the stage, or take a GPU of compute capability 8.0 or more")
+                raise StageFailed("config", found, "set `dtype: float32` in the stage, or use a GPU of compute capability 8.0 or more")
     elif not set(CPU_INFO.read_text().split()) & CPUS_WITH_BFLOAT16:
         found = "dtype is bfloat16, which this CPU only emulates, up to 100 times slower than float32"
-        raise StageFailed("config", found, "set `dtype: float32` in the stage; or take a GPU, or a CPU with AVX512-BF16 or AMX")
+        raise StageFailed("config", found, "set `dtype: float32` in the stage, or use a GPU, or a CPU with AVX512-BF16 or AMX")
 
 
 def needs_remote_code(source: Input) -> bool:
-    """Whether Python files that came with a model are run: only where they are part of the artifact, and there they are only
-    where `trust_remote_code` was set in the stage that fetched it (an Adapter goes by its base)."""
+    """Return whether Python files that came with a model are run: only if they are part of the artifact, which they are only if
+    the stage that fetched the model set `trust_remote_code`. For an Adapter, the base decides."""
     model = source.base if source.base is not None else source
     reference = model.path / REFERENCE
     listed = [entry["path"] for entry in json.loads(reference.read_bytes())["files"]] if reference.exists() else []
@@ -116,14 +116,14 @@ def needs_remote_code(source: Input) -> bool:
 
 
 def code_files(source: Input) -> list[Path]:
-    """What of a model's folder must go along with it wherever it goes."""
+    """Return the Python files that every copy of this model needs."""
     return sorted(model_folder(source.path).glob(f"*{CODE}")) if needs_remote_code(source) else []
 
 
 def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a Model or an Adapter (the trained side's), with a padding token.
+    """Load the tokenizer saved with a Model or an Adapter (the trained side's), with a padding token.
 
-    Raises StageFailed(data) where its chat template is not the one that was recorded when it was saved.
+    Raises StageFailed(data) if its chat template is not the recorded one.
     """
     from transformers import AutoTokenizer
 
@@ -145,8 +145,8 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
 
 
 def fix_clock(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Some templates write today's date into the system prompt: what is trained, asked and compared would differ from day to day. A
-    macro takes the clock's place, which is a part of the template and so is saved with it and in its hash."""
+    """Replace the clock of templates that write today's date into the system prompt, which would make runs differ from day to day.
+    The replacement is a macro in the template, so it is saved with the template and part of its hash."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         tokenizer.chat_template = {name: with_fixed_clock(one) for name, one in template.items()}
@@ -165,8 +165,8 @@ def with_fixed_clock(template: str) -> str:
 
 
 def add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Some tokenizers put an end after any text: after a prompt as well, which would then look answered. Where an end belongs,
-    `tasks.data.masks` puts it."""
+    """Stop tokenizers from adding an eos token after any text: after a prompt, the model would take it as answered.
+    `tasks.data.masks` adds the eos token where one belongs."""
     if not tokenizer.is_fast or tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         return
     from tokenizers import Tokenizer
@@ -182,10 +182,10 @@ def add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
 def load_model(
     source: Input, dtype: torch.dtype, place: str | None = None, quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
-    """A Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device; `balanced` spreads
-    its layers over all of them.
+    """Load a Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device;
+    `balanced` spreads the layers over all devices.
 
-    A GPTQ model is decoded (see `tasks.models.gptq`), unless its layers come with code of its own.
+    Decodes a GPTQ model (see `tasks.models.gptq`), unless it brings its own code.
     """
     from transformers import AutoModelForCausalLM
 
@@ -196,21 +196,33 @@ def load_model(
     if is_gptq(folder) and not code:
         model = load_dense(folder, dtype, place if place == "balanced" else None)
     else:
-        resolve_path: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
+        device_map: Any = place if place == "balanced" else {"": place or device()} if is_gptq(folder) or quantization else None
         options = {"quantization_config": quantization} if quantization else {}
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=resolve_path, local_files_only=True, trust_remote_code=code, use_safetensors=True, **options
+            folder, dtype=dtype, device_map=device_map, local_files_only=True, trust_remote_code=code, use_safetensors=True, **options
         )
     if source.type == "Adapter":
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
-    return (model if place == "balanced" else model.to(place or device())).eval()  # type: ignore[no-any-return]
+    return (model if place == "balanced" else model.to(place or device())).eval()
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """Build a model on the meta device, from its configuration; a GPTQ model with the layers that it had before."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if is_gptq(folder):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def check_loaded(model: PeftModel, adapter: Path) -> None:
-    """PEFT passes over a tensor that has no place in the model, and leaves one without a tensor as it was initialised."""
+    """Raises StageFailed(bug) unless each tensor was read: PEFT skips those that do not fit, and keeps initial values for missing ones."""
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -225,21 +237,21 @@ def check_loaded(model: PeftModel, adapter: Path) -> None:
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """sha256 of the chat template, or of all that are named; it travels in every manifest."""
+    """Return the sha256 of the chat template, or of all named templates; it is recorded in every manifest."""
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # in the order in which the file system listed them
+    if isinstance(template, dict):  # which the file system lists in any order
         template = dict(sorted(template.items()))
     return hashlib.sha256(str(template).encode()).hexdigest() if template else None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, payload: Path) -> None:
-    """Saves tokenizer and chat_template.jinja into an artifact's payload."""
+    """Save tokenizer and chat_template.jinja into an artifact's payload."""
     tokenizer.save_pretrained(payload)
     make_tokenizer_readable(payload)
 
 
 def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTrainedTokenizerBase:
-    """The tokenizer in an artifact that was just written, which must be the one, with the template, that was trained with."""
+    """Load the tokenizer of an artifact that was just written. Raises StageFailed(bug) unless it equals the trained one."""
     if not any(saved.path.glob("tokenizer*")):
         raise StageFailed("bug", f"the {saved.type.lower()} was saved without its tokenizer")
     tokenizer = load_tokenizer(saved.model_copy(update={"template": template_hash(trained)}))
@@ -249,7 +261,7 @@ def saved_tokenizer(trained: PreTrainedTokenizerBase, saved: Input) -> PreTraine
 
 
 def saved_config(document: dict[str, Any], dtype: str | None, **added: Any) -> dict[str, Any]:
-    """A base's config.json for the model that was made of it."""
+    """Return config.json for a model derived from this base."""
     document = {name: value for name, value in document.items() if name != "_name_or_path"}
     if dtype:
         document |= {"dtype": dtype, "torch_dtype": dtype}  # its name before transformers 5

@@ -1,9 +1,9 @@
-"""Writes what transformers 5 writes the way that other readers know it, too: transformers 4.57, and what follows its keys (vLLM, SGLang,
+"""Makes files that transformers 5 writes readable for older tools: transformers 4.57, and tools that use its keys (vLLM, SGLang,
 llama.cpp, MLX).
 
-transformers 5 moved `rope_theta` and `rope_scaling` of config.json into `rope_parameters`. 4.57 takes its own default where a key is
-missing, without a word: a theta of 10000 in place of 1e6. tokenizer_config.json names classes that only version 5 has: 4.57 refuses them.
-So the older keys are added. What is there already stays, and version 5 reads the same values with them.
+transformers 5 moved `rope_theta` and `rope_scaling` of config.json into `rope_parameters`. 4.57 silently uses its own default for a
+missing key: a theta of 10000 instead of 1e6. tokenizer_config.json names classes that only version 5 has: 4.57 refuses them.
+So the older keys are added. Existing keys stay, and version 5 reads the same values with them.
 
 Source: configuration and tokenizer classes of transformers 4.57.6 and 5.23, which tests/program/test_older_readers.py compares.
 """
@@ -15,37 +15,37 @@ import json
 from pathlib import Path
 from typing import Any
 
-# What 4.57 calls theta, the share of a head that is rotated, and the theta of layers that look at a window, where it has names of its own.
+# 4.57's names, where they differ, for theta, for the rotated share of a head, and for the theta of layers with sliding attention.
 THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base", "modernbert-decoder": "global_rope_theta"}
 SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 LOCAL_THETA = {"modernbert-decoder": "local_rope_theta"}
-# It refuses a scaling with any other key.
+# 4.57 refuses any other key in these models' scaling.
 SCALING = dict.fromkeys(("phi3", "phi4_multimodal"), ("type", "short_factor", "long_factor"))
-# Version 5 reads both names, and writes one that 4.57 does not know: of a number, and of layers in a list.
+# Version 5 reads both names and writes one that 4.57 does not know: the name of a number, and names of layer types in a list.
 NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 LAYERS = {"granitemoehybrid": "layer_types", "zamba": "layers_block_type", "zamba2": "layers_block_type"}
 FLOAT = "__float__"
 LAYER_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
-DEFAULTS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")  # of tokenizers: each class has its own
+DEFAULTS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")  # differ between tokenizer classes
 
 
 def readable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with 4.57's keys beside those of version 5; as it was, where version 5 would refuse that or read another value."""
+    """Return a config.json with 4.57's keys beside version 5's. Unchanged if version 5 would refuse it or read another value."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if config.get("model_type") not in CONFIG_MAPPING or "auto_map" in config:  # read by code of its own
+    if config.get("model_type") not in CONFIG_MAPPING or "auto_map" in config:  # the model's own code reads it
         return config
-    config = with_floats(config)  # as version 5 reads a file, and 4.57 does not
+    config = with_floats(config)  # only version 5 reads the other form
     added = with_older_keys(config)
     try:
         before, after = (CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(each)).to_dict() for each in (config, added))
-    except Exception:  # of validators of many kinds: a way to scale that only version 5 knows, as Gemma 4's
+    except Exception:  # validators raise many types, for example for Gemma 4's scaling, which only version 5 knows
         return config
     return added if all(after.get(name) == value for name, value in before.items()) else config
 
 
 def with_floats(value: Any) -> Any:
-    """Version 5 writes `{"__float__": "Infinity"}`, 4.57 `Infinity`; both read the latter."""
+    """Write `Infinity`, which both read, for version 5's `{"__float__": "Infinity"}`, which 4.57 does not read."""
     if isinstance(value, dict):
         return float(value[FLOAT]) if value.keys() == {FLOAT} else {name: with_floats(item) for name, item in value.items()}
     return [with_floats(item) for item in value] if isinstance(value, list) else value
@@ -73,7 +73,7 @@ def is_config(value: Any) -> bool:
 
 
 def older_rope(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The keys in place of `rope_parameters`. Where each type of layer has its own, those of layers that see everything are the model's."""
+    """Return the keys that replace `rope_parameters`. If layer types have their own, the model's are those of full attention."""
     kind, whole = str(config.get("model_type")), rope.get("full_attention") or rope
     found = {THETA.get(kind, "rope_theta"): whole.get("rope_theta")}
     if "partial_rotary_factor" in whole:
@@ -83,7 +83,7 @@ def older_rope(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     scaling = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
     if all(value == "default" for value in scaling.values()):
         return found | {"rope_scaling": None}
-    if scaling.get("rope_type") == "longrope":  # 4.57 looks for it outside, and takes the factor from it
+    if scaling.get("rope_type") == "longrope":  # 4.57 reads it from the top level and computes the factor
         context = scaling.pop("original_max_position_embeddings", None)
         if context and scaling.get("factor") in (None, config["max_position_embeddings"] / context):
             found["original_max_position_embeddings"] = context
@@ -93,10 +93,10 @@ def older_rope(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_tokenizer_readable(folder: Path) -> None:
-    """Rewrites the tokenizer_config.json that transformers 5 has saved into a folder; leaves one that an earlier version wrote as it is.
+    """Rewrite the tokenizer_config.json that transformers 5 saved into a folder. Files of earlier versions are left unchanged.
 
-    Every reader is told to take tokenizer.json to the letter: 4.57's class for a model sets up much by defaults of its own, such as a
-    beginning that is added to texts. What no tokenizer.json says, and was a default of the class, is written out.
+    Makes every reader use tokenizer.json unchanged: 4.57's class for a model would apply its own defaults, such as a beginning
+    that it adds to texts. Defaults of the class that tokenizer.json does not hold are written out.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -107,8 +107,8 @@ def make_tokenizer_readable(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = tokenizer("a")["input_ids"]
     if extra := config.pop("extra_special_tokens", None):
-        config["additional_special_tokens"] = extra  # 4.57 has those with a name under the other key
-    for name in ("model_specific_special_tokens", "is_local", "local_files_only"):  # the latter say where it was read
+        config["additional_special_tokens"] = extra  # 4.57 uses the other key for tokens with a name
+    for name in ("model_specific_special_tokens", "is_local", "local_files_only"):  # the last two depend on where it was read
         config.pop(name, None)
     usual = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
     if named := {name: token for name, token in config.items() if name.endswith("_token") and isinstance(token, str) and name not in usual}:
@@ -116,7 +116,7 @@ def make_tokenizer_readable(folder: Path) -> None:
     config |= {name: getattr(tokenizer, name) for name in DEFAULTS}
     config |= {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
     state = tokenizer.backend_tokenizer.pre_tokenizer and json.loads(tokenizer.backend_tokenizer.pre_tokenizer.__getstate__())
-    if state and "add_prefix_space" in state:  # 4.57 changes it to what it finds here, and to false where it finds nothing
+    if state and "add_prefix_space" in state:  # 4.57 applies this value, and false if there is none
         config["add_prefix_space"] = state["add_prefix_space"]
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Whether tokens of padding, on the left of a prompt, change what a model makes of it.
+"""Checks whether padding on the left of a prompt changes what a model computes for it.
 
-A batch of prompts is padded on the left. Attention leaves padding out by its mask, and positions are counted without it; the states of
-RWKV and xLSTM take it in as text, and GPT's positions count it.
+A batch of prompts is padded on the left. Attention masks padding, and positions are counted without it. But the states of RWKV and
+xLSTM read padding as text, and GPT's positions count it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PADS = 3
-SHARE = 0.05  # of the spread of a prompt's logits: rounding stays far below, padding that is read as text changes a fifth of it and more
+SHARE = 0.05  # of the spread of a prompt's logits: rounding stays far below; padding read as text changes a fifth of it or more
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether a model takes back what it hands out as `past_key_values`; Mamba and its like have states of other names, which
-    transformers' own `generate` knows."""
+    """Return whether a model accepts the `past_key_values` that it returns. The states of Mamba and similar models have other names,
+    which transformers' own `generate` knows."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "past_key_values" in inspect.signature(base.forward).parameters
 
 
 def padding_matters(model: PreTrainedModel, prompt: list[int], pad: int) -> bool:
-    """`prompt` and `pad` are token ids."""
+    """Return whether padding changes the logits. `prompt` and `pad` are token ids."""
     import torch
 
     ids = torch.tensor([prompt], device=model.device)

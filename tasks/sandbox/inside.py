@@ -1,18 +1,20 @@
-"""The inner side of `tasks.sandbox.run`: makes the sandbox, runs one piece of Python in it, and says how that ended.
+"""Makes the sandbox of `tasks.sandbox.run`, runs one piece of Python in it, and reports the outcome.
 
     python -s -P tasks/sandbox/inside.py < REQUEST > ANSWER        (both JSON; standard library only, no imports of ours)
 
     launcher      new user, pid, mount, network, IPC and host-name namespaces; a root folder of read-only mounts; chroot
-    └── init      process 1 of the pid namespace: when it ends, the kernel ends everything in there, whatever session it has
+    └── init      process 1 of the pid namespace: when it ends, the kernel kills every process in it, of whatever session
         └── code  no capabilities, no user that owns anything, limits; runs the code
 
 The root folder holds the interpreter's own folders, /usr and the system's libraries, all read-only, and an empty /tmp of
-bounded size in memory. No /proc, no /sys, no home. A root that is not the system's own makes further user namespaces impossible too.
+bounded size in memory. There is no /proc, /sys or home. A root that is not the system's also prevents further user namespaces.
 
-That the code passed is believed only where it comes with a random word which is drawn after the code was handed over and is
-written once its last line has run: a code that leaves early, or prints what it likes, has not passed. Code that searches the
-interpreter's own frames for that word can find it; tests and tested code share a process, as HumanEval's must.
+The code counts as passed only if a random word is reported, which is drawn after the code was handed over and written after its
+last line: code that exits early, or prints anything, has not passed. Code that searches the interpreter's own frames can find the
+word; tests and tested code share a process, as HumanEval requires.
 """
+
+from __future__ import annotations
 
 import ctypes
 import json
@@ -24,6 +26,10 @@ import sys
 import time
 import traceback
 
+TYPE_CHECKING = False  # importing typing would take 3 ms for each piece
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
@@ -32,19 +38,19 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE, SYS_MOUNT_SETATTR = -100, 0x8000, 442
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 CAPABILITY_VERSION_3 = 0x20080522
-NOBODY = 65534  # where root starts the sandbox: RLIMIT_NPROC does not hold for user 0
-ROOT = "/sys"  # any folder that is everywhere and of which the code needs nothing; only covered in our own mount namespace
+NOBODY = 65534  # runs the code if root starts the sandbox: RLIMIT_NPROC does not apply to user 0
+ROOT = "/sys"  # a folder that exists everywhere and that the code does not need; covered only in the sandbox's mount namespace
 SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 TAIL = 2000  # bytes of stderr kept
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main():
+def main() -> None:
     request, by_root = json.load(sys.stdin), os.getuid() == 0
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
-        write("/proc/self/oom_score_adj", "1000")  # should the machine run out of memory, this goes first
+        write("/proc/self/oom_score_adj", "1000")  # the kernel kills it first if the machine runs out of memory
         unshare()
         make_root(request["folders"], request["limits"]["folder_bytes"])
     except OSError as error:
@@ -54,17 +60,17 @@ def main():
     init = os.fork()
     if init == 0:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the code cannot trace us
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # prevents the code from tracing this process
         answer(*supervise(request["code"], request["limits"], by_root))
         os._exit(0)
     os.waitpid(init, 0)
 
 
-def answer(outcome, detail):
+def answer(outcome: str, detail: str) -> None:
     os.write(1, json.dumps({"outcome": outcome, "detail": detail}).encode())
 
 
-def call(what, *arguments):
+def call(what: str, *arguments: Any) -> None:
     if getattr(libc, what)(*arguments) == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -73,8 +79,8 @@ def call(what, *arguments):
 # --- namespaces -------------------------------------------------------------------------------------------------------
 
 
-def unshare():
-    """Enters new namespaces. A process that stays outside writes who we are in there: only root may name a second user."""
+def unshare() -> None:
+    """Enter new namespaces. A process outside them writes the user mapping: only root may map a second user."""
     users, me, group = [f"0 {os.getuid()} 1"], os.getpid(), os.getgid()
     groups = [f"0 {group} 1"]
     if os.getuid() == 0:
@@ -91,7 +97,7 @@ def unshare():
             write(f"/proc/{me}/gid_map", "\n".join(groups))
             os._exit(0)
         except OSError as error:
-            os._exit(error.errno)
+            os._exit(error.errno or 1)
     try:
         call("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
     finally:
@@ -102,12 +108,12 @@ def unshare():
         raise OSError(failed, f"uid_map: {os.strerror(failed)}")
 
 
-def write(path, text):
+def write(path: str, text: str) -> None:
     with open(path, "w") as file:
         file.write(text)
 
 
-def make_root(folders, size):
+def make_root(folders: list[str], size: int) -> None:
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     tmpfs(ROOT, "mode=755")
     os.mkdir(ROOT + "/tmp")
@@ -125,16 +131,16 @@ def make_root(folders, size):
     os.chdir("/tmp")
 
 
-def tmpfs(path, options):
+def tmpfs(path: str, options: str) -> None:
     call("mount", b"tmpfs", path.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, options.encode())
 
 
-def link(path):
+def link(path: str) -> None:
     os.makedirs(os.path.dirname(ROOT + path), exist_ok=True)
     os.symlink(os.readlink(path), ROOT + path)
 
 
-def bind(path):
+def bind(path: str) -> None:
     os.makedirs(os.path.dirname(ROOT + path), exist_ok=True)
     if os.path.isdir(path):
         os.mkdir(ROOT + path)
@@ -143,8 +149,8 @@ def bind(path):
     call("mount", path.encode(), (ROOT + path).encode(), None, MS_BIND | MS_REC, None)
 
 
-def read_only(path, flags=AT_RECURSIVE):
-    """Usually with everything mounted below it; not by a remount, because an unprivileged one must repeat each flag that is set."""
+def read_only(path: str, flags: int = AT_RECURSIVE) -> None:
+    """Make a mount read-only, by default with all mounts below it. An unprivileged remount would have to repeat every flag."""
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, 0, 0)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, attributes, ctypes.sizeof(attributes))
 
@@ -152,8 +158,8 @@ def read_only(path, flags=AT_RECURSIVE):
 # --- process 1 --------------------------------------------------------------------------------------------------------
 
 
-def supervise(code, limits, by_root):
-    """Runs the code in a process of its own; the outcome, and what it wrote to stderr last."""
+def supervise(code: str, limits: dict[str, Any], by_root: bool) -> tuple[str, str]:
+    """Run the code in a child process. Return the outcome and the end of its stderr."""
     word = os.urandom(16)
     said_end, say_end = os.pipe()
     error_end, write_end = os.pipe()
@@ -178,7 +184,7 @@ def supervise(code, limits, by_root):
                 tail = (tail + chunk)[-TAIL:]
             else:
                 said = (said + chunk)[:1000]
-    for end in waiting:  # what was written last; something left behind may hold the pipe open
+    for end in waiting:  # read the rest; a remaining process may hold the pipe open
         os.set_blocking(end, False)
         try:
             while chunk := os.read(end, 65536):
@@ -201,8 +207,8 @@ def supervise(code, limits, by_root):
 # --- the code ---------------------------------------------------------------------------------------------------------
 
 
-def run(code, limits, by_root, word, say, write_end):
-    """Never returns."""
+def run(code: str, limits: dict[str, Any], by_root: bool, word: bytes, say: int, write_end: int) -> NoReturn:
+    """Run the code and exit: never returns."""
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for source, target in ((null, 0), (null, 1), (write_end, 2)):
@@ -235,8 +241,8 @@ def run(code, limits, by_root, word, say, write_end):
     os._exit(1)
 
 
-def drop_privileges(by_root):
-    """No capability, now or after an exec; where root started us, another user."""
+def drop_privileges(by_root: bool) -> None:
+    """Drop all capabilities, also for after an exec; if root started the sandbox, change to another user."""
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     if by_root:

@@ -1,13 +1,13 @@
-"""Runs pieces of Python that nobody has read, such as what a model writes, where they can do no harm.
+"""Runs untrusted pieces of Python, such as those that a model writes, in a sandbox.
 
-Each piece has a process tree of its own without network, without a home, without the environment, whose only writable folder
-is an empty one in memory, and is ended as a whole. How, is told in `tasks.sandbox.inside`. The interpreter and the packages
-are those of the program that asks.
+Each piece has its own process tree, without network, home or environment. Its only writable folder is an empty one in memory, and
+all its processes are ended together. `tasks.sandbox.inside` makes the sandbox. Interpreter and packages are those of the program
+that calls it.
 
-Where the kernel refuses what this needs, nothing is run: StageFailed(config) says what is missing. Linux 5.12 or newer.
+If the kernel refuses what the sandbox needs, nothing is run: StageFailed(config) names the missing setting. Needs Linux 5.12.
 
-Not covered: holes in the kernel itself (that would take a virtual machine), time and memory of the machine below the limits,
-and code that looks for the proof of success inside its own interpreter.
+Not covered: kernel vulnerabilities (that would need a virtual machine), time and memory of the machine below the limits, and code
+that looks for the proof of success inside its own interpreter.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from typing import Literal
 from tasks.sandbox import inside as sandbox_inside
 from tuneline.errors import StageFailed
 
-GRACE = 10.0  # seconds beyond a piece's own for starting and ending
+GRACE = 10.0  # seconds for starting and ending, beyond a piece's own limit
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one piece. Memory and CPU time are counted for each of its processes, the rest for all of them."""
+    """Limits one piece. Memory and CPU time are counted per process, the rest for all of its processes together."""
 
     seconds: float = 30.0
     cpu_seconds: int = 5
     memory_bytes: int = 1 << 30
-    """Address space, the interpreter's own included."""
+    """Address space, including the interpreter's."""
     file_bytes: int = 16 << 20
     folder_bytes: int = 64 << 20
     processes: int = 16
@@ -55,12 +55,12 @@ class Outcome:
 
 
 def run_python(code: str, limits: Limits | None = None) -> Outcome:
-    """Passed means that the last line of `code` was reached."""
+    """Run one piece. It has passed if the last line of `code` was reached."""
     limits = limits or Limits()
     folders = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix)} | {sys.prefix, sys.base_prefix}
     request = json.dumps({"code": code, "limits": asdict(limits), "folders": sorted(folders)})
     process = subprocess.Popen(
-        [sys.executable, "-s", "-P", sandbox_inside.__file__],  # like -I, but for the variables below
+        [sys.executable, "-s", "-P", sandbox_inside.__file__],  # like -I, except for the variables below
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -73,7 +73,7 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
     except subprocess.TimeoutExpired:
         return Outcome("timed out", f"{limits.seconds} seconds")
     finally:
-        process.kill()  # and the kernel everything in the sandbox
+        process.kill()  # the kernel then kills every process in the sandbox
         process.wait()
     answer = json.loads(out) if out else {"outcome": "killed", "detail": errors.decode(errors="replace")[-sandbox_inside.TAIL :]}
     if answer["outcome"] == "refused":
@@ -82,7 +82,7 @@ def run_python(code: str, limits: Limits | None = None) -> Outcome:
 
 
 def run_all(codes: Sequence[str], limits: Limits | None = None, done: Callable[[int], None] = lambda count: None) -> list[Outcome]:
-    """One piece per core at a time; `done` hears how many have ended."""
+    """Run one piece per core at a time. Calls `done` with the number of ended pieces."""
     outcomes = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for outcome in pool.map(lambda code: run_python(code, limits), codes):
@@ -92,9 +92,9 @@ def run_all(codes: Sequence[str], limits: Limits | None = None, done: Callable[[
 
 
 def check() -> None:
-    """Raises StageFailed(config) where this machine cannot make the sandbox."""
+    """Raises StageFailed(config) if this machine cannot make the sandbox."""
     if sys.platform != "linux":
-        raise refused(f"it is made of Linux namespaces, this is {sys.platform}")
+        raise refused(f"it needs Linux namespaces, found {sys.platform}")
     if not (outcome := run_python("pass")).passed:
         raise refused(f"{outcome.outcome}: {outcome.detail}")
 

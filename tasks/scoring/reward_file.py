@@ -1,4 +1,4 @@
-"""Loads a reward function from a file of the user's, and checks that it can be called, before anything expensive begins."""
+"""Loads a reward function from a user's file, and checks that it can be called, before anything expensive begins."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SIGNATURE = "def {name}(prompts: list[str], completions: list[str], **columns) -
 
 
 def load_function(file: Path, name: str) -> Callable[..., Any]:
-    """Raises StageFailed(config) where there is no such function, or it cannot be called as rewards are."""
+    """Load the function. Raises StageFailed(config) if it does not exist, or cannot be called as a reward."""
     hint = f"write `{SIGNATURE.format(name=name)}`"
     members = vars(load_module(file))
     if name not in members:
         functions = [member for member, value in members.items() if inspect.isfunction(value) and value.__module__ == members["__name__"]]
         near = difflib.get_close_matches(name, functions, 1)
-        found = f"{file}: found no function `{name}`, expected {', '.join(functions) or 'none (there is none)'}"
+        found = f"{file}: found no function `{name}`, expected {', '.join(functions) or 'a file that defines one'}"
         raise StageFailed("config", found, f"did you mean `{near[0]}`?" if near else hint)
     function = members[name]
     if not inspect.isfunction(function):
@@ -44,17 +44,17 @@ def load_function(file: Path, name: str) -> Callable[..., Any]:
 
 
 def required_columns(function: Callable[..., Any]) -> list[str]:
-    """What it takes by name, without a default, beyond what every row has."""
+    """Return the function's named parameters without a default, except those that every row has."""
     parameters = inspect.signature(function).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [each.name for each in parameters if each.kind in named and each.default is each.empty and each.name not in ALWAYS]
 
 
 def load_module(file: Path) -> ModuleType:
-    """Runs the file as a module of its own. Not by an importer: that would write a cache beside the file, and read a stale one."""
-    module = ModuleType(f"reward file {file}")  # no import statement can name it
+    """Run the file as a separate module. An importer would write a cache beside the file, and read a stale one."""
+    module = ModuleType(f"reward file {file}")  # a name that no import statement can use
     module.__file__ = str(file)
-    sys.modules[module.__name__] = module  # where dataclasses look names up
+    sys.modules[module.__name__] = module  # dataclasses look names up here
     try:
         exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except FileNotFoundError as error:
@@ -73,6 +73,6 @@ def failed(file: Path, error: BaseException) -> StageFailed:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     hint = "correct it"
     if isinstance(error, ImportError):
-        hint = "it can import what its stage's runtime holds, and no files beside it: only its own content is in the key"
+        hint = "it can import what its stage's runtime holds, but no files beside it: only its own content is in the key"
     details = "".join(traceback.format_exception(error))
     return StageFailed("config", f"{place}: the file does not load: {type(error).__name__}: {text}", hint, details)

@@ -1,8 +1,8 @@
 """Computes rewards: each entry of `rewards:` as a function that TRL's GRPOTrainer calls.
 
-TRL gives a function what was asked and answered and the dataset's columns, and takes a list of numbers. Here every list is
-looked at before it trains anything: TRL itself would take a NaN, or a None, in silence. What only a row can lack (an answer,
-tests) is told by `check_rows` before a model is loaded, not in the middle of a training.
+TRL calls a function with prompts, completions and the dataset's columns, and takes a list of numbers. Each list is checked before it
+is used: TRL itself would silently accept a NaN or None. `check_rows` reports rows without an answer or tests before a model is loaded,
+not in the middle of a training.
 
 Left out: asynchronous rewards and reward models.
 """
@@ -22,10 +22,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tasks.data.marks import said
 from tasks.data.rows import Row
 from tasks.sandbox import run as sandbox
 from tasks.scoring.reward_file import load_function, required_columns
-from tasks.scoring.scores import TAIL, exact_match, said, task_score
+from tasks.scoring.scores import TAIL, exact_match, task_score
 from tuneline.errors import StageFailed
 from tuneline.kinds.rewards import (
     AnyReward,
@@ -40,23 +41,23 @@ from tuneline.kinds.rewards import (
 
 T = TypeVar("T")
 SHOWN = 1000  # characters of a completion in a message
-MATH_SECONDS = 2.0  # of CPU time, for reading one formula and for comparing two: a busy machine must not change a reward
+MATH_SECONDS = 2.0  # of CPU time, to read one formula or compare two: a busy machine must not change a reward
 FENCED = re.compile(r"```(?:python|py)\b[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 HINTS = {
-    "answer": "give each row an `answer`, or leave the reward out",
-    "scorer": "only rows of a `reasoning_gym` source have one: leave other sources, or the reward, out",
-    "tests": "give each row `tests`: Python that raises where the completion is wrong, as text or a list of texts",
+    "answer": "give each row an `answer`, or remove the reward",
+    "scorer": "only rows of a `reasoning_gym` source have a scorer: remove other sources, or the reward",
+    "tests": "give each row `tests`: Python that raises if the completion is wrong, as text or a list of texts",
 }
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion, and what its row says."""
+    """One completion, with the fields of its row."""
 
     prompt: str
     text: str
     said: str
-    """The text without what the model thought before it; nothing where it was cut off meanwhile."""
+    """The text without the thoughts before it; empty if it was cut off within its thoughts."""
     tokens: int
     id: str
     answer: str | None
@@ -65,11 +66,11 @@ class Completion:
     extra: dict[str, Any]
 
 
-LARGEST = 1e6  # of a reward; spreads of larger ones leave float32
+LARGEST = 1e6  # absolute value of a reward: spreads of larger ones exceed float32
 
 
 class RewardFunction:
-    """As GRPOTrainer calls it. `lacks` says what a row lacks for it, `score` gives a value for each completion."""
+    """A reward as GRPOTrainer calls it. `lacks` says what a row lacks for it, `score` returns a value for each completion."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class RewardFunction:
         extra: list[str | dict[str, Any]],
         **unused: Any,  # messages, trainer_state, log_extra, log_metric
     ) -> list[float]:
-        """Raises StageFailed(data) where a value is no finite number, or the function raises."""
+        """Raises StageFailed(data) if a value is no finite number, or the function raises."""
         extras = [json.loads(item) if isinstance(item, str) else item for item in extra]
         columns = zip(prompts, completions, said, map(len, completion_ids), id, answer, calls, extras, strict=True)
         batch = [Completion(*values) for values in columns]
@@ -101,19 +102,19 @@ class RewardFunction:
             values = self.score(batch)
         except (StageFailed, MemoryError):
             raise
-        except BaseException as error:  # SystemExit and KeyboardInterrupt of its own too: the program is never stopped by these
+        except BaseException as error:  # also its own SystemExit and KeyboardInterrupt, which never stop this program
             message = f"{type(error).__name__}: {error}{self._place(error)}, on {len(batch)} completions, the first"
             raise self._failed(message, batch[0], details="".join(traceback.format_exception(error))) from error
         if not isinstance(values, list | tuple) or len(values) != len(batch):
             found = f"a list of {len(values)}" if isinstance(values, list | tuple) else type(values).__name__
-            raise self._failed(f"gave {found}, expected a list of {len(batch)} numbers, one for each completion, the first", batch[0])
+            raise self._failed(f"returned {found}, expected a list of {len(batch)} numbers, one for each completion, the first", batch[0])
         for value, completion in zip(values, batch, strict=True):
-            if not isinstance(value, Real) or not abs(value) <= LARGEST:
-                raise self._failed(f"gave {value!r}, expected a number from -{LARGEST:g} to {LARGEST:g}, for the completion", completion)
+            if not isinstance(value, Real) or not abs(value) <= LARGEST:  # type: ignore[operator]
+                raise self._failed(f"returned {value!r}, expected a number from -{LARGEST:g} to {LARGEST:g}, for completion", completion)
         return [float(value) for value in values]
 
     def _place(self, error: BaseException) -> str:
-        """The line of the user's file that the error comes from, or of ours."""
+        """Return the line of the user's file, or else of ours, where the error was raised."""
         frames = traceback.extract_tb(error.__traceback__)
         frame = next((frame for frame in reversed(frames) if frame.filename == str(self.file)), frames[-1])
         return f" ({frame.filename}:{frame.lineno})"
@@ -121,13 +122,13 @@ class RewardFunction:
     def _failed(self, what: str, completion: Completion, details: str = "") -> StageFailed:
         sample = {"prompt": completion.prompt[-TAIL:], "completion": completion.text[:SHOWN], "answer": completion.answer}
         shown = "".join(f"\n  {name}: {text!r}" for name, text in sample.items())
-        hint = f"a reward must take whatever a model writes: mend {self.file.name}" if self.file else ""
+        hint = f"a reward must accept any text that a model writes: fix {self.file.name}" if self.file else ""
         return StageFailed("data", f"reward `{self.__name__}` {what} of row {completion.id}:{shown}", hint, details)
 
 
 def reward_functions(rewards: Sequence[AnyReward], files: Mapping[str, Sequence[Path]]) -> list[RewardFunction]:
-    """In the order of `rewards`; `files` are the request's. Raises StageFailed(config) for a function that is not there or
-    cannot be called, and where this machine has no sandbox for `python_tests`."""
+    """Return the functions in the order of `rewards`; `files` are the request's. Raises StageFailed(config) if a function does not
+    exist or cannot be called, and if this machine has no sandbox for `python_tests`."""
     return [reward_function(reward, files.get(f"rewards.{i}.file", ())) for i, reward in enumerate(rewards)]
 
 
@@ -136,7 +137,7 @@ def reward_function(reward: AnyReward, files: Sequence[Path]) -> RewardFunction:
         case ExactMatchReward():
             return each(reward, lambda one: exact_match(one.said, answer_of(one), one.calls), no_answer)
         case MathEqualReward():
-            logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every formula that takes too long
+            logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns about every formula that takes too long
             warm_math()
             return each(reward, lambda one: math_equal(one.said, answer_of(one)), no_formula)
         case FormatReward():
@@ -162,8 +163,8 @@ def each(
 
 
 def check_rows(functions: Iterable[RewardFunction], rows: Sequence[Row]) -> None:
-    """Raises StageFailed(data) for the first row that lacks what a reward needs, and says how many do. What is right stands in `answer`
-    (`tasks.data.masks.with_reference`)."""
+    """Raises StageFailed(data) for the first row that lacks what a reward needs, with the number of such rows. Expects the reference in
+    `answer` (`tasks.data.masks.with_reference`)."""
     for function in functions:
         lacking = [(row.id, lack) for row in rows if (lack := function.lacks(row)) is not None]
         if lacking:
@@ -189,7 +190,7 @@ def no_formula(row: Row) -> tuple[str, str] | None:
     if (lack := no_answer(row)) is not None:
         return lack
     answer = said(str(row.answer))
-    hint = r"write the formula alone, as `72`, `\frac{1}{2}` or `$x^2 + 1$`"
+    hint = r"write only the formula, as `72`, `\frac{1}{2}` or `$x^2 + 1$`"
     return None if formula(answer) else (f"an answer that math-verify cannot read ({answer[-TAIL:]!r})", hint)
 
 
@@ -208,22 +209,22 @@ def no_tests(row: Row) -> tuple[str, str] | None:
 
 
 def answer_of(completion: Completion) -> str:
-    assert completion.answer is not None  # check_rows has seen to it
+    assert completion.answer is not None  # check_rows guarantees it
     return said(completion.answer)
 
 
 def math_equal(text: str, answer: str) -> float:
     from math_verify import parse, verify
 
-    if exact_match(text, answer):  # of words it would see no formula in the text
+    if exact_match(text, answer):  # math-verify finds no formula in plain words
         return 1.0
     right = formula(answer)
-    found = within_limit(lambda: parse(text, parsing_timeout=None), [])
+    found: list[Any] = within_limit(lambda: parse(text, parsing_timeout=None), [])
     return float(within_limit(lambda: verify(right, found, timeout_seconds=None), False))
 
 
 def warm_math() -> None:
-    """The first formulas load the grammar and most of SymPy, which takes longer than the limit on a slow disk."""
+    """Load the grammar and most of SymPy with two formulas: on a slow disk this takes longer than the limit."""
     from math_verify import parse, verify
 
     verify(*(parse(text, parsing_timeout=None) for text in ("$1$", "$x + 1$")), timeout_seconds=None)
@@ -231,7 +232,7 @@ def warm_math() -> None:
 
 @lru_cache(maxsize=100_000)
 def formula(answer: str) -> list[Any]:
-    """As math-verify reads it; of plain text like `2*x+1` it would take the number 2 alone, so that is marked as a formula."""
+    """Parse with math-verify. From plain text like `2*x+1` it would only take the number 2, so that is marked as a formula."""
     from math_verify import parse
 
     marked = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
@@ -240,15 +241,15 @@ def formula(answer: str) -> list[Any]:
 
 def within_limit(compute: Callable[[], T], otherwise: T) -> T:
     """Return `compute()`, or `otherwise` once it has used MATH_SECONDS of this process's CPU time. math-verify's own limit is
-    an alarm of the clock, which on a busy machine ends formulas that are easy. Python runs signal handlers in the main thread
-    only; TRL calls rewards there."""
+    a wall-clock alarm, which interrupts easy formulas on a busy machine. Python runs signal handlers only in the main thread;
+    TRL calls rewards there."""
     from math_verify.errors import TimeoutException
 
     def end(signum: int, frame: object) -> None:
         raise TimeoutException  # math-verify catches it and returns what it returns for an unreadable formula
 
     before = signal.signal(signal.SIGPROF, end)
-    # Again and again: Python ignores what is raised within a callback of the garbage collector, or in a `__del__`.
+    # Repeats, because Python ignores an exception raised within a callback of the garbage collector or in a `__del__`.
     signal.setitimer(signal.ITIMER_PROF, MATH_SECONDS, MATH_SECONDS / 10)
     try:
         return compute()
@@ -264,13 +265,13 @@ def pass_tests(batch: Sequence[Completion], limits: sandbox.Limits) -> list[floa
 
 
 def with_tests(completion: Completion) -> str:
-    """The last fenced block of Python, else the whole text, and the row's tests. A fence that was cut off counts."""
+    """Join the last fenced block of Python, else the whole text, with the row's tests. An unclosed fence counts."""
     blocks = FENCED.findall(completion.said)
     tests = completion.extra["tests"]
     return "\n".join([blocks[-1] if blocks else completion.said, *([tests] if isinstance(tests, str) else tests)])
 
 
-# --- a function of the user's -----------------------------------------------------------------------------------------
+# --- a user's function ------------------------------------------------------------------------------------------------
 
 
 def of_user(reward: FunctionReward, files: Sequence[Path]) -> RewardFunction:
@@ -288,7 +289,7 @@ def of_user(reward: FunctionReward, files: Sequence[Path]) -> RewardFunction:
 
     def lacks(row: Row) -> tuple[str, str] | None:
         absent = [name for name in wanted if name not in row.extra]
-        hint = f"{files[0].name} takes it by name; rows have id, answer and what stands in `extra` and `tests`"
+        hint = f"{files[0].name} needs it by name; rows have id, answer, `tests` and the columns in `extra`"
         return (f"no column {absent[0]}", hint) if absent else None
 
     return RewardFunction(reward.label, score, lacks, files[0])

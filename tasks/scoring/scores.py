@@ -1,7 +1,7 @@
-"""Scores of a model's answer against its reference, and their averages over rows, as pure functions of text and numbers.
+"""Scores a model's answer against its reference, and averages scores over rows, with pure functions of text and numbers.
 
-Kept apart from the model so that what a figure means can be read, and tested, in one place. A standard error is left out
-where there is a single row: one value says nothing about its spread.
+Separate from the model, so that the meaning of a metric can be read and tested in one place. A single row gets no standard error:
+one value has no spread.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ TAIL = 400  # characters of a prompt kept with each sample
 
 
 def exact_match(answer: str, reference: str, calls: bool = False) -> float:
-    """1.0 where the answer says what the reference says, space around both and thoughts before them aside. Where the two are `calls`
-    of tools, the order of keys does not count."""
+    """Return 1.0 if the answer equals the reference, without surrounding space and thoughts. If both are `calls` of tools, the order
+    of keys does not matter."""
     one, other = said(answer), said(reference)
     return float(one == other or (calls and with_sorted_keys(one) == with_sorted_keys(other)))
 
 
 def with_sorted_keys(text: str) -> str:
-    """The text with each JSON object in it written in one way, whatever a template has put around them."""
+    """Return the text with each JSON object in it written in one form, whatever the template wrote around them."""
     pieces, position = [], 0
     while (start := text.find("{", position)) >= 0:
         pieces.append(text[position:start].strip())
@@ -40,10 +40,10 @@ def with_sorted_keys(text: str) -> str:
 
 
 def answer_recall(answer: str, reference: str) -> float:
-    """How much of the reference shows up in the model's own words: for what is right, but said otherwise.
+    """Return how much of the reference appears in the answer, for right answers with other words.
 
-    Of a JSON object, the share of its leaf values (null says nothing) that stand in the answer; of any other reference, whether
-    it does as a whole. Upper and lower case are one, and a value counts only where words begin and end: 12 is not in 3125.
+    For a JSON object: the share of its leaf values (except null) that appear in the answer. For any other reference: whether it
+    appears as a whole. Ignores case, and matches only whole words: 12 is not in 3125.
     """
     answer, reference = said(answer), said(reference)
     try:
@@ -66,21 +66,21 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def task_score(answer: str, scorer: dict[str, Any]) -> float:
-    """By reasoning-gym's own scorer of the row's task, in [0, 1]."""
+    """Score with reasoning-gym's own scorer of the row's task, in [0, 1]."""
     from reasoning_gym.factory import get_score_answer_fn
 
     return float(get_score_answer_fn(scorer["dataset"])(said(answer), scorer["entry"]))
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error."""
+    """Return the mean and its standard error."""
     return ratio(values, [1.0] * len(values))
 
 
 def ratio(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float | None]:
-    """sum(parts) / sum(wholes), as bits per byte over rows of unequal length, and its standard error by linearisation.
+    """Return sum(parts) / sum(wholes), for example bits per byte over rows of unequal length, and its standard error by linearization.
 
-    With wholes of 1 both are those of the mean. lm-eval bootstraps this error, which takes long and is no more exact.
+    With wholes of 1 these are the mean and its standard error. lm-eval bootstraps this error, which is slow and no more exact.
     """
     value, n = sum(parts) / sum(wholes), len(parts)
     if n == 1:
@@ -91,7 +91,7 @@ def ratio(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float
 
 @dataclass
 class Sample:
-    """One row or benchmark question as it went: the lines of meta/samples.jsonl."""
+    """The result of one row or benchmark question: a line of meta/samples.jsonl."""
 
     of: str
     id: str

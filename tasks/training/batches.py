@@ -1,8 +1,9 @@
-"""The order of rows in which little is padded: each optimizer step holds the rows that it would hold anyway, the longest first.
+"""Orders rows so that little is padded: each optimizer step keeps its rows, the longest first.
 
-A step's rows are cut into micro-batches one after another, and with several processes each takes its turn: so micro-batches hold
-rows of like length, and so do those that the processes work on at the same time. As a step's loss is weighted by token over all of
-it, it stays what it was. Sorting beyond a step (transformers' `group_by_length`) would change which rows are learned from together.
+A step's rows are cut into micro-batches in order, and several processes take them in turn. So the rows of a micro-batch, and the
+micro-batches that processes work on at the same time, have similar lengths. The loss of a step does not change, because it is
+weighted by token over the whole step. Sorting across steps (transformers' `group_by_length`) would change which rows are learned
+from together.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.utils.data import Sampler
 
 
 class LongestFirst(Sampler[int]):
-    """Positions as `sampler` draws them, every `step` of them by falling length: what needs the most memory comes first."""
+    """Yields positions as `sampler` draws them, each `step` of them by falling length: the largest memory need comes first."""
 
     def __init__(self, sampler: Sampler[int], lengths: list[int], step: int):
         self.sampler, self.lengths, self.step = sampler, lengths, step
@@ -29,7 +30,7 @@ class LongestFirst(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate, also where a resumed epoch leaves its first batches out."""
+        """Called by accelerate, also when a resumed epoch skips its first batches."""
         self.sampler.set_epoch(epoch)
 
 
@@ -38,5 +39,5 @@ def longest_first(rows: Iterable[int], lengths: list[int]) -> list[int]:
 
 
 def lengths(dataset: Any) -> list[int]:
-    """Tokens of each row."""
+    """Return the number of tokens of each row."""
     return [len(ids) for ids in dataset["input_ids"]]

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: which are whole, which may be resumed from, and when one more is written.
+"""Writes a training's checkpoints, and decides which are complete and which may be resumed from.
 
 Imports torch and transformers at the top because it subclasses them; programs import it inside `run`.
 """
@@ -31,16 +31,16 @@ WHOLE = "model.safetensors"
 
 
 def checkpoint_steps(resources: Resources) -> int:
-    """Steps between checkpoints: never by steps alone where minutes are asked for, but always one at the end."""
+    """Return the steps between checkpoints: unlimited if minutes are configured, but the last step always writes one."""
     return resources.checkpoint_steps if resources.checkpoint_minutes is None else 2**31
 
 
-class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Has one written when it is time, and one more on a SIGTERM; marks each as whole, once all of it, from every process, has reached
-    the disk, with the stage's key, its layout and its files' sizes."""
+class Checkpoints(TrainerCallback):
+    """Writes a checkpoint when one is due, and another on a SIGTERM. Marks each as complete once all of it, from every process, has
+    reached the disk, with the stage's key, its layout and its files' sizes."""
 
     def __init__(self, request: Request, resources: Resources, every: int = 1):
-        """Between steps that are no multiple of `every` none is written."""
+        """Writes checkpoints only at multiples of `every` steps."""
         self.key, self.resources, self.every = request.key, resources, every
         self._terminated = False
         self._since = 0.0
@@ -59,7 +59,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         minutes = self.resources.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self._since > 60 * minutes
         said = torch.tensor([self._terminated, due], dtype=torch.int32, device=args.device)
-        if args.world_size > 1:  # a signal and the clock reach processes at different steps
+        if args.world_size > 1:  # processes see a signal and the clock at different steps
             torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
         self._terminated, due = map(bool, said.tolist())
         if (self._terminated or due) and state.global_step % self.every == 0:
@@ -69,7 +69,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         layout = checkpoints.layout(self.resources)
         file, tensors = ADAPTER, None
-        if layout != REPLICATED and isinstance(model, PeftModel):  # theirs holds a part, or is rounded
+        if layout != REPLICATED and isinstance(model, PeftModel):  # the file of DeepSpeed or FSDP holds a part, or is rounded
             tensors = adapter_tensors(model)
         elif layout != REPLICATED:
             file, tensors = WHOLE, methods.weights(model, state.is_world_process_zero)
@@ -87,20 +87,20 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         if self._terminated:
             args.distributed_state.wait_for_everyone()
             raise StageFailed(
-                "transient", f"asked to end: a checkpoint of step {state.global_step} was written", "run again: it goes on there"
+                "transient", f"stopped by SIGTERM: a checkpoint of step {state.global_step} was written", "run again: it resumes there"
             )
 
 
 def newest_checkpoint(arguments: TrainingArguments, request: Request, resources: Resources, events: Events) -> Path | None:
-    """The checkpoint to resume from; those that a kill left unfinished, or that are of no use here, are deleted with a warning.
+    """Return the checkpoint to resume from. Deletes, with a warning, those that are incomplete or useless here.
 
-    Raises StageFailed(config) where it cannot be read with these resources: the work in it is not thrown away unasked.
+    Raises StageFailed(config) if the newest cannot be read with these resources: its work is never deleted without being asked.
     """
     folder = Path(arguments.output_dir)
     if arguments.process_index == 0:
-        for checkpoint in in_order(folder):  # the best adapter, of the same step or an earlier one, has been looked at before
+        for checkpoint in in_order(folder):  # in_order puts the best adapter's before a later step's
             if problem := checkpoints.problem(checkpoint, request.key):
-                events.warning(f"{checkpoint.name} {problem}: it is not used")
+                events.warning(f"{checkpoint.name} {problem}: it is deleted")
                 shutil.rmtree(checkpoint)
     arguments.distributed_state.wait_for_everyone()
     newest = next(reversed(in_order(folder)), None)
@@ -112,9 +112,9 @@ def newest_checkpoint(arguments: TrainingArguments, request: Request, resources:
 
 
 def ended_at(checkpoint: Path) -> TrainerState | None:
-    """The trainer's state if the training had ended by this checkpoint, else None.
+    """Return the trainer's state if the training had ended by this checkpoint, else None.
 
-    transformers must not resume from such a checkpoint: it would always take one more step.
+    transformers must not resume from such a checkpoint: it would always take another step.
     """
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     return state if state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"] else None

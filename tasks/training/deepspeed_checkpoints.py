@@ -1,8 +1,8 @@
-"""Loads DeepSpeed's checkpoints into trainings of another layout: over other processes, with ZeRO-1 in place of ZeRO-2.
+"""Loads DeepSpeed's checkpoints into trainings of another layout: another number of processes, or ZeRO-1 instead of ZeRO-2.
 
-Each process wrote its part of the optimizer's states; DeepSpeed's own converter puts them together by parameter (arXiv:2406.18820),
-and each process of now takes its part of that. What is converted is needed only while it is read: it lies in a folder of its own, made
-anew each time, so that what a kill leaves there counts for nothing. Left out: from ZeRO-3 to the others and back
+Each process wrote its part of the optimizer's states. DeepSpeed's own converter joins them by parameter (arXiv:2406.18820), and each
+current process takes its part. The converted checkpoint is needed only while it is read: it is in a separate folder, rebuilt each time,
+so that leftovers of a killed process do not matter. Left out: conversion between ZeRO-3 and the others
 (`tuneline.workspace.checkpoints`).
 """
 
@@ -30,18 +30,18 @@ FOLDER = "universal"  # in the work folder
 
 
 def patch_loader(work: Path, resources: Resources) -> None:
-    """Has transformers load any layout: what it resumes from, and early stopping's best."""
+    """Patch transformers to load any layout, both to resume and for early stopping's best checkpoint."""
     from transformers import trainer
 
     patch(trainer, "deepspeed_load_checkpoint", partial(load, work / FOLDER, checkpoints.layout(resources)))
 
 
 def load(folder: Path, wanted: str, engine: DeepSpeedEngine, checkpoint: str, load_module_strict: bool) -> None:
-    """In place of transformers' own, called by every process; `folder` is for what is converted."""
+    """Replace transformers' own function, called by every process; `folder` is for the converted checkpoint."""
     written = checkpoints.read(Path(checkpoint))
     converted = folder if written.layout != wanted else None
     if converted and engine.global_rank == 0:
-        print(f"{written.path.name} is of {written.layout}: it is put together for {wanted}", flush=True)
+        print(f"{written.path.name} has the layout {written.layout}: it is converted to {wanted}", flush=True)
         convert(written.path, converted)
     torch.distributed.barrier()
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
@@ -55,8 +55,8 @@ def load(folder: Path, wanted: str, engine: DeepSpeedEngine, checkpoint: str, lo
 
 
 def fix_zero3_state(engine: DeepSpeedEngine, decays: list[float]) -> None:
-    """ZeRO-3 of DeepSpeed 0.19 gives all parameters one counter of steps, which each of their groups then moves on, and the weight decay
-    of the first group (runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)."""
+    """Restore what DeepSpeed 0.19's ZeRO-3 loads wrongly: one step counter shared by all parameters, which each group advances, and the
+    first group's weight decay for all (runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)."""
     for state in engine.optimizer.optimizer.state.values():
         state["step"] = deepcopy(state["step"])
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
@@ -71,11 +71,11 @@ def convert(checkpoint: Path, folder: Path) -> None:
     options: dict[str, Any] = {
         "input_folder": str(parts),
         "output_folder": str(folder / parts.name),
-        "num_extract_workers": 1,  # more are forked, which a process with threads of gloo or CUDA must not be
+        "num_extract_workers": 1,  # more would fork, which a process with threads of gloo or CUDA must not
         "num_merge_workers": 1,
         "keep_temp_folder": False,
         "strict": True,
-        "inject_missing_state": True,  # which parameters are split by tensor parallelism: none
+        "inject_missing_state": True,  # names the parameters split by tensor parallelism: none
     }
     with open(devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         ds_to_universal.main(SimpleNamespace(**options))

@@ -1,12 +1,12 @@
-"""Reinforcement learning of a LoRA adapter with verifiable rewards: GRPO (arXiv:2402.03300), by TRL and PEFT.
+"""Trains a LoRA adapter by reinforcement learning with verifiable rewards: GRPO (arXiv:2402.03300), by TRL and PEFT.
 
-Each step samples completions for a few prompts, several for each, scores them, and makes the better ones of each group likelier.
-Prompts are tokenized as `tasks.data.masks` does for every other stage. Completions come from the model itself, or from vLLM
+Each step samples several completions for each of a few prompts, scores them, and makes the better ones of each group more likely.
+Prompts are tokenized by `tasks.data.masks`, as in every other stage. Completions come from the model itself, or from vLLM
 (`tasks.training.rollouts`), which gets every new adapter and is checked to sample from it. A killed training resumes from its last
-complete checkpoint, with the one adapter it had.
+complete checkpoint, with that checkpoint's adapter.
 
-Left out: tools and several turns, reward models, images, corrections for an engine that rounds otherwise than the trainer (the
-difference is measured and bounded instead), and QLoRA.
+Left out: tools and several turns, reward models, corrections for an engine whose rounding differs from the trainer's (the
+difference is measured and bounded instead), images and QLoRA.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
 from tasks.data.masks import prompt_ids, with_reference
-from tasks.data.rendering import check_end, ends, render_text
+from tasks.data.rendering import check_end, ends, prompt_text
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_asking
 from tasks.models.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
-from tasks.models.padding import PADS
 from tasks.scoring.rewards import check_rows, reward_functions
+from tasks.training.head_checks import check_log_probs
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.grpo import GrpoStage
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import GRPOConfig
 
-    from tasks.training.grpo_trainer import AdapterTrainer
 
-# Figures of TRL's log that are worth a curve, by the name that they get.
+# Metrics of TRL's log that are emitted as events, by their name in events.
 SHOWN = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -60,13 +59,13 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     from tasks.training import shared as training
     from tasks.training.grpo_trainer import AdapterTrainer
 
-    rewards = reward_functions(stage.rewards, request.files)  # first: what is wrong in a file of one's own should not cost a minute
+    rewards = reward_functions(stage.rewards, request.files)  # first: an error in a user's file should show at once
     gpus = split_devices(stage)
     check_device(stage)
     arguments = trainer_arguments(request, stage)
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
-    if arguments.process_index == 0:  # before all else: what is handed over and no training changes
+    if arguments.process_index == 0:  # no training changes it, so check it first
         save_tokenizer(tokenizer, request.payload)
         saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
     rows = read_split(request.inputs["dataset"].path, "train")
@@ -78,7 +77,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     check_enough(prompts, stage)
 
     model = strategies.load_base(base, stage.resources, compute_type(stage))
-    model.generation_config.eos_token_id = ends(tokenizer, model.generation_config.eos_token_id)  # TRL and vLLM end completions there
+    model.generation_config.eos_token_id = ends(tokenizer, model.generation_config.eos_token_id)  # TRL and vLLM stop at these tokens
     longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
     found = targets.adapted(model, stage.lora)
     if arguments.process_index == 0:
@@ -91,7 +90,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         if stage.uses_engine():
             from tasks.training.rollouts import start
 
-            os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # `rollout_func` may change with TRL's version, which the lock pins
+            os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that `rollout_func` may change, but the lock pins TRL
             rollouts = stack.enter_context(start(request, stage, found, longest, gpus, arguments, events))
         report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
         trainer = AdapterTrainer(
@@ -100,7 +99,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             reward_funcs=rewards,
             train_dataset=as_dataset(rows, prompts),
             processing_class=tokenizer,
-            peft_config=None if earlier else targets.lora_config(stage.lora, found),  # TRL seeds before it draws the first weights
+            peft_config=None if earlier else targets.lora_config(stage.lora, found),  # TRL sets the seed before it initializes the adapter
             callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
             prompts=prompts,
@@ -108,7 +107,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             samples=request.work / "rollouts.jsonl",
             events=events,
         )
-        trainer.remove_callback(PrinterCallback)  # events say the same
+        trainer.remove_callback(PrinterCallback)  # events hold the same
         trainer.add_callback(
             training.RunOnTrainBegin(lambda: strategies.verify_strategy(trainer, stage.resources), lambda: check_log_probs(trainer))
         )
@@ -144,11 +143,11 @@ def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
     from tasks.training.checkpoints import checkpoint_steps
     from tasks.training.shared import shared_arguments
 
-    # Completions are sampled anew after a resume: a checkpoint in the middle of their iterations would change them.
+    # Completions are sampled again after a resume: a checkpoint in the middle of their iterations would change them.
     every = -(-checkpoint_steps(stage.resources) // stage.num_iterations) * stage.num_iterations
     return GRPOConfig(
         **shared_arguments(request, stage),
-        gradient_checkpointing=False,  # `activation_checkpointing` is the one that counts
+        gradient_checkpointing=False,  # `activation_checkpointing` is used instead
         num_generations=stage.num_generations,
         temperature=stage.temperature,
         top_p=stage.top_p,
@@ -167,7 +166,7 @@ def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
 
 
 def split_devices(stage: GrpoStage) -> list[str] | None:
-    """The devices of the engine, None without one; this process and its like see the others from now on. Before torch looks."""
+    """Return the engine's devices, None without an engine. Hides them from this process; must run before torch initializes CUDA."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if not stage.resources.gpus:
         return None
@@ -178,25 +177,21 @@ def split_devices(stage: GrpoStage) -> list[str] | None:
 
 
 def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, events: Events) -> tuple[list[Row], dict[str, list[int]]]:
-    """The rows to ask, and token ids of each one's prompt by its text. Rows of one prompt would be one group: the first is asked."""
+    """Return the rows to ask, and each prompt's token ids by its text. Rows with the same prompt would be one group: the first is kept."""
     plain = [row.id for row in rows if row.messages is None and row.prompt is None]
     if plain:
-        raise StageFailed("data", f"{len(plain)} of {len(rows)} train rows have no prompt, only text: row {plain[0]}, say", "give them one")
+        message = f"{len(plain)} of {len(rows)} train rows have no prompt, only text: for example row {plain[0]}"
+        raise StageFailed("data", message, "add prompts")
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(prompt_text(row, tokenizer), row)
     if len(first) < len(rows):
-        events.warning(f"{len(rows) - len(first)} of {len(rows)} train rows ask what another one asks, and are left out")
+        events.warning(f"{len(rows) - len(first)} of {len(rows)} train rows have the same prompt as another row, and are left out")
     return list(first.values()), {text: prompt_ids(row, tokenizer) for text, row in first.items()}
 
 
-def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = row.prompt_messages()
-    return row.prompt or "" if messages is None else render_text(messages, row, tokenizer, add_generation_prompt=True)
-
-
 def as_dataset(rows: list[Row], prompts: dict[str, list[int]]) -> Dataset:
-    """What rewards get: a row's columns beside its prompt. `extra` is JSON, because rows differ in what it holds."""
+    """Build TRL's dataset: a row's columns beside its prompt. `extra` is JSON, because its fields differ between rows."""
     from datasets import Dataset
 
     return Dataset.from_dict(
@@ -214,15 +209,15 @@ def as_dataset(rows: list[Row], prompts: dict[str, list[int]]) -> Dataset:
 
 
 def check_enough(prompts: dict[str, list[int]], stage: GrpoStage) -> None:
-    """TRL leaves out what does not fill a step, which could be everything."""
+    """Raises StageFailed(data) if the prompts do not fill a step: TRL would drop them all."""
     wanted = stage.global_batch_size // stage.num_generations
     if len(prompts) < wanted:
-        hint = "give it more rows, or lower global_batch_size"
-        raise StageFailed("data", f"the train split has {len(prompts)} prompts, but a step takes {wanted}", hint)
+        message = f"found {len(prompts)} prompts in the train split, expected at least {wanted}, as many as in a step"
+        raise StageFailed("data", message, "add rows, or lower global_batch_size")
 
 
 def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoStage, positions: float) -> int:
-    """Tokens of the longest prompt with the longest completion. Raises StageFailed(data) where model or engine take fewer."""
+    """Return the tokens of the longest prompt plus completion. Raises StageFailed(data) if the model or the engine allow fewer."""
     engine = stage.resources.engine
     engines = engine.max_model_len if engine else None
     limits: dict[str, float | None] = {"resources.engine.max_model_len": engines, "the model's positions": positions}
@@ -236,60 +231,31 @@ def check_lengths(rows: list[Row], prompts: dict[str, list[int]], stage: GrpoSta
                     "data",
                     f"the prompt of row {row.id} has {len(ids)} tokens, which with max_completion_length {stage.max_completion_length} "
                     f"is more than {name}, {limit:.0f}",
-                    "raise or leave out max_model_len"
+                    "raise or remove max_model_len"
                     if "max_model_len" in name and whole <= positions
                     else "lower max_completion_length, or drop long rows in the dataset stage: `max_length: ...`",
                 )
     return longest
 
 
-def check_log_probs(trainer: AdapterTrainer) -> None:
-    """TRL's log-probabilities, from the hidden states and the head's weight, are those of the logits that the model gives when it is
-    used: not so for a model whose own code does more between the two than TRL knows of. Nor does padding, which TRL puts before shorter
-    prompts, change them: it does where states or positions take it in as text."""
-    import torch
-
-    ids = next(iter(trainer.prompts.values()))[:256]
-    batch = torch.tensor([ids], device=trainer.args.device)
-    padded = torch.cat([batch.new_full((1, PADS), trainer.processing_class.pad_token_id), batch], dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :PADS] = 0
-    model = trainer.model_wrapped
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        trained, _, _ = trainer._get_per_token_logps_and_entropies(model, batch, torch.ones_like(batch), len(ids) - 1)
-        beside, _, _ = trainer._get_per_token_logps_and_entropies(model, padded, mask, len(ids) - 1)
-        logits = model(input_ids=batch).logits[0, :-1].float() / trainer.temperature
-        used = logits.log_softmax(-1).gather(-1, batch[0, 1:, None])[:, 0]
-    model.train()
-    allowed = 0.02 * float(used.abs().mean()) + 1e-3  # bfloat16 rounds by less
-    if float((trained[0] - used).abs().mean()) > allowed:
-        message = f"log-probabilities that would be trained on are {trained.mean():.4f}, those of the model's own logits {used.mean():.4f}"
-        raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")
-    if float((beside[0] - used).abs().mean()) > allowed and len(set(map(len, trainer.prompts.values()))) > 1:
-        means = f"log-probabilities are {beside.mean():.4f} in place of {used.mean():.4f}"
-        message = f"padding before a prompt changes what this model makes of it: {means}"
-        raise StageFailed("config", message, "prompts of different lengths are padded: take another base model, or prompts of one length")
-
-
 def check_signal(history: list[dict[str, Any]]) -> None:
-    """Where all completions of a group have the same reward, nothing can be learned from it."""
+    """Raises StageFailed(data) if every group's completions had equal rewards, so that nothing could be learned."""
     shares = [entry["frac_reward_zero_std"] for entry in history if "frac_reward_zero_std" in entry]
     if min(shares) == 1:
         reward = next(entry["reward"] for entry in history if "reward" in entry)
         raise StageFailed(
             "data",
             f"nothing was learned: in all {len(shares)} steps the completions of each group had the same reward (at first {reward:.3f})",
-            "train with sft first, take an easier task, add a reward that is given in part, or raise temperature or num_generations",
+            "train with sft first, use an easier task, add a reward with intermediate values, or raise temperature or num_generations",
         )
 
 
 def figures(history: list[dict[str, Any]], stage: GrpoStage) -> dict[str, float]:
-    """The manifest's metrics: rewards at the beginning and at the end are means over ten steps, or over its halves where it is short."""
+    """Return the manifest's metrics. First and last rewards are means over ten steps, or over half of a short training."""
     from tasks.training.shared import RECENT, mean_of_last
 
     steps = [entry for entry in history if "reward" in entry]
-    window = max(1, min(RECENT, len(steps) // 2))  # of a short training, the halves
+    window = max(1, min(RECENT, len(steps) // 2))  # half of a short training
     first, last = steps[:window], steps[-window:]
     metrics = {
         "steps": float(history[-1]["step"]),

@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer with prompts that come tokenized, and its completions kept for people.
+"""TRL's GRPOTrainer with tokenized prompts, which also keeps completions for users.
 
-Only `tasks.training.grpo` imports this, inside `run`: it subclasses.
+Only `tasks.training.grpo` imports this, inside `run`, because it subclasses.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from tasks.data.rows import Row
 from tasks.data.thoughts import said, written
 from tuneline.workspace.protocol import Events
 
-SHOWN_STEPS = 20  # steps of a training of which a completion is told as an event
+SHOWN_STEPS = 20  # about this many steps of a training emit a completion as an event
 TAIL = 400  # characters of a prompt kept with each completion
 
 
-class EpochSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's goes on from epoch to epoch with one generator, which a resumed training would begin anew: with the first epoch's order."""
+class EpochSampler(RepeatSampler):
+    """Seeds each epoch. TRL's sampler uses one generator for all epochs, which a resumed training would restart at the first one."""
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self.seed + epoch)
 
 
-class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
+class AdapterTrainer(GRPOTrainer):
     def __init__(self, *args: Any, prompts: dict[str, list[int]], rows: dict[str, Row], samples: Path, events: Events, **kwargs: Any):
-        """`prompts` are the token ids of each prompt, `rows` what is asked with it; every completion is written to `samples`, a line
+        """`prompts` are the token ids of each prompt, `rows` the row of each; every completion is written to `samples`, one line
         each."""
         self.prompts, self.rows, self.samples, self.events = prompts, rows, samples, events
         self._resuming = True  # until the first completions
@@ -51,7 +51,7 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
         return output
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], prompts: list[str], completions: list[str], ids: list[list[int]]) -> Any:
-        """Rewards that compare answers also get what each completion says, apart from its thoughts."""
+        """Adds what each completion says without its thoughts, for rewards that compare answers."""
         words, ends = self.processing_class, set(self.eos_token_ids)
         texts = [said(written(each, words, ends), prompt, words) for each, prompt in zip(ids, prompts, strict=True)]
         asked = [self.rows[prompt] for prompt in prompts]
@@ -60,21 +60,21 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
         return super()._calculate_rewards(inputs, prompts, completions, ids)
 
     def step_rows(self) -> list[Row]:
-        """Those that the last completions answer; of all processes, in the first."""
+        """Return the rows of the last completions: those of all processes, in the first process."""
         return [self.rows[prompt] for prompt in dict.fromkeys(self._logs["prompt"])] if self.accelerator.is_main_process else []
 
     def _keep(self) -> None:
-        """Writes the completions that were just scored, and tells the best and the worst one now and then."""
-        step = self.state.global_step + 1  # as it is counted everywhere else
+        """Write the completions that were just scored, and emit the best and the worst of some steps as events."""
+        step = self.state.global_step + 1  # counted from 1, as everywhere else
         logged = zip(self._logs["prompt"], self._logs["completion"], self._logs["advantages"], strict=True)
         lines = []
         for i, (prompt, completion, advantage) in enumerate(logged):
             rewards = {name: values[i] for name, values in self._logs["rewards"].items()}
             reward = sum(weight * value for weight, value in zip(self.reward_weights.tolist(), rewards.values(), strict=True))
             row = self.rows[prompt]
-            told = {"step": step, "id": row.id, "prompt": prompt[-TAIL:], "answer": row.answer, "completion": completion}
-            lines.append(told | {"reward": reward, "rewards": rewards, "advantage": advantage})
-        if self._resuming and self.samples.exists():  # after a kill: what came after the checkpoint is sampled anew
+            record = {"step": step, "id": row.id, "prompt": prompt[-TAIL:], "answer": row.answer, "completion": completion}
+            lines.append(record | {"reward": reward, "rewards": rewards, "advantage": advantage})
+        if self._resuming and self.samples.exists():  # steps after the checkpoint are sampled again
             earlier = self.samples.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in earlier if line.endswith("\n") and json.loads(line)["step"] < step]
             self.samples.write_text("".join(kept), encoding="utf-8")
@@ -89,4 +89,4 @@ class AdapterTrainer(GRPOTrainer):  # type: ignore[misc]
                 self.events.sample(text, line)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL writes one with each checkpoint, and artifacts hold no README."""
+        """Write none: TRL would write one with each checkpoint, but artifacts hold no README."""

@@ -1,12 +1,12 @@
-"""What differs between the methods of sft: how the base is loaded, and how a model of which every weight was trained is handed over.
+"""Implements the methods of sft: each loads the base in its own way, and `full` saves every weight.
 
-    lora   the base as it is, frozen
+    lora   the base unchanged, frozen
     qlora  the base in 4 or 8 bits, frozen, by bitsandbytes (arXiv:2305.14314); its adapter fits the base in full precision
-    full   the base in float32, whatever it is computed in: most steps are smaller than bfloat16 could add to a weight
+    full   the base in float32, whatever the compute dtype: most steps are too small to change a weight in bfloat16
 
-A whole model is written as its base is: the same files, names and types, with the trained values in them, so that what was tied
-stays tied. Left out: architectures that transformers holds under other names than their files do (it would resume a checkpoint of
-one from the base's weights, with no more than a warning), and optimizers of 8 bits.
+A full model is saved in its base's form: the same files, names and types with the trained values, so tied weights stay tied. Left
+out: architectures whose names in transformers differ from those in their files (it would resume from the base's weights instead of the
+checkpoint's, with only a warning), and 8-bit optimizers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.models.loading import compute_type, device, model_folder
+from tasks.models.loading import compute_type, device
 from tasks.models.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
 from tuneline.kinds.sft import SftStage
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Input
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def load_base(base: Input, stage: SftStage) -> PreTrainedModel:
-    """The model to train, or to put an adapter on. Raises StageFailed(config) where the method cannot work with it, or not here."""
+    """Load the model to train, or to add an adapter to. Raises StageFailed(config) if the method does not support it, or not here."""
     import torch
 
     from tasks.training import strategies
@@ -55,7 +56,7 @@ def load_base(base: Input, stage: SftStage) -> PreTrainedModel:
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Of 4 bits as the paper has them: normal floats, whose scales are quantized too."""
+    """Return the configuration for 4 bits as in the paper (normal floats with quantized scales), or for 8 bits."""
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
@@ -64,8 +65,8 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def keep_differentiable(model: torch.nn.Module) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights for inference, as it does at the first evaluation on a CPU with AVX512-BF16: its
-    kernel for packed weights has no gradient, and the layers below would learn from a part of theirs alone (0.50.2, Linear4bit)."""
+    """Prevent bitsandbytes from packing 4-bit weights for inference, as it does at the first evaluation on a CPU with AVX512-BF16: its
+    kernel for packed weights has no gradient, so the layers below would get only a part of theirs (0.50.2, Linear4bit)."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
@@ -74,14 +75,14 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 
 
 def check_bits(bits: int, dtype: torch.dtype) -> None:
-    """On this device a layer of few bits gives what one in full precision gives, and hands back the gradient that it would.
-
+    """Raises StageFailed(config) unless a quantized layer on this device gives about the output and gradient of full precision.
+    It is tried out, because bitsandbytes' support depends on device, driver and build.
     It is tried, because what bitsandbytes can do depends on device, driver and how it was built.
     """
     try:
         wrong = errors_of_few_bits(bits, dtype)
-        problem = f"is off by {max(wrong):.0%}" if max(wrong) > 0.3 else ""  # 4 bits round by a tenth, 8 by less than a hundredth
-    except Exception as error:  # of any type: they come from its import, its C library, CUDA
+        problem = f"is off by {max(wrong):.0%}" if max(wrong) > 0.3 else ""  # 4 bits round by a tenth, 8 bits by less than a hundredth
+    except Exception as error:  # its import, its C library or CUDA raise any type
         problem = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if problem:
         # docs/source/installation.mdx of bitsandbytes
@@ -90,7 +91,7 @@ def check_bits(bits: int, dtype: torch.dtype) -> None:
 
 
 def errors_of_few_bits(bits: int, dtype: torch.dtype, width: int = 64) -> list[float]:
-    """How far outputs and gradients of a small layer are from those of its weights in full precision, relative to these."""
+    """Return the relative errors of a small quantized layer's outputs and gradients, compared with full precision."""
     import torch
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
@@ -114,7 +115,7 @@ def errors_of_few_bits(bits: int, dtype: torch.dtype, width: int = 64) -> list[f
 
 
 def adapter_in_float32(model: PeftModel, earlier: Input | None) -> None:
-    """Undoes what TRL does to adapters on quantized bases: in bfloat16 they would lose small steps, and the earlier one its last digits."""
+    """Undo TRL's cast of adapters on quantized bases to bfloat16, which would lose small steps, and an earlier adapter's last digits."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -129,22 +130,22 @@ def adapter_in_float32(model: PeftModel, earlier: Input | None) -> None:
 
 
 def check_names(model: PreTrainedModel, base: Input) -> None:
-    """Every weight has the name that it has in the base's files, or is tied to one that has."""
+    """Raises StageFailed(config) unless every weight has its name in the base's files, or is tied to one that has."""
     stored = {name for file in weight_files(model_folder(base.path)) for name in read_header(file)}
     named = dict(model.named_parameters(remove_duplicate=False))
     held = {id(named[name]) for name in stored & named.keys()}
     if lost := sorted(name for name, parameter in named.items() if id(parameter) not in held):
-        message = f"method: full: found {len(lost)} weights that transformers holds under names of its own, the first {lost[0]}"
+        message = f"method: full: found {len(lost)} weights that transformers renames, the first {lost[0]}"
         raise StageFailed("config", message, "train an adapter: `method: lora`")
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """How many there are, of which ZeRO-3 has taken most away."""
+    """Return the number of weights, also where ZeRO-3 has split them."""
     return sum(each.ds_numel if hasattr(each, "ds_numel") else each.numel() for each in model.parameters())
 
 
 def weights(model: PreTrainedModel, keep: bool) -> dict[str, torch.Tensor]:
-    """Copies of all weights, whole and on the CPU, by name. Every process must ask, and none but the first has to keep them."""
+    """Return copies of all weights, whole and on the CPU, by name. Every process must call it; only the first needs to keep them."""
     from tasks.training import strategies
 
     kept = {}
@@ -156,7 +157,7 @@ def weights(model: PreTrainedModel, keep: bool) -> dict[str, torch.Tensor]:
 
 
 def weights_in(checkpoint: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The same of a checkpoint, whose files have one of those that are tied."""
+    """Return the weights of a checkpoint, whose files hold one of each group of tied weights."""
     from safetensors.torch import load_file
 
     saved = {name: tensor for file in weight_files(checkpoint) for name, tensor in load_file(file).items()}
@@ -166,18 +167,18 @@ def weights_in(checkpoint: Path, model: PreTrainedModel) -> dict[str, torch.Tens
 
 
 def save_model(trained: dict[str, torch.Tensor], base: Input, payload: Path) -> None:
-    """The base's files of weights with the trained values in them."""
+    """Write the base's weight files with the trained values."""
     import torch
     from safetensors.torch import load_file, save_file
 
     folder, written = model_folder(base.path), set[str]()
     for file in weight_files(folder):
         tensors = load_file(file)
-        for name in tensors.keys() & trained.keys():  # what transformers does not read stays as it was
+        for name in tensors.keys() & trained.keys():  # tensors that transformers does not read stay unchanged
             tensors[name] = trained[name].to(tensors[name].dtype, copy=True)
             written.add(name)
         save_file(tensors, payload / file.name, metadata={"format": "pt"})
-    for name in sorted(trained.keys() - written):  # those are tied to one that has a place, or a wrapper has renamed them
+    for name in sorted(trained.keys() - written):  # tied to a written one, or renamed by a wrapper
         if not any(torch.equal(trained[name], trained[other]) for other in written):
             raise StageFailed("bug", f"{name} of the model has no place in the base's files")
     if (folder / INDEX).exists():
@@ -185,7 +186,7 @@ def save_model(trained: dict[str, torch.Tensor], base: Input, payload: Path) -> 
 
 
 def check_model(payload: Path, base: Input) -> None:
-    """Reads the saved model back: whole, finite, of the base's shapes and types, and changed by the training."""
+    """Raises StageFailed unless the saved model is complete, finite, of the base's shapes and types, and changed by the training."""
     import torch
     from safetensors.torch import load_file
 
@@ -193,15 +194,15 @@ def check_model(payload: Path, base: Input) -> None:
     for file in weight_files(model_folder(base.path)):
         before, after = load_file(file), load_file(payload / file.name)
         if lost := sorted(before.keys() ^ after.keys()):
-            raise StageFailed("bug", f"{file.name} of the model was saved with {len(lost)} tensors more or less, the first {lost[0]}")
+            raise StageFailed("bug", f"{file.name} of the model has {len(lost)} missing or additional tensors, the first {lost[0]}")
         for name, tensor in after.items():
             found, wanted = (f"{one.dtype} {list(one.shape)}" for one in (tensor, before[name]))
             if found != wanted:
-                raise StageFailed("bug", f"{name} of the model was saved as {found}, in the base it is {wanted}")
+                raise StageFailed("bug", f"{name} of the model: found {found}, expected {wanted}, as in the base")
             if not torch.isfinite(tensor).all():
                 raise StageFailed("data", f"{name} of the model is not finite", "lower learning_rate")
             changed += not torch.equal(tensor, before[name])
     if not changed:
         raise StageFailed(
-            "data", "the training changed nothing: every weight is as it was before", "raise learning_rate, or train for more steps"
+            "data", "the training changed nothing: every weight has its initial value", "raise learning_rate, or train for more steps"
         )

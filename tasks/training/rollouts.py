@@ -1,8 +1,8 @@
-"""Completions from vLLM while a LoRA adapter is trained: every new adapter is handed over, and proved to be the one that answers.
+"""Gets completions from vLLM while a LoRA adapter is trained: hands over every new adapter, and checks that vLLM samples from it.
 
-A sync writes the adapter alone (not the model) into a folder in memory, loads it under a name never used before and drops the
-one before. Then the engine's log-probabilities of what it sampled are compared with the trainer's, under its weights of now and
-under those of the sync before. Other systems train on stale samples without a word (docs/grpo.md names some).
+A sync writes only the adapter (not the model) into a folder in memory, loads it under a name never used before and unloads the
+previous one. Then the engine's log-probabilities of its completions are compared with the trainer's, under the current weights and
+under those of the previous sync. Other systems train on stale samples silently (docs/grpo.md names some).
 
 Left out: sampling ahead while the trainer works, weights of the whole model, other engines.
 """
@@ -25,27 +25,28 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 
 from tasks.engine.client import BASE, Completion, Engine
-from tasks.models.loading import compute_type, model_folder
+from tasks.models.loading import compute_type
 from tasks.models.targets import Targets
 from tasks.training.shared import adapter_tensors, save_adapter
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Events, Request
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     from tasks.training.grpo_trainer import AdapterTrainer
 
 MEMORY = Path("/dev/shm")
-CHECKED = 8  # completions of a sync whose log-probabilities are compared: two forward passes over each
-TIMES = 3.0  # the noise floor that the engine may be off by
-LEAST_FLOOR = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # below it, a difference of log-probabilities says nothing
-SIGNIFICANT = 6.0  # standard deviations of noise between old and new weights, from which on they can be told apart: 3 to the middle
+CHECKED = 8  # completions per sync whose log-probabilities are compared: two forward passes over each
+TIMES = 3.0  # multiple of the noise floor that the engine may differ by
+LEAST_FLOOR = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # smaller differences of log-probabilities are rounding
+SIGNIFICANT = 6.0  # standard deviations of noise between old and new weights that make them distinguishable: 3 to the middle
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Differences of log-probabilities between the engine and the trainer where both surely hold the same weights: the base's."""
+    """Differences of log-probabilities between engine and trainer when both surely hold the same weights: the base's."""
 
     furthest: float
     deviation: float
@@ -55,21 +56,32 @@ class Floor:
 def start(
     request: Request, stage: GrpoStage, found: Targets, longest: int, gpus: list[str] | None, arguments: Any, events: Events
 ) -> Iterator[Rollouts]:
-    """Brings the engine up for this training, once for all of its processes, and ends it after it."""
+    """Start one engine for all processes of this training, and stop it at the end."""
     from accelerate.utils import broadcast_object_list
 
     assert request.engine is not None
     settings = stage.resources.engine or EngineSettings()
     model, dtype = model_folder(request.inputs["model"].path), compute_type(stage)
     if experts := [name for name, matrices in found.parameters.items() if matrices > 1]:
-        message = f"rollouts.engine: found vllm for an adapter of experts, which it reads under other names: {experts[0]}"
+        message = f"rollouts.engine: found vllm for an adapter of experts, which vLLM reads under other names: {experts[0]}"
         others = ", ".join(found.others())
         raise StageFailed("config", message, f"set `rollouts: {{engine: transformers}}`, or `target_modules: [{others}]` in `lora:`")
     modules = {layer.rsplit(".", 1)[-1] for layer in found.layers}
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:
         log = request.work / "engine.log"
-        engine = Engine(request.engine, model, settings, stage.dtype, stage.lora.r, longest, log, gpus, modules, folder)
+        engine = Engine(
+            request.engine,
+            model,
+            settings,
+            stage.dtype,
+            lora_rank=stage.lora.r,
+            max_model_len=longest,
+            log=log,
+            gpus=gpus,
+            lora_modules=modules,
+            memory=folder,
+        )
         try:
             began = time.monotonic()
             if first:
@@ -89,15 +101,15 @@ def start(
 
 @contextmanager
 def folder_in_memory(key: str) -> Iterator[Path]:
-    """A folder that no disk is written for, gone at the end. The server's watchdog removes it where this process was killed; what a
-    whole machine's worth of kills left, the next training removes."""
+    """Yield a folder in memory, removed at the end. The server's watchdog removes it if this process is killed; if the watchdog is
+    killed as well, the next training removes it."""
     place = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
     for left in place.glob("tuneline-*/lock"):
         with left.open() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                continue  # its training is alive
+                continue  # its training is running
             shutil.rmtree(left.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"tuneline-{key[:12]}-", dir=place))
     with (folder / "lock").open("w") as lock:
@@ -109,17 +121,17 @@ def folder_in_memory(key: str) -> Iterator[Path]:
 
 
 class Rollouts:
-    """TRL's `rollout_func`: prompts in, one completion for each out, from the adapter as it is now."""
+    """TRL's `rollout_func`: returns one completion for each prompt, sampled from the current adapter."""
 
     def __init__(self, request: Request, stage: GrpoStage, engine: Engine, folder: Path, dtype: torch.dtype, events: Events):
         self.request, self.stage, self.engine, self.folder, self.dtype, self.events = request, stage, engine, folder, dtype, events
         self.floor: Floor | None = None
         self.name: str | None = None
         self.syncs = 0
-        self.weights: dict[str, torch.Tensor] | None = None  # of the last sync; before the first the engine has only the base
+        self.weights: dict[str, torch.Tensor] | None = None  # of the last sync; None while the engine only has the base
 
     def __call__(self, prompts: list[str], trainer: AdapterTrainer) -> dict[str, list[Any]]:
-        ids = [trainer.prompts[prompt] for prompt in prompts]  # each as often as it has completions in this process
+        ids = [trainer.prompts[prompt] for prompt in prompts]  # each repeated for its completions in this process
         if self.floor is None:
             self.floor = self.measure(trainer, ids)
         previous, began = self.weights, time.monotonic()
@@ -128,7 +140,7 @@ class Rollouts:
         completions = self.sample(trainer, ids, str(self.name))
         furthest = self.check(trainer, ids, completions, previous)
         log = trainer._metrics["train"]
-        everyones = trainer.accelerator.gather(torch.tensor([furthest], device=trainer.accelerator.device))  # NCCL has only GPUs'
+        everyones = trainer.accelerator.gather(torch.tensor([furthest], device=trainer.accelerator.device))  # NCCL needs a tensor on a GPU
         log["freshness_max_logprob_diff"].append(float(everyones.max()))
         log["sync_seconds"].append(seconds)
         log["sync_bytes"].append(float(size))
@@ -163,14 +175,14 @@ class Rollouts:
     # --- syncs ---
 
     def sync(self, trainer: AdapterTrainer) -> int:
-        """Hands the adapter over; returns its bytes."""
+        """Hand the adapter over. Returns its size in bytes."""
         self.syncs += 1
         accelerator = trainer.accelerator
         model = accelerator.unwrap_model(trainer.model)
         self.weights = adapter_tensors(model)
         content = hashlib.sha256(b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in self.weights.values())).hexdigest()
         before, self.name = self.name, f"sync-{self.syncs}-step-{trainer.state.global_step}-{content[:16]}"
-        size = sum(tensor.nbytes for tensor in self.weights.values())
+        size: int = sum(tensor.nbytes for tensor in self.weights.values())
         if accelerator.is_main_process:
             place = self.folder / self.name
             place.mkdir()
@@ -185,11 +197,11 @@ class Rollouts:
     # --- freshness ---
 
     def measure(self, trainer: AdapterTrainer, ids: list[list[int]]) -> Floor:
-        """The noise floor, from the base model: it is the same in both for sure."""
+        """Measure the noise floor with the base model, which is surely the same in both."""
         completions = self.sample(trainer, ids, BASE)
         with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
             differences = self.engine_log_probs(completions) - self.log_probs(trainer, ids, completions)
-        # Where the base is sure of every token there is no noise to be seen; what rounding alone may do is always there.
+        # If the base is sure of every token, no noise is visible; rounding is always possible.
         least = 8 * torch.finfo(self.dtype).eps
         floor = Floor(float(differences.abs().max()), max(least, float(differences.square().mean().sqrt())))
         print(f"noise between vLLM and the trainer: log-probabilities of the base differ by up to {floor.furthest:.2g}", flush=True)
@@ -198,8 +210,8 @@ class Rollouts:
     def check(
         self, trainer: AdapterTrainer, ids: list[list[int]], completions: list[Completion], previous: dict[str, torch.Tensor] | None
     ) -> float:
-        """The largest difference between the engine's log-probabilities and the trainer's. Raises StageFailed(bug) where the engine
-        is off by more than noise, or nearer to the weights before where these differ by enough to tell."""
+        """Return the largest difference between the engine's log-probabilities and the trainer's. Raises StageFailed(bug) if the
+        difference exceeds noise, or the engine is closer to the previous weights and these differ enough."""
         assert self.floor is not None
         engine, now = self.engine_log_probs(completions), self.log_probs(trainer, ids, completions)
         before = self.log_probs_before(trainer, ids, completions, previous)
@@ -209,17 +221,17 @@ class Rollouts:
             raise StageFailed(
                 "bug",
                 f"vLLM does not sample from the trained weights: at step {step} its log-probabilities differ from the trainer's by up to "
-                f"{furthest:.2g}, expected is {allowed:.2g}",
-                "it serves another adapter or none, or computes this model otherwise: `rollouts: {engine: transformers}` needs no vLLM",
+                f"{furthest:.2g}, expected at most {allowed:.2g}",
+                "it serves another adapter or none, or computes this model differently: `rollouts: {engine: transformers}` needs no vLLM",
             )
         apart = float((now - before).square().sum().sqrt())
         off, stale = float((engine - now).square().sum().sqrt()), float((engine - before).square().sum().sqrt())
         if apart > SIGNIFICANT * self.floor.deviation and stale < off:
             raise StageFailed(
                 "bug",
-                f"vLLM samples from stale weights: at step {step} its log-probabilities are {stale:.2g} from those of the weights before "
-                f"the last step and {off:.2g} from those of now (root of the sum of squares over {len(engine)} tokens)",
-                "it serves an adapter of another step: tell us, with the engine's log",
+                f"vLLM samples from stale weights: at step {step} its log-probabilities differ by {stale:.2g} from those of the previous "
+                f"weights and by {off:.2g} from those of the current ones (root of the sum of squares over {len(engine)} tokens)",
+                "it serves an adapter of another step: please report this, with the engine's log",
             )
         return furthest
 
@@ -241,7 +253,7 @@ class Rollouts:
         return torch.tensor([value for completion in completions[:CHECKED] for value in completion.logprobs])
 
     def log_probs(self, trainer: AdapterTrainer, ids: list[list[int]], completions: list[Completion]) -> torch.Tensor:
-        """The trainer's of the first completions' tokens, one sequence at a time: their logits would fill a GPU together."""
+        """Compute the trainer's log-probabilities of the first completions, one sequence at a time: all logits might not fit a GPU."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         found = []
         training = model.training
@@ -255,7 +267,7 @@ class Rollouts:
         return torch.cat(found)
 
     def facts(self) -> dict[str, Any]:
-        """For people: what stands beside the manifest's metrics."""
+        """Return facts for users, shown beside the manifest's metrics."""
         weights = model_folder(self.request.inputs["model"].path)
         whole = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
         floor = self.floor or Floor(math.nan, math.nan)

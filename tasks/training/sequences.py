@@ -1,9 +1,9 @@
-"""Sequences shared by several processes (Ulysses, arXiv:2309.14509): each holds a part of the tokens and, for attention, some of the heads.
+"""Shares sequences between processes (Ulysses, arXiv:2309.14509): each holds a part of the tokens and, for attention, some heads.
 
-DeepSpeed's exchange is used, and nothing else of it: each process computes its tokens' part of the loss, gradients are summed over all
-processes as ever, so every strategy works with it. accelerate's own way is bound to DeepSpeed, averages losses by micro-batch, and makes
-optimizer steps out of other rows than one process would. Left out: packed rows, windows and other kinds of attention, all of
-which live in a mask that DeepSpeed's exchange drops.
+Uses only DeepSpeed's exchange: each process computes its tokens' part of the loss, and gradients are summed over all processes as
+usual, so it works with every strategy. accelerate's own way requires DeepSpeed, averages losses by micro-batch, and builds optimizer
+steps from other rows than one process would. Left out: packed rows, sliding windows and other kinds of attention, all of which need
+a mask that DeepSpeed's exchange drops.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from tasks.training.sft_trainer import TokenWeightedTrainer
 
-SHARED = "shared_sequence"  # an argument of the model's forward pass, by which attention knows
-LEAVE_OUT = "leave it out; `gradient_checkpointing: true` and `strategy: zero3` spare memory, too"
-TOLERANCE = 0.02  # mean difference of log-probabilities; bfloat16 rounds by less
+SHARED = "shared_sequence"  # argument of the model's forward pass that reaches attention
+LEAVE_OUT = "remove it; `gradient_checkpointing: true` and `strategy: zero3` save memory, too"
+TOLERANCE = 0.02  # mean difference of log-probabilities; rounding of bfloat16 is smaller
 
 
 def share(model: PreTrainedModel, resources: Resources, rows: int) -> None:
-    """Has the attention of batches that `part` has cut, of so many rows, exchange tokens for heads. The process group must exist.
+    """Make attention exchange tokens for heads in batches that `part` has cut, of `rows` rows. The process group must exist.
 
     Raises StageFailed(config) for a model with other than full attention, or whose heads cannot be divided.
     """
@@ -41,15 +41,15 @@ def share(model: PreTrainedModel, resources: Resources, rows: int) -> None:
     size, config = resources.sequence_parallel_size, model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if getattr(config, "sliding_window", None) else []))
     if others := sorted(kinds - {"full_attention"}):
-        message = f"resources.sequence_parallel_size: found a model with {', '.join(others)}, expected is full attention alone"
+        message = f"resources.sequence_parallel_size: found a model with {', '.join(others)}, expected only full attention"
         raise StageFailed("config", message, LEAVE_OUT)
     heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if keys is None:  # DeepSpeed reads it there
-        message = f"resources.sequence_parallel_size: found a model of type {config.model_type}, which does not say its num_key_value_heads"
+    if keys is None:  # DeepSpeed needs it
+        message = f"resources.sequence_parallel_size: found a model of type {config.model_type} without num_key_value_heads"
         raise StageFailed("config", message, LEAVE_OUT)
     if heads % size or (keys % size and size % keys):
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0))
-        message = f"resources.sequence_parallel_size: found {size}, expected for {heads} heads ({keys} of keys): {allowed}"
+        message = f"resources.sequence_parallel_size: found {size}, expected {allowed}, for {heads} heads ({keys} of keys)"
         raise StageFailed("config", message, "processes exchange tokens for heads")
 
     deepspeed.init_distributed(torch.distributed.get_backend())
@@ -65,18 +65,18 @@ def share(model: PreTrainedModel, resources: Resources, rows: int) -> None:
 
 
 def part(batch: dict[str, Any], number: int, size: int) -> dict[str, Any]:
-    """The tokens of process `number` of `size`, and the labels that they are to predict. Rows are padded to a multiple of `size`."""
+    """Return the tokens and shifted labels of process `number` of `size`. Rows must be padded to a multiple of `size`."""
     rows, length = batch["input_ids"].shape
     labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    positions = torch.arange(length, device=labels.device).expand(rows, length)  # also of padding: where they jump, rows would be packed
+    positions = torch.arange(length, device=labels.device).expand(rows, length)  # without a jump at padding, which would mean packed rows
     own = slice(length // size * number, length // size * (number + 1))
     cut = {"input_ids": batch["input_ids"], "position_ids": positions, "labels": labels, "shift_labels": labels}
     return {name: tensor[:, own].contiguous() for name, tensor in cut.items()} | {SHARED: True}
 
 
 class ForEachOfGroup(Sampler[int]):
-    """Positions as `sampler` draws them, each micro-batch once for every process that shares it; the last ones are filled up with the
-    first, so that accelerate deals out whole groups."""
+    """Yields positions as `sampler` draws them, each micro-batch once per process that shares it. Fills up the last ones with the
+    first positions, so that accelerate hands out whole groups."""
 
     def __init__(self, sampler: Sampler[int], rows: int, resources: Resources):
         self.sampler, self.rows, self.resources = sampler, rows, resources
@@ -91,17 +91,17 @@ class ForEachOfGroup(Sampler[int]):
 
     def __len__(self) -> int:
         at_once = self.rows * self.resources.data_parallel_size
-        return -(-len(self.sampler) // at_once) * at_once * self.resources.sequence_parallel_size  # type: ignore[arg-type]
+        return -(-len(self.sampler) // at_once) * at_once * self.resources.sequence_parallel_size
 
     def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.sampler.set_epoch(epoch)
 
 
 def check(trainer: TokenWeightedTrainer, resources: Resources) -> None:
-    """The longest rows get the same log-probabilities shared as whole."""
+    """Raises StageFailed(config) unless the longest rows get the same log-probabilities shared as whole."""
     size, number = resources.sequence_parallel_size, trainer.args.process_index % resources.sequence_parallel_size
     order = longest_first(range(len(trainer.train_dataset)), lengths(trainer.train_dataset))
-    rows = islice(cycle(order), trainer.args.train_batch_size)  # the exchange is for whole micro-batches
+    rows = islice(cycle(order), trainer.args.train_batch_size)  # the exchange needs whole micro-batches
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))
     model = trainer.model_wrapped
     model.eval()
@@ -111,10 +111,9 @@ def check(trainer: TokenWeightedTrainer, resources: Resources) -> None:
     length = mine.log_probs.shape[1]
     apart = (mine.log_probs - whole[:, length * number : length * (number + 1)]).abs()
     found = torch.stack([apart.sum(), mine.label_mask.sum()]).double()
-    torch.distributed.all_reduce(found)  # all processes find the same
+    torch.distributed.all_reduce(found)  # all processes get the same result
     if (distance := float(found[0] / found[1])) > TOLERANCE:
-        message = (
-            f"resources.sequence_parallel_size: found a model whose shared sequences differ from whole ones, by {distance:.3f} a token"
-        )
+        place, allowed = "resources.sequence_parallel_size", f"expected at most {TOLERANCE}"
+        message = f"{place}: found log-probabilities that differ by {distance:.3f} a token between shared and whole sequences, {allowed}"
         raise StageFailed("config", message, LEAVE_OUT)
     print(f"{size} processes share each sequence: log-probabilities differ by {distance:.1e} from those of whole ones", flush=True)

@@ -1,33 +1,35 @@
-"""Supervised fine-tuning of a LoRA adapter, or of every weight, on a Dataset's train split, by TRL and PEFT.
+"""Fine-tunes a LoRA adapter, or every weight, on a Dataset's train split, by TRL and PEFT.
 
-Rows are tokenized and masked by `tasks.data.masks` and given to TRL ready made; that TRL has dropped or cut nothing is checked.
-A killed training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot see one another: their
-position ids start anew, and transformers masks attention by them (torch's sdpa is enough); each training checks it on its model.
+Rows are tokenized and masked by `tasks.data.masks`, not by TRL; a check ensures that TRL drops and truncates nothing. A killed
+training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot attend to one another: their position ids
+start at 0, and transformers derives the mask from them (torch's sdpa is enough); each training checks this on its model.
 
-What the methods differ in is in `tasks.training.methods`. Left out: adapters on the head or the embeddings, grouping by length beyond a
-step (`tasks.training.batches` says why).
+`tasks.training.methods` holds the differences between methods. Left out: adapters on the head or the embeddings, grouping by length
+beyond a step (`tasks.training.batches` says why).
 """
 
 from __future__ import annotations
 
 import shutil
-import traceback
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
 from tasks.data.endings import check_ends, save_configs
-from tasks.data.masks import IGNORE_INDEX, sequences
+from tasks.data.masks import sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
-from tasks.models.loading import check_device, code_files, load_tokenizer, model_folder, save_tokenizer, saved_tokenizer, template_hash
+from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
+from tasks.training.head_checks import check_loss
+from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions, check_rows_apart
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.sft import SftStage
 from tuneline.workspace.protocol import Events, Input, Request, Result
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +42,19 @@ if TYPE_CHECKING:
     from tasks.training.shared import Report
 
 
-CHECKED_TOKENS = 256  # of a row, by `check_loss`
-BORDER = 4  # tokens of a packed row that tell whether it sees the one before
-APART = "no single one holds every answer as it is asked for, where the chat template changes earlier turns once a conversation goes on"
+APART = "no single one holds every answer as it was asked for, because the chat template changes earlier turns of a longer conversation"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    targets: Targets | None
+    """The weights that get an adapter; None for `method: full`."""
+    train: Dataset
+    validation: Dataset | None
 
 
 def run(request: Request, stage: SftStage, events: Events) -> Result:
@@ -50,7 +62,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     from tasks.training import shared as training
 
     check_device(stage)
-    arguments = trainer_arguments(request, stage)  # first: with several GPUs it gives this process its own
+    arguments = trainer_arguments(request, stage)  # first: with several GPUs this selects the process's own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
     if arguments.process_index == 0:
@@ -66,7 +78,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     warnings = list(targets.warnings(model, found, stage.lora, stage.method == "qlora")) if found else []
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
-    trainer = make_trainer(request, stage, arguments, model, tokenizer, train, validation, report, found)
+    trainer = make_trainer(request, stage, arguments, Start(model, tokenizer, found, train, validation), report)
     before = training.adapter_tensors(trainer.model) if found else {}
     if found:
         training.check_before(trainer.model, stage.lora, found, before)
@@ -93,7 +105,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
 
 
 def save_unchanged(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
-    """What is handed over and no training changes, so that what is wrong with it ends the stage before the first step."""
+    """Save what no training changes, so that a problem with it ends the stage before the first step."""
     base, payload, adapter = request.inputs["model"], request.payload, stage.method != "full"
     save_tokenizer(tokenizer, payload)
     if not adapter:
@@ -113,7 +125,7 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
 
     arguments = SFTConfig(
         **shared_arguments(request, stage),
-        # Rows come tokenized, masked and packed; TRL only pads them, or joins them with position ids where packed.
+        # Rows are already tokenized, masked and packed; TRL only pads them, or joins packed ones with position ids.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=stage.max_length,
         pad_to_multiple_of=stage.resources.sequence_parallel_size,
@@ -121,7 +133,7 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         eval_packing=False,
         eval_strategy="steps" if stage.eval_steps else "no",
         eval_steps=stage.eval_steps,
-        # With early stopping every evaluation is saved: which adapter is the best must not depend on resources.
+        # With early stopping every evaluation writes a checkpoint: the best adapter must not depend on resources.
         save_steps=stage.eval_steps if stage.early_stopping else checkpoint_steps(stage.resources),
         load_best_model_at_end=stage.early_stopping is not None,
         metric_for_best_model="eval_loss" if stage.early_stopping else None,
@@ -131,11 +143,8 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
     return arguments
 
 
-def make_trainer(
-    request: Request, stage: SftStage, arguments: SFTConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Dataset,
-    validation: Dataset | None, report: Report, found: Targets | None,
-) -> TokenWeightedTrainer:  # fmt: skip
-    """The trainer, which holds every row, and is looked at once more before the first step."""
+def make_trainer(request: Request, stage: SftStage, arguments: SFTConfig, start: Start, report: Report) -> TokenWeightedTrainer:
+    """Build the trainer with all rows. Its checks run on the loaded rows now, and on the wrapped model before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from tasks.models import targets
@@ -149,25 +158,27 @@ def make_trainer(
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier and found else model,
+        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        if earlier and start.targets
+        else start.model,
         args=arguments,
-        train_dataset=packed(train, stage.max_length) if stage.packing else train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        # TRL seeds before it draws the first weights
-        peft_config=targets.lora_config(stage.lora, found) if found and not earlier else None,
+        train_dataset=packed(start.train, stage.max_length) if stage.packing else start.train,
+        eval_dataset=start.validation,
+        processing_class=start.tokenizer,
+        # TRL sets the seed before it initializes the adapter.
+        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         resources=stage.resources,
     )
-    trainer.remove_callback(PrinterCallback)  # events say the same
+    trainer.remove_callback(PrinterCallback)  # events hold the same
     if stage.method == "qlora":
         methods.adapter_in_float32(trainer.model, earlier)
-    check_nothing_lost(train, trainer.train_dataset, trainer.data_collator)
-    if validation:
-        check_nothing_lost(validation, trainer.eval_dataset, trainer.data_collator)
+    check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)
+    if start.validation:
+        check_nothing_lost(start.validation, trainer.eval_dataset, trainer.data_collator)
     checks = [lambda: strategies.verify_strategy(trainer, stage.resources), lambda: check_loss(trainer)]
     if stage.resources.sequence_parallel_size > 1:
-        sequences.share(model, stage.resources, stage.micro_batch_size())
+        sequences.share(start.model, stage.resources, stage.micro_batch_size())
         checks.append(lambda: sequences.check(trainer, stage.resources))
     if stage.packing:
         checks.append(lambda: check_rows_apart(trainer))
@@ -178,8 +189,8 @@ def make_trainer(
 def end_of_training(
     trainer: TokenWeightedTrainer, request: Request, stage: SftStage, events: Events
 ) -> tuple[TrainerState, dict[str, torch.Tensor]]:
-    """The end of the training, and what it has trained, whole and by its saved names: of this process, or of one that was killed after
-    its last step."""
+    """Train, and return the final state and the trained weights, whole and by their saved names. If a killed process had finished the
+    training, they come from its last checkpoint."""
     from tasks.training import checkpoints
     from tasks.training import shared as training
 
@@ -200,7 +211,7 @@ def end_of_training(
 
 
 def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict[str, float]:
-    """The stage's metrics, from the history of all attempts."""
+    """Return the stage's metrics, from the history of all attempts."""
     from tasks.training.shared import mean_of_last
 
     history = state.log_history
@@ -219,14 +230,12 @@ def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict
 def tokenized(
     request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str, events: Events
 ) -> tuple[Dataset, list[str]]:
-    """A split as input ids and labels, and the id of the row of each sequence; refuses rows that TRL would cut or drop."""
+    """Return a split as input ids and labels, and each sequence's row id. Raises StageFailed for rows that TRL would truncate or drop."""
     from datasets import Dataset
 
     rows = read_split(request.inputs["dataset"].path, split)
     if not rows:
-        hint = (
-            "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "look at its report"
-        )
+        hint = "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "see its report"
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
@@ -243,130 +252,37 @@ def tokenized(
             f"row {long[0][0]} has {long[0][1]} tokens, the longest {longest}",
             f"set `max_length: {longest}` here, or `max_length: {stage.max_length}` in the dataset stage, which drops or cuts them",
         )
-    # The first token of a row is never predicted, so one that is trained on alone counts for nothing.
+    # The first token of a row is never predicted, so a row that trains only that token counts for nothing.
     masked = [row for row, tokens in found if not any(tokens.trained[1:])]
     if masked:
         raise StageFailed(
             "data",
-            f"{len(masked)} of {len(found)} {split} rows have no token to train on with `train_on: {stage.train_on}`: row {masked[0]}, say",
-            "leave rows without an answer out of the dataset, or set `train_on: all`",
+            f"{len(masked)} of {len(found)} {split} rows, such as {masked[0]}, have no token to train on with `train_on: {stage.train_on}`",
+            "remove rows without an answer from the dataset, or set `train_on: all`",
         )
     columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}
     return Dataset.from_dict(columns), [row for row, _ in found]
 
 
 def taught(rows: list[Row], split: str, events: Events) -> list[Row]:
-    """Those whose last answer, the one that `train_on: completion` trains, is not of weight 0."""
+    """Return the rows whose last answer, the only one that `train_on: completion` trains, does not have weight 0."""
     silent = [row for row in rows if row.messages is not None and row.messages[-1].get("weight") == 0]
     if not silent:
         return rows
-    what = f"{len(silent)} of {len(rows)} {split} rows end with an answer of weight 0, row {silent[0].id}, say"
+    what = f"{len(silent)} of {len(rows)} {split} rows end with an answer of weight 0, for example row {silent[0].id}"
     if len(silent) == len(rows):
         raise StageFailed(
-            "data", f"{what}: with `train_on: completion` nothing is left", "set `train_on: assistant`: it trains earlier answers"
+            "data", f"{what}: with `train_on: completion` no row is left", "set `train_on: assistant`: it trains earlier answers"
         )
     events.warning(f"{what}: with `train_on: completion` they are left out")
     left_out = {row.id for row in silent}
     return [row for row in rows if row.id not in left_out]
 
 
-def check_positions(splits: list[Dataset], positions: float) -> None:
-    """No row is longer than the model's positions reach. TRL and LLaMA-Factory would train on it: positions that are looked up end in an
-    index error, RoPE goes on to where nothing was ever learnt. grpo and evaluations refuse such rows, too."""
-    longest = max(len(tokens) for split in splits for tokens in split["input_ids"])
-    if longest > positions:
-        message = f"max_length: rows have {longest} tokens, more than the model's positions, {positions:.0f}"
-        hint = (
-            f"`max_length: {positions:.0f}` in the dataset stage drops or cuts longer rows; or stretch the model's RoPE in its config.json"
-        )
-        raise StageFailed("config", message, hint)
-
-
 def packed(dataset: Dataset, length: int) -> Dataset:
-    """Rows joined into sequences of up to `length` tokens, none of them cut."""
+    """Join rows into sequences of up to `length` tokens, without splitting any."""
     from datasets import disable_progress_bars
     from trl import pack_dataset
 
     disable_progress_bars()
     return pack_dataset(dataset, length, strategy="bfd")
-
-
-def check_nothing_lost(given: Dataset, used: Dataset, collator: Any) -> None:
-    """Rows, tokens and trained tokens are as many in what the trainer holds as in what it was given, and in a batch that it makes."""
-    if _counts(given) != _counts(used):
-        raise StageFailed("bug", f"rows, tokens and trained tokens were {_counts(given)}, but the trainer holds {_counts(used)}")
-    rows = [used[i] for i in range(min(len(used), 4))]
-    batch = collator(rows)
-    size = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-    expected = sum(len(row["input_ids"]) for row in rows), sum(_trained(row) for row in rows)
-    found = int(size), int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    if found != expected:
-        raise StageFailed("bug", f"the first sequences hold {expected} tokens and trained tokens, but the batch made of them {found}")
-
-
-def check_every_row_trained(train: Dataset, state: TrainerState) -> None:
-    """Each whole pass over the data has trained on every row's tokens, but for its first, which nothing predicts."""
-    wanted = int(state.epoch + 1e-6) * sum(label != IGNORE_INDEX for labels in train["labels"] for label in labels[1:])
-    trained = sum(entry.get("trained_tokens", 0) for entry in state.log_history)
-    if trained < wanted:
-        raise StageFailed("bug", f"{state.epoch:.2f} passes over the data trained on {trained:,} tokens, expected were {wanted:,} or more")
-
-
-def check_loss(trainer: TokenWeightedTrainer) -> None:
-    """TRL's loss, from the hidden states and the head's weight, is that of the logits which the model gives when it is used: not so
-    for a model whose own code does more between the two than TRL knows of. The beginning of a row tells: all logits of a long one
-    would be the largest thing in memory."""
-    import torch
-
-    tokens = torch.tensor([trainer.train_dataset[0]["input_ids"][:CHECKED_TOKENS]])
-    batch = trainer._prepare_inputs({"input_ids": tokens})
-    model = trainer.model_wrapped
-    model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        try:
-            trained = float(model(**batch, labels=batch["input_ids"], fused_lm_head=True).loss)
-        except (AttributeError, TypeError) as error:  # of what TRL expects of a model's parts
-            message = f"TRL does not find its way through this architecture, {trainer.model.config.model_type}: {error}"
-            raise StageFailed("config", message, "take another base model", traceback.format_exc()) from error
-        logits = model(**batch).logits[:, :-1].flatten(0, 1)
-        used = float(torch.nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(logits.device)))
-    if abs(trained - used) > 0.02 * used + 1e-3:  # bfloat16 rounds by less
-        message = f"the loss that would be trained on is {trained:.4f}, that of the model's own logits {used:.4f}"
-        raise StageFailed("config", message, "TRL does not know what this architecture does after its last layer: take another base model")
-
-
-def check_rows_apart(trainer: TokenWeightedTrainer) -> None:
-    """The rows of a packed sequence give the same hidden states without the row before them."""
-    import torch
-
-    sequence = next((sequence for sequence in trainer.train_dataset if len(sequence["seq_lengths"]) > 1), None)
-    if sequence is None:
-        return
-    first = sequence["seq_lengths"][0]
-    model = trainer.model_wrapped
-    model.eval()
-    hidden = []
-    for rows in (sequence, {"seq_lengths": sequence["seq_lengths"][1:], "input_ids": sequence["input_ids"][first:]}):
-        batch = trainer.data_collator([rows])
-        del batch["labels"]
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            try:
-                output = model(**trainer._prepare_inputs(batch), output_hidden_states=True, logits_to_keep=1)
-            except ValueError as error:  # of layers that keep rows apart in kernels alone, which are not here
-                raise StageFailed("config", f"packing: {error}", "set `packing: false`") from error
-            hidden.append(output.hidden_states[-1].float())
-    # What a state carries over the border, as Mamba's, or attention by distance lets through, as Bloom's, fades within a few tokens.
-    packed, alone = (states[:, :BORDER] for states in (hidden[0][:, first:], hidden[1]))
-    if (packed - alone).abs().mean() > 0.1 * alone.abs().mean():  # bfloat16 rounds by less
-        raise StageFailed("config", "packing: found a base model in which packed rows see one another", "set `packing: false`")
-
-
-def _trained(row: dict[str, Any]) -> int:
-    """Labels that count: the first token of a row has nothing before it to be predicted from."""
-    starts = {0, *accumulate(row.get("seq_lengths", ()))}
-    return sum(label != IGNORE_INDEX and i not in starts for i, label in enumerate(row["labels"]))
-
-
-def _counts(dataset: Any) -> tuple[int, int, int]:
-    rows = sum(map(len, dataset["seq_lengths"])) if "seq_lengths" in dataset.column_names else len(dataset)
-    return rows, sum(map(len, dataset["input_ids"])), sum(sum(label != IGNORE_INDEX for label in labels) for labels in dataset["labels"])

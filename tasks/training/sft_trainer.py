@@ -1,9 +1,9 @@
 """TRL's SFTTrainer with losses that do not depend on how the rows were spread over micro-batches and processes.
 
-TRL weighs the training loss by token over a whole step, but averages the validation loss over batches: halving the
-micro-batch would change which adapter early stopping keeps. And where the rows of an epoch do not divide by the processes,
-accelerate fills up with rows from its beginning, which would be trained on twice. That the loss does not depend on it allows rows
-of like length to share a micro-batch, so that little is padded. Only `tasks.training.sft` imports this, inside `run`: it subclasses.
+TRL weights the training loss by token over a whole step, but averages the validation loss over batches: halving the
+micro-batch would change which adapter early stopping keeps. And if an epoch's rows do not divide by the processes, accelerate
+repeats rows from its beginning, which would be trained on twice. Because the loss does not depend on the grouping, rows of similar
+length can share a micro-batch, so that little is padded. Only `tasks.training.sft` imports this, inside `run`, because it subclasses.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from tuneline.kinds.stage import Resources
 from tuneline.patches import patch
 
 
-class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
+class TokenWeightedTrainer(SFTTrainer):
+    data_collator: Any
     step_tokens = 0
 
     def __init__(self, *args: Any, resources: Resources, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._resources, self._sharing = resources, resources.sequence_parallel_size
-        self._tokens = 0  # of the rows so far, of all processes
-        # TRL computes the loss itself, from the hidden states; what a model's own forward accepts has no part in it.
+        self._tokens = 0  # of all rows so far, over all processes
+        # TRL computes the loss itself, from the hidden states, so the arguments of the model's own forward do not matter.
         patch(self, "model_accepts_loss_kwargs", True)
         self._collate, self.data_collator = self.data_collator, self._collate_and_remember
-        self._ends: dict[bool, list[int]] = {}  # where the sequences of the last batch end, by whether they are packed ones
+        self._ends: dict[bool, list[int]] = {}  # ends of the last batch's sequences, by whether they are packed
 
     def _collate_and_remember(self, rows: list[dict[str, Any]]) -> Any:
         self._ends["seq_lengths" in rows[0]] = [0, *accumulate(len(row["input_ids"]) for row in rows)]
@@ -51,16 +52,16 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         return longest_first(range(len(eval_dataset)), lengths(eval_dataset))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Makes the folder first: transformers looks whether the best checkpoint's is there before FSDP has made it, and processes that
-        look at different times would go on with different ones."""
+        """Make the folder first. transformers checks for the best checkpoint's folder before FSDP has made it: processes that check at
+        different times would continue with different ones."""
         Path(output_dir or self.args.output_dir).mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         batches = (self._without_repeats(batch, self.train_dataset, self._sharing) for batch in epoch_iterator)
         samples, label_tokens = super().get_batch_samples(batches, *args, **kwargs)
-        label_tokens = label_tokens // self._sharing  # each process that shares a batch has counted it
-        self.step_tokens = int(label_tokens)  # of all processes
+        label_tokens = label_tokens // self._sharing  # every process that shares a batch counts it
+        self.step_tokens = int(label_tokens)  # over all processes
         self._step = samples
         if self._sharing > 1:
             tokens = sum(batch["attention_mask"].sum() for batch in samples)
@@ -71,36 +72,36 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         return samples, label_tokens
 
     def step_rows(self) -> list[tuple[int, ...]]:
-        """Tokens of each row of the step, in this process."""
+        """Return the tokens of each row of the step, in this process."""
         found = []
         for batch in self._step:
             if "attention_mask" in batch:
                 found += [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-            else:  # joined into one: a row begins where positions do
+            else:  # joined rows: each begins at position 0
                 starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
                 found += batch["input_ids"][0].tensor_split(starts[1:])
         return [tuple(ids.tolist()) for ids in found]
 
     def _without_repeats(self, batch: Any, dataset: Any, sharing: int) -> Any:
-        """Masks the rows with which an epoch's last batches were filled up; `sharing` processes have the same ones."""
-        if self.accelerator.gradient_state.end_of_dataloader:  # this batch is the last that was collated
+        """Mask the repeated rows that fill up an epoch's last batches; `sharing` processes have the same ones."""
+        if self.accelerator.gradient_state.end_of_dataloader:  # this batch was collated last
             micro = self.args.per_device_train_batch_size
             at_once = micro * self.args.world_size // sharing
             new = len(dataset) % at_once or at_once
             mine = min(max(0, new - micro * (self.args.process_index // sharing)), micro)
             if "attention_mask" in batch:
                 batch["labels"][mine:] = -100
-            else:  # joined into one
+            else:  # joined rows
                 ends = self._ends["seq_lengths" in dataset.column_names]
                 batch["labels"][:, ends[min(mine, len(ends) - 1)] :] = -100
         return batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the step's label tokens, so that a resumed training can sum them over its restored history."""
+        """Add the step's label tokens, so that a resumed training can sum them over its restored history."""
         if "loss" in logs:
             logs["trained_tokens"] = self.step_tokens
             if self._sharing > 1:
-                self._metrics["train"]["num_tokens"] = [self._tokens]  # TRL counts those of padding, too
+                self._metrics["train"]["num_tokens"] = [self._tokens]  # TRL also counts padding
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -118,4 +119,4 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
         return output
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL writes one with each checkpoint, and artifacts hold no README."""
+        """Write none: TRL would write one with each checkpoint, but artifacts hold no README."""

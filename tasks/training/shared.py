@@ -1,7 +1,7 @@
-"""What every training of an adapter shares: what it goes on from, events, and the checks of its hand-over.
+"""Holds what all trainings share: common arguments, adapters, events, and the checks of the saved adapter.
 
-Imports torch, transformers and peft at the top because it subclasses them; programs import it inside `run`. It leaves out the
-trainers themselves: what a row is and what the loss is differ between kinds.
+Imports torch, transformers and peft at the top because it subclasses them; programs import it inside `run`. Trainers are separate:
+rows and losses differ between kinds.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tuneline.patches import patch
 from tuneline.workspace.checkpoints import FOLDER
 from tuneline.workspace.protocol import Events, Input, Request
 
-SHOWN_ROWS = 16  # of a step that went wrong
-RECENT = 10  # steps whose mean is a training's final loss
+SHOWN_ROWS = 16  # in a message about a failed step
+RECENT = 10  # last steps, whose mean is a training's final loss
 
 
 def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
-    """What every trainer is told. The global batch is the same over any number of devices and any micro-batch."""
+    """Return the arguments of every trainer. The global batch does not depend on the number of devices or the micro-batch."""
     strategies.join_processes(stage.resources)
     micro = stage.micro_batch_size()
     return {
@@ -55,7 +55,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_total_limit": stage.resources.checkpoints_kept,
         "restore_callback_states_from_checkpoint": True,
-        # TRL would add what balances a mixture's routers once for each micro-batch, on which the loss must not depend.
+        # TRL would add the routers' balancing loss once per micro-batch, but the loss must not depend on micro-batches.
         "router_aux_loss_coef": 0.0,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -69,12 +69,12 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
 
 
 def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lora: Lora, found: Targets) -> PeftModel:
-    """The adapter, trainable, on the model; only its dropout may change on the way.
+    """Put the earlier adapter, trainable, on the model; only its dropout may change.
 
-    Raises StageFailed(config) where it is an adapter of another base, or of another shape than the stage asks for.
+    Raises StageFailed(config) if it belongs to another base, or has another form than the stage configures.
     """
     if source.base is None or source.base.digest != base.digest:
-        raise StageFailed("config", "adapter: found an adapter of another base model", "give `model:` the base that it was trained on")
+        raise StageFailed("config", "adapter: found an adapter of another base model", "set `model:` to the base that it was trained on")
     config = LoraConfig.from_pretrained(source.path)
     wanted = lora_config(lora, found)
     differences = [
@@ -84,20 +84,20 @@ def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lo
     ]
     has, wants = meant_by(config, model), found.layers | found.parameters.keys()
     if has != wants:
-        differences.append(f"target_modules that mean {len(has)} layers instead of {len(wants)}")
+        differences.append(f"target_modules that match {len(has)} layers instead of {len(wants)}")
     if differences:
         raise StageFailed(
             "config", f"adapter: found {'; '.join(differences)}", "give this stage the same `lora:` as the one that made the adapter"
         )
     config.lora_dropout = wanted.lora_dropout
-    config.base_model_name_or_path = model.name_or_path  # PEFT looks there, else on the hub, for the size of the vocabulary
+    config.base_model_name_or_path = model.name_or_path  # PEFT reads the vocabulary's size there, else from the hub
     adapted = PeftModel.from_pretrained(model, source.path, config=config, is_trainable=True)
     check_loaded(adapted, source.path)
     return adapted
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A copy of the adapter's weights on the CPU, whole, by their saved names. Every process must ask: each may hold a part."""
+    """Copy the adapter's weights to the CPU, whole, by their saved names. Every process must call it: each may hold a part."""
     whole = {name: strategies.whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
     return {strategies.unwrapped(name): tensor.contiguous() for name, tensor in sorted(state.items())}
@@ -110,7 +110,7 @@ def config_of(model: PeftModel) -> dict[str, Any]:
 
 
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input) -> None:
-    """Writes the adapter the same way everywhere: sorted lists, and the base's digest instead of its path.
+    """Write the adapter in the same way everywhere: sorted lists, and the base's digest instead of its path.
 
     PEFT's own `save_pretrained` writes sets in hash order, the base's path, and a README.
     """
@@ -121,20 +121,20 @@ def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Pa
 
 
 def check_before(model: PeftModel, lora: Lora, found: Targets, before: dict[str, torch.Tensor]) -> None:
-    """What the hand-over checks of an adapter's form, before the first step: no training is to end in what its beginning knew. And
-    PEFT reads its weights back by the names that they are saved by."""
+    """Run the hand-over's checks of an adapter's form before the first step, so that no training ends with an error known at its start.
+    Also checks that PEFT reads the weights back by their saved names."""
     check_form(config_of(model), before, lora, found)
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3 holds parts
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # under ZeRO-3 each process holds a part
         result = set_peft_model_state_dict(model, before)
         after = get_peft_model_state_dict(model, save_embedding_layers=False)
         wrong = sorted({*result.unexpected_keys, *(before.keys() ^ after.keys())})
         if wrong or not all(torch.equal(after[name].cpu(), tensor) for name, tensor in before.items()):
-            message = f"PEFT does not read back what it saves of this model: {', '.join(wrong[:3]) or 'other values'}"
-            raise StageFailed("config", message, "name other layers: `lora: {target_modules: [...]}`")
+            message = f"PEFT does not read back what it saves for this model: {', '.join(wrong[:3]) or 'other values'}"
+            raise StageFailed("config", message, "choose other layers: `lora: {target_modules: [...]}`")
 
 
 def check_adapter(payload: Path, lora: Lora, found: Targets, before: dict[str, torch.Tensor], events: Events) -> None:
-    """Reads the saved adapter back: whole, finite, as configured, and changed by the training (`before` are its first weights)."""
+    """Raises StageFailed unless the saved adapter is complete, finite, as configured, and changed since `before`, its first weights."""
     tensors = load_file(payload / "adapter_model.safetensors")
     check_form(json.loads((payload / "adapter_config.json").read_text(encoding="utf-8")), tensors, lora, found)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -145,25 +145,25 @@ def check_adapter(payload: Path, lora: Lora, found: Targets, before: dict[str, t
         if len(same) == len(parts):
             raise StageFailed(
                 "data",
-                "the training changed nothing: every lora_B of the adapter is as it was before",
+                "the training changed nothing: every lora_B of the adapter has its initial value",
                 "raise learning_rate, or train for more steps",
             )
-        events.warning(f"{len(same)} of {len(parts)} adapted layers are as they were before the training, the first {same[0]}")
+        events.warning(f"{len(same)} of {len(parts)} adapted layers did not change in the training, the first {same[0]}")
 
 
 def score_only_trained_tokens() -> None:
-    """Leaves the head's work on prompts and padding out on every device, as TRL does by itself on GPUs with Triton.
+    """Skip the head's computation for prompts and padding on every device, as TRL does by default only on GPUs with Triton.
 
-    TRL fears a recompilation for each new shape on accelerators that we do not serve. The same loss and gradients; on a CPU
+    TRL avoids it elsewhere because other accelerators may recompile for each new shape. Loss and gradients are the same; on a CPU
     SmolLM2-135M with short answers takes 2.6 s a step instead of 3.6 s.
     """
     from trl.trainer import utils
 
-    patch(utils, "_use_triton", lambda device: True)  # in this module it only decides on that
+    patch(utils, "_use_triton", lambda device: True)  # this module uses it for nothing else
 
 
-class RunOnTrainBegin(TrainerCallback):  # type: ignore[misc]
-    """Checks of the model as it trains: wrapped, split, and with the weights that a checkpoint gave back."""
+class RunOnTrainBegin(TrainerCallback):
+    """Checks the model as it trains: wrapped, split, and with the weights of the checkpoint."""
 
     def __init__(self, *checks: Callable[[], None]):
         self.checks = checks
@@ -176,17 +176,17 @@ class RunOnTrainBegin(TrainerCallback):  # type: ignore[misc]
 # --- events and history -----------------------------------------------------------------------------------------------
 
 
-class Report(TrainerCallback):  # type: ignore[misc]
-    """Sends what the trainer logs as events, and ends a training whose loss is no longer a number.
+class Report(TrainerCallback):
+    """Emits the trainer's logs as events, and ends a training whose loss is not finite.
 
-    Every process looks at the loss (it is the same everywhere), the first one reports.
+    Every process checks the loss (it is the same everywhere); the first one reports.
     """
 
     def __init__(
         self, events: Events, rows: Callable[[], list[str]], shown: Mapping[str, str] | None = None, progress_metric: str = "loss"
     ):
-        """`rows` are the ids of those of the step, in this process; `shown` further figures of the log, by the name that they get as
-        events; `told` stands beside the progress."""
+        """`rows` returns the ids of the step's rows in this process. `shown` maps further metrics of the log to their names as events.
+        The log's `progress_metric` is shown beside the progress."""
         self.rows = rows
         self.events, self.progress_metric = events, progress_metric
         self.shown = {"loss": "loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"} | dict(
@@ -211,7 +211,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
                     f"{name} is {logs[name]} at step {state.global_step} of {state.max_steps}{of_rows}",
                     f"lower learning_rate (it is {args.learning_rate}), or warm up for longer"
                     if state.global_step > 1
-                    else "nothing had been learned yet: look at the base model's weights, the dtype and the rows",
+                    else "this was the first step: check the base model's weights, the dtype and the rows",
                 )
         seconds, tokens = time.perf_counter() - self._since, logs.get("num_tokens", 0.0) - self.tokens
         if "loss" in logs:
@@ -225,7 +225,7 @@ class Report(TrainerCallback):  # type: ignore[misc]
             self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
             figure = next(
                 entry[self.progress_metric] for entry in reversed(state.log_history) if self.progress_metric in entry
-            )  # GRPO may log it less often
+            )  # GRPO may log it less often than every step
             self.events.progress(state.global_step, state.max_steps, f"{self.progress_metric} {figure:.4f}")
 
     def rows_of_step(self, args: TrainingArguments) -> str:
@@ -234,22 +234,22 @@ class Report(TrainerCallback):  # type: ignore[misc]
             torch.distributed.all_gather_object(found, self.rows())
         else:
             found = [self.rows()]
-        ids = list(dict.fromkeys(row for of_process in found for row in of_process))  # some may share their rows
+        ids = list(dict.fromkeys(row for of_process in found for row in of_process))  # some processes may share rows
         return f"rows {', '.join(ids[:SHOWN_ROWS])}{f' and {len(ids) - SHOWN_ROWS} more' if len(ids) > SHOWN_ROWS else ''}"
 
 
 def mean_of_last(history: list[dict[str, float]], name: str) -> float:
-    """The mean of the last steps."""
+    """Return the mean of the last steps."""
     values = [entry[name] for entry in history if name in entry][-RECENT:]
     return sum(values) / len(values)
 
 
 def save_history(history: list[dict[str, float]], meta: Path, drawn: tuple[str, ...] = ("loss", "eval_loss")) -> None:
-    """meta/history.jsonl, an object for each log entry, and a plot of `drawn`: meta/loss.png, by the name of the first."""
+    """Write meta/history.jsonl, an object per log entry, and a plot of `drawn`, named after the first: meta/loss.png."""
     lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
     (meta / "history.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    from matplotlib.figure import Figure  # without pyplot: no display is looked for
+    from matplotlib.figure import Figure  # not pyplot, which would need a display
 
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for name in drawn:

@@ -1,8 +1,8 @@
-"""How devices share a training: the settings of each strategy, and the proof that it is the one which trains.
+"""Configures how devices share a training, and checks that the configured strategy is the one that trains.
 
-accelerate passes over settings that do not suit a machine and trains in another manner (1.15: FSDP on CPUs becomes plain DDP), so
-what is active is looked at once everything has been prepared. Imports torch at the top because it subclasses; programs import it
-inside `run`. Sequences that several processes share are in `tasks.training.sequences`. Left out: tensor and pipeline parallelism.
+accelerate silently ignores settings that do not suit a machine (1.15: FSDP on CPUs becomes plain DDP), so the active strategy is
+checked once everything has been prepared. Imports torch at the top because it subclasses; programs import it inside `run`.
+`tasks.training.sequences` shares sequences between processes. Left out: tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def arguments(resources: Resources) -> dict[str, Any]:
-    """What `TrainingArguments` are told."""
+    """Return the strategy's entries of `TrainingArguments`."""
     strategy = resources.strategy
     given: dict[str, Any] = {
         "ddp_find_unused_parameters": False,
@@ -38,17 +38,17 @@ def arguments(resources: Resources) -> dict[str, Any]:
         given["deepspeed"] = zero_config(resources)
     elif strategy == "fsdp":
         given |= {"fsdp": True, "fsdp_config": fsdp_config(resources)}
-        # Else each process holds the whole gradients until the step's last micro-batch (accelerate's docs/source/concept_guides/
-        # gradient_synchronization.md), which is the memory that FSDP is there to save.
+        # Without it each process holds the whole gradients until the step's last micro-batch (accelerate's docs/source/concept_guides/
+        # gradient_synchronization.md), the memory that FSDP should save.
         given["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     return given
 
 
 def sum_in_float32(arguments: TrainingArguments) -> None:
-    """Has FSDP compute in bfloat16, but sum gradients and hand over losses in float32, as ddp does.
+    """Make FSDP compute in bfloat16, but sum gradients and return losses in float32, as ddp does.
 
-    accelerate 1.15 has all of it in bfloat16 (`FullyShardedDataParallelPlugin.set_mixed_precision`), losses too, and transformers has
-    no argument for it. The types are torchtitan's defaults (`mixed_precision_param`, `mixed_precision_reduce`).
+    accelerate 1.15 uses bfloat16 for everything (`FullyShardedDataParallelPlugin.set_mixed_precision`), also losses, and transformers
+    has no argument for it. The types are torchtitan's defaults (`mixed_precision_param`, `mixed_precision_reduce`).
     """
     if arguments.fsdp and arguments.bf16:
         policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -56,12 +56,13 @@ def sum_in_float32(arguments: TrainingArguments) -> None:
 
 
 def join_processes(resources: Resources) -> None:
-    """On CPUs; transformers 5.23 does it as well, but leaves `ddp_timeout` to GPUs: a process that hangs would hold up all for ever.
+    """Initialize the process group on CPUs. transformers 5.23 does this too, but uses `ddp_timeout` only on GPUs: a process that hangs
+    would block the others forever.
 
-    On GPUs accelerate does it, with gloo for what FSDP keeps on the CPU where its own launcher has said so in the environment.
+    On GPUs accelerate does it, with gloo for what FSDP keeps on the CPU if the environment says so, as its own launcher does.
 
-    For CPUs DeepSpeed would compile an operator that sums up in shared memory, at the first training of each runtime and for more than a
-    minute (comm/torch.py of 0.19.8): it is left to gloo, which DeepSpeed uses where nothing can be compiled.
+    On CPUs DeepSpeed would compile an operator that sums in shared memory, at the first training of each runtime and for more than a
+    minute (comm/torch.py of 0.19.8). It uses gloo instead, as where nothing can be compiled.
     """
     if resources.strategy.startswith("zero") or resources.sequence_parallel_size > 1:
         patch(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
@@ -72,7 +73,7 @@ def join_processes(resources: Resources) -> None:
 
 
 def zero_config(resources: Resources) -> dict[str, Any]:
-    """DeepSpeed's (arXiv:1910.02054); `auto` is filled in by transformers from its own arguments."""
+    """Return DeepSpeed's configuration (arXiv:1910.02054); transformers fills in `auto` from its own arguments."""
     level = int(resources.strategy[-1])
     zero: dict[str, Any] = {"stage": level, "overlap_comm": resources.gpus > 0, "contiguous_gradients": True}
     if resources.offload:
@@ -89,7 +90,7 @@ def zero_config(resources: Resources) -> dict[str, Any]:
 
 
 def fsdp_config(resources: Resources) -> dict[str, Any]:
-    """FSDP2's, as transformers reads it. The layers to wrap are the model's own decoder layers (`_no_split_modules`)."""
+    """Return FSDP2's configuration for transformers. It wraps the model's own decoder layers (`_no_split_modules`)."""
     return {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -97,13 +98,13 @@ def fsdp_config(resources: Resources) -> dict[str, Any]:
         "cpu_offload": resources.offload is not None,
         "activation_checkpointing": resources.gradient_checkpointing,
         "state_dict_type": "SHARDED_STATE_DICT",
-        "cpu_ram_efficient_loading": False,  # it needs the model on the meta device; each process reads the same file
+        "cpu_ram_efficient_loading": False,  # it needs the model on the meta device
     }
 
 
 def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
-    """The base model, where and as the strategy wants it; the training arguments must have been made."""
-    if resources.strategy == "zero3":  # weights are split while they are read
+    """Load the base model as the strategy needs it. The training arguments must have been made before."""
+    if resources.strategy == "zero3":  # splits weights while they are read
         import deepspeed
 
         deepspeed.init_distributed(torch.distributed.get_backend())
@@ -111,12 +112,12 @@ def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantizat
 
 
 def unwrapped(name: str) -> str:
-    """Of a parameter, as it was before FSDP's checkpointing put wrappers around the layers."""
+    """Return a parameter's name without the wrappers of FSDP's checkpointing."""
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A copy on the CPU of all of a parameter, in the precision that the optimizer keeps. Every process must ask."""
+    """Copy a whole parameter to the CPU, in the optimizer's precision. Every process must call it."""
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -128,15 +129,15 @@ def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def verify_strategy(trainer: Trainer, resources: Resources) -> None:
-    """Raises StageFailed(bug) unless the strategy that was asked for is the one which is about to train."""
+    """Raises StageFailed(bug) unless the configured strategy is the one that is about to train."""
     wanted, found = resources.strategy, detect_strategy(trainer)
     if found != (wanted if resources.world_size > 1 or wanted != "ddp" else "one process"):
-        raise StageFailed("bug", f"resources.strategy: {wanted} was asked for, but what trains is {found}", "tell us, with the log")
+        raise StageFailed("bug", f"resources.strategy: found {found}, expected {wanted}", "please report this, with the log")
     print(f"{found} trains, over {processes(resources.world_size)}" if found != "one process" else "one process trains", flush=True)
 
 
 def detect_strategy(trainer: Trainer) -> str:
-    """The strategy that trains, by what has become of model and optimizer."""
+    """Return the strategy that trains, judged by the types of model and optimizer."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
@@ -154,11 +155,11 @@ def detect_strategy(trainer: Trainer) -> str:
         return f"zero{level}" if split and gradients else f"DeepSpeed at stage {level} that splits nothing"
     if isinstance(wrapped, FSDPModule):
         names = set(trainer.model._no_split_modules or ())
-        # Each sharded module has got a class of its own, `FSDPLlamaDecoderLayer`, made of the one that it had.
+        # FSDP gives each sharded module a new class, `FSDPLlamaDecoderLayer`, derived from the original one.
         layers = [module for module in wrapped.modules() if names & {each.__name__ for each in type(module).__mro__}]
         sharded = all(isinstance(p, torch.distributed.tensor.DTensor) for p in wrapped.parameters())
         return "fsdp" if layers and sharded and all(isinstance(layer, FSDPModule) for layer in layers) else "FSDP that wraps no layers"
     if isinstance(wrapped, DistributedDataParallel):
         return "ddp"
     devices = set(getattr(trainer.model, "hf_device_map", {}).values())
-    return "device_map" if len(devices) > 1 else "one process" if world == 1 else f"{world} processes that know nothing of each other"
+    return "device_map" if len(devices) > 1 else "one process" if world == 1 else f"{world} independent processes"

@@ -192,7 +192,7 @@ def test_other_resources_go_on_or_are_refused_before_anything_starts(pico: Proje
     assert pico.json("plan", "pico", *other)["stages"][2]["resumes_from_step"] == 5
     done = pico.tuneline("run", "pico", "--verbose", *other)
     assert "sft: started (sft, resumes from step 5)" in done.stderr
-    assert "checkpoint-5 is of zero2 over 2 processes: it is put together for zero1 over 1 process" in done.stderr
+    assert "checkpoint-5 has the layout zero2 over 2 processes: it is converted to zero1 over 1 process" in done.stderr
 
 
 SRUN = """\
@@ -267,9 +267,9 @@ def test_a_machine_that_does_not_come_ends_the_stage(pico: Project) -> None:
     done = pico.tuneline("run", "pico", "--set", "sft.seed=7", status=1, TUNELINE_NODE_ADDRESS="127.0.0.1")
     assert "waits at 127.0.0.1:" in done.stderr
     command = f"`tuneline node pico --file {pico.root}/pipelines.yaml --set sft.seed=7 --rank 1`"  # the flags are the run's
-    assert f"for 1 more: there {command}\n" in done.stderr
+    assert f"for 1 more: run {command} there\n" in done.stderr
     assert "transient: not all of 2 machines met within 4 s" in done.stderr
-    assert f"is {command} at work, with this store?" in done.stderr
+    assert f"run {command} there, with this store" in done.stderr
     assert "Traceback" not in done.stderr
 
 

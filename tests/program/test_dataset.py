@@ -96,7 +96,7 @@ def test_what_counts_as_a_duplicate_is_a_field(tmp_path: Path) -> None:
     answers = {by: [row.answer for row in build_rows(tmp_path, records, dedup=by).rows()] for by in ("content", "prompt", "none")}
     assert answers == {"content": list("012345"), "prompt": list("012"), "none": list("012345") * 2}
     warned = build_rows(tmp_path, records, dedup="prompt").warnings()
-    assert warned[0].startswith("3 prompts have differing answers, the first at ")
+    assert warned[0].startswith("3 prompts have different answers, the first at ")
 
 
 def test_forms_of_unicode_are_one_question_for_the_split(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_rows_with_one_prompt_stay_together(tmp_path: Path) -> None:
     assert all(groups.values())
     assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == 40
     assert run.result.metrics["rows_train"] + run.result.metrics["rows_validation"] + run.result.metrics["rows_test"] == 200
-    assert any("40 prompts have differing answers, the first at " in warning for warning in run.warnings())
+    assert any("40 prompts have different answers, the first at " in warning for warning in run.warnings())
     assert [int(row.completion or "") for row in run.rows()] == sorted(int(row.completion or "") for row in run.rows())
 
 
@@ -267,7 +267,7 @@ def test_token_counts_are_those_of_the_training(tokenizer: Any) -> None:
         Row("s", text="plain text, 12345"),
         Row("s", prompt="2 + 2 = ", completion="4"),
         Row("s", messages=(USER, ASSISTANT)),
-        Row("s", text="ends by itself<|im_end|>"),
+        Row("s", text="already ends<|im_end|>"),
         Row("s", prompt="2 + 2 = ", answer="4"),
         Row("s", messages=(USER, ASSISTANT, USER), answer="4"),
     ]
@@ -395,7 +395,7 @@ def test_a_split_of_few_rows_is_warned_of(tmp_path: Path) -> None:
     run = build_rows(tmp_path, sums(40), split={"test": 0.1, "validation": 0.5})
     assert 0 < len(run.rows("test")) < 10 <= len(run.rows("validation"))
     assert run.warnings() == [
-        f"the test split has {len(run.rows('test'))} of 40 rows: figures of so few say little; add rows, or raise split.test"
+        f"the test split has {len(run.rows('test'))} of 40 rows: too few for reliable figures; add rows, or raise split.test"
     ]
 
 

@@ -66,7 +66,7 @@ BAD_ROWS = [
         '{"prompt": "a", "extra": {"id": 3}}\n',
         r"d\.jsonl:1: extra: found id, expected names other than prompts, completions, id,",
     ),
-    ("d.jsonl", '{"prompt": "a", "tests": NaN}\n', r"d\.jsonl:1: extra, tests: found what JSON cannot hold \(Out of range float"),
+    ("d.jsonl", '{"prompt": "a", "tests": NaN}\n', r"d\.jsonl:1: extra, tests: found a value that JSON cannot hold \(Out of range float"),
     ("d.jsonl", '{"prompt": "a", "tests": "\\ud800"}\n', r"d\.jsonl:1: extra, tests: found half a surrogate pair \('\\ud800'\)"),
     (
         "d.jsonl",
@@ -115,7 +115,7 @@ BAD_ROWS = [
     ("d.csv", 'prompt,completion\n"a\nb",c\nd,\n', r"d\.csv:4: found no completion \(columns: prompt\)"),
     ("d.csv", 'prompt,completion\na,"b" c\n', r"d\.csv:2: found no CSV"),
     ("d.csv", "", r"d\.csv:1: found no header"),
-    ("d.csv", "prompt;completion\na;b\n", r"d\.csv:1: found one column, 'prompt;completion', expected columns set apart by commas"),
+    ("d.csv", "prompt;completion\na;b\n", r"d\.csv:1: found one column, 'prompt;completion', expected columns separated by commas"),
     ("d.json", '[{"text": "a"}, {"prompt": 3}]', r"d\.json:1 \(row 2\): found "),
     ("d.csv", "prompt,prompt,completion\na,b,c\n", r"d\.csv:1: found the column prompt twice, expected once"),
     ("d.parquet", "no parquet", r"d\.parquet: found no parquet"),
@@ -128,11 +128,11 @@ BAD_ROWS = [
     ("d.json", '[{"text": "a"}],\n\n{"text": "b"}\n', r"d\.json:1: found ',"),
     ("d.json", '[\n{"text": "a"},\n{"id": ' + 5000 * "9" + "}]", r"d\.json:3: found no JSON \(Exceeds the limit"),
     ("d.json", '[{"text": "a"},\n' + 5000 * "[" + 5000 * "]" + "]", r"d\.json:2: found no JSON \(maximum recursion"),
-    ("d.json", '[{"text": "a", "text": "b"}]', r"d\.json:1: found no JSON \(the key 'text' stands twice in one object"),
+    ("d.json", '[{"text": "a", "text": "b"}]', r"d\.json:1: found no JSON \(the key 'text' is twice in one object"),
     (
         "d.jsonl",
         GOOD + '{"prompt": "a", "completion": "b", "completion": "c"}\n',
-        r"d\.jsonl:2: found no JSON \(the key 'completion' stands twice",
+        r"d\.jsonl:2: found no JSON \(the key 'completion' is twice",
     ),
     ("d.jsonl", GOOD + '{"prompt": "a", "completion": "b", "n": ' + 5000 * "9" + "}\n", r"d\.jsonl:2: found no JSON \(Exceeds the limit"),
     (
@@ -191,7 +191,11 @@ BAD_ROWS = [
         asked('"tool_calls": [{"name": "f", "arguments": {"\\udfff": 1}}]'),
         r"messages\[1\]\.tool_calls: found half a surrogate pair",
     ),
-    ("d.jsonl", asked('"tool_calls": [{"name": "f", "arguments": {"a": NaN}}]'), r"messages\[1\]\.tool_calls: found what JSON cannot hold"),
+    (
+        "d.jsonl",
+        asked('"tool_calls": [{"name": "f", "arguments": {"a": NaN}}]'),
+        r"messages\[1\]\.tool_calls: found a value that JSON cannot hold",
+    ),
     ("d.jsonl", asked('"content": "b"', '"tools": [{"name": "\\ud800"}]'), r"d\.jsonl:1: tools: found half a surrogate pair"),
     ("d.jsonl", asked('"content": "b"', '"tools": ["search"]'), r"d\.jsonl:1: tools\[0\]: found text that is no JSON"),
     ("d.jsonl", asked('"content": "b"', '"tools": 3'), r"d\.jsonl:1: tools: found int 3, expected a list of JSON schemas"),
@@ -284,7 +288,7 @@ def test_columnar_files_name_what_cannot_be_read(tmp_path: Path) -> None:
         list(file_records(tmp_path / "e.parquet"))
     calls = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"day": datetime.date(2024, 1, 1)}}]}]
     write_file(tmp_path / "f.parquet", [{"messages": [{"role": "user", "content": "a"}, *calls]}])
-    with pytest.raises(StageFailed, match=r"f\.parquet: row 1: messages\[1\]\.tool_calls: found what JSON cannot hold"):
+    with pytest.raises(StageFailed, match=r"f\.parquet: row 1: messages\[1\]\.tool_calls: found a value that JSON cannot hold"):
         build(tmp_path, [{"type": "files", "path": "f.parquet"}])
 
 
@@ -357,9 +361,9 @@ def test_dropping_bad_rows_excuses_no_broken_file(tmp_path: Path) -> None:
         return failure.value.message
 
     packed = gzip.compress(GOOD.encode() * 1000)
-    assert "data.jsonl.gz: found no whole gzip file" in refused("data.jsonl.gz", packed[:-20])
-    assert "data.jsonl.gz: found no whole gzip file" in refused("data.jsonl.gz", packed[:20] + b"nothing" + packed[27:])
-    assert "data.jsonl.gz: found no whole gzip file" in refused("data.jsonl.gz", GOOD.encode())
+    assert "data.jsonl.gz: found no complete gzip file" in refused("data.jsonl.gz", packed[:-20])
+    assert "data.jsonl.gz: found no complete gzip file" in refused("data.jsonl.gz", packed[:20] + b"nothing" + packed[27:])
+    assert "data.jsonl.gz: found no complete gzip file" in refused("data.jsonl.gz", GOOD.encode())
     assert "found columns prompt, completion, but sources.0.columns names qestion" in refused(
         "c.jsonl", GOOD.encode(), columns={"prompt": "qestion"}
     )

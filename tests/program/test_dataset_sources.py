@@ -291,7 +291,7 @@ def test_system_prompt(tmp_path: Path) -> None:
     assert [row.messages[0]["content"] for row in run.rows() if row.messages] == ["Be brief.", "Be kind."]
     assert len({row.group for row in run.rows()}) == 1
     run = build_rows(tmp_path, [{"text": "plain"}], system="Be brief.")
-    assert run.warnings() == ["the system prompt is for conversations: 1 rows of another format go without"]
+    assert run.warnings() == ["the system prompt is only for conversations: 1 rows of other formats do not get it"]
 
 
 # --- generator and hub ------------------------------------------------------------------------------------------------

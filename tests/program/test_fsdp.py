@@ -95,12 +95,12 @@ def test_the_best_weights_may_be_those_of_the_last_step(tmp_path: Path, base: In
 
 
 def test_fsdp_on_a_cpu_is_found_out(tmp_path: Path, base: Input) -> None:
-    """`validate` refuses it; should it come through all the same, accelerate would train plain DDP."""
+    """`validate` refuses it; if it came through nevertheless, accelerate would train plain DDP."""
     request = request_for(tmp_path, base, resources={"processes": 2, "strategy": "fsdp"})
     assert start(request, 2).wait(timeout=PATIENCE) == 1
     said = failure(request)
     assert said.failure_class == "bug"
-    assert "resources.strategy: fsdp was asked for, but what trains is ddp" in said.message
+    assert "resources.strategy: found ddp, expected fsdp" in said.message
 
 
 def test_fsdp_is_configured_by_decoder_layer(tmp_path: Path, base: Input) -> None:

@@ -66,8 +66,8 @@ sys.exit(launch.main())
 
 @pytest.mark.slow
 def test_a_machine_whose_processes_have_ended_is_not_ended_by_itself(tmp_path: Path) -> None:
-    """It had sent itself the SIGTERM that is for processes which wait for a dead one, while it asked what the others say, and told
-    neither of them."""
+    """While it waited for the others' failures it sent itself the SIGTERM for processes that wait for a dead one, and reported
+    neither failure."""
     fields = {"kind": "sft", "model": "base", "dataset": "data", "resources": {"processes": 1, "nodes": 2}}
     request = make_request(tmp_path, fields, {}, join="tuneline node p")
     (request.work / RANKS).mkdir()

@@ -306,7 +306,7 @@ def test_the_check_sees_a_wrong_scale_of_a_weak_adapter(base: Path, tmp_path: Pa
     run_program(double)
     edit_json(adapter.path / "adapter_config.json", lora_alpha=8)
     for wrong in (double.payload, base):
-        with pytest.raises(StageFailed, match="away from base") as error:
+        with pytest.raises(StageFailed, match="from base") as error:
             merge.check_logits(adapter, Input(path=wrong, digest="m", type="Model"), tokenizer(), dtype)
         assert error.value.failure_class == failure
 

@@ -197,11 +197,11 @@ def test_the_saved_model_is_checked(tmp_path: Path, base: Input) -> None:
     good = {name: tensor + 1 for name, tensor in load_file(base.path / "model.safetensors").items()}
     norm = "model.norm.weight"
     faults = {
-        "bug: model.safetensors of the model was saved with 1 tensors more or less, the first model.norm.weight": {
+        "bug: model.safetensors of the model has 1 missing or additional tensors, the first model.norm.weight": {
             name: tensor for name, tensor in good.items() if name != norm
         },
-        "bug: model.norm.weight of the model was saved as torch.bfloat16 .64., in the base it is torch.float32": good | {norm: good[norm].bfloat16()},
-        "bug: model.norm.weight of the model was saved as torch.float32 .63., in": good | {norm: good[norm][1:].clone()},
+        "bug: model.norm.weight of the model: found torch.bfloat16 .64., expected torch.float32": good | {norm: good[norm].bfloat16()},
+        "bug: model.norm.weight of the model: found torch.float32 .63., expected": good | {norm: good[norm][1:].clone()},
         "data: model.norm.weight of the model is not finite": good | {norm: good[norm] * float("nan")},
         "data: the training changed nothing": load_file(base.path / "model.safetensors"),
         "": good,
@@ -218,7 +218,7 @@ def test_the_saved_model_is_checked(tmp_path: Path, base: Input) -> None:
 
 
 def test_a_training_that_changes_nothing_is_no_model(tmp_path: Path, base: Input) -> None:
-    with pytest.raises(StageFailed, match="every weight is as it was before"):
+    with pytest.raises(StageFailed, match="every weight has its initial value"):
         run_program(request_for(tmp_path, base, method="full", learning_rate=1e-300))
 
 
@@ -242,7 +242,7 @@ def test_weights_that_a_checkpoint_would_not_bring_back_are_refused(tmp_path: Pa
     renamed = base.model_copy(update={"path": folder})
     loaded = load_model(base, torch.float32)
     methods.check_names(loaded, base)
-    message = r"found 21 weights that transformers holds under names of its own, the first lm_head.weight"
+    message = r"found 21 weights that transformers renames, the first lm_head.weight"
     with pytest.raises(StageFailed, match=message) as caught:
         methods.check_names(loaded, renamed)
     assert caught.value.failure_class == "config"

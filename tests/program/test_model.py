@@ -220,11 +220,11 @@ def larger_vocabulary(folder: Path) -> None:
     ("spoil", "message"),
     [
         (pickled, r"has no model\.safetensors, found pytorch_model.bin"),
-        (cut, r"model.safetensors has \d+ bytes, its header tells of \d+"),
-        (not_safetensors, r"model.safetensors is no safetensors file, or is cut"),
-        (shard_missing, r"index.json names model-00002-of-00002.safetensors, which is not there"),
+        (cut, r"model.safetensors: found \d+ bytes, expected \d+"),
+        (not_safetensors, r"model.safetensors is no safetensors file, or is truncated"),
+        (shard_missing, r"index.json names model-00002-of-00002.safetensors, found no such file"),
         (index_missing, r"found model-00001-of-00002.safetensors, model-00002-of-00002.safetensors without"),
-        (index_wrong, r"2 tensors are not where .* says: model.ghost is in no file, told model-00001"),
+        (index_wrong, r"2 tensors do not match .*: found model.ghost in no file, expected in model-00001"),
         (tensor_missing, r"lack model.layers.0.self_attn.q_proj.weight"),
         (edit("config.json", intermediate_size=99), r"does not load: .*size"),
         (edit("config.json", model_type="of-the-future"), r"config.json .* does not load: .*of-the-future"),
@@ -362,8 +362,8 @@ def save_pico_gguf(file: Path) -> Any:
     import numpy as np
     from gguf import GGUFWriter
 
-    words = tokenizer(whole=True)
-    model = json.loads(words.backend_tokenizer.to_str())["model"]
+    source = tokenizer(whole=True)
+    model = json.loads(source.backend_tokenizer.to_str())["model"]
     vocabulary, width, heads, kv_heads, inner = 1000, 64, 4, 2, 128
     tokens = sorted(model["vocab"], key=model["vocab"].get)[:vocabulary]
     known = set(tokens)
@@ -372,13 +372,13 @@ def save_pico_gguf(file: Path) -> Any:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in words.all_special_tokens else 1 for token in tokens])
+    writer.add_token_types([3 if token in source.all_special_tokens else 1 for token in tokens])
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(words.bos_token_id)
-    writer.add_eos_token_id(words.eos_token_id)
-    writer.add_unk_token_id(words.unk_token_id)
-    writer.add_pad_token_id(words.pad_token_id)
-    writer.add_chat_template(words.chat_template)
+    writer.add_bos_token_id(source.bos_token_id)
+    writer.add_eos_token_id(source.eos_token_id)
+    writer.add_unk_token_id(source.unk_token_id)
+    writer.add_pad_token_id(source.pad_token_id)
+    writer.add_chat_template(source.chat_template)
     writer.add_context_length(2048)
     writer.add_embedding_length(width)
     writer.add_block_count(2)

@@ -92,6 +92,6 @@ def test_a_package_that_is_missed_after_all_is_named(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [
         "bug",
         "ModuleNotFoundError: import of gptqmodel halted; None in sys.modules",
-        f"the log has the whole traceback; tasks/packages.py hides {', '.join(LARGE)} from this stage",
+        f"see the log for the traceback; tasks/packages.py hides {', '.join(LARGE)} from this stage",
     ]
     assert "ModuleNotFoundError: import of deepspeed halted" in done.stderr

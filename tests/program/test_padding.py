@@ -37,6 +37,6 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path, model_type: str) -> 
         _, events = run_program(request)
         samples = [json.loads(line) for line in (request.meta / "samples.jsonl").read_text().split("\n") if line]
         answers.append([(sample["id"], sample["answer"]) for sample in samples])
-        told = [event["message"] for event in events if event["type"] == "warning"]
-        assert any("one by one" in message for message in told) == (model_type == "rwkv")
+        messages = [event["message"] for event in events if event["type"] == "warning"]
+        assert any("one by one" in message for message in messages) == (model_type == "rwkv")
     assert answers[0] == answers[1]

@@ -250,7 +250,7 @@ def test_rows_are_drawn_with_the_seed_and_cut(tmp_path: Path, base: Path) -> Non
     assert {len(row) for row in drawn(max_length=9)} == {9}
     assert len(drawn(samples=100)) == len(TRAIN)
     (warning,) = (tmp_path / "events.jsonl").read_text().splitlines()  # none before
-    assert json.loads(warning)["message"] == "data has 40 rows to calibrate with, fewer than samples: 100"
+    assert json.loads(warning)["message"] == "data has only 40 rows for calibration, fewer than samples: 100"
 
 
 def test_short_rows_calibrate_too(tmp_path: Path, base: Path) -> None:
@@ -274,14 +274,14 @@ def test_measures_on_rows_held_out(tmp_path: Path, base: Path) -> None:
 
 
 def test_refuses_a_group_size_that_does_not_divide(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(StageFailed, match=r"group_size 128 does not divide 64, the width of model\.layers\.0\.") as failure:
+    with pytest.raises(StageFailed, match=r"group_size: found 128, which does not divide 64, the width of model\.layers\.0\.") as failure:
         run_program(request_for(tmp_path, base, group_size=128))
     assert failure.value.failure_class == "config"
-    assert failure.value.hint == "expected for this model: -1, 16, 32, 64"
+    assert failure.value.hint == "this model allows -1, 16, 32, 64"
 
 
 def test_refuses_a_quantized_model(tmp_path: Path, done: Done) -> None:
-    with pytest.raises(StageFailed, match="quantized already, by gptq") as failure:
+    with pytest.raises(StageFailed, match="already quantized, by gptq") as failure:
         run_program(request_for(tmp_path, done.request.payload))
     assert failure.value.failure_class == "config"
 
@@ -313,10 +313,10 @@ def test_named_templates_are_kept(tmp_path: Path, base: Path, done: Done, monkey
 
 def test_stops_full_precision(tmp_path: Path, base: Path, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, base)
-    with pytest.raises(StageFailed, match=r"config.json of the quantized model says \{'quant_method': None"):
+    with pytest.raises(StageFailed, match=r"config.json of the quantized model: found \{'quant_method': None"):
         run_program(request_for(tmp_path / "a", base))
     plant(monkeypatch, base, lambda folder: shutil.copyfile(done.request.payload / "config.json", folder / "config.json") and None)
-    with pytest.raises(StageFailed, match="14 of 14 layers are not quantized, first model.layers.0.mlp.down_proj"):
+    with pytest.raises(StageFailed, match="14 of 14 layers are not quantized, the first model.layers.0.mlp.down_proj"):
         run_program(request_for(tmp_path / "b", base))
 
 
@@ -340,21 +340,21 @@ def noise(tensors: dict[str, Any]) -> None:
     tensors[name] = torch.randint(-(2**31), 2**31 - 1, tensors[name].shape, generator=torch.Generator().manual_seed(0)).int()
 
 
-NOT_WHAT_IT_WAS = "was quantized to is not what it was"
+NOT_WHAT_IT_WAS = "between quantized and original weights"
 FAULTS: list[tuple[str, Callable[[dict[str, Any]], Any], str, str]] = [
-    ("one-dense", one_dense, "bug", f"1 of 14 layers are not quantized, first {DOWN}"),
-    ("untied", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}), "bug", "the quantized model takes"),
+    ("one-dense", one_dense, "bug", f"1 of 14 layers are not quantized, the first {DOWN}"),
+    ("untied", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}), "bug", "the quantized model: found"),
     (
         "8bits",
         lambda t: t.update({f"{DOWN}.qweight": torch.zeros(32, 64, dtype=torch.int32)}),
         "bug",
-        f"{DOWN} takes 8192 bytes, in 4 bits",
+        f"{DOWN}: found 8192 bytes, expected 4096 in 4 bits",
     ),
     ("no-norm", lambda t: t.pop("model.norm.weight"), "data", "1 tensors, first model.norm.weight"),
     ("scrambled", scrambled, "data", "perplexity rose from"),
-    ("noise", noise, "bug", rf"what model\.layers\.1\.self_attn\.v_proj {NOT_WHAT_IT_WAS}"),
-    ("zero-scales", lambda t: t[f"{DOWN}.scales"].zero_(), "bug", f"what {DOWN} {NOT_WHAT_IT_WAS}"),
-    ("nan", lambda t: t[f"{DOWN}.scales"].fill_(torch.nan), "bug", "the cosine of the two is nan"),
+    ("noise", noise, "bug", rf"model\.layers\.1\.self_attn\.v_proj: found a cosine of \S+ {NOT_WHAT_IT_WAS}"),
+    ("zero-scales", lambda t: t[f"{DOWN}.scales"].zero_(), "bug", rf"{DOWN}: found a cosine of \S+ {NOT_WHAT_IT_WAS}"),
+    ("nan", lambda t: t[f"{DOWN}.scales"].fill_(torch.nan), "bug", "found a cosine of nan"),
 ]
 
 
@@ -374,7 +374,7 @@ def test_stops_calibration_on_less(tmp_path: Path, base: Path, monkeypatch: pyte
 
     real = BaseQModel.quantize
     monkeypatch.setattr(BaseQModel, "quantize", lambda self, rows, **options: real(self, rows[:-1], **options))
-    with pytest.raises(StageFailed, match=r"gptqmodel calibrated on \d+ tokens, but was given \d+"):
+    with pytest.raises(StageFailed, match=r"calibration: found \d+ tokens in gptqmodel's log, expected \d+"):
         run_program(request_for(tmp_path, base))
 
 
@@ -398,7 +398,7 @@ def test_stops_what_transformers_reads_otherwise(tmp_path: Path, base: Path, don
     plant(monkeypatch, done.request.payload)
     real = gptq.decode
     monkeypatch.setattr(gptq, "decode", lambda *t, zeros_less_one, **packed: real(*t, zeros_less_one=not zeros_less_one, **packed))
-    with pytest.raises(StageFailed, match="logits, as transformers loads it, differ") as failure:
+    with pytest.raises(StageFailed, match="logits of the quantized model in transformers differ") as failure:
         run_program(request_for(tmp_path, base, max_perplexity_ratio=1e9))
     assert failure.value.failure_class == "bug"
 
@@ -411,4 +411,4 @@ def test_names_layers_rounded_to_nearest(tmp_path: Path, base: Path, done: Done,
     result, events = run_program(request_for(tmp_path, base))
     assert result.info["rounded_to_nearest"] == 2
     warnings = [event["message"] for event in events if event["type"] == "warning"]
-    assert warnings == ["2 layers saw too few tokens and are rounded to nearest, first 0.mlp.down_proj"]
+    assert warnings == ["2 layers saw too few tokens and are rounded to nearest, the first 0.mlp.down_proj"]

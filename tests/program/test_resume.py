@@ -122,7 +122,7 @@ def test_no_damaged_checkpoint_is_resumed_from(tmp_path: Path, stopped: Request)
         found = checkpoints.newest_checkpoint(arguments, request, request.stage().resources, Events(request.work / "events.jsonl"))
         assert found == request.work / "checkpoints" / "checkpoint-2"
         assert names(request) == ["checkpoint-2"]
-        assert warnings(request) == [f"checkpoint-4 {message}: it is not used"]
+        assert warnings(request) == [f"checkpoint-4 {message}: it is deleted"]
 
 
 def test_from_the_checkpoint_before_it_ends_bit_for_bit_the_same(tmp_path: Path, base: Input, stopped: Request) -> None:
@@ -148,6 +148,6 @@ def test_a_lost_best_adapter_is_not_replaced_by_the_last(tmp_path: Path, base: I
     (killed.work / "checkpoints" / lost / "adapter_model.safetensors").unlink()
     result, _ = run_program(killed)
     assert warnings(killed)[0].startswith(f"{lost} is damaged (adapter_model.safetensors has no bytes instead of")
-    assert warnings(killed)[1:] == [f"{newest} needs the best adapter so far, that of {lost}, which is gone: it is not used"]
+    assert warnings(killed)[1:] == [f"{newest} needs the best adapter so far, that of {lost}, which is gone: it is deleted"]
     assert result.metrics == expected.metrics
     assert payload_digest(killed) == payload_digest(whole)

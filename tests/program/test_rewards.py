@@ -262,19 +262,19 @@ HEAD = "def score(prompts, completions, **columns):\n    "
 BAD_VALUES = {
     "nan": (
         "return [0.0, float('nan')]",
-        "reward `score` gave nan, expected a number from -1e+06 to 1e+06, for the completion of row row-1:",
+        "reward `score` returned nan, expected a number from -1e+06 to 1e+06, for completion of row row-1:",
     ),
-    "too large": ("return [0.0, 1e38]", "gave 1e+38, expected a number from -1e+06 to 1e+06"),
+    "too large": ("return [0.0, 1e38]", "returned 1e+38, expected a number from -1e+06 to 1e+06"),
     "an interrupt of its own": ("raise KeyboardInterrupt", "reward `score` KeyboardInterrupt:  (FILE:2)"),
-    "infinite": ("return [0.0, float('inf')]", "gave inf, expected a number from"),
-    "none in it": ("return [0.0, None]", "gave None, expected a number from"),
-    "text": ("return ['0', '1']", "gave '0', expected a number from"),
-    "complex": ("return [0, 1j]", "gave 1j, expected a number from"),
-    "too few": ("return [0.0]", "gave a list of 1, expected a list of 2 numbers, one for each completion"),
-    "too many": ("return [0.0] * 3", "gave a list of 3, expected a list of 2 numbers"),
-    "nothing": ("pass", "gave NoneType, expected a list of 2 numbers"),
-    "a number": ("return 1.0", "gave float, expected a list of 2 numbers"),
-    "no list": ("return (1.0 for _ in prompts)", "gave generator, expected a list of 2 numbers"),
+    "infinite": ("return [0.0, float('inf')]", "returned inf, expected a number from"),
+    "none in it": ("return [0.0, None]", "returned None, expected a number from"),
+    "text": ("return ['0', '1']", "returned '0', expected a number from"),
+    "complex": ("return [0, 1j]", "returned 1j, expected a number from"),
+    "too few": ("return [0.0]", "returned a list of 1, expected a list of 2 numbers, one for each completion"),
+    "too many": ("return [0.0] * 3", "returned a list of 3, expected a list of 2 numbers"),
+    "nothing": ("pass", "returned NoneType, expected a list of 2 numbers"),
+    "a number": ("return 1.0", "returned float, expected a list of 2 numbers"),
+    "no list": ("return (1.0 for _ in prompts)", "returned generator, expected a list of 2 numbers"),
     "raises": (
         "return [len(completions) / 0, 0]",
         "ZeroDivisionError: division by zero (FILE:2), on 2 completions, the first of row row-1:",
@@ -299,7 +299,7 @@ def test_bad_values_end_the_stage_with_the_sample(tmp_path: Path, case: str) -> 
     assert message.replace("FILE", str(file)) in failure.value.message
     sample = "second" if case in ("nan", "too large", "infinite", "none in it", "complex") else "first"
     assert failure.value.message.endswith(f"\n  prompt: '2 + 2?'\n  completion: '{sample}'\n  answer: '4'")
-    assert failure.value.hint == "a reward must take whatever a model writes: mend mine.py"
+    assert failure.value.hint == "a reward must accept any text that a model writes: fix mine.py"
     assert ("Traceback" in failure.value.details) == ("FILE" in message)
 
 
@@ -317,7 +317,7 @@ BAD_FILES = {
         "FILE: found no function `score`, expected scores",
         "did you mean `scores`?",
     ),
-    "none": ("from math import sqrt\nx = 1", "FILE: found no function `score`, expected none (there is none)", SIGNATURE),
+    "none": ("from math import sqrt\nx = 1", "FILE: found no function `score`, expected a file that defines one", SIGNATURE),
     "value": ("score = 1", "FILE: found `score` as int, expected a function", SIGNATURE),
     "no columns": (
         "\ndef score(prompts, completions): ...",
@@ -343,7 +343,7 @@ BAD_FILES = {
     "imports": (
         "import my_helpers",
         "FILE:1: the file does not load: ModuleNotFoundError: No module named 'my_helpers'",
-        "it can import what its stage's runtime holds, and no files beside it: only its own content is in the key",
+        "it can import what its stage's runtime holds, but no files beside it: only its own content is in the key",
     ),
 }
 
@@ -499,6 +499,6 @@ def brevity(prompts, completions, level, **columns):
     failure = json.loads((bad.work / "failure.json").read_text())
     assert failure["class"] == "data"
     assert failure["message"].startswith(
-        "reward `brevity` gave a list of 7, expected a list of 8 numbers, one for each completion, the first of row row"
+        "reward `brevity` returned a list of 7, expected a list of 8 numbers, one for each completion, the first of row row"
     )
     assert "\n  prompt: '" in failure["message"]

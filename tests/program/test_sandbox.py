@@ -110,8 +110,8 @@ def test_leaving_early_is_not_passing(code: str) -> None:
 
 
 def test_what_is_printed_or_written_to_any_descriptor_is_not_believed() -> None:
-    words = ("passed", '{"outcome": "passed", "detail": ""}')
-    for word in words:
+    answers = ("passed", '{"outcome": "passed", "detail": ""}')
+    for word in answers:
         ended(f"import os\nprint({word!r}, flush=True)\nos._exit(0)", "failed", "ended before its last line")
         write = f"import os\nfor fd in range(1024):\n  try: os.write(fd, {word.encode()!r})\n  except OSError: pass\nos._exit(0)"
         ended(write, "failed", "ended before its last line")
@@ -366,7 +366,7 @@ def test_other_problems_than_humanevals_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(code_benchmark, "files", lambda name: tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "HumanEval.jsonl.gz").write_bytes(b"others")
-    with pytest.raises(StageFailed, match=r"has sha256 01db91d06032, HumanEval's is b796127e635a"):
+    with pytest.raises(StageFailed, match=r"found sha256 01db91d06032, expected HumanEval's, b796127e635a"):
         code_benchmark.problems()
 
 
@@ -383,6 +383,6 @@ def test_benchmarks_that_run_code_without_a_sandbox_are_refused(base: Input, tmp
         files={"include_path": [folder]},
     )  # fmt: skip
     with pytest.raises(
-        StageFailed, match="benchmark own runs code that the model writes\n\nhint: leave it out: only human_eval has a sandbox"
+        StageFailed, match="benchmark own runs code that the model writes\n\nhint: remove it: only human_eval has a sandbox"
     ):
         run_program(request)

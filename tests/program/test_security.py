@@ -38,7 +38,7 @@ CHATS = [
 
 
 class Trap:
-    """Whoever unpickles it writes a file."""
+    """Unpickling it writes a file."""
 
     def __init__(self, sign: Path):
         self.sign = sign
@@ -76,8 +76,8 @@ def edit(file: Path, **fields: Any) -> None:
 # --- pickles ----------------------------------------------------------------------------------------------------------
 
 ONLY_PICKLES = (
-    "folder model, by reference has no model.safetensors, found {name}\n\nhint: pickled weights can run code when they are read and are "
-    "refused: save the model with safetensors, or take a revision that has them"
+    "folder model, by reference has no model.safetensors, found {name}\n\nhint: reading pickled weights can run code, so they are "
+    "refused: save the model with safetensors, or use a revision that has them"
 )
 
 
@@ -105,7 +105,7 @@ def test_pickles_beside_safetensors_are_no_part_of_the_model(copy: Path, tmp_pat
 
 def test_a_pickle_under_the_name_of_safetensors(copy: Path, tmp_path: Path, sign: Path) -> None:
     (copy / "model.safetensors").write_bytes(pickle.dumps(Trap(sign)))
-    with pytest.raises(StageFailed, match="model.safetensors is no safetensors file, or is cut\n\nhint: fetch it again"):
+    with pytest.raises(StageFailed, match="model.safetensors is no safetensors file, or is truncated\n\nhint: fetch it again"):
         fetch(tmp_path / "run", copy)
     assert not sign.exists()
 
@@ -279,7 +279,7 @@ def own(copy: Path) -> Path:
     return copy
 
 
-TRUST = "if you trust who wrote it, set `trust_remote_code: true` in the model's stage; else take a model without"
+TRUST = "if you trust its author, set `trust_remote_code: true` in the model's stage; else use a model without own code"
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -292,7 +292,7 @@ def test_code_of_a_models_own_is_refused_without_the_field(file: str, own: Path,
         edit(own / file, auto_map={"AutoTokenizer": [None, named]})
     with pytest.raises(StageFailed) as failure:
         fetch(tmp_path / "run", own)
-    message = f"{file} of folder model, by reference names Python code of its own, {named}, which is not run\n\nhint: {TRUST}"
+    message = f"{file} of folder model, by reference names its own Python code, {named}, which is not run\n\nhint: {TRUST}"
     assert (failure.value.failure_class, str(failure.value)) == ("config", message)
     assert not sign.exists()
 
@@ -308,7 +308,7 @@ def test_code_of_a_hub_model_is_not_even_kept_without_the_field(own: Path, tmp_p
         if trusted:
             run_program(request)
         else:
-            with pytest.raises(StageFailed, match=f"config.json of tests/pico at commit {COMMIT} names Python code of its own"):
+            with pytest.raises(StageFailed, match=f"config.json of tests/pico at commit {COMMIT} names its own Python code"):
                 run_program(request)
         kept.append(sorted(file.name for file in request.payload.glob("*.py")))
     assert kept == [[], ["configuration_own.py", "modeling_own.py"]]
@@ -387,7 +387,7 @@ def test_every_program_runs_a_trusted_models_code(own: Path, tmp_path: Path) -> 
     quantize = make_request(
         tmp_path / "gptq", {"kind": "quantize", "model": "merged", "calibration": "rows"}, {"model": merged, "calibration": rows}
     )
-    with pytest.raises(StageFailed, match=r"the model runs code of its own \(trust_remote_code\), whose layers gptqmodel does not know"):
+    with pytest.raises(StageFailed, match=r"the model runs its own code \(trust_remote_code\), whose layers gptqmodel does not know"):
         run_program(quantize)
 
 
@@ -395,7 +395,7 @@ def test_a_loss_that_is_not_the_models_own_is_noticed(own: Path, tmp_path: Path)
     """TRL knows of logit_scale; what it does not know of must not be trained without."""
     edit(own / "config.json", wave=2.0)
     request, _ = fetch(tmp_path / "model", own, trust_remote_code=True)
-    with pytest.raises(StageFailed, match=r"the loss that would be trained on is \d+\.\d+, that of the model's own logits \d+\.\d+"):
+    with pytest.raises(StageFailed, match=r"found a loss of \d+\.\d+ in training, expected that of the model's logits, \d+\.\d+"):
         run_program(training(tmp_path, Input(path=request.payload, digest="b" * 64, type="Model")))
 
 

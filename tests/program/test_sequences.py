@@ -56,7 +56,7 @@ def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Inp
     monkeypatch.setenv("PATCHES", "alone")
     request = request_for(tmp_path, base, resources={"processes": 2, "sequence_parallel_size": 2})
     assert start(request, 2).wait(timeout=PATIENCE) == 1
-    found = "resources.sequence_parallel_size: found a model whose shared sequences differ"
+    found = "resources.sequence_parallel_size: found log-probabilities that differ"
     for rank in (0, 1):
         said = Failure.read(request.work / RANKS / f"{rank}{FAILURE_SUFFIX}")
         assert (said.failure_class, said.message[: len(found)]) == ("config", found)
@@ -65,9 +65,9 @@ def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Inp
 @pytest.mark.parametrize(
     ("changes", "size", "found"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, 2, "found a model with sliding_attention, expected is full attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 2, "found a model with sliding_attention, expected only full attention"),
         ({"sliding_window": 16}, 2, "found a model with sliding_attention"),
-        ({"num_key_value_heads": None}, 2, "found a model of type llama, which does not say its num_key_value_heads"),
+        ({"num_key_value_heads": None}, 2, "found a model of type llama without num_key_value_heads"),
         ({}, 8, r"found 8, expected for the 4 heads \(2 of keys\): 1, 2, 4"),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_split_checkpoint_is_read_by_another_number_of_processes(
     known = len(steps(killed))
     finish(with_resources(killed, strategy=then, processes=more), 2)
     written, wanted = (checkpoint_layout(*each) for each in (before, after))
-    assert f" is of {written}: it is put together for {wanted}" in (killed.work / "log.txt").read_text()
+    assert f" has the layout {written}: it is converted to {wanted}" in (killed.work / "log.txt").read_text()
     assert steps(killed)[known] == 5
     for of in ("loss", "eval_loss"):
         assert losses(killed, of) == pytest.approx(losses(whole, of), rel=TOLERANCE)
@@ -162,14 +162,14 @@ def test_the_best_adapter_may_be_of_another_number_of_processes(tmp_path: Path, 
     killed = request_for(tmp_path / "killed", base, **TURNING, resources=resources)
     kill_at(killed, best + 3, 2)
     metrics = finish(with_resources(killed, processes=1), 2)
-    assert (killed.work / "log.txt").read_text().count("it is put together for zero2 over 1 process") == 2
+    assert (killed.work / "log.txt").read_text().count("it is converted to zero2 over 1 process") == 2
     assert {name: metrics[name] for name in ("best_step", "steps")} == {name: expected.metrics[name] for name in ("best_step", "steps")}
     assert furthest(whole, killed) < 1e-3
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_is_not_thrown_away(tmp_path: Path, base: Input) -> None:
-    """Read all the same it would end in a wall of text, or worse."""
+    """Reading it anyway would end in a long traceback, or worse."""
     fields = {"resources": {"processes": 1, "strategy": "zero2", "checkpoint_steps": 2}}
     request = request_for(tmp_path, base, **fields)
     kill_at(request, 3, 2)
@@ -197,9 +197,9 @@ def test_a_process_that_hangs_ends_the_training(tmp_path: Path, base: Input) -> 
     assert process.wait(timeout=PATIENCE) == 1
     said = failure(request)
     assert said.failure_class == "transient"
-    assert said.message == "process 0: waited in vain for another process"
+    assert said.message == "process 0: another process did not answer"
     assert "Traceback" in said.details
-    assert "another process of the training has gone, or hangs" in said.hint
+    assert "another process of the training ended or hangs" in said.hint
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_a_sigterm_has_one_more_checkpoint_written(tmp_path: Path, base: Input, 
     (checkpoint,) = (ended.work / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert step in (5, 6)
-    assert f"asked to end: a checkpoint of step {step} was written" in failure(ended).message
+    assert f"stopped by SIGTERM: a checkpoint of step {step} was written" in failure(ended).message
     before = len(steps(ended))
     finish(ended, processes)
     assert steps(ended)[before:] == list(range(step + 1, 13))

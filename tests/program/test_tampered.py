@@ -91,7 +91,7 @@ def test_a_request_for_another_artifact_is_noticed(world: World, tmp_path: Path)
     """The base's folder under the merged model's digest."""
     inputs = world.inputs("quantize")
     inputs["model"] = world.input("model").model_copy(update={"digest": world.input("merge").digest})
-    refused(world.run(tmp_path, "quantize", inputs=inputs), "data: model: /.*: found the artifact with digest .{12}, asked for .{12}")
+    refused(world.run(tmp_path, "quantize", inputs=inputs), "data: model: /.*: found the artifact with digest .{12}, expected .{12}")
 
 
 def test_what_was_only_copied_or_touched_is_used(world: World, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_was_only_copied_or_touched_is_used(world: World, tmp_path: Path) -
 
 @pytest.fixture
 def wrong(world: World, tmp_path: Path) -> Callable[..., Input]:
-    """An artifact as of `kind`, its payload edited before it was published: whole, and wrong all the same."""
+    """An artifact as of `kind`, its payload edited before it was published: complete, but wrong."""
 
     def build(kind: str, edit: Callable[[Path], None]) -> Input:
         built = tmp_path / "built"

@@ -78,7 +78,7 @@ def test_it_goes_on_from_an_adapter_of_experts(mixture: Trial, trained: Request)
     adapter = Input(path=trained.payload, digest="a" * 64, type="Adapter", template=mixture.base.template, base=mixture.base)
     longer = run(mixture, "longer", inputs={"adapter": adapter})
     assert weights(longer).keys() == weights(trained).keys()
-    with pytest.raises(StageFailed, match="found target_modules that mean 18 layers instead of 2"):
+    with pytest.raises(StageFailed, match="found target_modules that match 18 layers instead of 2"):
         run(mixture, "other", inputs={"adapter": adapter}, lora={**LORA, "target_modules": ["o_proj"]})
 
 
@@ -94,15 +94,15 @@ def test_a_killed_training_of_experts_ends_as_an_undisturbed_one(mixture: Trial,
     [
         (
             {"lora": {**LORA, "use_dora": True}},
-            "lora.use_dora: found DoRA, which PEFT does not have for experts",
-            "leave it out, or adapt the other",
+            "lora.use_dora: found DoRA, which PEFT does not support for experts",
+            "remove it, or adapt only the other",
         ),
         (
             {"lora": {**LORA, "lora_dropout": 0.1}},
-            "lora.lora_dropout: found 0.1, which PEFT does not have for experts",
+            "lora.lora_dropout: found 0.1, which PEFT does not support for experts",
             "target_modules: [kv_a_proj",
         ),
-        ({"method": "qlora"}, "method: found qlora, which PEFT does not have for experts", "set `method: lora`"),
+        ({"method": "qlora"}, "method: found qlora, which PEFT does not support for experts", "set `method: lora`"),
         (
             {"lora": {**LORA, "target_modules": ["gate_up_pro"]}},
             "lora.target_modules: found gate_up_pro, expected all-linear or some of",
@@ -135,7 +135,7 @@ def test_the_adapters_form_is_looked_at_before_the_first_step(mixture: Trial, mo
     real = targets.lora_config
     monkeypatch.setattr(targets, "lora_config", lambda lora, found: real(lora.model_copy(update={"r": 2}), found))
     made = request(mixture, "other-rank")
-    with pytest.raises(StageFailed, match="the adapter has r 2, configured was 4"):
+    with pytest.raises(StageFailed, match="the adapter has r 2, expected 4"):
         run_program(made)
     assert not (made.work / "events.jsonl").exists()
 
@@ -153,7 +153,7 @@ def test_what_kernels_read_themselves_is_left_out_and_told() -> None:
 
 def test_what_kernels_read_themselves_is_not_held_in_few_bits() -> None:
     mamba = model("mamba", num_hidden_layers=1, hidden_size=64)
-    with pytest.raises(StageFailed, match="method: found qlora for a model whose kernels read weights by themselves"):
+    with pytest.raises(StageFailed, match="method: found qlora for a model whose kernels read weights directly"):
         targets.adapted(mamba, Lora(), quantized=True)
 
 

@@ -100,7 +100,7 @@ def test_the_dataset_and_sft_refuse_rows_of_which_something_is_left_out(tmp_path
     assert "on_unrendered: drop" in failure.value.hint
     dropped = build_rows(tmp_path, records, model=base, on_unrendered="drop")
     assert (len(dropped.every()), dropped.result.metrics["unrendered"]) == (1, 1)
-    assert "rows of which the chat template leaves something out are dropped" in dropped.warnings()[0]
+    assert "rows of which the chat template leaves out a part are dropped" in dropped.warnings()[0]
     kept = build_rows(tmp_path, records, model=base, on_unrendered="keep")
     assert (len(kept.every()), kept.result.metrics["unrendered"]) == (2, 0)
     assert any("1 of 2 rows are kept although" in warning for warning in kept.warnings())
@@ -112,10 +112,10 @@ def test_the_dataset_and_sft_refuse_rows_of_which_something_is_left_out(tmp_path
         sft.tokenized(request, stage, words(SPEAKERS), "train", events)
     assert len(sft.tokenized(request, stage.model_copy(update={"on_unrendered": "keep"}), words(SPEAKERS), "train", events)[1]) == 2
     assert len(sft.tokenized(request, stage.model_copy(update={"on_unrendered": "drop"}), words(SPEAKERS), "train", events)[1]) == 1
-    assert "1 of 2 rows are dropped, the first because the chat template" in told(tmp_path)[0]
+    assert "1 of 2 rows are dropped, the first because the chat template" in warnings_of(tmp_path)[0]
 
 
-def told(folder: Path) -> list[str]:
+def warnings_of(folder: Path) -> list[str]:
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["message"] for line in lines if line["type"] == "warning"]
 
@@ -157,7 +157,7 @@ def test_evaluate_and_grpo_refuse_rows_of_which_something_is_left_out(tmp_path: 
         assert "on_unrendered" in failure.value.hint
     assert len(asks(on_unrendered="keep")) == 2
     assert [one.id for one in asks(on_unrendered="drop")] == ["other"]
-    assert "1 of 2 rows are dropped" in told(tmp_path)[0]
+    assert "1 of 2 rows are dropped" in warnings_of(tmp_path)[0]
 
 
 def test_an_answer_that_is_not_rendered_is_not_rewarded(tmp_path: Path) -> None:
@@ -191,7 +191,9 @@ def test_an_answer_of_weight_0_is_left_out_where_it_alone_would_be_trained(tmp_p
         return sft.tokenized(request, stage, words(), "train", events)[1]
 
     assert tokenized("some", [silent, one], train_on="completion") == ["one"]
-    assert told(tmp_path) == ["1 of 2 train rows end with an answer of weight 0, row r, say: with `train_on: completion` they are left out"]
+    assert warnings_of(tmp_path) == [
+        "1 of 2 train rows end with an answer of weight 0, for example row r: with `train_on: completion` they are left out"
+    ]
     assert tokenized("earlier", [silent, one], train_on="assistant") == ["r", "one"]
     with pytest.raises(StageFailed, match="1 of 1 train rows end with an answer of weight 0") as failure:
         tokenized("all", [silent], train_on="completion")

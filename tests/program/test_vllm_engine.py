@@ -107,7 +107,7 @@ def test_more_prompts_than_fit_a_batch_with_a_seed_each(engine: Engine) -> None:
 def test_an_adapter_of_layers_that_it_was_not_told_of_is_refused(engine: Engine, model: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(StageFailed, match="the adapter output has weights for lm_head, which the engine was not told of"):
+    with pytest.raises(StageFailed, match="the adapter output: found weights for lm_head, expected only"):
         engine.load("output", tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_scores_are_those_of_transformers(engine: Engine, model: Path, adapters:
 
 
 def test_a_prompt_that_is_too_long_is_refused_not_cut(engine: Engine) -> None:
-    with pytest.raises(StageFailed, match=f"a prompt and its 12 tokens are {ROOM + 4}, but the engine was started for {ROOM}"):
+    with pytest.raises(StageFailed, match=f"found a prompt that takes {ROOM + 4} tokens with its 12 new ones, expected at most {ROOM}"):
         engine.generate([[5] * (ROOM - 8)], model=BASE, **GREEDY)
 
 

@@ -123,13 +123,13 @@ def test_figures_are_those_of_transformers(tmp_path: Path, base: Input, adapter:
 
 @pytest.mark.slow
 def test_answers_end_with_the_text_that_they_are_cut_at(server: Engine, adapter: Input) -> None:
-    words = tokenizer()
+    read = tokenizer()
     server.load("talkative", adapter.path)
-    prompts = [words(f"What is {i}?")["input_ids"] for i in range(8)]
+    prompts = [read(f"What is {i}?")["input_ids"] for i in range(8)]
     for completion in server.generate(prompts, model="talkative", max_tokens=64, temperature=0.0, stop=["e", "a"]):
         assert len(completion.ids) == len(completion.logprobs) < 64
-        assert any(end in words.decode(completion.ids) for end in "ea")
-        assert not any(end in words.decode(completion.ids[:-1]) for end in "ea")
+        assert any(end in read.decode(completion.ids) for end in "ea")
+        assert not any(end in read.decode(completion.ids[:-1]) for end in "ea")
     server.unload("talkative")
 
 
@@ -145,7 +145,7 @@ def test_sampled_answers_are_the_seeds(tmp_path: Path, adapter: Input, borrowed:
             request_for(tmp_path / name, adapter, files=files, include_path="own", benchmarks=["said"], backend="vllm", seed=seed)
         )
         if sampling:
-            fails(request, "config", "a benchmark generates with top_k, which vLLM is not given")
+            fails(request, "config", "a benchmark generates with top_k, which tuneline does not pass to vLLM")
         else:
             run_program(request)
             answers[name] = [sample["answer"] for sample in samples(request)]
@@ -157,7 +157,7 @@ def test_sampled_answers_are_the_seeds(tmp_path: Path, adapter: Input, borrowed:
 def test_an_adapter_that_changes_nothing_is_found_out(tmp_path: Path, base: Input, borrowed: list[Started]) -> None:
     nothing = save_adapter(base, tmp_path / "adapter", trained=False).model_copy(update={"digest": "0" * 64})
     failure = fails(with_vllm(request_for(tmp_path / "run", nothing, CHATS, backend="vllm")), "bug", "the adapter changes nothing")
-    assert failure.hint == "it was not trained, or was not loaded: look at the loss of its training"
+    assert failure.hint == "it was not trained, or was not loaded: check the loss of its training"
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_a_server_of_its_own_with_texts_over_the_models_length(tmp_path: Path, b
 def test_what_vllm_cannot_do_is_refused_before_it_is_started(tmp_path: Path, base: Input) -> None:
     short = {"engine": {"max_model_len": 32}}
     request = request_for(tmp_path / "short", base, CHATS, backend="vllm", resources=short)
-    fails(with_vllm(request), "config", r"the longest request takes \d+ tokens, but resources.engine.max_model_len is 32")
+    fails(with_vllm(request), "config", r"resources.engine.max_model_len: found 32, expected \d+, as in the longest request")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
     model.save_pretrained(tmp_path / "output", save_embedding_layers=False)
     tokenizer().save_pretrained(tmp_path / "output")
@@ -218,4 +218,4 @@ def test_what_vllm_cannot_do_is_refused_before_it_is_started(tmp_path: Path, bas
     shutil.copytree(base.path, own)
     (own / "modeling_own.py").touch()
     with_code = base.model_copy(update={"path": own})
-    fails(with_vllm(request_for(tmp_path / "code", with_code, CHATS, backend="vllm")), "config", "models whose code comes with them")
+    fails(with_vllm(request_for(tmp_path / "code", with_code, CHATS, backend="vllm")), "config", "models with their own code in vLLM")

@@ -43,7 +43,7 @@ def test_a_signal_to_the_client_is_the_programs(tmp_path: Path, base: Input, war
     until(lambda: pending(program))
     os.kill(program, signal.SIGCONT)
     assert client.wait(PATIENCE) == 1
-    assert "asked to end: a checkpoint of step " in failure(request).message
+    assert "stopped by SIGTERM: a checkpoint of step " in failure(request).message
 
 
 def pending(pid: int) -> bool:

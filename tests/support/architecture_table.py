@@ -180,7 +180,7 @@ class Trial:
         self.done: dict[str, Request] = {}
 
     def cell(self, column: str) -> str:
-        """`yes`, or in words why it is refused before anything is computed. Anything else begins with FAILS."""
+        """Return `yes`, or why it is refused before anything is computed. Anything else begins with FAILS."""
         before = {"merge": "lora", "evaluate": "lora"}.get(column)
         if before is not None and before not in self.done:
             return f"nothing to {column}"

@@ -210,7 +210,7 @@ def main() -> None:
         what, *arguments = json.loads(line)
         try:
             answer = globals()[what](*arguments)
-        except Exception:  # of any type: the test is told
+        except Exception:  # of any type: the test gets the traceback
             answer = {"raised": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
 

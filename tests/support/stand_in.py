@@ -1,4 +1,4 @@
-"""A program that does as it is told, for faults that real programs do not make on demand. See the fixture `stand_in`.
+"""A program that follows a script, for faults that real programs do not make on demand. See the fixture `stand_in`.
 
 Its actions stand in script.json of the project, by the content of the stage's first outside file: `ok`, `sleep`, `deaf` (to SIGTERM, which it notes), `die`,
 `oom` (class), `kill` (SIGKILL to itself), `data` (class), `tired` (`transient` after a second and a half), `blab` and `blab and fail` (tell HF_TOKEN to everyone), `slow` (half a second, file by file), or a number: the value of its metric. `wait` goes on once there is a file `go`;

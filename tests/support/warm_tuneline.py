@@ -89,10 +89,10 @@ def main() -> None:
     while True:
         ready, _, _ = select.select([control, *children], [], [])
         for ended in children.keys() & set(ready):
-            pid, told = children.pop(ended)
+            pid, status_end = children.pop(ended)
             _, status, usage = os.wait4(pid, 0)
-            os.write(told, f"{status} {usage.ru_utime + usage.ru_stime}\n".encode())
-            os.close(told)
+            os.write(status_end, f"{status} {usage.ru_utime + usage.ru_stime}\n".encode())
+            os.close(status_end)
             os.close(ended)
         if control in ready:
             request, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 3)
@@ -102,7 +102,7 @@ def main() -> None:
             pid = os.fork()
             if not pid:
                 control.close()
-                for known in [descriptors[2], *children, *(told for _, told in children.values())]:
+                for known in [descriptors[2], *children, *(end for _, end in children.values())]:
                     os.close(known)
                 become(json.loads(request), descriptors[:2], lazy)
             os.write(descriptors[2], f"{pid}\n".encode())
