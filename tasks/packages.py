@@ -15,15 +15,7 @@ from types import ModuleType
 
 from tasks.models.gptq import quantization
 from tasks.models.loading import needs_remote_code
-from tuneline.kinds.dataset import DatasetStage
-from tuneline.kinds.evaluate import EvaluateStage
-from tuneline.kinds.grpo import GrpoStage
-from tuneline.kinds.model import ModelStage
-from tuneline.kinds.quantize import QuantizeStage
-from tuneline.kinds.rewards import FunctionReward
-from tuneline.kinds.sft import SftStage
-from tuneline.kinds.stage import ProgramStage
-from tuneline.workspace.protocol import Input, Request
+from tuneline.workspace.protocol import Request
 from tuneline.workspace.reference import folder_of as model_folder
 
 LARGE = ("bitsandbytes", "deepspeed", "gptqmodel", "torch", "torchao")
@@ -53,25 +45,9 @@ def needed(request: Request) -> set[str]:
     stage = request.stage()
     models = [given.base or given for given in request.inputs.values() if given.type in ("Model", "Adapter")]
     methods = {(quantization(model_folder(model.path)) or {}).get("quant_method", "none") for model in models}
-    if runs_own_code(stage, models) or methods - {"none", "gptq"}:
+    if stage.runs_user_code() or any(needs_remote_code(model) for model in models) or methods - {"none", "gptq"}:
         return set(LARGE)
-    found = set() if isinstance(stage, DatasetStage) else {"torch"}  # a tokenizer does not need torch
-    if isinstance(stage, QuantizeStage):
-        found.add("gptqmodel")
-    if isinstance(stage, SftStage) and stage.method == "qlora":
-        found.add("bitsandbytes")
-    if stage.resources.strategy.startswith("zero") or stage.resources.sequence_parallel_size > 1:
-        found.add("deepspeed")
-    return found
-
-
-def runs_own_code(stage: ProgramStage, models: list[Input]) -> bool:
-    return (
-        any(needs_remote_code(model) for model in models)
-        or (isinstance(stage, ModelStage) and stage.trust_remote_code)
-        or (isinstance(stage, GrpoStage) and any(isinstance(reward, FunctionReward) for reward in stage.rewards))
-        or (isinstance(stage, EvaluateStage) and stage.include_path is not None)
-    )
+    return set(stage.packages())
 
 
 def import_program(kind: str, name: str) -> ModuleType:

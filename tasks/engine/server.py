@@ -7,7 +7,6 @@ however the program ends, even by `kill -9`, the server and its workers are ende
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
@@ -18,11 +17,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuneline import watchdog
 from tuneline.errors import StageFailed
+
+if TYPE_CHECKING:
+    from httpx2 import Client, Response
 
 POLL = 0.3  # seconds between checks whether it is ready
 ENDING_SECONDS = 10  # a server whose worker has died needs some time to end
@@ -85,21 +88,24 @@ class Server:
             raise
 
     def _wait(self) -> None:
+        from httpx2 import TransportError
+
         assert self.process is not None
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise self.ended("before it was ready")
             try:
-                self._request("GET", "/v1/models", None)[0].close()
+                self._accepted(self.client.get("/v1/models"))
                 return
-            except OSError:
+            except (OSError, TransportError):
                 time.sleep(POLL)
         message = f"vLLM was not ready after {self.timeout:.0f} s; the end of {self.log.name}:\n{self.tail()}"
         raise StageFailed("transient", message, "allow more time with `resources: {engine: {start_timeout: ...}}`")
 
     def stop(self) -> None:
         """Send SIGTERM to all of its processes, SIGKILL after the watchdog's grace period. Returns when none is left."""
+        self.client.close()
         if self.process is None:  # another process started it, or it has been stopped
             return
         stdin = self.process.stdin
@@ -116,24 +122,35 @@ class Server:
             stdin.close()
             self.process = None
 
+    @cached_property
+    def client(self) -> Client:
+        """An HTTP client of this server; proxies of the environment do not apply."""
+        from httpx2 import Client, Limits
+
+        headers = {"Authorization": f"Bearer {self.key}"}
+        every = Limits(max_connections=None)  # as many as vLLM works on at the same time
+        return Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=None, limits=every, trust_env=False, verify=False)
+
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
         """Return the answer's text. Raises StageFailed(bug) with the server's message if it refuses."""
+        from httpx2 import TransportError
+
         try:
-            connection, response = self._request(method, path, body)
-            try:
-                return response.read().decode()
-            finally:
-                connection.close()
-        except (OSError, http.client.HTTPException) as error:
+            response = self.client.request(method, path, json=body)
+            self._accepted(response)
+            return response.text
+        except (OSError, TransportError) as error:
             raise self._broken(error) from error
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the events of a streamed answer. The server refuses before the first event; an error event ends the stream."""
+        from httpx2 import TransportError
+
         try:
-            connection, response = self._request("POST", path, body)
-            try:
-                for line in response:
-                    text = line.decode().removeprefix("data: ").strip()
+            with self.client.stream("POST", path, json=body) as response:
+                self._accepted(response)
+                for line in response.iter_lines():
+                    text = line.removeprefix("data: ").strip()
                     if text == "[DONE]":
                         return
                     if text:
@@ -141,35 +158,19 @@ class Server:
                         if "error" in event:
                             raise ConnectionError(event["error"]["message"])
                         yield event
-            finally:
-                connection.close()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, TransportError) as error:
             raise self._broken(error) from error
         raise self._broken(EOFError("the answer ends early"))
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        try:
-            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                words = _message(response.read().decode())
-                if response.status >= 500 and not self._healthy():
-                    raise ConnectionError(words)
-                raise StageFailed("bug", f"vLLM answers {method} {path} with {response.status}: {words}", f"see {self.log}")
-        except BaseException:
-            connection.close()
-            raise
-        return connection, response
-
-    def _healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        finally:
-            connection.close()
+    def _accepted(self, response: Response) -> None:
+        """Raises StageFailed(bug) if the server refuses the request, ConnectionError if it has broken."""
+        if response.status_code == 200:
+            return
+        words = _message(response.read().decode())
+        if response.status_code >= 500 and self.client.get("/health").status_code != 200:
+            raise ConnectionError(words)
+        request = f"{response.request.method} {response.request.url.path}"
+        raise StageFailed("bug", f"vLLM answers {request} with {response.status_code}: {words}", f"see {self.log}")
 
     def _broken(self, error: Exception) -> StageFailed:
         if self.process is not None:

@@ -27,7 +27,7 @@ from tasks.training.head_checks import check_loss
 from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions, check_rows_apart
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
-from tuneline.kinds.sft import SftStage
+from tuneline.kinds.sft import Supervised
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -57,12 +57,13 @@ class Start:
     validation: Dataset | None
 
 
-def run(request: Request, stage: SftStage, events: Events) -> Result:
+def run(request: Request, stage: Supervised, events: Events, loss_type: str = "nll") -> Result:
+    """Train. `loss_type` is one of TRL's SFTConfig."""
     from tasks.models import targets
     from tasks.training import shared as training
 
     check_device(stage)
-    arguments = trainer_arguments(request, stage)  # first: with several GPUs this selects the process's own
+    arguments = trainer_arguments(request, stage, loss_type)  # first: with several GPUs this selects the process's own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
     if arguments.process_index == 0:
@@ -104,7 +105,7 @@ def run(request: Request, stage: SftStage, events: Events) -> Result:
     return Result(metrics=figures(state, stage, sizes), info=info)
 
 
-def save_unchanged(request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
+def save_unchanged(request: Request, stage: Supervised, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
     """Save what no training changes, so that a problem with it ends the stage before the first step."""
     base, payload, adapter = request.inputs["model"], request.payload, stage.method != "full"
     save_tokenizer(tokenizer, payload)
@@ -116,7 +117,7 @@ def save_unchanged(request: Request, stage: SftStage, tokenizer: PreTrainedToken
     saved_tokenizer(tokenizer, Input(path=payload, digest="", type="Adapter" if adapter else "Model"))
 
 
-def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
+def trainer_arguments(request: Request, stage: Supervised, loss_type: str = "nll") -> SFTConfig:
     from trl import SFTConfig
 
     from tasks.training.checkpoints import checkpoint_steps
@@ -127,6 +128,7 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
         **shared_arguments(request, stage),
         # Rows are already tokenized, masked and packed; TRL only pads them, or joins packed ones with position ids.
         dataset_kwargs={"skip_prepare_dataset": True},
+        loss_type=loss_type,
         max_length=stage.max_length,
         pad_to_multiple_of=stage.resources.sequence_parallel_size,
         packing=stage.packing,
@@ -143,7 +145,7 @@ def trainer_arguments(request: Request, stage: SftStage) -> SFTConfig:
     return arguments
 
 
-def make_trainer(request: Request, stage: SftStage, arguments: SFTConfig, start: Start, report: Report) -> TokenWeightedTrainer:
+def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, start: Start, report: Report) -> TokenWeightedTrainer:
     """Build the trainer with all rows. Its checks run on the loaded rows now, and on the wrapped model before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
@@ -187,7 +189,7 @@ def make_trainer(request: Request, stage: SftStage, arguments: SFTConfig, start:
 
 
 def end_of_training(
-    trainer: TokenWeightedTrainer, request: Request, stage: SftStage, events: Events
+    trainer: TokenWeightedTrainer, request: Request, stage: Supervised, events: Events
 ) -> tuple[TrainerState, dict[str, torch.Tensor]]:
     """Train, and return the final state and the trained weights, whole and by their saved names. If a killed process had finished the
     training, they come from its last checkpoint."""
@@ -210,7 +212,7 @@ def end_of_training(
     return state, training.adapter_tensors(trainer.model)
 
 
-def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict[str, float]:
+def figures(state: TrainerState, stage: Supervised, sizes: dict[str, int]) -> dict[str, float]:
     """Return the stage's metrics, from the history of all attempts."""
     from tasks.training.shared import mean_of_last
 
@@ -228,7 +230,7 @@ def figures(state: TrainerState, stage: SftStage, sizes: dict[str, int]) -> dict
 
 
 def tokenized(
-    request: Request, stage: SftStage, tokenizer: PreTrainedTokenizerBase, split: str, events: Events
+    request: Request, stage: Supervised, tokenizer: PreTrainedTokenizerBase, split: str, events: Events
 ) -> tuple[Dataset, list[str]]:
     """Return a split as input ids and labels, and each sequence's row id. Raises StageFailed for rows that TRL would truncate or drop."""
     from datasets import Dataset

@@ -25,6 +25,7 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "charset-normalizer": (("dataset",), "names the encoding of a file in the hint of an error"),
     "deepspeed": (("sft", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
     "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
+    "httpx2": (("grpo", "evaluate"), "carries requests to vLLM on the same machine"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
     "jinja2": (tuple(kind for kind in ALL if kind != "model"), "the name of its error alone; transformers renders"),
     "logbar": (("quantize",), "kept quiet"),

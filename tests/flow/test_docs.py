@@ -105,7 +105,9 @@ def test_a_page_that_says_something_else_is_found_out() -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: Path, program_runtimes: Path, prefect_server: str) -> None:
+def test_two_kinds_are_added_as_the_page_says(
+    tmp_path: Path, runtime_python: Path, program_runtimes: Path, pico_model: Path, prefect_server: str
+) -> None:
     code = tmp_path / "code"
     for name in ("flows", "tasks", "tuneline", "infra", "tests", "docs"):
         shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__", "*.gguf"))
@@ -115,18 +117,24 @@ def test_a_stage_kind_is_added_as_the_page_says(tmp_path: Path, runtime_python: 
     reader = Reader(tmp_path / "project", code, program_runtimes)
     versions = [sys.executable, code / "infra" / "program_versions.py"]
     subprocess.run([*versions, "--same", "all"], cwd=code, env=reader.env, check=True)  # what is being worked on is not the page's
+    shutil.copytree(pico_model, reader.project / "my-model")
     seen = []
     for block in blocks("adding-a-stage.md"):
-        in_project = block.file in ("poems.jsonl", "pipelines.yaml") or "tuneline" in block.text and block.language == "console"
+        in_project = (
+            block.file in ("poems.jsonl", "pipelines.yaml", "training.yaml") or "tuneline" in block.text and block.language == "console"
+        )
         reader.follow(block, reader.project if in_project else code)
         seen.append(block.language)
-    assert seen.count("diff") == 2  # the union and its import: all that is touched besides the kind, its program and the version
-    assert seen.count("console") == 2
+    assert seen.count("diff") == 4  # the union and its import: all that is touched besides the kind, its program and the version
+    assert seen.count("console") == 4
     for check in ("program_versions.py", "generate_docs.py"):
         subprocess.run([sys.executable, code / "infra" / check, "--check"], cwd=code, env=reader.env, check=True)
-    assert "## kind: vocabulary" in (code / "docs" / "pipelines.md").read_text()
+    for kind in ("vocabulary", "dft"):
+        assert f"## kind: {kind}" in (code / "docs" / "pipelines.md").read_text()
     for command in ("check", "format --check"):  # the page shows code as the project has it
-        files = ["tuneline/config/spec.py", "tuneline/kinds/vocabulary.py", "tasks/data/vocabulary.py", "tests/program/test_vocabulary.py"]
+        files = ["tuneline/config/spec.py", "tests/program/test_vocabulary.py"]
+        files += [f"{folder}/{kind}.py" for kind in ("vocabulary", "dft") for folder in ("tuneline/kinds", "tasks/data", "tasks/training")]
+        files = [file for file in files if (code / file).exists()]
         subprocess.run([Path(sys.executable).parent / "ruff", *command.split(), *files], cwd=code, check=True)
     env = {**os.environ, "PYTHONPATH": f"{code}:{ROOT / '.cache' / 'test-tools'}"}
     test = [runtime_python, "-m", "pytest", "tests/program/test_vocabulary.py", "-c", "tests/program/pytest.toml", "--rootdir", ".", "-q"]

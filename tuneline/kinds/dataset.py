@@ -54,6 +54,9 @@ class DatasetStage(ProgramStage):
     def output_type(self) -> ArtifactType:
         return "Dataset"
 
+    def packages(self) -> frozenset[str]:
+        return frozenset()  # a tokenizer does not need torch
+
     def holds_out(self, split: str) -> bool:
         return bool(getattr(self.split, split))
 

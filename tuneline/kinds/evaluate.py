@@ -65,6 +65,9 @@ class EvaluateStage(ComputingStage):
     def uses_engine(self) -> bool:
         return self.backend == "vllm"
 
+    def runs_user_code(self) -> bool:
+        return self.include_path is not None
+
     def world_size(self) -> int:
         """One: with vLLM the GPUs are its server's, however many there are."""
         return self.resources.processes or 1 if self.uses_engine() else self.resources.world_size

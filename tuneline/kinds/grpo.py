@@ -10,7 +10,7 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.engine import MAX_LORA_RANK
 from tuneline.kinds.fields import Strict
-from tuneline.kinds.rewards import Reward, reward_problems
+from tuneline.kinds.rewards import FunctionReward, Reward, reward_problems
 from tuneline.kinds.training import Training
 
 PROMPT = 512  # tokens assumed of a prompt, where the dataset stage sets no max_length
@@ -77,6 +77,9 @@ class GrpoStage(Training):
 
     def uses_engine(self) -> bool:
         return self.rollouts.engine == "vllm"
+
+    def runs_user_code(self) -> bool:
+        return any(isinstance(reward, FunctionReward) for reward in self.rewards)
 
     def longest_sequence(self, row: int | None) -> int:
         return (row or PROMPT) + self.max_completion_length

@@ -32,6 +32,9 @@ class ModelStage(ProgramStage):
     def output_type(self) -> ArtifactType:
         return "Model"
 
+    def runs_user_code(self) -> bool:
+        return self.trust_remote_code
+
     def problems(self) -> Iterator[Problem]:
         given = [name for name in ("hub", "path", "gguf") if getattr(self, name) is not None]
         if len(given) != 1:

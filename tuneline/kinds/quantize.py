@@ -49,6 +49,9 @@ class QuantizeStage(ComputingStage):
     def output_type(self) -> ArtifactType:
         return "Model"
 
+    def packages(self) -> frozenset[str]:
+        return super().packages() | {"gptqmodel"}
+
     def held_out(self) -> Iterator[tuple[str, str, str]]:
         yield "calibration", self.calibration, "test"
 

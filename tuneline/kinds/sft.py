@@ -21,14 +21,9 @@ class EarlyStopping(Strict):
     """Least improvement that counts."""
 
 
-class SftStage(Training):
-    """Supervised fine-tuning of a LoRA adapter, or of all weights, by TRL and PEFT. The dataset's validation split is watched.
+class Supervised(Training):
+    """Fields and rules of a training on given answers, whatever its loss."""
 
-    global_batch_size counts packed sequences when packing.
-    """
-
-    kind: Literal["sft"]
-    program: ClassVar = "tasks.training.sft"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets")
     figures: ClassVar = ("loss", "eval_loss")
     method: Method = "lora"
@@ -113,3 +108,13 @@ class SftStage(Training):
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
             message = f"{self.learning_rate:g}, the default, suits adapters and wrecks a model that is trained whole"
             yield Problem("learning_rate", message, "set `learning_rate: 1e-5`, say")
+
+
+class SftStage(Supervised):
+    """Supervised fine-tuning of a LoRA adapter, or of all weights, by TRL and PEFT. The dataset's validation split is watched.
+
+    global_batch_size counts packed sequences when packing.
+    """
+
+    kind: Literal["sft"]
+    program: ClassVar = "tasks.training.sft"

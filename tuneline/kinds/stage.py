@@ -167,6 +167,15 @@ class ProgramStage(Stage):
     def libraries_in_key(self) -> tuple[str, ...]:
         return self.libraries
 
+    def packages(self) -> frozenset[str]:
+        """Return the large packages that the program imports; all others are hidden from it, as libraries import what they find."""
+        sharded = self.resources.strategy.startswith("zero") or self.resources.sequence_parallel_size > 1
+        return frozenset({"torch", "deepspeed"} if sharded else {"torch"})
+
+    def runs_user_code(self) -> bool:
+        """Return whether code of the user or of a model runs in the program; it may import any package."""
+        return False
+
     def common_problems(self) -> Iterator[Problem]:
         devices = self.resources.devices
         if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):

@@ -114,6 +114,9 @@ class Training(ComputingStage):
         """Return the most tokens that the trained model itself samples for a sequence; 0 if it samples none."""
         return 0
 
+    def packages(self) -> frozenset[str]:
+        return super().packages() | ({"bitsandbytes"} if self.training_method() == "qlora" else frozenset())
+
     def unserved(self, by: ComputingStage) -> str | None:
         return self.lora.unserved() if self.output_type() == "Adapter" else None
 
