@@ -1,10 +1,10 @@
-"""Entry point of `tuneline`. Apart from the command line itself, so that Ctrl-C while that is imported ends with a word too."""
+"""Entry point of `tuneline`, apart from the command line itself: Ctrl-C during its import ends with a message too."""
 
 from __future__ import annotations
 
 import sys
 
-INTERRUPTED = "interrupted; run again and it goes on where it was"
+INTERRUPTED = "interrupted; run again to resume"
 
 
 def main() -> None:

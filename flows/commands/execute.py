@@ -81,7 +81,7 @@ def _on_signals(workspace: Workspace, pipeline: str, reporter: ConsoleReporter) 
         if not interrupted:
             interrupted = True
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping; Ctrl-C again ends it at once\n")
+                os.write(2, b"\nstopping; press Ctrl-C again to stop at once\n")
             raise KeyboardInterrupt
         if number == signal.SIGINT:
             with contextlib.suppress(ConfigError):
@@ -140,7 +140,7 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
             path: Keys = ("pipelines", pipeline, "stages", name, "resources", "devices")
             found = f"found {', '.join(absent)}, but this machine shows {', '.join(visible) or 'none'}"
             problems.append(
-                Problem(dotted(path), found, "name others, or none: then any is taken", place=workspace.loaded.source.place(path))
+                Problem(dotted(path), found, "name other devices, or remove `devices` to use any", place=workspace.loaded.source.place(path))
             )
         elif stage.resources.gpus > there:
             path = ("pipelines", pipeline, "stages", name, "resources", "gpus")
@@ -194,7 +194,7 @@ def _through_prefect(
         address = os.environ["PREFECT_API_URL"]
         if reporter.run_id is None:
             raise StageFailed("transient", f"the Prefect server at {address} does not answer: {_said(error)}", "run again") from None
-        reporter.warning("Prefect", f"the server at {address} does not answer and has not heard how this run ended")
+        reporter.warning("Prefect", f"the server at {address} does not answer, so it does not know how this run ended")
         return workspace.runs.get(pipeline, reporter.run_id)
     finally:
         REPORTER.reset(token)

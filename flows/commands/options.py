@@ -16,14 +16,14 @@ FAILED, WRONG, REFUSED = 1, 2, 3
 EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": 130}
 
 file_option = click.option(
-    "--file", type=click.Path(path_type=Path), default=Path("pipelines.yaml"), show_default=True, help="The pipelines file."
+    "--file", type=click.Path(path_type=Path), default=Path("pipelines.yaml"), show_default=True, help="Path of the pipelines file."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Prints JSON.")
-set_option = click.option("--set", "sets", multiple=True, metavar="STAGE.FIELD=VALUE", help="Overrides a field. May be repeated.")
-var_option = click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Overrides a variable. May be repeated.")
-only_option = click.option("--only", metavar="STAGE", shell_complete=stages_of, help="This stage and what it depends on, nothing else.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+set_option = click.option("--set", "sets", multiple=True, metavar="STAGE.FIELD=VALUE", help="Override a field. May be repeated.")
+var_option = click.option("--var", "variables", multiple=True, metavar="NAME=VALUE", help="Override a variable. May be repeated.")
+only_option = click.option("--only", metavar="STAGE", shell_complete=stages_of, help="Run only this stage and its upstream stages.")
 force_option = click.option(
-    "--force", multiple=True, metavar="STAGE", shell_complete=stages_of, help="Builds the stage again. May be repeated."
+    "--force", multiple=True, metavar="STAGE", shell_complete=stages_of, help="Rebuild this stage even if it is cached. May be repeated."
 )
 
 

@@ -82,12 +82,12 @@ def _fail(message: str, status: int) -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, message=f"tuneline %(version)s, Prefect {version('prefect')}, Python {platform.python_version()}")
 def cli() -> None:
-    """Declarative fine-tuning: dataset, LoRA, benchmarks, merge, GPTQ, gate, from one cached pipelines.yaml."""
+    """Run cached fine-tuning pipelines that a pipelines.yaml declares."""
 
 
 @cli.command()
 def init() -> None:
-    """Writes a pipelines.yaml to start from into the current folder."""
+    """Create a starter pipelines.yaml in the current folder."""
     from flows.commands.starter import write_starter
 
     for path in write_starter(Path.cwd()):
@@ -99,7 +99,10 @@ def init() -> None:
 @click.argument("names", nargs=-1, metavar="[RUNTIME]...")
 @file_option
 def setup(names: tuple[str, ...], file: Path) -> None:
-    """Builds the Python environments that pipelines name. With RUNTIME, those alone. vLLM's, of gigabytes, must be named."""
+    """Build the Python environments (runtimes) of the pipelines.
+
+    With RUNTIME, build only those. The vLLM runtimes take several GB and must be named.
+    """
     from flows.commands.setup import build
     from tuneline.config.load import BUILT_IN_RUNTIMES
     from tuneline.config.messages import nearest
@@ -128,7 +131,7 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 @click.argument("path", type=click.Path(path_type=Path), required=False, metavar="[FILE]")
 @file_option
 def validate(path: Path | None, file: Path) -> None:
-    """Checks a pipelines file. Shows every problem at once, with its place."""
+    """Check a pipelines file and show every problem with its place."""
     from tuneline.config.schedules import check_schedules
 
     loaded = load(path or file)
@@ -146,7 +149,7 @@ def validate(path: Path | None, file: Path) -> None:
 @only_option
 @force_option
 @json_option
-@click.option("--online", is_flag=True, help="Asks the hub what branches and tags are now, and for the config.json of models.")
+@click.option("--online", is_flag=True, help="Ask the hub for current commits and for the models' config.json.")
 def plan(
     pipeline: str,
     file: Path,
@@ -157,7 +160,10 @@ def plan(
     as_json: bool,
     online: bool,
 ) -> None:
-    """Shows what a run would do, why, and what it will take. Estimated are trainings and merges. Changes nothing."""
+    """Show what a run would do, why, and what it will take.
+
+    Estimates memory and disk of trainings and merges. Changes nothing.
+    """
     from flows.run.hub import Hub
     from tuneline.estimates import fit as fits
     from tuneline.estimates.estimate import estimates
@@ -195,7 +201,7 @@ def plan(
 @only_option
 @force_option
 @json_option
-@click.option("--verbose", "-v", is_flag=True, help="Shows the programs' own output as well.")
+@click.option("--verbose", "-v", is_flag=True, help="Show the output of the programs as well.")
 def run(
     pipeline: str,
     file: Path,
@@ -206,7 +212,7 @@ def run(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Runs a pipeline: what is cached is taken, the rest is built."""
+    """Run a pipeline: reuse cached stages and build the others."""
     from flows.commands.execute import execute
     from tuneline.planning.plan import plan as make_plan
 
@@ -243,10 +249,13 @@ def run(
     required=True,
     envvar=["SLURM_PROCID", "JOB_COMPLETION_INDEX"],
     metavar="N",
-    help="Number of this machine, from 1; the run is machine 0. Slurm and kubernetes say it by themselves.",
+    help="Number of this machine, from 1; the run is machine 0. Read from the environment under Slurm and Kubernetes.",
 )
 def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
-    """Works as a further machine for a run of the pipeline. It takes the one of now or the next and ends with it. Flags are the run's."""
+    """Join a multi-node run of a pipeline as another machine.
+
+    Joins the current run, or waits for the next one, and ends with it. Give it the same --set and --var as the run.
+    """
     from flows.run.node import check_rank, only_one, serve
 
     workspace = Workspace(load_pipeline(file, pipeline, sets, variables), warn)
@@ -260,11 +269,14 @@ def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str,
 @cli.command()
 @click.argument("what", metavar="PIPELINE[/STAGE]", shell_complete=stages_of)
 @file_option
-@click.option("--run", "run_id", metavar="ID", shell_complete=runs_of, help="Another run than the last one.")
-@click.option("--open", "in_browser", is_flag=True, help="Opens the run's report in a browser.")
+@click.option("--run", "run_id", metavar="ID", shell_complete=runs_of, help="Id of the run. By default the last one.")
+@click.option("--open", "in_browser", is_flag=True, help="Open the run's report in a browser.")
 @json_option
 def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
-    """Shows what the last run, or a stage of it, came to. Says where the run's report lies."""
+    """Show the results of the last run, or of one of its stages.
+
+    Also prints the path of the run's report.
+    """
     pipeline, _, stage = what.partition("/")
     workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
     record = workspace.runs.get(pipeline, run_id)
@@ -301,7 +313,7 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
 
 @cli.command()
 def schema() -> None:
-    """Prints the JSON Schema of pipelines.yaml, for editors."""
+    """Print the JSON Schema of pipelines.yaml, for editors."""
     from tuneline.config.json_schema import json_schema
 
     print_json(json_schema())
@@ -310,7 +322,10 @@ def schema() -> None:
 @cli.command()
 @file_option
 def verify(file: Path) -> None:
-    """Reads every artifact in the store and compares every byte. Those that differ from their manifest go to quarantine."""
+    """Compare every artifact in the store with its manifest.
+
+    Reads every byte. Moves damaged artifacts to quarantine.
+    """
     store = Workspace(load(file), warn).store
     checked = damaged = 0
     for folder in store.artifacts():
@@ -325,13 +340,16 @@ def verify(file: Path) -> None:
 
 @cli.command()
 @file_option
-@click.option("--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Runs of each pipeline to keep.")
-@click.option("--older-than", metavar="AGE", help="Keeps what younger runs need as well: 30d, 12h, 2w.")
-@click.option("--all", "everything", is_flag=True, help="Removes also what no run of this workspace names.")
-@click.option("--dry-run", is_flag=True, help="Shows what would go. Changes nothing.")
+@click.option("--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Number of runs to keep of each pipeline.")
+@click.option("--older-than", metavar="AGE", help="Also keep what runs younger than AGE need: 30d, 12h, 2w.")
+@click.option("--all", "everything", is_flag=True, help="Also remove artifacts that no run of this workspace names.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed. Change nothing.")
 @json_option
 def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
-    """Removes from the store what no kept run needs. What killed runs left behind goes, too."""
+    """Remove artifacts that no kept run needs from the store.
+
+    Also removes what killed runs left behind.
+    """
     from tuneline.planning import gc as collection
 
     policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)
@@ -391,7 +409,7 @@ def _report(workspace: Workspace, record: RunRecord, in_browser: bool = False) -
 
     try:
         path = report_of(workspace.runs, record)
-    except OSError as error:  # what the run came to stands all the same
+    except OSError as error:  # the run has its result without a report
         warn(f"the report cannot be written: {error.filename}: {error.strerror}")
         return
     click.echo(f"report: {path}", err=True)

@@ -29,18 +29,21 @@ from tuneline.config.load import load
 
 @click.command()
 @file_option
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the server, on 127.0.0.1.  [default: 4200]")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the server on 127.0.0.1.  [default: 4200]")
 @click.option(
     "--database",
     metavar="URL",
     envvar="PREFECT_SERVER_DATABASE_CONNECTION_URL",
     show_envvar=True,
-    help="postgresql+asyncpg://USER:PASSWORD@HOST/NAME, instead of a SQLite file; a password belongs in the environment.",
+    help="Database instead of the SQLite file: postgresql+asyncpg://USER:PASSWORD@HOST/NAME. Pass a password by the environment variable.",
 )
-@click.option("--auth", is_flag=True, help="Has the server ask for a user and a password, which are asked for here.")
+@click.option("--auth", is_flag=True, help="Protect the server with a user and a password. Prompts for both.")
 @json_option
 def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: bool) -> None:
-    """Starts a lasting Prefect server, with UI, and its workers. One for each pool of this machine; what is up already stays."""
+    """Start a lasting Prefect server with UI, and its workers.
+
+    Starts one worker for each pool of this machine. What is already running is left as it is.
+    """
     from flows.server.up import up as start
 
     password = _password() if auth else None
@@ -50,13 +53,13 @@ def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: 
         print_json(document)
     else:
         click.echo(it.state.ui)
-    told = f"started {', '.join(it.started)}" if it.started else "it is up already"
-    click.echo(f"{told}; runs go there now; `tuneline down` ends it", err=True)
+    outcome = f"started {', '.join(it.started)}" if it.started else "already running"
+    click.echo(f"{outcome}; new runs use this server; `tuneline down` stops it", err=True)
     click.echo(f"for the command `prefect`: export PREFECT_API_URL={it.state.address}", err=True)
 
 
 def _password() -> str:
-    """`user:password`, from PREFECT_SERVER_API_AUTH_STRING or from the terminal."""
+    """Return `user:password` from PREFECT_SERVER_API_AUTH_STRING or from a prompt."""
     if given := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         return given
     user = click.prompt("user", default="tuneline", err=True)
@@ -67,7 +70,10 @@ def _password() -> str:
 @file_option
 @json_option
 def down(file: Path, as_json: bool) -> None:
-    """Ends what `up` started. Runs in progress end in order."""
+    """Stop the server and the workers that `up` started.
+
+    Runs in progress shut down gracefully.
+    """
     from flows.server.up import down as end
 
     ended = end(file.absolute().parent)
@@ -83,7 +89,10 @@ def down(file: Path, as_json: bool) -> None:
 @click.argument("pool")
 @file_option
 def worker(pool: str, file: Path) -> None:
-    """Works for a pool, in the foreground. For machines other than the one with `up`."""
+    """Start a worker for a pool, in the foreground.
+
+    For machines other than the one that runs `tuneline up`.
+    """
     from flows.server.worker import run_worker
 
     run_worker(load(file), pool)
@@ -91,10 +100,13 @@ def worker(pool: str, file: Path) -> None:
 
 @click.command()
 @file_option
-@click.option("--dry-run", is_flag=True, help="Shows what would change. Changes nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would change. Change nothing.")
 @json_option
 def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
-    """Gives the server the file's pools, deployments and schedules. Queues as well; what left the file goes."""
+    """Deploy pipelines, pools and schedules to the server.
+
+    Also deploys queues, and deletes from the server what is no longer in the file.
+    """
     from flows.server.connect import connect
     from tuneline.config.schedules import check_schedules
 
@@ -125,8 +137,8 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
 @var_option
 @only_option
 @force_option
-@click.option("--queue", help="Another queue of its pool.")
-@click.option("--watch", is_flag=True, help="Follows the run to its end.")
+@click.option("--queue", help="Queue of the pool, instead of the deployment's own.")
+@click.option("--watch", is_flag=True, help="Follow the run until it ends.")
 @json_option
 def submit(
     name: str,
@@ -139,7 +151,7 @@ def submit(
     watch: bool,
     as_json: bool,
 ) -> None:
-    """Starts a run of a deployed pipeline, on its pool."""
+    """Start a run of a deployed pipeline on its pool."""
     from flows.server.connect import connect
     from tuneline.config.overrides import as_overrides
     from tuneline.planning.plan import check_stages
@@ -157,10 +169,10 @@ def submit(
 
 @click.command()
 @file_option
-@click.option("--fix", is_flag=True, help="Tells the server the end of runs whose process on this machine is gone.")
+@click.option("--fix", is_flag=True, help="Set the final state on the server of runs whose process is gone.")
 @json_option
 def doctor(file: Path, fix: bool, as_json: bool) -> None:
-    """Looks for what would make runs fail or hang. Names remedies."""
+    """Find what would make runs fail or hang, and suggest fixes."""
     from flows.doctor.machine import PROBLEM, examine
 
     checks = examine(load(file), fix)

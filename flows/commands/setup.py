@@ -53,5 +53,5 @@ def _uv(*arguments: str) -> None:
     if done.returncode:
         command = " ".join(["uv", *arguments])
         raise StageFailed(
-            "config", f"`{command}` ended with status {done.returncode}", "its messages are above; the next setup starts afresh"
+            "config", f"`{command}` ended with status {done.returncode}", "see its messages above; the next `tuneline setup` starts from scratch"
         )

@@ -88,7 +88,7 @@ def _refuse_taken(loaded: Loaded, server: Server, items: list[Item]) -> None:
         if found and item.what == "deployment" and not server.is_ours(found) and not (_shared(item) and TAG in found.fields["tags"]):
             path = ("pipelines", item.name.split("/")[0])
             message = f"found a deployment {item.name} on the server that was not made from this file"
-            hint = f"rename the pipeline; or `prefect deployment delete {item.name}`, if it is what a moved file left behind"
+            hint = f"rename the pipeline; or `prefect deployment delete {item.name}`, if a moved file left it behind"
             problems.append(Problem(dotted(path), message, hint, place=loaded.source.place(path, at_key=True)))
     if problems:
         raise ConfigError(problems)

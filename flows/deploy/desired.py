@@ -204,8 +204,8 @@ def _check(loaded: Loaded) -> None:
     for name, pipeline in loaded.spec.pipelines.items():
         if pipeline.pool and name in vars(flows.pipeline):  # its entrypoint would be that
             here: Keys = ("pipelines", name)
-            found = f"found the name `{name}`, which has a meaning of its own in flows/pipeline.py, expected any other to be deployed"
-            problems.append(Problem(dotted(here), found, f"`{name}-pipeline`, say", place=loaded.source.place(here, at_key=True)))
+            found = f"found the name `{name}`, which flows/pipeline.py uses itself, expected another one for a pipeline with a `pool`"
+            problems.append(Problem(dotted(here), found, f"for example `{name}-pipeline`", place=loaded.source.place(here, at_key=True)))
         for key, schedule in pipeline.schedules.items():
             try:
                 _schedule(schedule)

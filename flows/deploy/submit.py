@@ -56,7 +56,7 @@ def submit(address: str, file: Path, name: str, parameters: dict[str, Any], queu
                 state = follow(run.id, lambda line: print(line, file=sys.stderr, flush=True))
         except KeyboardInterrupt:
             state, interrupted = "running", True
-            print(f"the run goes on; to end it: PREFECT_API_URL={address} prefect flow-run cancel {run.id}", file=sys.stderr)
+            print(f"the run continues; to cancel it: PREFECT_API_URL={address} prefect flow-run cancel {run.id}", file=sys.stderr)
     if as_json:
         print(json.dumps({"pipeline": name.split("/")[0], "flow_run_id": str(run.id), "page": page, "state": state}, indent=1))
     return "cancelled" if interrupted else state
@@ -67,7 +67,7 @@ def _start(file: Path, name: str, parameters: dict[str, Any], queue: str | None)
         deployment, full_name = _find(client, name)
         its_file = deployment.parameters.get("file")
         if its_file != str(file):
-            found = f"found {full_name}, which was deployed from {its_file}, expected what was deployed from {file}"
+            found = f"found {full_name}, which was deployed from {its_file}, expected one that was deployed from {file}"
             raise ConfigError([Problem("", found, f"`--file {its_file}`, or `tuneline deploy`", place=f"submit {name}")])
         if queue is not None:
             _refuse_unknown_queue(client, deployment, queue)
@@ -161,7 +161,7 @@ def _find(client: SyncPrefectClient, name: str) -> tuple[DeploymentResponse, str
     if not matches:
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
         known = [_full_name(client, each) for each in client.read_deployments(deployment_filter=tagged)]
-        hint = nearest(name, known) or "`tuneline deploy` makes one of each pipeline that names a `pool`"
+        hint = nearest(name, known) or "`tuneline deploy` creates one for each pipeline with a `pool`"
         raise ConfigError([Problem("", f"found no such deployment on the server, expected {listed(known)}", hint, place=f"submit {name}")])
     full_name, deployment = matches.popitem()
     return deployment, full_name

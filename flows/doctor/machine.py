@@ -126,7 +126,7 @@ def _store(loaded: Loaded) -> Check:
         return Check("store", PROBLEM, f"{there} cannot be written", f"chmod u+w {there}, or name another `store:`")
     if not root.exists() and not root.is_relative_to(loaded.root / ".tuneline") and not root.parent.is_dir():
         return Check("store", PROBLEM, f"there is no folder {root.parent}", f"mkdir {root.parent}, or mount its disk")
-    return Check("store", OK, f"{root} can be written" if root.exists() else f"{root} is made by the first run")
+    return Check("store", OK, f"{root} can be written" if root.exists() else f"the first run creates {root}")
 
 
 def _gpus(loaded: Loaded) -> Check:
@@ -137,7 +137,7 @@ def _gpus(loaded: Loaded) -> Check:
         return Check("gpus", OK, message)
     stage, _, pool = next(each for each in wanting if each[1] > there)
     if pool is None:
-        return Check("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
+        return Check("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it on a machine that has as many")
     hint = f"`local: false` for the pool {pool}, and `tuneline worker {pool}` where the GPUs are"
     return Check("gpus", WARNING, f"{message} ({stage}, in the pool {pool} of this machine)", hint)
 
@@ -146,7 +146,7 @@ def _token(loaded: Loaded) -> Check:
     if os.environ.get("HF_TOKEN"):
         return Check("HF_TOKEN", OK, "it is set")
     if any(_of_hub(stage) for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()):
-        return Check("HF_TOKEN", WARNING, "it is not set: of the hub, public repositories alone can be read", "export HF_TOKEN=...")
+        return Check("HF_TOKEN", WARNING, "it is not set: only public repositories of the hub can be read", "export HF_TOKEN=...")
     return Check("HF_TOKEN", OK, "it is not set, and nothing comes from the hub")
 
 
@@ -211,5 +211,5 @@ def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Check:
     if server_state.read(home / "server"):
         return Check("server", PROBLEM, "the server that `up` started has ended", "tuneline up")
     if loaded.spec.pools:
-        return Check("server", WARNING, f"none is up, so nothing works for the pools ({', '.join(loaded.spec.pools)})", "tuneline up")
-    return Check("server", OK, "none is up; each run brings its own, without history and UI", "tuneline up")
+        return Check("server", WARNING, f"no server is running, so no worker serves the pools ({', '.join(loaded.spec.pools)})", "tuneline up")
+    return Check("server", OK, "no server is running; each run starts its own, without history and UI", "tuneline up")

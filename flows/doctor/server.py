@@ -39,7 +39,7 @@ def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Check]:
             yield from _pools(loaded, client, server_state.read(home / "server"), address)
             yield from _runs(client, home, fix)
     except httpx.HTTPError as error:
-        yield Check("server", PROBLEM, f"{address} refuses an answer: {error}".splitlines()[0], "check PREFECT_API_KEY")
+        yield Check("server", PROBLEM, f"{address} rejects the request: {error}".splitlines()[0], "check PREFECT_API_KEY")
 
 
 def _server(address: str, theirs: str, here: str) -> Check:
@@ -61,13 +61,13 @@ def _pools(loaded: Loaded, client: Any, state: server_state.State | None, addres
             hint = f"prefect work-pool delete {name}, then tuneline deploy"
             yield Check(check, PROBLEM, f"it is of type {there[name].type} on the server, {pool.type} in the file", hint)
         elif there[name].is_paused:
-            yield Check(check, WARNING, "it is paused: no run of it starts", f"prefect work-pool resume {name}")
+            yield Check(check, WARNING, "it is paused: its runs do not start", f"prefect work-pool resume {name}")
         elif ours and not ours.alive:
             yield Check(check, PROBLEM, "the worker that `up` started has ended", "tuneline up")
         elif online := [worker.name for worker in client.read_workers_for_work_pool(name) if worker.status.value == "ONLINE"]:
             yield Check(check, OK, f"works on {', '.join(sorted(online))}")
         else:
-            yield Check(check, PROBLEM, "no worker is online: its runs wait for ever", start)
+            yield Check(check, PROBLEM, "no worker is online: its runs wait forever", start)
 
 
 def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
@@ -114,7 +114,7 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
             hint = f"prefect flow-run cancel {run.id}" if pending else f"prefect flow-run delete {run.id}, once no process of it is left"
             yield Check(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a place in its pool", hint)
     if not wrong:
-        yield Check("runs", OK, "none hangs")
+        yield Check("runs", OK, "no run hangs")
 
 
 def _ended(record: RunRecord, now: datetime) -> bool:

@@ -47,7 +47,7 @@ def build_in_pool(name: str, stage: ProgramStage, inputs: Mapping[str, Artifact]
             tags=["tuneline", wanted["pipeline"]],
         )
     except ObjectNotFound:
-        raise StageFailed("config", f"found no deployment `{deployed}` for the stage's pool", "`tuneline deploy` makes it") from None
+        raise StageFailed("config", f"found no deployment `{deployed}` for the stage's pool", "`tuneline deploy` creates it") from None
     assert isinstance(child, FlowRun)
     get_run_logger().info(f"runs in pool {stage.pool}: flow run {child.name}, {child.id}")
     state = _end_of(child.id, supervisor)

@@ -70,7 +70,7 @@ def _toml(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(
-            [Problem("", f"found no TOML that can be read ({error})", "Prefect's settings are read from it", place=str(path))]
+            [Problem("", f"found a file that cannot be read as TOML ({error})", "Prefect's settings are read from it", place=str(path))]
         ) from None
 
 
@@ -130,7 +130,7 @@ def admitted(address: str) -> None:
         if error.code not in (401, 403):
             return  # 404: there is no such flow, and we may ask
         name = KEY if setting(KEY) and not setting(AUTH) else AUTH
-        found = f"found {'another one' if setting(name) else 'none'} than {address} wants (HTTP {error.code})"
+        found = f"found {'another one' if setting(name) else 'none'}, expected the one that {address} requires (HTTP {error.code})"
         hint = "`export PREFECT_API_KEY=...`" if name == KEY else "`export PREFECT_API_AUTH_STRING=user:password`"
         raise ConfigError([Problem("", found, hint, place=name)]) from None
     except (OSError, ValueError):

@@ -42,20 +42,20 @@ def cancel(workspace: Workspace, what: str, say: Callable[[str], None]) -> str:
         return record.run_id
     process = workspace.runs.process(record)
     if process is None and told:
-        say(f"run {record.run_id} works on another machine; the server was told, and its worker ends it")
+        say(f"run {record.run_id} is on another machine; the server was notified, and its worker ends the run")
         return record.run_id
     if process is not None:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGTERM)
     if not _ended(workspace, record, LAST_SECONDS):
         where = f"its process {process}" if process else "its process, on another machine or of another user,"
-        raise StageFailed("transient", f"run {record.run_id} has not ended: {where} still holds it", "end that process, or ask its owner")
+        raise StageFailed("transient", f"run {record.run_id} has not ended: {where} still holds its lock", "end that process, or ask its owner")
     return record.run_id
 
 
 def _check_one(what: str, ids: list[str]) -> None:
     if len(ids) > 1:
-        found = f"found {len(ids)} runs of it, expected one of {listed(ids)}"
+        found = f"found {len(ids)} runs in progress, expected one of {listed(ids)}"
         raise ConfigError([Problem("", found, f"`tuneline cancel {ids[0]}`", place=f"cancel {what}")])
 
 
@@ -134,5 +134,5 @@ def _no_such_run(workspace: Workspace, what: str, alive: list[RunRecord]) -> Pro
         found = "found no such run"
     hint = nearest(what, known) if ended is None else ""
     return Problem(
-        "", f"{found}, expected one that runs: {listed(known)}", hint or "`tuneline status` shows what runs", place=f"cancel {what}"
+        "", f"{found}, expected a run in progress: {listed(known)}", hint or "`tuneline status` shows the runs in progress", place=f"cancel {what}"
     )

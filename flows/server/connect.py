@@ -62,7 +62,7 @@ def connect(home: Path) -> str:
     """
     configured, address = api.setting(api.URL), find_server(home)
     if address is None:
-        found = "found no address of a Prefect server, and none of `tuneline up` that runs"
+        found = "found no address of a Prefect server, and no running server of `tuneline up`"
         raise ConfigError([Problem("", found, "`tuneline up` starts one", place=api.URL)])
     loopback_without_proxy()
     if configured:
@@ -101,9 +101,9 @@ def _require(address: str) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code != 404:  # it answers; whether it lets us in is asked next
             return
-        hint = "start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL: each run then brings a server of its own"
+        hint = "start it (`tuneline up`, if it was that one), or unset PREFECT_API_URL: each run then starts its own server"
         if isinstance(getattr(error, "reason", None), ssl.SSLError):
-            hint = f"{api.CERTIFICATES} names a file with the certificate of who signed the server's"
+            hint = f"{api.CERTIFICATES} must name a file with the certificate of the authority that signed the server's"
         raise ConfigError([Problem("", f"found no Prefect server at {address} ({error})", hint, place=api.URL)]) from None
 
 

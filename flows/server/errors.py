@@ -20,6 +20,6 @@ def told_errors() -> Iterator[None]:
         text = error.response.text[:500]
         raise TunelineError(f"the Prefect server answers HTTP {error.response.status_code} to {error.request.url}: {text}") from None
     except PrefectException as error:
-        raise TunelineError(f"the Prefect server refuses it: {error}") from None
+        raise TunelineError(f"the Prefect server rejects the request: {error}") from None
     except httpx.TransportError as error:
-        raise TunelineError(f"the Prefect server does not answer: {error}", "once it runs, call it again") from None
+        raise TunelineError(f"the Prefect server does not answer: {error}", "run the command again once the server is up") from None

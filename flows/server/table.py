@@ -15,7 +15,7 @@ def status_tables(here: Sequence[Working], there: Sequence[OnServer]) -> None:
     if here:
         table = table_of("pipeline", "run", "stage", "kind", "time", "progress")
         for row in here:
-            progress = Text(row.progress or ("starting" if row.stage else "between two stages"))
+            progress = Text(row.progress or ("starting" if row.stage else "between stages"))
             table.add_row(row.pipeline, row.run_id, row.stage, row.kind, duration(row.seconds), progress)
         print_table(table)
     if there:

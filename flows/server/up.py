@@ -55,7 +55,7 @@ def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None,
             server_state.keep_password(folder, auth)
         os.environ |= server_state.password(folder)
         if state is None or not _runs(state):
-            say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
+            say(f"starting a Prefect server on port {port} (the first start on a machine takes half a minute: it creates the database)")
             before = {"workers": state.workers, "keeper": state.keeper} if state else {}
             state = _start_server(folder, port, database, loaded.spec.history).model_copy(update=before)
             server_state.write(folder, state)
@@ -78,16 +78,16 @@ def _refuse(folder: Path, state: server_state.State | None, port: int, database:
         problems.append(Problem("", found, place="--database"))
     elif state and place != state.database and (place or not _runs(state)):
         found = f"found {place or 'none'}, but the server that `up` started has {state.database or 'a file of its own'}"
-        problems.append(Problem("", found, "name that one, or `tuneline down` first", place="--database"))
+        problems.append(Problem("", found, "use that database, or run `tuneline down` first", place="--database"))
     if auth and state and _runs(state) and server_state.password(folder).get(api.AUTH) != auth:
-        found = "found a password, but the server that `up` has started asks for another one, or for none"
+        found = "found a password, but the server that `up` started uses another one, or none"
         problems.append(Problem("", found, "`tuneline down` first", place="--auth"))
     if state and port != state.port and server_state.ours(folder):
-        found = f"found {port}, but what `up` has started works on port {state.port}"
+        found = f"found {port}, but the server of `up` runs on port {state.port}"
         problems.append(Problem("", found, "`tuneline down` first", place="--port"))
     configured = api.setting(api.URL)
     if configured and configured.rstrip("/") != _address(port):
-        found = f"found {configured}, to which runs would go, not to the server of `up`"
+        found = f"found {configured}: runs would use that server, not the one of `up`"
         problems.append(Problem("", found, "unset it; for that server, `tuneline worker POOL` starts a worker", place="PREFECT_API_URL"))
     if problems:
         raise ConfigError(problems)
@@ -112,8 +112,8 @@ def _start_server(folder: Path, port: int, database: str | None, history: str) -
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            found = f"found {port}, which cannot be listened on ({os.strerror(error.errno or 0)}), expected a free port"
-            raise ConfigError([Problem("", found, f"`tuneline up --port {port + 1}`, or end what holds it", place="--port")]) from None
+            found = f"found {port}, which cannot be bound ({os.strerror(error.errno or 0)}), expected a free port"
+            raise ConfigError([Problem("", found, f"`tuneline up --port {port + 1}`, or stop the process that uses it", place="--port")]) from None
     address, log = _address(port), folder / "server.log"
     place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
     # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
@@ -125,7 +125,7 @@ def _start_server(folder: Path, port: int, database: str | None, history: str) -
         settings |= migrated.prepare(folder / "prefect.db")
     process = workers.spawn(server_command(port), folder, "server", address, log, settings)
     try:
-        wait_for_health(address, process, log, "where the log speaks of the database, see `--database`")
+        wait_for_health(address, process, log, "if the log mentions the database, check `--database`")
     except BaseException:
         process.kill()
         process.wait()
@@ -160,7 +160,7 @@ def down(root: Path) -> list[Ended]:
             _signal({*left, *(child for pid in left for child in descendants(pid))}, signal.SIGKILL)
             if not _wait(lambda: not _pids(folder), END_SECONDS):
                 raise StageFailed(
-                    "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "end them, then `tuneline down`"
+                    "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "kill them, then run `tuneline down`"
                 )
         for name in ("state.json", "auth"):
             (folder / name).unlink(missing_ok=True)

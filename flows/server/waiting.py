@@ -24,7 +24,7 @@ def why(client: SyncPrefectClient, run: FlowRun) -> str:
     if run.state is None or not run.state.is_scheduled() or run.expected_start_time and run.expected_start_time > datetime.now(UTC):
         return ""
     if run.state.name == "AwaitingConcurrencySlot":
-        return "another run of its deployment works; it starts after that one"
+        return "another run of its deployment is in progress; this one starts after it"
     return of_pool(client, run.work_pool_name, run.work_queue_name) if run.work_pool_name else "it names no pool, so no worker takes it"
 
 
@@ -34,12 +34,12 @@ def of_pool(client: SyncPrefectClient, name: str, queue: str | None) -> str:
         return closed
     its = _queue(client, name, queue) if queue else {}
     if its.get("is_paused"):
-        return f"queue {queue} of pool {name} is paused: `prefect work-queue resume {queue} --pool {name}` ends that"
+        return f"queue {queue} of pool {name} is paused: `prefect work-queue resume {queue} --pool {name}` resumes it"
     limits = [("pool", name, client.read_work_pool(name).concurrency_limit), ("queue", queue, its.get("concurrency_limit"))]
     for what, named, limit in limits:
         if limit is not None and _held(client, name, queue if what == "queue" else None) >= limit:
-            return f"every place of {what} {named} is taken ({limit})"
-    return "a worker takes it in a moment"
+            return f"the concurrency limit of {what} {named} is reached ({limit})"
+    return "a worker picks it up shortly"
 
 
 def nobody(client: SyncPrefectClient, pool: str) -> str:
@@ -47,9 +47,9 @@ def nobody(client: SyncPrefectClient, pool: str) -> str:
     try:
         paused = client.read_work_pool(pool).is_paused
     except ObjectNotFound:
-        return f"the server has no pool {pool}: `tuneline deploy` makes it"
+        return f"the server has no pool {pool}: `tuneline deploy` creates it"
     if paused:
-        return f"pool {pool} is paused: `prefect work-pool resume {pool}` ends that"
+        return f"pool {pool} is paused: `prefect work-pool resume {pool}` resumes it"
     online = any(worker.status.value == "ONLINE" for worker in client.read_workers_for_work_pool(pool))
     return "" if online else f"no worker is online: `tuneline worker {pool}` starts one"
 

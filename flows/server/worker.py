@@ -34,7 +34,7 @@ def run_worker(loaded: Loaded, pool: str) -> NoReturn:
         raise ConfigError([Problem(pool, found, f"`pip install {library}` into the environment of tuneline", place="worker")])
     address = connect(loaded.root / ".tuneline")
     if library and _unknown(address, pool):
-        raise ConfigError([Problem(pool, f"found no such pool on the server at {address}", "`tuneline deploy` makes it", place="worker")])
+        raise ConfigError([Problem(pool, f"found no such pool on the server at {address}", "`tuneline deploy` creates it", place="worker")])
     os.environ |= QUIET
     os.chdir(loaded.root)
     command = worker_command(pool, kind)

@@ -68,7 +68,7 @@ def _start(folder: Path, address: str, pool: str) -> server_state.Process:
         while heartbeat(address, pool) in (None, before):
             if process.poll() is not None or time.monotonic() > deadline:
                 message = f"the worker of the pool {pool} did not start; the end of {log}:\n{tail(log)}"
-                raise StageFailed("bug", message, "`tuneline up` tries again")
+                raise StageFailed("bug", message, "`tuneline up` retries")
             time.sleep(0.2)
     except BaseException:
         process.kill()

@@ -95,7 +95,7 @@ def test_settings_are_those_that_prefect_finds(tmp_path: Path, monkeypatch: pyte
 def test_a_settings_file_that_cannot_be_read_is_an_error(project: Project) -> None:
     project.write("version: 1\npipelines: {p: {stages: {d: {kind: dataset, sources: [{type: files, path: x}]}}}}\n")
     project.write("api = [", "prefect.toml")
-    assert project.tuneline("status", status=2).stderr.startswith("prefect.toml: found no TOML that can be read (")
+    assert project.tuneline("status", status=2).stderr.startswith("prefect.toml: found a file that cannot be read as TOML (")
 
 
 # --- requests -------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ CALLS = [
     (['verify', '--file', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: `tuneline init` in an empty folder writes a file to start from\n'),
     (['run'], "Missing argument 'PIPELINE'.\n\nhint: `tuneline list` names the pipelines of the file\n"),
     (['worker'], "Missing argument 'POOL'.\n\nhint: `tuneline worker --help`\n"),
-    (['run', 'first', 'second'], 'Got unexpected extra argument (second)\n\nhint: `tuneline run PIPELINE --only STAGE` for a stage and what it depends on; fields are set by `--set STAGE.FIELD=VALUE`\n'),
+    (['run', 'first', 'second'], 'Got unexpected extra argument (second)\n\nhint: `tuneline run PIPELINE --only STAGE` runs one stage and its upstream stages; `--set STAGE.FIELD=VALUE` sets a field\n'),
     (['rum'], "No such command 'rum'. Did you mean 'run'?\n\nhint: `tuneline --help`\n"),
     (['run', 'first', '--forse', 'x'], "No such option '--forse'. (Did you mean one of: '--force', '--set', '--verbose'?)\n\nhint: `tuneline run --help`\n"),
     (['plan', 'first', '--set'], "Option '--set' requires an argument.\n\nhint: `tuneline --help`\n"),
@@ -204,7 +204,7 @@ def test_ctrl_c_while_modules_are_imported_ends_with_a_word(project: Project, mo
     """A module of that name, found first, sends the signal at the very moment of its import."""
     project.write("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n", f"first/{module}.py")
     result = project.tuneline("validate", status=130, PYTHONPATH=f"{project.root / 'first'}:{ROOT}")
-    assert (result.stdout, result.stderr) == ("", "interrupted; run again and it goes on where it was\n")
+    assert (result.stdout, result.stderr) == ("", "interrupted; run again to resume\n")
 
 
 RUN = """\
@@ -239,7 +239,7 @@ def test_an_interrupted_run_prints_its_json(two_stages: Project, stand_in: Calla
     told = json.loads(out)
     assert told["state"] == "cancelled"
     assert {stage["stage"]: stage["status"] for stage in told["stages"]}["one"] == "done"
-    assert "interrupted; run again and it goes on where it was\n" in err
+    assert "interrupted; run again to resume\n" in err
     report = Path(err.splitlines()[-1].removeprefix("report: ")).read_text(encoding="utf-8")
     assert '<span class="state cancelled">' in report
     early = two_stages.start("run", "p", "--json", PREFECT_API_URL="")

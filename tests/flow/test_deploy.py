@@ -228,7 +228,7 @@ def test_stages_of_several_files_share_their_pools_deployment(pico: Project) -> 
             "0 2 * * MOO",
             "pipelines.yaml:14:21: pico.schedules.night.cron: found moo for the day of the week in '0 2 * * MOO', ",
         ),
-        ("  pico:", "  wait:", "pipelines.yaml:8:3: wait: found the name `wait`, which has a meaning of its own in flows/pipeline.py, "),
+        ("  pico:", "  wait:", "pipelines.yaml:8:3: wait: found the name `wait`, which flows/pipeline.py uses itself, "),
         ("{one.seed: 7}", "{one.sed: 7}", "pipelines.yaml:14:94: pico.schedules.night.overrides.one.sed: found the unknown field `sed`"),
     ],
 )
@@ -347,7 +347,7 @@ def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -
     # What waits is cancelled by the pipeline's name as well; what a schedule plans ahead is left alone.
     pico.json("submit", "pico/pico")
     both = pico.tuneline("cancel", "pico", status=2).stderr
-    assert both.startswith("cancel pico: found 2 runs of it, expected one of ")
+    assert both.startswith("cancel pico: found 2 runs in progress, expected one of ")
     first, second = both.partition("one of ")[2].partition("\n")[0].split(", ")
     assert pico.tuneline("cancel", first).stderr.startswith(f"cancelled {first}; ")
     assert pico.tuneline("cancel", "pico").stderr.startswith(f"cancelled {second}; ")

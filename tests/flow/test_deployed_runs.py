@@ -165,7 +165,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
     with server() as client, resumed(client):
         client.update_work_pool("local", WorkPoolUpdate(is_paused=True))
         run = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, state=Scheduled(scheduled_time=due))
-        paused = "pool local is paused: `prefect work-pool resume local` ends that"
+        paused = "pool local is paused: `prefect work-pool resume local` resumes it"
         assert reason() == paused
         out, err = working.start("doctor", "--json").communicate(timeout=PATIENCE)
         assert out, err
@@ -174,7 +174,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         assert (found["status"], found["message"].split(": ", 1)[1]) == ("warning", paused)
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})
         client.update_work_pool("local", WorkPoolUpdate(is_paused=False))
-        assert reason() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` ends that"
+        assert reason() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` resumes it"
     until(lambda: state(str(run.id)).is_completed())
 
 
@@ -251,7 +251,7 @@ def test_ctrl_c_leaves_a_watched_run_going_and_says_how_to_end_it(working: Proje
     run_id = out.split()[0]
     assert (
         err.splitlines()[-1]
-        == f"the run goes on; to end it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run_id}"
+        == f"the run continues; to cancel it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run_id}"
     )
     assert state(run_id).is_running()
     watcher = working.start("submit", "pico", "--json", "--watch")  # one place: it waits, and starts when the other has ended

@@ -379,6 +379,6 @@ def test_an_interrupted_machine_ends_as_an_interrupted_run_does(
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert lines == [f"machine 1 of run {record.run_id}\n"]
-    assert err.splitlines()[-1] == "interrupted; run again and it goes on where it was"
+    assert err.splitlines()[-1] == "interrupted; run again to resume"
     assert "Traceback" not in err
     workspace.runs.finish(record, "completed")

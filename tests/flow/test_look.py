@@ -76,9 +76,9 @@ def test_logs_of_an_ended_run(demo: Project, ended: Any) -> None:
         (["stop"], "`tuneline cancel`"),
         (["version"], "`tuneline --version`"),
         (["start"], "`tuneline run`"),
-        (["train"], "`tuneline run PIPELINE` builds every stage; `--only STAGE` one of kind sft and what it depends on"),
+        (["train"], "`tuneline run PIPELINE` builds every stage; `--only STAGE` builds one of kind sft and its upstream stages"),
         (["run", "demo", "--dry-run"], "`tuneline plan` shows what a run would do"),
-        (["run", "demo", "sft"], "`tuneline run PIPELINE --only STAGE` for a stage and what it depends on"),
+        (["run", "demo", "sft"], "`tuneline run PIPELINE --only STAGE` runs one stage and its upstream stages"),
     ],
 )
 def test_calls_of_other_tools_get_a_hint(project: Project, arguments: list[str], hint: str) -> None:

@@ -460,7 +460,7 @@ def test_a_second_interrupt_ends_the_run_at_once(demo: Project, stand_in: Callab
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert "stopping; Ctrl-C again ends it at once" in err
+    assert "stopping; press Ctrl-C again to stop at once" in err
     assert gone(mark)
     assert demo.json("show", "demo")["state"] == "cancelled"
 

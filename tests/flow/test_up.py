@@ -119,8 +119,8 @@ def test_a_port_in_use_is_said(fresh: Lasting) -> None:
         taken.bind(("127.0.0.1", fresh.port))
         taken.listen()
         told = fresh.project.tuneline("up", "--port", str(fresh.port), status=2).stderr
-    assert f"--port: found {fresh.port}, which cannot be listened on (Address already in use), expected a free port" in told
-    assert told.endswith(f"hint: `tuneline up --port {fresh.port + 1}`, or end what holds it\n")
+    assert f"--port: found {fresh.port}, which cannot be bound (Address already in use), expected a free port" in told
+    assert told.endswith(f"hint: `tuneline up --port {fresh.port + 1}`, or stop the process that uses it\n")
     assert server_state.read(fresh.folder) is None
 
 
@@ -129,7 +129,7 @@ CALLS = [
     (["up", "--database", "mine"], "--database: found an address that begins with `mine`, expected postgresql+asyncpg://user@host/name or sqlite+aiosqlite:////folder/file.db\n"),
     (["up", "--port", "0"], "Invalid value for '--port': 0 is not in the range 1<=x<=65535.\n\nhint: `tuneline up --help`\n"),
     (["worker", "her"], "worker: found no pool `her`, expected here, there\n\nhint: did you mean `here`?\n"),
-    (["worker", "there"], "PREFECT_API_URL: found no address of a Prefect server, and none of `tuneline up` that runs\n\nhint: `tuneline up` starts one\n"),
+    (["worker", "there"], "PREFECT_API_URL: found no address of a Prefect server, and no running server of `tuneline up`\n\nhint: `tuneline up` starts one\n"),
 ]  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_a_wrong_call_is_told(fresh: Lasting, arguments: list[str], message: str
 
 def test_another_server_in_the_environment_is_told(fresh: Lasting) -> None:
     told = fresh.project.tuneline("up", status=2, PREFECT_API_URL="http://127.0.0.1:9/api").stderr
-    assert told.startswith("PREFECT_API_URL: found http://127.0.0.1:9/api, to which runs would go, not to the server of `up`")
+    assert told.startswith("PREFECT_API_URL: found http://127.0.0.1:9/api: runs would use that server, not the one of `up`")
 
 
 def test_a_container_worker_needs_its_library(fresh: Lasting) -> None:
@@ -166,7 +166,7 @@ def test_the_doctor_without_a_server_imports_no_prefect_and_says_what_is_wrong(f
     assert found["problems"] == 0
     assert "hf_never_shown" not in done.stdout
     assert problem(found, "HF_TOKEN") == ("ok", "it is set", "")
-    assert problem(found, "server") == ("warning", "none is up, so nothing works for the pools (here, there)", "tuneline up")
+    assert problem(found, "server") == ("warning", "no server is running, so no worker serves the pools (here, there)", "tuneline up")
     shared = problem(found, "shared work")
     assert shared[0] == ("ok" if "is shared" in shared[1] else "warning")
     assert problem(found, "prefect")[0] == "ok"
@@ -242,13 +242,13 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
         assert os.getsid(process.pid) == process.pid  # no terminal's end reaches it
     again = lasting_up.project.tuneline("up")
     assert again.stdout == f"{state.ui}\n"
-    assert again.stderr.startswith("it is up already;")
+    assert again.stderr.startswith("already running;")
     assert server_state.read(lasting_up.folder) == state
     lasting_up.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"), "docker.yaml")
     worker = lasting_up.project.tuneline("worker", "there", "--file", "docker.yaml", status=2)
-    assert worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` makes it\n"
+    assert worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` creates it\n"
     other = lasting_up.project.tuneline("up", "--port", str(lasting_up.port + 1), status=2)
-    assert other.stderr.startswith(f"--port: found {lasting_up.port + 1}, but what `up` has started works on port {lasting_up.port}")
+    assert other.stderr.startswith(f"--port: found {lasting_up.port + 1}, but the server of `up` runs on port {lasting_up.port}")
     database = lasting_up.project.tuneline("up", "--database", "postgresql+asyncpg://me:secret@db/prefect", status=2)
     assert database.stderr.startswith(
         "--database: found postgresql+asyncpg://db/prefect, but the server that `up` started has a file of its own"
@@ -276,7 +276,7 @@ def test_a_worker_that_died_is_started_again_and_one_for_a_new_pool(lasting_up: 
     assert problem(doctor(lasting_up), "pool more") == ("ok", f"works on {socket.gethostname()}", "")
     lasting_up.prefect("-m", "prefect", "work-pool", "pause", "more")
     found = doctor(lasting_up)
-    assert problem(found, "pool more") == ("warning", "it is paused: no run of it starts", "prefect work-pool resume more")
+    assert problem(found, "pool more") == ("warning", "it is paused: its runs do not start", "prefect work-pool resume more")
     assert problem(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
 
     # Without its keeper, which `up` brings back.
@@ -339,7 +339,7 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     assert found[2] == "tuneline doctor --fix"
     assert problem(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
     assert lasting_up.ask(f"flow_runs/{identity}")["state"]["type"] == "CRASHED"
-    assert problem(doctor(lasting_up), "runs") == ("ok", "none hangs", "")
+    assert problem(doctor(lasting_up), "runs") == ("ok", "no run hangs", "")
 
 
 @pytest.mark.slow
@@ -358,12 +358,12 @@ def test_a_server_with_a_password_says_so_to_who_has_another(lasting_up: Lasting
     """Every other test here has the right one, from the file that `up --auth` keeps."""
     assert (lasting_up.folder / "auth").stat().st_mode & 0o777 == 0o600
     told = lasting_up.project.tuneline("up", "--auth", status=2, PREFECT_SERVER_API_AUTH_STRING="me:another").stderr
-    assert told.startswith("--auth: found a password, but the server that `up` has started asks for another one, or for none")
+    assert told.startswith("--auth: found a password, but the server that `up` started uses another one, or none")
     elsewhere = Project(lasting_up.project.root / "elsewhere")
     elsewhere.write(PIPELINES)
     for given, found in (({}, "none"), ({"PREFECT_API_AUTH_STRING": "me:another"}, "another one")):
         told = elsewhere.tuneline("status", status=2, PREFECT_API_URL=lasting_up.address, **given).stderr
-        wanted = f"PREFECT_API_AUTH_STRING: found {found} than {lasting_up.address} wants (HTTP 401)"
+        wanted = f"PREFECT_API_AUTH_STRING: found {found}, expected the one that {lasting_up.address} requires (HTTP 401)"
         assert told == f"{wanted}\n\nhint: `export PREFECT_API_AUTH_STRING=user:password`\n"
     elsewhere.tuneline("status", PREFECT_API_URL=lasting_up.address, PREFECT_API_AUTH_STRING="me:a secret")
 
@@ -457,7 +457,7 @@ def test_history_lies_in_postgres_and_its_password_nowhere_else(fresh: Lasting, 
     for pid in marked(fresh.mark):
         assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
         assert (secret in Path(f"/proc/{pid}/environ").read_bytes()) == (pid == told["server"]["pid"])
-    assert fresh.project.tuneline("up").stderr.startswith("it is up already;")
+    assert fresh.project.tuneline("up").stderr.startswith("already running;")
     os.kill(told["server"]["pid"], signal.SIGKILL)
     until(lambda: not server_state.Process(**told["server"]).alive)
     lost = fresh.project.tuneline("up", status=2).stderr  # rather than start another history
