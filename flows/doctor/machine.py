@@ -1,7 +1,7 @@
-"""`tuneline doctor`: what would make runs fail or hang, each with the command that puts it right.
+"""`tuneline doctor`: find what would make runs fail or hang, each with the command that fixes it.
 
-Without a server it looks at this machine and at pipelines.yaml, and does not import Prefect; what a server knows is looked at in
-`flows/doctor/server.py`. Secrets are said to be there or not, never shown.
+This module checks the machine and pipelines.yaml, without importing Prefect. `flows/doctor/server.py` checks the server. Secrets are
+reported as set or not set, never shown.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Status = Literal["ok", "warning", "problem"]
 OK: Status = "ok"
 WARNING: Status = "warning"
 PROBLEM: Status = "problem"
-SCARCE = 5_000_000_000  # bytes; a merged model of 1.5B parameters, and what it is quantized to, want that
-PINNED = (("prefect", "tuneline"), ("fastapi", "prefect"), ("sqlalchemy", "prefect"))  # and whose requirement says how far
+SCARCE = 5_000_000_000  # bytes, about a merged model of 1.5B parameters and its quantized copy
+PINNED = (("prefect", "tuneline"), ("fastapi", "prefect"), ("sqlalchemy", "prefect"))  # (library, the package whose requirement limits its version)
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "9p", "virtiofs", "fuse.sshfs", "fuse.glusterfs"}
 TAKES_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
@@ -52,11 +52,11 @@ class Check:
     status: Status
     message: str
     hint: str = ""
-    """A command, or what to do before it."""
+    """A command, or what to do."""
 
 
 def examine(loaded: Loaded, fix: bool) -> list[Check]:
-    """With `fix`, the server is told the end of runs that are dead for certain."""
+    """Run all checks. With `fix`, set the final state on the server of runs whose process is certainly gone."""
     home = loaded.root / ".tuneline"
     found = [Check("python", OK, platform.python_version()), *_versions(), *_runtimes(loaded), *_disks(loaded), _store(loaded)]
     locks = locks_work(home)
@@ -104,7 +104,7 @@ def _runtimes(loaded: Loaded) -> Iterator[Check]:
             assert runtime.folder is not None
             older = any(runtime.folder.parent.glob(f"{name}-{'[0-9a-f]' * 12}"))
             message = "its lock has changed since it was set up" if older else "it is not set up"
-            # vLLM's are built by name alone: a file may hold pipelines that this machine never runs.
+            # vLLM runtimes are set up only by name: a file may hold pipelines that this machine never runs.
             yield Check(check, PROBLEM if name in programs else WARNING, message, f"tuneline setup {name}")
 
 
@@ -157,7 +157,7 @@ def _of_hub(stage: Stage) -> bool:
 
 
 def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
-    """Runs of other machines find artifacts and go on from checkpoints only where they see this very folder, with locks that work."""
+    """Check locks and shared folders: other machines can reuse artifacts and checkpoints only if they see the same folder."""
     home = loaded.root / ".tuneline"
     if locks:
         yield Check("locks", OK, f"flock works in {home}")
@@ -180,7 +180,7 @@ def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
 
 
 def locks_work(home: Path) -> bool:
-    """Whether one process is kept out by the lock of another."""
+    """Return whether one process's flock in the folder keeps another process out."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=home, prefix=".lock-") as file:
@@ -194,7 +194,7 @@ def locks_work(home: Path) -> bool:
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system that a folder is, or will be, on."""
+    """Return the type of the file system that a folder is on, or will be on once it exists."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()).resolve()
     found, longest = "unknown", 0
     for line in Path("/proc/self/mounts").read_text().splitlines():

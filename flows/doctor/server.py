@@ -1,7 +1,7 @@
-"""What the doctor learns from the Prefect server: pools and their workers, runs that hang, and runs whose process is gone.
+"""Check the Prefect server: pools and their workers, runs that hang, and runs whose process is gone.
 
-A run is dead for certain where its record in `.tuneline/runs/` says so: the lock of a run that lives is held, by its process, on
-whatever machine. `infrastructure_pid` proves nothing, as it does not say of which machine it is.
+A run is certainly dead if its record in `.tuneline/runs/` is not locked: the process of a live run holds that lock, on any machine.
+`infrastructure_pid` proves nothing, because it does not name the machine.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tuneline.config.pools import ProcessPool
 from tuneline.errors import StoreError
 from tuneline.workspace.runs import RunRecord, Runs
 
-STUCK = timedelta(minutes=15)  # a worker takes seconds from Pending to Running; a big image may take minutes
-LATE = timedelta(minutes=2)  # after which a run that is due should have started
-SETTLED = timedelta(minutes=1)  # until the server has surely heard how a run ended
-MAX_RUNS = 200  # runs that are asked for, newest first
+STUCK = timedelta(minutes=15)  # from Pending to Running; a worker takes seconds, a large image may take minutes
+LATE = timedelta(minutes=2)  # after which a due run should have started
+SETTLED = timedelta(minutes=1)  # after which the server should know how a run ended
+MAX_RUNS = 200  # runs to check, newest first
 
 
 def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Check]:
-    """`address` is of a server that answers, and PREFECT_API_URL."""
+    """Check the server at `address`, which answers and is PREFECT_API_URL."""
     import httpx
     from prefect import __version__
     from prefect.client.orchestration import get_client
@@ -112,13 +112,13 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
             minutes = (now - run.state.timestamp) // timedelta(minutes=1)
             pending = run.state.type == StateType.PENDING
             hint = f"prefect flow-run cancel {run.id}" if pending else f"prefect flow-run delete {run.id}, once no process of it is left"
-            yield Check(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a place in its pool", hint)
+            yield Check(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a slot of its pool", hint)
     if not wrong:
         yield Check("runs", OK, "no run hangs")
 
 
 def _ended(record: RunRecord, now: datetime) -> bool:
-    """A record that says `running` is read as `killed` where nobody holds its lock."""
+    """Return whether the run has ended. An unlocked record in state `running` is read as `killed`."""
     if record.state == "killed":
         return True
     return record.state != "running" and record.finished is not None and now - datetime.fromisoformat(record.finished) > SETTLED

@@ -1,7 +1,7 @@
-"""What a branch or tag of a hub repository means right now: its commit. Looked up when a run starts, so that it can be in the key, and by
-`tuneline plan --online`, which reads models' config.json as well.
+"""Resolve a branch or tag of a hub repository to its current commit: for keys when a run starts, and for `tuneline plan --online`, which
+also reads the models' config.json.
 
-Offline (HF_HUB_OFFLINE=1) the local hub cache answers. Downloading is the programs' work, by huggingface_hub.
+Offline (HF_HUB_OFFLINE=1) the local hub cache is used. The programs download files themselves, with huggingface_hub.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tuneline.workspace.hub_cache import COMMIT, HubCache, cache_folder, cached_
 
 
 class Hub(HubCache):
-    """Asks each thing once. Both raise StageFailed as `resolve_commit`."""
+    """Ask the hub, once for each question. The methods raise StageFailed as `resolve_commit` does."""
 
-    @cache  # noqa: B019  (there is one, as long as the process)
+    @cache  # noqa: B019  (one instance, which lives as long as the process)
     def commit(self, repository_type: str, repository: str, revision: str) -> str:
         return resolve_commit(repository_type, repository, revision)
 
@@ -34,7 +34,7 @@ class Hub(HubCache):
 
 
 def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
-    """`repository_type` is `model` or `dataset`. Raises StageFailed: auth, config or transient."""
+    """Return the commit of a revision. `repository_type`: `model` or `dataset`. Raises StageFailed: auth, config or transient."""
     if COMMIT.match(revision):
         return revision
     if _offline():
@@ -46,7 +46,7 @@ def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
     try:
         return str(json.loads(answer)["sha"])
     except (ValueError, KeyError):
-        raise StageFailed("transient", f"the hub's answer for {repository} is no hub's", "is there a portal to log in to?") from None
+        raise StageFailed("transient", f"the answer for {repository} does not come from the hub", "check whether the network has a login page") from None
 
 
 def _offline() -> bool:
@@ -68,7 +68,7 @@ def _fetched(path: str, what: str) -> bytes:
             raise StageFailed("auth", f"the hub refuses {what} (HTTP {error.code})", hint) from None
         if error.code == 404:
             raise StageFailed("config", f"the hub has no {what}", "check both names") from None
-        raise StageFailed("transient", f"the hub answers HTTP {error.code} for {what}", "a run tries the stage again by itself") from None
+        raise StageFailed("transient", f"the hub answers HTTP {error.code} for {what}", "a run retries the stage automatically") from None
     except OSError as error:
         hint = "check the network; or write a full commit as `revision:`, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
         raise StageFailed("transient", f"the hub cannot be reached for {what}: {getattr(error, 'reason', error)}", hint) from None
@@ -83,7 +83,7 @@ def _cached(repository_type: str, repository: str, revision: str) -> str:
 
 
 def _token() -> str | None:
-    """HF_TOKEN, or what `hf auth login` left."""
+    """Return HF_TOKEN, or the token that `hf auth login` saved."""
     if token := os.environ.get("HF_TOKEN"):
         return token
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()

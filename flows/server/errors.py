@@ -1,4 +1,4 @@
-"""What a Prefect server refuses, in our words."""
+"""Convert errors of the Prefect server to messages of tuneline."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tuneline.errors import TunelineError
 
 
 @contextmanager
-def told_errors() -> Iterator[None]:
-    """A server's refusal, or its absence, in our words."""
+def server_errors() -> Iterator[None]:
+    """Raises TunelineError if the server rejects a request or does not answer."""
     try:
         yield
     except httpx.HTTPStatusError as error:

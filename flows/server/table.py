@@ -11,7 +11,7 @@ from flows.server.status import OnServer, Working
 
 
 def status_tables(here: Sequence[Working], there: Sequence[OnServer]) -> None:
-    """Stages in progress; then what the server knows of runs that have not ended."""
+    """Print the stages in progress, then the unfinished runs on the server."""
     if here:
         table = table_of("pipeline", "run", "stage", "kind", "time", "progress")
         for row in here:

@@ -1,6 +1,6 @@
-"""`tuneline worker POOL`: Prefect's worker for a pool of pipelines.yaml, in the foreground, for the machines on which no `up` runs.
+"""`tuneline worker POOL`: run Prefect's worker for a pool of pipelines.yaml in the foreground, on machines without `tuneline up`.
 
-It takes the place of this process, so that systemd and shells watch the worker itself; see infra/systemd/tuneline-worker@.service.
+The worker replaces this process (exec), so that systemd and shells watch the worker itself; see infra/systemd/tuneline-worker@.service.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tuneline.config.load import Loaded
 from tuneline.config.messages import nearest
 from tuneline.errors import ConfigError, Problem
 
-LIBRARIES = {"docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}  # process workers are Prefect's own
+LIBRARIES = {"docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}  # process workers need only Prefect
 
 
 def run_worker(loaded: Loaded, pool: str) -> NoReturn:
-    """Raises ConfigError where the pool, its library or the server is missing."""
+    """Replace this process with the worker. Raises ConfigError if the pool, its library or the server is missing."""
     pools = loaded.spec.pools
     if pool not in pools:
         allowed = ", ".join(pools) or "none (the file has no `pools`)"
@@ -42,16 +42,16 @@ def run_worker(loaded: Loaded, pool: str) -> NoReturn:
 
 
 def worker_command(pool: str, kind: str) -> list[str]:
-    """A process pool that the server does not know yet is made by its worker; the others have settings, which `deploy` gives them."""
+    """Return the worker's command. A process worker creates its pool; other pools have settings, which `tuneline deploy` sets."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind, "--name", socket.gethostname()]
     return command if kind == "process" else [*command, "--install-policy", "never", "--no-create-pool-if-not-found"]
 
 
 def heartbeat(address: str, pool: str) -> str | None:
-    """When this machine's worker for a pool last told the server that it lives."""
+    """Return the time of the last heartbeat of this machine's worker for a pool, or None."""
     try:
         workers = ask(f"{address}/work_pools/{pool}/workers/filter", {})
-    except (OSError, ValueError):  # no such pool yet, or no answer this time
+    except (OSError, ValueError):  # no such pool yet, or no answer
         return None
     return next((worker["last_heartbeat_time"] for worker in workers if worker["name"] == socket.gethostname()), None)
 
@@ -61,4 +61,4 @@ def _unknown(address: str, pool: str) -> bool:
         ask(f"{address}/work_pools/{pool}")
         return False
     except urllib.error.HTTPError as error:
-        return error.code == 404  # whether it lets us in is Prefect's to say
+        return error.code == 404  # Prefect reports other errors, such as a rejected password

@@ -163,9 +163,9 @@ def certify(file: Path) -> None:
     [
         ({"PREFECT_API_AUTH_STRING": "me:x"}, ""),
         ({"PREFECT_API_KEY": "k"}, ""),
-        ({}, "PREFECT_API_AUTH_STRING: found none than"),
-        ({"PREFECT_API_AUTH_STRING": "me:y"}, "PREFECT_API_AUTH_STRING: found another one than"),
-        ({"PREFECT_API_KEY": "j"}, "PREFECT_API_KEY: found another one than"),
+        ({}, "PREFECT_API_AUTH_STRING: found none, expected"),
+        ({"PREFECT_API_AUTH_STRING": "me:y"}, "PREFECT_API_AUTH_STRING: found another one, expected"),
+        ({"PREFECT_API_KEY": "j"}, "PREFECT_API_KEY: found another one, expected"),
     ],
 )
 def test_a_server_is_asked_with_the_password_of_the_settings(
@@ -192,7 +192,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_unless_told(
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", guarded[0])
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:x")
-    with pytest.raises(ConfigError, match="certificate verify failed(?s:.*)hint: PREFECT_API_SSL_CERT_FILE names a file"):
+    with pytest.raises(ConfigError, match="certificate verify failed(?s:.*)hint: PREFECT_API_SSL_CERT_FILE must name a file"):
         connect(tmp_path)
     monkeypatch.setenv("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "true")
     assert connect(tmp_path) == guarded[0]

@@ -136,7 +136,7 @@ def test_a_server_that_does_not_answer_keeps_no_run_from_working(monkeypatch: py
     monkeypatch.setattr(flows.run.missed, "get_client", away)
     monkeypatch.setattr(flows.run.missed, "get_run_logger", lambda: SimpleNamespace(warning=said.append))
     assert flows.run.missed.missed(uuid4(), Pipeline.model_construct()) is None
-    assert said == ["whether a newer run of the schedule waits is not known: no route"]
+    assert said == ["cannot find out whether a newer run of the schedule waits: no route"]
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_pyt
     pico.write(text)
     done = pico.tuneline("run", "pico", "--verbose", "--force", "sft", *one, "--set", "sft.resources.micro_batch_size=4")
     assert (
-        done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (tried again with micro_batch_size 2)")
+        done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (retried with micro_batch_size 2)")
         == 1
     )
     assert "sft: started (sft, attempt 2, resumes from step 5)" in done.stderr
@@ -300,7 +300,7 @@ def test_a_number_is_of_one_machine(project: Project, stand_in: Callable[..., No
     project.write(MACHINES)
     first = project.start("node", "demo", "--rank", "1")
     assert first.stderr is not None
-    assert first.stderr.readline() == "waits for a run of demo\n"
+    assert first.stderr.readline() == "waiting for a run of demo\n"
     refused = project.tuneline("node", "demo", "--rank", "1", status=2).stderr
     assert refused == (
         f"--rank: found 1, which is process {first.pid} on {socket.gethostname()} already, expected a number that no other machine of demo "
@@ -310,7 +310,7 @@ def test_a_number_is_of_one_machine(project: Project, stand_in: Callable[..., No
     first.communicate()
     second = project.start("node", "demo", "--rank", "1")
     assert second.stderr is not None
-    assert second.stderr.readline() == "waits for a run of demo\n"
+    assert second.stderr.readline() == "waiting for a run of demo\n"
     second.kill()
     second.communicate()
 

@@ -141,7 +141,7 @@ def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
     killer.join()
     assert (
         record.stages[0].message
-        == "transient: the program's watchdog was ended by signal 9\n\nhint: within `retries` it is tried once more"
+        == "transient: the program's watchdog was ended by signal 9\n\nhint: it is retried once, within `retries`"
     )
 
 
@@ -478,7 +478,7 @@ def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: C
                 os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
-    assert "Prefect: warning: the Prefect server has ended; the stages go on without it" in err
+    assert "Prefect: warning: the Prefect server has ended; the stages continue without it" in err
     assert "does not answer and has not heard how this run ended" in err
     assert "Traceback" not in err
     assert "Error logging to API" not in err
