@@ -1,6 +1,6 @@
-"""The commands that look at runs, and end one: `tuneline list | runs | status | logs | cancel`; and `completion`.
+"""The commands that inspect or cancel runs: `tuneline list | runs | status | logs | cancel`; and `completion`.
 
-None imports Prefect, but `status` and `cancel` where a server is there.
+Only `status` and `cancel` import Prefect, and only if there is a server.
 """
 
 from __future__ import annotations

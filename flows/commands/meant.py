@@ -1,4 +1,4 @@
-"""Hints for a call that the command line does not know: what the user of another tool most likely means."""
+"""Hints for unknown commands and options: what a user of another tool most likely means."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def hint(error: click.UsageError) -> str:
-    """What to write instead; empty where nothing better than `--help` is known."""
+    """Return what to write instead, or an empty string if `--help` is the best hint."""
     command = error.ctx.command.name if error.ctx else ""
     if isinstance(error, click.exceptions.NoSuchCommand):
         name = error.command_name.lower()

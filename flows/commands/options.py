@@ -1,4 +1,4 @@
-"""Options, exit codes and the loading of the file that several commands share."""
+"""Options, exit codes and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ force_option = click.option(
 
 
 def print_json(document: Any) -> None:
-    """For people and programs; in escapes where the stream does not take Unicode."""
+    """Print JSON, escaped to ASCII if the stream does not take Unicode."""
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
     click.echo(json.dumps(document, indent=1, ensure_ascii=not unicode))
 

@@ -1,9 +1,9 @@
 """The command line: `tuneline init | setup | validate | plan | run | node | show | schema | verify | gc`. The commands that look at
 runs are in `flows/commands/look.py`, those that speak to a server in `flows/commands/server.py`.
 
-stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify`
-found damage or `doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
-by a `run` that has something to do and by what speaks to a server; torch never.
+stdout is data (tables, or JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify` found damage or
+`doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only by a `run` that
+builds something and by commands that use a server; torch never.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Every error a message, never a traceback."""
+    """Run the command line; print errors as messages, without tracebacks."""
     sys.stdout, sys.stderr = BrokenPipeSafe(sys.stdout), BrokenPipeSafe(sys.stderr)  # type: ignore[assignment]
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="tuneline"))
@@ -280,10 +280,12 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
     pipeline, _, stage = what.partition("/")
     workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
     record = workspace.runs.get(pipeline, run_id)
-    for entry in record.stages:  # the project, or its store, may have been moved since
+    for entry in record.stages:  # the project or its store may have been moved
         if entry.artifact and entry.key and not Path(entry.artifact).exists():
             entry.artifact = str(workspace.store.folder(entry.kind, entry.key))
-        if entry.key and not entry.artifact and (log := workspace.work(entry.key) / "log.txt").exists():  # until a run completes it
+        if (
+            entry.key and not entry.artifact and (log := workspace.work(entry.key) / "log.txt").exists()
+        ):  # until a run publishes the artifact
             entry.message = "; ".join(filter(None, (entry.message, f"its log is {log}")))
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
@@ -292,7 +294,7 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
         raise ConfigError([Problem("", found, place="show")])
     manifests = {entry.stage: _manifest(entry.artifact) for entry in records}
     if as_json:
-        document = _run_json(record, [])  # what became of each stage; beside it the manifests of those that gave an artifact
+        document = _run_json(record, [])  # the outcome of each stage, beside the manifests
         document = {**document, "record": document["stages"], "stages": manifests}
         print_json(manifests[stage] if stage else document)
         if in_browser:
@@ -340,7 +342,9 @@ def verify(file: Path) -> None:
 
 @cli.command()
 @file_option
-@click.option("--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Number of runs to keep of each pipeline.")
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Number of runs to keep of each pipeline."
+)
 @click.option("--older-than", metavar="AGE", help="Also keep what runs younger than AGE need: 30d, 12h, 2w.")
 @click.option("--all", "everything", is_flag=True, help="Also remove artifacts that no run of this workspace names.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed. Change nothing.")

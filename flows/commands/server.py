@@ -1,4 +1,4 @@
-"""The commands about the server: `tuneline up | down | worker | deploy | submit | doctor`."""
+"""The commands that use a server: `tuneline up | down | worker | deploy | submit | doctor`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,11 @@ OK: Status = "ok"
 WARNING: Status = "warning"
 PROBLEM: Status = "problem"
 SCARCE = 5_000_000_000  # bytes, about a merged model of 1.5B parameters and its quantized copy
-PINNED = (("prefect", "tuneline"), ("fastapi", "prefect"), ("sqlalchemy", "prefect"))  # (library, the package whose requirement limits its version)
+PINNED = (
+    ("prefect", "tuneline"),
+    ("fastapi", "prefect"),
+    ("sqlalchemy", "prefect"),
+)  # (library, the package whose requirement limits its version)
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "9p", "virtiofs", "fuse.sshfs", "fuse.glusterfs"}
 TAKES_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
@@ -211,5 +215,7 @@ def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Check:
     if server_state.read(home / "server"):
         return Check("server", PROBLEM, "the server that `up` started has ended", "tuneline up")
     if loaded.spec.pools:
-        return Check("server", WARNING, f"no server is running, so no worker serves the pools ({', '.join(loaded.spec.pools)})", "tuneline up")
+        return Check(
+            "server", WARNING, f"no server is running, so no worker serves the pools ({', '.join(loaded.spec.pools)})", "tuneline up"
+        )
     return Check("server", OK, "no server is running; each run starts its own, without history and UI", "tuneline up")

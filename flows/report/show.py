@@ -1,4 +1,4 @@
-"""What `tuneline show PIPELINE/STAGE` says of one stage, in words; the manifest, with digests and versions, is there with `--json`."""
+"""Print one stage for `tuneline show PIPELINE/STAGE`. `--json` prints the manifest, with digests and versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flows.report.stage import Stage
 
 
 def print_stage(stage: Stage) -> None:
-    """Facts by name, then what the program wrote for people. No table: nothing folds a path or a message here."""
+    """Print facts by name, then the program's report. Not a table, so that paths and messages are not wrapped."""
     facts = list(_facts(stage))
     width = max(len(name) for name, _ in facts)
     before = ""

@@ -1,4 +1,4 @@
-"""Tables of what came out (stdout)."""
+"""The tables that commands print to stdout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STYLES = {
 
 
 def list_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Pipelines, or the stages of one, with what became of them in the last run."""
+    """Print pipelines, or the stages of one, with their state in the last run."""
     shown = [{**row, "started": moment(row["started"])} if "started" in row else dict(row) for row in rows]
     columns = [name for name in shown[0] if name != "run" and any(row[name] for row in shown)]
     table = table_of(*columns)
@@ -51,7 +51,7 @@ def list_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Runs with their times and what became of their stages."""
+    """Print runs with their times and the states of their stages."""
     table = table_of("run", "pipeline", "state", "started", "took", "stages", "overrides")
     for row in rows:
         ended = datetime.fromisoformat(row["finished"]) if row["finished"] else None
@@ -63,12 +63,12 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def moment(started: str | None) -> str:
-    """In local time."""
+    """Format a time in the local time zone."""
     return datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M:%S") if started else ""
 
 
 def run_table(records: Sequence[StageRecord]) -> None:
-    """Stage, status, time and key figures; then the folder of each artifact."""
+    """Print stages with status, time and key figures; then the folder of each artifact."""
     table = table_of("stage", "kind", "status", "time", "figures")
     for record in records:
         seconds = time_of(record) if record.seconds else ""
@@ -99,7 +99,7 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
 
 
 def estimate_table(estimates: Mapping[str, Estimate]) -> None:
-    """What trainings and merges take at most, with the larger parts of the memory."""
+    """Print the most memory and disk that trainings and merges take, with the larger parts of the memory."""
     if not estimates:
         return
     print()
@@ -123,10 +123,10 @@ def _memory(memory: Memory) -> str:
 
 
 def gc_table(items: Sequence[Item], dry_run: bool) -> None:
-    """What goes first, then what stays; the sum on stderr."""
+    """Print removed items, then kept ones; the total goes to stderr."""
     table = table_of("kind", "key", "size", "age", "stage", "", "why")
     for item in sorted(items, key=lambda item: not item.removed):
-        verb = Text("would go" if dry_run else "removed", "yellow") if item.removed else Text("kept", "dim")
+        verb = Text("would remove" if dry_run else "removed", "yellow") if item.removed else Text("kept", "dim")
         table.add_row(
             item.kind,
             item.key if item.kind == "record" else item.key[:12],
@@ -139,14 +139,12 @@ def gc_table(items: Sequence[Item], dry_run: bool) -> None:
     print_table(table)
     gone = [item for item in items if item.removed]
     size = human(sum(item.size for item in gone))
-    told = (
-        f"{size} would be freed, {len(gone)} of {len(items)} would go" if dry_run else f"{size} freed, {len(gone)} of {len(items)} removed"
-    )
-    print(told, file=sys.stderr)
+    would = "would be " if dry_run else ""
+    print(f"{size} {would}freed, {len(gone)} of {len(items)} {would}removed", file=sys.stderr)
 
 
 def figures(record: StageRecord) -> str:
-    """The few metrics of a stage that one looks at first, with standard errors."""
+    """Return the key metrics of a stage, with standard errors."""
     names = [name for name in (STAGES[record.kind].figures if record.kind in STAGES else ()) if name in record.metrics]
     names = names or [name for name in record.metrics if not name.endswith("_stderr")]
     found = [(name, record.metrics[name], record.metrics.get(f"{name}_stderr")) for name in names]
@@ -172,7 +170,7 @@ def duration(seconds: float) -> str:
 
 
 def time_of(record: StageRecord) -> str:
-    """Of all attempts of the run."""
+    """Return the time of all attempts in the run, and their number."""
     return duration(record.seconds) + (f" in {record.attempts} attempts" if record.attempts > 1 else "")
 
 

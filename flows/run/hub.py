@@ -46,7 +46,9 @@ def resolve_commit(repository_type: str, repository: str, revision: str) -> str:
     try:
         return str(json.loads(answer)["sha"])
     except (ValueError, KeyError):
-        raise StageFailed("transient", f"the answer for {repository} does not come from the hub", "check whether the network has a login page") from None
+        raise StageFailed(
+            "transient", f"the answer for {repository} does not come from the hub", "check whether the network has a login page"
+        ) from None
 
 
 def _offline() -> bool:

@@ -47,7 +47,9 @@ def _missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run)
         schedule = _schedule(run)
-        if schedule is None or run.run_count > 1 or run.deployment_id is None or run.expected_start_time is None:  # started by hand, or a retry
+        if (
+            schedule is None or run.run_count > 1 or run.deployment_id is None or run.expected_start_time is None
+        ):  # started by hand, or a retry
             return None
         name = run.created_by.display_value if run.created_by else None
         known = pipeline.schedules.get(name or "")

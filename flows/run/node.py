@@ -158,7 +158,9 @@ def _join(
 
     def leave_with_the_first() -> None:
         while not ended.wait(POLL):
-            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(10):  # the programs may end on their own
+            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(
+                10
+            ):  # the programs may end on their own
                 supervisor.end_all()
 
     watching = threading.Thread(target=leave_with_the_first, daemon=True)

@@ -81,7 +81,9 @@ class Slots:
         absent = [str(device) for device in devices if str(device) not in self._gpus]
         if absent:
             shown = ", ".join(self._gpus) or "none"
-            raise StageFailed("config", f"resources.devices names {', '.join(absent)}, but this machine shows {shown}", "name other devices")
+            raise StageFailed(
+                "config", f"resources.devices names {', '.join(absent)}, but this machine shows {shown}", "name other devices"
+            )
         return [str(device) for device in devices]
 
     def _slot_and_gpus(self, wanted: list[str], gpus: int, holder: dict[str, Any]) -> Taken | None:

@@ -49,7 +49,9 @@ def cancel(workspace: Workspace, what: str, say: Callable[[str], None]) -> str:
             os.kill(process, signal.SIGTERM)
     if not _ended(workspace, record, LAST_SECONDS):
         where = f"its process {process}" if process else "its process, on another machine or of another user,"
-        raise StageFailed("transient", f"run {record.run_id} has not ended: {where} still holds its lock", "end that process, or ask its owner")
+        raise StageFailed(
+            "transient", f"run {record.run_id} has not ended: {where} still holds its lock", "end that process, or ask its owner"
+        )
     return record.run_id
 
 
@@ -134,5 +136,8 @@ def _no_such_run(workspace: Workspace, what: str, alive: list[RunRecord]) -> Pro
         found = "found no such run"
     hint = nearest(what, known) if ended is None else ""
     return Problem(
-        "", f"{found}, expected a run in progress: {listed(known)}", hint or "`tuneline status` shows the runs in progress", place=f"cancel {what}"
+        "",
+        f"{found}, expected a run in progress: {listed(known)}",
+        hint or "`tuneline status` shows the runs in progress",
+        place=f"cancel {what}",
     )

@@ -113,7 +113,9 @@ def _start_server(folder: Path, port: int, database: str | None, history: str) -
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             found = f"found {port}, which cannot be bound ({os.strerror(error.errno or 0)}), expected a free port"
-            raise ConfigError([Problem("", found, f"`tuneline up --port {port + 1}`, or stop the process that uses it", place="--port")]) from None
+            raise ConfigError(
+                [Problem("", found, f"`tuneline up --port {port + 1}`, or stop the process that uses it", place="--port")]
+            ) from None
     address, log = _address(port), folder / "server.log"
     place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
     # Without PREFECT_UI_API_URL the UI calls port 4200, whatever port serves it.

@@ -21,7 +21,7 @@ from flows.commands.runs import cli
 
 @pytest.fixture(autouse=True)
 def own_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Projects here have none; those of whoever runs the tests are not theirs."""
+    """Projects here have none; the runtimes of the user must not count."""
     monkeypatch.delenv("TUNELINE_RUNTIMES", raising=False)
 
 
@@ -236,9 +236,9 @@ def test_an_interrupted_run_prints_its_json(two_stages: Project, stand_in: Calla
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
-    told = json.loads(out)
-    assert told["state"] == "cancelled"
-    assert {stage["stage"]: stage["status"] for stage in told["stages"]}["one"] == "done"
+    document = json.loads(out)
+    assert document["state"] == "cancelled"
+    assert {stage["stage"]: stage["status"] for stage in document["stages"]}["one"] == "done"
     assert "interrupted; run again to resume\n" in err
     report = Path(err.splitlines()[-1].removeprefix("report: ")).read_text(encoding="utf-8")
     assert '<span class="state cancelled">' in report

@@ -184,8 +184,8 @@ def missing_flags(command: list[str]) -> list[str]:
     words = [word for word in command[: next((i for i, word in enumerate(command) if word.startswith("-")), None)]]
     module = {"prefect": "prefect", "tuneline": "flows"}[words[0]]
     env = {**os.environ, "COLUMNS": "300", "PYTHONPATH": str(ROOT)}
-    told = subprocess.run([sys.executable, "-m", module, *words[1:], "--help"], env=env, capture_output=True, text=True, check=True).stdout
-    return [word for word in command if word.startswith("--") and not re.search(rf"{word}\b", told)]
+    usage = subprocess.run([sys.executable, "-m", module, *words[1:], "--help"], env=env, capture_output=True, text=True, check=True).stdout
+    return [word for word in command if word.startswith("--") and not re.search(rf"{word}\b", usage)]
 
 
 # --- compose --------------------------------------------------------------------------------------------------------------

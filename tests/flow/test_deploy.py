@@ -155,7 +155,7 @@ def test_what_left_the_file_goes_and_what_is_others_stays(pico: Project) -> None
     }
     planned = pico.json("deploy", "--dry-run")
     assert actions(planned) == expected
-    assert planned["items"][-1]["note"] == "not in the file any more, but used by theirs/theirs"
+    assert planned["items"][-1]["note"] == "no longer in the file, but used by theirs/theirs"
     assert deployed() == before
     assert "4 deleted" in pico.tuneline("deploy").stderr
     assert sorted(deployed()) == ["pico/pico", "theirs/more", "theirs/theirs"]
@@ -321,25 +321,25 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
 
 @pytest.mark.slow
 def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -> None:
-    def told(*arguments: str) -> str:
+    def refusal(*arguments: str) -> str:
         return pico.tuneline("submit", *arguments, status=2).stderr
 
-    assert told("here").startswith(
+    assert refusal("here").startswith(
         "submit here: found no such deployment on the server, expected none (there is none)\n\nhint: `tuneline deploy` makes one"
     )
     pico.tuneline("deploy")
     known = "other/other, pico/pico, pico/pico-nightly, run-stage/run-stage-boxes"
-    assert told("pico/picoo").startswith("submit pico/picoo: found no such deployment on the server, expected ")
-    assert sorted(told("pico/picoo").split("expected ")[1].split("\n")[0].split(", ")) == known.split(", ")
-    assert told("pco").startswith("pipelines.yaml: found no pipeline `pco`, expected pico, other, here")
-    assert told("pico", "--set", "one.sed=1").startswith("--set one.sed: pico.one.sed: found the unknown field `sed`")
-    assert told("pico", "--force", "on").startswith("--force: found no stage `on` in pico, expected one, two, gate")
-    assert told("pico", "--queue", "nightli") == (
+    assert refusal("pico/picoo").startswith("submit pico/picoo: found no such deployment on the server, expected ")
+    assert sorted(refusal("pico/picoo").split("expected ")[1].split("\n")[0].split(", ")) == known.split(", ")
+    assert refusal("pco").startswith("pipelines.yaml: found no pipeline `pco`, expected pico, other, here")
+    assert refusal("pico", "--set", "one.sed=1").startswith("--set one.sed: pico.one.sed: found the unknown field `sed`")
+    assert refusal("pico", "--force", "on").startswith("--force: found no stage `on` in pico, expected one, two, gate")
+    assert refusal("pico", "--queue", "nightli") == (
         "--queue: found the unknown queue `nightli` of pool `local`, expected interactive, default, nightly\n\nhint: did you mean `nightly`?\n"
     )
     with server() as client:
         client.create_deployment(client.create_flow_from_name("theirs"), "pico", work_pool_name="local")
-    several = told("pico")
+    several = refusal("pico")
     assert several.startswith("submit pico: found 2 deployments of that name, expected one of ")
     assert {"pico/pico", "theirs/pico"} == set(several.split("one of ")[1].split("\n")[0].split(", "))
     assert pico.json("submit", "pico/pico")["state"] == "scheduled"
@@ -354,6 +354,6 @@ def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -
     assert pico.tuneline("cancel", "pico", status=2).stderr.startswith("cancel pico: found no such run")
 
     pico.write(PIPELINES, "second.yaml")
-    assert told("pico/pico", "--file", "second.yaml").startswith(
+    assert refusal("pico/pico", "--file", "second.yaml").startswith(
         f"submit pico/pico: found pico/pico, which was deployed from {pico.root}/pipelines.yaml"
     )

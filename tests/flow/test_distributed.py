@@ -131,10 +131,7 @@ def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_pyt
     text = (pico.root / "pipelines.yaml").read_text().replace(f'python: "{program_python}"', "python: python")
     pico.write(text)
     done = pico.tuneline("run", "pico", "--verbose", "--force", "sft", *one, "--set", "sft.resources.micro_batch_size=4")
-    assert (
-        done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (retried with micro_batch_size 2)")
-        == 1
-    )
+    assert done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (retried with micro_batch_size 2)") == 1
     assert "sft: started (sft, attempt 2, resumes from step 5)" in done.stderr
     assert "resuming from checkpoint-5" in done.stderr
     assert curve(pico) == pytest.approx(expected, rel=1e-3)

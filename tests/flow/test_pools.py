@@ -157,7 +157,7 @@ class Cluster:
         return (self.project.root / f"sleeping-{name}").exists()
 
     def fresh(self, **actions: list[Any]) -> None:
-        """Nothing runs that an earlier test left, no stage is built, and the stand-ins do as they are told from now on."""
+        """Nothing runs that an earlier test left, no stage is built, and the stand-ins do as they are heard from now on."""
         root = self.project.root
         self.delete_runs()
         for pid in self.processes("prefect.engine"):
@@ -214,12 +214,12 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
     cluster.fresh(first=["wait"])
     watcher = cluster.project.start("submit", "waiting", "--watch", PREFECT_API_URL=cluster.address)
     assert watcher.stderr is not None
-    told: list[str] = []
+    heard: list[str] = []
 
     def hear(words: str) -> None:
-        while not told or words not in told[-1]:
-            assert (line := watcher.stderr.readline()), told  # type: ignore[union-attr]
-            told.append(line)
+        while not heard or words not in heard[-1]:
+            assert (line := watcher.stderr.readline()), heard  # type: ignore[union-attr]
+            heard.append(line)
 
     hear("first: in pool idle: scheduled, no worker is online: `tuneline worker idle` starts one")
     cluster.start_worker("idle")
@@ -228,7 +228,7 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
     _, err = watcher.communicate(timeout=PATIENCE)
     assert watcher.returncode == 0, err
     for words in ("first: stand-in first: wait", "first: in pool idle: completed", "run Completed"):
-        assert any(line.partition(" ")[2].strip() == words for line in [*told, *err.splitlines()]), (words, told, err)
+        assert any(line.partition(" ")[2].strip() == words for line in [*heard, *err.splitlines()]), (words, heard, err)
 
 
 def test_a_childs_failure_comes_back_with_its_class(cluster: Cluster) -> None:

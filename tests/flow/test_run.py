@@ -140,8 +140,7 @@ def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
     record, _ = run("one.retries=0", force=["one"])
     killer.join()
     assert (
-        record.stages[0].message
-        == "transient: the program's watchdog was ended by signal 9\n\nhint: it is retried once, within `retries`"
+        record.stages[0].message == "transient: the program's watchdog was ended by signal 9\n\nhint: it is retried once, within `retries`"
     )
 
 

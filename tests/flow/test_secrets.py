@@ -99,7 +99,7 @@ def test_a_token_in_the_file_or_a_flag_is_refused(demo: Project) -> None:
     )
     demo.write(text)
     with pytest.raises(ConfigError, match=r"^--set one\.description: found the value of WANDB_API_KEY, expected no secrets: Prefect shows"):
-        load(demo.root / "pipelines.yaml", "demo", ["one.description=x-not-told-1"], environment={"WANDB_API_KEY": "not-told-1"})
+        load(demo.root / "pipelines.yaml", "demo", ["one.description=x-not-shown-1"], environment={"WANDB_API_KEY": "not-shown-1"})
     with pytest.raises(ConfigError, match=r"^--set one\.description: demo\.one\.description: found a token, expected none"):
         load(demo.root / "pipelines.yaml", "demo", [f"one.description={TOKEN}"], environment={})
 

@@ -62,16 +62,16 @@ def test_pinned_devices_are_those_that_are_taken(tmp_path: Path) -> None:
 
 
 def test_several_are_taken_at_once_or_not_at_all(tmp_path: Path) -> None:
-    """Two runs that want both GPUs, and each would hold one: nobody waits for ever."""
+    """Two runs that want both GPUs, and each would hold one: no run waits forever."""
     first, second = Slots(None, ["0", "1"], tmp_path), Slots(None, ["0", "1"], tmp_path)
-    told: list[str] = []
+    heard: list[str] = []
     with first.taken(1, holder={"stage": "demo/sft"}):
-        waiting = threading.Thread(target=lambda: second.taken(2, on_wait=told.append, keep_waiting=lambda: not done).__enter__())
+        waiting = threading.Thread(target=lambda: second.taken(2, on_wait=heard.append, keep_waiting=lambda: not done).__enter__())
         done: list[bool] = []
         waiting.start()
-        while not told:
+        while not heard:
             time.sleep(0.01)
-        assert re.fullmatch(rf"waits for 2 of GPU 0, 1: 0 is held by demo/sft \(process {os.getpid()}, since \d\d:\d\d\)", told[0])
+        assert re.fullmatch(rf"waits for 2 of GPU 0, 1: 0 is held by demo/sft \(process {os.getpid()}, since \d\d:\d\d\)", heard[0])
         with first.taken(1) as taken:  # what the waiting one could not use is free for others
             assert taken.gpus == ["1"]
     waiting.join(30)

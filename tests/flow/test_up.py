@@ -118,9 +118,9 @@ def test_a_port_in_use_is_said(fresh: Lasting) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", fresh.port))
         taken.listen()
-        told = fresh.project.tuneline("up", "--port", str(fresh.port), status=2).stderr
-    assert f"--port: found {fresh.port}, which cannot be bound (Address already in use), expected a free port" in told
-    assert told.endswith(f"hint: `tuneline up --port {fresh.port + 1}`, or stop the process that uses it\n")
+        stderr = fresh.project.tuneline("up", "--port", str(fresh.port), status=2).stderr
+    assert f"--port: found {fresh.port}, which cannot be bound (Address already in use), expected a free port" in stderr
+    assert stderr.endswith(f"hint: `tuneline up --port {fresh.port + 1}`, or stop the process that uses it\n")
     assert server_state.read(fresh.folder) is None
 
 
@@ -139,8 +139,8 @@ def test_a_wrong_call_is_told(fresh: Lasting, arguments: list[str], message: str
 
 
 def test_another_server_in_the_environment_is_told(fresh: Lasting) -> None:
-    told = fresh.project.tuneline("up", status=2, PREFECT_API_URL="http://127.0.0.1:9/api").stderr
-    assert told.startswith("PREFECT_API_URL: found http://127.0.0.1:9/api: runs would use that server, not the one of `up`")
+    stderr = fresh.project.tuneline("up", status=2, PREFECT_API_URL="http://127.0.0.1:9/api").stderr
+    assert stderr.startswith("PREFECT_API_URL: found http://127.0.0.1:9/api: runs would use that server, not the one of `up`")
 
 
 def test_a_container_worker_needs_its_library(fresh: Lasting) -> None:
@@ -246,7 +246,9 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
     assert server_state.read(lasting_up.folder) == state
     lasting_up.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"), "docker.yaml")
     worker = lasting_up.project.tuneline("worker", "there", "--file", "docker.yaml", status=2)
-    assert worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` creates it\n"
+    assert (
+        worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` creates it\n"
+    )
     other = lasting_up.project.tuneline("up", "--port", str(lasting_up.port + 1), status=2)
     assert other.stderr.startswith(f"--port: found {lasting_up.port + 1}, but the server of `up` runs on port {lasting_up.port}")
     database = lasting_up.project.tuneline("up", "--database", "postgresql+asyncpg://me:secret@db/prefect", status=2)
@@ -349,7 +351,7 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
     with sqlite3.connect(lasting_up.folder / "prefect.db") as database:  # what the server would not believe
         database.execute("UPDATE flow_run_state SET timestamp = '2026-01-01 00:00:00.000000' WHERE flow_run_id = ?", (run,))
     status, message, remedy = problem(doctor(lasting_up), f"run stuck {run}")
-    assert (status, message.endswith("it holds a place in its pool"), remedy) == ("problem", True, f"prefect flow-run cancel {run}")
+    assert (status, message.endswith("it holds a slot of its pool"), remedy) == ("problem", True, f"prefect flow-run cancel {run}")
     lasting_up.prefect("-m", "prefect", "--no-prompt", "flow-run", "delete", run)
 
 
@@ -357,14 +359,14 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
 def test_a_server_with_a_password_says_so_to_who_has_another(lasting_up: Lasting) -> None:
     """Every other test here has the right one, from the file that `up --auth` keeps."""
     assert (lasting_up.folder / "auth").stat().st_mode & 0o777 == 0o600
-    told = lasting_up.project.tuneline("up", "--auth", status=2, PREFECT_SERVER_API_AUTH_STRING="me:another").stderr
-    assert told.startswith("--auth: found a password, but the server that `up` started uses another one, or none")
+    stderr = lasting_up.project.tuneline("up", "--auth", status=2, PREFECT_SERVER_API_AUTH_STRING="me:another").stderr
+    assert stderr.startswith("--auth: found a password, but the server that `up` started uses another one, or none")
     elsewhere = Project(lasting_up.project.root / "elsewhere")
     elsewhere.write(PIPELINES)
     for given, found in (({}, "none"), ({"PREFECT_API_AUTH_STRING": "me:another"}, "another one")):
-        told = elsewhere.tuneline("status", status=2, PREFECT_API_URL=lasting_up.address, **given).stderr
+        stderr = elsewhere.tuneline("status", status=2, PREFECT_API_URL=lasting_up.address, **given).stderr
         wanted = f"PREFECT_API_AUTH_STRING: found {found}, expected the one that {lasting_up.address} requires (HTTP 401)"
-        assert told == f"{wanted}\n\nhint: `export PREFECT_API_AUTH_STRING=user:password`\n"
+        assert stderr == f"{wanted}\n\nhint: `export PREFECT_API_AUTH_STRING=user:password`\n"
     elsewhere.tuneline("status", PREFECT_API_URL=lasting_up.address, PREFECT_API_AUTH_STRING="me:a secret")
 
 
@@ -376,8 +378,8 @@ def test_after_kill_9_of_the_server_up_works_again_with_the_same_history(lasting
     os.kill(before.server.pid, signal.SIGKILL)
     until(lambda: not before.server.alive)
     assert find_server(lasting_up.folder.parent) is None
-    told = lasting_up.project.tuneline("status").stderr
-    assert told.startswith("warning: the server that `up` started has ended: `tuneline up` starts it again, with its history\n")
+    stderr = lasting_up.project.tuneline("status").stderr
+    assert stderr.startswith("warning: the server that `up` started has ended: `tuneline up` starts it again, with its history\n")
     found = doctor(lasting_up)
     assert problem(found, "server") == ("problem", "the server that `up` started has ended", "tuneline up")
     assert lasting_up.project.json("up")["started"] == ["server"]  # on the port where its workers look for it
@@ -448,20 +450,20 @@ def postgres() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_history_lies_in_postgres_and_its_password_nowhere_else(fresh: Lasting, postgres: str) -> None:
-    told = fresh.up(PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres)
-    assert told["database"] == "postgresql+asyncpg://" + postgres.partition("@")[2]
+    state = fresh.up(PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres)
+    assert state["database"] == "postgresql+asyncpg://" + postgres.partition("@")[2]
     assert fresh.project.json("run", "demo")["state"] == "completed"
     assert [run["state"]["type"] for run in fresh.ask("flow_runs/filter", {})] == ["COMPLETED"]
     assert not (fresh.folder / "prefect.db").exists()
     secret = b"secret-of-the-database"
     for pid in marked(fresh.mark):
         assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
-        assert (secret in Path(f"/proc/{pid}/environ").read_bytes()) == (pid == told["server"]["pid"])
+        assert (secret in Path(f"/proc/{pid}/environ").read_bytes()) == (pid == state["server"]["pid"])
     assert fresh.project.tuneline("up").stderr.startswith("already running;")
-    os.kill(told["server"]["pid"], signal.SIGKILL)
-    until(lambda: not server_state.Process(**told["server"]).alive)
+    os.kill(state["server"]["pid"], signal.SIGKILL)
+    until(lambda: not server_state.Process(**state["server"]).alive)
     lost = fresh.project.tuneline("up", status=2).stderr  # rather than start another history
-    assert lost.startswith(f"--database: found none, but the server that `up` started has {told['database']}")
+    assert lost.startswith(f"--database: found none, but the server that `up` started has {state['database']}")
     wrong = fresh.project.tuneline(
         "up", status=1, PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres.replace("secret-of", "another-secret-of")
     )
