@@ -157,7 +157,7 @@ def _run_stage(loaded: Loaded, pool: str) -> Item:
 def _common(loaded: Loaded, pool: str, queue: str, tags: tuple[str, ...]) -> dict[str, Any]:
     # The version that deployed; a worker compares it with its own.
     environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), DEPLOYED: __version__}
-    # Prefect puts this folder first on the path: from the project folder, a user's own flows.py or tasks.py would be imported instead of ours.
+    # Prefect puts this folder first on the path: in the project folder, a user's flows.py or tasks.py would be imported instead of ours.
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/"}}
     return {
         "pool": pool,

@@ -19,7 +19,7 @@ FOLDER = PACKAGES_ROOT / "infra" / "pools"
 
 
 def base_job_template(pool: AnyPool, root: Path) -> dict[str, Any]:
-    """Return the pool's template. Containers mount `root`, the folder of pipelines.yaml, at the same path, so keys and checkpoints match."""
+    """Return the pool's template. Containers mount `root`, the folder of pipelines.yaml, at the same path: keys and checkpoints match."""
     if isinstance(pool, DockerPool):
         return _filled("docker", _docker(pool, root))
     if isinstance(pool, KubernetesPool):

@@ -1,4 +1,4 @@
-"""What is made for Prefect to show: the words beside a progress bar, and the markdown of stages and runs."""
+"""The artifacts in Prefect: the text beside a progress bar, and the markdown of stages and runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_another_phase_counts_anew_and_no_bar_goes_beyond_its_end() -> None:
 
 
 def trained(folder: Path, report: str = "") -> StageRecord:
-    """Its entry; the artifact holds what an sft leaves for people, and a warning that would break a table."""
+    """Return the entry of an sft whose artifact has reports, and a warning that would break a table."""
     key, digest = "ab" * 32, "cd" * 32
     parents = {"model": "model/" + "1" * 64, "dataset": "dataset/" + "2" * 64}
     manifest = {"schema": 1, "kind": "sft", "type": "Adapter", "key": key, "document": {}, "digest": digest, "parents": parents}

@@ -1,4 +1,4 @@
-"""Cancel means cancel, however a run was started and wherever it is cancelled: no process is left, record and server agree."""
+"""Cancelling a run, however it was started and wherever it is cancelled: no process is left, record and server agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mark(demo: Project) -> str:
 
 @pytest.fixture
 def start(demo: Project, stand_in: Callable[..., None], mark: str) -> Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """Starts a run whose first stage sleeps, and waits until it does; also its record, as JSON."""
+    """Start a run whose first stage sleeps, and wait until it does. Also return its record, as JSON."""
 
     def started(**environment: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
         stand_in(one=["sleep"])
@@ -74,7 +74,7 @@ def test_tuneline_cancel_ends_a_run_with_a_server_of_its_own(demo: Project, star
 def test_a_run_ends_that_is_cancelled_or_deleted_on_the_server(
     demo: Project, start: Callable[..., Any], prefect_server: str, mark: str, how: str
 ) -> None:
-    """As `prefect flow-run cancel`, the UI's button and its Delete do."""
+    """As `prefect flow-run cancel` and the UI's buttons Cancel and Delete do."""
     from prefect.client.orchestration import get_client
     from prefect.states import Cancelling
 

@@ -201,7 +201,7 @@ def test_a_file_missing_by_flag_is_reported_as_the_flags(project: Project) -> No
 @pytest.mark.process
 @pytest.mark.parametrize("module", ["click", "yaml", "pydantic"])
 def test_ctrl_c_while_modules_are_imported_ends_with_a_word(project: Project, module: str) -> None:
-    """A module of that name, found first, sends the signal at the very moment of its import."""
+    """A module of that name, first on the path, sends the signal during its import."""
     project.write("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n", f"first/{module}.py")
     result = project.tuneline("validate", status=130, PYTHONPATH=f"{project.root / 'first'}:{ROOT}")
     assert (result.stdout, result.stderr) == ("", "interrupted; run again to resume\n")

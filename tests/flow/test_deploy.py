@@ -20,7 +20,7 @@ from tuneline import __version__
 
 @pytest.fixture
 def pico(project: Project, stand_in: Callable[..., None], prefect_server: str) -> Iterator[Project]:
-    """A project, and a server that is empty again afterwards."""
+    """A project with a server that is emptied afterwards."""
     project.write(PIPELINES)
     shadow(project.root, "flows", "tasks")
     for name in ("one", "two", "other"):
@@ -247,7 +247,7 @@ def test_without_a_server_it_is_said_how_to_have_one(pico: Project) -> None:
 
 
 def test_a_lost_lease_ends_no_run(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Prefect does when the server was started anew: the lease is gone. Prefect's own would end the run after 3 tries."""
+    """After a restart of the server the lease is gone. Prefect's own code would end the run after 3 tries."""
     from prefect import flow, flow_engine
     from prefect.client.schemas.objects import StateDetails
     from prefect.concurrency import _leases
@@ -280,7 +280,7 @@ def test_a_lost_lease_ends_no_run(prefect_server: str, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Project) -> None:
-    """The automations that `deploy` makes, with windows of 10 s instead of minutes; only runs of this file are marked."""
+    """The automations of `deploy`, with windows of 10 s instead of minutes; only runs of this file are marked."""
     from prefect.events import emit_event
     from prefect.events.schemas.automations import AutomationCore
     from prefect.states import Pending, Running
@@ -302,7 +302,7 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
         related = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}]
 
         def silent() -> bool:
-            """After a last sign of life; another one where the server did not know its new automations yet."""
+            """Send a last heartbeat, and another one if the server did not know its new automations yet."""
             for each in (pending, foreign):
                 client.set_flow_run_state(each, Pending(name="Submitting"), force=True)
             emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{lost}"}, related=related)
@@ -344,7 +344,7 @@ def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -
     assert {"pico/pico", "theirs/pico"} == set(several.split("one of ")[1].split("\n")[0].split(", "))
     assert pico.json("submit", "pico/pico")["state"] == "scheduled"
 
-    # What waits is cancelled by the pipeline's name as well; what a schedule plans ahead is left alone.
+    # A waiting run is cancelled by the pipeline's name too; runs that a schedule plans ahead are not.
     pico.json("submit", "pico/pico")
     both = pico.tuneline("cancel", "pico", status=2).stderr
     assert both.startswith("cancel pico: found 2 runs in progress, expected one of ")

@@ -1,4 +1,4 @@
-"""Runs of what `tuneline deploy` made, by a real worker, with a stand-in for the programs."""
+"""Runs of deployments by a real worker, with a stand-in for the programs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def at_work(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> It
 
 @pytest.fixture
 def working(at_work: Project) -> Project:
-    """With nothing built yet."""
+    """A deployed project without artifacts."""
     for path in [*at_work.root.glob("calls-*"), *at_work.root.glob("sleeping-*"), *at_work.root.glob("waiting-*"), at_work.root / "go"]:
         path.unlink(missing_ok=True)
     for name in ("one", "two", "other"):
@@ -141,7 +141,7 @@ def test_a_server_that_does_not_answer_keeps_no_run_from_working(monkeypatch: py
 
 @contextmanager
 def resumed(client: Any) -> Iterator[None]:
-    """Resumes the pool `local` and its queue at the end, also for the tests after one that fails."""
+    """Resume the pool `local` and its queue at the end, even after a failed test."""
     from prefect.client.schemas.actions import WorkPoolUpdate
 
     try:

@@ -138,7 +138,7 @@ def test_a_followed_log_loses_no_line(tmp_path: Path) -> None:
 
 
 def test_a_stream_of_ascii_takes_any_text() -> None:
-    """A pipe under LANG=C, and the name of a file that is no Unicode."""
+    """A pipe under LANG=C, and a file name that is invalid Unicode."""
     written = io.BytesIO()
     stream = BrokenPipeSafe(io.TextIOWrapper(written, encoding="ascii"))
     stream.write("résumé … \udcff")

@@ -1,6 +1,6 @@
-"""Pools on real processes: stages that run in another pool, GPUs that are waited for, and what dies with what.
+"""Pools on real processes: stages in another pool, waiting for GPUs, and which process ends which.
 
-A server, two workers and a deployed pipeline of stand-ins, once for the module; each test has pipelines of its own in it.
+The module has one server, two workers and a deployed pipeline of stand-ins; each test uses its own pipelines.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def processes(self, *words: str) -> list[int]:
-        """Of this project, whoever started them; with all of the words in their command lines."""
+        """Return this project's processes with all of the given texts in their command lines."""
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
             with suppress(OSError):
                 environment = Path(f"/proc/{name}/environ").read_bytes()
                 line = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if f"TUNELINE_MARK={self.mark}".encode() in environment and all(word in line for word in words):
+                if f"TUNELINE_MARK={self.mark}".encode() in environment and all(text in line for text in words):
                     found.append(int(name))
         return found
 
@@ -157,7 +157,7 @@ class Cluster:
         return (self.project.root / f"sleeping-{name}").exists()
 
     def fresh(self, **actions: list[Any]) -> None:
-        """Nothing runs that an earlier test left, no stage is built, and the stand-ins do as they are heard from now on."""
+        """End the processes of earlier tests, remove all artifacts, and set what the stand-ins do."""
         root = self.project.root
         self.delete_runs()
         for pid in self.processes("prefect.engine"):

@@ -77,7 +77,7 @@ def test_a_failure_skips_what_needs_it_and_spares_the_rest(demo: Project, stand_
         "after": "Skipped",
     }
     assert record.stages[0].message == "data: planted data\n\nhint: none"
-    assert len(calls(demo, "one")) == 1  # class data is not tried again
+    assert len(calls(demo, "one")) == 1  # class data is not retried
     assert run()[0].state == "completed"  # and a failure is never cached
 
 
@@ -162,7 +162,7 @@ def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_i
     record, _ = run("scored.retries=9")
     assert [call["micro"] for call in calls(demo, "evaluate")] == [4, 2, 1]
     assert record.state == "failed"
-    record, _ = run()  # what was learnt is kept
+    record, _ = run()  # failed attempts are kept
     assert [call["micro"] for call in calls(demo, "evaluate")][3:] == [1]
     assert "planted oom" in record.stages[1].message
 
@@ -202,7 +202,7 @@ def test_a_file_that_changes_while_it_is_read_is_never_stored(
     record, _ = run()
     assert statuses(record)["one"] == "failed"
     assert "files that the stage reads have changed since the run began" in record.stages[0].message
-    # What `other` read is not known, so it does not count; but the stage does not fail.
+    # What `other` read is unknown, so it is discarded; but the stage does not fail.
     assert statuses(record)["other"] == "done"
     assert len(calls(demo, "other")) == 2
     demo.write("one", "one.txt")
@@ -265,7 +265,7 @@ def test_a_full_disk_is_told_from_a_bug_of_ours(
     assert record.stages[0].message.startswith(message)
 
 
-# --- the real command, in a process of its own ----------------------------------------------------------------------------
+# --- the real command, in a new process -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -372,7 +372,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
 
 @pytest.mark.slow
 def test_a_force_is_paid_once(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], mark: str) -> None:
-    """Called again after a kill, it takes what it has built; called again after its end, it builds again."""
+    """Called again after a kill, it reuses what it has built; called again after its end, it rebuilds."""
     force = ("--force", "one", "--force", "two")
     run()
     stand_in(two=["ok", "sleep"])
@@ -405,7 +405,7 @@ def test_a_force_goes_on_with_what_it_began(tmp_path: Path) -> None:
     work, checkpoint = tmp_path / "key", tmp_path / "key" / "checkpoint"
 
     def left(run: str, tried: bool = False) -> bool:
-        """Whether a checkpoint is left once the run begins."""
+        """Return whether a checkpoint is left once the run begins."""
         work.mkdir(exist_ok=True)
         checkpoint.touch()
         forced.begin(work, record(run), tried)
@@ -489,7 +489,7 @@ def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: C
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [4, pytest.param(8, marks=pytest.mark.full)])
 def test_runs_at_once_build_each_stage_once(demo: Project, stand_in: Callable[..., None], prefect_server: str, number: int) -> None:
-    """One of four has a server of its own."""
+    """One of four runs has its own server."""
     stand_in(**{name: ["slow"] for name in ("one", "two", "other", "after")})
     own_server = {"PREFECT_API_URL": ""}
     runs = [demo.start("run", "demo", "--json", **(own_server if i % 4 == 0 else {})) for i in range(number)]
@@ -507,7 +507,7 @@ def test_runs_at_once_build_each_stage_once(demo: Project, stand_in: Callable[..
 
 @pytest.mark.slow
 def test_a_busy_server_is_waited_for(demo: Project, prefect_server: str) -> None:
-    """Prefect on SQLite answers 503 while others write; its client gives up after a few tries (here the first), and ends in a traceback."""
+    """Prefect on SQLite answers 503 while others write. Its client gives up after a few tries (here the first) with a traceback."""
     refused, port = 0, int(prefect_server.split(":")[2].split("/")[0])
 
     def pipe(source: socket.socket, target: socket.socket, guarded: bool) -> None:

@@ -1,4 +1,4 @@
-"""`tuneline up`, `down`, `worker` and `doctor`, with real servers, workers and databases: what is started, found again, and ended."""
+"""`tuneline up`, `down`, `worker` and `doctor`, with real servers, workers and databases: starting, finding again, and ending them."""
 
 from __future__ import annotations
 
@@ -357,7 +357,7 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
 
 @pytest.mark.slow
 def test_a_server_with_a_password_says_so_to_who_has_another(lasting_up: Lasting) -> None:
-    """Every other test here has the right one, from the file that `up --auth` keeps."""
+    """All other tests here use the right password, from the file of `up --auth`."""
     assert (lasting_up.folder / "auth").stat().st_mode & 0o777 == 0o600
     stderr = lasting_up.project.tuneline("up", "--auth", status=2, PREFECT_SERVER_API_AUTH_STRING="me:another").stderr
     assert stderr.startswith("--auth: found a password, but the server that `up` started uses another one, or none")
@@ -418,7 +418,7 @@ BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """Address of a database of its own, with user and password."""
+    """Return the address of a new database, with user and password."""
     if not BINARIES:
         pytest.skip("Postgres is not installed (Debian's package `postgresql`)")
     root = os.geteuid() == 0
