@@ -177,7 +177,7 @@ def _through_prefect(
     try:
         while True:
             try:
-                state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+                state: Any = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
                 break
             except PrefectHTTPStatusError as error:
                 if error.response.status_code != 503 or reporter.run_id is not None or time.monotonic() > give_up:

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command line; print errors as messages, without tracebacks."""
-    sys.stdout, sys.stderr = BrokenPipeSafe(sys.stdout), BrokenPipeSafe(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = BrokenPipeSafe(sys.stdout), BrokenPipeSafe(sys.stderr)
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="tuneline"))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -355,8 +355,9 @@ def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry
     Also removes what killed runs left behind.
     """
     from tuneline.planning import gc as collection
+    from tuneline.planning.gc_runs import Policy
 
-    policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)
+    policy = Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)
     items = collection.collect(Workspace(load(file), warn), policy, dry_run, warn)
     freed = sum(item.size for item in items if item.removed)
     if as_json:

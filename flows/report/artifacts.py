@@ -69,9 +69,10 @@ def _generated(name: str) -> bool:
 
 @lru_cache
 def _words() -> frozenset[str]:
-    from coolname.data import config  # type: ignore[import-untyped]
+    from coolname.data import config
 
-    return frozenset(str(word) for of_kind in config.values() if of_kind["type"] == "words" for word in of_kind["words"])
+    lists = [each["words"] for each in config.values() if isinstance(each, dict) and each["type"] == "words"]
+    return frozenset(str(word) for words in lists for word in words)
 
 
 def key_for(name: str) -> str:

@@ -38,7 +38,8 @@ async def _execute(self: aiosqlite.Cursor, function: Callable[..., Any], *argume
                 self._cursor.close()
             raise
 
-    return await self._conn._execute(run)
+    connection: Any = self._conn  # its _execute has no types
+    return await connection._execute(run)
 
 
 patch(aiosqlite.Cursor, "_execute", _execute)

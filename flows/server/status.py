@@ -87,7 +87,8 @@ def on_server() -> list[OnServer]:
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unended)))
     with server_errors(), get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=SHOWN)
-        return [_row(run, why(client, run)) for run in sorted(runs, key=lambda run: run.state.type == StateType.SCHEDULED)]
+        running_first = sorted(runs, key=lambda run: run.state is not None and run.state.type == StateType.SCHEDULED)
+        return [_row(run, why(client, run)) for run in running_first]
 
 
 def _row(run: Any, waits: str) -> OnServer:

@@ -84,14 +84,14 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def processes(self, *words: str) -> list[int]:
+    def processes(self, *texts: str) -> list[int]:
         """Return this project's processes with all of the given texts in their command lines."""
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
             with suppress(OSError):
                 environment = Path(f"/proc/{name}/environ").read_bytes()
                 line = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if f"TUNELINE_MARK={self.mark}".encode() in environment and all(text in line for text in words):
+                if f"TUNELINE_MARK={self.mark}".encode() in environment and all(text in line for text in texts):
                     found.append(int(name))
         return found
 

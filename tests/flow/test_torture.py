@@ -140,13 +140,13 @@ class Torture:
             victims = marked(self.mark) if target == "tree" else []
         return count
 
-    def programs(self, *words: str) -> list[int]:
-        """Return our processes that work on a request and have one of the words in their command line."""
+    def programs(self, *texts: str) -> list[int]:
+        """Return our processes that work on a request and have one of the texts in their command line."""
         lines = {pid: command(pid) for pid in marked(self.mark)}
         return [
             pid
             for pid, line in lines.items()
-            if "request.json" in line and any(text in line for text in words) and ("watchdog.py" in words or "watchdog.py" not in line)
+            if "request.json" in line and any(text in line for text in texts) and ("watchdog.py" in texts or "watchdog.py" not in line)
         ]
 
     def look(self) -> None:
