@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 
-INTERRUPTED = "interrupted; run again to resume"
+from flows.commands.exits import EXIT, INTERRUPTED
 
 
 def main() -> None:
     try:
-        from flows.commands.runs import main as command_line
+        from flows.commands.main import main as command_line
 
         command_line()
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT["cancelled"])
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from flows.commands.options import RunOptions
 from flows.machine import visible_gpus
 from flows.report.terminal import ConsoleReporter
 from flows.server.connect import connect, embedded_server, find_server
 from tuneline.config.order import depends_on
-from tuneline.config.overrides import as_overrides
 from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
 from tuneline.kinds.gate import GateStage
@@ -32,16 +32,7 @@ RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s; few, because a run
 BUSY_SECONDS = 120  # for which a run waits to start while the server answers 503, as with SQLite under several runs
 
 
-def execute(
-    workspace: Workspace,
-    pipeline: str,
-    rows: list[PlanRow],
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-    verbose: bool,
-) -> RunRecord:
+def execute(workspace: Workspace, pipeline: str, rows: list[PlanRow], options: RunOptions, verbose: bool) -> RunRecord:
     """Run the plan `rows`. Raises ConfigError before anything starts if files, runtimes or GPUs are missing."""
     problems = [problem for row in rows for problem in row.problems]
     if problems:
@@ -50,7 +41,7 @@ def execute(
     to_run = [row for row in rows if row.status != "cached" and row.kind != "gate"]
     server = find_server(workspace.home)
     if not to_run and not server:
-        return _all_cached(workspace, pipeline, rows, only, ConsoleReporter(verbose))
+        return _all_cached(workspace, pipeline, rows, options.only, ConsoleReporter(verbose))
     _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
     if to_run:
         workspace.prepare_store()
@@ -68,7 +59,7 @@ def execute(
             tell = partial(reporter.warning, "Prefect")
             with reporter.waiting("starting Prefect", "5 to 15 s; half a minute the first time on a machine"):
                 stack.enter_context(embedded_server(workspace.home / "prefect", tell, workspace.loaded.spec.history))
-        return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)
+        return _through_prefect(workspace, pipeline, reporter, options)
 
 
 def _on_signals(workspace: Workspace, pipeline: str, reporter: ConsoleReporter) -> None:
@@ -155,15 +146,7 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
         raise ConfigError(problems)
 
 
-def _through_prefect(
-    workspace: Workspace,
-    pipeline: str,
-    reporter: ConsoleReporter,
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-) -> RunRecord:
+def _through_prefect(workspace: Workspace, pipeline: str, reporter: ConsoleReporter, options: RunOptions) -> RunRecord:
     import httpx
     from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
     from prefect.logging.handlers import APILogHandler
@@ -171,8 +154,7 @@ def _through_prefect(
     from flows.pipeline import REPORTER, run_pipeline
 
     token = REPORTER.set(reporter)
-    parameters: dict[str, Any] = {"pipeline": pipeline, "file": str(workspace.loaded.file), "only": only}
-    parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables), "force": list(force)}
+    parameters = {"pipeline": pipeline, "file": str(workspace.loaded.file), **options.parameters()}
     give_up = time.monotonic() + BUSY_SECONDS
     try:
         while True:

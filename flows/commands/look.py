@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.commands.names import pipelines_of, runs_of, stages_of
-from flows.commands.options import file_option, json_option, load_pipeline, print_json, warn
+from flows.commands.options import file_option, json_option, load_pipeline, print_json, say, warn
 from tuneline.config.load import load
 from tuneline.workspace.workspace import Workspace
 
@@ -30,7 +30,7 @@ def list_command(pipeline: str | None, file: Path, as_json: bool) -> None:
 
     With PIPELINE, list its stages.
     """
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()) if pipeline else load(file), warn)
+    workspace = Workspace(load_pipeline(file, pipeline) if pipeline else load(file), warn)
     rows = _stages(workspace, pipeline) if pipeline else [_pipeline(workspace, name) for name in workspace.loaded.spec.pipelines]
     if as_json:
         print_json(rows)
@@ -60,7 +60,7 @@ def _stages(workspace: Workspace, pipeline: str) -> list[dict[str, Any]]:
 @json_option
 def runs(pipeline: str | None, file: Path, last: int, as_json: bool) -> None:
     """List runs, newest first, with their states and times."""
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()) if pipeline else load(file), warn)
+    workspace = Workspace(load_pipeline(file, pipeline) if pipeline else load(file), warn)
     records = [record for record, _ in zip(workspace.runs.newest_first(pipeline), range(last), strict=False)]
     rows = [_run(record) for record in records]
     if as_json:
@@ -121,7 +121,7 @@ def logs(what: str, file: Path, run_id: str | None, following: bool, tail: int |
     from flows.commands.logs import check_stage, follow, print_logs
 
     pipeline, _, stage = what.partition("/")
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
+    workspace = Workspace(load_pipeline(file, pipeline), warn)
     record = workspace.runs.get(pipeline, run_id)
     check_stage(record, stage)
     if following and record.state == "running":
@@ -141,7 +141,7 @@ def cancel(run: str, file: Path) -> None:
     """
     from flows.server.cancellation import cancel as end
 
-    ended = end(Workspace(load(file), warn), run, lambda message: click.echo(message, err=True))
+    ended = end(Workspace(load(file), warn), run, say)
     click.echo(f"cancelled {ended}; run again to resume", err=True)
 
 

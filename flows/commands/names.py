@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from flows.folders import home_of, runs_in
 from tuneline.config.load import load
 from tuneline.config.spec import Pipeline
 from tuneline.errors import TunelineError
@@ -33,7 +34,7 @@ def runs_of(context: click.Context, _parameter: click.Parameter, begun: str) -> 
     """Complete ids of runs, and for an argument pipelines too."""
     pipelines = _pipelines(context)
     pipeline = str(context.params.get("what") or "").partition("/")[0] or None
-    runs = Runs(_file(context).absolute().parent / ".tuneline" / "runs")
+    runs = Runs(runs_in(home_of(_file(context).absolute().parent)))
     names = [record.run_id for record in runs.newest_first(pipeline)] + ([] if pipeline else list(pipelines))
     return [name for name in names if name.startswith(begun)]
 

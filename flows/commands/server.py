@@ -9,21 +9,19 @@ from pathlib import Path
 
 import click
 
+from flows.commands.exits import EXIT, FAILED
 from flows.commands.names import pipelines_of
 from flows.commands.options import (
-    EXIT,
-    FAILED,
+    RunOptions,
     file_option,
-    force_option,
     json_option,
     load_with_warnings,
-    only_option,
     print_json,
+    run_options,
     say,
-    set_option,
-    var_option,
     warn,
 )
+from flows.folders import home_of
 from tuneline.config.load import load
 
 
@@ -47,7 +45,7 @@ def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: 
     from flows.server.up import up as start
 
     password = _password() if auth else None
-    it = start(load(file), port, database, password, lambda message: click.echo(message, err=True))
+    it = start(load(file), port, database, password, say)
     if as_json:
         document = {"ui": it.state.ui, "started": it.started, **it.state.model_dump()}
         print_json(document)
@@ -112,7 +110,7 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
 
     loaded = load(file)
     check_schedules(loaded)
-    address = connect(loaded.root / ".tuneline")
+    address = connect(home_of(loaded.root))
     from flows.deploy import compare as deployment
     from flows.deploy.table import deploy_table
 
@@ -133,37 +131,22 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("name", metavar="PIPELINE", shell_complete=pipelines_of)
 @file_option
-@set_option
-@var_option
-@only_option
-@force_option
+@run_options
 @click.option("--queue", help="Queue of the pool, instead of the deployment's own.")
 @click.option("--watch", is_flag=True, help="Follow the run until it ends.")
 @json_option
-def submit(
-    name: str,
-    file: Path,
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-    queue: str | None,
-    watch: bool,
-    as_json: bool,
-) -> None:
+def submit(name: str, file: Path, options: RunOptions, queue: str | None, watch: bool, as_json: bool) -> None:
     """Start a run of a deployed pipeline on its pool."""
     from flows.server.connect import connect
-    from tuneline.config.overrides import as_overrides
     from tuneline.planning.plan import check_stages
 
     pipeline = name.split("/")[0]
-    loaded = load_with_warnings(file, pipeline, sets, variables)
-    check_stages(loaded, pipeline, only, force)
-    address = connect(loaded.root / ".tuneline")
+    loaded = load_with_warnings(file, pipeline, options)
+    check_stages(loaded, pipeline, options.only, options.force)
+    connect(home_of(loaded.root))
     from flows.deploy.submit import submit as start
 
-    overrides = {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables)}
-    state = start(address, loaded.file, name, {"only": only, "force": list(force), **overrides}, queue, watch, as_json)
+    state = start(loaded.file, name, options.parameters(), queue, watch, as_json)
     sys.exit(EXIT.get(state, 0))
 
 

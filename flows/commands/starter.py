@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from flows.folders import home_of
 from tuneline.config.json_schema import json_schema
 from tuneline.errors import ConfigError, Problem
 
@@ -30,7 +31,7 @@ pipelines:
 
 def write_starter(folder: Path) -> list[Path]:
     """Write pipelines.yaml, its schema and a .gitignore; return the files. Raises ConfigError if there is a pipelines.yaml already."""
-    file, schema, ignore = folder / "pipelines.yaml", folder / ".tuneline" / "schema.json", folder / ".gitignore"
+    file, schema, ignore = folder / "pipelines.yaml", home_of(folder) / "schema.json", folder / ".gitignore"
     if file.exists():
         raise ConfigError(
             [Problem("", "found a pipelines.yaml here already, expected a folder without one", "nothing was changed", place=str(file))]

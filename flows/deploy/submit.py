@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,8 +40,8 @@ PAGE = 200
 OUTCOMES = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "failed", "CANCELLED": "cancelled"}
 
 
-def submit(address: str, file: Path, name: str, parameters: dict[str, Any], queue: str | None, watch: bool, as_json: bool) -> str:
-    """Start a run of the deployment `name`, or FLOW/DEPLOYMENT, and print its page. With `watch`, follow it.
+def submit(file: Path, name: str, parameters: dict[str, Any], queue: str | None, watch: bool, as_json: bool) -> str:
+    """Start a run of the deployment `name`, or FLOW/DEPLOYMENT, on the server at PREFECT_API_URL; print its page. With `watch`, follow it.
 
     Returns `scheduled`, or the outcome; `cancelled` also if the watching is interrupted. Raises ConfigError if not exactly one
     deployment has that name, or if it was deployed from another file.
@@ -56,7 +57,10 @@ def submit(address: str, file: Path, name: str, parameters: dict[str, Any], queu
                 state = follow(run.id, lambda line: print(line, file=sys.stderr, flush=True))
         except KeyboardInterrupt:
             state, interrupted = "running", True
-            print(f"the run continues; to cancel it: PREFECT_API_URL={address} prefect flow-run cancel {run.id}", file=sys.stderr)
+            print(
+                f"the run continues; to cancel it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run.id}",
+                file=sys.stderr,
+            )
     if as_json:
         print(json.dumps({"pipeline": name.split("/")[0], "flow_run_id": str(run.id), "page": page, "state": state}, indent=1))
     return "cancelled" if interrupted else state

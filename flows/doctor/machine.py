@@ -21,6 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from flows.folders import home_of, server_in, work_in
 from flows.machine import gpus_asked, visible_gpus
 from flows.server import api, server_state
 from flows.server.connect import connect
@@ -61,7 +62,7 @@ class Check:
 
 def examine(loaded: Loaded, fix: bool) -> list[Check]:
     """Run all checks. With `fix`, set the final state on the server of runs whose process is certainly gone."""
-    home = loaded.root / ".tuneline"
+    home = home_of(loaded.root)
     found = [Check("python", OK, platform.python_version()), *_versions(), *_runtimes(loaded), *_disks(loaded), _store(loaded)]
     locks = locks_work(home)
     found += [_gpus(loaded), _token(loaded), *_shared(loaded, locks)]
@@ -113,7 +114,7 @@ def _runtimes(loaded: Loaded) -> Iterator[Check]:
 
 
 def _disks(loaded: Loaded) -> Iterator[Check]:
-    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", loaded.root / ".tuneline" / "work")):
+    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", work_in(home_of(loaded.root)))):
         free = disk.free(folder)
         status = PROBLEM if free < disk.ROOM else WARNING if free < SCARCE else OK
         yield Check(f"disk of {name}", status, f"{disk.human(free)} are free for {folder}", "" if status == OK else "tuneline gc")
@@ -128,7 +129,7 @@ def _store(loaded: Loaded) -> Check:
     there = next(path for path in (root, *root.parents) if path.exists())
     if not os.access(there, os.W_OK):
         return Check("store", PROBLEM, f"{there} cannot be written", f"chmod u+w {there}, or name another `store:`")
-    if not root.exists() and not root.is_relative_to(loaded.root / ".tuneline") and not root.parent.is_dir():
+    if not root.exists() and not root.is_relative_to(home_of(loaded.root)) and not root.parent.is_dir():
         return Check("store", PROBLEM, f"there is no folder {root.parent}", f"mkdir {root.parent}, or mount its disk")
     return Check("store", OK, f"{root} can be written" if root.exists() else f"the first run creates {root}")
 
@@ -162,7 +163,7 @@ def _of_hub(stage: Stage) -> bool:
 
 def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
     """Check locks and shared folders: other machines can reuse artifacts and checkpoints only if they see the same folder."""
-    home = loaded.root / ".tuneline"
+    home = home_of(loaded.root)
     if locks:
         yield Check("locks", OK, f"flock works in {home}")
     else:
@@ -170,15 +171,15 @@ def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
         yield Check("locks", PROBLEM, message, "move the project to another file system; of NFS, version 4")
     pools = loaded.spec.pools.items()
     apart = [name for name, pool in pools if isinstance(pool, KubernetesPool) or isinstance(pool, ProcessPool) and not pool.local]
-    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", home / "work")) if apart else ():
+    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", work_in(home))) if apart else ():
         kind, hint = file_system(folder), "move the project, with .tuneline/, to a folder that they mount at the same path"
         if kind in NETWORK:
             yield Check(f"shared {name}", OK, f"{folder} is shared ({kind})")
         else:
             message = f"{folder} is on a disk of this machine ({kind}), but other machines work for {', '.join(apart)}"
             yield Check(f"shared {name}", WARNING, message, hint)
-    state = server_state.read(home / "server")
-    if state and state.database is None and file_system(home / "server") in NETWORK:
+    state = server_state.read(server_in(home))
+    if state and state.database is None and file_system(server_in(home)) in NETWORK:
         message = "the server's SQLite file is on a network file system, which can damage it"
         yield Check("database", PROBLEM, message, "tuneline down, then tuneline up --database postgresql+asyncpg://...")
 
@@ -212,7 +213,7 @@ def file_system(folder: Path) -> str:
 def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Check:
     if api.setting(api.URL):
         return Check("server", PROBLEM, problem.message, problem.hint)
-    if server_state.read(home / "server"):
+    if server_state.read(server_in(home)):
         return Check("server", PROBLEM, "the server that `up` started has ended", "tuneline up")
     if loaded.spec.pools:
         return Check(

@@ -14,6 +14,7 @@ from typing import Any
 from packaging.version import Version
 
 from flows.doctor.machine import OK, PROBLEM, WARNING, Check
+from flows.folders import home_of, runs_in, server_in
 from flows.server import server_state
 from tuneline.config.load import Loaded
 from tuneline.config.pools import ProcessPool
@@ -32,11 +33,11 @@ def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Check]:
     from prefect import __version__
     from prefect.client.orchestration import get_client
 
-    home = loaded.root / ".tuneline"
+    home = home_of(loaded.root)
     try:
         with get_client(sync_client=True) as client:
             yield _server(address, client.api_version(), __version__)
-            yield from _pools(loaded, client, server_state.read(home / "server"), address)
+            yield from _pools(loaded, client, server_state.read(server_in(home)), address)
             yield from _runs(client, home, fix)
     except httpx.HTTPError as error:
         yield Check("server", PROBLEM, f"{address} rejects the request: {error}".splitlines()[0], "check PREFECT_API_KEY")
@@ -87,7 +88,7 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
     due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))  # schedules plan a hundred runs ahead
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=wanted), expected_start_time=due)
     try:
-        records = {record.flow_run: record for record in Runs(home / "runs").every() if record.flow_run}
+        records = {record.flow_run: record for record in Runs(runs_in(home)).every() if record.flow_run}
     except StoreError as error:
         yield Check("runs", PROBLEM, error.message, error.hint)
         return

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from flows.folders import work_in
 from flows.machine import visible_gpus
 from flows.run.slots import Slots
 from flows.run.supervisor import Supervisor, program_environment
@@ -93,7 +94,7 @@ def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], N
         say(f"machine {rank} of run {record.run_id}")
         done: set[str] = set()
         while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
-            for work, meeting in _meetings(workspace.home / "work", record):
+            for work, meeting in _meetings(work_in(workspace.home), record):
                 if meeting not in done:
                     done.add(meeting)
                     _join(workspace, record, work, meeting, rank, supervisor, say)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.folders import server_in
 from flows.server import api, migrated, server_state
 from tuneline import PACKAGES_ROOT, watchdog
 from tuneline.config.pools import interval
@@ -54,7 +55,7 @@ def find_server(home: Path) -> str | None:
     """
     if configured := api.setting(api.URL):
         return str(configured)
-    state = server_state.read(home / "server")
+    state = server_state.read(server_in(home))
     return state.address if state and state.server.alive and answers(state.address) else None
 
 
@@ -72,10 +73,10 @@ def connect(home: Path) -> str:
     if configured:
         _require(configured.rstrip("/"))
     else:
-        os.environ |= {"PREFECT_HOME": str(home / "server"), "DO_NOT_TRACK": "1"}
+        os.environ |= {"PREFECT_HOME": str(server_in(home)), "DO_NOT_TRACK": "1"}
     os.environ[api.URL] = address
-    if (state := server_state.read(home / "server")) and state.address == address.rstrip("/"):
-        os.environ |= server_state.password(home / "server")
+    if (state := server_state.read(server_in(home))) and state.address == address.rstrip("/"):
+        os.environ |= server_state.password(server_in(home))
     for name in (api.AUTH, api.KEY):  # wherever they are set: values in the environment are masked in logs
         if value := api.setting(name):
             os.environ[name] = str(value)

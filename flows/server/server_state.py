@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from flows.folders import home_of, server_in
 from flows.server.api import AUTH
 
 UP = "TUNELINE_UP"  # environment variable of all processes that `up` started: the folder of its state
@@ -70,7 +71,7 @@ class Ours:
 
 def folder_of(root: Path) -> Path:
     """Return the folder of a project's state, the same one through every symbolic link to the project."""
-    return (root / ".tuneline" / "server").resolve()
+    return server_in(home_of(root)).resolve()
 
 
 def read(folder: Path) -> State | None:

@@ -12,6 +12,7 @@ import sys
 import urllib.error
 from typing import NoReturn
 
+from flows.folders import home_of
 from flows.server.api import ask
 from flows.server.connect import QUIET, connect
 from tuneline.config.load import Loaded
@@ -32,7 +33,7 @@ def run_worker(loaded: Loaded, pool: str) -> NoReturn:
     if library and importlib.util.find_spec(library.replace("-", "_")) is None:
         found = f"found no {library}, which a {kind} worker needs"
         raise ConfigError([Problem(pool, found, f"`pip install {library}` into the environment of tuneline", place="worker")])
-    address = connect(loaded.root / ".tuneline")
+    address = connect(home_of(loaded.root))
     if library and _unknown(address, pool):
         raise ConfigError([Problem(pool, f"found no such pool on the server at {address}", "`tuneline deploy` creates it", place="worker")])
     os.environ |= QUIET

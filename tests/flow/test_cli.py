@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from processes import PATIENCE, until
 from project import ROOT, Project
 
-from flows.commands.runs import cli
+from flows.commands.main import cli
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_a_missing_data_file_stops_a_run_before_it_starts(project: Project, comm
 
 @pytest.mark.parametrize("arguments", [["validate"], ["plan", "demo"], ["schema"], ["--help"]])
 def test_what_must_answer_at_once_imports_neither_prefect_nor_torch(arguments: list[str]) -> None:
-    program = f"import sys; sys.argv[1:] = {arguments!r}\nfrom flows.commands.runs import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
+    program = f"import sys; sys.argv[1:] = {arguments!r}\nfrom flows.commands.main import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
     assert "tuneline" in loaded

@@ -14,8 +14,8 @@ from project import Project
 
 from flows.commands import meant
 from flows.commands.logs import Followed, shown
+from flows.commands.main import cli
 from flows.commands.options import print_json
-from flows.commands.runs import cli
 from flows.commands.streams import BrokenPipeSafe
 
 

@@ -146,7 +146,7 @@ def test_another_server_in_the_environment_is_told(fresh: Lasting) -> None:
 def test_a_container_worker_needs_its_library(fresh: Lasting) -> None:
     fresh.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"))
     program = (
-        "import sys; sys.modules['prefect_docker'] = None; sys.argv[1:] = ['worker', 'there']\nfrom flows.commands.runs import main\nmain()"
+        "import sys; sys.modules['prefect_docker'] = None; sys.argv[1:] = ['worker', 'there']\nfrom flows.commands.main import main\nmain()"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], cwd=fresh.project.root, env=env, capture_output=True, text=True)
@@ -157,7 +157,7 @@ def test_a_container_worker_needs_its_library(fresh: Lasting) -> None:
 
 
 def test_the_doctor_without_a_server_imports_no_prefect_and_says_what_is_wrong(fresh: Lasting) -> None:
-    program = "import sys; sys.argv[1:] = ['doctor', '--json']\nfrom flows.commands.runs import main\ntry: main()\nexcept SystemExit as end: print(end.code, *sys.modules, file=sys.stderr)"
+    program = "import sys; sys.argv[1:] = ['doctor', '--json']\nfrom flows.commands.main import main\ntry: main()\nexcept SystemExit as end: print(end.code, *sys.modules, file=sys.stderr)"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_never_shown"}
     done = subprocess.run([sys.executable, "-c", program], cwd=fresh.project.root, env=env, capture_output=True, text=True)
     status, *modules = done.stderr.split()
