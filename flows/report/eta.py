@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.report.html import duration
+from flows.report.format import duration
 from tuneline.workspace.protocol import Event
 
 

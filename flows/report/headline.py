@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flows.report.models import LOWER_IS_BETTER, RIGHT, Cell, Column, metric_rows, number, role_of
+from flows.report.format import number
+from flows.report.models import LOWER_IS_BETTER, RIGHT, Cell, Column, metric_rows, role_of
 from flows.report.stage import Stage
 from tuneline.config.spec import STAGES
 from tuneline.kinds.training import Training
@@ -72,17 +73,13 @@ def _scored(tested: Column, compared: list[Column]) -> str:
         return ""
     metric, cell = cells[ranked[0]]
     assert cell is not None
-    return f"{ranked[0]} is {_figure(cell)}{_against(metric, cell)}"
+    return f"{ranked[0]} is {cell.figure}{_against(metric, cell)}"
 
 
 def _rank(metric: str) -> int:
     known = (*RIGHT, *sorted(LOWER_IS_BETTER))
     name = metric.partition(",")[0]
     return known.index(name) if name in known else len(known)
-
-
-def _figure(cell: Cell) -> str:
-    return number(cell.value) + (f" ± {cell.error:.2g}" if cell.error else "")
 
 
 def _against(metric: str, cell: Cell) -> str:

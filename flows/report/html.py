@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows.report.figures import Chart, chart, graph
+from flows.report.format import duration, number, utc_time
 from flows.report.headline import facts, headline, trainings, verdicts
-from flows.report.models import columns, metric_rows, number, role_of, samples
+from flows.report.models import columns, metric_rows, role_of, samples
 from flows.report.stage import Stage, between, stages_of
 from tuneline import __version__
 from tuneline.config.overrides import as_flags
+from tuneline.disk import human
 from tuneline.workspace.runs import RunRecord, Runs
 
 REWARD_CURVES = {
@@ -52,7 +53,7 @@ def render(record: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "size": size, "clock": clock, "json": as_json, "verdicts": verdicts}
+    environment.filters |= {"number": number, "duration": duration, "size": human, "clock": utc_time, "json": as_json, "verdicts": verdicts}
     stages = stages_of(record)
     compared = columns(stages)
     return environment.get_template("report.html.j2").render(
@@ -131,24 +132,6 @@ def data_report(stage: Stage) -> dict[str, Any]:
     fates = sorted({fate for source in found["sources"] for fate in source["fates"]})
     highest = max((rows for _, _, rows in found["lengths"]), default=0)
     return {**found, "fates": fates, "highest": highest}
-
-
-# --- as people read it ------------------------------------------------------------------------------------------------
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def size(value: float) -> str:
-    unit = next((unit for unit in (1e9, 1e6, 1e3) if value >= unit), 1.0)
-    return f"{value / unit:.{0 if unit == 1 else 1}f} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB', 1.0: 'B'}[unit] }"
-
-
-def clock(moment: str | None) -> str:
-    return datetime.fromisoformat(moment).strftime("%Y-%m-%d %H:%M:%S UTC") if moment else ""
 
 
 def as_json(value: Any) -> str:

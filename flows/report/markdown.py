@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flows.report.figures import Chart
+from flows.report.format import duration, markdown_table
 from flows.report.headline import headline
-from flows.report.html import command, curves, duration, size, warnings
-from flows.report.models import Cell, columns, metric_rows, number
+from flows.report.html import command, curves, warnings
+from flows.report.models import Cell, columns, metric_rows
 from flows.report.stage import Stage, between, stages_of
 from flows.report.tables import figures
+from tuneline.disk import human
 from tuneline.secrets import masked
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
@@ -33,7 +35,7 @@ def stage_report(plan: PlannedStage, entry: StageRecord, log: Path | None) -> st
 
 def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
     yield f"## {stage.name}: {stage.status}"
-    yield _table(["kind", _code(stage.kind)], _facts(stage))
+    yield markdown_table(["kind", _code(stage.kind)], _facts(stage))
     if stage.entry and stage.entry.artifact:
         yield f"Its artifact{f' ({stage.gone})' if stage.gone else ''}:\n\n{_fenced(stage.entry.artifact)}"
     if stage.kind == "gate":
@@ -58,7 +60,7 @@ def _facts(stage: Stage) -> Iterator[list[str]]:
         yield ["key", _code(f"{stage.kind}/{stage.entry.key}")]
         yield ["digest", _code(stage.entry.digest or "")]
     if stage.manifest:
-        yield ["payload", f"{len(stage.manifest.files)} files, {size(stage.manifest.size)}"]
+        yield ["payload", f"{len(stage.manifest.files)} files, {human(stage.manifest.size)}"]
     for field, other in stage.plan.names.items():
         yield [field.partition(".")[0], _made_from(stage, field, other)]
     for field, commit in stage.document.get("commits", {}).items():
@@ -90,7 +92,7 @@ def _figures(stage: Stage) -> Iterator[str]:
     names = [name for name in stage.metrics if not name.endswith("_stderr")]
     if names:
         cells = [(name, Cell(stage.metrics[name], stage.metrics.get(f"{name}_stderr"))) for name in names]
-        yield "### Figures\n\n" + _table(["figure", "value"], ([_code(name), _figure(cell)] for name, cell in cells), right=True)
+        yield "### Figures\n\n" + markdown_table(["figure", "value"], ([_code(name), cell.figure] for name, cell in cells), right=True)
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------
@@ -109,7 +111,7 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
         yield "\n\n".join(map(_escaped, sentences))
     yield f"Run {_code(record.run_id)} · {_code(command(record))}"
     rows = ([stage.name, stage.kind, _status(stage), _time(stage), _first(stage)] for stage in stages.values())
-    yield _table(["stage", "kind", "status", "time", "figures"], rows)
+    yield markdown_table(["stage", "kind", "status", "time", "figures"], rows)
     for stage in stages.values():
         if stage.kind == "gate" and stage.message:
             yield f"### {stage.name}: {stage.status}\n\n{_verdicts(stage)}"
@@ -118,7 +120,7 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
     if compared:
         heads = [f"{column.role} {_code(column.model)}" for column in compared]
         rows = ([f"{of} {metric}", *(_compared(cell) for cell in cells)] for of, metric, cells in metric_rows(compared))
-        yield "### Models side by side\n\n" + _table(["", *heads], rows, right=True)
+        yield "### Models side by side\n\n" + markdown_table(["", *heads], rows, right=True)
         yield "**Bold**: the best of its row. ±: one standard error. In brackets: the difference from the base model."
     for stage in stages.values():
         if drawn := curves(stage):
@@ -126,7 +128,7 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
             yield _picture(stage, first, drawn[first])
     if kept := [entry for entry in record.stages if entry.artifact]:
         rows = ([entry.stage, *map(_code, _lineage(stages[entry.stage], entry))] for entry in kept)
-        yield "### Lineage\n\n" + _table(["stage", "key", "digest", "made from"], rows)
+        yield "### Lineage\n\n" + markdown_table(["stage", "key", "digest", "made from"], rows)
         width = max(len(entry.stage) for entry in kept)
         yield "Folders of the artifacts:\n\n" + _fenced("\n".join(f"{entry.stage:<{width}}  {entry.artifact}" for entry in kept))
     more = _code(f"tuneline show {record.pipeline} --run {record.run_id} --open")
@@ -152,14 +154,10 @@ def _lineage(stage: Stage, entry: StageRecord) -> list[str]:
     return [f"{entry.kind}/{(entry.key or '')[:12]}", (entry.digest or "")[:12], ", ".join(parents)]
 
 
-def _figure(cell: Cell) -> str:
-    return number(cell.value) + (f" ± {cell.error:.2g}" if cell.error else "")
-
-
 def _compared(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    figure = f"**{_figure(cell)}**" if cell.best else _figure(cell)
+    figure = f"**{cell.figure}**" if cell.best else cell.figure
     if not cell.difference:
         return figure
     return f"{figure} ({cell.difference:+.3g}{', ' + cell.verdict if cell.verdict else ''})"
@@ -200,12 +198,6 @@ def _svg(drawn: Chart) -> str:
 
 
 # --- markdown -------------------------------------------------------------------------------------------------------------
-
-
-def _table(heads: Sequence[str], rows: Iterable[list[str]], right: bool = False) -> str:
-    """Return a markdown table. `right`: align all columns but the first to the right, for figures."""
-    lines = [heads, [":--", *(["--:" if right else ":--"] * (len(heads) - 1))], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _escaped(text: str) -> str:

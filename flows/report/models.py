@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows.report.format import number, with_error
 from flows.report.stage import Stage
 
 ROLES = {"model": "base", "merge": "merged", "quantize": "quantized"}  # a training gives an adapter or a fine-tuned model
@@ -15,10 +16,6 @@ RIGHT = ("score", "exact_match", "acc", "acc_norm", "pass@1")  # the first of th
 CERTAIN = 1.96  # standard errors of a difference for a confidence of 95%
 SAMPLES = 6  # samples shown of each dataset or benchmark
 LONGEST_ANSWER = 1200  # characters
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def role_of(stage: Stage) -> str:
@@ -71,6 +68,10 @@ class Cell:
     """From the base model."""
     verdict: str = ""
     """`better` or `worse` if the difference is significant (see CERTAIN)."""
+
+    @property
+    def figure(self) -> str:
+        return with_error(number(self.value), self.error)
 
 
 def metric_rows(compared: list[Column]) -> Iterator[tuple[str, str, list[Cell | None]]]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.report.format import age, duration, local_time, number, with_error
 from tuneline.config.spec import STAGES
 from tuneline.disk import human
 from tuneline.estimates.estimate import Estimate
@@ -42,7 +43,7 @@ STYLES = {
 
 def list_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print pipelines, or the stages of one, with their state in the last run."""
-    shown = [{**row, "started": moment(row["started"])} if "started" in row else dict(row) for row in rows]
+    shown = [{**row, "started": local_time(row["started"])} if "started" in row else dict(row) for row in rows]
     columns = [name for name in shown[0] if name != "run" and any(row[name] for row in shown)]
     table = table_of(*columns)
     for row in shown:
@@ -58,13 +59,8 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> None:
         took = duration((ended - datetime.fromisoformat(row["started"])).total_seconds()) if ended else ""
         stages = ", ".join(f"{count} {status}" for status, count in row["stages"].items())
         state = Text(row["state"], STYLES.get(row["state"], "green"))
-        table.add_row(row["run_id"], row["pipeline"], state, moment(row["started"]), took, stages, Text(" ".join(row["overrides"])))
+        table.add_row(row["run_id"], row["pipeline"], state, local_time(row["started"]), took, stages, Text(" ".join(row["overrides"])))
     print_table(table)
-
-
-def moment(started: str | None) -> str:
-    """Format a time in the local time zone."""
-    return datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M:%S") if started else ""
 
 
 def run_table(records: Sequence[StageRecord]) -> None:
@@ -131,7 +127,7 @@ def gc_table(items: Sequence[Item], dry_run: bool) -> None:
             item.kind,
             item.key if item.kind == "record" else item.key[:12],
             human(item.size),
-            _age(item.age.total_seconds()),
+            age(item.age.total_seconds()),
             item.used_by,
             verb,
             Text(item.why),
@@ -150,23 +146,7 @@ def figures(record: StageRecord) -> str:
     found = [(name, record.metrics[name], record.metrics.get(f"{name}_stderr")) for name in names]
     subjects = {name.rpartition("/")[0] for name in names}
     shown = {name: name.rpartition("/")[2] if len(subjects) == 1 else name for name in names}
-    return ", ".join(f"{shown[name]} {_number(value)}" + (f" ± {error:.2g}" if error else "") for name, value, error in found)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    return ", ".join(with_error(f"{shown[name]} {number(value, 3)}", error) for name, value, error in found)
 
 
 def time_of(record: StageRecord) -> str:

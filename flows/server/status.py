@@ -54,13 +54,13 @@ def working(workspace: Workspace) -> list[Working]:
             continue
         stages = [stage for stage in record.stages if stage.status == "running"]
         for stage in stages or [StageRecord(stage="", kind="", status="running")]:
-            seconds = stage.seconds or _age(record)
+            seconds = stage.seconds or _elapsed(record)
             progress = _progress(workspace.work(stage.key), stage.stage) if stage.key else ""
             found.append(Working(record.pipeline, record.run_id, record.flow_run, stage.stage, stage.kind, seconds, progress))
     return found
 
 
-def _age(record: RunRecord) -> float:
+def _elapsed(record: RunRecord) -> float:
     return round((datetime.now(UTC) - datetime.fromisoformat(record.started)).total_seconds(), 1)
 
 

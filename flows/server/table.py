@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from flows.report.tables import duration, print_table, table_of
+from flows.report.format import duration
+from flows.report.tables import print_table, table_of
 from flows.server.status import OnServer, Working
 
 
