@@ -161,7 +161,8 @@ def doctor(file: Path, fix: bool, as_json: bool) -> None:
     checks = examine(load(file), fix)
     problems = sum(check.status == PROBLEM for check in checks)
     if as_json:
-        print_json({"problems": problems, "checks": [asdict(check) for check in checks]})
+        rows = [{"check": each.check, "status": each.status, "message": each.message, "remedy": each.hint} for each in checks]
+        print_json({"problems": problems, "checks": rows})
     else:
         from flows.doctor.table import doctor_table
 

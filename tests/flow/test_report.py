@@ -158,7 +158,7 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
     assert "From base to sft: 3 of 4 answers became right, 1 became wrong. 4 of 4 shown." in said
     assert "sha256 " + "ab" * 32 in said
     assert "torch 2.13.0" in said
-    assert "adapter sft 300 B" in said
+    assert "adapter sft 300 bytes" in said
     assert "base base 5.0 kB" in said
     assert "merged a <b>bold</b> warning" in said
     assert "0–9 3 10–19 6" in said  # the histogram
@@ -167,7 +167,7 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
 
 def test_a_model_that_was_trained_whole_is_no_adapter(story: Story) -> None:
     story.record.stages[2].document["config"]["method"] = "full"  # type: ignore[index]
-    assert "fine-tuned sft 300 B" in " ".join(page_of(story.record).text.split())
+    assert "fine-tuned sft 300 bytes" in " ".join(page_of(story.record).text.split())
 
 
 def test_what_is_better_and_whether_chance_could_have_done_it(story: Story) -> None:
