@@ -1,12 +1,12 @@
-"""The merge beside PEFT's own merge-and-save and beside `cp`: seconds and peak memory, in one run.
+"""Compare the merge with PEFT's own merge-and-save and with `cp`: seconds and peak memory.
 
     PYTHONPATH=. <python of the torch runtime> benchmarks/merge.py [--megabytes 400] [--rounds 5]        (make bench-merge)
 
-Makes a random Llama of that size (bfloat16) with a rank-16 adapter on every linear layer, in one file and in several. Each
-way runs in a process of its own, the ways by turns, and the medians of the rounds count; a share is the median of the rounds' own shares.
-`seconds` leaves out the imports; `peak` is the process's largest resident memory above what it had after them (the kernel's
-share for `cp`, none). The hand-over check (both models loaded, a few prompts run) is measured apart: PEFT and `cp` make none.
-Files are read from the page cache, and what is written is flushed to the disk within the time.
+Creates a random Llama of that size (bfloat16) with a rank-16 adapter on every linear layer, in one file and in several. Each
+method runs in a new process, alternating, and the medians of the rounds count; a ratio is the median of the rounds' ratios.
+`seconds` excludes the imports; `peak` is the largest resident memory above that after the imports (none for `cp`, whose memory is the
+kernel's). The hand-over check (both models loaded, a few prompts run) is measured separately: PEFT and `cp` have none.
+Files are read from the page cache, and the time includes flushing the output to disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAYS = ("cp", "streamed", "PEFT", "check")
 
 
 def make_model(folder: Path, megabytes: int) -> None:
-    """A Llama of about this size in bfloat16, whole in `one`, cut into eighths in `many`; its adapter in `adapter`."""
+    """Write a Llama of about this size in bfloat16: one file in `one`, eight shards in `many`; its adapter in `adapter`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -62,7 +62,7 @@ def make_model(folder: Path, megabytes: int) -> None:
 
 
 def measured(way: str, folder: Path, shards: str) -> tuple[float, float]:
-    """Runs in a process of its own: seconds and megabytes of one way."""
+    """Runs in a new process; returns the seconds and megabytes of one method."""
     import gptqmodel  # noqa: F401  PEFT imports it late, within the time
     import torch
     from peft import PeftConfig, PeftModel
@@ -102,7 +102,7 @@ def measured(way: str, folder: Path, shards: str) -> tuple[float, float]:
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, megabytes. (getrusage would count what the parent had when it forked.)"""
+    """Return the peak resident memory of this process in megabytes. (getrusage would include the parent's memory at the fork.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1e3
 
@@ -156,7 +156,7 @@ def median(found: dict[str, list[tuple[float, float]]], way: str, what: int) -> 
 
 
 def share(found: dict[str, list[tuple[float, float]]], way: str, other: str) -> float:
-    """Of the seconds, round by round: what else the machine does changes slower than that."""
+    """Return the ratio of the seconds, by round: other load on the machine changes more slowly than that."""
     return statistics.median(ours[0] / theirs[0] for ours, theirs in zip(found[way], found[other], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What tuneline adds to a stage: a chain of trivial stages by `tuneline run`, beside the same programs called one after the other.
+"""Measure tuneline's overhead per stage: a chain of trivial stages by `tuneline run`, compared with the programs called in sequence.
 
     .venv/bin/python benchmarks/overhead.py [--stages 20] [--rounds 3]                                    (make bench-overhead)
 
@@ -79,7 +79,7 @@ flows.__main__.main()
 
 
 def chain(folder: Path, stages: int) -> None:
-    """A project of so many stages, each after the one before."""
+    """Write a project with a chain of stages."""
     lines = ["version: 1", "runtimes: {stand-in: {python: bin/python}}", "pipelines:", "  chain:", "    stages:"]
     for i in range(stages):
         needs = f", needs: [s{i - 1}]" if i else ""
@@ -95,7 +95,7 @@ def chain(folder: Path, stages: int) -> None:
 
 
 def plain(folder: Path) -> float:
-    """Seconds per stage of the programs alone."""
+    """Return the seconds per stage of the programs alone."""
     requests = []
     for name, stage in load(folder / "pipelines.yaml").pipeline("chain").stages.items():
         assert isinstance(stage, ProgramStage)
@@ -115,7 +115,7 @@ def plain(folder: Path) -> float:
 
 
 def ours(folder: Path, stages: int) -> dict[str, float]:
-    """Seconds per stage of each part."""
+    """Return the seconds per stage of each part."""
     run([sys.executable, "-c", TIMED], folder)
     seconds = {part: total / stages for part, total in json.loads((folder / "timed.json").read_text()).items()}
     seconds["prefect"] = seconds["whole"] - seconds["stage"]
@@ -124,7 +124,7 @@ def ours(folder: Path, stages: int) -> dict[str, float]:
 
 
 def start_up(folder: Path, **environment: str) -> float:
-    """Seconds from the command to the moment when its first program runs."""
+    """Return the seconds from the command to the start of its first program."""
     shutil.rmtree(folder / ".tuneline" / "store", ignore_errors=True)
     calls = folder / "calls-rows"
     calls.unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def run(command: list[str], folder: Path, **environment: str) -> None:
 
 
 def hashing(folder: Path, megabytes: int = 256) -> float:
-    """Megabytes a second of reading and hashing a file that is in memory."""
+    """Return the megabytes per second of reading and hashing a file in the page cache."""
     file = folder / "large"
     file.write_bytes(os.urandom(1_000_000) * megabytes)
     start = time.perf_counter()

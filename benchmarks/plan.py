@@ -1,5 +1,4 @@
-"""How long one waits for an answer: `validate` and `plan` on the demo, on a chain of 1,000 stages beside DVC on as many, and on
-a source tree of 20,000 files.
+"""Measure `validate` and `plan`: on the demo, on a chain of 1,000 stages (compared with DVC), and on a source tree of 20,000 files.
 
     .venv/bin/python benchmarks/plan.py [--stages 1000] [--files 20000] [--rounds 3] [--dvc .cache/bench-dvc/bin/dvc]      (make bench-plan)
 
@@ -50,7 +49,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
 
 
 def chain(folder: Path, stages: int) -> None:
-    """pipelines.yaml and dvc.yaml with the same chain, and the two inputs of both."""
+    """Write pipelines.yaml and dvc.yaml with the same chain, and their two inputs."""
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -68,7 +67,7 @@ def chain(folder: Path, stages: int) -> None:
 
 
 def tree(folder: Path, files: int) -> None:
-    """pipelines.yaml with one dataset made of a source tree of so many files."""
+    """Write a pipelines.yaml with one dataset, made of a source tree with that many files."""
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
     for i in range(files):
@@ -89,7 +88,7 @@ def _dvc_stage(name: str, inputs: list[str], source: str) -> list[str]:
 
 
 def build(folder: Path) -> None:
-    """Puts every artifact of the chain into the store, and a record of the run into its place."""
+    """Publish every artifact of the chain to the store, and write a record of the run."""
     workspace = Workspace(load(folder / "pipelines.yaml"))
     pipeline = workspace.loaded.pipeline("chain")
     record = workspace.runs.begin("chain", ())
@@ -124,14 +123,14 @@ def build(folder: Path) -> None:
 
 
 def build_dvc(folder: Path, dvc: str) -> None:
-    """Runs the commands of dvc.yaml, and has DVC take in what came out."""
+    """Run the commands of dvc.yaml, and commit their outputs to DVC's cache."""
     for stage in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"].values():
         subprocess.run(stage["cmd"], shell=True, cwd=folder, check=True)
     cost((dvc, "commit", "--force", "--quiet"), folder)
 
 
 def cost(command: tuple[str, ...], folder: Path) -> tuple[float, float]:
-    """(CPU seconds, seconds) of one process and its children."""
+    """Return (CPU seconds, seconds) of a process and its children."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -149,7 +148,7 @@ def table(
     peer: str | None,
     forget: Path | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """The best of the rounds by name. `forget` is removed before each command."""
+    """Return the best of the rounds by name. Removes `forget` before each command."""
     best: dict[str, tuple[float, float]] = {}
     for _ in range(rounds):
         for name, command in commands:

@@ -1,4 +1,4 @@
-"""The quantize stage beside llmcompressor's GPTQ: seconds, peak memory and perplexity, with the same model, rows and settings.
+"""Compare the quantize stage with llmcompressor's GPTQ: seconds, peak memory and perplexity, with the same model, rows and settings.
 
     PYTHONPATH=. <python of the torch runtime> benchmarks/quantize.py --peer .cache/bench-llmcompressor/bin/python [--layers 8]
 
@@ -41,7 +41,7 @@ def stage_config() -> dict[str, Any]:
 
 
 def prepare(folder: Path, layers: int | None) -> None:
-    """`model/`, `dataset/`, and as token ids `rows.json`: what our stage would draw to calibrate and to measure."""
+    """Write `model/`, `dataset/`, and `rows.json`: the token ids of the rows that our stage draws for calibration and for perplexity."""
     import torch
     from program_tools import make_request, run_program
     from transformers import AutoModelForCausalLM
@@ -70,7 +70,7 @@ def prepare(folder: Path, layers: int | None) -> None:
 
 
 def ours(folder: Path, number: int) -> tuple[float, float, dict[str, float]]:
-    """Seconds and peak megabytes of the stage's program, and its metrics; prints how long its parts took."""
+    """Return seconds, peak megabytes and metrics of the stage's program; print how long its parts took."""
     from program_tools import make_request
 
     model, dataset = folder / "model" / "out" / "payload", folder / "dataset" / "out" / "payload"
@@ -88,7 +88,7 @@ def ours(folder: Path, number: int) -> tuple[float, float, dict[str, float]]:
 
 
 def peer(folder: Path, out: Path) -> None:
-    """llmcompressor's side; runs under its Python."""
+    """Quantize with llmcompressor; runs under its Python."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
@@ -107,7 +107,7 @@ def peer(folder: Path, out: Path) -> None:
 
 
 def perplexity(model: Path, rows: Path) -> float:
-    """By the code that measures ours; runs under the peer's Python."""
+    """Compute its perplexity with the code that measures ours; runs under the peer's Python."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -118,7 +118,7 @@ def perplexity(model: Path, rows: Path) -> float:
 
 
 def cost(command: list[str], folder: Path) -> tuple[float, float]:
-    """(seconds, peak megabytes) of a process of its own, threads and settings as the supervisor gives them."""
+    """Return (seconds, peak megabytes) of a new process, with the supervisor's threads and settings."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     start = time.perf_counter()
     with (folder / "output.txt").open("wb") as output:

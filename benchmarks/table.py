@@ -1,4 +1,4 @@
-"""One table of all benchmarks: each script appends its rows to a file, this prints them and keeps them in docs/benchmarks.md.
+"""Print the table of all benchmarks, and write it to docs/benchmarks.md. Each script appends its rows to a file.
 
     .venv/bin/python benchmarks/table.py ROWS.jsonl [--page docs/benchmarks.md]                                  (make bench)
 
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- the last `make bench` -->\n", "<!-- end -->\n"
 
 
 def add_row(file: Path | None, name: str, ours: float, peer: str, theirs: float, unit: str, goal: float) -> None:
-    """Appends a row; `goal` is the largest ours / theirs wanted. Nothing is written without a file."""
+    """Append a row. `goal`: the largest acceptable ours / theirs. Does nothing without a file."""
     if file:
         row = {"name": name, "ours": ours, "peer": peer, "theirs": theirs, "unit": unit, "goal": goal}
         with file.open("a", encoding="utf-8") as stream:

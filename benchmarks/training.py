@@ -1,4 +1,4 @@
-"""The sft stage beside a plain TRL script and LLaMA-Factory: seconds a step, tokens/s, peak memory, start-up; same model, rows and batch.
+"""Compare the sft stage with a plain TRL script and LLaMA-Factory: seconds per step, tokens/s, peak memory, start-up; same model and rows.
 
     PYTHONPATH=. <python of the torch runtime> benchmarks/training.py --peer .cache/bench-llamafactory/bin/python     (make bench-training)
 
@@ -55,7 +55,7 @@ class Run:
 
 
 def prepare(folder: Path) -> None:
-    """`model/`, and for each set of rows a Dataset of ours, a file for TRL, and one for LLaMA-Factory with its configuration."""
+    """Write `model/`, and for each set of rows a Dataset of ours, a file for TRL, and one for LLaMA-Factory with its configuration."""
     from program_tools import make_request, run_program
 
     from tasks.data.masks import tokenize
@@ -84,7 +84,7 @@ def prepare(folder: Path) -> None:
 
 
 def conversations(lengths: list[int], generator: random.Random) -> list[list[dict[str, str]]]:
-    """Of as many tokens as asked for, in SmolLM2's template: each word is one, and what stands around them is 19; half is the answer."""
+    """Return a conversation of that many tokens: each word is one, SmolLM2's template adds 19. Half is the answer."""
     rows = []
     for length in lengths:
         words = [generator.choice(WORDS) for _ in range(length - 19)]
@@ -100,7 +100,7 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def factory_arguments(model: Path, folder: Path, number: int) -> dict[str, Any]:
-    """Its template `smollm` writes what SmolLM2's own does; it pads to multiples of 8."""
+    """Return LLaMA-Factory's configuration. Its template `smollm` equals SmolLM2's own; it pads to multiples of 8."""
     return {
         "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_target": "all", "lora_rank": 16, "lora_alpha": 32,
         "model_name_or_path": str(model), "infer_dtype": "float32", "use_cpu": True, "disable_gradient_checkpointing": True,
@@ -135,7 +135,7 @@ def measured(way: str, folder: Path, number: int, peer: Path, attempt: int) -> R
 
 
 def run(command: list[str], folder: Path, steps: str, mark: str) -> Run:
-    """A step ends when another `mark` is in the file `steps`. Threads and settings are those that the supervisor gives."""
+    """Measure a training. A step ends when another `mark` is in the file `steps`. Uses the supervisor's threads and settings."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     ends, begun, ended = [(0.0, 0.0)], time.perf_counter(), 0
     with (folder / "output.txt").open("wb") as output:
@@ -156,7 +156,7 @@ def run(command: list[str], folder: Path, steps: str, mark: str) -> Run:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of all threads of a process so far."""
+    """Return the CPU seconds of all threads of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -197,7 +197,7 @@ def main() -> None:
 
 
 def beside_trl(runs: dict[str, list[Run]], way: str, what: str) -> float:
-    """How many times as fast, round by round: what else the machine does changes slower than that."""
+    """Return the ratio of speeds, by round: other load on the machine changes more slowly than that."""
     return statistics.median(getattr(theirs, what) / getattr(run, what) for theirs, run in zip(runs["TRL"], runs[way], strict=True))
 
 

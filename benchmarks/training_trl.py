@@ -1,4 +1,4 @@
-"""The training of benchmarks/training.py as a plain TRL script: what tuneline's sft stage is measured beside.
+"""The training of benchmarks/training.py as a plain TRL script, for comparison with tuneline's sft stage.
 
     <python of the torch runtime> benchmarks/training_trl.py MODEL ROWS.jsonl OUT
 

@@ -1,20 +1,20 @@
-"""Entry point of `tuneline`. Apart from the command line itself, so that Ctrl-C while that is imported ends with a word too."""
+"""Entry point of `tuneline`, apart from the command line itself: Ctrl-C during its import ends with a message too."""
 
 from __future__ import annotations
 
 import sys
 
-INTERRUPTED = "interrupted; run again and it goes on where it was"
+from flows.commands.exits import EXIT, INTERRUPTED
 
 
 def main() -> None:
     try:
-        from flows.commands.runs import main as command_line
+        from flows.commands.main import main as command_line
 
         command_line()
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT["cancelled"])
 
 
 if __name__ == "__main__":

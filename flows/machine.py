@@ -1,4 +1,4 @@
-"""The GPUs of this machine, and the stages that ask for them."""
+"""The GPUs of this machine, and the stages that request them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tuneline.config.load import Loaded
 from tuneline.config.pools import ProcessPool
 from tuneline.kinds.stage import ProgramStage
 
-DECLARED = "TUNELINE_GPUS"  # a number of GPUs to pretend, for tests and dry runs
+DECLARED = "TUNELINE_GPUS"  # pretended number of GPUs, for tests and dry runs
 
 
 def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, without importing torch."""
+    """Return the ids of the GPUs that this process may use, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [device.strip() for device in visible.split(",") if device.strip()]
@@ -22,7 +22,7 @@ def visible_gpus() -> list[str]:
 
 
 def gpus_asked(loaded: Loaded) -> list[tuple[str, int, str | None]]:
-    """(stage, its GPUs, its pool) of all that would run on this machine: what is in other machines' pools does not."""
+    """Return (stage, its GPUs, its pool) of all stages that run on this machine, so not of those in pools of other machines."""
     return [
         (f"{pipeline}.{name}", stage.resources.gpus, stage.pool or its.pool)
         for pipeline, its in loaded.spec.pipelines.items()

@@ -1,8 +1,7 @@
-"""The flow: submits every stage of a pipeline as a task, waits, and says truly how it went.
+"""The flow of a pipeline: submit every stage as a task, wait, and return the state of the run.
 
-Every need is passed as an `allow_failure` future, so that Prefect draws the edge and a stage whose need failed runs just far
-enough to say `Skipped`. The task runner has a thread for each stage; how many programs run at once is the business of
-`flows/run/slots.py`.
+Upstream results are passed as `allow_failure` futures: Prefect draws the edge, and a stage whose upstream stage failed runs just
+far enough to end as `Skipped`. The task runner has a thread for each stage; `flows/run/slots.py` limits the programs that run at once.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ from tuneline.planning.plan import check_stages
 from tuneline.workspace.runs import RunRecord, Runs, RunState, planned
 from tuneline.workspace.workspace import Workspace
 
-__all__ = ["REPORTER", "run_pipeline", "run_stage"]  # run_stage: the entrypoint of child deployments
-DEPLOYED = "TUNELINE_DEPLOYED"  # in the environment of a deployment's runs: the version of tuneline that made it
-REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=NoReporter())  # noqa: B039  (it has no state)
+__all__ = ["REPORTER", "run_pipeline", "run_stage"]  # run_stage: entrypoint of the child deployments
+DEPLOYED = "TUNELINE_DEPLOYED"  # environment variable of deployed runs: the version of tuneline that deployed them
+REPORTER: ContextVar[Reporter] = ContextVar("reporter", default=NoReporter())  # noqa: B039  (NoReporter has no state)
 
 
 @flow(name="pipeline", validate_parameters=True)
@@ -63,19 +62,19 @@ def run_pipeline(
     only: str | None = None,
     force: list[str] = [],  # noqa: B006
 ) -> Any:
-    """Runs a pipeline of a pipelines.yaml.
+    """Run a pipeline of a pipelines.yaml.
 
     Args:
         pipeline: The pipeline's name.
         file: The pipelines file.
-        overrides: Fields of stages to change, as {"sft.lora.r": 32}. They are checked as `--set` of the command line is.
+        overrides: Fields of stages to change, as {"sft.lora.r": 32}. Checked like `--set` of the command line.
         variables: Variables of the file (`vars`) to change, as {"lr": 0.0001}.
-        only: A stage: it and what it depends on is run, nothing else.
-        force: Stages to build again, though the store has them.
+        only: Run only this stage and its upstream stages.
+        force: Stages to rebuild even if they are cached.
     """
     logger = get_run_logger()
     if (theirs := os.environ.get(DEPLOYED, __version__)) != __version__:
-        logger.warning(f"deployed by tuneline {theirs}, this worker has {__version__}: upgrade one of them, then `tuneline deploy`")
+        logger.warning(f"deployed by tuneline {theirs}, this worker has {__version__}: upgrade one of them, then run `tuneline deploy`")
     if deployment.id is not None and flow_run.flow_name not in (pipeline, run_pipeline.name):
         found = f"found {pipeline}, expected {flow_run.flow_name}, the pipeline of the deployment"
         raise ConfigError([Problem("", found, f"`tuneline run {pipeline}`, or `tuneline submit {pipeline}`", place="pipeline")])
@@ -88,7 +87,7 @@ def run_pipeline(
         reporter.warning("store", message)
 
     workspace = Workspace(loaded, warn)
-    with suppress(StoreError):  # a store that is only read will do for what it has; what is to be built meets the same error
+    with suppress(StoreError):  # a read-only store is enough for cached stages; a stage to build meets the same error
         workspace.prepare_store()
     spec = loaded.pipeline(pipeline)
     if deployment.id is not None and (why := missed(UUID(flow_run.id), spec)):
@@ -139,14 +138,14 @@ def run_pipeline(
 
 
 def __getattr__(name: str) -> Any:
-    """What `tuneline.deployed.NAME`, the entrypoint of the deployment NAME/NAME, is: one flow function under the name of each pipeline."""
+    """Return the flow under the name of a pipeline: `tuneline.deployed.NAME` is the entrypoint of the deployment NAME/NAME."""
     if re.fullmatch(NAME.strip("^$"), name):
         return run_pipeline.with_options(name=name)
     raise AttributeError(name)
 
 
 def _report(runs: Runs, record: RunRecord) -> str:
-    with suppress(OSError):  # without the HTML report, the rest is still worth showing
+    with suppress(OSError):  # publish the rest without the HTML report
         report_of(runs, record)
     return run_report(record, runs.folder / f"{record.run_id}.html")
 
@@ -155,19 +154,21 @@ def _state(states: dict[str, State[Any]], run_id: str) -> State[Any]:
     refused = [name for name, state in states.items() if state.name == "Refused"]
     failed = {name: state.name or "" for name, state in states.items() if not state.is_completed() and name not in refused}
     if failed:
-        told = (f"{name} ({state.removeprefix(FAILED)})" if state.startswith(FAILED) else name for name, state in failed.items())
-        return Failed(message=f"failed: {', '.join(told)}", data=run_id)
+        stages = (f"{name} ({state.removeprefix(FAILED)})" if state.startswith(FAILED) else name for name, state in failed.items())
+        return Failed(message=f"failed: {', '.join(stages)}", data=run_id)
     if refused:
         return Failed(name="Refused", message=f"refused by {', '.join(refused)}", data=run_id)
     return Completed(message=f"run {run_id}", data=run_id)
 
 
 class _OwnFailuresWithoutTraceback(logging.Filter):
-    """A traceback through our supervisor tells a user nothing; only class `bug` shows one, the program's own. Under a worker
-    Prefect says once more, at its exit, what made the run fail: that is left out."""
+    """Remove tracebacks through our supervisor from the log, which do not help users. Class `bug` shows the program's own traceback.
+
+    Also drops the second report of the error that Prefect logs under a worker at its exit.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info == (None, None, None):  # Prefect says once more that a stage returned a failure, as if it were an error of ours
+        if record.exc_info == (None, None, None):  # Prefect logs a returned failure a second time, as an error
             return False
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         if isinstance(error, FailedRun | TunelineError) and record.getMessage().startswith("Engine execution exited"):
@@ -180,8 +181,11 @@ class _OwnFailuresWithoutTraceback(logging.Filter):
 
 
 def _maintain_without_ending(lease_id: UUID, seconds: float, **_: Any) -> AbstractContextManager[None]:
-    """A deployment's place is held by a lease. Where it cannot be renewed (a server that is away for a minute, or was started anew),
-    Prefect ends the run, be it ten hours old; ours goes on. Should another start meanwhile, keys and GPUs have locks of their own."""
+    """Keep the lease of the deployment's concurrency slot without ending the run if it is lost.
+
+    If the lease cannot be renewed (the server is down for a minute, or was restarted), Prefect ends the run, even after ten hours. Ours
+    continues: if another run starts meanwhile, keys and GPUs have their own locks.
+    """
     return maintain_concurrency_lease(lease_id, seconds, raise_on_lease_renewal_failure=False, suppress_warnings=True)
 
 

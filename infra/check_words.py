@@ -20,7 +20,7 @@ EXEMPT = {"docs/style.md", "docs/log.md"}
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".j2", ".sh", ".slurm", ".html", ""}
 
 
-def words() -> list[str]:
+def forbidden() -> list[str]:
     """Read the left column of the table."""
     rows = re.findall(r"^\| (`.+?) \|", STYLE.read_text(encoding="utf-8"), re.MULTILINE)
     return [word for row in rows for word in re.findall(r"`([^`]+)`", row)]
@@ -28,7 +28,7 @@ def words() -> list[str]:
 
 def places() -> list[tuple[str, int, str, str]]:
     """Return (file, line, word, text of the line) for each word found."""
-    pattern = re.compile(r"\b(" + "|".join(re.escape(word) for word in words()) + r")\b", re.IGNORECASE)
+    pattern = re.compile(r"\b(" + "|".join(re.escape(word) for word in forbidden()) + r")\b", re.IGNORECASE)
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     files = [name for name in listed.split("\0") if name and name not in EXEMPT and Path(name).suffix in TEXT]
     return [

@@ -1,7 +1,7 @@
-"""Writes what is generated from the code: docs/pipelines.md, docs/pipelines.schema.json and the yaml in the README.
+"""Generate docs/pipelines.md, docs/pipelines.schema.json and the yaml in the README from the code.
 
-python infra/generate_docs.py            writes them
-python infra/generate_docs.py --check    fails where a file is not what would be written (make lint)
+python infra/generate_docs.py            write them
+python infra/generate_docs.py --check    exit with 1 if a file is out of date (make lint)
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def pipelines_page() -> str:
     parts.append(section(stages.ProgramStage, {"kind"}, of_all, title="Every stage"))
     base = set(stages.ProgramStage.model_fields)
     for model in spec.STAGES.values():
-        given = model.model_construct().output_type()  # by default: a field may change it, and its description says so
+        given = model.model_construct().output_type()  # the default may depend on another field; then the description says so
         parts.append(section(model, base, f"Gives {'an' if given == 'Adapter' else 'a'} {given}."))
     return "\n".join([*parts, *(section(model, set()) for model in PARTS)])
 
@@ -142,7 +142,7 @@ def type_name(annotation: Any) -> str:
 
 
 def readme() -> str:
-    """The README with the demo's yaml as it stands in pipelines.yaml."""
+    """Return the README with the demo's yaml from pipelines.yaml."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     pipelines = (ROOT / "pipelines.yaml").read_text(encoding="utf-8")
     demo = re.search(r"^  demo:\n(?:    .*\n|\n)+", pipelines, re.MULTILINE)

@@ -1,13 +1,13 @@
-"""Keeps tasks/versions.json true: kind -> VERSION (in every key), a digest of the program's code, and the defaults of the kind's fields.
+"""Keep tasks/versions.json current: kind -> VERSION (part of every key), a digest of the program's code, and the fields' defaults.
 
-    python infra/program_versions.py --check          fails where code or a default moved and nobody said what that means (make lint)
-    python infra/program_versions.py --raise sft      the output changes: the next run builds artifacts of this kind again
-    python infra/program_versions.py --same sft       the output stays the same (a message, a comment in code, a speed-up, a new field
-                                                      whose default does what was done before)
+    python infra/program_versions.py --check          fail if code or a default has changed without a verdict (make lint)
+    python infra/program_versions.py --raise sft      verdict: the output changes, so the next run rebuilds artifacts of this kind
+    python infra/program_versions.py --same sft       verdict: the output stays the same (a message, a comment, a speed-up, a new field
+                                                      whose default keeps the previous behavior)
 
 The digest covers the syntax tree of the program and of every module of `tasks` that it imports, without docstrings, comments
-and layout, so that only code counts. A key leaves out fields that equal their default, so a default with another value gives
-another artifact under the same key: then `--same` is refused.
+and layout. A key leaves out fields that equal their default, so a changed default gives another artifact under the same key: then
+`--same` is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, TypeAdapter
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the `tuneline` beside this script, wherever another one is installed
+sys.path.insert(0, str(ROOT))  # import the `tuneline` of this clone, even if another one is installed
 
 from tuneline.config.spec import PROGRAM_STAGES  # noqa: E402
 from tuneline.planning.keys import NOT_IN_KEY, PINNED_BY_COMMIT  # noqa: E402
@@ -37,7 +37,7 @@ def programs() -> dict[str, str]:
 
 
 def modules_of(program: str) -> list[Path]:
-    """The program's file and those of `tasks` that it imports, near and far."""
+    """Return the program's file and those of `tasks` that it imports, directly or indirectly."""
     found: set[Path] = set()
     waiting = [program]
     while waiting:
@@ -63,9 +63,9 @@ def code_digest(program: str) -> str:
 
 
 def defaults_of(model: type[BaseModel], leave_out: frozenset[str] = frozenset(), prefix: str = "") -> Defaults:
-    """Dotted field -> its default as JSON, models inside of fields included: `lora.r`, `sources.files.format`, `rewards.length.weight`.
+    """Return dotted field -> default as JSON, with nested models: `lora.r`, `sources.files.format`, `rewards.length.weight`.
 
-    A field that must be given has no entry: it is in every key. `leave_out` are fields of the model itself.
+    A required field has no entry, because it is in every key. `leave_out`: fields of the model to skip.
     """
     found: Defaults = {}
     for name, field in model.model_fields.items():
@@ -74,7 +74,7 @@ def defaults_of(model: type[BaseModel], leave_out: frozenset[str] = frozenset(),
         path = f"{prefix}{name}"
         if not field.is_required():
             value = field.get_default(call_default_factory=True, validated_data={})
-            # What a nested model leaves at its own defaults has entries of its own.
+            # The defaults of nested models have their own entries.
             found[path] = TypeAdapter(type(value)).dump_python(value, mode="json", exclude_defaults=True)
         for inner in models_in(field.annotation):
             more = defaults_of(inner, prefix=f"{path}.{type_of(inner)}")
@@ -85,7 +85,7 @@ def defaults_of(model: type[BaseModel], leave_out: frozenset[str] = frozenset(),
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a value of this annotation can hold, near and far: in unions, tuples and `Annotated`."""
+    """Return the models in an annotation, also inside unions, tuples and `Annotated`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
@@ -93,18 +93,18 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def type_of(model: type[BaseModel]) -> str:
-    """`length.` of a model with `type: Literal["length"]`, which is one of several; empty for any other."""
+    """Return `length.` for a model with `type: Literal["length"]`, one of a union; an empty string for other models."""
     values = get_args(model.model_fields["type"].annotation) if "type" in model.model_fields else ()
     return f"{values[0]}." if values else ""
 
 
 def changed(before: Defaults, after: Defaults) -> list[str]:
-    """Fields that had a default and have another one: results differ and keys do not."""
+    """Return the fields whose default has changed: results differ, but keys do not."""
     return sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
 
 
 def moved(kind: str, known: dict[str, Any], code: str, defaults: Defaults) -> Iterator[str]:
-    """What differs from what tasks/versions.json knows of the kind."""
+    """Return the differences from the entry of tasks/versions.json."""
     if known.get("source") != code:
         yield f"the code of `{kind}` has changed"
     before = known.get("defaults", {})

@@ -1,5 +1,5 @@
-"""One run from the command line: without Prefect where everything is cached, else through the flow, with a server of its own
-where none is configured."""
+"""Run a pipeline from the command line: without Prefect if everything is cached, else through the flow, with an embedded server if
+none is configured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from flows.commands.options import RunOptions
 from flows.machine import visible_gpus
 from flows.report.terminal import ConsoleReporter
 from flows.run.parent_watch import end_with_parent
 from flows.server.connect import connect, embedded_server, find_server
 from tuneline.api import WITH_PARENT
 from tuneline.config.order import depends_on
-from tuneline.config.overrides import as_overrides
 from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
 from tuneline.kinds.gate import GateStage
@@ -30,21 +30,12 @@ from tuneline.workspace.runs import RunRecord, StageRecord, planned
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.workspace import Workspace
 
-RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s: the end of a run makes some, also to a server that has gone
-BUSY_SECONDS = 120  # that a run waits to begin on a server that answers 503: SQLite under several runs at once does
+RETRIES = "3"  # of a request to Prefect, after 2, 4 and 8 s; few, because a run makes requests at its end even if the server is gone
+BUSY_SECONDS = 120  # for which a run waits to start while the server answers 503, as with SQLite under several runs
 
 
-def execute(
-    workspace: Workspace,
-    pipeline: str,
-    rows: list[PlanRow],
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-    verbose: bool,
-) -> RunRecord:
-    """Runs what `rows` (the plan) say. Raises ConfigError before anything starts where files or runtimes are missing."""
+def execute(workspace: Workspace, pipeline: str, rows: list[PlanRow], options: RunOptions, verbose: bool) -> RunRecord:
+    """Run the plan `rows`. Raises ConfigError before anything starts if files, runtimes or GPUs are missing."""
     problems = [problem for row in rows for problem in row.problems]
     if problems:
         raise ConfigError(problems)
@@ -52,7 +43,7 @@ def execute(
     to_run = [row for row in rows if row.status != "cached" and row.kind != "gate"]
     server = find_server(workspace.home)
     if not to_run and not server:
-        return _all_cached(workspace, pipeline, rows, only, ConsoleReporter(verbose))
+        return _all_cached(workspace, pipeline, rows, options.only, ConsoleReporter(verbose))
     _require_machine(workspace, pipeline, {row.stage: stage for row in to_run if isinstance(stage := stages[row.stage], ProgramStage)})
     if to_run:
         workspace.prepare_store()
@@ -62,8 +53,8 @@ def execute(
         reporter = stack.enter_context(ConsoleReporter(verbose))
         _on_signals(workspace, pipeline, reporter)
         for name in ("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):
-            os.environ[name] = "CRITICAL"  # the reporter speaks to the terminal; the server has the log
-        logging.raiseExceptions = False  # that log lines do not reach a server is said once, by us
+            os.environ[name] = "CRITICAL"  # the reporter writes to the terminal; the server has the log
+        logging.raiseExceptions = False  # `embedded_server` reports once that log lines do not reach the server
         if server:
             os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", RETRIES)
             connect(workspace.home)
@@ -72,12 +63,14 @@ def execute(
             tell = partial(reporter.warning, "Prefect")
             with reporter.waiting("starting Prefect", "5 to 15 s; half a minute the first time on a machine"):
                 stack.enter_context(embedded_server(workspace.home / "prefect", tell, workspace.loaded.spec.history))
-        return _through_prefect(workspace, pipeline, reporter, sets, variables, only, force)
+        return _through_prefect(workspace, pipeline, reporter, options)
 
 
 def _on_signals(workspace: Workspace, pipeline: str, reporter: ConsoleReporter) -> None:
-    """Ctrl-C, a SIGTERM and a closed terminal end the run in order (Prefect hands SIGTERM on once the flow has stopped its programs).
-    A second Ctrl-C ends it at once: our pipes close with us, and the watchdogs kill what is left."""
+    """Shut down gracefully on Ctrl-C, SIGTERM and a closed terminal (Prefect passes SIGTERM on once the flow has stopped its programs).
+
+    A second Ctrl-C ends the process at once: its pipes close, and the watchdogs kill the programs.
+    """
     interrupted = False
 
     def on_signal(number: int, frame: object) -> None:
@@ -85,7 +78,7 @@ def _on_signals(workspace: Workspace, pipeline: str, reporter: ConsoleReporter) 
         if not interrupted:
             interrupted = True
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping; Ctrl-C again ends it at once\n")
+                os.write(2, b"\nstopping; press Ctrl-C again to stop at once\n")
             raise KeyboardInterrupt
         if number == signal.SIGINT:
             with contextlib.suppress(ConfigError):
@@ -101,8 +94,8 @@ def _on_signals(workspace: Workspace, pipeline: str, reporter: ConsoleReporter) 
 
 
 def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: str | None, reporter: ConsoleReporter) -> RunRecord:
-    """Judges the gates; a stage behind one that refuses is skipped, as it would be through Prefect."""
-    with contextlib.suppress(StoreError):  # a store that is only read will do
+    """Judge the gates, and skip the stages behind one that refuses, as the flow does."""
+    with contextlib.suppress(StoreError):  # a read-only store is enough
         workspace.prepare_store()
     record = workspace.runs.begin(pipeline, workspace.loaded.overrides)
     record.planned, record.only = planned(workspace.loaded.pipeline(pipeline), only), only
@@ -131,7 +124,7 @@ def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: 
 
 
 def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, ProgramStage]) -> None:
-    """What `validate` must not look at: that the runtimes are set up and the GPUs are there."""
+    """Raises ConfigError if a runtime is not set up or a GPU is missing. `validate` does not depend on the machine."""
     problems = []
     for name in sorted({name for stage in stages.values() for name in stage.runtimes()}):
         if not find_runtime(name, workspace.loaded.spec, workspace.root).ready:
@@ -144,7 +137,9 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
             path: Keys = ("pipelines", pipeline, "stages", name, "resources", "devices")
             found = f"found {', '.join(absent)}, but this machine shows {', '.join(visible) or 'none'}"
             problems.append(
-                Problem(dotted(path), found, "name others, or none: then any is taken", place=workspace.loaded.source.place(path))
+                Problem(
+                    dotted(path), found, "name other devices, or remove `devices` to use any", place=workspace.loaded.source.place(path)
+                )
             )
         elif stage.resources.gpus > there:
             path = ("pipelines", pipeline, "stages", name, "resources", "gpus")
@@ -155,15 +150,7 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
         raise ConfigError(problems)
 
 
-def _through_prefect(
-    workspace: Workspace,
-    pipeline: str,
-    reporter: ConsoleReporter,
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-) -> RunRecord:
+def _through_prefect(workspace: Workspace, pipeline: str, reporter: ConsoleReporter, options: RunOptions) -> RunRecord:
     import httpx
     from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
     from prefect.logging.handlers import APILogHandler
@@ -171,13 +158,12 @@ def _through_prefect(
     from flows.pipeline import REPORTER, run_pipeline
 
     token = REPORTER.set(reporter)
-    parameters: dict[str, Any] = {"pipeline": pipeline, "file": str(workspace.loaded.file), "only": only}
-    parameters |= {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables), "force": list(force)}
+    parameters = {"pipeline": pipeline, "file": str(workspace.loaded.file), **options.parameters()}
     give_up = time.monotonic() + BUSY_SECONDS
     try:
         while True:
             try:
-                state = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
+                state: Any = run_pipeline.with_options(name=pipeline)(**parameters, return_state=True)
                 break
             except PrefectHTTPStatusError as error:
                 if error.response.status_code != 503 or reporter.run_id is not None or time.monotonic() > give_up:
@@ -186,31 +172,31 @@ def _through_prefect(
     except KeyboardInterrupt:
         if reporter.run_id is None:
             raise
-        record = workspace.runs.get(pipeline, reporter.run_id)  # the flow has ended its programs and said so there
-        if record.state == "running":  # unless it was interrupted in that as well
+        record = workspace.runs.get(pipeline, reporter.run_id)  # the flow has ended its programs and saved the record
+        if record.state == "running":  # unless that was interrupted too
             workspace.runs.finish(record, "cancelled")
         return record
-    except ObjectNotFound:  # the run was deleted on the server, and so ended
+    except ObjectNotFound:  # the run was deleted on the server, which ends it
         if reporter.run_id is None:
             raise
         return workspace.runs.get(pipeline, reporter.run_id)
     except httpx.HTTPError as error:
         address = os.environ["PREFECT_API_URL"]
         if reporter.run_id is None:
-            raise StageFailed("transient", f"the Prefect server at {address} does not answer: {_said(error)}", "run again") from None
-        reporter.warning("Prefect", f"the server at {address} does not answer and has not heard how this run ended")
+            raise StageFailed("transient", f"the Prefect server at {address} does not answer: {_first_line(error)}", "run again") from None
+        reporter.warning("Prefect", f"the server at {address} does not answer, so it does not know how this run ended")
         return workspace.runs.get(pipeline, reporter.run_id)
     finally:
         REPORTER.reset(token)
         APILogHandler().flush()
-    if reporter.run_id is None:  # the flow itself broke before any stage could start
+    if reporter.run_id is None:  # the flow failed before any stage could start
         state.result()
     record = workspace.runs.get(pipeline, reporter.run_id)
-    if record.state == "running":  # how it ended could not be written down
+    if record.state == "running":  # its end could not be saved
         state.result()
     return record
 
 
-def _said(error: Exception) -> str:
-    """The first line: Prefect adds the reply and a link to what its status means."""
+def _first_line(error: Exception) -> str:
+    """Return the first line of the message: Prefect adds the response and a link about its status."""
     return str(error).partition("\n")[0]

@@ -1,6 +1,6 @@
-"""`tuneline logs`: what the programs of a run have written, stage by stage; with `follow`, until the run ends.
+"""`tuneline logs`: print the logs of a run's stages, or follow them until the run ends.
 
-A stage's log lies in its work folder while it is worked on, and in its artifact once that is published. Attempts are appended.
+A stage's log is in its work folder while it is built, and in its artifact once that is published. All attempts append to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POLL_SECONDS = 0.3
 
 
 def print_logs(workspace: Workspace, record: RunRecord, stage: str, tail: int | None, write: Callable[[str], object]) -> bool:
-    """Writes the log of each stage of the record, or of `stage` alone, under a line that names it. Returns whether there was one."""
+    """Write the log of each stage, or only of `stage`, under a line that names it. Returns whether there was a log."""
     found = False
     for entry in entries(record, stage):
         if file := log_of(workspace, entry):
@@ -35,7 +35,7 @@ def print_logs(workspace: Workspace, record: RunRecord, stage: str, tail: int | 
 
 
 def follow(workspace: Workspace, record: RunRecord, stage: str, tail: int | None, write: Callable[[str], object]) -> RunRecord:
-    """Writes lines as they come, each after the name of its stage. Returns the record as it is when the run, or the stage, has ended."""
+    """Write new lines, each prefixed with its stage, until the run, or the stage, has ended. Returns the final record."""
     logs: dict[str, Followed] = {}
     with ExitStack() as files:
         while True:
@@ -55,7 +55,7 @@ def follow(workspace: Workspace, record: RunRecord, stage: str, tail: int | None
 
 @dataclass
 class Followed:
-    """An open log; a folder that is renamed, as at the publication of an artifact, does not matter to it."""
+    """An open log file. Its folder may be renamed meanwhile, which happens at the publication of an artifact."""
 
     file: BinaryIO
     tail: int | None
@@ -63,7 +63,7 @@ class Followed:
     _rest: bytes = b""
 
     def new(self, ended: bool) -> Iterator[str]:
-        """Whole lines since the last look, at the first one the last `tail`; once it has `ended`, what stands after the last line, too."""
+        """Yield the whole lines since the last call, the first time only the last `tail`. Once `ended`, include an unfinished last line."""
         *lines, self._rest = (self._rest + self.file.read()).split(b"\n")
         if ended and self._rest:
             lines.append(self._rest)
@@ -74,7 +74,7 @@ class Followed:
 
 
 def check_stage(record: RunRecord, stage: str) -> None:
-    """Raises ConfigError for a stage that the run does not have."""
+    """Raises ConfigError if the run has no such stage."""
     known = _order(record)
     if stage and stage not in known:
         found = f"found no stage `{stage}` in run {record.run_id}, expected {', '.join(known) or 'none'}"
@@ -82,7 +82,7 @@ def check_stage(record: RunRecord, stage: str) -> None:
 
 
 def entries(record: RunRecord, stage: str) -> list[StageRecord]:
-    """The stages that have begun, in the order of the plan; with `stage`, that one alone."""
+    """Return the stages that have started, in the order of the plan, or only `stage`."""
     order = _order(record)
     return sorted((each for each in record.stages if stage in ("", each.stage)), key=lambda each: order.index(each.stage))
 
@@ -92,7 +92,7 @@ def _order(record: RunRecord) -> list[str]:
 
 
 def log_of(workspace: Workspace, entry: StageRecord) -> Path | None:
-    """None where the stage has none: a gate, a stage that was skipped, or one whose files are gone."""
+    """Return the stage's log file, or None for a gate, a skipped stage, or one whose files are gone."""
     if entry.key is None:
         return None
     folders = [workspace.store.folder(entry.kind, entry.key) / "meta", workspace.work(entry.key)]
@@ -101,5 +101,5 @@ def log_of(workspace: Workspace, entry: StageRecord) -> Path | None:
 
 
 def shown(line: str) -> str:
-    """The line as a terminal would leave it: of a progress bar, drawn again and again after a carriage return, its last state."""
+    """Return the line as a terminal shows it: of a progress bar, which is redrawn after carriage returns, the last state."""
     return line.rstrip().rpartition("\r")[2]

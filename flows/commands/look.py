@@ -1,6 +1,6 @@
-"""The commands that look at runs, and end one: `tuneline list | runs | status | logs | cancel`; and `completion`.
+"""The commands that inspect or cancel runs: `tuneline list | runs | status | logs | cancel`; and `completion`.
 
-None imports Prefect, but `status` and `cancel` where a server is there.
+Only `status` and `cancel` import Prefect, and only if there is a server.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flows.commands.names import pipelines_of, runs_of, stages_of
-from flows.commands.options import file_option, json_option, load_pipeline, print_json, warn
+from flows.commands.options import file_option, json_option, load_pipeline, print_json, say, warn
 from tuneline.config.load import load
 from tuneline.workspace.workspace import Workspace
 
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 @file_option
 @json_option
 def list_command(pipeline: str | None, file: Path, as_json: bool) -> None:
-    """Lists the file's pipelines and how their last runs ended. With PIPELINE, its stages."""
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()) if pipeline else load(file), warn)
+    """List the file's pipelines and how their last runs ended.
+
+    With PIPELINE, list its stages.
+    """
+    workspace = Workspace(load_pipeline(file, pipeline) if pipeline else load(file), warn)
     rows = _stages(workspace, pipeline) if pipeline else [_pipeline(workspace, name) for name in workspace.loaded.spec.pipelines]
     if as_json:
         print_json(rows)
@@ -53,11 +56,11 @@ def _stages(workspace: Workspace, pipeline: str) -> list[dict[str, Any]]:
 @click.command()
 @click.argument("pipeline", required=False, shell_complete=pipelines_of)
 @file_option
-@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="So many, newest first.")
+@click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="Number of runs to list.")
 @json_option
 def runs(pipeline: str | None, file: Path, last: int, as_json: bool) -> None:
-    """Lists runs, newest first, with their states and times."""
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()) if pipeline else load(file), warn)
+    """List runs, newest first, with their states and times."""
+    workspace = Workspace(load_pipeline(file, pipeline) if pipeline else load(file), warn)
     records = [record for record, _ in zip(workspace.runs.newest_first(pipeline), range(last), strict=False)]
     rows = [_run(record) for record in records]
     if as_json:
@@ -80,7 +83,10 @@ def _run(record: RunRecord) -> dict[str, Any]:
 @file_option
 @json_option
 def status(file: Path, as_json: bool) -> None:
-    """Shows what runs now and how far it is. Also what waits on the server."""
+    """Show the runs in progress and how far they are.
+
+    Includes runs that wait on the server.
+    """
     from flows.server import server_state
     from flows.server.connect import connect, find_server
     from flows.server.status import on_server, working
@@ -101,21 +107,21 @@ def status(file: Path, as_json: bool) -> None:
     if (state := server_state.read(server_state.folder_of(workspace.root))) and not state.server.alive:
         warn("the server that `up` started has ended: `tuneline up` starts it again, with its history")
     if not here and not there:
-        click.echo("nothing runs" + (f", here or on {address}" if address else ""), err=True)
+        click.echo("no run in progress" + (f", here or on {address}" if address else ""), err=True)
 
 
 @click.command()
 @click.argument("what", metavar="PIPELINE[/STAGE]", shell_complete=stages_of)
 @file_option
-@click.option("--run", "run_id", metavar="ID", shell_complete=runs_of, help="Another run than the last one.")
-@click.option("--follow", "-f", "following", is_flag=True, help="Shows lines as they come, until the run ends.")
-@click.option("--tail", "-n", type=click.IntRange(min=1), metavar="N", help="The last N lines of each stage.")
+@click.option("--run", "run_id", metavar="ID", shell_complete=runs_of, help="Id of the run. By default the last one.")
+@click.option("--follow", "-f", "following", is_flag=True, help="Follow new lines until the run ends.")
+@click.option("--tail", "-n", type=click.IntRange(min=1), metavar="N", help="Show only the last N lines of each stage.")
 def logs(what: str, file: Path, run_id: str | None, following: bool, tail: int | None) -> None:
-    """Shows what the programs of the last run wrote."""
+    """Show the logs of the last run, or of one of its stages."""
     from flows.commands.logs import check_stage, follow, print_logs
 
     pipeline, _, stage = what.partition("/")
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
+    workspace = Workspace(load_pipeline(file, pipeline), warn)
     record = workspace.runs.get(pipeline, run_id)
     check_stage(record, stage)
     if following and record.state == "running":
@@ -129,17 +135,23 @@ def logs(what: str, file: Path, run_id: str | None, following: bool, tail: int |
 @click.argument("run", shell_complete=runs_of)
 @file_option
 def cancel(run: str, file: Path) -> None:
-    """Ends a run, by its id or its pipeline's name. Returns when its programs are gone."""
+    """Cancel a run, by its id or its pipeline's name.
+
+    Returns once its programs have ended.
+    """
     from flows.server.cancellation import cancel as end
 
-    ended = end(Workspace(load(file), warn), run, lambda message: click.echo(message, err=True))
-    click.echo(f"cancelled {ended}; run again and it goes on where it was", err=True)
+    ended = end(Workspace(load(file), warn), run, say)
+    click.echo(f"cancelled {ended}; run again to resume", err=True)
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Prints a script that has a shell complete names. As in `source <(tuneline completion bash)`."""
+    """Print a shell completion script.
+
+    Load it with `source <(tuneline completion bash)`.
+    """
     from click.shell_completion import get_completion_class
 
     root = click.get_current_context().find_root()

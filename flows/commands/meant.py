@@ -1,4 +1,4 @@
-"""Hints for a call that the command line does not know: what the user of another tool most likely means."""
+"""Hints for unknown commands and options: what a user of another tool most likely means."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ OPTIONS = {
     "--follow": "`tuneline logs PIPELINE --follow` follows a run",
     "--no-cache": "`--force STAGE` builds a stage again",
     "--output": "`--json` prints JSON",
-    "--resume": "runs go on from their last checkpoint by themselves",
-    "--skip": "`--only STAGE` runs a stage and what it depends on",
-    "--stage": "`--only STAGE` runs a stage and what it depends on",
+    "--resume": "runs resume from their last checkpoint automatically",
+    "--skip": "`--only STAGE` runs a stage and its upstream stages",
+    "--stage": "`--only STAGE` runs a stage and its upstream stages",
     "--watch": "`tuneline logs PIPELINE --follow` follows a run",
 }
 
 
 def hint(error: click.UsageError) -> str:
-    """What to write instead; empty where nothing better than `--help` is known."""
+    """Return what to write instead, or an empty string if `--help` is the best hint."""
     command = error.ctx.command.name if error.ctx else ""
     if isinstance(error, click.exceptions.NoSuchCommand):
         name = error.command_name.lower()
         if name in STAGES:
-            return f"`tuneline run PIPELINE` builds every stage; `--only STAGE` one of kind {STAGES[name]} and what it depends on"
+            return f"`tuneline run PIPELINE` builds every stage; `--only STAGE` builds one of kind {STAGES[name]} and its upstream stages"
         return f"`tuneline {COMMANDS[name]}`" if name in COMMANDS else ""
     if isinstance(error, click.NoSuchOption):
         return OPTIONS.get(error.option_name, "")
@@ -45,5 +45,5 @@ def hint(error: click.UsageError) -> str:
     if message.startswith("Missing argument 'PIPELINE"):
         return "`tuneline list` names the pipelines of the file"
     if message.startswith("Got unexpected extra argument") and command in ("run", "plan", "submit"):
-        return f"`tuneline {command} PIPELINE --only STAGE` for a stage and what it depends on; fields are set by `--set STAGE.FIELD=VALUE`"
+        return f"`tuneline {command} PIPELINE --only STAGE` runs one stage and its upstream stages; `--set STAGE.FIELD=VALUE` sets a field"
     return ""

@@ -1,4 +1,4 @@
-"""What a shell completes: names of pipelines, stages and runs. A file that cannot be read completes nothing."""
+"""Shell completion of the names of pipelines, stages and runs. Completes nothing if the pipelines file cannot be read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from flows.folders import home_of, runs_in
 from tuneline.config.load import load
 from tuneline.config.spec import Pipeline
 from tuneline.errors import TunelineError
@@ -17,7 +18,7 @@ def pipelines_of(context: click.Context, _parameter: click.Parameter, begun: str
 
 
 def stages_of(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """Of an argument PIPELINE/STAGE: pipelines, then the stages of the one that is there. Of an option: stages of the pipeline."""
+    """Complete an argument PIPELINE/STAGE: pipelines, then the stages of the given one. Complete an option: stages of the pipeline."""
     pipelines = _pipelines(context)
     given = context.params.get("pipeline") or context.params.get("name")
     given = given or next(iter(context.args), None)  # an option without its value yet keeps click from reading arguments
@@ -30,10 +31,10 @@ def stages_of(context: click.Context, _parameter: click.Parameter, begun: str) -
 
 
 def runs_of(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
-    """Ids of runs; of an argument also the pipelines."""
+    """Complete ids of runs, and for an argument pipelines too."""
     pipelines = _pipelines(context)
     pipeline = str(context.params.get("what") or "").partition("/")[0] or None
-    runs = Runs(_file(context).absolute().parent / ".tuneline" / "runs")
+    runs = Runs(runs_in(home_of(_file(context).absolute().parent)))
     names = [record.run_id for record in runs.newest_first(pipeline)] + ([] if pipeline else list(pipelines))
     return [name for name in names if name.startswith(begun)]
 

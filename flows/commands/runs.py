@@ -1,50 +1,32 @@
-"""The command line: `tuneline init | setup | validate | plan | run | node | show | schema | verify | gc`. The commands that look at
-runs are in `flows/commands/look.py`, those that speak to a server in `flows/commands/server.py`.
-
-stdout is data (tables for people, JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify`
-found damage or `doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only
-by a `run` that has something to do and by what speaks to a server; torch never.
-"""
+"""The commands that plan, run and show a pipeline: `tuneline plan | run | node | show`."""
 
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import webbrowser
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.__main__ import INTERRUPTED
-from flows.commands import meant
-from flows.commands.look import cancel, completion, list_command, logs, runs, status
+from flows.commands.exits import EXIT, FAILED, INTERRUPTED
 from flows.commands.names import pipelines_of, runs_of, stages_of
 from flows.commands.options import (
-    EXIT,
-    FAILED,
-    WRONG,
+    RunOptions,
     file_option,
-    force_option,
     json_option,
     load_pipeline,
     load_with_warnings,
-    only_option,
     print_json,
+    run_options,
     say,
     set_option,
     var_option,
     warn,
-    warn_of,
 )
-from flows.commands.server import deploy, doctor, down, submit, up, worker
-from flows.commands.streams import BrokenPipeSafe
-from tuneline import __version__
-from tuneline.config.load import load
-from tuneline.errors import ConfigError, Problem, StoreError, TunelineError
+from tuneline.errors import ConfigError, Problem
 from tuneline.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -53,111 +35,17 @@ if TYPE_CHECKING:
     from tuneline.workspace.runs import RunRecord
 
 
-def main() -> None:
-    """Every error a message, never a traceback."""
-    sys.stdout, sys.stderr = BrokenPipeSafe(sys.stdout), BrokenPipeSafe(sys.stderr)  # type: ignore[assignment]
-    try:
-        sys.exit(cli.main(standalone_mode=False, prog_name="tuneline"))
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx else "")
-        sys.exit(0)
-    except click.UsageError as error:
-        hint = meant.hint(error) or (f"`{error.ctx.command_path} --help`" if error.ctx else "`tuneline --help`")
-        _fail(f"{error.format_message()}\n\nhint: {hint}", WRONG)
-    except click.ClickException as error:
-        _fail(error.format_message(), WRONG)
-    except TunelineError as error:
-        _fail(str(error), WRONG if isinstance(error, ConfigError | StoreError) else FAILED)
-    except OSError as error:
-        _fail(f"{error.filename or 'the system'}: {error.strerror}", FAILED)
-    except (KeyboardInterrupt, click.Abort):
-        _fail(INTERRUPTED, EXIT["cancelled"])
-
-
-def _fail(message: str, status: int) -> None:
-    click.echo(message, err=True)
-    sys.exit(status)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(__version__, message=f"tuneline %(version)s, Prefect {version('prefect')}, Python {platform.python_version()}")
-def cli() -> None:
-    """Declarative fine-tuning: dataset, LoRA, benchmarks, merge, GPTQ, gate, from one cached pipelines.yaml."""
-
-
-@cli.command()
-def init() -> None:
-    """Writes a pipelines.yaml to start from into the current folder."""
-    from flows.commands.starter import write_starter
-
-    for path in write_starter(Path.cwd()):
-        click.echo(path)
-    click.echo("next: tuneline setup, then tuneline run first", err=True)
-
-
-@cli.command()
-@click.argument("names", nargs=-1, metavar="[RUNTIME]...")
-@file_option
-def setup(names: tuple[str, ...], file: Path) -> None:
-    """Builds the Python environments that pipelines name. With RUNTIME, those alone. vLLM's, of gigabytes, must be named."""
-    from flows.commands.setup import build
-    from tuneline.config.load import BUILT_IN_RUNTIMES
-    from tuneline.kinds.stage import ProgramStage
-    from tuneline.wording import nearest
-    from tuneline.workspace.runtimes import find_runtime
-
-    loaded = load(file)
-    stages = [stage for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()]
-    used = sorted({stage.runtime for stage in stages if isinstance(stage, ProgramStage)})
-    known = sorted({*BUILT_IN_RUNTIMES, *loaded.spec.runtimes})
-    for name in names:
-        if name not in known:
-            found = f"found no runtime `{name}`, expected {', '.join(known)}"
-            raise ConfigError([Problem("", found, nearest(name, known), place="setup")])
-    for name in names or used:
-        runtime = find_runtime(name, loaded.spec, loaded.root)
-        build(runtime, lambda message: click.echo(message, err=True))
-        if runtime.versions(["pydantic"]) == {"pydantic": "absent"}:
-            raise ConfigError(
-                [Problem(name, "found no pydantic in it, which every runtime needs", "install pydantic there", place="runtimes")]
-            )
-        click.echo(f"{name}  {runtime.python}")
-
-
-@cli.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False, metavar="[FILE]")
-@file_option
-def validate(path: Path | None, file: Path) -> None:
-    """Checks a pipelines file. Shows every problem at once, with its place."""
-    from tuneline.config.schedules import check_schedules
-
-    loaded = load(path or file)
-    check_schedules(loaded)
-    warn_of(loaded)
-    counts = [f"{name} ({len(pipeline.stages)} stages)" for name, pipeline in loaded.spec.pipelines.items()]
-    click.echo(f"{loaded.source.name} is valid: {', '.join(counts)}")
-
-
-@cli.command()
+@click.command()
 @click.argument("pipeline", shell_complete=pipelines_of)
 @file_option
-@set_option
-@var_option
-@only_option
-@force_option
+@run_options
 @json_option
-@click.option("--online", is_flag=True, help="Asks the hub what branches and tags are now, and for the config.json of models.")
-def plan(
-    pipeline: str,
-    file: Path,
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-    as_json: bool,
-    online: bool,
-) -> None:
-    """Shows what a run would do, why, and what it will take. Estimated are trainings and merges. Changes nothing."""
+@click.option("--online", is_flag=True, help="Ask the hub for current commits and for the models' config.json.")
+def plan(pipeline: str, file: Path, options: RunOptions, as_json: bool, online: bool) -> None:
+    """Show what a run would do, why, and what it will take.
+
+    Estimates memory and disk of trainings and merges. Changes nothing.
+    """
     from flows.run.hub import Hub
     from tuneline.estimates import fit as fits
     from tuneline.estimates.estimate import estimates
@@ -165,9 +53,9 @@ def plan(
     from tuneline.planning.plan import refusals, unpinned
     from tuneline.workspace.hub_cache import HubCache
 
-    workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn, Hub() if online else HubCache())
+    workspace = Workspace(load_with_warnings(file, pipeline, options), warn, Hub() if online else HubCache())
     workspace.memory.say = say
-    rows = make_plan(workspace, pipeline, only, force)
+    rows = make_plan(workspace, pipeline, options.only, options.force)
     estimated = estimates(workspace, pipeline, rows)
     for warning in (
         *fits.warnings(workspace, pipeline, rows),
@@ -187,34 +75,22 @@ def plan(
         raise ConfigError(problems)  # as `run` would
 
 
-@cli.command()
+@click.command()
 @click.argument("pipeline", shell_complete=pipelines_of)
 @file_option
-@set_option
-@var_option
-@only_option
-@force_option
+@run_options
 @json_option
-@click.option("--verbose", "-v", is_flag=True, help="Shows the programs' own output as well.")
-def run(
-    pipeline: str,
-    file: Path,
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-    as_json: bool,
-    verbose: bool,
-) -> None:
-    """Runs a pipeline: what is cached is taken, the rest is built."""
+@click.option("--verbose", "-v", is_flag=True, help="Show the output of the programs as well.")
+def run(pipeline: str, file: Path, options: RunOptions, as_json: bool, verbose: bool) -> None:
+    """Run a pipeline: reuse cached stages and build the others."""
     from flows.commands.execute import execute
     from tuneline.planning.plan import plan as make_plan
 
-    workspace = Workspace(load_with_warnings(file, pipeline, sets, variables), warn)
+    workspace = Workspace(load_with_warnings(file, pipeline, options), warn)
     workspace.memory.say = say
-    rows = make_plan(workspace, pipeline, only, force)
+    rows = make_plan(workspace, pipeline, options.only, options.force)
     try:
-        record = execute(workspace, pipeline, rows, sets, variables, only, force, verbose)
+        record = execute(workspace, pipeline, rows, options, verbose)
     except KeyboardInterrupt:  # before the run began
         if as_json:
             print_json({"pipeline": pipeline, "run_id": None, "state": "cancelled", "stages": []})
@@ -232,7 +108,7 @@ def run(
     sys.exit(EXIT[record.state])
 
 
-@cli.command()
+@click.command()
 @click.argument("pipeline", shell_complete=pipelines_of)
 @file_option
 @set_option
@@ -243,35 +119,43 @@ def run(
     required=True,
     envvar=["SLURM_PROCID", "JOB_COMPLETION_INDEX"],
     metavar="N",
-    help="Number of this machine, from 1; the run is machine 0. Slurm and kubernetes say it by themselves.",
+    help="Number of this machine, from 1; the run is machine 0. Read from the environment under Slurm and Kubernetes.",
 )
 def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
-    """Works as a further machine for a run of the pipeline. It takes the one of now or the next and ends with it. Flags are the run's."""
+    """Join a multi-node run of a pipeline as another machine.
+
+    Joins the current run, or waits for the next one, and ends with it. Give it the same --set and --var as the run.
+    """
     from flows.run.node import check_rank, only_one, serve
 
-    workspace = Workspace(load_pipeline(file, pipeline, sets, variables), warn)
+    workspace = Workspace(load_pipeline(file, pipeline, RunOptions(sets, variables)), warn)
     check_rank(workspace, pipeline, rank)
     with only_one(workspace, pipeline, rank):
-        record = serve(workspace, pipeline, rank, lambda message: click.echo(message, err=True))
+        record = serve(workspace, pipeline, rank, say)
     click.echo(f"{pipeline} {record.state} (run {record.run_id})", err=True)
     sys.exit(EXIT.get(record.state, FAILED))
 
 
-@cli.command()
+@click.command()
 @click.argument("what", metavar="PIPELINE[/STAGE]", shell_complete=stages_of)
 @file_option
-@click.option("--run", "run_id", metavar="ID", shell_complete=runs_of, help="Another run than the last one.")
-@click.option("--open", "in_browser", is_flag=True, help="Opens the run's report in a browser.")
+@click.option("--run", "run_id", metavar="ID", shell_complete=runs_of, help="Id of the run. By default the last one.")
+@click.option("--open", "in_browser", is_flag=True, help="Open the run's report in a browser.")
 @json_option
 def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: bool) -> None:
-    """Shows what the last run, or a stage of it, came to. Says where the run's report lies."""
+    """Show the results of the last run, or of one of its stages.
+
+    Also prints the path of the run's report.
+    """
     pipeline, _, stage = what.partition("/")
-    workspace = Workspace(load_pipeline(file, pipeline, (), ()), warn)
+    workspace = Workspace(load_pipeline(file, pipeline), warn)
     record = workspace.runs.get(pipeline, run_id)
-    for entry in record.stages:  # the project, or its store, may have been moved since
+    for entry in record.stages:  # the project or its store may have been moved
         if entry.artifact and entry.key and not Path(entry.artifact).exists():
             entry.artifact = str(workspace.store.folder(entry.kind, entry.key))
-        if entry.key and not entry.artifact and (log := workspace.work(entry.key) / "log.txt").exists():  # until a run completes it
+        if (
+            entry.key and not entry.artifact and (log := workspace.work(entry.key) / "log.txt").exists()
+        ):  # until a run publishes the artifact
             entry.message = "; ".join(filter(None, (entry.message, f"its log is {log}")))
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
@@ -280,7 +164,7 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
         raise ConfigError([Problem("", found, place="show")])
     manifests = {entry.stage: _manifest(entry.artifact) for entry in records}
     if as_json:
-        document = _run_json(record, [])  # what became of each stage; beside it the manifests of those that gave an artifact
+        document = _run_json(record, [])  # the outcome of each stage, beside the manifests
         document = {**document, "record": document["stages"], "stages": manifests}
         print_json(manifests[stage] if stage else document)
         if in_browser:
@@ -297,56 +181,6 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
         run_table(records)
     click.echo(f"run {record.run_id}, {record.started}, {record.state}", err=True)
     _report(workspace, record, in_browser)
-
-
-@cli.command()
-def schema() -> None:
-    """Prints the JSON Schema of pipelines.yaml, for editors."""
-    from tuneline.config.json_schema import json_schema
-
-    print_json(json_schema())
-
-
-@cli.command()
-@file_option
-def verify(file: Path) -> None:
-    """Reads every artifact in the store and compares every byte. Those that differ from their manifest go to quarantine."""
-    store = Workspace(load(file), warn).store
-    checked = damaged = 0
-    for folder in store.artifacts():
-        checked += 1
-        problem = store.verify(folder)
-        if problem:
-            damaged += 1
-            click.echo(f"{folder}: {problem}")
-    click.echo(f"{checked} artifacts, {damaged} damaged", err=True)
-    sys.exit(FAILED if damaged else 0)
-
-
-@cli.command()
-@file_option
-@click.option("--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Runs of each pipeline to keep.")
-@click.option("--older-than", metavar="AGE", help="Keeps what younger runs need as well: 30d, 12h, 2w.")
-@click.option("--all", "everything", is_flag=True, help="Removes also what no run of this workspace names.")
-@click.option("--dry-run", is_flag=True, help="Shows what would go. Changes nothing.")
-@json_option
-def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
-    """Removes from the store what no kept run needs. What killed runs left behind goes, too."""
-    from tuneline.planning import gc as collection
-
-    policy = collection.Policy(keep_last, collection.age(older_than) if older_than is not None else None, everything)
-    items = collection.collect(Workspace(load(file), warn), policy, dry_run, warn)
-    freed = sum(item.size for item in items if item.removed)
-    if as_json:
-        print_json({"dry_run": dry_run, "freed": freed, "items": collection.as_json(items)})
-    else:
-        from flows.report.tables import gc_table
-
-        gc_table(items, dry_run)
-
-
-for _command in (list_command, runs, status, logs, cancel, completion, up, down, worker, deploy, submit, doctor):
-    cli.add_command(_command)
 
 
 def _plan_json(row: PlanRow) -> dict[str, Any]:
@@ -391,7 +225,7 @@ def _report(workspace: Workspace, record: RunRecord, in_browser: bool = False) -
 
     try:
         path = report_of(workspace.runs, record)
-    except OSError as error:  # what the run came to stands all the same
+    except OSError as error:  # the run has its result without a report
         warn(f"the report cannot be written: {error.filename}: {error.strerror}")
         return
     click.echo(f"report: {path}", err=True)

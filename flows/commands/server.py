@@ -1,4 +1,4 @@
-"""The commands about the server: `tuneline up | down | worker | deploy | submit | doctor`."""
+"""The commands that use a server: `tuneline up | down | worker | deploy | submit | doctor`."""
 
 from __future__ import annotations
 
@@ -9,54 +9,55 @@ from pathlib import Path
 
 import click
 
+from flows.commands.exits import EXIT, FAILED
 from flows.commands.names import pipelines_of
 from flows.commands.options import (
-    EXIT,
-    FAILED,
+    RunOptions,
     file_option,
-    force_option,
     json_option,
     load_with_warnings,
-    only_option,
     print_json,
+    run_options,
     say,
-    set_option,
-    var_option,
     warn,
 )
+from flows.folders import home_of
 from tuneline.config.load import load
 
 
 @click.command()
 @file_option
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the server, on 127.0.0.1.  [default: 4200]")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port of the server on 127.0.0.1.  [default: 4200]")
 @click.option(
     "--database",
     metavar="URL",
     envvar="PREFECT_SERVER_DATABASE_CONNECTION_URL",
     show_envvar=True,
-    help="postgresql+asyncpg://USER:PASSWORD@HOST/NAME, instead of a SQLite file; a password belongs in the environment.",
+    help="Database instead of the SQLite file: postgresql+asyncpg://USER:PASSWORD@HOST/NAME. Pass a password by the environment variable.",
 )
-@click.option("--auth", is_flag=True, help="Has the server ask for a user and a password, which are asked for here.")
+@click.option("--auth", is_flag=True, help="Protect the server with a user and a password. Prompts for both.")
 @json_option
 def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: bool) -> None:
-    """Starts a lasting Prefect server, with UI, and its workers. One for each pool of this machine; what is up already stays."""
+    """Start a lasting Prefect server with UI, and its workers.
+
+    Starts one worker for each pool of this machine. What is already running is left as it is.
+    """
     from flows.server.up import up as start
 
     password = _password() if auth else None
-    it = start(load(file), port, database, password, lambda message: click.echo(message, err=True))
+    it = start(load(file), port, database, password, say)
     if as_json:
         document = {"ui": it.state.ui, "started": it.started, **it.state.model_dump()}
         print_json(document)
     else:
         click.echo(it.state.ui)
-    told = f"started {', '.join(it.started)}" if it.started else "it is up already"
-    click.echo(f"{told}; runs go there now; `tuneline down` ends it", err=True)
+    outcome = f"started {', '.join(it.started)}" if it.started else "already running"
+    click.echo(f"{outcome}; new runs use this server; `tuneline down` stops it", err=True)
     click.echo(f"for the command `prefect`: export PREFECT_API_URL={it.state.address}", err=True)
 
 
 def _password() -> str:
-    """`user:password`, from PREFECT_SERVER_API_AUTH_STRING or from the terminal."""
+    """Return `user:password` from PREFECT_SERVER_API_AUTH_STRING or from a prompt."""
     if given := os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
         return given
     user = click.prompt("user", default="tuneline", err=True)
@@ -67,7 +68,10 @@ def _password() -> str:
 @file_option
 @json_option
 def down(file: Path, as_json: bool) -> None:
-    """Ends what `up` started. Runs in progress end in order."""
+    """Stop the server and the workers that `up` started.
+
+    Runs in progress shut down gracefully.
+    """
     from flows.server.up import down as end
 
     ended = end(file.absolute().parent)
@@ -83,7 +87,10 @@ def down(file: Path, as_json: bool) -> None:
 @click.argument("pool")
 @file_option
 def worker(pool: str, file: Path) -> None:
-    """Works for a pool, in the foreground. For machines other than the one with `up`."""
+    """Start a worker for a pool, in the foreground.
+
+    For machines other than the one that runs `tuneline up`.
+    """
     from flows.server.worker import run_worker
 
     run_worker(load(file), pool)
@@ -91,16 +98,19 @@ def worker(pool: str, file: Path) -> None:
 
 @click.command()
 @file_option
-@click.option("--dry-run", is_flag=True, help="Shows what would change. Changes nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would change. Change nothing.")
 @json_option
 def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
-    """Gives the server the file's pools, deployments and schedules. Queues as well; what left the file goes."""
+    """Deploy pipelines, pools and schedules to the server.
+
+    Also deploys queues, and deletes from the server what is no longer in the file.
+    """
     from flows.server.connect import connect
     from tuneline.config.schedules import check_schedules
 
     loaded = load(file)
     check_schedules(loaded)
-    address = connect(loaded.root / ".tuneline")
+    address = connect(home_of(loaded.root))
     from flows.deploy import compare as deployment
     from flows.deploy.table import deploy_table
 
@@ -121,52 +131,38 @@ def deploy(file: Path, dry_run: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("name", metavar="PIPELINE", shell_complete=pipelines_of)
 @file_option
-@set_option
-@var_option
-@only_option
-@force_option
-@click.option("--queue", help="Another queue of its pool.")
-@click.option("--watch", is_flag=True, help="Follows the run to its end.")
+@run_options
+@click.option("--queue", help="Queue of the pool, instead of the deployment's own.")
+@click.option("--watch", is_flag=True, help="Follow the run until it ends.")
 @json_option
-def submit(
-    name: str,
-    file: Path,
-    sets: tuple[str, ...],
-    variables: tuple[str, ...],
-    only: str | None,
-    force: tuple[str, ...],
-    queue: str | None,
-    watch: bool,
-    as_json: bool,
-) -> None:
-    """Starts a run of a deployed pipeline, on its pool."""
+def submit(name: str, file: Path, options: RunOptions, queue: str | None, watch: bool, as_json: bool) -> None:
+    """Start a run of a deployed pipeline on its pool."""
     from flows.server.connect import connect
-    from tuneline.config.overrides import as_overrides
     from tuneline.planning.plan import check_stages
 
     pipeline = name.split("/")[0]
-    loaded = load_with_warnings(file, pipeline, sets, variables)
-    check_stages(loaded, pipeline, only, force)
-    address = connect(loaded.root / ".tuneline")
+    loaded = load_with_warnings(file, pipeline, options)
+    check_stages(loaded, pipeline, options.only, options.force)
+    connect(home_of(loaded.root))
     from flows.deploy.submit import submit as start
 
-    overrides = {"overrides": as_overrides("--set", sets), "variables": as_overrides("--var", variables)}
-    state = start(address, loaded.file, name, {"only": only, "force": list(force), **overrides}, queue, watch, as_json)
+    state = start(loaded.file, name, options.parameters(), queue, watch, as_json)
     sys.exit(EXIT.get(state, 0))
 
 
 @click.command()
 @file_option
-@click.option("--fix", is_flag=True, help="Tells the server the end of runs whose process on this machine is gone.")
+@click.option("--fix", is_flag=True, help="Set the final state on the server of runs whose process is gone.")
 @json_option
 def doctor(file: Path, fix: bool, as_json: bool) -> None:
-    """Looks for what would make runs fail or hang. Names remedies."""
+    """Find what would make runs fail or hang, and suggest fixes."""
     from flows.doctor.machine import PROBLEM, examine
 
     checks = examine(load(file), fix)
     problems = sum(check.status == PROBLEM for check in checks)
     if as_json:
-        print_json({"problems": problems, "checks": [asdict(check) for check in checks]})
+        rows = [{"check": each.check, "status": each.status, "message": each.message, "remedy": each.hint} for each in checks]
+        print_json({"problems": problems, "checks": rows})
     else:
         from flows.doctor.table import doctor_table
 

@@ -1,8 +1,8 @@
-"""`tuneline setup`: builds runtimes from their locks with uv, byte-compiled (importing trl uncompiled costs 18 s more each time).
+"""`tuneline setup`: build runtimes from their locks with uv, byte-compiled (otherwise each import of trl takes 18 s longer).
 
-A lock is complete, so nothing is resolved: `--no-deps` leaves out what a lock leaves out, as vLLM's does (see LEFT_OUT in the Makefile).
-Only torch is asked for its needs: a lock resolved with a CPU build lacks the CUDA packages of the build that uv takes on a machine with a
-GPU, and torch does not import without them.
+A lock is complete, so nothing is resolved: `--no-deps` respects what a lock omits, as vLLM's does (see LEFT_OUT in the Makefile).
+Only torch's dependencies are resolved: a lock made with a CPU build lacks the CUDA packages of the build that uv installs on a machine
+with a GPU, and torch does not import without them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tuneline.workspace.runtimes import MARKER, RuntimeEnvironment
 
 
 def build(runtime: RuntimeEnvironment, say: Callable[[str], None]) -> None:
-    """Makes the runtime's folder, marker last. One builder at a time; whoever waited finds it done."""
+    """Build the runtime's folder and write the marker last. Holds a lock; a process that waited for it finds the runtime ready."""
     if runtime.ready or runtime.folder is None:
         return
     folder, started = runtime.folder, time.monotonic()
@@ -42,7 +42,7 @@ def build(runtime: RuntimeEnvironment, say: Callable[[str], None]) -> None:
 
 
 def _uv(*arguments: str) -> None:
-    """uv does not read pip's settings: hands find-links on, else picks the torch wheels that fit the machine (CPU or CUDA)."""
+    """Run uv. Passes pip's find-links on, which uv does not read; without, has uv choose torch wheels for the machine (CPU or CUDA)."""
     environment = dict(os.environ)
     links = environment.get("PIP_FIND_LINKS")
     if links:
@@ -53,5 +53,7 @@ def _uv(*arguments: str) -> None:
     if done.returncode:
         command = " ".join(["uv", *arguments])
         raise StageFailed(
-            "config", f"`{command}` ended with status {done.returncode}", "its messages are above; the next setup starts afresh"
+            "config",
+            f"`{command}` ended with status {done.returncode}",
+            "see its messages above; the next `tuneline setup` starts from scratch",
         )

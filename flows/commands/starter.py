@@ -1,10 +1,11 @@
-"""`tuneline init`: a pipelines.yaml that runs as it is, with comments that say what to change first."""
+"""`tuneline init`: write a pipelines.yaml that runs unchanged, with comments on what to change first."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from flows.folders import home_of
 from tuneline.config.json_schema import json_schema
 from tuneline.errors import ConfigError, Problem
 
@@ -14,10 +15,10 @@ version: 1
 
 pipelines:
   first:
-    description: A small model learns sums; change the model and the data to yours.
+    description: Train a small model on sums; change the model and the data to yours.
     stages:
       base:      {kind: model, hub: HuggingFaceTB/SmolLM2-135M-Instruct}
-      # Your own rows instead: {type: files, path: data/*.jsonl}, one {"messages": [...]} a line.
+      # To use your own rows: {type: files, path: data/*.jsonl}, one {"messages": [...]} per line.
       data:      {kind: dataset, model: base, sources: [{type: reasoning_gym, task: chain_sum, size: 600}], split: {test: 0.2}}
       sft:       {kind: sft, model: base, dataset: data, lora: {r: 16, lora_alpha: 32}, learning_rate: 1e-3,
                   max_steps: 40, global_batch_size: 8}
@@ -29,8 +30,8 @@ pipelines:
 
 
 def write_starter(folder: Path) -> list[Path]:
-    """Writes pipelines.yaml, its schema and a .gitignore. Raises ConfigError where there is a pipelines.yaml already."""
-    file, schema, ignore = folder / "pipelines.yaml", folder / ".tuneline" / "schema.json", folder / ".gitignore"
+    """Write pipelines.yaml, its schema and a .gitignore; return the files. Raises ConfigError if there is a pipelines.yaml already."""
+    file, schema, ignore = folder / "pipelines.yaml", home_of(folder) / "schema.json", folder / ".gitignore"
     if file.exists():
         raise ConfigError(
             [Problem("", "found a pipelines.yaml here already, expected a folder without one", "nothing was changed", place=str(file))]

@@ -1,5 +1,5 @@
-"""stdout and stderr that outlive their reader: `tuneline run ... | head` must not end a run once `head` has seen enough, and a run
-whose terminal was closed ends in order."""
+"""stdout and stderr that survive their reader: `tuneline run ... | head` must not end a run once `head` exits, and a run whose
+terminal was closed shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class BrokenPipeSafe:
-    """A stream as it is, but what nobody reads any more is dropped, and what its encoding does not have is written as an escape."""
+    """Wraps a stream: discards output that has no reader any more, and escapes characters that its encoding lacks."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -20,7 +20,7 @@ class BrokenPipeSafe:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except UnicodeEncodeError as error:  # a pipe under LANG=C may take ASCII alone; the name of a file may be no Unicode
+        except UnicodeEncodeError as error:  # a pipe under LANG=C may take only ASCII; a file name may be invalid Unicode
             return self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except OSError as error:
             self._drop(error)
@@ -33,8 +33,8 @@ class BrokenPipeSafe:
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        if error.errno not in (errno.EPIPE, errno.EIO):  # what a closed pipe and a closed terminal answer
+        if error.errno not in (errno.EPIPE, errno.EIO):  # errors of a closed pipe and a closed terminal
             raise error
         nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())  # also for what is still buffered, and for children
+        os.dup2(nothing, self._stream.fileno())  # discards buffered output too, and that of children
         os.close(nothing)

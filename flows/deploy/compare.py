@@ -1,8 +1,8 @@
-"""`tuneline deploy`: makes a Prefect server say what pipelines.yaml says, and takes away what it no longer says.
+"""`tuneline deploy`: apply pipelines.yaml to a Prefect server, and delete what is no longer in the file.
 
-Compared is field by field, so that a second deploy changes nothing. What was made from this file carries its tag: deployments as
-a tag, pools and queues in their description, automations in their name. Nothing else is ever deleted, and a pool that left the
-file only once nobody's deployment is in it.
+Items are compared field by field, so that a second deploy changes nothing. What was created from this file carries its tag: deployments
+as a tag, pools and queues in their description, automations in their name. Nothing else is ever deleted, and a pool that left the
+file only once no deployment uses it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from prefect.client.orchestration import get_client
 
 from flows.deploy.desired import RUN_STAGE, TAG, Item, What, desired, file_tag
 from flows.deploy.remote import Server
-from flows.server.errors import told_errors
-from flows.server.waiting import nobody
+from flows.server.errors import server_errors
+from flows.server.waiting import unserved
 from tuneline.config.load import Loaded
 from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem
 
-LEAVING = ("automation", "deployment", "queue", "pool")  # a pool goes once its deployments have gone
+LEAVING = ("automation", "deployment", "queue", "pool")  # order of deletion: a pool after its deployments
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """What happens, or would, to one thing. `left` stays although it left the file; `note` says why."""
+    """The action for one item, done or planned. `left`: it is not in the file but stays; `note` says why."""
 
     what: What
     name: str
@@ -41,13 +41,13 @@ class Row:
     changes: tuple[Difference, ...] = ()
     note: str = ""
     item: Item | None = None
-    """As it is to be; None where it is not in the file."""
+    """The desired item; None if it is not in the file."""
 
 
 def deploy(loaded: Loaded, dry_run: bool) -> list[Row]:
-    """Needs PREFECT_API_URL. Raises ConfigError where names are taken, TunelineError where the server does not do it."""
+    """Deploy to the server at PREFECT_API_URL. Raises ConfigError if names are taken, TunelineError if the server rejects a change."""
     items = desired(loaded)
-    with told_errors(), get_client(sync_client=True) as client:
+    with server_errors(), get_client(sync_client=True) as client:
         server = Server(client, file_tag(loaded.file), str(loaded.file))
         _refuse_taken(loaded, server, items)
         rows = list(_compared(server, items))
@@ -57,10 +57,10 @@ def deploy(loaded: Loaded, dry_run: bool) -> list[Row]:
 
 
 def idle(loaded: Loaded) -> dict[str, str]:
-    """By pool of a deployment: why nobody works for it."""
+    """Return the pools of deployments that no worker serves, with the reason."""
     pools = dict.fromkeys(item.fields["pool"] for item in desired(loaded) if item.what == "deployment")
-    with told_errors(), get_client(sync_client=True) as client:
-        return {pool: reason for pool in pools if (reason := nobody(client, pool))}
+    with server_errors(), get_client(sync_client=True) as client:
+        return {pool: reason for pool in pools if (reason := unserved(client, pool))}
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def _refuse_taken(loaded: Loaded, server: Server, items: list[Item]) -> None:
         if found and item.what == "deployment" and not server.is_ours(found) and not (_shared(item) and TAG in found.fields["tags"]):
             path = ("pipelines", item.name.split("/")[0])
             message = f"found a deployment {item.name} on the server that was not made from this file"
-            hint = f"rename the pipeline; or `prefect deployment delete {item.name}`, if it is what a moved file left behind"
+            hint = f"rename the pipeline; or `prefect deployment delete {item.name}`, if a moved file left it behind"
             problems.append(Problem(dotted(path), message, hint, place=loaded.source.place(path, at_key=True)))
     if problems:
         raise ConfigError(problems)
@@ -113,15 +113,15 @@ def _compared(server: Server, items: list[Item]) -> Iterator[Row]:
             less = _with_tags(item, {*item.fields["tags"]} - {server.tag})
             yield Row(item.what, item.name, "change", tuple(_differences(item.fields, less.fields)), item=less)
         elif item.what == "queue" and item.name.split("/")[0] in pools:
-            continue  # it goes, or stays, with its pool
+            continue  # it is deleted, or stays, with its pool
         elif users := server.users(item, gone, {each.name: each for each in items if each.what == "deployment"}):
-            yield Row(item.what, item.name, "left", note=f"not in the file any more, but used by {', '.join(users)}")
+            yield Row(item.what, item.name, "left", note=f"no longer in the file, but used by {', '.join(users)}")
         else:
             yield Row(item.what, item.name, "delete")
 
 
 def _shared(item: Item) -> bool:
-    """Whether other files have their use of it, too: their stages run there."""
+    """Return whether other files may use the item too: their stages run there."""
     return item.name.startswith(f"{RUN_STAGE}/")
 
 
@@ -130,7 +130,7 @@ def _with_tags(item: Item, tags: set[str]) -> Item:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[Difference]:
-    """Below mappings one by one, everything else as a whole."""
+    """Yield the differences: of mappings by key, of everything else as a whole."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*new, *old]):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
@@ -144,7 +144,7 @@ def _apply(server: Server, rows: list[Row]) -> None:
             server.delete(row.what, row.name)
         elif row.item is not None and row.action in ("create", "change"):
             server.put(row.item)
-    # Prefect moves other queues out of a priority's way: set once more from the highest on, each has its own in the end.
+    # Prefect moves other queues when a priority is taken. Setting all again, highest first, gives each its own in the end.
     touched = {row.name.split("/")[0] for row in rows if row.what == "queue" and row.action in ("create", "change", "delete")}
     for row in rows:
         if row.what == "queue" and row.item is not None and row.name.split("/")[0] in touched:

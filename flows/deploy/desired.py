@@ -1,6 +1,6 @@
-"""What a pipelines.yaml asks of a Prefect server, as plain data: pools, queues, deployments with their schedules, automations.
+"""The items that a pipelines.yaml defines on a Prefect server, as plain data: pools, queues, deployments with schedules, automations.
 
-Nothing here speaks to a server; `flows.deploy.compare` compares it with what one has.
+This module makes no requests; `flows.deploy.compare` compares the items with those of a server.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem
 from tuneline.kinds.stage import ProgramStage
 
-HEARTBEAT_SECONDS = 60  # Prefect's least is 30, its default 180
+HEARTBEAT_SECONDS = 60  # Prefect's minimum is 30, its default 180
 LOST_SECONDS = 3 * HEARTBEAT_SECONDS
-PENDING_SECONDS = 1800  # a GPU node that is made first, and an image of several GB
+PENDING_SECONDS = 1800  # time to provision a GPU node and to pull an image of several GB
 PENDING = ("Pending", "Submitting", "InfrastructurePending")  # names of the state in which a run waits for its process
-ANCHOR = datetime.datetime(2020, 1, 1)  # intervals are counted from there, or each deploy would move them
+ANCHOR = datetime.datetime(2020, 1, 1)  # start of all intervals; without a fixed one, each deploy would shift them
 TAG, FILE_TAG = "tuneline", "tuneline-file:"
 RUN_STAGE = "run-stage"
 
@@ -44,14 +44,14 @@ What = Literal["pool", "queue", "deployment", "automation"]
 
 @dataclass(frozen=True)
 class Item:
-    """One thing on a server. `fields` are JSON, in words of our own where Prefect's are long."""
+    """One item on a server. `fields` are JSON, with shorter names than Prefect's."""
 
     what: What
     name: str
     fields: dict[str, Any]
 
     def __str__(self) -> str:
-        """What it is, for a table of what is new."""
+        """Describe the item in the table of created items."""
         if self.what == "automation":
             return str(self.fields["actions"][0]["message"])
         if self.what == "deployment":
@@ -66,12 +66,12 @@ class Item:
 
 
 def file_tag(file: Path) -> str:
-    """On all that `deploy` made from this file."""
+    """Return the tag of everything that `deploy` creates from this file."""
     return f"{FILE_TAG}{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
 
 
 def desired(loaded: Loaded) -> list[Item]:
-    """In the order in which it can be made. Raises ConfigError for what Prefect would not take."""
+    """Return the items in an order in which they can be created. Raises ConfigError for what Prefect would reject."""
     _check(loaded)
     deployed = {name: pipeline for name, pipeline in loaded.spec.pipelines.items() if pipeline.pool}
     items = list(_pools(loaded))
@@ -83,7 +83,7 @@ def desired(loaded: Loaded) -> list[Item]:
 
 
 def other_pools(pipeline: Pipeline) -> set[str]:
-    """Pools of its stages beside its own."""
+    """Return the pools of the pipeline's stages other than its own pool."""
     return {stage.pool for stage in pipeline.stages.values() if isinstance(stage, ProgramStage) and stage.pool} - {pipeline.pool or ""}
 
 
@@ -102,7 +102,7 @@ def _pools(loaded: Loaded) -> Iterator[Item]:
 
 
 def _deployments(loaded: Loaded, name: str, pipeline: Pipeline) -> Iterator[Item]:
-    """NAME/NAME, and NAME/NAME-QUEUE for schedules of another queue: in Prefect a queue is a deployment's, not a schedule's."""
+    """Yield NAME/NAME, and NAME/NAME-QUEUE for schedules with another queue: in Prefect, a deployment has a queue, not a schedule."""
     own = pipeline.queue or "default"
     by_queue: dict[str, dict[str, Any]] = {own: {}}
     for key, schedule in pipeline.schedules.items():
@@ -118,7 +118,7 @@ def _deployments(loaded: Loaded, name: str, pipeline: Pipeline) -> Iterator[Item
             "entrypoint": f"tuneline.deployed.{name}",
             "parameters": {"pipeline": name, "file": str(loaded.file), **(_of_only(schedules) if queue != own else {})},
             "schedules": schedules,
-            # A run that waits to start holds its place no longer than the automation below lets it wait.
+            # A run that waits for its process holds its slot no longer than the automation below lets it wait.
             "concurrency": {"limit": pipeline.concurrency, "collision_strategy": "ENQUEUE", "grace_period_seconds": PENDING_SECONDS},
             "enforce_parameter_schema": True,
             "parameter_openapi_schema": schema,
@@ -128,7 +128,7 @@ def _deployments(loaded: Loaded, name: str, pipeline: Pipeline) -> Iterator[Item
 
 
 def _form() -> dict[str, Any]:
-    """What the UI asks for at a run by hand: neither the pipeline nor the file, which are the deployment's."""
+    """Return the parameters that the UI asks for: all but the pipeline and the file, which the deployment sets."""
     schema: dict[str, Any] = _json(parameter_schema(flows.pipeline.run_pipeline).model_dump())
     fixed = ("pipeline", "file")
     properties = {name: field for name, field in schema["properties"].items() if name not in fixed}
@@ -136,12 +136,12 @@ def _form() -> dict[str, Any]:
 
 
 def _of_only(schedules: dict[str, Any]) -> dict[str, Any]:
-    """What the one schedule of a deployment overrides, so that its form shows it; several may differ."""
+    """Return the parameters of a deployment's only schedule, so that its form in the UI shows them; several schedules may differ."""
     return dict(next(iter(schedules.values()))["parameters"]) if len(schedules) == 1 else {}
 
 
 def _run_stage(loaded: Loaded, pool: str) -> Item:
-    """Where the stages run that name this pool: what they are is told by the run that they belong to."""
+    """Return the deployment for the stages that name this pool. The parent run passes their parameters."""
     fields = {
         "description": f"Stages that name the pool `{pool}`, each started by its pipeline's run.",
         "entrypoint": "tuneline.deployed.run_stage",
@@ -155,9 +155,9 @@ def _run_stage(loaded: Loaded, pool: str) -> Item:
 
 
 def _common(loaded: Loaded, pool: str, queue: str, tags: tuple[str, ...]) -> dict[str, Any]:
-    # Of where it was deployed; a worker compares it with its own.
+    # The version that deployed; a worker compares it with its own.
     environment = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS), DEPLOYED: __version__}
-    # Prefect puts this folder first on the path: in the project's, the user's own flows.py or tasks.py would be imported in place of ours.
+    # Prefect puts this folder first on the path: in the project folder, a user's flows.py or tasks.py would be imported instead of ours.
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/"}}
     return {
         "pool": pool,
@@ -182,7 +182,7 @@ def _schedule(schedule: Schedule) -> SCHEDULE_TYPES:
 
 
 def shown_schedule(schedule: SCHEDULE_TYPES) -> dict[str, Any]:
-    """A schedule as one compares and shows it."""
+    """Convert a Prefect schedule to JSON, for comparing and showing."""
     if isinstance(schedule, CronSchedule):
         return {"cron": schedule.cron, "timezone": schedule.timezone}
     if isinstance(schedule, IntervalSchedule):
@@ -192,7 +192,7 @@ def shown_schedule(schedule: SCHEDULE_TYPES) -> dict[str, Any]:
 
 
 def as_schedule(shown: dict[str, Any]) -> SCHEDULE_TYPES:
-    """The way back."""
+    """Convert the JSON of `shown_schedule` to a Prefect schedule."""
     if "cron" in shown:
         return CronSchedule(cron=shown["cron"], timezone=shown["timezone"])
     anchor = datetime.datetime.fromisoformat(shown["anchor"])
@@ -202,10 +202,10 @@ def as_schedule(shown: dict[str, Any]) -> SCHEDULE_TYPES:
 def _check(loaded: Loaded) -> None:
     problems = []
     for name, pipeline in loaded.spec.pipelines.items():
-        if pipeline.pool and name in vars(flows.pipeline):  # its entrypoint would be that
+        if pipeline.pool and name in vars(flows.pipeline):  # its entrypoint would resolve to that name
             here: Keys = ("pipelines", name)
-            found = f"found the name `{name}`, which has a meaning of its own in flows/pipeline.py, expected any other to be deployed"
-            problems.append(Problem(dotted(here), found, f"`{name}-pipeline`, say", place=loaded.source.place(here, at_key=True)))
+            found = f"found the name `{name}`, which flows/pipeline.py uses itself, expected another one for a pipeline with a `pool`"
+            problems.append(Problem(dotted(here), found, f"for example `{name}-pipeline`", place=loaded.source.place(here, at_key=True)))
         for key, schedule in pipeline.schedules.items():
             try:
                 _schedule(schedule)
@@ -224,8 +224,8 @@ def _check(loaded: Loaded) -> None:
 def _automations(loaded: Loaded) -> list[Item]:
     tag = file_tag(loaded.file)
     digest = tag.removeprefix(FILE_TAG)
-    lost = f"No sign of life for {LOST_SECONDS} s: the process or its machine has gone, or cannot reach the server."
-    waited = f"Not started within {PENDING_SECONDS // 60} minutes: its worker or its machine has gone."
+    lost = f"No heartbeat for {LOST_SECONDS} s: the process or its machine is gone, or cannot reach the server."
+    waited = f"Not started within {PENDING_SECONDS // 60} minutes: its worker or its machine is gone."
     return [
         crash_after(f"tuneline-lost-{digest}", tag, {"prefect.flow-run.heartbeat"}, LOST_SECONDS, lost),
         crash_after(f"tuneline-pending-{digest}", tag, {f"prefect.flow-run.{name}" for name in PENDING}, PENDING_SECONDS, waited),
@@ -233,7 +233,7 @@ def _automations(loaded: Loaded) -> list[Item]:
 
 
 def crash_after(name: str, tag: str, after: set[str], seconds: int, message: str) -> Item:
-    """An automation that marks a run as crashed when nothing follows one of these events of it in time."""
+    """Return an automation that marks a run as crashed when no event follows one of its `after` events in time."""
     trigger = EventTrigger(
         after=after,
         expect={"prefect.flow-run.*"},
@@ -249,7 +249,7 @@ def crash_after(name: str, tag: str, after: set[str], seconds: int, message: str
 
 
 def shown_automation(automation: AutomationCore) -> dict[str, Any]:
-    """An automation as one compares it; ids of the server left out."""
+    """Convert an automation to JSON for comparing, without the server's ids."""
     fields: dict[str, Any] = automation.model_dump(mode="json", include={"enabled", "trigger", "actions"})
     fields["trigger"].pop("id", None)
     for name in ("after", "expect", "for_each"):  # sets

@@ -1,7 +1,7 @@
-"""Base job templates: what Prefect's workers start for a run, made from a pool of pipelines.yaml.
+"""Base job templates, which define what Prefect's workers start for a run, made from the pools of pipelines.yaml.
 
-The templates of containers stand in infra/pools/*.json; what a pool says becomes the defaults of their variables, so that a
-deployment can still set others. A variable without a default takes its field out: no GPU is asked for where there is none.
+The templates for containers are in infra/pools/*.json. A pool's settings become the defaults of their variables, so a deployment can
+still override them. A variable without a default removes its field, so no GPU is requested where none is set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = PACKAGES_ROOT / "infra" / "pools"
 
 
 def base_job_template(pool: AnyPool, root: Path) -> dict[str, Any]:
-    """`root` is the folder of pipelines.yaml: containers find it at its own path, or keys and checkpoints would not be theirs."""
+    """Return the pool's template. Containers mount `root`, the folder of pipelines.yaml, at the same path: keys and checkpoints match."""
     if isinstance(pool, DockerPool):
         return _filled("docker", _docker(pool, root))
     if isinstance(pool, KubernetesPool):
@@ -67,5 +67,5 @@ def _kubernetes(pool: KubernetesPool, root: Path) -> dict[str, Any]:
 
 
 def toleration(key: str, value: str | None, effect: str) -> dict[str, str]:
-    """Of one value of a taint, or of any."""
+    """Return the toleration of a taint with one value, or with any value if `value` is None."""
     return {"key": key, "effect": effect, **({"operator": "Exists"} if value is None else {"operator": "Equal", "value": value})}

@@ -1,4 +1,4 @@
-"""What a Prefect server has, in the words of `flows.deploy.desired`, and how each of its things is made, changed and deleted."""
+"""Read the items of a Prefect server, in the form of `flows.deploy.desired`, and create, change and delete them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from prefect.events.schemas.automations import AutomationCore
 
 from flows.deploy.desired import FILE_TAG, Item, What, as_schedule, shown_automation, shown_schedule
 
-PAGE = 200  # Prefect's most
+PAGE = 200  # Prefect's maximum
 
 
 class Server:
     def __init__(self, client: SyncPrefectClient, tag: str, file: str):
-        """`tag` is that of the pipelines.yaml `file`."""
+        """Read all items. `tag`: of the pipelines.yaml `file`."""
         self.client, self.tag, self.mark = client, tag, f"Made by `tuneline deploy` from {file} ({tag})."
         self.items: dict[tuple[What, str], Item] = {}
         self._marked: set[tuple[What, str]] = set()
@@ -27,15 +27,15 @@ class Server:
         self._read()
 
     def is_ours(self, item: Item) -> bool:
-        """Whether it was made from this file."""
+        """Return whether the item was created from this file."""
         return (item.what, item.name) in self._marked
 
     def other_files(self, deployment: Item) -> set[str]:
-        """Tags of other files that it is for as well."""
+        """Return the tags of other files that share the deployment."""
         return {tag for tag in deployment.fields["tags"] if tag.startswith(FILE_TAG) and tag != self.tag}
 
     def users(self, item: Item, leaving: set[str], desired: Mapping[str, Item]) -> list[str]:
-        """Deployments that stay and are in this pool or queue; of those that are `desired` (by name), as they will be."""
+        """Return the deployments that stay and use this pool or queue. Those that are `desired` (by name) count with their new fields."""
         if item.what not in ("pool", "queue"):
             return []
         pool, _, queue = item.name.partition("/")
@@ -75,10 +75,10 @@ class Server:
     def _request(self, method: Any, path: Any, body: dict[str, Any] | None = None) -> httpx.Response:
         return self.client.request(method, path, json=body)
 
-    # --- making, changing, deleting -----------------------------------------------------------------------------------------
+    # --- creating, changing, deleting ---------------------------------------------------------------------------------------
 
     def put(self, item: Item) -> None:
-        """Makes it, or changes it where it is there."""
+        """Create the item, or change it if it exists."""
         makers = {"pool": self._put_pool, "queue": self._put_queue, "deployment": self._put_deployment, "automation": self._put_automation}
         makers[item.what](item, (item.what, item.name) in self.items)
 
@@ -109,13 +109,13 @@ class Server:
     def _put_queue(self, item: Item, exists: bool) -> None:
         pool, _, name = item.name.partition("/")
         values = {"priority": item.fields["priority"], "concurrency_limit": item.fields["concurrency"]}
-        if exists or name == "default":  # which comes with its pool
+        if exists or name == "default":  # Prefect creates it with its pool
             self._request("PATCH", self._queue(item.name), values)
         else:
             self._request("POST", f"/work_pools/{pool}/queues", {"name": name, "description": self.mark, **values})
 
     def _put_deployment(self, item: Item, exists: bool) -> None:
-        """Prefect's POST is an update, too, and unlike its PATCH replaces all schedules."""
+        """Create or update a deployment. Prefect's POST also updates, and unlike PATCH it replaces all schedules."""
         flow, _, name = item.name.partition("/")
         fields = item.fields
         options = {key: value for key, value in (fields["concurrency"] or {}).items() if key != "limit"}

@@ -1,9 +1,10 @@
-"""`tuneline submit`: starts a run of a deployment by the pipeline's name, and follows it."""
+"""`tuneline submit`: start a run of a deployment by the pipeline's name, and follow it."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,22 +29,22 @@ from prefect.client.schemas.sorting import LogSort
 from prefect.utilities.urls import url_for
 
 from flows.deploy.desired import TAG
-from flows.server.errors import told_errors
+from flows.server.errors import server_errors
 from flows.server.waiting import why
 from tuneline.errors import ConfigError, Problem
 from tuneline.wording import listed, nearest
 
 POLL_SECONDS = 2.0
-LAST_SECONDS = 3.0  # in which the last log lines come, after the state
+LAST_SECONDS = 3.0  # in which the last log lines arrive after the final state
 PAGE = 200
 OUTCOMES = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "failed", "CANCELLED": "cancelled"}
 
 
-def submit(address: str, file: Path, name: str, parameters: dict[str, Any], queue: str | None, watch: bool, as_json: bool) -> str:
-    """Starts a run of the deployment `name`, or FLOW/DEPLOYMENT, and says where it is; with `watch`, follows it.
+def submit(file: Path, name: str, parameters: dict[str, Any], queue: str | None, watch: bool, as_json: bool) -> str:
+    """Start a run of the deployment `name`, or FLOW/DEPLOYMENT, on the server at PREFECT_API_URL; print its page. With `watch`, follow it.
 
-    Returns `scheduled`, or how it ended; `cancelled` also for a watcher who went away. Raises ConfigError where not exactly one
-    deployment has that name, or it reads another file.
+    Returns `scheduled`, or the outcome; `cancelled` also if the watching is interrupted. Raises ConfigError if not exactly one
+    deployment has that name, or if it was deployed from another file.
     """
     run = _start(file, name, parameters, queue)
     state, page = "scheduled", url_for("flow-run", obj_id=run.id)
@@ -52,22 +53,25 @@ def submit(address: str, file: Path, name: str, parameters: dict[str, Any], queu
     interrupted = False
     if watch:
         try:
-            with told_errors():
+            with server_errors():
                 state = follow(run.id, lambda line: print(line, file=sys.stderr, flush=True))
         except KeyboardInterrupt:
             state, interrupted = "running", True
-            print(f"the run goes on; to end it: PREFECT_API_URL={address} prefect flow-run cancel {run.id}", file=sys.stderr)
+            print(
+                f"the run continues; to cancel it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run.id}",
+                file=sys.stderr,
+            )
     if as_json:
         print(json.dumps({"pipeline": name.split("/")[0], "flow_run_id": str(run.id), "page": page, "state": state}, indent=1))
     return "cancelled" if interrupted else state
 
 
 def _start(file: Path, name: str, parameters: dict[str, Any], queue: str | None) -> FlowRun:
-    with told_errors(), get_client(sync_client=True) as client:
+    with server_errors(), get_client(sync_client=True) as client:
         deployment, full_name = _find(client, name)
         its_file = deployment.parameters.get("file")
         if its_file != str(file):
-            found = f"found {full_name}, which was deployed from {its_file}, expected what was deployed from {file}"
+            found = f"found {full_name}, which was deployed from {its_file}, expected one that was deployed from {file}"
             raise ConfigError([Problem("", found, f"`--file {its_file}`, or `tuneline deploy`", place=f"submit {name}")])
         if queue is not None:
             _refuse_unknown_queue(client, deployment, queue)
@@ -75,9 +79,11 @@ def _start(file: Path, name: str, parameters: dict[str, Any], queue: str | None)
 
 
 def follow(run_id: UUID, say: Callable[[str], None]) -> str:
-    """Follows the run, and those of its stages in other pools: states and log lines go to `say`. Returns `completed`, `failed`,
-    `refused` or `cancelled`."""
-    told: dict[UUID, Told] = {}
+    """Follow the run and its child runs in other pools; pass states and log lines to `say`.
+
+    Returns `completed`, `failed`, `refused` or `cancelled`.
+    """
+    logs: dict[UUID, LogReader] = {}
     states: dict[UUID, str] = {}
     while True:
         try:
@@ -88,7 +94,7 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                     if run.state.is_final():
                         time.sleep(LAST_SECONDS)
                     for each in (run, *_of_stages(client, run_id)):
-                        its = told.setdefault(each.id, Told())
+                        its = logs.setdefault(each.id, LogReader())
                         for log in its.new(client, each.id):
                             say(f"{log.timestamp.astimezone():%H:%M:%S} {its.stage(client, log)}{log.message}")
                         now = f"run {_with_reason(client, run, run.state.name or '')}" if each is run else _in_pool(client, each)
@@ -98,30 +104,30 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                     if run.state.is_final():
                         return _outcome(run.state)
                     time.sleep(POLL_SECONDS)
-        except httpx.TransportError as error:  # the run goes on without it, and so do we
+        except httpx.TransportError as error:  # the run continues without the server, so keep following
             say(f"the Prefect server does not answer: {error}")
             time.sleep(POLL_SECONDS)
 
 
 def _of_stages(client: SyncPrefectClient, run_id: UUID) -> list[FlowRun]:
-    """Runs of stages that have a pool of their own (`flows/run/child.py`)."""
+    """Return the child runs: of stages with their own pool (`flows/run/child.py`)."""
     return client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id])))
 
 
 def _in_pool(client: SyncPrefectClient, run: FlowRun) -> str:
-    """Of a stage's run: where it is and what of it the server knows."""
+    """Describe a child run: its stage, pool and state."""
     assert run.state is not None
     return f"{run.parameters['stage']}: in pool {run.work_pool_name}: {_with_reason(client, run, (run.state.name or '').lower())}"
 
 
 def _with_reason(client: SyncPrefectClient, run: FlowRun, state: str) -> str:
-    """The state, and why it does not start."""
+    """Return the state, and why the run waits, if it does."""
     waits = why(client, run)
     return f"{state}, {waits}" if waits else state
 
 
-class Told:
-    """Which log lines were shown. They come late and out of order, so one looks again at the last page."""
+class LogReader:
+    """Reads the new log lines of a run. Lines arrive late and out of order, so the last page is read again."""
 
     def __init__(self) -> None:
         self._seen: set[UUID] = set()
@@ -138,12 +144,12 @@ class Told:
         self._offset = offset
 
     def stage(self, client: SyncPrefectClient, log: Log) -> str:
-        """`sft: `, where the line is a stage's."""
+        """Return `sft: ` for a line of the stage sft, and an empty string for a line of the run."""
         if log.task_run_id is None:
             return ""
         if log.task_run_id not in self._stages:
             name = client.read_task_run(log.task_run_id).name
-            self._stages[log.task_run_id] = f"{name.partition(': ')[0]}: "  # one that has ended is named with its figures
+            self._stages[log.task_run_id] = f"{name.partition(': ')[0]}: "  # without the figures that are appended at its end
         return self._stages[log.task_run_id]
 
 
@@ -161,7 +167,7 @@ def _find(client: SyncPrefectClient, name: str) -> tuple[DeploymentResponse, str
     if not matches:
         tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
         known = [_full_name(client, each) for each in client.read_deployments(deployment_filter=tagged)]
-        hint = nearest(name, known) or "`tuneline deploy` makes one of each pipeline that names a `pool`"
+        hint = nearest(name, known) or "`tuneline deploy` creates one for each pipeline with a `pool`"
         raise ConfigError([Problem("", f"found no such deployment on the server, expected {listed(known)}", hint, place=f"submit {name}")])
     full_name, deployment = matches.popitem()
     return deployment, full_name
@@ -176,7 +182,7 @@ def _full_name(client: SyncPrefectClient, deployment: DeploymentResponse) -> str
 
 
 def _refuse_unknown_queue(client: SyncPrefectClient, deployment: DeploymentResponse, queue: str) -> None:
-    """Prefect would make a queue of any name."""
+    """Raises ConfigError for an unknown queue: Prefect would create it."""
     path: Any = f"/work_pools/{deployment.work_pool_name}/queues/filter"
     queues = [each["name"] for each in client.request("POST", path, json={"limit": PAGE}).json()]
     if queue not in queues:

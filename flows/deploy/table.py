@@ -13,7 +13,7 @@ from flows.report.tables import STYLES, print_table, table_of
 
 
 def deploy_table(rows: Sequence[Row], dry_run: bool) -> None:
-    """What was done, or would be; the sum on stderr."""
+    """Print the changes that were made, or would be; the totals go to stderr."""
     table = table_of("what", "name", "action", "details")
     for row in rows:
         changes = "\n".join(f"{each.field}: {_short(each.old)} -> {_short(each.new)}" for each in row.changes)

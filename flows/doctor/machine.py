@@ -1,7 +1,7 @@
-"""`tuneline doctor`: what would make runs fail or hang, each with the command that puts it right.
+"""`tuneline doctor`: find what would make runs fail or hang, each with the command that fixes it.
 
-Without a server it looks at this machine and at pipelines.yaml, and does not import Prefect; what a server knows is looked at in
-`flows/doctor/server.py`. Secrets are said to be there or not, never shown.
+This module checks the machine and pipelines.yaml, without importing Prefect. `flows/doctor/server.py` checks the server. Secrets are
+reported as set or not set, never shown.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from flows.folders import home_of, server_in, work_in
 from flows.machine import gpus_asked, visible_gpus
 from flows.server import api, server_state
 from flows.server.connect import connect
@@ -40,8 +41,12 @@ Status = Literal["ok", "warning", "problem"]
 OK: Status = "ok"
 WARNING: Status = "warning"
 PROBLEM: Status = "problem"
-SCARCE = 5_000_000_000  # bytes; a merged model of 1.5B parameters, and what it is quantized to, want that
-PINNED = (("prefect", "tuneline"), ("fastapi", "prefect"), ("sqlalchemy", "prefect"))  # and whose requirement says how far
+SCARCE = 5_000_000_000  # bytes, about a merged model of 1.5B parameters and its quantized copy
+PINNED = (
+    ("prefect", "tuneline"),
+    ("fastapi", "prefect"),
+    ("sqlalchemy", "prefect"),
+)  # (library, the package whose requirement limits its version)
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "9p", "virtiofs", "fuse.sshfs", "fuse.glusterfs"}
 TAKES_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
@@ -52,12 +57,12 @@ class Check:
     status: Status
     message: str
     hint: str = ""
-    """A command, or what to do before it."""
+    """A command, or what to do."""
 
 
 def examine(loaded: Loaded, fix: bool) -> list[Check]:
-    """With `fix`, the server is told the end of runs that are dead for certain."""
-    home = loaded.root / ".tuneline"
+    """Run all checks. With `fix`, set the final state on the server of runs whose process is certainly gone."""
+    home = home_of(loaded.root)
     found = [Check("python", OK, platform.python_version()), *_versions(), *_runtimes(loaded), *_disks(loaded), _store(loaded)]
     locks = locks_work(home)
     found += [_gpus(loaded), _token(loaded), *_shared(loaded, locks)]
@@ -104,12 +109,12 @@ def _runtimes(loaded: Loaded) -> Iterator[Check]:
             assert runtime.folder is not None
             older = any(runtime.folder.parent.glob(f"{name}-{'[0-9a-f]' * 12}"))
             message = "its lock has changed since it was set up" if older else "it is not set up"
-            # vLLM's are built by name alone: a file may hold pipelines that this machine never runs.
+            # vLLM runtimes are set up only by name: a file may hold pipelines that this machine never runs.
             yield Check(check, PROBLEM if name in programs else WARNING, message, f"tuneline setup {name}")
 
 
 def _disks(loaded: Loaded) -> Iterator[Check]:
-    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", loaded.root / ".tuneline" / "work")):
+    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", work_in(home_of(loaded.root)))):
         free = disk.free(folder)
         status = PROBLEM if free < disk.ROOM else WARNING if free < SCARCE else OK
         yield Check(f"disk of {name}", status, f"{disk.human(free)} are free for {folder}", "" if status == OK else "tuneline gc")
@@ -124,9 +129,9 @@ def _store(loaded: Loaded) -> Check:
     there = next(path for path in (root, *root.parents) if path.exists())
     if not os.access(there, os.W_OK):
         return Check("store", PROBLEM, f"{there} cannot be written", f"chmod u+w {there}, or name another `store:`")
-    if not root.exists() and not root.is_relative_to(loaded.root / ".tuneline") and not root.parent.is_dir():
+    if not root.exists() and not root.is_relative_to(home_of(loaded.root)) and not root.parent.is_dir():
         return Check("store", PROBLEM, f"there is no folder {root.parent}", f"mkdir {root.parent}, or mount its disk")
-    return Check("store", OK, f"{root} can be written" if root.exists() else f"{root} is made by the first run")
+    return Check("store", OK, f"{root} can be written" if root.exists() else f"the first run creates {root}")
 
 
 def _gpus(loaded: Loaded) -> Check:
@@ -137,7 +142,7 @@ def _gpus(loaded: Loaded) -> Check:
         return Check("gpus", OK, message)
     stage, _, pool = next(each for each in wanting if each[1] > there)
     if pool is None:
-        return Check("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it where there are as many")
+        return Check("gpus", WARNING, f"{message} ({stage})", "give it a `pool:` with GPUs, or run it on a machine that has as many")
     hint = f"`local: false` for the pool {pool}, and `tuneline worker {pool}` where the GPUs are"
     return Check("gpus", WARNING, f"{message} ({stage}, in the pool {pool} of this machine)", hint)
 
@@ -146,7 +151,7 @@ def _token(loaded: Loaded) -> Check:
     if os.environ.get("HF_TOKEN"):
         return Check("HF_TOKEN", OK, "it is set")
     if any(_of_hub(stage) for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()):
-        return Check("HF_TOKEN", WARNING, "it is not set: of the hub, public repositories alone can be read", "export HF_TOKEN=...")
+        return Check("HF_TOKEN", WARNING, "it is not set: only public repositories of the hub can be read", "export HF_TOKEN=...")
     return Check("HF_TOKEN", OK, "it is not set, and nothing comes from the hub")
 
 
@@ -157,8 +162,8 @@ def _of_hub(stage: Stage) -> bool:
 
 
 def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
-    """Runs of other machines find artifacts and go on from checkpoints only where they see this very folder, with locks that work."""
-    home = loaded.root / ".tuneline"
+    """Check locks and shared folders: other machines can reuse artifacts and checkpoints only if they see the same folder."""
+    home = home_of(loaded.root)
     if locks:
         yield Check("locks", OK, f"flock works in {home}")
     else:
@@ -166,21 +171,21 @@ def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
         yield Check("locks", PROBLEM, message, "move the project to another file system; of NFS, version 4")
     pools = loaded.spec.pools.items()
     apart = [name for name, pool in pools if isinstance(pool, KubernetesPool) or isinstance(pool, ProcessPool) and not pool.local]
-    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", home / "work")) if apart else ():
+    for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", work_in(home))) if apart else ():
         kind, hint = file_system(folder), "move the project, with .tuneline/, to a folder that they mount at the same path"
         if kind in NETWORK:
             yield Check(f"shared {name}", OK, f"{folder} is shared ({kind})")
         else:
             message = f"{folder} is on a disk of this machine ({kind}), but other machines work for {', '.join(apart)}"
             yield Check(f"shared {name}", WARNING, message, hint)
-    state = server_state.read(home / "server")
-    if state and state.database is None and file_system(home / "server") in NETWORK:
+    state = server_state.read(server_in(home))
+    if state and state.database is None and file_system(server_in(home)) in NETWORK:
         message = "the server's SQLite file is on a network file system, which can damage it"
         yield Check("database", PROBLEM, message, "tuneline down, then tuneline up --database postgresql+asyncpg://...")
 
 
 def locks_work(home: Path) -> bool:
-    """Whether one process is kept out by the lock of another."""
+    """Return whether one process's flock in the folder keeps another process out."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=home, prefix=".lock-") as file:
@@ -194,7 +199,7 @@ def locks_work(home: Path) -> bool:
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system that a folder is, or will be, on."""
+    """Return the type of the file system that a folder is on, or will be on once it exists."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()).resolve()
     found, longest = "unknown", 0
     for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -208,8 +213,10 @@ def file_system(folder: Path) -> str:
 def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Check:
     if api.setting(api.URL):
         return Check("server", PROBLEM, problem.message, problem.hint)
-    if server_state.read(home / "server"):
+    if server_state.read(server_in(home)):
         return Check("server", PROBLEM, "the server that `up` started has ended", "tuneline up")
     if loaded.spec.pools:
-        return Check("server", WARNING, f"none is up, so nothing works for the pools ({', '.join(loaded.spec.pools)})", "tuneline up")
-    return Check("server", OK, "none is up; each run brings its own, without history and UI", "tuneline up")
+        return Check(
+            "server", WARNING, f"no server is running, so no worker serves the pools ({', '.join(loaded.spec.pools)})", "tuneline up"
+        )
+    return Check("server", OK, "no server is running; each run starts its own, without history and UI", "tuneline up")

@@ -1,7 +1,7 @@
-"""What the doctor learns from the Prefect server: pools and their workers, runs that hang, and runs whose process is gone.
+"""Check the Prefect server: pools and their workers, runs that hang, and runs whose process is gone.
 
-A run is dead for certain where its record in `.tuneline/runs/` says so: the lock of a run that lives is held, by its process, on
-whatever machine. `infrastructure_pid` proves nothing, as it does not say of which machine it is.
+A run is certainly dead if its record in `.tuneline/runs/` is not locked: the process of a live run holds that lock, on any machine.
+`infrastructure_pid` proves nothing, because it does not name the machine.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ from typing import Any
 from packaging.version import Version
 
 from flows.doctor.machine import OK, PROBLEM, WARNING, Check
+from flows.folders import home_of, runs_in, server_in
 from flows.server import server_state
 from tuneline.config.load import Loaded
 from tuneline.config.pools import ProcessPool
 from tuneline.errors import StoreError
 from tuneline.workspace.runs import RunRecord, Runs
 
-STUCK = timedelta(minutes=15)  # a worker takes seconds from Pending to Running; a big image may take minutes
-LATE = timedelta(minutes=2)  # after which a run that is due should have started
-SETTLED = timedelta(minutes=1)  # until the server has surely heard how a run ended
-MAX_RUNS = 200  # runs that are asked for, newest first
+STUCK = timedelta(minutes=15)  # from Pending to Running; a worker takes seconds, a large image may take minutes
+LATE = timedelta(minutes=2)  # after which a due run should have started
+SETTLED = timedelta(minutes=1)  # after which the server should know how a run ended
+MAX_RUNS = 200  # runs to check, newest first
 
 
 def examine_server(loaded: Loaded, address: str, fix: bool) -> Iterator[Check]:
-    """`address` is of a server that answers, and PREFECT_API_URL."""
+    """Check the server at `address`, which answers and is PREFECT_API_URL."""
     import httpx
     from prefect import __version__
     from prefect.client.orchestration import get_client
 
-    home = loaded.root / ".tuneline"
+    home = home_of(loaded.root)
     try:
         with get_client(sync_client=True) as client:
             yield _server(address, client.api_version(), __version__)
-            yield from _pools(loaded, client, server_state.read(home / "server"), address)
+            yield from _pools(loaded, client, server_state.read(server_in(home)), address)
             yield from _runs(client, home, fix)
     except httpx.HTTPError as error:
-        yield Check("server", PROBLEM, f"{address} refuses an answer: {error}".splitlines()[0], "check PREFECT_API_KEY")
+        yield Check("server", PROBLEM, f"{address} rejects the request: {error}".splitlines()[0], "check PREFECT_API_KEY")
 
 
 def _server(address: str, theirs: str, here: str) -> Check:
@@ -61,13 +62,13 @@ def _pools(loaded: Loaded, client: Any, state: server_state.State | None, addres
             hint = f"prefect work-pool delete {name}, then tuneline deploy"
             yield Check(check, PROBLEM, f"it is of type {there[name].type} on the server, {pool.type} in the file", hint)
         elif there[name].is_paused:
-            yield Check(check, WARNING, "it is paused: no run of it starts", f"prefect work-pool resume {name}")
+            yield Check(check, WARNING, "it is paused: its runs do not start", f"prefect work-pool resume {name}")
         elif ours and not ours.alive:
             yield Check(check, PROBLEM, "the worker that `up` started has ended", "tuneline up")
         elif online := [worker.name for worker in client.read_workers_for_work_pool(name) if worker.status.value == "ONLINE"]:
             yield Check(check, OK, f"works on {', '.join(sorted(online))}")
         else:
-            yield Check(check, PROBLEM, "no worker is online: its runs wait for ever", start)
+            yield Check(check, PROBLEM, "no worker is online: its runs wait forever", start)
 
 
 def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
@@ -87,7 +88,7 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
     due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))  # schedules plan a hundred runs ahead
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=wanted), expected_start_time=due)
     try:
-        records = {record.flow_run: record for record in Runs(home / "runs").every() if record.flow_run}
+        records = {record.flow_run: record for record in Runs(runs_in(home)).every() if record.flow_run}
     except StoreError as error:
         yield Check("runs", PROBLEM, error.message, error.hint)
         return
@@ -112,13 +113,13 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
             minutes = (now - run.state.timestamp) // timedelta(minutes=1)
             pending = run.state.type == StateType.PENDING
             hint = f"prefect flow-run cancel {run.id}" if pending else f"prefect flow-run delete {run.id}, once no process of it is left"
-            yield Check(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a place in its pool", hint)
+            yield Check(check, PROBLEM, f"{run.state.name} for {minutes} min: it holds a slot of its pool", hint)
     if not wrong:
-        yield Check("runs", OK, "none hangs")
+        yield Check("runs", OK, "no run hangs")
 
 
 def _ended(record: RunRecord, now: datetime) -> bool:
-    """A record that says `running` is read as `killed` where nobody holds its lock."""
+    """Return whether the run has ended. An unlocked record in state `running` is read as `killed`."""
     if record.state == "killed":
         return True
     return record.state != "running" and record.finished is not None and now - datetime.fromisoformat(record.finished) > SETTLED

@@ -11,7 +11,7 @@ from flows.report.tables import print_table, table_of
 
 
 def doctor_table(checks: Sequence[Check]) -> None:
-    """What is wrong last, where one looks first."""
+    """Print the checks with the problems last, next to the prompt."""
     styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
     table = table_of("check", "status", "found", "remedy")
     for check in sorted(checks, key=lambda check: list(styles).index(check.status)):

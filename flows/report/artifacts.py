@@ -1,7 +1,7 @@
-"""What a run tells Prefect beside states and logs: its name and tags, and a markdown artifact for each stage and for the whole.
+"""Publish a run's name, tags and markdown artifacts (one for each stage and one for the run) to Prefect.
 
-A request to a server that is away blocks for more than a minute. So one thread makes them all, in order; a run never waits
-for it longer than SECONDS, at its end, and what could not be told is in the run's record and its HTML report.
+A request to a server that is down blocks for more than a minute. So one thread makes them all, in order. At its end a run waits for it
+SECONDS at most; the run's record and its HTML report hold the same content.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-SECONDS = 10.0  # that a run waits, at its end, for what is still to be told
+SECONDS = 10.0  # for which a run waits, at its end, for unfinished requests
 
 
 class Publisher:
@@ -28,11 +28,11 @@ class Publisher:
         self._thread.start()
 
     def markdown(self, name: str, render: Callable[[], str], description: str) -> None:
-        """For the task or flow run of the caller; `render` is called in the publisher's thread."""
+        """Create an artifact of the caller's task or flow run. Calls `render` in the publisher's thread."""
         self._put(lambda: create_markdown_artifact(render(), key=key_for(name), description=description))
 
     def name_run(self, name: str, tags: Iterable[str]) -> None:
-        """Names the caller's flow run, unless a user has named it, and adds tags to those that its deployment gave it."""
+        """Name the caller's flow run, unless a user has named it, and add tags to those of its deployment."""
 
         def rename() -> None:
             with get_client(sync_client=True) as client:
@@ -57,23 +57,24 @@ class Publisher:
 def _attempt(job: Callable[[], object]) -> None:
     try:
         job()
-    except Exception as error:  # whatever Prefect's client raises: no stage fails for what is shown of it
+    except Exception as error:  # whatever Prefect's client raises: no stage fails because its artifact does
         get_run_logger().warning(f"not shown in Prefect: {type(error).__name__}: {error}")
 
 
 def _generated(name: str) -> bool:
-    """Whether Prefect has made the name up, of two words of its lists, as `brave-otter`."""
-    words = name.split("-")
-    return len(words) == 2 and all(word in _words() for word in words)
+    """Return whether Prefect generated the name, from two words of its lists, such as `brave-otter`."""
+    parts = name.split("-")
+    return len(parts) == 2 and all(part in _words() for part in parts)
 
 
 @lru_cache
 def _words() -> frozenset[str]:
-    from coolname.data import config  # type: ignore[import-untyped]
+    from coolname.data import config
 
-    return frozenset(str(word) for of_kind in config.values() if of_kind["type"] == "words" for word in of_kind["words"])
+    lists = [each["words"] for each in config.values() if isinstance(each, dict) and each["type"] == "words"]
+    return frozenset(str(word) for words in lists for word in words)
 
 
 def key_for(name: str) -> str:
-    """Prefect allows small letters, digits and dashes, and keeps the history of a key over all runs."""
+    """Return the artifact key: Prefect allows lower-case letters, digits and dashes, and keeps a key's history over all runs."""
     return re.sub("[^a-z0-9-]", "-", name.lower())

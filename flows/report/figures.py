@@ -1,4 +1,4 @@
-"""Where things lie in the report's pictures: the graph of stages, and line charts. Numbers only; the template draws them as SVG."""
+"""Compute the layout of the report's pictures: the graph of stages, and line charts. The template draws them as SVG."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-NODE, GAP, COLUMN_GAP, MARGIN = 46.0, 16.0, 36.0, 4.0  # px: height of a stage, between two, between two columns, around all
-CHARACTER, PADDING, LONGEST = 7.7, 26.0, 26  # px of a name's letter, px beside it, letters shown
+NODE, GAP, COLUMN_GAP, MARGIN = 46.0, 16.0, 36.0, 4.0  # px: height of a stage, gap between stages, gap between columns, outer margin
+CHARACTER, PADDING, LONGEST = 7.7, 26.0, 26  # px for each letter of a name, px beside it, letters shown
 SWEEPS = 4
-WIDE = 10.0  # times from the lowest to the highest value, from which on a logarithmic axis shows more
-POINTS = 600  # of a line; more cannot be told apart
+WIDE = 10.0  # ratio of the highest to the lowest value from which the axis is logarithmic
+POINTS = 600  # most points of a line; more cannot be distinguished
 
 Point = tuple[float, float]
 Stop = str | tuple[str, str, int]
@@ -37,10 +37,10 @@ class Graph:
 
 
 def graph(needs: Mapping[str, Sequence[str]]) -> Graph:
-    """Stages in columns, each to the right of all that it needs. `needs` is in execution order.
+    """Lay out stages in columns, each to the right of its upstream stages. `needs` is in execution order.
 
-    An edge that others imply is left out (a needs b, b needs c: a needs c), as the lineage has them all. What is left is laid
-    out after Sugiyama: an edge that skips columns gets a place in each, and neighbours are pulled together.
+    Edges that others imply are left out (a needs b, b needs c: a needs c), because the lineage lists them all. The rest is laid out after
+    Sugiyama: an edge that skips columns gets a place in each, and neighbors are pulled together.
     """
     needs = _without_implied(needs)
     depth: dict[str, int] = {}
@@ -90,7 +90,7 @@ def _width(label: str) -> float:
 
 
 def _untangle(columns: list[list[Stop]], before: Mapping[Stop, list[Stop]]) -> None:
-    """Orders each column by the mean place of its neighbours, to and fro."""
+    """Order each column by the mean place of its neighbors, in forward and backward sweeps."""
     after: dict[Stop, list[Stop]] = {}
     for stop, others in before.items():
         for other in others:
@@ -98,25 +98,25 @@ def _untangle(columns: list[list[Stop]], before: Mapping[Stop, list[Stop]]) -> N
     place = {stop: float(i) for column in columns for i, stop in enumerate(column)}
     for sweep in range(SWEEPS):
         forward = sweep % 2 == 0
-        neighbours = before if forward else after
+        neighbors = before if forward else after
         for column in columns if forward else reversed(columns):
-            wanted = {stop: _mean([place[other] for other in neighbours.get(stop, ())], place[stop]) for stop in column}
+            wanted = {stop: _mean([place[other] for other in neighbors.get(stop, ())], place[stop]) for stop in column}
             column.sort(key=wanted.__getitem__)
             place |= {stop: float(i) for i, stop in enumerate(column)}
 
 
 def _heights(columns: list[list[Stop]], before: Mapping[Stop, list[Stop]]) -> dict[Stop, float]:
-    """The middle of every stop: as near to what it needs as its neighbours let it."""
+    """Return the vertical middle of every stop, as near to its upstream stops as its neighbors allow."""
     middle: dict[Stop, float] = {}
     for column in columns:
         wanted = [_mean([middle[other] for other in before.get(stop, ())], i * (NODE + GAP)) for i, stop in enumerate(column)]
-        resolve_path: list[float] = []
+        placed: list[float] = []
         for i, (stop, height) in enumerate(zip(column, wanted, strict=True)):
             room = (NODE if isinstance(stop, str) else GAP) / 2
             above = (NODE if i and isinstance(column[i - 1], str) else GAP) / 2
-            resolve_path.append(max(height, resolve_path[-1] + above + GAP + room) if resolve_path else height)
-        shift = _mean([wish - got for wish, got in zip(wanted, resolve_path, strict=True)], 0.0)
-        middle |= {stop: height + shift for stop, height in zip(column, resolve_path, strict=True)}
+            placed.append(max(height, placed[-1] + above + GAP + room) if placed else height)
+        shift = _mean([wish - got for wish, got in zip(wanted, placed, strict=True)], 0.0)
+        middle |= {stop: height + shift for stop, height in zip(column, placed, strict=True)}
     return middle
 
 
@@ -125,7 +125,7 @@ def _mean(values: Sequence[float], otherwise: float) -> float:
 
 
 def _path(stops: Sequence[tuple[float, float, float]]) -> str:
-    """Through (left, middle, width): curved between columns, straight within one."""
+    """Return an SVG path through stops (left, middle, width): curved between columns, straight within one."""
     left, y, width = stops[0]
     x = left + width
     path = f"M{x:.1f} {y:.1f}"
@@ -140,7 +140,7 @@ def _path(stops: Sequence[tuple[float, float, float]]) -> str:
 
 @dataclass(frozen=True)
 class Chart:
-    """A box of width x height px, lines in it, and the places of round numbers along its sides."""
+    """A box of width x height px, its lines, and the positions of the labels along its axes."""
 
     width: float
     height: float
@@ -148,13 +148,13 @@ class Chart:
     across: list[tuple[float, str]] = field(default_factory=list)
     up: list[tuple[float, str]] = field(default_factory=list)
     log: bool = False
-    """Whether the axis that goes up is logarithmic."""
+    """Whether the vertical axis is logarithmic."""
 
 
 def chart(
     lines: Mapping[str, Sequence[Point]], span: tuple[float, float], width: float = 470.0, height: float = 190.0, log: bool = False
 ) -> Chart:
-    """Lines over `span`, the x that all charts of a figure share. `log` asks for a logarithmic axis, where the values are such."""
+    """Lay out lines over `span`, the x range that all charts of a figure share. `log` allows a logarithmic axis for a wide range."""
     values = [y for points in lines.values() for _, y in points]
     log = log and min(values) > 0 and max(values) >= WIDE * min(values)
     up = log_numbers(min(values), max(values)) if log else round_numbers(min(values), max(values))
@@ -178,7 +178,7 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def round_numbers(low: float, high: float, about: int = 4) -> list[float]:
-    """1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`."""
+    """Return numbers 1, 2 or 5 times a power of ten apart, which cover `low` to `high`."""
     if high <= low:
         margin = abs(low) / 2 or 1.0
         low, high = low - margin, high + margin
@@ -189,7 +189,7 @@ def round_numbers(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def log_numbers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten, of more than a hundredfold the powers alone, from at or below `low` to at or above `high`."""
+    """Return 1, 2 and 5 times the powers of ten (only the powers beyond a factor of 100), which cover `low` to `high`."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if high <= 100 * low else (1,)
     numbers = sorted({float(f"{factor}e{power}") for power in range(first, last + 1) for factor in factors})

@@ -1,4 +1,4 @@
-"""What a report says first: what was trained on what, whether that made the model better, and what the gates say."""
+"""The first lines of a report: what was trained on which data, whether the model became better, and what the gates decided."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flows.report.models import LOWER_IS_BETTER, RIGHT, Cell, Column, metric_rows, number, role_of
+from flows.report.format import number
+from flows.report.models import LOWER_IS_BETTER, RIGHT, Cell, Column, metric_rows, role_of
 from flows.report.stage import Stage
 from tuneline.config.spec import STAGES
 from tuneline.kinds.training import Training
 
 SHOWN = 3  # trainings that get a sentence
-SETTINGS = 12  # of a training's settings that are shown; the lineage has all
+SETTINGS = 12  # settings shown of a training; the lineage has all
 ENDED = {"failed": "failed", "skipped": "was skipped", "cancelled": "was cancelled", "killed": "was killed", "not run": "did not run"}
 GATES = {"done": "passed", "refused": "refused", "failed": "could not judge", "skipped": "was not reached", "not run": "was not reached"}
 
@@ -22,13 +23,13 @@ def trainings(stages: Mapping[str, Stage]) -> list[Stage]:
 
 
 def headline(stages: Mapping[str, Stage], compared: list[Column]) -> list[str]:
-    """Sentences."""
+    """Return the sentences of the headline."""
     trained = trainings(stages)
     lines = [" ".join(_of_training(stage, stages, compared)) for stage in trained[:SHOWN]]
     done = {stage.name for stage in trained if stage.status in ("done", "cached")}
     if len(trained) > SHOWN:
         lines.append(f"{len(trained) - SHOWN} more were trained: {', '.join(stage.name for stage in trained[SHOWN:])}.")
-    if not done:  # what there was before is all that there is
+    if not done:  # only the models from before a training can be compared
         lines += [f"{column.model} was evaluated: {text}." for column in compared[:SHOWN] if (text := _scored(column, compared))]
     gates = {stage.name: GATES[stage.status] for stage in stages.values() if stage.kind == "gate" and stage.status in GATES}
     return lines + [f"{'The gate' if len(gates) == 1 else f'Gate {name}'} {verdict}." for name, verdict in gates.items()]
@@ -57,14 +58,14 @@ def _with_rows(data: Stage) -> str:
 
 
 def _made_of(model: str, stages: Mapping[str, Stage]) -> Iterator[str]:
-    """What the model was made from, the nearest first."""
+    """Yield the models that the model was made from, nearest first."""
     while model in stages and (names := stages[model].plan.names):
         model = names.get("adapters.0") or names.get("model", "")
         yield model
 
 
 def _scored(tested: Column, compared: list[Column]) -> str:
-    """The first figure that people look at, beside the base model's."""
+    """Return the most important figure, compared with the base model's."""
     index = compared.index(tested)
     cells = {f"{metric} of {of}" if of else metric: (metric, row[index]) for of, metric, row in metric_rows(compared) if row[index]}
     ranked = sorted(cells, key=lambda name: _rank(cells[name][0]))
@@ -72,7 +73,7 @@ def _scored(tested: Column, compared: list[Column]) -> str:
         return ""
     metric, cell = cells[ranked[0]]
     assert cell is not None
-    return f"{ranked[0]} is {_figure(cell)}{_against(metric, cell)}"
+    return f"{ranked[0]} is {cell.figure}{_against(metric, cell)}"
 
 
 def _rank(metric: str) -> int:
@@ -81,17 +82,13 @@ def _rank(metric: str) -> int:
     return known.index(name) if name in known else len(known)
 
 
-def _figure(cell: Cell) -> str:
-    return number(cell.value) + (f" ± {cell.error:.2g}" if cell.error else "")
-
-
 def _against(metric: str, cell: Cell) -> str:
     if cell.difference is None:
         return ""
     beyond = {"better": "better than chance explains", "worse": "worse than chance explains"}.get(cell.verdict, "which chance may explain")
     if not cell.difference:
         beyond = "no difference"
-    elif cell.error is None:  # nobody knows what chance does
+    elif cell.error is None:  # without standard errors, chance cannot be estimated
         beyond = ""
     return f", where the base has {number(cell.value - cell.difference)} ({cell.difference:+.3g}{beyond and f', {beyond}'})"
 
@@ -100,7 +97,7 @@ def _against(metric: str, cell: Cell) -> str:
 
 
 def facts(stage: Stage) -> list[tuple[str, str]]:
-    """Lists the settings of a training that differ from the defaults, and what it ran on."""
+    """Return the settings of a training that differ from the defaults, and what it ran on."""
     host, info = (stage.manifest.host, stage.manifest.info) if stage.manifest else ({}, {})
     settings = list(_settings({name: value for name, value in stage.document.get("config", {}).items() if name not in ("kind", "dtype")}))
     more = f" and {len(settings) - SETTINGS} more" if len(settings) > SETTINGS else ""
@@ -130,7 +127,7 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def verdicts(stage: Stage) -> list[tuple[str, str, str]]:
-    """(met, NOT met or note; the figure; what was required of it) of each line that a gate wrote."""
+    """Return (`met`, `NOT met` or `note`; the figure; the requirement) of each line that a gate wrote."""
     rows = []
     for line in stage.message.splitlines():
         said, _, text = line.partition(": ")

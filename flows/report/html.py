@@ -1,26 +1,27 @@
-"""The report of a run: one HTML file that people look at, beside the run's record in `.tuneline/runs/`.
+"""The HTML report of a run, one file beside the run's record in `.tuneline/runs/`.
 
-It is made from the record alone; what the artifacts still in the store add (curves, samples, the data report, lineage) is
-added, and what has left it is said to be gone. The file loads nothing from anywhere and runs nothing: styles and pictures
-stand in it, whatever came from data is escaped, and its content security policy forbids the rest.
+It is rendered from the record. Artifacts that are still in the store add curves, samples, the data report and lineage; others are
+reported as gone. The file loads nothing and runs no scripts: styles and pictures are embedded, data is escaped, and its content security
+policy forbids the rest.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flows.report.figures import Chart, chart, graph
+from flows.report.format import duration, number, utc_time
 from flows.report.headline import facts, headline, trainings, verdicts
-from flows.report.models import columns, metric_rows, number, role_of, samples
+from flows.report.models import columns, metric_rows, role_of, samples
 from flows.report.stage import Stage, between, stages_of
 from tuneline import __version__
 from tuneline.config.overrides import as_flags
+from tuneline.disk import human
 from tuneline.workspace.runs import RunRecord, Runs
 
 REWARD_CURVES = {
@@ -30,14 +31,14 @@ REWARD_CURVES = {
     "kl": "divergence from the start",
     "freshness_max_logprob_diff": "largest difference of log-probabilities between engine and trainer",
 }
-"""Figures of a training by rewards that get a chart of their own, and what it is called."""
+"""Metrics of a training by rewards that get their own chart, and its title."""
 
 
 def report_of(runs: Runs, record: RunRecord) -> Path:
-    """Where the report is; written where there is none of the ended run yet. Raises OSError where that is not allowed."""
+    """Return the path of the report, and write it unless that was done after the run ended. Raises OSError if it cannot be written."""
     path = runs.folder / f"{record.run_id}.html"
     if record.finished and path.is_file() and path.stat().st_mtime_ns >= path.with_suffix(".json").stat().st_mtime_ns:
-        return path  # as the run left it: what it shows may have left the store since
+        return path  # written when the run ended: artifacts may have left the store since
     temporary = path.with_name(f".{path.name}")
     temporary.write_bytes(render(record).encode("utf-8", "replace"))
     temporary.replace(path)
@@ -52,7 +53,7 @@ def render(record: RunRecord) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "size": size, "clock": clock, "json": as_json, "verdicts": verdicts}
+    environment.filters |= {"number": number, "duration": duration, "size": human, "clock": utc_time, "json": as_json, "verdicts": verdicts}
     stages = stages_of(record)
     compared = columns(stages)
     return environment.get_template("report.html.j2").render(
@@ -70,7 +71,7 @@ def render(record: RunRecord) -> str:
         curves=[(stage, charts, rollouts(stage)) for stage in stages.values() if (charts := curves(stage))],
         datasets=[(stage, data_report(stage)) for stage in stages.values() if stage.kind == "dataset" and stage.metrics],
         sized=[(role_of(stage), stage) for stage in stages.values() if stage.manifest and stage.manifest.type in ("Model", "Adapter")],
-        warnings=[(stage, told) for stage in stages.values() if (told := warnings(stage))],
+        warnings=[(stage, messages) for stage in stages.values() if (messages := warnings(stage))],
     )
 
 
@@ -80,15 +81,15 @@ def command(record: RunRecord) -> str:
 
 
 def warnings(stage: Stage) -> list[str]:
-    told = (event.get("message") for event in stage.lines("events.jsonl") if event.get("type") == "warning")
-    return list(dict.fromkeys(str(message) for message in told if message))
+    messages = (event.get("message") for event in stage.lines("events.jsonl") if event.get("type") == "warning")
+    return list(dict.fromkeys(str(message) for message in messages if message))
 
 
 # --- training and data ------------------------------------------------------------------------------------------------
 
 
 def curves(stage: Stage) -> dict[str, Chart]:
-    """What a training is followed by, over its steps: rewards and what they come with, or the loss; then the learning rate."""
+    """Return the charts of a training over its steps: rewards and their metrics, or the loss; then the learning rate."""
     history = [entry for entry in stage.lines("history.jsonl") if isinstance(entry.get("step"), int)]
     rewards = sorted({name for entry in history for name in entry if name.startswith("rewards/") and name.endswith("/mean")})
     figures = {"reward": ["reward"]} | ({name.split("/")[1]: [name] for name in rewards} if len(rewards) > 1 else {})
@@ -110,7 +111,7 @@ def _is_number(value: Any) -> bool:
 
 
 def rollouts(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Completions of a grpo training at its first and at its last step, the best and the worst of each."""
+    """Return completions of a grpo training at its first and its last step: the best and the worst of each."""
     kept = [line for line in stage.lines("rollouts.jsonl") if _is_number(line.get("reward")) and _is_number(line.get("step"))]
     if not kept:
         return []
@@ -123,7 +124,7 @@ def rollouts(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def data_report(stage: Stage) -> dict[str, Any]:
-    """What meta/report.json of a Dataset says; only totals where it has gone."""
+    """Return meta/report.json of a Dataset with its totals; empty if the artifact is gone."""
     try:
         found = json.loads(stage.text("report.json"))
     except ValueError:
@@ -131,24 +132,6 @@ def data_report(stage: Stage) -> dict[str, Any]:
     fates = sorted({fate for source in found["sources"] for fate in source["fates"]})
     highest = max((rows for _, _, rows in found["lengths"]), default=0)
     return {**found, "fates": fates, "highest": highest}
-
-
-# --- as people read it ------------------------------------------------------------------------------------------------
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def size(value: float) -> str:
-    unit = next((unit for unit in (1e9, 1e6, 1e3) if value >= unit), 1.0)
-    return f"{value / unit:.{0 if unit == 1 else 1}f} { {1e9: 'GB', 1e6: 'MB', 1e3: 'kB', 1.0: 'B'}[unit] }"
-
-
-def clock(moment: str | None) -> str:
-    return datetime.fromisoformat(moment).strftime("%Y-%m-%d %H:%M:%S UTC") if moment else ""
 
 
 def as_json(value: Any) -> str:

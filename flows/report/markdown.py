@@ -1,39 +1,41 @@
-"""The reports of a stage and of a run as Prefect's UI shows them: markdown artifacts.
+"""The reports of a stage and of a run as markdown artifacts for Prefect's UI.
 
-Both versions of the UI draw tables and pictures that stand in the text (data:image/svg+xml), and take scripts, styles and
-mermaid out or show them as text; so curves are SVG pictures. What came from data stands in code, secrets are masked.
+Both versions of the UI render tables and embedded pictures (data:image/svg+xml), and remove scripts, styles and mermaid or show
+them as text. So curves are SVG pictures. Data is quoted as code, secrets are masked.
 """
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flows.report.figures import Chart
+from flows.report.format import duration, markdown_table
 from flows.report.headline import headline
-from flows.report.html import command, curves, duration, size, warnings
-from flows.report.models import Cell, columns, metric_rows, number
+from flows.report.html import command, curves, warnings
+from flows.report.models import Cell, columns, metric_rows
 from flows.report.stage import Stage, between, stages_of
 from flows.report.tables import figures
+from tuneline.disk import human
 from tuneline.secrets import masked
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database
-LONGEST_REPORT = 50_000  # of what the stage's program wrote for people
+LONGEST_REPORT = 50_000  # characters of the report by the stage's program
 LOG_TAIL, LONGEST_LINE = 40, 400  # lines of a failed stage's log, characters of a line
 STROKE, OTHER_STROKE = "#2563eb", "#ea580c"
 
 
 def stage_report(plan: PlannedStage, entry: StageRecord, log: Path | None) -> str:
-    """`log` is what the program of a failed stage wrote."""
+    """Return the report of a stage. `log`: the log file of a failed stage."""
     return _joined(_stage_parts(Stage(plan, entry, entry.status), log))
 
 
 def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
     yield f"## {stage.name}: {stage.status}"
-    yield _table(["kind", _code(stage.kind)], _facts(stage))
+    yield markdown_table(["kind", _code(stage.kind)], _facts(stage))
     if stage.entry and stage.entry.artifact:
         yield f"Its artifact{f' ({stage.gone})' if stage.gone else ''}:\n\n{_fenced(stage.entry.artifact)}"
     if stage.kind == "gate":
@@ -43,10 +45,10 @@ def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
     yield from _figures(stage)
     for name, drawn in curves(stage).items():
         yield _picture(stage, name, drawn)
-    if told := warnings(stage):
-        yield "### Warnings\n\n" + "\n".join(f"- {_code(message)}" for message in told)
+    if messages := warnings(stage):
+        yield "### Warnings\n\n" + "\n".join(f"- {_code(message)}" for message in messages)
     if report := stage.text("report.md"):
-        yield f"### What {_code(stage.kind)} reports\n\n{_cut(report, LONGEST_REPORT)}"
+        yield f"### Report of {_code(stage.kind)}\n\n{_cut(report, LONGEST_REPORT)}"
 
 
 def _facts(stage: Stage) -> Iterator[list[str]]:
@@ -58,7 +60,7 @@ def _facts(stage: Stage) -> Iterator[list[str]]:
         yield ["key", _code(f"{stage.kind}/{stage.entry.key}")]
         yield ["digest", _code(stage.entry.digest or "")]
     if stage.manifest:
-        yield ["payload", f"{len(stage.manifest.files)} files, {size(stage.manifest.size)}"]
+        yield ["payload", f"{len(stage.manifest.files)} files, {human(stage.manifest.size)}"]
     for field, other in stage.plan.names.items():
         yield [field.partition(".")[0], _made_from(stage, field, other)]
     for field, commit in stage.document.get("commits", {}).items():
@@ -83,21 +85,21 @@ def _failure(stage: Stage, log: Path | None) -> Iterator[str]:
     if log and log.is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
         tail = "\n".join(_cut(line, LONGEST_LINE) for line in lines)
-        yield f"### The end of its log\n\n{_fenced(tail)}\n\nThe whole of it:\n\n{_fenced(str(log))}"
+        yield f"### The end of its log\n\n{_fenced(tail)}\n\nThe whole log:\n\n{_fenced(str(log))}"
 
 
 def _figures(stage: Stage) -> Iterator[str]:
     names = [name for name in stage.metrics if not name.endswith("_stderr")]
     if names:
         cells = [(name, Cell(stage.metrics[name], stage.metrics.get(f"{name}_stderr"))) for name in names]
-        yield "### Figures\n\n" + _table(["figure", "value"], ([_code(name), _figure(cell)] for name, cell in cells), right=True)
+        yield "### Figures\n\n" + markdown_table(["figure", "value"], ([_code(name), cell.figure] for name, cell in cells), right=True)
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------
 
 
 def run_report(record: RunRecord, report: Path) -> str:
-    """`report` is the run's HTML report."""
+    """Return the report of a run. `report`: the path of its HTML report."""
     return _joined(_run_parts(record, report))
 
 
@@ -109,7 +111,7 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
         yield "\n\n".join(map(_escaped, sentences))
     yield f"Run {_code(record.run_id)} · {_code(command(record))}"
     rows = ([stage.name, stage.kind, _status(stage), _time(stage), _first(stage)] for stage in stages.values())
-    yield _table(["stage", "kind", "status", "time", "figures"], rows)
+    yield markdown_table(["stage", "kind", "status", "time", "figures"], rows)
     for stage in stages.values():
         if stage.kind == "gate" and stage.message:
             yield f"### {stage.name}: {stage.status}\n\n{_verdicts(stage)}"
@@ -118,17 +120,17 @@ def _run_parts(record: RunRecord, report: Path) -> Iterator[str]:
     if compared:
         heads = [f"{column.role} {_code(column.model)}" for column in compared]
         rows = ([f"{of} {metric}", *(_compared(cell) for cell in cells)] for of, metric, cells in metric_rows(compared))
-        yield "### Models side by side\n\n" + _table(["", *heads], rows, right=True)
-        yield "**Bold**: the best of its row. ±: one standard error. In brackets: the difference to the base model."
+        yield "### Models side by side\n\n" + markdown_table(["", *heads], rows, right=True)
+        yield "**Bold**: the best of its row. ±: one standard error. In brackets: the difference from the base model."
     for stage in stages.values():
         if drawn := curves(stage):
             first = next(iter(drawn))  # the loss, or the reward
             yield _picture(stage, first, drawn[first])
     if kept := [entry for entry in record.stages if entry.artifact]:
         rows = ([entry.stage, *map(_code, _lineage(stages[entry.stage], entry))] for entry in kept)
-        yield "### Lineage\n\n" + _table(["stage", "key", "digest", "made from"], rows)
+        yield "### Lineage\n\n" + markdown_table(["stage", "key", "digest", "made from"], rows)
         width = max(len(entry.stage) for entry in kept)
-        yield "Where the artifacts lie:\n\n" + _fenced("\n".join(f"{entry.stage:<{width}}  {entry.artifact}" for entry in kept))
+        yield "Folders of the artifacts:\n\n" + _fenced("\n".join(f"{entry.stage:<{width}}  {entry.artifact}" for entry in kept))
     more = _code(f"tuneline show {record.pipeline} --run {record.run_id} --open")
     yield f"With answers and more pictures, {more}:\n\n{_fenced(str(report))}"
 
@@ -152,14 +154,10 @@ def _lineage(stage: Stage, entry: StageRecord) -> list[str]:
     return [f"{entry.kind}/{(entry.key or '')[:12]}", (entry.digest or "")[:12], ", ".join(parents)]
 
 
-def _figure(cell: Cell) -> str:
-    return number(cell.value) + (f" ± {cell.error:.2g}" if cell.error else "")
-
-
 def _compared(cell: Cell | None) -> str:
     if cell is None:
         return "–"
-    figure = f"**{_figure(cell)}**" if cell.best else _figure(cell)
+    figure = f"**{cell.figure}**" if cell.best else cell.figure
     if not cell.difference:
         return figure
     return f"{figure} ({cell.difference:+.3g}{', ' + cell.verdict if cell.verdict else ''})"
@@ -179,7 +177,7 @@ def _picture(stage: Stage, name: str, drawn: Chart) -> str:
 
 
 def _svg(drawn: Chart) -> str:
-    """On white, as the UI may be dark."""
+    """Return the chart as SVG, on white because the UI may be dark."""
     left, top, width, height = -56, -12, drawn.width + 76, drawn.height + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}"'
@@ -202,19 +200,13 @@ def _svg(drawn: Chart) -> str:
 # --- markdown -------------------------------------------------------------------------------------------------------------
 
 
-def _table(heads: Sequence[str], rows: Iterable[list[str]], right: bool = False) -> str:
-    """`right` aligns all columns but the first, for figures."""
-    lines = [heads, [":--", *(["--:" if right else ":--"] * (len(heads) - 1))], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
 def _escaped(text: str) -> str:
-    """Text that markdown shows as it is."""
+    """Escape text for markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
 
 
 def _code(text: str) -> str:
-    """On one line, whatever it holds."""
+    """Return text as inline code, on one line."""
     if not (text := " ".join(text.split())):
         return ""
     if "`" not in text:
@@ -235,11 +227,11 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _joined(parts: Iterable[str]) -> str:
-    """All that fits: what is too long is left out as a whole, as half a picture is none."""
+    """Join the parts that fit into an artifact. Leaves out too long parts as a whole, because half a picture is useless."""
     text, left_out = "", ""
     for part in parts:
         if len(text) + len(part) <= LONGEST:
             text += f"{part}\n\n"
         else:
-            left_out = "What is too long for here stands in the HTML report alone.\n"
+            left_out = "Parts that are too long are only in the HTML report.\n"
     return masked((text + left_out).encode("utf-8", "replace")).decode("utf-8", "replace")

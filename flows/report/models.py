@@ -1,4 +1,4 @@
-"""The models of a run side by side: the metrics that evaluations gave them, and their answers to the same questions."""
+"""Compare the models of a run: the metrics of their evaluations, and their answers to the same questions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows.report.format import number, with_error
 from flows.report.stage import Stage
 from tuneline.config.spec import STAGES
 
 ROLES = ("base", "adapter", "fine-tuned", "merged", "quantized")  # order of columns; others come last
 LOWER_IS_BETTER = {"bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "brier_score", "ter"}
-RIGHT = ("score", "exact_match", "acc", "acc_norm", "pass@1")  # of a sample's scores, the first that it has says right or wrong
-CERTAIN = 1.96  # standard errors of a difference that is none by chance, 19 times of 20
-SAMPLES = 6  # shown of each dataset or benchmark
+RIGHT = ("score", "exact_match", "acc", "acc_norm", "pass@1")  # the first of these scores that a sample has marks it right or wrong
+CERTAIN = 1.96  # standard errors of a difference for a confidence of 95%
+SAMPLES = 6  # samples shown of each dataset or benchmark
 LONGEST_ANSWER = 1200  # characters
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def role_of(stage: Stage) -> str:
@@ -30,18 +27,18 @@ def role_of(stage: Stage) -> str:
 
 @dataclass
 class Column:
-    """A model and what evaluations made of it."""
+    """A model with its evaluations."""
 
     model: str
     role: str
     root: str
-    """The base model that it comes from."""
+    """The base model that it was made from."""
     evaluations: list[Stage] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 def columns(stages: Mapping[str, Stage]) -> list[Column]:
-    """Evaluated models, base ones first. Two evaluations of a model share a column unless both have the same metric."""
+    """Return the evaluated models, base models first. Evaluations of a model share a column unless they have the same metric."""
     found: list[Column] = []
     for stage in stages.values():
         model = stage.plan.names.get("model", "")
@@ -56,7 +53,7 @@ def columns(stages: Mapping[str, Stage]) -> list[Column]:
 
 
 def _root(stages: Mapping[str, Stage], model: str) -> str:
-    """The stage of kind `model` that a model was made from."""
+    """Return the stage of kind `model` that a model was made from."""
     names = stages[model].plan.names
     while (made_from := names.get("model") or names.get("adapters.0", "")) in stages:
         model, names = made_from, stages[made_from].plan.names
@@ -69,13 +66,17 @@ class Cell:
     error: float | None
     best: bool = False
     difference: float | None = None
-    """To the base model."""
+    """From the base model."""
     verdict: str = ""
-    """`better` or `worse` where chance hardly explains the difference."""
+    """`better` or `worse` if the difference is significant (see CERTAIN)."""
+
+    @property
+    def figure(self) -> str:
+        return with_error(number(self.value), self.error)
 
 
 def metric_rows(compared: list[Column]) -> Iterator[tuple[str, str, list[Cell | None]]]:
-    """(dataset or benchmark, metric, a cell for each column)."""
+    """Yield (dataset or benchmark, metric, a cell for each column)."""
     names = dict.fromkeys(name for column in compared for name in column.metrics if not name.endswith("_stderr"))
     for name in sorted(names, key=lambda name: name.partition("/")[0]):
         of, _, metric = name.rpartition("/")
@@ -94,7 +95,7 @@ def metric_rows(compared: list[Column]) -> Iterator[tuple[str, str, list[Cell | 
             if base and column.role != "base":
                 cell.difference = cell.value - base.value
                 spread = CERTAIN * math.hypot(cell.error or 0.0, base.error or 0.0)
-                known = bool(spread) or None not in (cell.error, base.error)  # 0 where all rows are alike
+                known = bool(spread) or None not in (cell.error, base.error)  # an error of 0 is known, too: all rows are alike
                 if known and abs(cell.difference) > spread:
                     cell.verdict = "better" if sign * cell.difference > 0 else "worse"
         yield of, metric, cells
@@ -102,17 +103,17 @@ def metric_rows(compared: list[Column]) -> Iterator[tuple[str, str, list[Cell | 
 
 @dataclass
 class Sample:
-    """A question and what each model answered: (models, answer, mark); models with one answer stand together."""
+    """A question with its answers as (models, answer, mark). Models with the same answer are grouped."""
 
     prompt: str
     reference: str
     answers: list[tuple[list[str], str, str]]
     change: int
-    """1 became right, -1 became wrong, 0 neither, from the first model to the second."""
+    """1: became right, -1: became wrong, 0: neither, from the first model to the second."""
 
 
 def samples(compared: list[Column]) -> Iterator[tuple[str, list[str], list[Sample], list[Sample]]]:
-    """Of each dataset or benchmark: (name, models, all samples that every model was asked, those to show)."""
+    """Yield for each dataset or benchmark: (name, models, all samples that every model answered, those to show)."""
     by_question: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for column in compared:
         for stage in column.evaluations:
@@ -143,7 +144,7 @@ def _sample(lines: Mapping[str, dict[str, Any]], models: list[str]) -> Sample:
 
 
 def _mark(scores: Mapping[str, Any]) -> str:
-    """`right`, `wrong`, or a figure."""
+    """Return `right`, `wrong`, or a figure."""
     value = next((float(scores[name]) for name in RIGHT if isinstance(scores.get(name), int | float)), None)
     if value is None:
         return f"{scores['bits'] / scores['bytes']:.3g} bits per byte" if scores.get("bytes") else ""

@@ -1,7 +1,7 @@
-"""Prefect's progress bar of a stage and what stands beside it, kept up to date by a thread of its own; now and then a line in its log, too.
+"""Update a stage's progress artifact in Prefect from a separate thread, with a log line every so often.
 
-A request to a server that is away blocks for more than a minute, and the loop that supervises a program must not: it only
-leaves the latest event here. Losing one is fine, there will be another.
+A request to a server that is down blocks for more than a minute, but the loop that supervises a program must not block. So that loop
+only leaves the latest event here. A lost event does not matter, because others follow.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from flows.report.eta import Eta
 from tuneline.workspace.protocol import Event
 
-SECONDS = 2.0  # between two updates at the beginning: each is a request, and an event that the server keeps
-LINE_SECONDS = 30.0  # between two lines in the log
-SLOWER = 0.01  # of the time that the stage has worked, beside these
+SECONDS = 2.0  # between updates at the beginning; each is a request, and an event that the server stores
+LINE_SECONDS = 30.0  # between log lines at the beginning
+SLOWER = 0.01  # share of the elapsed time that is added to both
 
 
 class ProgressArtifact:
@@ -34,7 +34,7 @@ class ProgressArtifact:
             self._news.set()
 
     def close(self) -> None:
-        """Publishes what is left, if the server answers at once."""
+        """Publish the latest event, if the server answers at once."""
         self._ended.set()
         self._news.set()
         self._thread.join(SECONDS)
@@ -53,7 +53,7 @@ class ProgressArtifact:
                         artifact = create_progress_artifact(percent, description=text)
                     else:
                         update_progress_artifact(artifact, percent, description=text)  # type: ignore[arg-type]
-                except Exception:  # whatever Prefect's client raises: a training does not end for a progress bar
+                except Exception:  # whatever Prefect's client raises: a training does not fail because of its progress bar
                     pass
                 if not ended and (now := time.monotonic()) - said >= pause(now - began, LINE_SECONDS):
                     get_run_logger().info(text)
@@ -64,5 +64,5 @@ class ProgressArtifact:
 
 
 def pause(worked: float, least: float) -> float:
-    """Seconds until the next update: 300 updates and 80 lines in the first hour of a stage, 520 and 220 in ten hours."""
+    """Return the seconds until the next update: 300 updates and 80 lines in the first hour of a stage, 520 and 220 in ten hours."""
     return least + SLOWER * worked

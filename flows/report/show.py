@@ -1,4 +1,4 @@
-"""What `tuneline show PIPELINE/STAGE` says of one stage, in words; the manifest, with digests and versions, is there with `--json`."""
+"""Print one stage for `tuneline show PIPELINE/STAGE`. `--json` prints the manifest, with digests and versions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.report.html import clock, duration, size, warnings
-from flows.report.models import number
+from flows.report.format import duration, number, utc_time, with_error
+from flows.report.html import warnings
 from flows.report.stage import Stage
+from tuneline.disk import human
 
 
 def print_stage(stage: Stage) -> None:
-    """Facts by name, then what the program wrote for people. No table: nothing folds a path or a message here."""
+    """Print facts by name, then the program's report. Not a table, so that paths and messages are not wrapped."""
     facts = list(_facts(stage))
     width = max(len(name) for name, _ in facts)
     before = ""
@@ -32,7 +33,7 @@ def _facts(stage: Stage) -> Iterator[tuple[str, str]]:
     if stage.entry and stage.entry.key:
         yield "key", stage.entry.key
     if stage.manifest:
-        yield "made", clock(stage.manifest.host.get("finished"))
+        yield "made", utc_time(stage.manifest.host.get("finished"))
     if stage.seconds:
         yield "took", f"{duration(stage.seconds)}{', when it was built' if stage.status == 'cached' else ''}"
     if stage.attempts:
@@ -42,10 +43,10 @@ def _facts(stage: Stage) -> Iterator[tuple[str, str]]:
     for name, value in stage.metrics.items():
         if not name.endswith("_stderr"):
             error = stage.metrics.get(f"{name}_stderr")
-            yield "metrics", f"{name} {number(value)}" + (f" ± {error:.2g}" if error else "")
+            yield "metrics", with_error(f"{name} {number(value)}", error)
     if stage.entry and stage.entry.artifact:
         payload, log = (os.path.relpath(Path(stage.entry.artifact, name)) for name in ("payload", "meta/log.txt"))
-        yield "payload", f"{payload}  ({stage.gone or size(stage.size)})"
+        yield "payload", f"{payload}  ({stage.gone or human(stage.size)})"
         if stage.manifest:
             yield "log", log
     for message in warnings(stage):

@@ -1,4 +1,4 @@
-"""A stage as the report of a run sees it: what was planned, how it ended, and what its artifact still says."""
+"""A stage in the report of a run: its plan, how it ended, and the contents of its artifact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 @dataclass
 class Stage:
-    """One stage of the run: what was planned, how it ended, and its artifact, if that is still the one of this run."""
+    """One stage of the run: its plan, how it ended, and its artifact, if that is still the one of this run."""
 
     plan: PlannedStage
     entry: StageRecord | None
@@ -62,7 +62,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """That it took in this run, over all attempts; of a cached one, that it took when it was built (0 where that is not known)."""
+        """Return the seconds of all attempts in this run; for a cached stage, of its build (0 if unknown)."""
         if self.status == "cached" and self.manifest:
             host = self.manifest.host
             return between(host.get("started"), host.get("finished"))
@@ -70,7 +70,7 @@ class Stage:
 
     @property
     def attempts(self) -> str:
-        """What it took more than one attempt for; empty where the first one did it."""
+        """Describe the attempts, or return an empty string if the first one succeeded."""
         if not (self.manifest and self.manifest.host.get("failed")):
             return str(self.entry.attempts) if self.entry and self.entry.attempts > 1 else ""
         host = self.manifest.host
@@ -79,14 +79,14 @@ class Stage:
 
     @property
     def size(self) -> float:
-        """Bytes of its weights; of a model that stays where it is, those of the folder that it points to."""
+        """Return the bytes of the artifact; for a model by reference, those of the folder that it points to."""
         by_reference = self.kind == "model" and self.manifest and any(file.path == "reference.json" for file in self.manifest.files)
         return self.metrics.get("bytes", 0.0) if by_reference else float(self.manifest.size) if self.manifest else 0.0
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Of a JSON lines file in meta/, those that can be read."""
+        """Return the valid objects of a JSON lines file in meta/."""
         found = []
-        for line in self.text(name).split("\n"):  # splitlines would cut inside of what was written
+        for line in self.text(name).split("\n"):  # splitlines would also split at other separators inside strings
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -103,7 +103,7 @@ class Stage:
 
 
 def stages_of(record: RunRecord) -> dict[str, Stage]:
-    """By name, in execution order."""
+    """Return the stages by name, in execution order."""
     entries = {entry.stage: entry for entry in record.stages}
     planned = record.planned or [PlannedStage(stage=entry.stage, kind=entry.kind) for entry in record.stages]
     unended = "pending" if record.state == "running" else "not run"
@@ -111,7 +111,7 @@ def stages_of(record: RunRecord) -> dict[str, Stage]:
 
 
 def between(started: Any, finished: Any) -> float:
-    """Seconds; 0 where the clock was set back."""
+    """Return the seconds between two times; 0 if one is missing or the clock was set back."""
     if not (started and finished):
         return 0.0
     return max(0.0, (datetime.fromisoformat(finished) - datetime.fromisoformat(started)).total_seconds())

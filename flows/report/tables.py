@@ -1,4 +1,4 @@
-"""Tables of what came out (stdout)."""
+"""The tables that commands print to stdout."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.report.format import age, duration, local_time, number, with_error
 from tuneline.config.spec import STAGES
 from tuneline.disk import human
 from tuneline.estimates.estimate import Estimate
@@ -41,8 +42,8 @@ STYLES = {
 
 
 def list_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Pipelines, or the stages of one, with what became of them in the last run."""
-    shown = [{**row, "started": moment(row["started"])} if "started" in row else dict(row) for row in rows]
+    """Print pipelines, or the stages of one, with their state in the last run."""
+    shown = [{**row, "started": local_time(row["started"])} if "started" in row else dict(row) for row in rows]
     columns = [name for name in shown[0] if name != "run" and any(row[name] for row in shown)]
     table = table_of(*columns)
     for row in shown:
@@ -51,24 +52,19 @@ def list_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Runs with their times and what became of their stages."""
+    """Print runs with their times and the states of their stages."""
     table = table_of("run", "pipeline", "state", "started", "took", "stages", "overrides")
     for row in rows:
         ended = datetime.fromisoformat(row["finished"]) if row["finished"] else None
         took = duration((ended - datetime.fromisoformat(row["started"])).total_seconds()) if ended else ""
         stages = ", ".join(f"{count} {status}" for status, count in row["stages"].items())
         state = Text(row["state"], STYLES.get(row["state"], "green"))
-        table.add_row(row["run_id"], row["pipeline"], state, moment(row["started"]), took, stages, Text(" ".join(row["overrides"])))
+        table.add_row(row["run_id"], row["pipeline"], state, local_time(row["started"]), took, stages, Text(" ".join(row["overrides"])))
     print_table(table)
 
 
-def moment(started: str | None) -> str:
-    """In local time."""
-    return datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M:%S") if started else ""
-
-
 def run_table(records: Sequence[StageRecord]) -> None:
-    """Stage, status, time and key figures; then the folder of each artifact."""
+    """Print stages with status, time and key figures; then the folder of each artifact."""
     table = table_of("stage", "kind", "status", "time", "figures")
     for record in records:
         seconds = time_of(record) if record.seconds else ""
@@ -99,7 +95,7 @@ def plan_table(rows: Iterable[PlanRow]) -> None:
 
 
 def estimate_table(estimates: Mapping[str, Estimate]) -> None:
-    """What trainings and merges take at most, with the larger parts of the memory."""
+    """Print the most memory and disk that trainings and merges take, with the larger parts of the memory."""
     if not estimates:
         return
     print()
@@ -123,15 +119,15 @@ def _memory(memory: Memory) -> str:
 
 
 def gc_table(items: Sequence[Item], dry_run: bool) -> None:
-    """What goes first, then what stays; the sum on stderr."""
+    """Print removed items, then kept ones; the total goes to stderr."""
     table = table_of("kind", "key", "size", "age", "stage", "", "why")
     for item in sorted(items, key=lambda item: not item.removed):
-        verb = Text("would go" if dry_run else "removed", "yellow") if item.removed else Text("kept", "dim")
+        verb = Text("would remove" if dry_run else "removed", "yellow") if item.removed else Text("kept", "dim")
         table.add_row(
             item.kind,
             item.key if item.kind == "record" else item.key[:12],
             human(item.size),
-            _age(item.age.total_seconds()),
+            age(item.age.total_seconds()),
             item.used_by,
             verb,
             Text(item.why),
@@ -139,40 +135,22 @@ def gc_table(items: Sequence[Item], dry_run: bool) -> None:
     print_table(table)
     gone = [item for item in items if item.removed]
     size = human(sum(item.size for item in gone))
-    told = (
-        f"{size} would be freed, {len(gone)} of {len(items)} would go" if dry_run else f"{size} freed, {len(gone)} of {len(items)} removed"
-    )
-    print(told, file=sys.stderr)
+    would = "would be " if dry_run else ""
+    print(f"{size} {would}freed, {len(gone)} of {len(items)} {would}removed", file=sys.stderr)
 
 
 def figures(record: StageRecord) -> str:
-    """The few metrics of a stage that one looks at first, with standard errors."""
+    """Return the key metrics of a stage, with standard errors."""
     names = [name for name in (STAGES[record.kind].figures if record.kind in STAGES else ()) if name in record.metrics]
     names = names or [name for name in record.metrics if not name.endswith("_stderr")]
     found = [(name, record.metrics[name], record.metrics.get(f"{name}_stderr")) for name in names]
     subjects = {name.rpartition("/")[0] for name in names}
     shown = {name: name.rpartition("/")[2] if len(subjects) == 1 else name for name in names}
-    return ", ".join(f"{shown[name]} {_number(value)}" + (f" ± {error:.2g}" if error else "") for name, value, error in found)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    return ", ".join(with_error(f"{shown[name]} {number(value, 3)}", error) for name, value, error in found)
 
 
 def time_of(record: StageRecord) -> str:
-    """Of all attempts of the run."""
+    """Return the time of all attempts in the run, and their number."""
     return duration(record.seconds) + (f" in {record.attempts} attempts" if record.attempts > 1 else "")
 
 

@@ -1,7 +1,7 @@
-"""A run as it goes, on stderr.
+"""Show the progress of a run on stderr.
 
-In a terminal the running stages are lines that redraw themselves; piped, every event is a plain line, progress at most every
-ten seconds. `--verbose` shows the programs' own output as well.
+In a terminal the running stages are progress bars. Otherwise every event is a plain line, with progress at most every ten seconds.
+`--verbose` also shows the programs' output.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from flows.report.tables import STYLES, time_of
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import StageRecord
 
-PLAIN_SECONDS = 10.0  # between two plain progress lines of a stage
+PLAIN_SECONDS = 10.0  # between plain progress lines of a stage
 
 
 class ConsoleReporter:
-    """Follows a run on stderr. Called from several threads; rich and single writes are safe for that."""
+    """Shows a run on stderr. Thread-safe: rich and single writes are."""
 
     def __init__(self, verbose: bool):
         self.verbose, self.console = verbose, Console(stderr=True, soft_wrap=True, highlight=False)
         self.run_id: str | None = None
-        self.shows_page = False  # where the server lasts and has a UI
+        self.shows_page = False  # True if the server is lasting and has a UI
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._told: dict[str, float] = {}
+        self._printed: dict[str, float] = {}  # time of the last plain progress line, by stage
 
     def __enter__(self) -> ConsoleReporter:
         if self.console.is_terminal:
@@ -54,7 +54,7 @@ class ConsoleReporter:
 
     @contextmanager
     def waiting(self, message: str, takes: str) -> Iterator[None]:
-        """Says what is waited for, with the time that has passed where there is a terminal."""
+        """Show what the command waits for, in a terminal with the elapsed time."""
         if not self._bars:
             self.console.print(f"{message} ({takes})")
             yield
@@ -76,8 +76,8 @@ class ConsoleReporter:
         message = f"{event.step}/{event.total} {event.message or ''}".strip()
         if self._bars and stage in self._tasks:
             self._bars.update(self._tasks[stage], completed=event.step, total=event.total, description=message)
-        elif not self._bars and (event.step == event.total or time.monotonic() - self._told.get(stage, 0.0) > PLAIN_SECONDS):
-            self._told[stage] = time.monotonic()
+        elif not self._bars and (event.step == event.total or time.monotonic() - self._printed.get(stage, 0.0) > PLAIN_SECONDS):
+            self._printed[stage] = time.monotonic()
             self._say(stage, message)
 
     def line(self, stage: str, line: str) -> None:

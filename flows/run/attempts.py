@@ -1,7 +1,7 @@
-"""What a program's death means: its failure class, and what the next attempt does differently.
+"""Classify how a program ended: its failure class, and what the next attempt does differently.
 
-Failed attempts are kept in the work folder, so a micro-batch that was halved stays halved, also in a later run; only the
-judgement of an unexplained death starts afresh with each run.
+Failed attempts are kept in the work folder, so a halved micro-batch stays halved in later runs too. Unexplained deaths are
+counted for each run separately.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Attempts:
     def __init__(self, path: Path):
         self._path = path
         self.all: list[dict[str, Any]] = []
-        with contextlib.suppress(OSError, ValueError):  # none yet, or torn by a power cut: what was learnt is learnt again
+        with contextlib.suppress(OSError, ValueError):  # none yet, or cut short by a power failure: starts with an empty list
             self.all = json.loads(path.read_bytes())
 
     def of_run(self, run_id: str) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ class Attempts:
         return size
 
     def failed(self, run_id: str, stage: ProgramStage, micro_batch: int | None, outcome: Outcome, work: Path) -> StageFailed:
-        """Records the attempt and says what it died of."""
+        """Record the attempt and return its failure."""
         unexplained = any(attempt["unexplained"] for attempt in self.of_run(run_id))
         failure = _failure(stage, micro_batch, outcome, work, unexplained)
         explained = (work / "failure.json").exists() or _killed_for_memory(outcome) or outcome.stopped
@@ -54,7 +54,10 @@ class Attempts:
 
 
 def _killed_for_memory(outcome: Outcome) -> bool:
-    """The control group's count alone could be another stage's: the program, or one of its processes, must have died by SIGKILL."""
+    """Return whether the kernel's OOM killer ended the program.
+
+    The count of the control group includes other stages, so the program, or one of its processes, must also have died by SIGKILL.
+    """
     return outcome.oom_killed and outcome.status == 128 + signal.SIGKILL
 
 
@@ -62,17 +65,17 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
     if outcome.stopped == "cancelled":
         return StageStopped()
     if outcome.stopped == "timeout":
-        hint = "raise `timeout`; run again and it goes on from its last checkpoint"
+        hint = "raise `timeout`, then run again: it resumes from its last checkpoint"
         return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)
     known: Failure | None = Failure.read(work / "failure.json") if (work / "failure.json").exists() else None
     killed = _killed_for_memory(outcome)
     if killed or known and known.failure_class == "oom":
-        what = known.message if known and not killed else "the kernel ended it for want of memory"
+        what = known.message if known and not killed else "the kernel killed it because memory ran out"
         smaller = stage.smaller_micro_batch(micro_batch) if micro_batch else None
         hint = (
-            f"tried again with micro_batch_size {smaller}"
+            f"retried with micro_batch_size {smaller}"
             if smaller
-            else "no smaller micro-batch is left: use a smaller model or more memory"
+            else "the micro-batch cannot be smaller: use a smaller model or more memory"
         )
         return StageFailed("oom", what, hint, known.details if known else "", final=smaller is None)
     if known:
@@ -84,4 +87,4 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
         message = f"the program's watchdog was ended by signal {-outcome.status}"
     if unexplained_before:
         return StageFailed("bug", f"{message}, twice; the end of its log:\n{tail}", f"the whole log: {work / 'log.txt'}", details=tail)
-    return StageFailed("transient", message, "within `retries` it is tried once more", details=tail)
+    return StageFailed("transient", message, "it is retried once, within `retries`", details=tail)

@@ -1,7 +1,6 @@
-"""One attempt at a stage: the request, the program under the watchdog, and what it made into the store.
+"""Make one attempt at a stage: write the request, run the program under the watchdog, publish its output to the store.
 
-The caller (`flows/run/stage.py`) holds the key's lock, a slot and the stage's GPUs. What a program's death means is
-`flows/run/attempts.py`.
+The caller (`flows/run/stage.py`) holds the key's lock, a slot and the stage's GPUs. `flows/run/attempts.py` classifies failures.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
 from tuneline.workspace.workspace import Workspace
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
-TOUCHED_WHILE_READ = "files that the stage reads were written to while its program worked, and hold what they held before"
+TOUCHED_WHILE_READ = "files that the stage reads were written to while its program ran, with the same content in the end"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage with all that its key was computed from."""
+    """A stage with everything that its key was computed from."""
 
     name: str
     stage: ProgramStage
@@ -49,7 +48,7 @@ class Job:
 
 
 def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
-    """Runs the program and publishes what it made. The caller holds the key's lock."""
+    """Run the program and publish its output. The caller holds the key's lock."""
     work, store = run.workspace.work(job.key), run.workspace.store
     if job.name in run.forced:
         forced.begin(work, run.record, tried=bool(Attempts(work / "attempts.json").of_run(run.record.run_id)))
@@ -79,29 +78,29 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     checkpoint = newest(work, job.key)
     if checkpoint and (refused := checkpoint.refused(stage.resources)):
         raise StageFailed("config", *refused)
-    told = [f"attempt {request.attempt}"] if attempts.of_run(run.record.run_id) else []
-    told += [f"resumes from step {checkpoint.step}"] if checkpoint else []
-    run.reporter.started(job.name, ", ".join([stage.kind, *told]))
+    details = [f"attempt {request.attempt}"] if attempts.of_run(run.record.run_id) else []
+    details += [f"resumes from step {checkpoint.step}"] if checkpoint else []
+    run.reporter.started(job.name, ", ".join([stage.kind, *details]))
     began = datetime.now(UTC)
     outcome = _supervise(run, job, request, held, taken)
     if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
         try:
             if as_in_key(run, stage, resolved).facts != resolved.facts:
-                raise StageFailed("transient", TOUCHED_WHILE_READ, "what it read is not known, so a run tries the stage again by itself")
+                raise StageFailed("transient", TOUCHED_WHILE_READ, "the stage is retried automatically, as it may have read other content")
             artifact = _publish(run, job, request, attempts, began)
         except OSError as error:
             if error.errno in disk.NUMBERS:
-                raise disk.of_flow(error, request.out) from error  # what is free is looked at before what was written is gone
+                raise disk.of_flow(error, request.out) from error  # reads the free space before `out` is deleted
             raise
         finally:
             shutil.rmtree(request.out, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)
         return artifact
-    # A full disk can keep a program from saying so. It is looked at before what the program wrote is gone.
-    unsaid = disk.full(request.out, work) if disk.is_full(request.out, work) else None
+    # A full disk can keep a program from writing its failure. Checked before the program's files are deleted.
+    unreported = disk.full(request.out, work) if disk.is_full(request.out, work) else None
     shutil.rmtree(request.out, ignore_errors=True)
-    if unsaid and not outcome.stopped and not (work / "failure.json").exists():
-        raise unsaid
+    if unreported and not outcome.stopped and not (work / "failure.json").exists():
+        raise unreported
     if outcome.stopped != "cancelled":
         forced.failed(work)
         run.warn(job.name, f"its log is {work / 'log.txt'}")
@@ -109,13 +108,13 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
 
 
 def as_in_key(run: RunContext, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
-    """The outside files as they are now. Raises StageFailed(data) where their content is no longer what the key says.
+    """Return the current outside files. Raises StageFailed(data) if their content differs from what the key was computed from.
 
-    A program reads files long after they were hashed for the key, and at times that we do not know. So this is called before it
-    starts and after it has ended. Only what has the content of the key passes, and `facts` of both calls are compared as well: where they
-    are equal, no file was written to in between (`tuneline.trees.file_memory` says when a stat can vouch for that), so the program read
-    what the key says. Where the content is the same and the facts are not, somebody wrote the same bytes, perhaps after others, as `git
-    checkout` of another branch and back does. What the program read is then unknown: nothing is stored, and the stage is tried again.
+    A program reads files long after they were hashed for the key, at times that we do not know. So this is called before the program
+    starts and after it has ended, and the `facts` of both calls are compared. If they are equal, no file was written to in between
+    (`tuneline.trees.file_memory` says when a stat proves that), so the program read what was hashed. If the content is equal but the facts
+    differ, somebody wrote other bytes and then the same ones again, as `git checkout` of another branch and back does. The program may
+    have read either: nothing is stored, and the stage is retried.
     """
     if resolved.unchanged():
         return resolved
@@ -134,8 +133,9 @@ def _input(workspace: Workspace, artifact: Artifact) -> Input:
     if manifest.base:
         found = workspace.store.find(manifest.base.kind, manifest.base.key)
         if found is None:
-            hint = f"force it again: `--force {manifest.base.kind}`'s stage"
-            raise StageFailed("data", f"the base model of an adapter, {manifest.base.kind}/{manifest.base.key[:12]}, left the store", hint)
+            hint = f"rebuild it: `--force` its stage of kind {manifest.base.kind}"
+            base_name = f"{manifest.base.kind}/{manifest.base.key[:12]}"
+            raise StageFailed("data", f"the base model of an adapter, {base_name}, is no longer in the store", hint)
         base = _input(workspace, found)
     return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
 
@@ -164,7 +164,7 @@ def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Ta
         if event.type == "progress":
             run.reporter.progress(name, event)
 
-    # Only a training may have several, says the loader.
+    # The loader allows several processes only for trainings.
     command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / "request.json")]
     try:
         environment, locks = program_environment(request.work, taken.gpus), (held, *taken.descriptors)

@@ -1,8 +1,7 @@
-"""Ends a run that is cancelled on the server.
+"""End a run that is cancelled on the server.
 
-However a run was started, its flow looks at its own state on the server: a run that is cancelled there, by `prefect flow-run
-cancel` or in the UI, or deleted, stops its programs and ends as cancelled. A worker does the same by a signal to the runs that it
-started; whichever comes first.
+Each flow polls its own state on the server. If the run is cancelled there (by `prefect flow-run cancel` or in the UI) or deleted,
+the flow stops its programs and ends as cancelled. A worker also sends a signal to the runs that it started; the first one counts.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from uuid import UUID
 
 from flows.run.supervisor import Supervisor
 
-POLL_SECONDS = 3.0  # between two looks at a state on the server
+POLL_SECONDS = 3.0  # between two polls of the state on the server
 
 
 class Watch:
-    """Looks at the state of a run on the server, and stops the programs of this process once it is cancelled there or deleted.
+    """Poll the state of a run on the server, and stop the programs of this process once it is cancelled or deleted there.
 
-    `of_parent`: the run is the one that this one belongs to, whose end, of whatever kind, is this one's too.
+    `of_parent`: `run` is the parent of this run, which stops once the parent has ended in any state.
     """
 
     def __init__(self, run: UUID, supervisor: Supervisor, of_parent: bool = False):

@@ -1,9 +1,9 @@
-"""`--force` is paid once: a stage that is forced begins without what earlier runs left of it, but goes on with what this force began.
+"""Make a `--force` rebuild a stage once: it starts from scratch, but resumes what the same force has begun.
 
-    <work>/forced.json   the run in Prefect that began, and whether it failed since; gone with the folder once the artifact is published
+    <work>/forced.json   the Prefect run that began, and whether it has failed since; removed with the folder at publication
 
-A run that is killed or cancelled and called again, or tried again by Prefect (Retry), is the same force: it resumes. One that failed
-and is called again is another: it begins at step 0. What a force has built already, `tuneline.workspace.runs.Runs.paid` knows.
+A run that was killed or cancelled and is called again, or that Prefect retries, is the same force: it resumes. A run that failed and is
+called again is a new force: it starts at step 0. `tuneline.workspace.runs.Runs.paid` finds what a force has built already.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuneline.workspace.runs import RunRecord
 
 
 def begin(work: Path, record: RunRecord, tried: bool) -> None:
-    """Empties the work folder, unless this force has begun in it. `tried`: this run has tried the stage before."""
+    """Empty the work folder, unless this force has begun in it. `tried`: this run has attempted the stage before."""
     began = _read(work)
     same = record.flow_run is not None and began.get("flow_run") == record.flow_run
     if not tried and not same and began.get("failed", True):
@@ -26,13 +26,13 @@ def begin(work: Path, record: RunRecord, tried: bool) -> None:
 
 
 def failed(work: Path) -> None:
-    """The stage has failed: who forces it again wants it from step 0. Nothing to note where it was not forced."""
+    """Note that the forced stage has failed, so that the next force starts at step 0. Does nothing if it was not forced."""
     if began := _read(work):
         _write(work, {**began, "failed": True})
 
 
 def _read(work: Path) -> dict[str, object]:
-    with suppress(OSError, ValueError):  # not forced, or torn by a kill
+    with suppress(OSError, ValueError):  # not forced, or cut short by a kill
         return dict(json.loads((work / "forced.json").read_bytes()))
     return {}
 

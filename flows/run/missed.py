@@ -1,7 +1,7 @@
-"""Runs of a schedule that could not start when they were due, because the server or every worker was away.
+"""Handle scheduled runs that could not start when they were due, because the server or every worker was down.
 
-Prefect keeps them and starts them all, the oldest first. `catch_up` of a schedule says which of them run: the newest alone (`latest`), all,
-or none. The first one that starts tells those that it stands for.
+Prefect keeps them and starts them all, the oldest first. `catch_up` of a schedule says which of them run: only the newest (`latest`), all,
+or none. The first one that starts marks those that it replaces as skipped.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ SKIPPED = "Skipped"
 
 
 def missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
-    """Why the run is not to go on; None for one that is to. Marks older runs of its schedule that wait as skipped, too.
+    """Return why the run is to be skipped, or None if it is to run. Also marks older waiting runs of its schedule as skipped.
 
-    A server that does not answer keeps no run from working: then None.
+    Returns None if the server does not answer: that must not stop a run.
     """
     try:
         return _missed(flow_run, pipeline)
     except (httpx.HTTPError, PrefectException) as error:
-        get_run_logger().warning(f"whether a newer run of the schedule waits is not known: {error}")
+        get_run_logger().warning(f"cannot find out whether a newer run of the schedule waits: {error}")
         return None
 
 
@@ -47,7 +47,9 @@ def _missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(flow_run)
         schedule = _schedule(run)
-        if schedule is None or run.run_count > 1 or run.deployment_id is None or run.expected_start_time is None:  # by hand, or again
+        if (
+            schedule is None or run.run_count > 1 or run.deployment_id is None or run.expected_start_time is None
+        ):  # started by hand, or a retry
             return None
         name = run.created_by.display_value if run.created_by else None
         known = pipeline.schedules.get(name or "")
@@ -66,7 +68,7 @@ def _missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
         waiting = [each for each in runs if _schedule(each) == schedule and each.id != run.id and each.expected_start_time is not None]
         newest = max((each.expected_start_time for each in waiting if each.expected_start_time), default=run.expected_start_time)
         newest = max(newest, run.expected_start_time)
-        message = f"missed: the run of {newest.astimezone():%Y-%m-%d %H:%M} stands for it (catch_up: latest)"
+        message = f"missed: the run of {newest.astimezone():%Y-%m-%d %H:%M} replaces it (catch_up: latest)"
         for each in waiting:
             if each.expected_start_time and each.expected_start_time < newest:
                 client.set_flow_run_state(each.id, Completed(name=SKIPPED, message=message), force=True)
@@ -74,6 +76,6 @@ def _missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
 
 
 def _schedule(run: Any) -> UUID | None:
-    """Which schedule has made a run."""
+    """Return the schedule that created a run, or None."""
     created = run.created_by
     return created.id if run.auto_scheduled and created and created.type == "SCHEDULE" else None

@@ -1,8 +1,8 @@
-"""`tuneline node`: the work of one further machine in a run's stages that train on several (`resources.nodes`).
+"""`tuneline node`: run one more machine in the stages of a run that train on several machines (`resources.nodes`).
 
-The machines share the project's folder and its store. Where a stage wants more than one, the first machine's program says in the
-stage's work folder where it waits (`tasks/launch.py`); this one goes there with the same request. Nothing else passes between
-them: which machines there are is the scheduler's affair (templates for Slurm and kubernetes are in `infra/`).
+The machines share the project's folder and its store. For such a stage the first machine's program writes its rendezvous address into
+the stage's work folder (`tasks/launch.py`), and this machine joins it with the same request. Nothing else passes between them: the
+scheduler allocates the machines (templates for Slurm and Kubernetes are in `infra/`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from flows.folders import work_in
 from flows.machine import visible_gpus
 from flows.run.slots import Slots
 from flows.run.supervisor import Supervisor, program_environment
@@ -31,11 +32,11 @@ from tuneline.workspace.runs import RunRecord
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.workspace import Workspace
 
-POLL = 0.5  # seconds between looks at the shared folder
+POLL = 0.5  # seconds between polls of the shared folder
 
 
 def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
-    """Raises ConfigError where no stage of the pipeline has work for that machine: it would wait for ever."""
+    """Raises ConfigError if no stage of the pipeline has work for that machine, which would wait forever."""
     stages = workspace.loaded.pipeline(pipeline).stages
     most = max((stage.resources.nodes for stage in stages.values() if isinstance(stage, ProgramStage)), default=1)
     if rank >= most:
@@ -45,12 +46,12 @@ def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
 
 
 def command(pipeline: str, file: Path, overrides: Sequence[str]) -> str:
-    """What a further machine is started with, from any folder; its `--rank` goes at the end."""
+    """Return the command that starts another machine, from any folder. `--rank` is to be appended."""
     return shlex.join(["tuneline", "node", pipeline, "--file", str(file), *as_flags(overrides)])
 
 
 def check_flags(workspace: Workspace, record: RunRecord, rank: int) -> None:
-    """Raises ConfigError with every flag that differs from the run's: who gave it means another training."""
+    """Raises ConfigError with every flag that differs from the run's flags."""
     here, there = (as_overrides("", overrides) for overrides in (workspace.loaded.overrides, record.overrides))
     hint = f"`{command(record.pipeline, workspace.loaded.file, record.overrides)} --rank {rank}`"
     problems = []
@@ -65,7 +66,7 @@ def check_flags(workspace: Workspace, record: RunRecord, rank: int) -> None:
 
 @contextmanager
 def only_one(workspace: Workspace, pipeline: str, rank: int) -> Iterator[None]:
-    """Holds the number among the machines of the pipeline, as long as this process lives. Raises ConfigError where another has it."""
+    """Hold the rank among the machines of the pipeline. Raises ConfigError if another process holds it."""
     folder = workspace.home / "nodes"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{pipeline}-{rank}.lock").open("a+", encoding="utf-8") as held:
@@ -82,9 +83,9 @@ def only_one(workspace: Workspace, pipeline: str, rank: int) -> Iterator[None]:
 
 
 def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], None]) -> RunRecord:
-    """Works for the pipeline's run, the one of now or the next; returns its record once it has ended."""
+    """Join the pipeline's current run, or wait for the next one. Returns its record once it has ended."""
     supervisor = Supervisor()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end it in order as Ctrl-C does, and as they end a run
+    for number in (signal.SIGTERM, signal.SIGHUP):  # shut down gracefully, as on Ctrl-C
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
     try:
@@ -93,7 +94,7 @@ def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], N
         say(f"machine {rank} of run {record.run_id}")
         done: set[str] = set()
         while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
-            for work, meeting in _meetings(workspace.home / "work", record):
+            for work, meeting in _meetings(work_in(workspace.home), record):
                 if meeting not in done:
                     done.add(meeting)
                     _join(workspace, record, work, meeting, rank, supervisor, say)
@@ -104,7 +105,7 @@ def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], N
 
 
 def _next_run(workspace: Workspace, pipeline: str, say: Callable[[str], None]) -> RunRecord:
-    told = False
+    announced = False
     while True:
         try:
             record = workspace.runs.get(pipeline, None)
@@ -112,15 +113,17 @@ def _next_run(workspace: Workspace, pipeline: str, say: Callable[[str], None]) -
             record = None
         if record is not None and workspace.runs.alive(record):
             return record
-        if not told:
-            say(f"waits for a run of {pipeline}")
-        told = True
+        if not announced:
+            say(f"waiting for a run of {pipeline}")
+        announced = True
         time.sleep(POLL)
 
 
 def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
-    """Work folders whose first machine waits, and the name of that meeting: written by `tasks/launch.py`, with the time at its end. One
-    from before the run was left by another that was killed."""
+    """Yield the work folders whose first machine waits, with the id of that rendezvous, which ends with its time (`tasks/launch.py`).
+
+    Skips those older than the run: another run that was killed left them.
+    """
     began = datetime.fromisoformat(record.started).timestamp()
     for file in folder.glob("*/rendezvous.json"):
         try:
@@ -134,7 +137,7 @@ def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
 def _join(
     workspace: Workspace, record: RunRecord, work: Path, meeting: str, rank: int, supervisor: Supervisor, say: Callable[[str], None]
 ) -> None:
-    """Takes part in one attempt, until it ends here or its first machine has left it."""
+    """Take part in one attempt until it ends here, or its first machine has left it."""
     try:
         request: Request = Request.read(work / "request.json")
     except FileNotFoundError:
@@ -156,7 +159,9 @@ def _join(
 
     def leave_with_the_first() -> None:
         while not ended.wait(POLL):
-            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(10):  # its end reaches both
+            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(
+                10
+            ):  # the programs may end on their own
                 supervisor.end_all()
 
     watching = threading.Thread(target=leave_with_the_first, daemon=True)

@@ -1,7 +1,7 @@
-"""Ends a flow process whose worker has died.
+"""End a flow process whose worker has died.
 
-A process worker that is killed with -9 leaves its flow processes running: no new worker adopts them, and nothing that a user does in the UI
-reaches them any more. So a flow that runs in a pool watches its parent, and ends in order, as on a SIGTERM, once that is another.
+A process worker that is killed with -9 leaves its flow processes running: no new worker adopts them, and the UI can no longer cancel them.
+So a flow that runs in a pool polls its parent process id, and shuts down gracefully, as on SIGTERM, once that changes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import signal
 import threading
 import time
 
-SECONDS = 1.0  # between two looks
+SECONDS = 1.0  # between two polls
 
 
 def end_with_parent() -> None:
-    """Starts the watch; it ends with the process."""
+    """Start the watch, in a thread that ends with the process."""
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""What the stages of one run share, and who watches it."""
+"""The state that the stages of one run share, and the interface of its reporter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tuneline.workspace.workspace import Workspace
 
 
 class Reporter(Protocol):
-    """Who watches a run: the terminal, or nobody."""
+    """Receives the events of a run: the terminal, or nothing."""
 
     def began(self, run_id: str, page: str | None) -> None: ...
     def started(self, stage: str, message: str) -> None: ...
@@ -39,7 +39,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class NoReporter:
-    """Under a worker nobody looks at a terminal; Prefect has the log."""
+    """Ignores all events: under a worker there is no terminal, and Prefect has the log."""
 
     def began(self, run_id: str, page: str | None) -> None: ...
     def started(self, stage: str, message: str) -> None: ...
@@ -51,7 +51,7 @@ class NoReporter:
 
 @dataclass
 class RunContext:
-    """What the stages of one run share."""
+    """The state that the stages of one run share."""
 
     workspace: Workspace
     pipeline: str
@@ -62,15 +62,15 @@ class RunContext:
     publisher: Publisher
     forced: frozenset[str] = frozenset()
     parameters: dict[str, Any] | None = None
-    """What the flow was called with, where it runs in a pool: then stages with a pool of their own run there."""
+    """The flow's parameters if it runs in a pool: then stages with another pool run there. None otherwise."""
     child_of: str | None = None
-    """In a child: the key that its parent asked for. The run's record is the parent's."""
+    """In a child run: the key that its parent asked for. The parent keeps the run's record."""
     manifests: dict[str, Manifest] = field(default_factory=dict)
-    """Of the stages that gave an artifact: what gates look at."""
+    """Manifests of the stages with an artifact, which gates read."""
     attempts: dict[str, list[float]] = field(default_factory=dict)
     """Seconds of each attempt at a stage that has ended."""
     keys: dict[str, str] = field(default_factory=dict)
-    """Of the stages that came to have one: what a failed one left is under it in the work folder."""
+    """Keys of the stages that have one, which also name their work folders."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _commits_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -80,7 +80,7 @@ class RunContext:
         return self.workspace.loaded.spec.pipelines[self.pipeline].stages
 
     def commit(self, repository_type: str, repository: str, revision: str) -> str:
-        """The same commit for every stage of the run."""
+        """Return the commit of a revision, the same one for every stage of the run."""
         with self._commits_lock:
             wanted = (repository_type, repository, revision)
             if wanted not in self._commits:
@@ -88,19 +88,19 @@ class RunContext:
             return self._commits[wanted]
 
     def resolve(self, stage: ProgramStage) -> ResolvedInputs:
-        """Raises ConfigError, and StageFailed where the hub does not say a commit."""
+        """Resolve the stage's outside inputs. Raises ConfigError, and StageFailed if the hub does not give a commit."""
         try:
             return resolve(self.workspace, stage, self.commit)
         finally:
             self.workspace.memory.save()
 
     def know_commits(self, commits: list[list[str]]) -> None:
-        """Of a parent: [repository type, repository, revision, commit]."""
+        """Take over the commits of the parent: [repository type, repository, revision, commit]."""
         self._commits |= {(kind, repository, revision): commit for kind, repository, revision, commit in commits}
 
     @contextmanager
     def attempt(self, name: str, key: str) -> Iterator[None]:
-        """While a stage's program works: what it waited for before is not its time. The record says so, should the run be killed."""
+        """Time an attempt, without the waiting before it, and keep it in the record on disk in case the run is killed."""
         began, earlier = time.monotonic(), self.attempts.setdefault(name, [])
         record = StageRecord(stage=name, kind=self.stages[name].kind, status="running", key=key, started=datetime.now(UTC).isoformat())
         record.attempts, record.seconds = len(earlier) + 1, round(sum(earlier), 1)
@@ -121,7 +121,7 @@ class RunContext:
         self.reporter.warning(name, message)
 
     def note(self, name: str, status: StageStatus, artifact: Artifact | None = None, message: str = "") -> None:
-        """Keeps how a stage ended, in the record on disk as well."""
+        """Record how a stage ended, report it, and publish the stage's report."""
         stage, attempts = self.stages[name], self.attempts.get(name, [])
         record = StageRecord(stage=name, kind=stage.kind, status=status, key=self.keys.get(name), message=message)
         record.attempts, record.seconds = len(attempts), round(sum(attempts), 1)

@@ -1,7 +1,7 @@
-"""The flow `run-stage`: builds one stage for a run that sits in another pool (`flows/run/child.py`), and nothing else.
+"""The flow `run-stage`: build one stage for a run in another pool (`flows/run/child.py`).
 
-It computes the key again, from the same file and from the inputs in the store, and refuses if it is another: then the two machines do not
-see the same project. It stops itself once its parent has ended, whatever became of the parent's process.
+It computes the key again, from the same file and from the inputs in the store, and fails if the key differs: then the two machines do not
+see the same project. It stops once its parent has ended on the server, whether or not the parent's process still exists.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run_stage(
     commits: list[list[str]] = [],  # noqa: B006
     forced: bool = False,
 ) -> Any:
-    """Builds one stage for a run in another pool, which gives all of these."""
+    """Build one stage for a run in another pool, which passes all parameters."""
     workspace = Workspace(load(Path(file), pipeline, as_sets(overrides), as_sets(variables)), get_run_logger().warning)
     spec = workspace.loaded.pipeline(pipeline)
     record = RunRecord(run_id=run_id, pipeline=pipeline, started="", planned=planned(spec, None), flow_run=flow_run.parent_flow_run_id)

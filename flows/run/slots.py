@@ -1,8 +1,8 @@
-"""What may run at the same time: so many stages of one run, and on each GPU of the machine one stage of any run.
+"""Limit what runs at the same time: a number of stages of one run, and one stage of any run on each GPU of the machine.
 
-A GPU is taken by an flock on a file of its own, `<temporary folder>/tuneline-gpus/<id>`, which every user of the machine may take.
-The program's watchdog inherits it, so it is free again exactly when the last process of the stage is gone, however that happened. Whoever
-wants several takes all of them at once or none: nobody ever holds one and waits for another.
+A GPU is locked by flock on its file `<temporary folder>/tuneline-gpus/<id>`, which every user of the machine may lock. The program's
+watchdog inherits the lock, so the GPU is free exactly when the last process of the stage is gone. A stage takes all of its GPUs
+at once or none, so no stage holds one GPU while it waits for another.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 from tuneline.errors import StageFailed, StageStopped
 
 FOLDER = Path(tempfile.gettempdir()) / "tuneline-gpus"
-POLL = 0.5  # seconds between two looks for a free GPU
+POLL = 0.5  # seconds between two attempts to lock a GPU
 
 
 @dataclass(frozen=True)
 class Taken:
-    """GPUs by their ids, and the descriptors that hold them."""
+    """Ids of GPUs, and the descriptors that hold their locks."""
 
     gpus: list[str]
     descriptors: tuple[int, ...]
@@ -35,7 +35,7 @@ class Taken:
 
 class Slots:
     def __init__(self, stages: int | None, gpus: Sequence[str], folder: Path = FOLDER):
-        """`stages` at once; by default one for each GPU, or one. `gpus` are the ids of those that may be taken."""
+        """`stages`: how many run at once, by default one for each GPU, at least one. `gpus`: ids of the GPUs that may be taken."""
         self._free_stages, self._gpus, self._folder = stages or max(1, len(gpus)), list(gpus), folder
         self._changed = threading.Condition()
 
@@ -48,18 +48,18 @@ class Slots:
         on_wait: Callable[[str], None] = lambda message: None,
         keep_waiting: Callable[[], bool] = lambda: True,
     ) -> Iterator[Taken]:
-        """Waits for a slot and so many GPUs, or just `devices`. `holder` is what others are told who wait for them.
+        """Hold a slot and `gpus` GPUs, of `devices` if given; wait until they are free. `holder`: shown to stages that wait for them.
 
-        Raises StageFailed where the machine has not got them, and once `keep_waiting` says no.
+        Raises StageFailed if the machine lacks them, and StageStopped once `keep_waiting` returns False.
         """
         wanted = self._wanted(gpus, devices)
-        found, told = self._slot_and_gpus(wanted, gpus, holder or {}), ""
+        found, reported = self._slot_and_gpus(wanted, gpus, holder or {}), ""
         while found is None:
             if not keep_waiting():
                 raise StageStopped
             held = self.held_by_others(wanted) if gpus else []
-            if held and told != (told := "; ".join(held)):
-                on_wait(f"waits for {gpus} of GPU {', '.join(wanted)}: {told}")
+            if held and reported != (reported := "; ".join(held)):
+                on_wait(f"waits for {gpus} of GPU {', '.join(wanted)}: {reported}")
             with self._changed:
                 self._changed.wait(POLL)
             found = self._slot_and_gpus(wanted, gpus, holder or {})
@@ -74,14 +74,16 @@ class Slots:
 
     def _wanted(self, gpus: int, devices: Sequence[int] | None) -> list[str]:
         if gpus > len(self._gpus):
-            hint = "set resources.gpus to what there is: 0 runs on the CPU"
+            hint = "set resources.gpus to the number of GPUs that it has; 0 runs on the CPU"
             raise StageFailed("config", f"resources.gpus is {gpus}, but this machine shows {len(self._gpus)}", hint)
         if devices is None:
             return self._gpus
         absent = [str(device) for device in devices if str(device) not in self._gpus]
         if absent:
             shown = ", ".join(self._gpus) or "none"
-            raise StageFailed("config", f"resources.devices names {', '.join(absent)}, but this machine shows {shown}", "name others")
+            raise StageFailed(
+                "config", f"resources.devices names {', '.join(absent)}, but this machine shows {shown}", "name other devices"
+            )
         return [str(device) for device in devices]
 
     def _slot_and_gpus(self, wanted: list[str], gpus: int, holder: dict[str, Any]) -> Taken | None:
@@ -94,7 +96,7 @@ class Slots:
             return found
 
     def _take(self, wanted: list[str], gpus: int, holder: dict[str, Any]) -> Taken | None:
-        """The first so many that are free, or none at all."""
+        """Lock the first `gpus` free ones, or none."""
         ids: list[str] = []
         descriptors: list[int] = []
         for gpu in wanted if gpus else ():
@@ -130,7 +132,7 @@ class Slots:
             return descriptor
 
     def held_by_others(self, gpus: Sequence[str]) -> list[str]:
-        """Who holds which, in words."""
+        """Describe which of the GPUs is held by what."""
         found = []
         for gpu in gpus:
             descriptor = self._open(gpu)
@@ -138,11 +140,10 @@ class Slots:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 with suppress(ValueError, KeyError):
-                    told = json.loads(os.pread(descriptor, 4096, 0))
-                    who = told.get("stage", "another program")
-                    found.append(
-                        f"{gpu} is held by {who} (process {told['pid']}, since {time.strftime('%H:%M', time.localtime(told['since']))})"
-                    )
+                    holder = json.loads(os.pread(descriptor, 4096, 0))
+                    since = time.strftime("%H:%M", time.localtime(holder["since"]))
+                    stage = holder.get("stage", "another program")
+                    found.append(f"{gpu} is held by {stage} (process {holder['pid']}, since {since})")
             finally:
                 os.close(descriptor)
         return found

@@ -1,9 +1,9 @@
-"""The one Prefect task: finds or makes the artifact of a stage.
+"""The Prefect task of a stage: find its artifact in the store or build it.
 
     needs succeeded? -> key -> in the store? -> lock -> in the store now? -> a slot -> program under the watchdog -> publish
 
-Prefect's own cache is off: there is one cache, the store. What a program's death means, and whether it is tried again, is
-decided by failure class (`flows/run/attempts.py`), not by exception type.
+Prefect's own cache is off: the store is the only cache. The failure class (`flows/run/attempts.py`), not the exception type, decides
+whether a stage is retried.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from tuneline.planning.verdict import judge
 from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.reference import REFERENCE, point
 
-PASSED = "passed"  # what a gate hands on
-FAILED = "Failed: "  # a state's name, before the class of the failure
+PASSED = "passed"  # the result of a gate
+FAILED = "Failed: "  # prefix of a state's name, before the failure class
 RETRY_DELAYS = [2.0, 15.0, 60.0, 300.0]  # seconds, by attempt; the last one repeats
 
 
 def stage_task(run: RunContext, name: str) -> Task[[dict[str, Any]], Any]:
-    """The Prefect task of one stage. Its parameter: what each stage that it depends on handed on."""
+    """Return the Prefect task of one stage. Its parameter: the results of its upstream stages by name."""
     stage = run.stages[name]
 
     def stopped_or_final(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
@@ -57,12 +57,12 @@ def stage_task(run: RunContext, name: str) -> Task[[dict[str, Any]], Any]:
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=stage.retries,
-        retry_delay_seconds=0,  # we wait ourselves, so that a stop ends the wait
+        retry_delay_seconds=0,  # `supervise` waits itself, so that a stop ends the wait
         retry_condition_fn=stopped_or_final,
     )
     def supervise(needs: dict[str, Any]) -> Any:
-        # Told with the state in which the stage ends: a tag from the start is a limit that the server is asked about, and a stage
-        # must start while the server is away.
+        # Sent with the final state. A tag from the start would be a concurrency limit that Prefect asks the server about, and a stage
+        # must be able to start while the server is down.
         TaskRunContext.get().task_run.tags = [stage.kind]  # type: ignore[union-attr]
         if task_run.run_count > 1:
             run.supervisor.pause(RETRY_DELAYS[min(task_run.run_count - 2, len(RETRY_DELAYS) - 1)])
@@ -89,14 +89,14 @@ def stage_task(run: RunContext, name: str) -> Task[[dict[str, Any]], Any]:
 
 
 def _show_figures(run: RunContext, name: str) -> None:
-    """Beside the stage's name, where the UI lists the tasks of a run. Told with the state, as the tags are."""
+    """Append the key figures to the task run's name, which the UI lists. Sent with the final state, as the tags are."""
     entry = next((entry for entry in run.record.stages if entry.stage == name), None)
     if entry and (shown := figures(entry)):
         TaskRunContext.get().task_run.name = f"{name}: {shown}"  # type: ignore[union-attr]
 
 
 def _failed(run: RunContext, name: str, error: StageFailed) -> State[Any]:
-    """The state of a stage that is not tried again, named by its class."""
+    """Return the final state of a failed stage, named after its failure class."""
     details = f"\n{error.details}" if error.failure_class == "bug" else ""
     get_run_logger().error(f"{error.failure_class}: {error}{details}")
     run.note(name, "failed", message=f"{error.failure_class}: {error}{details}")
@@ -104,7 +104,7 @@ def _failed(run: RunContext, name: str, error: StageFailed) -> State[Any]:
 
 
 def _of_store(run: RunContext, error: Exception) -> StageFailed | None:
-    """What a full or broken disk, or a store that cannot be used, means to the stage."""
+    """Return the stage's failure if the error comes from the disk or the store, else None."""
     if isinstance(error, StoreError):
         return StageFailed("disk" if disk.is_of_disk(error) else "config", error.message, error.hint)
     if isinstance(error, OSError) and error.errno in disk.NUMBERS:
@@ -132,8 +132,8 @@ def _carry_out(run: RunContext, name: str, stage: Stage, needs: dict[str, Any]) 
     key = run.keys[name] = key_of(document)
     job = Job(name, stage, inputs, resolved, document, key)
     if run.child_of not in (None, key):
-        found = f"found the key {key[:12]}, but the run that asked for the stage computes {(run.child_of or '')[:12]}"
-        raise StageFailed("config", found, "both must see the same files and be of the same version of tuneline: docs/operating.md")
+        found = f"found the key {key[:12]}, expected {(run.child_of or '')[:12]}, which the parent run computes"
+        raise StageFailed("config", found, "both must see the same files and have the same version of tuneline: docs/operating.md")
     artifact = _cached(run, job)
     if artifact is None and run.parameters is not None and stage.pool not in (None, run.workspace.loaded.spec.pipelines[run.pipeline].pool):
         return _build_elsewhere(run, job)
@@ -149,7 +149,7 @@ def _carry_out(run: RunContext, name: str, stage: Stage, needs: dict[str, Any]) 
 
 
 def _build_elsewhere(run: RunContext, job: Job) -> Artifact:
-    """In the stage's own pool, by a child run."""
+    """Build the stage in its own pool, by a child run."""
     name, stage, key = job.name, job.stage, job.key
     wanted = {**(run.parameters or {}), "key": key, "run_id": run.record.run_id, "forced": name in run.forced}
     wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(run.workspace, stage)]
@@ -166,25 +166,28 @@ def _build_elsewhere(run: RunContext, job: Job) -> Artifact:
 
 
 def _cached(run: RunContext, job: Job) -> Artifact | None:
-    """What the store has, unless the stage is to be built again; it is in the run's record before `tuneline gc` can look there."""
+    """Return the artifact from the store, unless the stage is forced.
+
+    Writes it into the run's record under the store's shared lock, so that `tuneline gc` sees it as used.
+    """
     if job.name in run.forced:
         paid = run.workspace.runs.paid(run.pipeline, job.name, job.key, run.record.flow_run)
         if paid is None:
             return None
-        get_run_logger().info(f"`--force`: run {paid}, which was stopped later, has built it again already")
+        get_run_logger().info(f"`--force`: run {paid}, which was stopped later, has rebuilt it already")
     with run.workspace.store.shared_lock():
         artifact = run.workspace.store.find(job.stage.kind, job.key)
         if artifact is not None:
             if (artifact.payload / REFERENCE).exists() and isinstance(job.stage, ModelStage) and job.stage.path:
                 point(artifact.path, Path(job.resolved.files["path"][0]))
-                as_in_key(run, job.stage, job.resolved)  # it vouches for the files as they are now, perhaps hours after the key
+                as_in_key(run, job.stage, job.resolved)  # the files may have changed since the key was computed
             run.note(job.name, "cached", artifact)
     return artifact
 
 
 @contextmanager
 def _lock(run: RunContext, job: Job) -> Iterator[int]:
-    """The key's lock; whoever waits for another run says so, and stops waiting when its own run stops."""
+    """Hold the key's lock. Warns while another run holds it; raises StageStopped if this run is stopped."""
 
     def say() -> None:
         run.warn(job.name, "another run is building the same stage; waiting for it")
@@ -197,11 +200,11 @@ def _lock(run: RunContext, job: Job) -> Iterator[int]:
 
 
 def _slot(run: RunContext, job: Job) -> AbstractContextManager[Taken]:
-    """A slot of the run and the stage's GPUs; whoever waits for another stage's says so."""
+    """Acquire a run slot and the stage's GPUs. Warns while waiting for another stage."""
     holder = {"stage": f"{run.pipeline}/{job.name}", "run": run.record.run_id}
     resources = job.stage.resources
-    say, going_on = partial(run.warn, job.name), lambda: not run.supervisor.stopping
-    return run.slots.taken(resources.gpus, resources.devices, holder, say, going_on)
+    say, keep_waiting = partial(run.warn, job.name), lambda: not run.supervisor.stopping
+    return run.slots.taken(resources.gpus, resources.devices, holder, say, keep_waiting)
 
 
 def _pass_gate(run: RunContext, name: str, stage: GateStage) -> Any:

@@ -1,8 +1,8 @@
-"""Runs programs under the watchdog: log lines and events as they come, timeout, stop, and what can be known of a death.
+"""Run programs under the watchdog: pass on log lines and events, enforce the timeout, stop programs, report how they ended.
 
-Signals reach only the flow's main thread, while stages run in pool threads, so no `finally` of a stage is relied on: the
-flow calls `Supervisor.stop()`, and if the flow itself is killed, the closing of its pipes does the same. If a watchdog is
-killed, its program dies with it, but not what that had started: those are found by WORK in their environment.
+Signals reach only the flow's main thread, while stages run in pool threads. So nothing relies on a `finally` of a stage: the flow
+calls `Supervisor.stop()`, and if the flow is killed, its closed pipes make the watchdogs do the same. If a watchdog is killed, its
+program dies with it, but not that program's children: they are found by WORK in their environment.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tuneline.secrets import mask_file, masked
 from tuneline.workspace.protocol import Event
 
 WATCHDOG = Path(watchdog.__file__)
-POLL = 0.2  # seconds between looks at events and the clock
-WORK = "TUNELINE_WORK"  # in the environment of all that works in a folder, as Jenkins marks the processes of a build
-STRAY_SECONDS = 10  # until a killed process must be gone
+POLL = 0.2  # seconds between polls of events and the clock
+WORK = "TUNELINE_WORK"  # marks every process that works in a folder, by its environment, as Jenkins marks the processes of a build
+STRAY_SECONDS = 10  # after which a killed process must be gone
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended. `stopped` says that we ended it, `oom_killed` that the kernel did."""
+    """How a program ended. `stopped`: we ended it. `oom_killed`: the kernel killed a process of the control group."""
 
     status: int
     stopped: Literal["timeout", "cancelled"] | None
@@ -54,16 +54,16 @@ class Supervisor:
         return self._stopping.is_set()
 
     def pause(self, seconds: float) -> None:
-        """Waits, unless the run is stopped."""
+        """Wait, or return at once if the run is stopped."""
         self._stopping.wait(seconds)
 
     def stop(self) -> None:
-        """Ends every program, with all their descendants, and starts no more; returns when they are gone."""
+        """End every program with all its descendants, and start no more. Returns once they are gone."""
         self._stopping.set()
         self.end_all()
 
     def end_all(self) -> None:
-        """Ends every program, with all their descendants; returns when they are gone."""
+        """End every program with all its descendants. Returns once they are gone."""
         with self._lock:
             live = list(self._live)
         for process in live:
@@ -81,8 +81,11 @@ class Supervisor:
         on_line: Callable[[str], None],
         on_event: Callable[[Event], None],
     ) -> Outcome:
-        """Runs `command` in `folder` until it ends. The watchdog inherits `locks` (the key's, the GPUs'), so that they are free only
-        when the last process is gone. Lines of stdout and stderr go to `on_line` and to folder/log.txt."""
+        """Run `command` in `folder` until it ends.
+
+        The watchdog inherits the descriptors `locks` (of the key and the GPUs), so they are released only when the last process is gone.
+        Lines of stdout and stderr go to `on_line` and to folder/log.txt.
+        """
         end_strays(folder)
         oom_kills = _oom_kills()
         events = _EventTail(folder / "events.jsonl")
@@ -133,23 +136,23 @@ class Supervisor:
         return Outcome(process.returncode, stopped, _oom_kills() > oom_kills)
 
 
-# Beginnings of names: accelerate takes its precision and strategy from such, torch and CUDA the precision of products.
+# Prefixes of variables: accelerate reads its precision and strategy from them, torch and CUDA the precision of matrix products.
 COMPUTING = ("ACCELERATE_", "FSDP_", "TORCHDYNAMO_", "TORCH_ALLOW_TF32", "NVIDIA_TF32_OVERRIDE")
 
 
 def program_environment(work: Path, gpus: list[str]) -> dict[str, str]:
-    """The flow's own, less what is Prefect's, so that no program can talk to the server, and less what would change how it computes
-    without a word in its key."""
+    """Return the flow's environment without Prefect's variables, so that no program can reach the server, and without variables that
+    would change results but are not part of the key."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", *COMPUTING))}
     return kept | {
         "PYTHONPATH": str(PACKAGES_ROOT),
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONHASHSEED": "0",  # some generators of reasoning-gym go by set order
+        "PYTHONHASHSEED": "0",  # some generators of reasoning-gym depend on set order
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves whoever shares the core: trainings stalled
-        "HF_MODULES_CACHE": str(work / "modules"),  # where transformers copies a model's own code to before it runs it
+        "OMP_WAIT_POLICY": "PASSIVE",  # a spinning thread starves other processes on the core: trainings stalled
+        "HF_MODULES_CACHE": str(work / "modules"),  # transformers copies a model's own code there before it runs it
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "DO_NOT_TRACK": "1",
@@ -157,12 +160,12 @@ def program_environment(work: Path, gpus: list[str]) -> dict[str, str]:
 
 
 def end_strays(folder: Path) -> None:
-    """Kills what still works in a folder without a watchdog. Raises StageFailed where it cannot be killed."""
+    """Kill the processes that still work in a folder without a watchdog. Raises StageFailed if one cannot be killed."""
     deadline = time.monotonic() + STRAY_SECONDS
     while strays := _working_in(folder):
         if time.monotonic() > deadline:
             numbers = ", ".join(str(pid) for pid in strays)
-            raise StageFailed("transient", f"processes of an earlier attempt cannot be ended: {numbers}", "end them, then run again")
+            raise StageFailed("transient", f"processes of an earlier attempt cannot be killed: {numbers}", "kill them, then run again")
         for pid in strays:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -180,7 +183,7 @@ def _working_in(folder: Path) -> list[int]:
 
 def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended by itself
+    with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended already
         process.stdin.write(b"e")
         process.stdin.flush()
 
@@ -192,10 +195,10 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 def _pump(stream: IO[bytes], log: Path, on_line: Callable[[str], None]) -> None:
-    """Copies output to the log and hands on whole lines. A progress bar, redrawn by carriage returns, is one line: its last state."""
+    """Copy output to the log and pass whole lines to `on_line`. Of a progress bar, redrawn by carriage returns, pass the last state."""
     with stream, log.open("ab", buffering=0) as file:
         for raw in map(masked, stream):
-            with contextlib.suppress(OSError):  # on a full disk the log ends here, the program goes on until it meets it, too
+            with contextlib.suppress(OSError):  # disk full: the log ends here, the program runs on until it meets the same error
                 file.write(raw)
             line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
             if line.strip():
@@ -203,7 +206,7 @@ def _pump(stream: IO[bytes], log: Path, on_line: Callable[[str], None]) -> None:
 
 
 class _EventTail:
-    """Whole lines appended to events.jsonl since the last look. What a killed program left half-written is passed over."""
+    """Reads the whole lines appended to events.jsonl since the last call. Skips lines that a killed program left unfinished."""
 
     def __init__(self, path: Path):
         self._path, self._position = path, path.stat().st_size if path.exists() else 0
@@ -224,7 +227,7 @@ class _EventTail:
 
 
 def _oom_kills() -> int:
-    """Processes that the kernel has killed for memory in this control group (v2); 0 where it does not say."""
+    """Return how many processes the kernel has OOM-killed in this control group (v2), or 0 if unknown."""
     try:
         group = next(line[3:].strip() for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
         lines = Path(f"/sys/fs/cgroup{group}/memory.events").read_text().splitlines()

@@ -1,8 +1,7 @@
-"""Prefect's settings and small requests to its server, without the seconds that importing Prefect takes.
+"""Read Prefect's settings and make small requests to its server, without importing Prefect, which takes seconds.
 
-A setting is looked for where Prefect looks, in its order: the environment, `.env`, `prefect.toml` and `pyproject.toml` of the current
-folder, the active profile. A test compares what is found with what Prefect finds. What is more than a few requests goes through
-Prefect's own client.
+Settings are read from the same places as Prefect's, in its order: the environment, `.env`, `prefect.toml` and `pyproject.toml` of the
+current folder, the active profile. A test compares the results with Prefect's. Larger exchanges use Prefect's own client.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import Any
 
 from tuneline.errors import ConfigError, Problem
 
-SECONDS = 10.0  # for an answer
+SECONDS = 10.0  # timeout of a request
 URL, AUTH, KEY = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY"
 CERTIFICATES, UNVERIFIED = "PREFECT_API_SSL_CERT_FILE", "PREFECT_API_TLS_INSECURE_SKIP_VERIFY"
 HEADERS = "PREFECT_CLIENT_CUSTOM_HEADERS"
-# Their tables in TOML files; elsewhere they have the names above.
+# Their names in TOML files; elsewhere they have the names above.
 TABLES = {URL: "api.url", AUTH: "api.auth_string", KEY: "api.key", CERTIFICATES: "api.ssl_cert_file", HEADERS: "client.custom_headers"}
 TABLES |= {UNVERIFIED: "api.tls_insecure_skip_verify"}
 
 
 def setting(name: str) -> Any:
-    """The value of one of the settings above; None where it is not set, or set to nothing."""
+    """Return the value of one of the settings above, or None if it is unset or empty."""
     for source in _sources():
         if name in source:
             return source[name] or None
@@ -39,7 +38,7 @@ def setting(name: str) -> Any:
 
 
 def _sources() -> Iterator[Mapping[str, Any]]:
-    """What sets something, the strongest first."""
+    """Yield the sources of settings, highest priority first."""
     yield {name.upper(): value for name, value in os.environ.items()}
     dotenv = _dotenv()
     yield dotenv
@@ -63,14 +62,14 @@ def _dotenv() -> dict[str, Any]:
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    """Empty where it is not there. Raises ConfigError where it cannot be read: what it was to say is not known."""
+    """Read a TOML file, empty if it does not exist. Raises ConfigError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(
-            [Problem("", f"found no TOML that can be read ({error})", "Prefect's settings are read from it", place=str(path))]
+            [Problem("", f"found a file that cannot be read as TOML ({error})", "Prefect's settings are read from it", place=str(path))]
         ) from None
 
 
@@ -84,8 +83,10 @@ def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ask(address: str, body: Any = None) -> Any:
-    """The JSON that the server answers, with Prefect's settings for passwords and TLS. A `body` is sent as JSON. Raises OSError, of which
-    urllib.error.HTTPError is one (closed), and ValueError for an address or an answer that is none."""
+    """Return the server's JSON answer to a GET, or to a POST of `body` as JSON. Uses Prefect's settings for passwords and TLS.
+
+    Raises OSError, of which urllib.error.HTTPError (closed) is a subclass, and ValueError for an invalid address or answer.
+    """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json", **_headers()})
     try:
@@ -108,7 +109,7 @@ def _headers() -> dict[str, str]:
 
 
 def unverified() -> bool:
-    """Whether any certificate will do."""
+    """Return whether certificates are not verified."""
     return str(setting(UNVERIFIED)).lower() in ("1", "true", "t", "yes", "y", "on")
 
 
@@ -123,15 +124,15 @@ def _tls() -> ssl.SSLContext:
 
 
 def admitted(address: str) -> None:
-    """Raises ConfigError where the server refuses our password or key."""
+    """Raises ConfigError if the server rejects our password or key."""
     try:
         ask(f"{address}/flows/name/tuneline")
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
-            return  # 404: there is no such flow, and we may ask
+            return  # 404: no such flow, so the password was accepted
         name = KEY if setting(KEY) and not setting(AUTH) else AUTH
-        found = f"found {'another one' if setting(name) else 'none'} than {address} wants (HTTP {error.code})"
+        found = f"found {'another one' if setting(name) else 'none'}, expected the one that {address} requires (HTTP {error.code})"
         hint = "`export PREFECT_API_KEY=...`" if name == KEY else "`export PREFECT_API_AUTH_STRING=user:password`"
         raise ConfigError([Problem("", found, hint, place=name)]) from None
     except (OSError, ValueError):
-        return  # that it does not answer is said elsewhere
+        return  # reported elsewhere: the server does not answer

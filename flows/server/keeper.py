@@ -1,6 +1,6 @@
-"""Keeps the workers of `tuneline up` at work: starts one again that died, and one for a pool that came into the file later.
+"""Keep the workers of `tuneline up` running: restart one that died, and start one for a pool that was added to the file.
 
-A process of its own, which `up` starts and `down` ends. It ends no worker: a pool may leave the file for a moment, while somebody edits it.
+A separate process, which `up` starts and `down` ends. It ends no worker: a pool may leave the file for a moment while somebody edits it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tuneline.errors import ConfigError, StageFailed
 
 ROLE = "keeper"
 POLL_SECONDS = 2.0
-AGAIN_SECONDS = 60.0  # before a worker that did not start is tried again
+AGAIN_SECONDS = 60.0  # before a worker that did not start is retried
 
 
 def start(loaded: Loaded, folder: Path, state: server_state.State) -> server_state.Process:
@@ -32,9 +32,9 @@ def main() -> None:
     file, folder = Path(sys.argv[1]), Path(os.environ[server_state.UP])
     loaded, seen = None, None
     with server_state.alone(folder):
-        pass  # until `up` has written down who the keeper is
+        pass  # wait until `up` has written the keeper's process id
     while _its_state(folder):
-        with suppress(OSError, ConfigError):  # moved, or half edited: the pools of before count
+        with suppress(OSError, ConfigError):  # moved, or being edited: keep the previous pools
             if (now := file.stat().st_mtime_ns) != seen:
                 seen = now
                 loaded = load(file)
@@ -48,11 +48,11 @@ def main() -> None:
 
 
 def _tend(loaded: Loaded, folder: Path) -> None:
-    """Starts what is missing, where there is a server to work for."""
+    """Start the missing workers if the server answers."""
     state = _its_state(folder)
     if state is None or not workers.missing(loaded, state):
         return
-    with server_state.alone(folder):  # what an `up` or a `down` has changed meanwhile counts
+    with server_state.alone(folder):  # `up` or `down` may have changed the state meanwhile
         state = _its_state(folder)
         if state and answers(state.address):
             os.environ |= server_state.password(folder)
@@ -60,7 +60,7 @@ def _tend(loaded: Loaded, folder: Path) -> None:
 
 
 def _its_state(folder: Path) -> server_state.State | None:
-    """None once this process is not its keeper any more."""
+    """Return the state, or None once this process is no longer its keeper."""
     state = server_state.read(folder)
     return state if state and state.keeper and state.keeper.pid == os.getpid() else None
 

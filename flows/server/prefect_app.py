@@ -1,10 +1,11 @@
-"""Prefect's own server, which saves a new database once it is migrated (`flows.server.migrated`), and with one mend: on SQLite it could
-stand still for a minute.
+"""Prefect's own server with two patches: it saves a new database once it is migrated (`flows.server.migrated`), and it cannot deadlock for
+a minute on SQLite.
 
-A statement that fails ("database is locked") leaves its cursor open, in a cycle with the traceback. The garbage collector frees it later,
-on the event loop's thread, and resets its statement, for which SQLite takes the connection's mutex. If that connection waits for the write
-lock just then, a minute at most, and a transaction of the same loop holds it, each waits for the other, and no request is answered. So the
-cursor of a failed statement is closed at once, by the thread of its connection. (Prefect 3.9.1, SQLAlchemy 2.1.9, aiosqlite 0.22.1.)
+A statement that fails ("database is locked") leaves its cursor open, in a reference cycle with the traceback. The garbage collector frees
+it later, on the event loop's thread, and resets its statement, for which SQLite takes the connection's mutex. If that connection then waits
+for the write lock (a minute at most), and a transaction of the same event loop holds that lock, each waits for the other, and no request is
+answered. So the thread of the connection closes the cursor of a failed statement at once. (Prefect 3.9.1, SQLAlchemy 2.1.9, aiosqlite
+0.22.1.)
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ async def _execute(self: aiosqlite.Cursor, function: Callable[..., Any], *argume
                 self._cursor.close()
             raise
 
-    return await self._conn._execute(run)
+    connection: Any = self._conn  # its _execute has no types
+    return await connection._execute(run)
 
 
 patch(aiosqlite.Cursor, "_execute", _execute)

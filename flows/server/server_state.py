@@ -1,11 +1,11 @@
-"""What `tuneline up` has started and written down, and which of it lives.
+"""The state of `tuneline up`: which processes it has started, and which of them are alive.
 
-    .tuneline/server/state.json   address, database, and the processes by number and start time
+    .tuneline/server/state.json   address, database, and the processes by id and start time
     .tuneline/server/auth         user and password of `up --auth`
-    .tuneline/server/*.log        what they say           .tuneline/server/prefect.db   history, unless `--database` names another
+    .tuneline/server/*.log        logs                    .tuneline/server/prefect.db   history, unless `--database` names another
 
-A process number alone proves nothing: the system gives it to another process later. So it counts only with the start time that
-/proc shows, and what is to be ended is found by UP in its environment, which children inherit, whoever their parent is by now.
+A process id alone proves nothing, because the system reuses it. So it is compared together with the start time that /proc shows. The
+processes to end are found by UP in their environment, which children inherit even if their parent has ended.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from flows.folders import home_of, server_in
 from flows.server.api import AUTH
 
-UP = "TUNELINE_UP"  # in the environment of all that `up` started: the folder of its state
-ROLE = "TUNELINE_ROLE"  # and what it was started as
-FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # in that of a run's process, by Prefect; programs do not inherit it
+UP = "TUNELINE_UP"  # environment variable of all processes that `up` started: the folder of its state
+ROLE = "TUNELINE_ROLE"  # and their role: server, keeper or worker POOL
+FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # set by Prefect for the process of a run; programs do not inherit it
 
 
 class Process(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     pid: int
     started: int
-    """Clock ticks since the machine's start."""
+    """Start time in clock ticks since boot."""
 
     @property
     def alive(self) -> bool:
@@ -41,14 +42,14 @@ class Process(BaseModel):
 class State(BaseModel):
     model_config = ConfigDict(extra="forbid")
     address: str
-    """Of the API."""
+    """Address of the API."""
     database: str | None
-    """Where it lies, without user and password; None for the SQLite file beside this one."""
+    """Address without user and password; None for the SQLite file in the same folder."""
     server: Process
     workers: dict[str, Process] = {}
-    """By pool."""
+    """Workers by pool."""
     keeper: Process | None = None
-    """What starts a worker again that died."""
+    """Restarts workers that died (`flows.server.keeper`)."""
 
     @property
     def ui(self) -> str:
@@ -61,7 +62,7 @@ class State(BaseModel):
 
 @dataclass(frozen=True)
 class Ours:
-    """A process that `up`, or what it started, has started."""
+    """A process that `up` or one of its processes has started."""
 
     pid: int
     role: str
@@ -69,12 +70,12 @@ class Ours:
 
 
 def folder_of(root: Path) -> Path:
-    """Where the state of a project lies, the same one by whatever path the project is reached."""
-    return (root / ".tuneline" / "server").resolve()
+    """Return the folder of a project's state, the same one through every symbolic link to the project."""
+    return server_in(home_of(root)).resolve()
 
 
 def read(folder: Path) -> State | None:
-    """None where nothing is, or nothing that can be read."""
+    """Return the state, or None if there is none or it cannot be read."""
     with contextlib.suppress(OSError, ValidationError):
         return State.model_validate_json((folder / "state.json").read_bytes())
     return None
@@ -87,7 +88,7 @@ def write(folder: Path, state: State) -> None:
 
 
 def password(folder: Path) -> dict[str, str]:
-    """PREFECT_API_AUTH_STRING for the server of `up --auth`, from a file that its user alone may read."""
+    """Return PREFECT_API_AUTH_STRING for the server of `up --auth`, from a file that only its user may read."""
     with contextlib.suppress(OSError):
         return {AUTH: (folder / "auth").read_text(encoding="utf-8")}
     return {}
@@ -100,7 +101,7 @@ def keep_password(folder: Path, text: str) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other `up` or `down` of this project meanwhile."""
+    """Hold the lock of this project's `up` and `down`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -108,7 +109,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def start_time(pid: int) -> int | None:
-    """In clock ticks since the machine's start; None for a process that has ended, collected by its parent or not."""
+    """Return a process's start time in clock ticks since boot, or None if it has ended (also as a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -121,7 +122,7 @@ def process(pid: int) -> Process:
 
 
 def ours(folder: Path) -> list[Ours]:
-    """Everything that works for the `up` of this folder, now."""
+    """Return all processes that were started for the `up` of this folder."""
     mark, found = os.fsencode(f"{UP}={folder}"), []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # gone, or another user's; a zombie has no environment

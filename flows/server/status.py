@@ -1,4 +1,4 @@
-"""`tuneline status`: what runs now. Of this project, from the run records; of its server, runs in progress and those that wait."""
+"""`tuneline status`: the runs in progress from the project's run records, and the unfinished runs on its server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import RunRecord, StageRecord
 from tuneline.workspace.workspace import Workspace
 
-SHOWN = 50  # runs of the server, those in progress first
+SHOWN = 50  # runs of the server
 
 
 @dataclass(frozen=True)
@@ -29,65 +29,66 @@ class Working:
     kind: str
     seconds: float
     progress: str
-    """In words, with the time left; empty until the program has said something."""
+    """A sentence with the time left; empty until the program sends its first event."""
 
 
 @dataclass(frozen=True)
 class OnServer:
-    """A run that the server knows and that has not ended."""
+    """An unfinished run on the server."""
 
     flow_run: str
     name: str
     state: str
     since: str
-    """When it came into this state, or is to start."""
+    """When it entered this state, or is scheduled to start."""
     pool: str
     message: str
-    """Why it waits; else what its state says."""
+    """Why it waits, or else the message of its state."""
 
 
 def working(workspace: Workspace) -> list[Working]:
-    """One row for each stage in progress; a run between two stages has a row without a stage."""
+    """Return a row for each stage in progress. A run between stages has a row without a stage."""
     found = []
     for record in workspace.runs.newest_first():
         if not workspace.runs.alive(record):
             continue
         stages = [stage for stage in record.stages if stage.status == "running"]
         for stage in stages or [StageRecord(stage="", kind="", status="running")]:
-            seconds = stage.seconds or _age(record)
+            seconds = stage.seconds or _elapsed(record)
             progress = _progress(workspace.work(stage.key), stage.stage) if stage.key else ""
             found.append(Working(record.pipeline, record.run_id, record.flow_run, stage.stage, stage.kind, seconds, progress))
     return found
 
 
-def _age(record: RunRecord) -> float:
+def _elapsed(record: RunRecord) -> float:
     return round((datetime.now(UTC) - datetime.fromisoformat(record.started)).total_seconds(), 1)
 
 
 def _progress(work: Path, stage: str) -> str:
     eta = Eta(stage)
-    with contextlib.suppress(OSError):  # not there before the program's first word
+    with contextlib.suppress(OSError):  # no file before the program's first event
         for line in (work / "events.jsonl").read_bytes().splitlines():
-            with contextlib.suppress(ValidationError):  # torn by a kill
+            with contextlib.suppress(ValidationError):  # cut short by a kill
                 eta.take(Event.model_validate_json(line))
     return eta.latest[1].removeprefix(f"{stage}: ") if eta.latest else ""
 
 
 def on_server() -> list[OnServer]:
-    """Runs of pipelines that are in progress, wait or are late, from the server that PREFECT_API_URL names. Raises ConfigError."""
+    """Return the unfinished runs (running, waiting or late) on the server at PREFECT_API_URL. Raises TunelineError."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
     from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
 
-    from flows.server.errors import told_errors
+    from flows.server.errors import server_errors
     from flows.server.waiting import why
 
     unended = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.SCHEDULED, StateType.PAUSED]
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unended)))
-    with told_errors(), get_client(sync_client=True) as client:
+    with server_errors(), get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=SHOWN)
-        return [_row(run, why(client, run)) for run in sorted(runs, key=lambda run: run.state.type == StateType.SCHEDULED)]
+        running_first = sorted(runs, key=lambda run: run.state is not None and run.state.type == StateType.SCHEDULED)
+        return [_row(run, why(client, run)) for run in running_first]
 
 
 def _row(run: Any, waits: str) -> OnServer:

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from flows.report.tables import duration, print_table, table_of
+from flows.report.format import duration
+from flows.report.tables import print_table, table_of
 from flows.server.status import OnServer, Working
 
 
 def status_tables(here: Sequence[Working], there: Sequence[OnServer]) -> None:
-    """Stages in progress; then what the server knows of runs that have not ended."""
+    """Print the stages in progress, then the unfinished runs on the server."""
     if here:
         table = table_of("pipeline", "run", "stage", "kind", "time", "progress")
         for row in here:
-            progress = Text(row.progress or ("starting" if row.stage else "between two stages"))
+            progress = Text(row.progress or ("starting" if row.stage else "between stages"))
             table.add_row(row.pipeline, row.run_id, row.stage, row.kind, duration(row.seconds), progress)
         print_table(table)
     if there:

@@ -1,7 +1,7 @@
 """`tuneline up` and `down`: a lasting Prefect server on loopback, and a worker for each pool of this machine.
 
-Each is a session of its own, so that neither the end of `up` nor that of its terminal ends it. Whoever may log in on this machine can
-reach the server: loopback is all the protection that it has.
+Each process has its own session, so it outlives `up` and its terminal. Every user who can log in on this machine can reach the server:
+without `--auth`, loopback is its only protection.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.watchdog import descendants
 
 PORT = 4200
-FLOW_SECONDS, END_SECONDS = 15.0, 10.0  # for runs to stop their programs (grace: 3 s); for workers and the server to end
+FLOW_SECONDS, END_SECONDS = 15.0, 10.0  # in which runs must stop their programs (grace: 3 s); in which workers and the server must end
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 DATABASES = {"postgresql+asyncpg": "postgresql+asyncpg://user@host/name", "sqlite+aiosqlite": "sqlite+aiosqlite:////folder/file.db"}
 
@@ -30,7 +30,7 @@ DATABASES = {"postgresql+asyncpg": "postgresql+asyncpg://user@host/name", "sqlit
 class Up:
     state: server_state.State
     started: list[str]
-    """What was not there already: `server`, `worker POOL`."""
+    """What was not running already: `server`, `worker POOL`."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Ended:
 
 
 def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None, say: Callable[[str], None]) -> Up:
-    """Starts what is missing. `auth`: what the server is to ask for, as `user:password`.
+    """Start what is not running yet. `auth`: the `user:password` that the server requires.
 
-    Raises ConfigError for a call that does not fit what is there, StageFailed for what does not start.
+    Raises ConfigError if the call contradicts what is running, StageFailed if a process does not start.
     """
     folder, started = server_state.folder_of(loaded.root), []
     loopback_without_proxy()
@@ -55,7 +55,7 @@ def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None,
             server_state.keep_password(folder, auth)
         os.environ |= server_state.password(folder)
         if state is None or not _runs(state):
-            say(f"starting a Prefect server on port {port} (the first one on a machine makes its database: half a minute)")
+            say(f"starting a Prefect server on port {port} (the first start on a machine takes half a minute: it creates the database)")
             before = {"workers": state.workers, "keeper": state.keeper} if state else {}
             state = _start_server(folder, port, database, loaded.spec.history).model_copy(update=before)
             server_state.write(folder, state)
@@ -78,16 +78,16 @@ def _refuse(folder: Path, state: server_state.State | None, port: int, database:
         problems.append(Problem("", found, place="--database"))
     elif state and place != state.database and (place or not _runs(state)):
         found = f"found {place or 'none'}, but the server that `up` started has {state.database or 'a file of its own'}"
-        problems.append(Problem("", found, "name that one, or `tuneline down` first", place="--database"))
+        problems.append(Problem("", found, "use that database, or run `tuneline down` first", place="--database"))
     if auth and state and _runs(state) and server_state.password(folder).get(api.AUTH) != auth:
-        found = "found a password, but the server that `up` has started asks for another one, or for none"
+        found = "found a password, but the server that `up` started uses another one, or none"
         problems.append(Problem("", found, "`tuneline down` first", place="--auth"))
     if state and port != state.port and server_state.ours(folder):
-        found = f"found {port}, but what `up` has started works on port {state.port}"
+        found = f"found {port}, but the server of `up` runs on port {state.port}"
         problems.append(Problem("", found, "`tuneline down` first", place="--port"))
     configured = api.setting(api.URL)
     if configured and configured.rstrip("/") != _address(port):
-        found = f"found {configured}, to which runs would go, not to the server of `up`"
+        found = f"found {configured}: runs would use that server, not the one of `up`"
         problems.append(Problem("", found, "unset it; for that server, `tuneline worker POOL` starts a worker", place="PREFECT_API_URL"))
     if problems:
         raise ConfigError(problems)
@@ -108,24 +108,26 @@ def _without_secrets(database: str) -> str:
 
 def _start_server(folder: Path, port: int, database: str | None, history: str) -> server_state.State:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger do not hold it
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections in TIME_WAIT do not block the port
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            found = f"found {port}, which cannot be listened on ({os.strerror(error.errno or 0)}), expected a free port"
-            raise ConfigError([Problem("", found, f"`tuneline up --port {port + 1}`, or end what holds it", place="--port")]) from None
+            found = f"found {port}, which cannot be bound ({os.strerror(error.errno or 0)}), expected a free port"
+            raise ConfigError(
+                [Problem("", found, f"`tuneline up --port {port + 1}`, or stop the process that uses it", place="--port")]
+            ) from None
     address, log = _address(port), folder / "server.log"
     place = database or f"sqlite+aiosqlite:///{folder}/prefect.db"
-    # Without PREFECT_UI_API_URL the UI calls port 4200, wherever it comes from.
+    # Without PREFECT_UI_API_URL the UI calls port 4200, whatever port serves it.
     settings = {"PREFECT_UI_API_URL": address, "PREFECT_SERVER_UI_ENABLED": "true", **kept(history), **dict.fromkeys(DATABASE, place)}
-    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which deployment has its one run
+    settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] = LEASES  # in memory, a restart would forget which run holds its deployment's slot
     if password := server_state.password(folder).get(api.AUTH):
         settings["PREFECT_SERVER_API_AUTH_STRING"] = password
     if database is None:
         settings |= migrated.prepare(folder / "prefect.db")
     process = workers.spawn(server_command(port), folder, "server", address, log, settings)
     try:
-        wait_for_health(address, process, log, "where the log speaks of the database, see `--database`")
+        wait_for_health(address, process, log, "if the log mentions the database, check `--database`")
     except BaseException:
         process.kill()
         process.wait()
@@ -136,8 +138,10 @@ def _start_server(folder: Path, port: int, database: str | None, history: str) -
 
 
 def down(root: Path) -> list[Ended]:
-    """Ends what `up` started and what that started. Runs in progress are asked to stop their programs in order, and have their say on
-    the server; then workers and the server go. Raises StageFailed for what cannot be ended."""
+    """End all processes of `up`. Runs in progress shut down gracefully and report to the server; then workers and server end.
+
+    Raises StageFailed if a process cannot be ended.
+    """
     folder = server_state.folder_of(root)
     if not folder.is_dir():
         return []
@@ -148,7 +152,7 @@ def down(root: Path) -> list[Ended]:
         keepers = {process.pid for process in found if process.role == keeper.ROLE}
         _signal(keepers, signal.SIGTERM)
         flows = {process.pid for process in found if process.flow_run}
-        _signal(working, signal.SIGSTOP)  # a worker that is told to end kills its runs at once, and until then takes on new ones
+        _signal(working, signal.SIGSTOP)  # on SIGTERM a worker kills its runs at once, and before that it would take new ones
         _signal(flows, signal.SIGTERM)
         _wait(lambda: not flows & _pids(folder), FLOW_SECONDS)
         _signal(working, signal.SIGTERM)
@@ -156,19 +160,19 @@ def down(root: Path) -> list[Ended]:
         _wait(lambda: not _pids(folder) - servers, END_SECONDS)
         _signal(servers, signal.SIGTERM)
         _wait(lambda: not _pids(folder), END_SECONDS)
-        while left := _pids(folder):  # also what was started meanwhile
+        while left := _pids(folder):  # includes processes that started meanwhile
             _signal({*left, *(child for pid in left for child in descendants(pid))}, signal.SIGKILL)
             if not _wait(lambda: not _pids(folder), END_SECONDS):
                 raise StageFailed(
-                    "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "end them, then `tuneline down`"
+                    "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "kill them, then run `tuneline down`"
                 )
         for name in ("state.json", "auth"):
             (folder / name).unlink(missing_ok=True)
-    return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _told(found, working)]
+    return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _reported(found, working)]
 
 
-def _told(found: list[server_state.Ours], working: set[int]) -> list[server_state.Ours]:
-    """Of all that is ours: servers, workers and runs, not the programs below them."""
+def _reported(found: list[server_state.Ours], working: set[int]) -> list[server_state.Ours]:
+    """Return the servers, workers and runs, without the programs below them."""
     return [process for process in found if process.flow_run or process.role == "server" or process.pid in working]
 
 

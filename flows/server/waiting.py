@@ -1,4 +1,4 @@
-"""Why a run on the server does not start: nobody works for its pool, the pool or its queue is paused, or every place is taken."""
+"""Find out why a run on the server does not start: no worker, a paused pool or queue, or a reached concurrency limit."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ HOLDING = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 
 def why(client: SyncPrefectClient, run: FlowRun) -> str:
-    """In words, with the command that helps; empty for a run that has started or is not due yet."""
+    """Return why the run waits, with the command that helps. Empty if it has started or is not due yet."""
     if run.state is None or not run.state.is_scheduled() or run.expected_start_time and run.expected_start_time > datetime.now(UTC):
         return ""
     if run.state.name == "AwaitingConcurrencySlot":
-        return "another run of its deployment works; it starts after that one"
+        return "another run of its deployment is in progress; this one starts after it"
     return of_pool(client, run.work_pool_name, run.work_queue_name) if run.work_pool_name else "it names no pool, so no worker takes it"
 
 
 def of_pool(client: SyncPrefectClient, name: str, queue: str | None) -> str:
-    """Why runs of a pool do not start."""
-    if closed := nobody(client, name):
+    """Return why runs of a pool do not start."""
+    if closed := unserved(client, name):
         return closed
     its = _queue(client, name, queue) if queue else {}
     if its.get("is_paused"):
-        return f"queue {queue} of pool {name} is paused: `prefect work-queue resume {queue} --pool {name}` ends that"
+        return f"queue {queue} of pool {name} is paused: `prefect work-queue resume {queue} --pool {name}` resumes it"
     limits = [("pool", name, client.read_work_pool(name).concurrency_limit), ("queue", queue, its.get("concurrency_limit"))]
     for what, named, limit in limits:
         if limit is not None and _held(client, name, queue if what == "queue" else None) >= limit:
-            return f"every place of {what} {named} is taken ({limit})"
-    return "a worker takes it in a moment"
+            return f"the concurrency limit of {what} {named} is reached ({limit})"
+    return "a worker picks it up shortly"
 
 
-def nobody(client: SyncPrefectClient, pool: str) -> str:
-    """Why nobody works for a pool; empty where a worker is online."""
+def unserved(client: SyncPrefectClient, pool: str) -> str:
+    """Return why no worker serves the pool, or an empty string if one is online."""
     try:
         paused = client.read_work_pool(pool).is_paused
     except ObjectNotFound:
-        return f"the server has no pool {pool}: `tuneline deploy` makes it"
+        return f"the server has no pool {pool}: `tuneline deploy` creates it"
     if paused:
-        return f"pool {pool} is paused: `prefect work-pool resume {pool}` ends that"
+        return f"pool {pool} is paused: `prefect work-pool resume {pool}` resumes it"
     online = any(worker.status.value == "ONLINE" for worker in client.read_workers_for_work_pool(pool))
     return "" if online else f"no worker is online: `tuneline worker {pool}` starts one"
 
@@ -63,7 +63,7 @@ def _queue(client: SyncPrefectClient, pool: str, queue: str) -> dict[str, Any]:
 
 
 def _held(client: SyncPrefectClient, pool: str, queue: str | None) -> int:
-    """Places that runs hold."""
+    """Return the number of concurrency slots that runs hold."""
     holding = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=HOLDING)))
     its = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
     runs = client.read_flow_runs(flow_run_filter=holding, work_pool_filter=its, limit=200)

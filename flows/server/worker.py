@@ -1,6 +1,6 @@
-"""`tuneline worker POOL`: Prefect's worker for a pool of pipelines.yaml, in the foreground, for the machines on which no `up` runs.
+"""`tuneline worker POOL`: run Prefect's worker for a pool of pipelines.yaml in the foreground, on machines without `tuneline up`.
 
-It takes the place of this process, so that systemd and shells watch the worker itself; see infra/systemd/tuneline-worker@.service.
+The worker replaces this process (exec), so that systemd and shells watch the worker itself; see infra/systemd/tuneline-worker@.service.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import sys
 import urllib.error
 from typing import NoReturn
 
+from flows.folders import home_of
 from flows.server.api import ask
 from flows.server.connect import QUIET, connect
 from tuneline.config.load import Loaded
 from tuneline.errors import ConfigError, Problem
 from tuneline.wording import nearest
 
-LIBRARIES = {"docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}  # process workers are Prefect's own
+LIBRARIES = {"docker": "prefect-docker", "kubernetes": "prefect-kubernetes"}  # process workers need only Prefect
 
 
 def run_worker(loaded: Loaded, pool: str) -> NoReturn:
-    """Raises ConfigError where the pool, its library or the server is missing."""
+    """Replace this process with the worker. Raises ConfigError if the pool, its library or the server is missing."""
     pools = loaded.spec.pools
     if pool not in pools:
         allowed = ", ".join(pools) or "none (the file has no `pools`)"
@@ -32,9 +33,9 @@ def run_worker(loaded: Loaded, pool: str) -> NoReturn:
     if library and importlib.util.find_spec(library.replace("-", "_")) is None:
         found = f"found no {library}, which a {kind} worker needs"
         raise ConfigError([Problem(pool, found, f"`pip install {library}` into the environment of tuneline", place="worker")])
-    address = connect(loaded.root / ".tuneline")
+    address = connect(home_of(loaded.root))
     if library and _unknown(address, pool):
-        raise ConfigError([Problem(pool, f"found no such pool on the server at {address}", "`tuneline deploy` makes it", place="worker")])
+        raise ConfigError([Problem(pool, f"found no such pool on the server at {address}", "`tuneline deploy` creates it", place="worker")])
     os.environ |= QUIET
     os.chdir(loaded.root)
     command = worker_command(pool, kind)
@@ -42,16 +43,16 @@ def run_worker(loaded: Loaded, pool: str) -> NoReturn:
 
 
 def worker_command(pool: str, kind: str) -> list[str]:
-    """A process pool that the server does not know yet is made by its worker; the others have settings, which `deploy` gives them."""
+    """Return the worker's command. A process worker creates its pool; other pools have settings, which `tuneline deploy` sets."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind, "--name", socket.gethostname()]
     return command if kind == "process" else [*command, "--install-policy", "never", "--no-create-pool-if-not-found"]
 
 
 def heartbeat(address: str, pool: str) -> str | None:
-    """When this machine's worker for a pool last told the server that it lives."""
+    """Return the time of the last heartbeat of this machine's worker for a pool, or None."""
     try:
         workers = ask(f"{address}/work_pools/{pool}/workers/filter", {})
-    except (OSError, ValueError):  # no such pool yet, or no answer this time
+    except (OSError, ValueError):  # no such pool yet, or no answer
         return None
     return next((worker["last_heartbeat_time"] for worker in workers if worker["name"] == socket.gethostname()), None)
 
@@ -61,4 +62,4 @@ def _unknown(address: str, pool: str) -> bool:
         ask(f"{address}/work_pools/{pool}")
         return False
     except urllib.error.HTTPError as error:
-        return error.code == 404  # whether it lets us in is Prefect's to say
+        return error.code == 404  # Prefect reports other errors, such as a rejected password

@@ -1,4 +1,4 @@
-"""The workers of `tuneline up`: one for each pool of this machine, each a session of its own."""
+"""The workers of `tuneline up`: one for each pool of this machine, each in its own session."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tuneline.config.load import Loaded
 from tuneline.config.pools import ProcessPool
 from tuneline.errors import StageFailed
 
-START_SECONDS = 120  # until a worker has told the server of itself; 5 s on two idle cores
+START_SECONDS = 120  # in which a worker must send its first heartbeat; takes 5 s on two idle cores
 END_SECONDS = 10.0
-POLL_SECONDS = "2"  # between a worker's looks for runs; Prefect's 10 s are felt by whoever waits
+POLL_SECONDS = "2"  # between a worker's polls for runs; Prefect's default of 10 s delays every run
 
 
 def missing(loaded: Loaded, state: server_state.State) -> list[str]:
-    """Pools of this machine for which no worker of ours lives."""
+    """Return the pools of this machine whose worker is not running."""
     local = [name for name, pool in loaded.spec.pools.items() if isinstance(pool, ProcessPool) and pool.local]
     return [name for name in local if name not in state.workers or not state.workers[name].alive]
 
 
 def start(loaded: Loaded, folder: Path, state: server_state.State, say: Callable[[str], object]) -> list[str]:
-    """Starts those that are missing, and writes each down. Returns their pools. Raises StageFailed for one that does not start."""
+    """Start the missing workers and save each in the state. Returns their pools. Raises StageFailed if one does not start."""
     started = []
     for name in missing(loaded, state):
         say(f"starting a worker for the pool {name}{_without_gpus(loaded, name)}")
@@ -40,7 +40,7 @@ def start(loaded: Loaded, folder: Path, state: server_state.State, say: Callable
 
 
 def start_beside(loaded: Loaded, address: str, say: Callable[[str], object]) -> None:
-    """Starts those that are missing, where the server at `address` is that of this project's `up`."""
+    """Start the missing workers if the server at `address` is that of this project's `up`."""
     folder = server_state.folder_of(loaded.root)
     state = server_state.read(folder)
     if state and state.address == address.rstrip("/") and missing(loaded, state):
@@ -50,7 +50,7 @@ def start_beside(loaded: Loaded, address: str, say: Callable[[str], object]) -> 
 
 
 def _without_gpus(loaded: Loaded, pool: str) -> str:
-    """Why its worker may be of no use."""
+    """Return a warning if a stage of the pool requests more GPUs than this machine has."""
     there = len(visible_gpus())
     found = next(((stage, gpus) for stage, gpus, its in gpus_asked(loaded) if its == pool and gpus > there), None)
     return (
@@ -68,7 +68,7 @@ def _start(folder: Path, address: str, pool: str) -> server_state.Process:
         while heartbeat(address, pool) in (None, before):
             if process.poll() is not None or time.monotonic() > deadline:
                 message = f"the worker of the pool {pool} did not start; the end of {log}:\n{tail(log)}"
-                raise StageFailed("bug", message, "`tuneline up` tries again")
+                raise StageFailed("bug", message, "`tuneline up` retries")
             time.sleep(0.2)
     except BaseException:
         process.kill()
@@ -78,7 +78,7 @@ def _start(folder: Path, address: str, pool: str) -> server_state.Process:
 
 
 def end(worker: server_state.Process) -> None:
-    """Of a pool that left the file: it would make the pool again. Its runs end with it, and go on from their checkpoints elsewhere."""
+    """End the worker of a pool that left the file: it would create the pool again. Its runs end with it, and can resume elsewhere."""
     if worker.alive:
         os.kill(worker.pid, signal.SIGTERM)
         deadline = time.monotonic() + END_SECONDS
@@ -87,7 +87,7 @@ def end(worker: server_state.Process) -> None:
 
 
 def spawn(command: list[str], folder: Path, role: str, address: str, log: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
-    """The address of the database may hold a password: it is in the server's environment, and in nothing else."""
+    """Start a process of `up`. Removes the database address from its environment: it may hold a password, and only the server needs it."""
     inherited = {name: value for name, value in os.environ.items() if name not in DATABASE}
     ours = {
         server_state.UP: str(folder),

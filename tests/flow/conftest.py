@@ -18,7 +18,7 @@ from project import Project, python_of
 from tuneline.config.load import load
 from tuneline.workspace.runs import RunRecord
 
-# Python reads it as it starts; a program writes at its end what it has imported, and how many objects its garbage collector passes over.
+# sitecustomize.py: at its end, each program writes which modules it has imported, and how many objects its garbage collector skips.
 SITECUSTOMIZE = """\
 import atexit, gc, json, sys
 from pathlib import Path
@@ -41,13 +41,13 @@ def processes_where_they_are_asked_for(request: pytest.FixtureRequest, monkeypat
 
 @pytest.fixture(scope="session")
 def program_python(runtime_python: Path) -> Path:
-    """Python of the programs, except in `pico_run`, where each kind is a process of its own. A warm one would be named here."""
+    """Python of the programs, except in `pico_run`, where each kind runs in a new process. A warm one would be named here."""
     return runtime_python
 
 
 @pytest.fixture(scope="session")
 def program_runtimes(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, program_python: Path) -> Path:
-    """A folder of runtimes, for TUNELINE_RUNTIMES, whose `torch` is `program_python`."""
+    """Return a folder for TUNELINE_RUNTIMES whose runtime `torch` is `program_python`."""
     real = runtime_python.parents[1]
     runtimes = tmp_path_factory.mktemp("program") / ".tuneline" / "runtimes"
     (runtimes / real.name / "bin").mkdir(parents=True)
@@ -60,8 +60,10 @@ def program_runtimes(tmp_path_factory: pytest.TempPathFactory, runtime_python: P
 
 @pytest.fixture(scope="session")
 def pico_run(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, pico_model: Path, prefect_server: str) -> Project:
-    """Each kind of a real program but grpo, as a process of its own on a pico model. The run was killed with -9 in the middle of its
-    training, and run again. To be copied by who changes it."""
+    """Run each kind of program except grpo on a pico model, kill the run with -9 during its training, and run it again.
+
+    Tests that change the project must copy it.
+    """
 
     def build(root: Path) -> None:
         python, quantize = root / "imports" / "python", root / "imports" / "quantize"
@@ -95,7 +97,7 @@ def demo(project: Project, stand_in: Callable[..., None], monkeypatch: pytest.Mo
 
 @pytest.fixture
 def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RunRecord, Any]]:
-    """Runs the pipeline in this process; returns the record and Prefect's own view of the run."""
+    """Run the pipeline in this process; return the record and Prefect's view of the run."""
     import flows.run.stage
 
     monkeypatch.setattr(flows.run.stage, "RETRY_DELAYS", [0.1])

@@ -1,4 +1,4 @@
-"""Prefect's settings are found where Prefect finds them, and its server is asked with their passwords and TLS."""
+"""Settings are read from where Prefect reads them, and requests use their passwords and TLS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flows.server.connect import connect, find_server
 from tuneline.errors import ConfigError
 
 ENV = "http://env/api"
-# What there is: files by name, and variables.
+# The sources of settings: files by name, and variables.
 CASES: list[dict[str, str]] = [
     {},
     {".env": f"PREFECT_API_URL={ENV}\nPREFECT_API_AUTH_STRING='me:x'"},
@@ -88,21 +88,21 @@ def test_settings_are_those_that_prefect_finds(tmp_path: Path, monkeypatch: pyte
     theirs = json.loads(done.stdout)
     for case, our, their in zip(CASES, ours, theirs, strict=True):
         assert our == [their[0] or None, *their[1:]], case
-    assert sum(their[0] == ENV for their in theirs) == 8  # the cases say something
+    assert sum(their[0] == ENV for their in theirs) == 8  # the cases differ
 
 
 @pytest.mark.slow
 def test_a_settings_file_that_cannot_be_read_is_an_error(project: Project) -> None:
     project.write("version: 1\npipelines: {p: {stages: {d: {kind: dataset, sources: [{type: files, path: x}]}}}}\n")
     project.write("api = [", "prefect.toml")
-    assert project.tuneline("status", status=2).stderr.startswith("prefect.toml: found no TOML that can be read (")
+    assert project.tuneline("status", status=2).stderr.startswith("prefect.toml: found a file that cannot be read as TOML (")
 
 
 # --- requests -------------------------------------------------------------------------------------------------------------
 
 
 class Guarded(http.server.BaseHTTPRequestHandler):
-    """A server that asks for a password and notes what it was asked with."""
+    """A server that requires a password and records the headers of requests."""
 
     seen: list[dict[str, str]]
 
@@ -119,8 +119,8 @@ class Guarded(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(params=["http", "https"])
 def guarded(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
-    """Its address, and the certificate of who signed its own."""
-    before = dict(os.environ)  # to be put back: connecting sets some
+    """Return its address, and the certificate that signed its own."""
+    before = dict(os.environ)  # restored afterwards: connecting sets some
     for name in [name for name in os.environ if name.startswith("PREFECT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(Guarded, "seen", [], raising=False)
@@ -142,7 +142,7 @@ def guarded(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def certify(file: Path) -> None:
-    """A key and a certificate for 127.0.0.1 that it has signed itself."""
+    """Write a key and a self-signed certificate for 127.0.0.1."""
     import ipaddress
 
     from cryptography import x509
@@ -163,9 +163,9 @@ def certify(file: Path) -> None:
     [
         ({"PREFECT_API_AUTH_STRING": "me:x"}, ""),
         ({"PREFECT_API_KEY": "k"}, ""),
-        ({}, "PREFECT_API_AUTH_STRING: found none than"),
-        ({"PREFECT_API_AUTH_STRING": "me:y"}, "PREFECT_API_AUTH_STRING: found another one than"),
-        ({"PREFECT_API_KEY": "j"}, "PREFECT_API_KEY: found another one than"),
+        ({}, "PREFECT_API_AUTH_STRING: found none, expected"),
+        ({"PREFECT_API_AUTH_STRING": "me:y"}, "PREFECT_API_AUTH_STRING: found another one, expected"),
+        ({"PREFECT_API_KEY": "j"}, "PREFECT_API_KEY: found another one, expected"),
     ],
 )
 def test_a_server_is_asked_with_the_password_of_the_settings(
@@ -192,7 +192,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_unless_told(
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", guarded[0])
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:x")
-    with pytest.raises(ConfigError, match="certificate verify failed(?s:.*)hint: PREFECT_API_SSL_CERT_FILE names a file"):
+    with pytest.raises(ConfigError, match="certificate verify failed(?s:.*)hint: PREFECT_API_SSL_CERT_FILE must name a file"):
         connect(tmp_path)
     monkeypatch.setenv("PREFECT_API_TLS_INSECURE_SKIP_VERIFY", "true")
     assert connect(tmp_path) == guarded[0]
@@ -201,7 +201,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_unless_told(
 
 
 def test_a_socks_proxy_does_not_stand_in_the_way_of_loopback(project: Project) -> None:
-    """httpx fails at once, whatever it is to ask, where it meets such a proxy without socksio."""
+    """Without socksio, httpx fails on such a proxy at once, for any address."""
     import httpx
 
     with pytest.MonkeyPatch.context() as patch:

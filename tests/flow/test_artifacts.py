@@ -1,4 +1,4 @@
-"""What is made for Prefect to show: the words beside a progress bar, and the markdown of stages and runs."""
+"""The artifacts in Prefect: the text beside a progress bar, and the markdown of stages and runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_another_phase_counts_anew_and_no_bar_goes_beyond_its_end() -> None:
 
 
 def trained(folder: Path, report: str = "") -> StageRecord:
-    """Its entry; the artifact holds what an sft leaves for people, and a warning that would break a table."""
+    """Return the entry of an sft whose artifact has reports, and a warning that would break a table."""
     key, digest = "ab" * 32, "cd" * 32
     parents = {"model": "model/" + "1" * 64, "dataset": "dataset/" + "2" * 64}
     manifest = {"schema": 1, "kind": "sft", "type": "Adapter", "key": key, "document": {}, "digest": digest, "parents": parents}
@@ -103,9 +103,9 @@ def test_a_failed_stage_says_its_class_hint_and_the_end_of_its_log(tmp_path: Pat
 
 
 def test_secrets_and_length_are_kept_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "not-to-be-told")
-    text = stage_report(PLAN, trained(tmp_path / "artifact", "not-to-be-told " * 20_000), None)
-    assert "not-to-be-told" not in text
+    monkeypatch.setenv("HF_TOKEN", "not-to-be-shown")
+    text = stage_report(PLAN, trained(tmp_path / "artifact", "not-to-be-shown " * 20_000), None)
+    assert "not-to-be-shown" not in text
     assert "*** ***" in text
     assert len(text) < 60_000
     entries = [trained(tmp_path / f"{i}").model_copy(update={"stage": f"sft{i}"}) for i in range(150)]
@@ -116,6 +116,6 @@ def test_secrets_and_length_are_kept_in_bounds(tmp_path: Path, monkeypatch: pyte
     assert "147 more were trained: sft3, " in text
     assert "\n\nRun `r` · `tuneline run p`\n" in text
     assert LONGEST / 2 < len(text) < LONGEST + 100
-    assert text.endswith("What is too long for here stands in the HTML report alone.\n")
+    assert text.endswith("Parts that are too long are only in the HTML report.\n")
     assert str(tmp_path / "r.html") in text
     assert text.count("](data:image") == text.count("=)") + len(re.findall(r"base64,[^)=]+\)", text)), "no picture is cut"

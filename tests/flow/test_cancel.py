@@ -1,4 +1,4 @@
-"""Cancel means cancel, however a run was started and wherever it is cancelled: no process is left, record and server agree."""
+"""Cancelling a run, however it was started and wherever it is cancelled: no process is left, record and server agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mark(demo: Project) -> str:
 
 @pytest.fixture
 def start(demo: Project, stand_in: Callable[..., None], mark: str) -> Callable[..., tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """Starts a run whose first stage sleeps, and waits until it does; also its record, as JSON."""
+    """Start a run whose first stage sleeps, and wait until it does. Also return its record, as JSON."""
 
     def started(**environment: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
         stand_in(one=["sleep"])
@@ -55,11 +55,11 @@ def on_server(flow_run: str) -> Any:
 @pytest.mark.parametrize("by", ["pipeline", "run_id", "flow_run"])
 def test_tuneline_cancel_ends_a_run_on_a_server(demo: Project, start: Callable[..., Any], prefect_server: str, mark: str, by: str) -> None:
     process, run = start()
-    assert demo.tuneline("cancel", run[by]).stderr == f"cancelled {run['run_id']}; run again and it goes on where it was\n"
+    assert demo.tuneline("cancel", run[by]).stderr == f"cancelled {run['run_id']}; run again to resume\n"
     check_cancelled(demo, process, mark)
     assert on_server(run["flow_run"]).is_cancelled()
     again = demo.tuneline("cancel", run[by], status=2).stderr
-    assert again.startswith(f"cancel {run[by]}: found run {run['run_id']} of demo, which has ended (cancelled), expected one that runs")
+    assert again.startswith(f"cancel {run[by]}: found run {run['run_id']} of demo, which has ended (cancelled), expected a run in progress")
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_tuneline_cancel_ends_a_run_with_a_server_of_its_own(demo: Project, star
 def test_a_run_ends_that_is_cancelled_or_deleted_on_the_server(
     demo: Project, start: Callable[..., Any], prefect_server: str, mark: str, how: str
 ) -> None:
-    """As `prefect flow-run cancel`, the UI's button and its Delete do."""
+    """As `prefect flow-run cancel` and the UI's buttons Cancel and Delete do."""
     from prefect.client.orchestration import get_client
     from prefect.states import Cancelling
 
@@ -90,9 +90,9 @@ def test_a_run_ends_that_is_cancelled_or_deleted_on_the_server(
 
 
 def test_what_does_not_run_cannot_be_cancelled(demo: Project) -> None:
-    told = demo.tuneline("cancel", "dmo", status=2, PREFECT_API_URL="").stderr
-    hint = "`tuneline status` shows what runs"
-    assert told == f"cancel dmo: found no such run, expected one that runs: none (there is none)\n\nhint: {hint}\n"
+    stderr = demo.tuneline("cancel", "dmo", status=2, PREFECT_API_URL="").stderr
+    hint = "`tuneline status` shows the runs in progress"
+    assert stderr == f"cancel dmo: found no such run, expected a run in progress: none (there is none)\n\nhint: {hint}\n"
 
 
 @pytest.mark.slow

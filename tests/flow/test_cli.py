@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from processes import PATIENCE, until
 from project import ROOT, Project
 
-from flows.commands.runs import cli
+from flows.commands.main import cli
 
 
 @pytest.fixture(autouse=True)
 def own_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Projects here have none; those of whoever runs the tests are not theirs."""
+    """Projects here have none; the runtimes of the user must not count."""
     monkeypatch.delenv("TUNELINE_RUNTIMES", raising=False)
 
 
@@ -86,7 +86,7 @@ CALLS = [
     (['verify', '--file', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: `tuneline init` in an empty folder writes a file to start from\n'),
     (['run'], "Missing argument 'PIPELINE'.\n\nhint: `tuneline list` names the pipelines of the file\n"),
     (['worker'], "Missing argument 'POOL'.\n\nhint: `tuneline worker --help`\n"),
-    (['run', 'first', 'second'], 'Got unexpected extra argument (second)\n\nhint: `tuneline run PIPELINE --only STAGE` for a stage and what it depends on; fields are set by `--set STAGE.FIELD=VALUE`\n'),
+    (['run', 'first', 'second'], 'Got unexpected extra argument (second)\n\nhint: `tuneline run PIPELINE --only STAGE` runs one stage and its upstream stages; `--set STAGE.FIELD=VALUE` sets a field\n'),
     (['rum'], "No such command 'rum'. Did you mean 'run'?\n\nhint: `tuneline --help`\n"),
     (['run', 'first', '--forse', 'x'], "No such option '--forse'. (Did you mean one of: '--force', '--set', '--verbose'?)\n\nhint: `tuneline run --help`\n"),
     (['plan', 'first', '--set'], "Option '--set' requires an argument.\n\nhint: `tuneline --help`\n"),
@@ -119,7 +119,7 @@ def test_a_missing_data_file_stops_a_run_before_it_starts(project: Project, comm
 
 @pytest.mark.parametrize("arguments", [["validate"], ["plan", "demo"], ["schema"], ["--help"]])
 def test_what_must_answer_at_once_imports_neither_prefect_nor_torch(arguments: list[str]) -> None:
-    program = f"import sys; sys.argv[1:] = {arguments!r}\nfrom flows.commands.runs import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
+    program = f"import sys; sys.argv[1:] = {arguments!r}\nfrom flows.commands.main import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
     assert "tuneline" in loaded
@@ -201,10 +201,10 @@ def test_a_file_missing_by_flag_is_reported_as_the_flags(project: Project) -> No
 @pytest.mark.process
 @pytest.mark.parametrize("module", ["click", "yaml", "pydantic"])
 def test_ctrl_c_while_modules_are_imported_ends_with_a_word(project: Project, module: str) -> None:
-    """A module of that name, found first, sends the signal at the very moment of its import."""
+    """A module of that name, first on the path, sends the signal during its import."""
     project.write("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n", f"first/{module}.py")
     result = project.tuneline("validate", status=130, PYTHONPATH=f"{project.root / 'first'}:{ROOT}")
-    assert (result.stdout, result.stderr) == ("", "interrupted; run again and it goes on where it was\n")
+    assert (result.stdout, result.stderr) == ("", "interrupted; run again to resume\n")
 
 
 RUN = """\
@@ -236,10 +236,10 @@ def test_an_interrupted_run_prints_its_json(two_stages: Project, stand_in: Calla
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
-    told = json.loads(out)
-    assert told["state"] == "cancelled"
-    assert {stage["stage"]: stage["status"] for stage in told["stages"]}["one"] == "done"
-    assert "interrupted; run again and it goes on where it was\n" in err
+    document = json.loads(out)
+    assert document["state"] == "cancelled"
+    assert {stage["stage"]: stage["status"] for stage in document["stages"]}["one"] == "done"
+    assert "interrupted; run again to resume\n" in err
     report = Path(err.splitlines()[-1].removeprefix("report: ")).read_text(encoding="utf-8")
     assert '<span class="state cancelled">' in report
     early = two_stages.start("run", "p", "--json", PREFECT_API_URL="")

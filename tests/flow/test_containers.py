@@ -1,5 +1,5 @@
-"""What infra/ has for containers, as far as it can be tried without an engine: what can be run is run, the rest is held against
-the models of Kubernetes, of docker-py and of Prefect's own workers."""
+"""The container files of infra/, tested without a container engine: commands are run, manifests are validated with the models of
+Kubernetes, docker-py and Prefect's workers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROJECT = Path("/srv/project")
 
 
 def rendered(kind: type[Any], pool: Any, **values: Any) -> Any:
-    """The configuration that a worker makes of the pool's template, with the defaults and a deployment's values."""
+    """Return the configuration that a worker makes from the pool's template, its defaults and a deployment's values."""
     from flows.deploy.pool_templates import base_job_template
 
     return asyncio.run(kind.from_template_and_values(base_job_template(pool, PROJECT), values, client=object()))
@@ -117,7 +117,7 @@ def test_every_variable_of_a_template_is_used_and_every_use_has_its_variable() -
 
 
 def unknown(node: Any, kind: str, path: str = "") -> Iterator[str]:
-    """Where a manifest has a field that its model lacks, or lacks one that it must have."""
+    """Yield the places where a manifest has an unknown field, or lacks a required one."""
     import kubernetes_asyncio.client as models
 
     if inner := re.fullmatch(r"(?:list\[|dict\(str, )(.*)[\])]", kind):
@@ -180,12 +180,12 @@ def test_manifests_name_what_there_is() -> None:
 
 
 def missing_flags(command: list[str]) -> list[str]:
-    """Flags that a command of Prefect or tuneline does not know."""
+    """Return the flags that a command of Prefect or tuneline does not know."""
     words = [word for word in command[: next((i for i, word in enumerate(command) if word.startswith("-")), None)]]
     module = {"prefect": "prefect", "tuneline": "flows"}[words[0]]
     env = {**os.environ, "COLUMNS": "300", "PYTHONPATH": str(ROOT)}
-    told = subprocess.run([sys.executable, "-m", module, *words[1:], "--help"], env=env, capture_output=True, text=True, check=True).stdout
-    return [word for word in command if word.startswith("--") and not re.search(rf"{word}\b", told)]
+    usage = subprocess.run([sys.executable, "-m", module, *words[1:], "--help"], env=env, capture_output=True, text=True, check=True).stdout
+    return [word for word in command if word.startswith("--") and not re.search(rf"{word}\b", usage)]
 
 
 # --- compose --------------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_settings_of_containers_are_prefects() -> None:
 
 
 def steps() -> list[tuple[str, str]]:
-    """(instruction, the rest) of the Dockerfile, continued lines joined."""
+    """Return (instruction, arguments) of the Dockerfile, with continued lines joined."""
     lines = [line for line in (ROOT / "infra" / "docker" / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in joined.splitlines() if line]
@@ -254,7 +254,7 @@ Image = tuple[Path, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """A folder in which the steps of the Dockerfile were run, and its environment. All but the system's packages, its user, and the
+    """Run the steps of the Dockerfile in a folder; return it and its environment. Leaves out the system's packages, the user, and the
     runtimes, which `make setup` builds by the same command."""
     image = tmp_path_factory.mktemp("scratch") / "image"
     (image / "bin").mkdir(parents=True)
@@ -309,7 +309,7 @@ def test_the_image_holds_the_packages_and_their_data(image: Image) -> None:
 def test_the_wheel_works_without_the_clone_beside_packages_of_the_same_names(
     image: Image, tmp_path: Path, runtime_python: Path, pico_model: Path
 ) -> None:
-    """In the environment, on PYTHONPATH and in the current folder. A `torch` of the environment is not the programs': theirs is the runtime's."""
+    """In the environment, on PYTHONPATH and in the current folder. Programs use the runtime's `torch`, not the environment's."""
     folder, env = image
     shadow(packages(folder), "flows", "tasks", "infra", "torch")
     shadow(tmp_path, "flows", "tasks")

@@ -1,4 +1,4 @@
-"""Cron expressions: what `validate` accepts Prefect runs, and what Prefect refuses, or would never run, `validate` does."""
+"""Cron expressions: Prefect runs what `validate` accepts, and `validate` rejects what Prefect rejects or would never run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tuneline import __version__
 
 @pytest.fixture
 def pico(project: Project, stand_in: Callable[..., None], prefect_server: str) -> Iterator[Project]:
-    """A project, and a server that is empty again afterwards."""
+    """A project with a server that is emptied afterwards."""
     project.write(PIPELINES)
     shadow(project.root, "flows", "tasks")
     for name in ("one", "two", "other"):
@@ -155,7 +155,7 @@ def test_what_left_the_file_goes_and_what_is_others_stays(pico: Project) -> None
     }
     planned = pico.json("deploy", "--dry-run")
     assert actions(planned) == expected
-    assert planned["items"][-1]["note"] == "not in the file any more, but used by theirs/theirs"
+    assert planned["items"][-1]["note"] == "no longer in the file, but used by theirs/theirs"
     assert deployed() == before
     assert "4 deleted" in pico.tuneline("deploy").stderr
     assert sorted(deployed()) == ["pico/pico", "theirs/more", "theirs/theirs"]
@@ -228,7 +228,7 @@ def test_stages_of_several_files_share_their_pools_deployment(pico: Project) -> 
             "0 2 * * MOO",
             "pipelines.yaml:14:21: pico.schedules.night.cron: found moo for the day of the week in '0 2 * * MOO', ",
         ),
-        ("  pico:", "  wait:", "pipelines.yaml:8:3: wait: found the name `wait`, which has a meaning of its own in flows/pipeline.py, "),
+        ("  pico:", "  wait:", "pipelines.yaml:8:3: wait: found the name `wait`, which flows/pipeline.py uses itself, "),
         ("{one.seed: 7}", "{one.sed: 7}", "pipelines.yaml:14:94: pico.schedules.night.overrides.one.sed: found the unknown field `sed`"),
     ],
 )
@@ -247,7 +247,7 @@ def test_without_a_server_it_is_said_how_to_have_one(pico: Project) -> None:
 
 
 def test_a_lost_lease_ends_no_run(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Prefect does when the server was started anew: the lease is gone. Prefect's own would end the run after 3 tries."""
+    """After a restart of the server the lease is gone. Prefect's own code would end the run after 3 tries."""
     from prefect import flow, flow_engine
     from prefect.client.schemas.objects import StateDetails
     from prefect.concurrency import _leases
@@ -280,7 +280,7 @@ def test_a_lost_lease_ends_no_run(prefect_server: str, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Project) -> None:
-    """The automations that `deploy` makes, with windows of 10 s instead of minutes; only runs of this file are marked."""
+    """The automations of `deploy`, with windows of 10 s instead of minutes; only runs of this file are marked."""
     from prefect.events import emit_event
     from prefect.events.schemas.automations import AutomationCore
     from prefect.states import Pending, Running
@@ -302,7 +302,7 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
         related = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}]
 
         def silent() -> bool:
-            """After a last sign of life; another one where the server did not know its new automations yet."""
+            """Send a last heartbeat, and another one if the server did not know its new automations yet."""
             for each in (pending, foreign):
                 client.set_flow_run_state(each, Pending(name="Submitting"), force=True)
             emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{lost}"}, related=related)
@@ -321,39 +321,39 @@ def test_a_run_of_which_nothing_is_heard_any_more_is_marked_as_crashed(pico: Pro
 
 @pytest.mark.slow
 def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -> None:
-    def told(*arguments: str) -> str:
+    def refusal(*arguments: str) -> str:
         return pico.tuneline("submit", *arguments, status=2).stderr
 
-    assert told("here").startswith(
+    assert refusal("here").startswith(
         "submit here: found no such deployment on the server, expected none (there is none)\n\nhint: `tuneline deploy` makes one"
     )
     pico.tuneline("deploy")
     known = "other/other, pico/pico, pico/pico-nightly, run-stage/run-stage-boxes"
-    assert told("pico/picoo").startswith("submit pico/picoo: found no such deployment on the server, expected ")
-    assert sorted(told("pico/picoo").split("expected ")[1].split("\n")[0].split(", ")) == known.split(", ")
-    assert told("pco").startswith("pipelines.yaml: found no pipeline `pco`, expected pico, other, here")
-    assert told("pico", "--set", "one.sed=1").startswith("--set one.sed: pico.one.sed: found the unknown field `sed`")
-    assert told("pico", "--force", "on").startswith("--force: found no stage `on` in pico, expected one, two, gate")
-    assert told("pico", "--queue", "nightli") == (
+    assert refusal("pico/picoo").startswith("submit pico/picoo: found no such deployment on the server, expected ")
+    assert sorted(refusal("pico/picoo").split("expected ")[1].split("\n")[0].split(", ")) == known.split(", ")
+    assert refusal("pco").startswith("pipelines.yaml: found no pipeline `pco`, expected pico, other, here")
+    assert refusal("pico", "--set", "one.sed=1").startswith("--set one.sed: pico.one.sed: found the unknown field `sed`")
+    assert refusal("pico", "--force", "on").startswith("--force: found no stage `on` in pico, expected one, two, gate")
+    assert refusal("pico", "--queue", "nightli") == (
         "--queue: found the unknown queue `nightli` of pool `local`, expected interactive, default, nightly\n\nhint: did you mean `nightly`?\n"
     )
     with server() as client:
         client.create_deployment(client.create_flow_from_name("theirs"), "pico", work_pool_name="local")
-    several = told("pico")
+    several = refusal("pico")
     assert several.startswith("submit pico: found 2 deployments of that name, expected one of ")
     assert {"pico/pico", "theirs/pico"} == set(several.split("one of ")[1].split("\n")[0].split(", "))
     assert pico.json("submit", "pico/pico")["state"] == "scheduled"
 
-    # What waits is cancelled by the pipeline's name as well; what a schedule plans ahead is left alone.
+    # A waiting run is cancelled by the pipeline's name too; runs that a schedule plans ahead are not.
     pico.json("submit", "pico/pico")
     both = pico.tuneline("cancel", "pico", status=2).stderr
-    assert both.startswith("cancel pico: found 2 runs of it, expected one of ")
+    assert both.startswith("cancel pico: found 2 runs in progress, expected one of ")
     first, second = both.partition("one of ")[2].partition("\n")[0].split(", ")
     assert pico.tuneline("cancel", first).stderr.startswith(f"cancelled {first}; ")
     assert pico.tuneline("cancel", "pico").stderr.startswith(f"cancelled {second}; ")
     assert pico.tuneline("cancel", "pico", status=2).stderr.startswith("cancel pico: found no such run")
 
     pico.write(PIPELINES, "second.yaml")
-    assert told("pico/pico", "--file", "second.yaml").startswith(
+    assert refusal("pico/pico", "--file", "second.yaml").startswith(
         f"submit pico/pico: found pico/pico, which was deployed from {pico.root}/pipelines.yaml"
     )

@@ -1,4 +1,4 @@
-"""Runs of what `tuneline deploy` made, by a real worker, with a stand-in for the programs."""
+"""Runs of deployments by a real worker, with a stand-in for the programs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def at_work(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> It
 
 @pytest.fixture
 def working(at_work: Project) -> Project:
-    """With nothing built yet."""
+    """A deployed project without artifacts."""
     for path in [*at_work.root.glob("calls-*"), *at_work.root.glob("sleeping-*"), *at_work.root.glob("waiting-*"), at_work.root / "go"]:
         path.unlink(missing_ok=True)
     for name in ("one", "two", "other"):
@@ -136,12 +136,12 @@ def test_a_server_that_does_not_answer_keeps_no_run_from_working(monkeypatch: py
     monkeypatch.setattr(flows.run.missed, "get_client", away)
     monkeypatch.setattr(flows.run.missed, "get_run_logger", lambda: SimpleNamespace(warning=said.append))
     assert flows.run.missed.missed(uuid4(), Pipeline.model_construct()) is None
-    assert said == ["whether a newer run of the schedule waits is not known: no route"]
+    assert said == ["cannot find out whether a newer run of the schedule waits: no route"]
 
 
 @contextmanager
 def resumed(client: Any) -> Iterator[None]:
-    """Resumes the pool `local` and its queue at the end, also for the tests after one that fails."""
+    """Resume the pool `local` and its queue at the end, even after a failed test."""
     from prefect.client.schemas.actions import WorkPoolUpdate
 
     try:
@@ -165,7 +165,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
     with server() as client, resumed(client):
         client.update_work_pool("local", WorkPoolUpdate(is_paused=True))
         run = client.create_flow_run_from_deployment(deployed()["pico/pico"].id, state=Scheduled(scheduled_time=due))
-        paused = "pool local is paused: `prefect work-pool resume local` ends that"
+        paused = "pool local is paused: `prefect work-pool resume local` resumes it"
         assert reason() == paused
         out, err = working.start("doctor", "--json").communicate(timeout=PATIENCE)
         assert out, err
@@ -174,7 +174,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         assert (found["status"], found["message"].split(": ", 1)[1]) == ("warning", paused)
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})
         client.update_work_pool("local", WorkPoolUpdate(is_paused=False))
-        assert reason() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` ends that"
+        assert reason() == "queue interactive of pool local is paused: `prefect work-queue resume interactive --pool local` resumes it"
     until(lambda: state(str(run.id)).is_completed())
 
 
@@ -251,7 +251,7 @@ def test_ctrl_c_leaves_a_watched_run_going_and_says_how_to_end_it(working: Proje
     run_id = out.split()[0]
     assert (
         err.splitlines()[-1]
-        == f"the run goes on; to end it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run_id}"
+        == f"the run continues; to cancel it: PREFECT_API_URL={os.environ['PREFECT_API_URL']} prefect flow-run cancel {run_id}"
     )
     assert state(run_id).is_running()
     watcher = working.start("submit", "pico", "--json", "--watch")  # one place: it waits, and starts when the other has ended

@@ -1,5 +1,5 @@
-"""Trainings in several processes and on several machines by the real commands: what is killed is tried again and goes on, an
-out-of-memory halves the micro-batch, machines meet by the templates of infra/."""
+"""Trainings in several processes and on several machines by the real commands: a killed process is retried and resumes, running
+out of memory halves the micro-batch, machines find each other with the templates of infra/."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pipelines:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory, program_python: Path, pico_model: Path, prefect_server: str) -> Project:
-    """Has run undisturbed, as two plain copies: its curve is what others are compared with, its base and words are in the store."""
+    """A project whose DDP training has run undisturbed: the reference curve. Its base and dataset are in the store."""
     project = make(tmp_path_factory.mktemp("ran") / "project", program_python, pico_model, PIPELINES)
     project.tuneline("run", "pico")
     return project
@@ -83,7 +83,7 @@ def curve(project: Project) -> list[float]:
 
 
 def test_what_kills_one_process_costs_one_attempt(pico: Project, expected: list[float]) -> None:
-    """By ZeRO-2: the stage resumes, and ends as undisturbed plain copies do."""
+    """With ZeRO-2: the stage resumes, and ends like the undisturbed DDP training."""
     mark = f"distributed-{os.getpid()}"
     process = pico.start("run", "pico", "--verbose", "--set", "sft.resources.strategy=zero2", MARK=mark)
     until(lambda: list(pico.root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")), process)
@@ -131,10 +131,7 @@ def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_pyt
     text = (pico.root / "pipelines.yaml").read_text().replace(f'python: "{program_python}"', "python: python")
     pico.write(text)
     done = pico.tuneline("run", "pico", "--verbose", "--force", "sft", *one, "--set", "sft.resources.micro_batch_size=4")
-    assert (
-        done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (tried again with micro_batch_size 2)")
-        == 1
-    )
+    assert done.stderr.count("oom: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB (retried with micro_batch_size 2)") == 1
     assert "sft: started (sft, attempt 2, resumes from step 5)" in done.stderr
     assert "resuming from checkpoint-5" in done.stderr
     assert curve(pico) == pytest.approx(expected, rel=1e-3)
@@ -146,7 +143,7 @@ def test_an_out_of_memory_halves_the_micro_batch_once(pico: Project, runtime_pyt
 
 @pytest.mark.full
 def test_a_disk_that_is_full_ends_all_processes_and_once_there_is_room_it_goes_on(pico: Project) -> None:
-    """There is room for one checkpoint and for log lines, but not for another checkpoint, of which each process writes a part."""
+    """There is space for one checkpoint and for log lines, but not for a second checkpoint, of which each process writes a part."""
     zero = ("--set", "sft.resources.strategy=zero2")
     mark = f"full-{os.getpid()}"
     with small_disk(pico.root / ".tuneline" / "work", "64m") as disk:
@@ -169,7 +166,7 @@ def test_a_disk_that_is_full_ends_all_processes_and_once_there_is_room_it_goes_o
 
 
 def test_other_resources_go_on_or_are_refused_before_anything_starts(pico: Project) -> None:
-    """What a plan says beforehand, a run does: from ZeRO-2 over two processes to ZeRO-1 over one, but not to plain copies."""
+    """Plan and run agree: a training resumes from ZeRO-2 on two processes to ZeRO-1 on one, but not to DDP."""
     process = pico.start("run", "pico", "--set", "sft.resources.strategy=zero2", "--set", "sft.retries=0")
     (marker,) = until(lambda: list(pico.root.glob(".tuneline/work/*/checkpoints/checkpoint-5/complete")), process)
     os.kill(until(lambda: rank(pico, 1), process), signal.SIGKILL)
@@ -206,7 +203,7 @@ wait; exit $status
 
 
 def test_two_machines_train_one_adapter_by_the_template_for_slurm(pico: Project, expected: list[float]) -> None:
-    """A process on the second is killed: both end, and meet again."""
+    """A process on the second machine is killed: both end, and join again."""
     text = (pico.root / "pipelines.yaml").read_text()
     pico.write(text.replace("processes: 2", "processes: 1, nodes: 2").replace("max_steps: 40", "max_steps: 39"))
     pico.write(SRUN, "bin/srun").chmod(0o755)
@@ -232,7 +229,7 @@ def test_two_machines_train_one_adapter_by_the_template_for_slurm(pico: Project,
 
 @pytest.mark.parametrize("machine", [0, 1])
 def test_a_machine_that_goes_away_is_named(pico: Project, machine: int) -> None:
-    """The log has what its peers made of that; terminals have no traceback."""
+    """The log has the errors of its peers; terminals show no traceback."""
     text = (pico.root / "pipelines.yaml").read_text()
     pico.write(text.replace("processes: 2", "processes: 1, nodes: 2").replace("kind: sft,", "kind: sft, retries: 0,"))
     mark = f"machine-{os.getpid()}"
@@ -300,7 +297,7 @@ def test_a_number_is_of_one_machine(project: Project, stand_in: Callable[..., No
     project.write(MACHINES)
     first = project.start("node", "demo", "--rank", "1")
     assert first.stderr is not None
-    assert first.stderr.readline() == "waits for a run of demo\n"
+    assert first.stderr.readline() == "waiting for a run of demo\n"
     refused = project.tuneline("node", "demo", "--rank", "1", status=2).stderr
     assert refused == (
         f"--rank: found 1, which is process {first.pid} on {socket.gethostname()} already, expected a number that no other machine of demo "
@@ -310,13 +307,13 @@ def test_a_number_is_of_one_machine(project: Project, stand_in: Callable[..., No
     first.communicate()
     second = project.start("node", "demo", "--rank", "1")
     assert second.stderr is not None
-    assert second.stderr.readline() == "waits for a run of demo\n"
+    assert second.stderr.readline() == "waiting for a run of demo\n"
     second.kill()
     second.communicate()
 
 
 def test_a_machine_has_the_flags_of_its_run(project: Project, stand_in: Callable[..., None]) -> None:
-    """As Prefect hands them on: the same value in another spelling is the same."""
+    """As Prefect passes them on: the same value in another spelling is equal."""
     project.write(MACHINES.replace("version: 1", "version: 1\nvars: {rows: rows.jsonl}").replace("path: rows.jsonl", 'path: "${rows}"'))
     file, run_flags = project.root / "pipelines.yaml", ("sft.learning_rate=0.001", 'sft.description="one two"')
     runs = Workspace(load(file)).runs
@@ -367,7 +364,7 @@ def test_an_interrupted_machine_ends_as_an_interrupted_run_does(
             resources=config["resources"],
         ).write(work / "request.json")  # fmt: skip
         (work / "rendezvous.json").write_text(json.dumps({"id": f"meeting-{time.time_ns()}"}))
-        earlier = workspace.work("1" * 64)  # of a run that was killed: nobody waits there any more
+        earlier = workspace.work("1" * 64)  # left by a killed run: no process waits there
         shutil.copytree(work, earlier)
         (earlier / "rendezvous.json").write_text('{"id": "meeting-1"}')
     process = project.start("node", "demo", "--rank", "1")
@@ -379,6 +376,6 @@ def test_an_interrupted_machine_ends_as_an_interrupted_run_does(
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert lines == [f"machine 1 of run {record.run_id}\n"]
-    assert err.splitlines()[-1] == "interrupted; run again and it goes on where it was"
+    assert err.splitlines()[-1] == "interrupted; run again to resume"
     assert "Traceback" not in err
     workspace.runs.finish(record, "completed")

@@ -1,7 +1,7 @@
-"""The pages of docs/ that tell people what to type: their commands are run, their code is applied, their output compared.
+"""The pages of docs/ with commands: run them, apply their code, compare their output.
 
-A fenced block names what it is for: ```console holds commands and what they print, ```diff FILE a change of a file, any other with a
-name a new file. Blocks without a name, such as ```sh, are only read. Numbers, keys and folders differ from machine to machine.
+The name of a fenced block says how it is used: ```console has commands and their output, ```diff FILE a change of a file, any other name
+a new file. Blocks without a name, such as ```sh, are skipped. Numbers, keys and folders differ between machines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def blocks(page: str) -> list[Block]:
 
 
 class Reader:
-    """Somebody who does what a page says, in a project folder, with the packages in `packages`."""
+    """Follows a page in a project folder, with the packages in `packages`."""
 
     def __init__(self, project: Path, packages: Path, runtimes: Path):
         self.project, self.packages = project, packages
@@ -74,7 +74,7 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
 
 
 def agree(found: str, expected: str) -> bool:
-    """Line by line, less spaces and what differs between machines; a line `...` stands for any lines."""
+    """Compare line by line, without spaces and what differs between machines; a line `...` matches any lines."""
     lines = [re.escape(plain(line)) if line.strip() != "..." else "(?:.*\n)*?.*" for line in expected.strip().splitlines()]
     return re.fullmatch("\n".join(lines), "\n".join(map(plain, found.strip().splitlines()))) is not None
 
@@ -89,7 +89,7 @@ def plain(line: str) -> str:
 
 
 def change(file: Path, diff: str) -> None:
-    """Lines with `-` or a space are what is there, once; lines with `+` or a space what is there afterwards."""
+    """Apply a diff. Lines with `-` or a space must occur exactly once; lines with `+` or a space replace them."""
     lines = diff.splitlines()
     before, after = ("".join(f"{line[1:]}\n" for line in lines if line[:1] in marks) for marks in ("- ", "+ "))
     text = file.read_text(encoding="utf-8")
@@ -158,7 +158,7 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path, progra
 
 
 def texts() -> str:
-    """Every text that stands in the code, places for values left out, a line each."""
+    """Return all strings of the code, one per line, without the placeholders of values."""
     found = []
     for file in [path for folder in ("flows", "tasks", "tuneline") for path in sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ def test_troubleshooting_speaks_of_messages_that_there_are() -> None:
     said = [message for row in re.findall(r"^\| (`.*?`) \|", by_message, re.M) for message in re.findall(r"`(.*?)`", row)]
     assert len(said) > 25
     known = texts()
-    # What a value stands in for is passed over: `loss is nan` is `{name} is {value}`.
+    # Values are skipped: `loss is nan` matches `{name} is {value}`.
     built = {"loss is nan": "\0 is \0 at step \0"}
     unknown = [message for message in said if not all(part.strip() in known for part in built.get(message, message).split("…"))]
     assert unknown == []

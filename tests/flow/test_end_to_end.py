@@ -1,5 +1,5 @@
-"""From `up` to `down`: two deployed pipelines with schedules, a run by Prefect's own command, and a server that is killed and started
-anew while a stage is at work. Stand-ins are enough for that; the real programs have tests/flow/test_pico.py."""
+"""From `up` to `down`: two deployed pipelines with schedules, a run by Prefect's own command, and a server that is killed and restarted
+while a stage runs. Uses stand-ins; tests/flow/test_pico.py runs the real programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tuneline plan` prints of its estimates: a table for people, JSON for programs, and warnings on stderr with both."""
+"""The estimates of `tuneline plan`: a table or JSON on stdout, and warnings on stderr with both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training by rewards with the real command: vLLM's runtime beside the trainer's, a reward of one's own in the key, its curve in the report."""
+"""A training by rewards with the real command: vLLM's runtime beside the trainer's, a custom reward in the key, its curve in the report."""
 
 from __future__ import annotations
 

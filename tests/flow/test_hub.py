@@ -1,4 +1,4 @@
-"""Looking up what a branch means: against a small hub on loopback, and offline against the local hub cache."""
+"""Resolving a branch to its commit: with a small hub on loopback, and offline with the local hub cache."""
 
 from __future__ import annotations
 

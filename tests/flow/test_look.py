@@ -14,8 +14,8 @@ from project import Project
 
 from flows.commands import meant
 from flows.commands.logs import Followed, shown
+from flows.commands.main import cli
 from flows.commands.options import print_json
-from flows.commands.runs import cli
 from flows.commands.streams import BrokenPipeSafe
 
 
@@ -76,9 +76,9 @@ def test_logs_of_an_ended_run(demo: Project, ended: Any) -> None:
         (["stop"], "`tuneline cancel`"),
         (["version"], "`tuneline --version`"),
         (["start"], "`tuneline run`"),
-        (["train"], "`tuneline run PIPELINE` builds every stage; `--only STAGE` one of kind sft and what it depends on"),
+        (["train"], "`tuneline run PIPELINE` builds every stage; `--only STAGE` builds one of kind sft and its upstream stages"),
         (["run", "demo", "--dry-run"], "`tuneline plan` shows what a run would do"),
-        (["run", "demo", "sft"], "`tuneline run PIPELINE --only STAGE` for a stage and what it depends on"),
+        (["run", "demo", "sft"], "`tuneline run PIPELINE --only STAGE` runs one stage and its upstream stages"),
     ],
 )
 def test_calls_of_other_tools_get_a_hint(project: Project, arguments: list[str], hint: str) -> None:
@@ -138,7 +138,7 @@ def test_a_followed_log_loses_no_line(tmp_path: Path) -> None:
 
 
 def test_a_stream_of_ascii_takes_any_text() -> None:
-    """A pipe under LANG=C, and the name of a file that is no Unicode."""
+    """A pipe under LANG=C, and a file name that is invalid Unicode."""
     written = io.BytesIO()
     stream = BrokenPipeSafe(io.TextIOWrapper(written, encoding="ascii"))
     stream.write("résumé … \udcff")

@@ -1,4 +1,4 @@
-"""The migrated database that new ones begin with: made by the first server, of nothing but migrations, and never in the way."""
+"""The template of new databases: made by the first server, with nothing but migrations in it, and harmless if it is damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows(database: Path, query: str) -> list[Any]:
 
 
 def made(path: Path, name: str = "head") -> Path:
-    """As a template is, but small."""
+    """Write a small database in the form of a template."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(f"CREATE TABLE alembic_version (version_num); INSERT INTO alembic_version VALUES ('{name}')")

@@ -1,5 +1,5 @@
-"""The whole pipeline with the real programs on a pico model, by the real command: killed in the middle of training and run
-again in one folder, undisturbed in another. Both must come to the same digests."""
+"""The whole pipeline with the real programs on a pico model, by the real command: killed during training and run again in one folder,
+undisturbed in another. Both must produce the same digests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pipelines:
       gate:      {kind: gate, require: [{metric: words/answer_recall, of: eval-full, not_below: eval-base}]}
 """
 STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
-# Packages that a program of the kind must not import: it has no use for them, and each makes it start later.
+# Packages that a program of the kind must not import: it does not use them, and each delays its start.
 UNUSED = {
     "model": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval matplotlib",
     "dataset": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval torch accelerate scipy",

@@ -1,6 +1,6 @@
-"""Pools on real processes: stages that run in another pool, GPUs that are waited for, and what dies with what.
+"""Pools on real processes: stages in another pool, waiting for GPUs, and which process ends which.
 
-A server, two workers and a deployed pipeline of stand-ins, once for the module; each test has pipelines of its own in it.
+The module has one server, two workers and a deployed pipeline of stand-ins; each test uses its own pipelines.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def processes(self, *words: str) -> list[int]:
-        """Of this project, whoever started them; with all of the words in their command lines."""
+    def processes(self, *texts: str) -> list[int]:
+        """Return this project's processes with all of the given texts in their command lines."""
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
             with suppress(OSError):
                 environment = Path(f"/proc/{name}/environ").read_bytes()
                 line = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if f"TUNELINE_MARK={self.mark}".encode() in environment and all(word in line for word in words):
+                if f"TUNELINE_MARK={self.mark}".encode() in environment and all(text in line for text in texts):
                     found.append(int(name))
         return found
 
@@ -157,7 +157,7 @@ class Cluster:
         return (self.project.root / f"sleeping-{name}").exists()
 
     def fresh(self, **actions: list[Any]) -> None:
-        """Nothing runs that an earlier test left, no stage is built, and the stand-ins do as they are told from now on."""
+        """End the processes of earlier tests, remove all artifacts, and set what the stand-ins do."""
         root = self.project.root
         self.delete_runs()
         for pid in self.processes("prefect.engine"):
@@ -214,12 +214,12 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
     cluster.fresh(first=["wait"])
     watcher = cluster.project.start("submit", "waiting", "--watch", PREFECT_API_URL=cluster.address)
     assert watcher.stderr is not None
-    told: list[str] = []
+    heard: list[str] = []
 
     def hear(words: str) -> None:
-        while not told or words not in told[-1]:
-            assert (line := watcher.stderr.readline()), told  # type: ignore[union-attr]
-            told.append(line)
+        while not heard or words not in heard[-1]:
+            assert (line := watcher.stderr.readline()), heard  # type: ignore[union-attr]
+            heard.append(line)
 
     hear("first: in pool idle: scheduled, no worker is online: `tuneline worker idle` starts one")
     cluster.start_worker("idle")
@@ -228,7 +228,7 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
     _, err = watcher.communicate(timeout=PATIENCE)
     assert watcher.returncode == 0, err
     for words in ("first: stand-in first: wait", "first: in pool idle: completed", "run Completed"):
-        assert any(line.partition(" ")[2].strip() == words for line in [*told, *err.splitlines()]), (words, told, err)
+        assert any(line.partition(" ")[2].strip() == words for line in [*heard, *err.splitlines()]), (words, heard, err)
 
 
 def test_a_childs_failure_comes_back_with_its_class(cluster: Cluster) -> None:
@@ -252,7 +252,7 @@ def test_a_child_refuses_another_key(cluster: Cluster) -> None:
     state = cluster.end(flow_run)
     assert state.is_failed()
     assert state.message.startswith("config: found the key ")
-    assert "but the run that asked for the stage computes ffffffffffff" in state.message
+    assert "expected ffffffffffff" in state.message
 
 
 def test_cancelling_the_parent_cancels_the_child(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""The server's mend for SQLite, on the library that it mends."""
+"""The server's patch for SQLite, tested on the library that it patches."""
 
 from __future__ import annotations
 

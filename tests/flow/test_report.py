@@ -1,4 +1,4 @@
-"""The report of a run: what it holds against what the artifacts say, what it does not load, and how it looks to a browser."""
+"""The report of a run: its content compared with the artifacts, what it must not load, and its look in a browser."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOSTILE = "<script>document.title = 'owned'</script><img src=\"ADDRESS/img.png\"
 
 
 class Story:
-    """A finished run of the shipped pipeline `demo`, told through the store: no program runs, every file is as they write it."""
+    """A finished run of the shipped pipeline `demo`, with files as the programs write them; no program runs."""
 
     def __init__(self, root: Path):
         self.store, self.runs = Store(root / "store"), Runs(root / "runs")
@@ -77,7 +77,7 @@ class Story:
         )  # fmt: skip
 
     def evaluation(self, name: str, right: list[bool], bits: float) -> None:
-        """Of four rows. The mean's error is that of 0s and 1s; see tasks/scoring/scores.py."""
+        """Four rows. The mean's error is that of 0s and 1s; see tasks/scoring/scores.py."""
         mean = sum(right) / 4
         error = (mean * (1 - mean) / 3) ** 0.5
         metrics = {"dataset0/exact_match": mean, "dataset0/exact_match_stderr": error}
@@ -134,7 +134,7 @@ def page_of(record: RunRecord) -> Page:
     return page
 
 
-# --- what it says ---------------------------------------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------------------------------
 
 
 def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
@@ -159,7 +159,7 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
     assert "From base to sft: 3 of 4 answers became right, 1 became wrong. 4 of 4 shown." in said
     assert "sha256 " + "ab" * 32 in said
     assert "torch 2.13.0" in said
-    assert "adapter sft 300 B" in said
+    assert "adapter sft 300 bytes" in said
     assert "base base 5.0 kB" in said
     assert "merged a <b>bold</b> warning" in said
     assert "0–9 3 10–19 6" in said  # the histogram
@@ -168,7 +168,7 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
 
 def test_a_model_that_was_trained_whole_is_no_adapter(story: Story) -> None:
     story.record.stages[2].document["config"]["method"] = "full"  # type: ignore[index]
-    assert "fine-tuned sft 300 B" in " ".join(page_of(story.record).text.split())
+    assert "fine-tuned sft 300 bytes" in " ".join(page_of(story.record).text.split())
 
 
 def test_what_is_better_and_whether_chance_could_have_done_it(story: Story) -> None:
@@ -235,7 +235,7 @@ def test_a_report_stays_as_the_run_left_it_and_can_be_made_anew(story: Story) ->
 
 
 def test_a_killed_run_shows_what_it_came_to(story: Story) -> None:
-    """As `tuneline show` reads it: nobody was left to write the report, or to say how the run ended."""
+    """As `tuneline show` reads it: no process was left to write the report or the end of the run."""
     page = page_of(story.record.model_copy(update={"state": "killed"}))
     assert page.text.split()[:2] == ["demo", "killed"]
     assert "gate: gate, not run" in page.nodes
@@ -266,7 +266,7 @@ def test_the_first_sentences_of_what_was_not_trained(story: Story) -> None:
     assert headline(stages, columns(stages))[0] == "base was evaluated: exact_match of bookings is 0.25 ± 0.25."
 
 
-# --- where things lie -----------------------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------------------------------
 
 
 def clear(drawn: Graph) -> None:
@@ -430,7 +430,7 @@ class Listener(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def listener() -> Iterator[str]:
-    """Address of a server that notes what is asked of it."""
+    """Return the address of a server that records its requests."""
     Listener.asked.clear()
     with HTTPServer(("127.0.0.1", 0), Listener) as server:
         thread = threading.Thread(target=server.serve_forever)

@@ -77,7 +77,7 @@ def test_a_failure_skips_what_needs_it_and_spares_the_rest(demo: Project, stand_
         "after": "Skipped",
     }
     assert record.stages[0].message == "data: planted data\n\nhint: none"
-    assert len(calls(demo, "one")) == 1  # class data is not tried again
+    assert len(calls(demo, "one")) == 1  # class data is not retried
     assert run()[0].state == "completed"  # and a failure is never cached
 
 
@@ -140,8 +140,7 @@ def test_a_stage_whose_watchdog_is_killed_is_tried_again_alone(
     record, _ = run("one.retries=0", force=["one"])
     killer.join()
     assert (
-        record.stages[0].message
-        == "transient: the program's watchdog was ended by signal 9\n\nhint: within `retries` it is tried once more"
+        record.stages[0].message == "transient: the program's watchdog was ended by signal 9\n\nhint: it is retried once, within `retries`"
     )
 
 
@@ -163,7 +162,7 @@ def test_out_of_memory_halves_the_micro_batch_down_to_one(demo: Project, stand_i
     record, _ = run("scored.retries=9")
     assert [call["micro"] for call in calls(demo, "evaluate")] == [4, 2, 1]
     assert record.state == "failed"
-    record, _ = run()  # what was learnt is kept
+    record, _ = run()  # failed attempts are kept
     assert [call["micro"] for call in calls(demo, "evaluate")][3:] == [1]
     assert "planted oom" in record.stages[1].message
 
@@ -203,7 +202,7 @@ def test_a_file_that_changes_while_it_is_read_is_never_stored(
     record, _ = run()
     assert statuses(record)["one"] == "failed"
     assert "files that the stage reads have changed since the run began" in record.stages[0].message
-    # What `other` read is not known, so it does not count; but the stage does not fail.
+    # What `other` read is unknown, so it is discarded; but the stage does not fail.
     assert statuses(record)["other"] == "done"
     assert len(calls(demo, "other")) == 2
     demo.write("one", "one.txt")
@@ -266,7 +265,7 @@ def test_a_full_disk_is_told_from_a_bug_of_ours(
     assert record.stages[0].message.startswith(message)
 
 
-# --- the real command, in a process of its own ----------------------------------------------------------------------------
+# --- the real command, in a new process -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -373,7 +372,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
 
 @pytest.mark.slow
 def test_a_force_is_paid_once(demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], mark: str) -> None:
-    """Called again after a kill, it takes what it has built; called again after its end, it builds again."""
+    """Called again after a kill, it reuses what it has built; called again after its end, it rebuilds."""
     force = ("--force", "one", "--force", "two")
     run()
     stand_in(two=["ok", "sleep"])
@@ -406,7 +405,7 @@ def test_a_force_goes_on_with_what_it_began(tmp_path: Path) -> None:
     work, checkpoint = tmp_path / "key", tmp_path / "key" / "checkpoint"
 
     def left(run: str, tried: bool = False) -> bool:
-        """Whether a checkpoint is left once the run begins."""
+        """Return whether a checkpoint is left once the run begins."""
         work.mkdir(exist_ok=True)
         checkpoint.touch()
         forced.begin(work, record(run), tried)
@@ -460,7 +459,7 @@ def test_a_second_interrupt_ends_the_run_at_once(demo: Project, stand_in: Callab
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert "stopping; Ctrl-C again ends it at once" in err
+    assert "stopping; press Ctrl-C again to stop at once" in err
     assert gone(mark)
     assert demo.json("show", "demo")["state"] == "cancelled"
 
@@ -478,7 +477,7 @@ def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: C
                 os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
-    assert "Prefect: warning: the Prefect server has ended; the stages go on without it" in err
+    assert "Prefect: warning: the Prefect server has ended; the stages continue without it" in err
     assert "does not answer and has not heard how this run ended" in err
     assert "Traceback" not in err
     assert "Error logging to API" not in err
@@ -490,7 +489,7 @@ def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: C
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [4, pytest.param(8, marks=pytest.mark.full)])
 def test_runs_at_once_build_each_stage_once(demo: Project, stand_in: Callable[..., None], prefect_server: str, number: int) -> None:
-    """One of four has a server of its own."""
+    """One of four runs has its own server."""
     stand_in(**{name: ["slow"] for name in ("one", "two", "other", "after")})
     own_server = {"PREFECT_API_URL": ""}
     runs = [demo.start("run", "demo", "--json", **(own_server if i % 4 == 0 else {})) for i in range(number)]
@@ -508,7 +507,7 @@ def test_runs_at_once_build_each_stage_once(demo: Project, stand_in: Callable[..
 
 @pytest.mark.slow
 def test_a_busy_server_is_waited_for(demo: Project, prefect_server: str) -> None:
-    """Prefect on SQLite answers 503 while others write; its client gives up after a few tries (here the first), and ends in a traceback."""
+    """Prefect on SQLite answers 503 while others write. Its client gives up after a few tries (here the first) with a traceback."""
     refused, port = 0, int(prefect_server.split(":")[2].split("/")[0])
 
     def pipe(source: socket.socket, target: socket.socket, guarded: bool) -> None:

@@ -1,4 +1,4 @@
-"""Secrets: a program tells its token in every way that it has, and it is looked for everywhere."""
+"""Secrets: a program writes its token to every output, and the tests look for it in every file and on the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKEN = "hf_" + "aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3z"
 
 
 def files_with(folder: Path, secret: str) -> list[Path]:
-    """Files that hold it: as it is, escaped, or packed."""
+    """Return the files that hold the secret: plain, escaped, or compressed."""
     needles = {secret.encode(), json.dumps(secret)[1:-1].encode()}
     found, seen = [], 0
     for path in folder.rglob("*"):
@@ -65,7 +65,7 @@ def test_a_token_is_found_nowhere(
     assert files_with(demo.root, TOKEN) == []
     shown = capfd.readouterr()
     assert TOKEN not in shown.out + shown.err
-    # That it was told at all, and the rest of what was said is still there:
+    # The token was written, and the rest of the text is still there:
     folder = Path(record.stages[0].artifact or "")
     assert "cannot reach https://user:***@hub" in (folder / "meta" / "log.txt").read_text()
     assert "the token *** is old" in (folder / "meta" / "events.jsonl").read_text()
@@ -99,7 +99,7 @@ def test_a_token_in_the_file_or_a_flag_is_refused(demo: Project) -> None:
     )
     demo.write(text)
     with pytest.raises(ConfigError, match=r"^--set one\.description: found the value of WANDB_API_KEY, expected no secrets: Prefect shows"):
-        load(demo.root / "pipelines.yaml", "demo", ["one.description=x-not-told-1"], environment={"WANDB_API_KEY": "not-told-1"})
+        load(demo.root / "pipelines.yaml", "demo", ["one.description=x-not-shown-1"], environment={"WANDB_API_KEY": "not-shown-1"})
     with pytest.raises(ConfigError, match=r"^--set one\.description: demo\.one\.description: found a token, expected none"):
         load(demo.root / "pipelines.yaml", "demo", [f"one.description={TOKEN}"], environment={})
 

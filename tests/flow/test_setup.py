@@ -1,4 +1,4 @@
-"""`tuneline setup` without an index: wheels of a folder."""
+"""`tuneline setup` without an index, from a folder of wheels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def wheel(folder: Path, name: str, *needs: str) -> None:
 
 
 def test_only_torch_brings_packages_that_the_lock_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock resolved with a CPU build names none of CUDA's; what else a lock leaves out is left out on purpose."""
+    """A lock resolved with a CPU build lacks CUDA's packages; other packages are left out of a lock on purpose."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     wheel(wheels, "torch", "cudalibrary==1.0")

@@ -1,4 +1,4 @@
-"""Slots and GPUs of one run, and the progress bar that never keeps a supervisor waiting."""
+"""Slots and GPUs of one run, and the progress artifact, which never blocks a supervisor."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def test_pinned_devices_are_those_that_are_taken(tmp_path: Path) -> None:
 
 
 def test_several_are_taken_at_once_or_not_at_all(tmp_path: Path) -> None:
-    """Two runs that want both GPUs, and each would hold one: nobody waits for ever."""
+    """Two runs want both GPUs, and each could hold one: neither waits forever."""
     first, second = Slots(None, ["0", "1"], tmp_path), Slots(None, ["0", "1"], tmp_path)
-    told: list[str] = []
+    heard: list[str] = []
     with first.taken(1, holder={"stage": "demo/sft"}):
-        waiting = threading.Thread(target=lambda: second.taken(2, on_wait=told.append, keep_waiting=lambda: not done).__enter__())
+        waiting = threading.Thread(target=lambda: second.taken(2, on_wait=heard.append, keep_waiting=lambda: not done).__enter__())
         done: list[bool] = []
         waiting.start()
-        while not told:
+        while not heard:
             time.sleep(0.01)
-        assert re.fullmatch(rf"waits for 2 of GPU 0, 1: 0 is held by demo/sft \(process {os.getpid()}, since \d\d:\d\d\)", told[0])
-        with first.taken(1) as taken:  # what the waiting one could not use is free for others
+        assert re.fullmatch(rf"waits for 2 of GPU 0, 1: 0 is held by demo/sft \(process {os.getpid()}, since \d\d:\d\d\)", heard[0])
+        with first.taken(1) as taken:  # the GPU that the waiting run did not get is free for others
             assert taken.gpus == ["1"]
     waiting.join(30)
     assert not waiting.is_alive()
@@ -173,7 +173,7 @@ def test_the_last_progress_is_published(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_updates_become_rarer_the_longer_a_stage_works() -> None:
-    """Each is an event that the server keeps."""
+    """Each update is an event that the server stores."""
     moment, updates = 0.0, 0
     while moment < 36_000:
         moment += progress.pause(moment, progress.SECONDS)

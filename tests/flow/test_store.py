@@ -1,5 +1,5 @@
-"""The store, by the real command: damage, full and read-only disks, places that are none, and `tuneline gc`. Everything here
-happens in folders whose names have spaces and letters beyond ASCII."""
+"""The store, by the real command: damage, full and read-only disks, invalid folders, and `tuneline gc`. All folders here have names
+with spaces and non-ASCII letters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def p(project: Project, stand_in: Script) -> Project:
 
 @pytest.fixture
 def disk(p: Project) -> Iterator[Path]:
-    """The store on a disk of its own, of 4 MB."""
+    """The store on a separate disk of 4 MB."""
     with small_disk(p.root / "störe mit Leer", "4m") as folder:
         yield folder
 
@@ -130,7 +130,7 @@ def test_damage_is_found_at_the_next_hit_or_by_verify_and_built_again(project: P
     ],
 )  # fmt: skip
 def test_a_full_store(p: Project, stand_in: Script, disk: Path, action: str, said: str) -> None:
-    """`fill`: the program meets it and cannot say so; `brim`: we do, when the artifact is to be written."""
+    """`fill`: the program hits the full disk and cannot write its failure; `brim`: the flow hits it when it writes the artifact."""
     fill(disk / "somebody else's")
     refused = p.tuneline("run", "p", status=2)
     assert refused.stderr.startswith(f"the disk of the store {disk} is full: 0 bytes are free\n\nhint: `tuneline gc` frees ")
@@ -143,7 +143,7 @@ def test_a_full_store(p: Project, stand_in: Script, disk: Path, action: str, sai
     assert re.match(said, message), message
     assert str(disk) in message
     assert "hint: `tuneline gc` frees what no kept run needs; or move to a larger disk, the store alone by `store:`" in message
-    assert calls(p, "two") == 1  # trying again would not help
+    assert calls(p, "two") == 1  # a retry would not help
     assert visible(disk) == [artifacts(failed)["one"]]
     assert list((disk / ".building").iterdir()) == []
     assert p.tuneline("verify").stderr == "1 artifacts, 0 damaged\n"
@@ -151,7 +151,7 @@ def test_a_full_store(p: Project, stand_in: Script, disk: Path, action: str, sai
 
 
 def test_a_full_workspace(p: Project) -> None:
-    """Its run records, its logs and Prefect's database have no room."""
+    """There is no space for run records, logs and Prefect's database."""
     with small_disk(p.root / ".tuneline", "20m") as home:
         fill(home / "filler")
         failed = p.tuneline("run", "p", status=2)
@@ -164,7 +164,7 @@ def test_a_full_workspace(p: Project) -> None:
 
 @pytest.mark.slow
 def test_a_workspace_that_fills_up_while_a_run_goes_on(p: Project, stand_in: Script) -> None:
-    """Checkpoints take all there is: no log line, no record and no line of Prefect's has room, until the run gives its ballast."""
+    """Checkpoints fill the disk: there is no space for logs, records or Prefect's database until the run deletes its ballast file."""
     stand_in(two=["hoard"])
     with small_disk(p.root / ".tuneline", "40m") as home:
         failed = p.tuneline("run", "p", "--json", status=1, PREFECT_API_URL="")
@@ -290,7 +290,7 @@ def test_gc_removes_what_no_kept_run_needs_and_show_says_so(p: Project) -> None:
 
 @pytest.mark.slow
 def test_gc_does_not_disturb_a_run_that_goes_on(p: Project, stand_in: Script) -> None:
-    """The stage before is done, the next is at it; a run of another pipeline is not there to keep anything."""
+    """The first stage is done, the next one runs; no run of another pipeline keeps anything."""
     stand_in(two=["wait"])
     process = p.start("run", "p", "--json")
     until((p.root / "waiting-two").exists, process)

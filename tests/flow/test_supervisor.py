@@ -1,4 +1,4 @@
-"""The supervisor and its watchdog: whatever happens to whom, no process is left."""
+"""The supervisor and its watchdog: whichever process ends or is killed, no process is left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flows.run.supervisor import WATCHDOG, WORK, Outcome, Supervisor, program_en
 from flows.server.connect import listens
 from tuneline.workspace.protocol import Event, Events
 
-# Marks our processes in /proc, so that a test looks at its own alone.
+# Marks our processes in /proc, so that a test looks only at its own.
 TREE = 'sleep 1000 & (setsid sleep 1000 &) ; trap "" TERM; echo up; while true; do sleep 1; done'
 
 
@@ -35,7 +35,7 @@ def run(
     timeout: float | None = None,
     once_up: Callable[[], None] = lambda: None,
 ) -> tuple[Outcome, list[str], list[Event]]:
-    """`once_up` is called in a thread of its own once the script says so."""
+    """Run a script under the supervisor. Calls `once_up` in a thread once the script is up."""
     lines: list[str] = []
     events: list[Event] = []
 
@@ -142,7 +142,7 @@ def test_the_death_of_the_watchdog_is_noticed(tmp_path: Path, mark: str) -> None
 
     outcome, _, _ = run(tmp_path, mark, TREE, once_up=kill)
     assert outcome.status == -signal.SIGKILL
-    assert not marked(mark)  # the program goes with it, and what that had started
+    assert not marked(mark)  # the program ends with it, and so do its children
 
 
 def test_what_an_earlier_attempt_left_is_ended_before_the_next_starts(tmp_path: Path, mark: str) -> None:

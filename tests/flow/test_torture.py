@@ -1,9 +1,9 @@
-"""Kills the real `tuneline run` with SIGKILL at random moments, over and over, and looks at what is left.
+"""Kill the real `tuneline run` with SIGKILL at random moments, repeatedly, and check what is left.
 
 After every kill: nothing half-written is in the store, the next run completes, its digests are those of an undisturbed run,
-no process is left and no lock is held. `make torture KILLS=500 SEED=7` runs as many as one likes; a failure prints its seed.
-By itself it kills each target once among stand-ins, and two among the real programs, which take much longer. The seed is then the
-commit's: every commit meets other moments, and the same ones when it is tested again.
+no process is left and no lock is held. `make torture KILLS=500 SEED=7` sets the number of kills; a failure prints its seed. By default
+each target is killed once among stand-ins, and two among the real programs, which take much longer. The default seed is the
+commit's: each commit is tested at different moments, and at the same ones when it is tested again.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ pipelines:
 
 
 class Torture:
-    """One project that is killed and run again, round by round."""
+    """A project that is killed and run again in each round."""
 
     def __init__(self, project: Project, pipeline: str, most: int, dice: random.Random):
-        """`most`: so many stages are to be made again in a round."""
+        """`most`: number of stages to rebuild in a round."""
         self.project, self.pipeline, self.most, self.dice = project, pipeline, most, dice
         self.mark = f"torture-{pipeline}-{os.getpid()}"
         started = time.monotonic()
@@ -82,7 +82,7 @@ class Torture:
         return {stage.stage: stage.digest for stage in record.stages}
 
     def kill_and_look(self, **environment: str) -> None:
-        """Takes artifacts away, starts a run, kills, looks, and runs again. Not counted where the run was over before the kill."""
+        """Remove artifacts, start a run, kill it, check, and run again. Not counted if the run ended before the kill."""
         artifacts = list(self.workspace.store.artifacts())
         missing = self.dice.sample(artifacts, self.dice.randint(1, self.most))
         for folder in missing:
@@ -121,7 +121,7 @@ class Torture:
         assert not list((self.workspace.home / "runs").glob("*.lock"))
 
     def kill(self, target: str, process: subprocess.Popen[str]) -> int:
-        """SIGKILLs the target, once there is one; how many processes."""
+        """Kill the target with SIGKILL once it exists. Returns the number of killed processes."""
         victims = [process.pid] if target in ("flow", "tree") and process.poll() is None else []
         if target == "tree":
             victims += marked(self.mark)
@@ -140,17 +140,17 @@ class Torture:
             victims = marked(self.mark) if target == "tree" else []
         return count
 
-    def programs(self, *words: str) -> list[int]:
-        """Our processes that work on a request and have one of the words in their command line."""
+    def programs(self, *texts: str) -> list[int]:
+        """Return our processes that work on a request and have one of the texts in their command line."""
         lines = {pid: command(pid) for pid in marked(self.mark)}
         return [
             pid
             for pid, line in lines.items()
-            if "request.json" in line and any(word in line for word in words) and ("watchdog.py" in words or "watchdog.py" not in line)
+            if "request.json" in line and any(text in line for text in texts) and ("watchdog.py" in texts or "watchdog.py" not in line)
         ]
 
     def look(self) -> None:
-        """Every byte of the store is as its manifest says, and nobody holds a lock once all processes are gone."""
+        """Check that every byte of the store matches its manifest, and that no lock is held once all processes are gone."""
         store: Store = self.workspace.store
         for folder in store.artifacts():
             problem, _ = store.inspect(folder, full=True)
@@ -205,7 +205,7 @@ def test_the_pico_pipeline_killed_at_random(tmp_path: Path, pico_run: Project, p
             torture.kill_and_look()
 
 
-# --- kills at a given place: what chance would hit once in a thousand -----------------------------------------------------
+# --- kills at a given place, which a random kill would rarely hit ---------------------------------------------------------
 
 PUBLISH = """
 import os, shutil, signal, sys

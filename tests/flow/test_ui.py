@@ -1,6 +1,6 @@
-"""What Prefect's UI shows of a run, looked at with a real browser: states, the graph, live progress, and the reports.
+"""A run in Prefect's UI, in a real browser: states, the graph, live progress, and the reports.
 
-With PICTURES=docs/images it takes those of docs/operating.md anew.
+With PICTURES=docs/images it writes the pictures of docs/operating.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NEEDS = {"kept": set(), "broken": {"kept"}, "after": {"broken"}, "live": {"kept"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with its UI; its address, without `/api`."""
+    """Start a server with its UI; return its address, without `/api`."""
     home, port = tmp_path_factory.mktemp("server"), free_port()
     address = f"http://127.0.0.1:{port}"
     environment = {
@@ -77,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def plain(name: str) -> str:
-    """The stage of a task, whose name says its figures, too."""
+    """Return the stage of a task, whose name also has its figures."""
     return name.partition(": ")[0]
 
 
@@ -178,7 +178,7 @@ def test_every_state_the_graph_progress_and_reports_are_there(
 
 
 def test_a_real_run_shows_its_curve_and_its_models_side_by_side(tmp_path: Path, pico_run: Project, server: str, page: Page) -> None:
-    """Its training is made again, with the same bytes, and the rest is cached."""
+    """Its training is rebuilt, with the same bytes, and the rest is cached."""
     project = copied(pico_run, tmp_path / "project")
     project.tuneline("run", "pico", "--force", "sft", PREFECT_API_URL=f"{server}/api")
     run = newest_run(server, "pico")

@@ -1,4 +1,4 @@
-"""`tuneline up`, `down`, `worker` and `doctor`, with real servers, workers and databases: what is started, found again, and ended."""
+"""`tuneline up`, `down`, `worker` and `doctor`, with real servers, workers and databases: starting, finding again, and ending them."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def test_a_port_in_use_is_said(fresh: Lasting) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", fresh.port))
         taken.listen()
-        told = fresh.project.tuneline("up", "--port", str(fresh.port), status=2).stderr
-    assert f"--port: found {fresh.port}, which cannot be listened on (Address already in use), expected a free port" in told
-    assert told.endswith(f"hint: `tuneline up --port {fresh.port + 1}`, or end what holds it\n")
+        stderr = fresh.project.tuneline("up", "--port", str(fresh.port), status=2).stderr
+    assert f"--port: found {fresh.port}, which cannot be bound (Address already in use), expected a free port" in stderr
+    assert stderr.endswith(f"hint: `tuneline up --port {fresh.port + 1}`, or stop the process that uses it\n")
     assert server_state.read(fresh.folder) is None
 
 
@@ -129,7 +129,7 @@ CALLS = [
     (["up", "--database", "mine"], "--database: found an address that begins with `mine`, expected postgresql+asyncpg://user@host/name or sqlite+aiosqlite:////folder/file.db\n"),
     (["up", "--port", "0"], "Invalid value for '--port': 0 is not in the range 1<=x<=65535.\n\nhint: `tuneline up --help`\n"),
     (["worker", "her"], "worker: found no pool `her`, expected here, there\n\nhint: did you mean `here`?\n"),
-    (["worker", "there"], "PREFECT_API_URL: found no address of a Prefect server, and none of `tuneline up` that runs\n\nhint: `tuneline up` starts one\n"),
+    (["worker", "there"], "PREFECT_API_URL: found no address of a Prefect server, and no running server of `tuneline up`\n\nhint: `tuneline up` starts one\n"),
 ]  # fmt: skip
 
 
@@ -139,14 +139,14 @@ def test_a_wrong_call_is_told(fresh: Lasting, arguments: list[str], message: str
 
 
 def test_another_server_in_the_environment_is_told(fresh: Lasting) -> None:
-    told = fresh.project.tuneline("up", status=2, PREFECT_API_URL="http://127.0.0.1:9/api").stderr
-    assert told.startswith("PREFECT_API_URL: found http://127.0.0.1:9/api, to which runs would go, not to the server of `up`")
+    stderr = fresh.project.tuneline("up", status=2, PREFECT_API_URL="http://127.0.0.1:9/api").stderr
+    assert stderr.startswith("PREFECT_API_URL: found http://127.0.0.1:9/api: runs would use that server, not the one of `up`")
 
 
 def test_a_container_worker_needs_its_library(fresh: Lasting) -> None:
     fresh.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"))
     program = (
-        "import sys; sys.modules['prefect_docker'] = None; sys.argv[1:] = ['worker', 'there']\nfrom flows.commands.runs import main\nmain()"
+        "import sys; sys.modules['prefect_docker'] = None; sys.argv[1:] = ['worker', 'there']\nfrom flows.commands.main import main\nmain()"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], cwd=fresh.project.root, env=env, capture_output=True, text=True)
@@ -157,7 +157,7 @@ def test_a_container_worker_needs_its_library(fresh: Lasting) -> None:
 
 
 def test_the_doctor_without_a_server_imports_no_prefect_and_says_what_is_wrong(fresh: Lasting) -> None:
-    program = "import sys; sys.argv[1:] = ['doctor', '--json']\nfrom flows.commands.runs import main\ntry: main()\nexcept SystemExit as end: print(end.code, *sys.modules, file=sys.stderr)"
+    program = "import sys; sys.argv[1:] = ['doctor', '--json']\nfrom flows.commands.main import main\ntry: main()\nexcept SystemExit as end: print(end.code, *sys.modules, file=sys.stderr)"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_never_shown"}
     done = subprocess.run([sys.executable, "-c", program], cwd=fresh.project.root, env=env, capture_output=True, text=True)
     status, *modules = done.stderr.split()
@@ -166,7 +166,7 @@ def test_the_doctor_without_a_server_imports_no_prefect_and_says_what_is_wrong(f
     assert found["problems"] == 0
     assert "hf_never_shown" not in done.stdout
     assert problem(found, "HF_TOKEN") == ("ok", "it is set", "")
-    assert problem(found, "server") == ("warning", "none is up, so nothing works for the pools (here, there)", "tuneline up")
+    assert problem(found, "server") == ("warning", "no server is running, so no worker serves the pools (here, there)", "tuneline up")
     shared = problem(found, "shared work")
     assert shared[0] == ("ok" if "is shared" in shared[1] else "warning")
     assert problem(found, "prefect")[0] == "ok"
@@ -242,13 +242,15 @@ def test_up_serves_its_ui_on_loopback_and_a_second_up_says_that_it_is_up(lasting
         assert os.getsid(process.pid) == process.pid  # no terminal's end reaches it
     again = lasting_up.project.tuneline("up")
     assert again.stdout == f"{state.ui}\n"
-    assert again.stderr.startswith("it is up already;")
+    assert again.stderr.startswith("already running;")
     assert server_state.read(lasting_up.folder) == state
     lasting_up.project.write(PIPELINES.replace("{type: process, local: false}", "{type: docker, image: mine}"), "docker.yaml")
     worker = lasting_up.project.tuneline("worker", "there", "--file", "docker.yaml", status=2)
-    assert worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` makes it\n"
+    assert (
+        worker.stderr == f"worker: there: found no such pool on the server at {lasting_up.address}\n\nhint: `tuneline deploy` creates it\n"
+    )
     other = lasting_up.project.tuneline("up", "--port", str(lasting_up.port + 1), status=2)
-    assert other.stderr.startswith(f"--port: found {lasting_up.port + 1}, but what `up` has started works on port {lasting_up.port}")
+    assert other.stderr.startswith(f"--port: found {lasting_up.port + 1}, but the server of `up` runs on port {lasting_up.port}")
     database = lasting_up.project.tuneline("up", "--database", "postgresql+asyncpg://me:secret@db/prefect", status=2)
     assert database.stderr.startswith(
         "--database: found postgresql+asyncpg://db/prefect, but the server that `up` started has a file of its own"
@@ -276,7 +278,7 @@ def test_a_worker_that_died_is_started_again_and_one_for_a_new_pool(lasting_up: 
     assert problem(doctor(lasting_up), "pool more") == ("ok", f"works on {socket.gethostname()}", "")
     lasting_up.prefect("-m", "prefect", "work-pool", "pause", "more")
     found = doctor(lasting_up)
-    assert problem(found, "pool more") == ("warning", "it is paused: no run of it starts", "prefect work-pool resume more")
+    assert problem(found, "pool more") == ("warning", "it is paused: its runs do not start", "prefect work-pool resume more")
     assert problem(found, "pool there") == ("problem", "the server does not know it", "tuneline deploy")
 
     # Without its keeper, which `up` brings back.
@@ -339,7 +341,7 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     assert found[2] == "tuneline doctor --fix"
     assert problem(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
     assert lasting_up.ask(f"flow_runs/{identity}")["state"]["type"] == "CRASHED"
-    assert problem(doctor(lasting_up), "runs") == ("ok", "none hangs", "")
+    assert problem(doctor(lasting_up), "runs") == ("ok", "no run hangs", "")
 
 
 @pytest.mark.slow
@@ -349,22 +351,22 @@ def test_a_run_that_waits_too_long_is_found(lasting_up: Lasting) -> None:
     with sqlite3.connect(lasting_up.folder / "prefect.db") as database:  # what the server would not believe
         database.execute("UPDATE flow_run_state SET timestamp = '2026-01-01 00:00:00.000000' WHERE flow_run_id = ?", (run,))
     status, message, remedy = problem(doctor(lasting_up), f"run stuck {run}")
-    assert (status, message.endswith("it holds a place in its pool"), remedy) == ("problem", True, f"prefect flow-run cancel {run}")
+    assert (status, message.endswith("it holds a slot of its pool"), remedy) == ("problem", True, f"prefect flow-run cancel {run}")
     lasting_up.prefect("-m", "prefect", "--no-prompt", "flow-run", "delete", run)
 
 
 @pytest.mark.slow
 def test_a_server_with_a_password_says_so_to_who_has_another(lasting_up: Lasting) -> None:
-    """Every other test here has the right one, from the file that `up --auth` keeps."""
+    """All other tests here use the right password, from the file of `up --auth`."""
     assert (lasting_up.folder / "auth").stat().st_mode & 0o777 == 0o600
-    told = lasting_up.project.tuneline("up", "--auth", status=2, PREFECT_SERVER_API_AUTH_STRING="me:another").stderr
-    assert told.startswith("--auth: found a password, but the server that `up` has started asks for another one, or for none")
+    stderr = lasting_up.project.tuneline("up", "--auth", status=2, PREFECT_SERVER_API_AUTH_STRING="me:another").stderr
+    assert stderr.startswith("--auth: found a password, but the server that `up` started uses another one, or none")
     elsewhere = Project(lasting_up.project.root / "elsewhere")
     elsewhere.write(PIPELINES)
     for given, found in (({}, "none"), ({"PREFECT_API_AUTH_STRING": "me:another"}, "another one")):
-        told = elsewhere.tuneline("status", status=2, PREFECT_API_URL=lasting_up.address, **given).stderr
-        wanted = f"PREFECT_API_AUTH_STRING: found {found} than {lasting_up.address} wants (HTTP 401)"
-        assert told == f"{wanted}\n\nhint: `export PREFECT_API_AUTH_STRING=user:password`\n"
+        stderr = elsewhere.tuneline("status", status=2, PREFECT_API_URL=lasting_up.address, **given).stderr
+        wanted = f"PREFECT_API_AUTH_STRING: found {found}, expected the one that {lasting_up.address} requires (HTTP 401)"
+        assert stderr == f"{wanted}\n\nhint: `export PREFECT_API_AUTH_STRING=user:password`\n"
     elsewhere.tuneline("status", PREFECT_API_URL=lasting_up.address, PREFECT_API_AUTH_STRING="me:a secret")
 
 
@@ -376,8 +378,8 @@ def test_after_kill_9_of_the_server_up_works_again_with_the_same_history(lasting
     os.kill(before.server.pid, signal.SIGKILL)
     until(lambda: not before.server.alive)
     assert find_server(lasting_up.folder.parent) is None
-    told = lasting_up.project.tuneline("status").stderr
-    assert told.startswith("warning: the server that `up` started has ended: `tuneline up` starts it again, with its history\n")
+    stderr = lasting_up.project.tuneline("status").stderr
+    assert stderr.startswith("warning: the server that `up` started has ended: `tuneline up` starts it again, with its history\n")
     found = doctor(lasting_up)
     assert problem(found, "server") == ("problem", "the server that `up` started has ended", "tuneline up")
     assert lasting_up.project.json("up")["started"] == ["server"]  # on the port where its workers look for it
@@ -416,7 +418,7 @@ BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """Address of a database of its own, with user and password."""
+    """Return the address of a new database, with user and password."""
     if not BINARIES:
         pytest.skip("Postgres is not installed (Debian's package `postgresql`)")
     root = os.geteuid() == 0
@@ -448,20 +450,20 @@ def postgres() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_history_lies_in_postgres_and_its_password_nowhere_else(fresh: Lasting, postgres: str) -> None:
-    told = fresh.up(PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres)
-    assert told["database"] == "postgresql+asyncpg://" + postgres.partition("@")[2]
+    state = fresh.up(PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres)
+    assert state["database"] == "postgresql+asyncpg://" + postgres.partition("@")[2]
     assert fresh.project.json("run", "demo")["state"] == "completed"
     assert [run["state"]["type"] for run in fresh.ask("flow_runs/filter", {})] == ["COMPLETED"]
     assert not (fresh.folder / "prefect.db").exists()
     secret = b"secret-of-the-database"
     for pid in marked(fresh.mark):
         assert secret not in Path(f"/proc/{pid}/cmdline").read_bytes()
-        assert (secret in Path(f"/proc/{pid}/environ").read_bytes()) == (pid == told["server"]["pid"])
-    assert fresh.project.tuneline("up").stderr.startswith("it is up already;")
-    os.kill(told["server"]["pid"], signal.SIGKILL)
-    until(lambda: not server_state.Process(**told["server"]).alive)
+        assert (secret in Path(f"/proc/{pid}/environ").read_bytes()) == (pid == state["server"]["pid"])
+    assert fresh.project.tuneline("up").stderr.startswith("already running;")
+    os.kill(state["server"]["pid"], signal.SIGKILL)
+    until(lambda: not server_state.Process(**state["server"]).alive)
     lost = fresh.project.tuneline("up", status=2).stderr  # rather than start another history
-    assert lost.startswith(f"--database: found none, but the server that `up` started has {told['database']}")
+    assert lost.startswith(f"--database: found none, but the server that `up` started has {state['database']}")
     wrong = fresh.project.tuneline(
         "up", status=1, PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres.replace("secret-of", "another-secret-of")
     )

@@ -1,0 +1,7 @@
+"""Exit codes, and the message of an interrupted command."""
+
+from __future__ import annotations
+
+FAILED, WRONG, REFUSED = 1, 2, 3
+EXIT = {"completed": 0, "failed": FAILED, "refused": REFUSED, "cancelled": 130}
+INTERRUPTED = "interrupted; run again to resume"
