@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from prefect.client.schemas import State
 
 from flows.pipeline import REPORTER, run_pipeline
 from flows.run.run_context import NoReporter
@@ -22,7 +25,8 @@ def run_as_subflow(pipeline: str, **parameters: Any) -> str:
     noting = _Noting()
     token = REPORTER.set(noting)
     try:
-        state = run_pipeline.with_options(name=pipeline)(pipeline=pipeline, return_state=True, **parameters)
+        flow: Callable[..., State[Any]] = run_pipeline.with_options(name=pipeline)
+        state = flow(pipeline=pipeline, return_state=True, **parameters)
     finally:
         REPORTER.reset(token)
     if noting.run_id is None:

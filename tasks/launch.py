@@ -7,7 +7,6 @@ failure is reported. Left out: elastic restarts, since the orchestrator retries.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import logging
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuneline.files import open_lock, try_lock, write_atomically
 from tuneline.kinds.stage import Resources
 from tuneline.workspace.protocol import Events, Failure, Request
 
@@ -107,9 +107,8 @@ def own_extensions(folder: Path) -> None:
     """
     folder.mkdir(exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    in_use = os.open(folder / "in-use", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)  # held until this process ends
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    in_use = open_lock(folder / "in-use")  # held until this process ends
+    if try_lock(in_use):
         for left in folder.glob("*/lock"):
             left.unlink()
     fcntl.flock(in_use, fcntl.LOCK_SH)
@@ -124,9 +123,7 @@ def announced(request: Request, nodes: int) -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("", 0))
         where = {"endpoint": f"{address}:{probe.getsockname()[1]}", "id": f"{request.key[:16]}-{request.attempt}-{time.time_ns()}"}
-    temporary = request.work / (RENDEZVOUS + ".tmp")
-    temporary.write_text(json.dumps(where), encoding="utf-8")
-    temporary.replace(request.work / RENDEZVOUS)
+    write_atomically(request.work / RENDEZVOUS, json.dumps(where))
     message = f"waits at {where['endpoint']} for {nodes - 1} more: run {joining(request, nodes)} there"
     Events(request.work / "events.jsonl").progress(0, 1, message)
     return where

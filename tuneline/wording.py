@@ -1,9 +1,9 @@
-"""How messages name things: lists, near names, values as they are written in the file."""
+"""How messages and reports show things: lists, near names, values as they are written in the file, markdown tables."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MOST_LISTED = 30
@@ -38,3 +38,9 @@ def shown(value: Any) -> str:
 
 def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'AEIO' else 'a'} {noun}"
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]], right: bool = False) -> str:
+    """Return a markdown table. `right`: align all columns but the first to the right, for figures."""
+    lines = [heads, [":--", *(["--:" if right else ":--"] * (len(heads) - 1))], *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

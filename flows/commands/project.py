@@ -31,8 +31,8 @@ def setup(names: tuple[str, ...], file: Path) -> None:
     """
     from flows.commands.setup import build
     from tuneline.config.load import BUILT_IN_RUNTIMES
-    from tuneline.config.messages import nearest
     from tuneline.kinds.stage import ProgramStage
+    from tuneline.wording import nearest
     from tuneline.workspace.runtimes import find_runtime
 
     loaded = load(file)

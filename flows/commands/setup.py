@@ -7,7 +7,6 @@ with a GPU, and torch does not import without them.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from uv import find_uv_bin
 
 from tuneline.errors import StageFailed
+from tuneline.files import hold_lock
 from tuneline.workspace.runtimes import MARKER, RuntimeEnvironment
 
 
@@ -27,8 +27,7 @@ def build(runtime: RuntimeEnvironment, say: Callable[[str], None]) -> None:
         return
     folder, started = runtime.folder, time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(folder.parent / f".{folder.name}.lock"):
         if runtime.ready:
             return
         say(f"runtime {runtime.name}: installing {runtime.lock} (several minutes the first time, with the download)")

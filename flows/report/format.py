@@ -1,8 +1,7 @@
-"""Format numbers, times and tables for people: in tables, reports and log lines. Sizes: `tuneline.disk.human`."""
+"""Format numbers and times for people: in tables, reports and log lines. Sizes: `tuneline.disk.human`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 
@@ -40,9 +39,3 @@ def local_time(moment: str | None) -> str:
 def utc_time(moment: str | None) -> str:
     """Format an ISO time, which is in UTC."""
     return datetime.fromisoformat(moment).strftime("%Y-%m-%d %H:%M:%S UTC") if moment else ""
-
-
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], right: bool = False) -> str:
-    """Return a markdown table. `right`: align all columns but the first to the right, for figures."""
-    lines = [heads, [":--", *(["--:" if right else ":--"] * (len(heads) - 1))], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

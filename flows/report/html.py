@@ -22,6 +22,7 @@ from flows.report.stage import Stage, between, stages_of
 from tuneline import __version__
 from tuneline.config.overrides import as_flags
 from tuneline.disk import human
+from tuneline.files import write_atomically
 from tuneline.workspace.runs import RunRecord, Runs
 
 REWARD_CURVES = {
@@ -39,9 +40,7 @@ def report_of(runs: Runs, record: RunRecord) -> Path:
     path = runs.folder / f"{record.run_id}.html"
     if record.finished and path.is_file() and path.stat().st_mtime_ns >= path.with_suffix(".json").stat().st_mtime_ns:
         return path  # written when the run ended: artifacts may have left the store since
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(render(record).encode("utf-8", "replace"))
-    temporary.replace(path)
+    write_atomically(path, render(record).encode("utf-8", "replace"))
     return path
 
 

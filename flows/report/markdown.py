@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flows.report.figures import Chart
-from flows.report.format import duration, markdown_table
+from flows.report.format import duration
 from flows.report.headline import headline
 from flows.report.html import command, curves, warnings
 from flows.report.models import Cell, columns, metric_rows
@@ -20,6 +20,7 @@ from flows.report.stage import Stage, between, stages_of
 from flows.report.tables import figures
 from tuneline.disk import human
 from tuneline.secrets import masked
+from tuneline.wording import markdown_table
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database

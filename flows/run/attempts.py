@@ -14,6 +14,7 @@ from typing import Any
 
 from flows.run.supervisor import Outcome
 from tuneline.errors import StageFailed, StageStopped
+from tuneline.files import write_atomically
 from tuneline.kinds.stage import ProgramStage
 from tuneline.workspace.protocol import Failure
 
@@ -47,9 +48,7 @@ class Attempts:
         what = "cancelled" if isinstance(failure, StageStopped) else failure.failure_class
         entry = {"run_id": run_id, "class": what, "micro_batch_size": micro_batch, "unexplained": not explained}
         self.all.append(entry)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.all, indent=1))
-        temporary.replace(self._path)
+        write_atomically(self._path, json.dumps(self.all, indent=1))
         return failure
 
 

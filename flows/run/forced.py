@@ -13,6 +13,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from tuneline.files import write_atomically
 from tuneline.workspace.runs import RunRecord
 
 
@@ -39,6 +40,4 @@ def _read(work: Path) -> dict[str, object]:
 
 def _write(work: Path, content: dict[str, object]) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    temporary = work / ".forced.json"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(work / "forced.json")
+    write_atomically(work / "forced.json", json.dumps(content))

@@ -7,7 +7,6 @@ scheduler allocates the machines (templates for Slurm and Kubernetes are in `inf
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -26,6 +25,7 @@ from flows.run.slots import Slots
 from flows.run.supervisor import Supervisor, program_environment
 from tuneline.config.overrides import as_flags, as_overrides
 from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.files import try_lock
 from tuneline.kinds.stage import ProgramStage, Resources
 from tuneline.workspace.protocol import Failure, Request
 from tuneline.workspace.runs import RunRecord
@@ -70,12 +70,10 @@ def only_one(workspace: Workspace, pipeline: str, rank: int) -> Iterator[None]:
     folder = workspace.home / "nodes"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{pipeline}-{rank}.lock").open("a+", encoding="utf-8") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(held.fileno()):
             held.seek(0)
             found = f"found {rank}, which is {held.read()} already, expected a number that no other machine of {pipeline} has"
-            raise ConfigError([Problem("", found, "give each machine its own, or end that one first", place="--rank")]) from None
+            raise ConfigError([Problem("", found, "give each machine its own, or end that one first", place="--rank")])
         held.truncate(0)
         held.write(f"process {os.getpid()} on {socket.gethostname()}")
         held.flush()

@@ -7,7 +7,6 @@ at once or none, so no stage holds one GPU while it waits for another.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.errors import StageFailed, StageStopped
+from tuneline.files import try_lock
 
 FOLDER = Path(tempfile.gettempdir()) / "tuneline-gpus"
 POLL = 0.5  # seconds between two attempts to lock a GPU
@@ -101,9 +101,7 @@ class Slots:
         descriptors: list[int] = []
         for gpu in wanted if gpus else ():
             descriptor = self._open(gpu)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(descriptor):
                 os.close(descriptor)
                 continue
             os.ftruncate(descriptor, 0)
@@ -136,14 +134,11 @@ class Slots:
         found = []
         for gpu in gpus:
             descriptor = self._open(gpu)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(descriptor, shared=True):
                 with suppress(ValueError, KeyError):
                     holder = json.loads(os.pread(descriptor, 4096, 0))
                     since = time.strftime("%H:%M", time.localtime(holder["since"]))
                     stage = holder.get("stage", "another program")
                     found.append(f"{gpu} is held by {stage} (process {holder['pid']}, since {since})")
-            finally:
-                os.close(descriptor)
+            os.close(descriptor)
         return found

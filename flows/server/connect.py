@@ -8,7 +8,6 @@ Ours is the same server as a child under our watchdog, so it ends with the run. 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import ssl
@@ -26,6 +25,7 @@ from flows.server import api, migrated, server_state
 from tuneline import PACKAGES_ROOT, watchdog
 from tuneline.config.pools import interval
 from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.files import open_lock, try_lock
 
 STARTUP_SECONDS = 180  # the migrations of a new database took 22 s on two busy cores
 QUIET = {
@@ -170,13 +170,11 @@ def _free_database(home: Path) -> Iterator[tuple[Path, int]]:
     """Lock the first database that no other run holds. Yields its path and the descriptor of the lock."""
     number = 0
     while True:
-        descriptor = os.open(home / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = open_lock(home / f"{number}.lock")
+        if try_lock(descriptor):
             break
-        except BlockingIOError:
-            os.close(descriptor)
-            number += 1
+        os.close(descriptor)
+        number += 1
     try:
         yield home / f"{number}.db", descriptor
     finally:

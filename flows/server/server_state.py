@@ -11,7 +11,6 @@ processes to end are found by UP in their environment, which children inherit ev
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.folders import home_of, server_in
 from flows.server.api import AUTH
+from tuneline.files import hold_lock, write_atomically
 
 UP = "TUNELINE_UP"  # environment variable of all processes that `up` started: the folder of its state
 ROLE = "TUNELINE_ROLE"  # and their role: server, keeper or worker POOL
@@ -82,9 +82,7 @@ def read(folder: Path) -> State | None:
 
 
 def write(folder: Path, state: State) -> None:
-    temporary = folder / ".state.json"
-    temporary.write_text(state.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(folder / "state.json")
+    write_atomically(folder / "state.json", state.model_dump_json(indent=1))
 
 
 def password(folder: Path) -> dict[str, str]:
@@ -103,8 +101,7 @@ def keep_password(folder: Path, text: str) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Hold the lock of this project's `up` and `down`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(folder / "lock"):
         yield
 
 

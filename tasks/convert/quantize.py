@@ -39,10 +39,10 @@ from tasks.models.loading import (
 )
 from tasks.models.older_readers import make_tokenizer_readable
 from tasks.models.weights import INDEX, weight_files
-from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.patches import patch
+from tuneline.wording import markdown_table
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -284,13 +284,13 @@ def report(stage: QuantizeStage, metrics: dict[str, float], info: dict[str, Any]
         [
             f"# {stage.method.upper()}, {stage.bits} bits, group size {stage.group_size}",
             "",
-            table(("", "before", "after", "ratio"), compared),
+            markdown_table(("", "before", "after", "ratio"), compared, right=True),
             "",
             f"{metrics['quantized_layers']:.0f} layers, calibrated on {calibration['rows']} rows ({calibration['tokens']:,} tokens) of "
             f"{stage.calibration}'s train split. Perplexity over {measured['rows']} rows ({measured['tokens']:,} tokens) of its "
             f"{measured['split']} split.",
             "",
-            table(("largest errors", "loss"), ((name, losses[name]) for name in worst)),
+            markdown_table(("largest errors", "loss"), ((name, losses[name]) for name in worst), right=True),
             "",
         ]
     )

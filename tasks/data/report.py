@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from tasks.data.masks import Tokens, sequences
 from tasks.data.rows import SPLITS, Row, read_rows
 from tasks.data.sources import AnySource, Counts, Item
-from tasks.tables import table
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
+from tuneline.wording import markdown_table
 from tuneline.workspace.protocol import Events
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Cou
         figures = [counts.read[name], *(counts.fates[fate, name] for fate in ("bad_rows", "over_long", "duplicates"))]
         figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
         lines.append([title(source), *(f"{figure:,}" for figure in figures)])
-    return table(("source", "read", "bad rows", "over long", "duplicates", *SPLITS, "truncated"), lines) + "\n"
+    return markdown_table(("source", "read", "bad rows", "over long", "duplicates", *SPLITS, "truncated"), lines, right=True) + "\n"
 
 
 def title(source: AnySource) -> str:

@@ -29,9 +29,9 @@ from tasks.evaluation.code_benchmark import NAME as HUMAN_EVAL
 from tasks.evaluation.code_benchmark import info as human_eval_info
 from tasks.models.loading import check_device, compute_type, load_model, load_tokenizer
 from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
-from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.evaluate import EvaluateStage
+from tuneline.wording import markdown_table
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
@@ -269,4 +269,4 @@ def write(request: Request, report: Report) -> None:
             error = report.metrics.get(f"{name}_stderr")
             rows = report.rows.get(name.split("/")[0], "")
             lines.append((name, f"{value:.4f}{'' if error is None else f' ± {error:.4f}'}", rows))
-    (request.meta / "report.md").write_text(table(("metric", "value", "rows"), lines) + "\n", encoding="utf-8")
+    (request.meta / "report.md").write_text(markdown_table(("metric", "value", "rows"), lines, right=True) + "\n", encoding="utf-8")

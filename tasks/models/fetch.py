@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.loading import CODE, save_tokenizer, template_hash, write_json
 from tasks.models.older_readers import readable_config
 from tasks.models.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
-from tasks.tables import table
 from tuneline.errors import StageFailed
 from tuneline.kinds.model import ModelStage
 from tuneline.patches import patch
+from tuneline.wording import markdown_table
 from tuneline.workspace.protocol import Events, Request, Result
 from tuneline.workspace.reference import REFERENCE, point
 
@@ -283,4 +283,4 @@ def report(source: str, facts: Facts) -> str:
         "chat template": f"sha256 {facts.template}" if facts.template else "none",
     }
     template = f"\n## Chat template\n\n```jinja\n{facts.template_text}\n```\n" if facts.template else ""
-    return f"# Model\n\n{table(('', ''), rows.items(), right=False)}\n{template}"
+    return f"# Model\n\n{markdown_table(('', ''), rows.items())}\n{template}"

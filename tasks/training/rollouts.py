@@ -9,7 +9,6 @@ Left out: sampling ahead while the trainer works, weights of the whole model, ot
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import shutil
@@ -29,6 +28,7 @@ from tasks.models.loading import compute_type
 from tasks.models.targets import Targets
 from tasks.training.shared import adapter_tensors, save_adapter
 from tuneline.errors import StageFailed
+from tuneline.files import hold_lock, try_lock
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Events, Request
@@ -106,14 +106,11 @@ def folder_in_memory(key: str) -> Iterator[Path]:
     place = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
     for left in place.glob("tuneline-*/lock"):
         with left.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(lock.fileno()):
                 continue  # its training is running
             shutil.rmtree(left.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"tuneline-{key[:12]}-", dir=place))
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(folder / "lock"):
         try:
             yield folder
         finally:
