@@ -167,7 +167,8 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
 
 
 def test_a_model_that_was_trained_whole_is_no_adapter(story: Story) -> None:
-    story.record.stages[2].document["config"]["method"] = "full"  # type: ignore[index]
+    manifest = Path(story.record.stages[2].artifact or "", "manifest.json")
+    manifest.write_text(manifest.read_text().replace('"Adapter"', '"Model"'))
     assert "fine-tuned sft 300 bytes" in " ".join(page_of(story.record).text.split())
 
 
@@ -409,7 +410,7 @@ def test_run_and_show_name_the_report_and_open_it(demo: Project, stand_in: Calla
 def test_a_folder_that_cannot_be_written_costs_only_the_report(demo: Project, run: Callable[..., Any]) -> None:
     record, _ = run()
     (demo.root / ".tuneline" / "runs" / f"{record.run_id}.html").unlink()
-    (demo.root / ".tuneline" / "runs" / f".{record.run_id}.html").mkdir()  # where it is written first
+    (demo.root / ".tuneline" / "runs" / f"{record.run_id}.html").mkdir()
     shown = demo.tuneline("show", "demo")
     assert "warning: the report cannot be written: " in shown.stderr
     assert "completed" in shown.stderr
