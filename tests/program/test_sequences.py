@@ -68,7 +68,7 @@ def test_attention_that_exchanges_nothing_is_found_out(tmp_path: Path, base: Inp
         ({"layer_types": ["full_attention", "sliding_attention"]}, 2, "found a model with sliding_attention, expected only full attention"),
         ({"sliding_window": 16}, 2, "found a model with sliding_attention"),
         ({"num_key_value_heads": None}, 2, "found a model of type llama without num_key_value_heads"),
-        ({}, 8, r"found 8, expected for the 4 heads \(2 of keys\): 1, 2, 4"),
+        ({}, 8, r"found 8, expected 1, 2, 4, for 4 heads \(2 of keys\)"),
     ],
 )
 def test_a_model_that_cannot_share_is_refused(tmp_path: Path, changes: dict[str, Any], size: int, found: str) -> None:
