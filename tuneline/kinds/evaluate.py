@@ -28,36 +28,36 @@ ONLY_WITH = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template")
 
 
 class EvaluateStage(ComputingStage):
-    """Benchmarks of lm-eval and test splits of datasets, on a model or an adapter."""
+    """Evaluate a model or an adapter on lm-eval benchmarks and on the test splits of datasets."""
 
     kind: Literal["evaluate"]
     program: ClassVar = "tasks.evaluation.evaluate"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
     batches: ClassVar = True
     model: ModelOrAdapterRef
-    """What is evaluated."""
+    """Model or adapter to evaluate."""
     datasets: tuple[DatasetRef, ...] = ()
     """Datasets whose test split is scored: exact match, answer recall, bits per byte."""
     benchmarks: tuple[str, ...] = ()
-    """lm-eval tasks by name."""
+    """Names of lm-eval tasks."""
     include_path: Path | None = None
-    """Folder with lm-eval task files of your own."""
+    """Folder with your own lm-eval task files."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Examples put before each benchmark question; by default as the benchmark says."""
+    """Number of few-shot examples per benchmark question; by default the benchmark's own."""
     limit: int | None = Field(None, ge=1)
-    """Rows scored at most: a benchmark's first, of a dataset evenly from all of its test rows."""
+    """Maximum number of rows scored: the first of a benchmark, or evenly spaced rows of a dataset's test split."""
     apply_chat_template: bool = True
-    """Renders benchmark questions through the chat template; a dataset's conversations always are, as in training."""
+    """Render benchmark questions with the chat template. A dataset's conversations always are, as in training."""
     max_new_tokens: int = Field(256, ge=1)
-    """Longest answer to a dataset's prompt."""
+    """Maximum length of an answer to a dataset's prompt, in tokens."""
     on_unrendered: OnUnrendered = "error"
-    """What happens to a dataset's row of whose prompt or answer the chat template leaves something out: it is refused, left out, or asked
-    as it is rendered."""
+    """How to handle rows of a dataset of which the chat template omits a part: `error` fails the stage, `drop` drops the row, `keep`
+    scores the row as rendered."""
     allow_code_execution: bool = False
-    """Lets a benchmark run the code that the model writes, in a sandbox: `human_eval` needs it."""
+    """Allow benchmarks to run code that the model writes, in a sandbox. Required for `human_eval`."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """What computes: the model itself, or vLLM, a server in a runtime of its own that gets all of the stage's GPUs.
-    It is meant for many rows on GPUs, and rounds otherwise: compare figures of one backend."""
+    """What computes the answers: `transformers`, or `vllm`, a server in its own runtime that uses all of the stage's GPUs. vLLM suits many
+    rows on GPUs, but rounds differently: compare only results of the same backend."""
 
     def output_type(self) -> ArtifactType:
         return "Report"

@@ -18,14 +18,15 @@ PROMPT = 512  # tokens assumed of a prompt, where the dataset stage sets no max_
 
 class Rollouts(Strict):
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples completions: the model that is trained, or vLLM, a server in a runtime of its own that gets each new adapter."""
+    """Engine that samples completions: `transformers`, the model in training itself; or `vllm`, a server in its own runtime that receives
+    each new adapter."""
 
 
 class GrpoStage(Training):
-    """Reinforcement learning of a LoRA adapter with verifiable rewards (GRPO, arXiv:2402.03300), by TRL and PEFT.
+    """Train a LoRA adapter by reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300), with TRL and PEFT.
 
-    The dataset's rows are asked for their last answer; what is right is told by rewards. One step samples global_batch_size
-    completions, num_generations for each prompt.
+    The model answers each row's prompt, which is the row without its last answer. Rewards score the completions. One step samples
+    global_batch_size completions, num_generations per prompt.
     """
 
     kind: Literal["grpo"]
@@ -44,36 +45,36 @@ class GrpoStage(Training):
     )
     figures: ClassVar = ("reward_first", "reward")
     rewards: tuple[Reward, ...] = Field(min_length=1)
-    """What a good completion is: their weighted sum."""
+    """Reward functions; a completion's reward is their weighted sum."""
     learning_rate: float = Field(2e-5, gt=0, le=1)
-    """Highest step size, reached after the warm-up."""
+    """Peak learning rate, reached after warm-up."""
     num_generations: int = Field(8, ge=2)
-    """Completions sampled for each prompt; their rewards are compared with one another."""
+    """Number of completions sampled per prompt; they form a group, and rewards are compared within it."""
     temperature: float = Field(1.0, gt=0, le=5)
-    """Of sampling: higher explores more."""
+    """Sampling temperature; higher values explore more."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sampling is from the likeliest tokens that have this share of the probability."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities sum to this value."""
     max_completion_length: int = Field(256, ge=1)
-    """Longest completion, in tokens."""
+    """Maximum length of a completion, in tokens."""
     mask_truncated_completions: bool = False
-    """Leaves completions that reached the longest length out of the loss (arXiv:2503.14476)."""
+    """Exclude completions truncated at max_completion_length from the loss (arXiv:2503.14476)."""
     beta: float = Field(0.0, ge=0)
-    """Weight of the KL divergence from the model that the training began with; 0 leaves it out."""
+    """Coefficient of the KL divergence from the model before training; 0 disables it."""
     epsilon: float = Field(0.2, gt=0)
-    """Clipping of the probability ratio."""
+    """Clipping range of the probability ratio."""
     epsilon_high: float | None = Field(None, gt=0)
-    """Clipping above, where it is another one (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
+    """Upper clipping range; by default `epsilon` (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
-    """How token losses are averaged: `grpo` by sequence, `dr_grpo` by the longest length (arXiv:2503.20783), `dapo` by the tokens of
-    the whole batch."""
+    """How token losses are averaged: `grpo` per sequence, `dr_grpo` by max_completion_length (arXiv:2503.20783), `dapo` over the tokens
+    of the whole batch."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Probability ratios of tokens, or of whole sequences (GSPO, arXiv:2507.18071)."""
+    """Compute probability ratios per token, or per sequence (GSPO, arXiv:2507.18071)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Advantages are divided by the standard deviation of rewards in the group, in the batch, or not at all (arXiv:2503.20783)."""
+    """Divide advantages by the standard deviation of the rewards in the group or in the batch, or do not scale (arXiv:2503.20783)."""
     num_iterations: int = Field(1, ge=1)
-    """Optimizer steps on each batch of completions."""
+    """Number of optimizer steps per batch of completions."""
     rollouts: Rollouts = Rollouts()
-    """What samples completions."""
+    """How completions are sampled."""
 
     def uses_engine(self) -> bool:
         return self.rollouts.engine == "vllm"

@@ -21,7 +21,7 @@ class EveryReward(Strict):
 
     type: str
     weight: float = Field(1.0, allow_inf_nan=False)
-    """What it counts in the sum; below 0 it is a punishment."""
+    """Weight of this reward in the sum; a negative weight is a penalty."""
 
     @property
     def label(self) -> str:
@@ -34,23 +34,23 @@ class EveryReward(Strict):
 
 
 class ExactMatchReward(EveryReward):
-    """1 where the completion is the row's answer, space around both aside, else 0."""
+    """Reward 1 if the completion equals the row's answer, ignoring surrounding whitespace, else 0."""
 
     type: Literal["exact_match"]
 
 
 class MathEqualReward(EveryReward):
-    """1 where the completion is the row's answer, or its last formula equals it, as 1/2 equals 0.5, else 0. By the library math-verify."""
+    """Reward 1 if the completion is the row's answer or its last formula is equivalent (1/2 and 0.5), else 0. Uses math-verify."""
 
     type: Literal["math_equal"]
 
 
 class FormatReward(EveryReward):
-    """1 where the completion has a given form, else 0."""
+    """Reward 1 if the completion matches a regular expression, else 0."""
 
     type: Literal["format"]
     pattern: str = Field(min_length=1)
-    """Regular expression of Python that the whole completion must match, space around it aside; `.` matches line ends too."""
+    """Python regular expression that the whole completion must match, ignoring surrounding whitespace; `.` also matches newlines."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -62,19 +62,19 @@ class FormatReward(EveryReward):
 
 
 class ReasoningGymReward(EveryReward):
-    """How right reasoning-gym's own scorer finds the completion, from 0 to 1; for rows of a `reasoning_gym` source."""
+    """Score from 0 to 1 by reasoning-gym's own scorer; only for rows of a `reasoning_gym` source."""
 
     type: Literal["reasoning_gym"]
 
 
 class LengthReward(EveryReward):
-    """1 for a short completion, falling evenly to 0 for a long one."""
+    """Reward 1 for a short completion, decreasing linearly to 0 for a long one."""
 
     type: Literal["length"]
     full_up_to: int = Field(ge=0)
-    """Tokens of a completion up to which the reward is 1."""
+    """Maximum length with reward 1, in tokens."""
     zero_from: int = Field(ge=1)
-    """Tokens of a completion from which on the reward is 0."""
+    """Minimum length with reward 0, in tokens."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -83,23 +83,23 @@ class LengthReward(EveryReward):
 
 
 class PythonTestsReward(EveryReward):
-    """1 where the completion's Python passes the row's `tests`, else 0. Runs in a sandbox without network."""
+    """Reward 1 if the completion's Python code passes the row's `tests`, else 0. Runs in a sandbox without network."""
 
     type: Literal["python_tests"]
     seconds: float = Field(10.0, gt=0, le=600)
-    """Time a completion and its tests may take."""
+    """Time limit for a completion and its tests, in seconds."""
     memory_mb: int = Field(1024, ge=128)
-    """Memory they may take, the interpreter's own included."""
+    """Memory limit for a completion and its tests, in MB; includes the interpreter."""
 
 
 class FunctionReward(EveryReward):
-    """What a Python function of yours gives. `type` may be left out."""
+    """Reward returned by your own Python function. `type` may be omitted."""
 
     type: Literal["function"] = "function"
     file: Path
-    """Python file that holds it; its content is in the key, not that of what it imports."""
+    """Python file that defines the function. Its content is in the cache key; modules that it imports are not."""
     function: str = Field(min_length=1)
-    """Name of the function: it takes prompts and completions, and gives one number for each completion."""
+    """Name of the function: it takes prompts and completions, and returns one number per completion."""
 
     @property
     def label(self) -> str:

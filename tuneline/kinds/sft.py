@@ -16,15 +16,15 @@ QLORA_LIBRARIES = ("bitsandbytes",)
 
 class EarlyStopping(Strict):
     patience: int = Field(3, ge=1)
-    """Evaluations without a better validation loss after which training ends; the best adapter is kept."""
+    """Stop after this many evaluations without a better validation loss; the best adapter is kept."""
     threshold: float = Field(0.0, ge=0)
-    """Least improvement that counts."""
+    """Minimum decrease of the validation loss that counts as an improvement."""
 
 
 class SftStage(Training):
-    """Supervised fine-tuning of a LoRA adapter, or of all weights, by TRL and PEFT. The dataset's validation split is watched.
+    """Fine-tune a LoRA adapter or all weights on the dataset's answers (SFT), with TRL and PEFT.
 
-    global_batch_size counts packed sequences when packing.
+    The dataset's validation split measures progress. With packing, global_batch_size counts packed sequences.
     """
 
     kind: Literal["sft"]
@@ -32,20 +32,21 @@ class SftStage(Training):
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets")
     figures: ClassVar = ("loss", "eval_loss")
     method: Method = "lora"
-    """What is trained: an adapter (`lora`), an adapter on a base that bitsandbytes holds in few bits meanwhile (`qlora`,
-    arXiv:2305.14314), or every weight (`full`), which gives a Model."""
+    """What to train: `lora`, an adapter; `qlora`, an adapter on a base model that bitsandbytes quantizes during training
+    (arXiv:2305.14314); `full`, all weights, which gives a Model."""
     bits: Literal[4, 8] = 4
-    """Bits of the base's weights with qlora: 4 (NF4, its scales quantized too), or 8 (LLM.int8(), arXiv:2208.07339)."""
+    """Bits per base weight with qlora: 4 (NF4 with double quantization) or 8 (LLM.int8(), arXiv:2208.07339)."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
+    """Tokens that count in the loss: the last answer, every assistant turn, or all tokens. Plain text always trains on all tokens."""
     max_length: int = Field(1024, ge=8)
-    """Tokens a sequence may have, and the length of a packed one. A longer row is an error: cut it in the dataset stage."""
+    """Maximum length of a sequence, in tokens, and the length of packed sequences. A longer row is an error: truncate or drop it in the
+    dataset stage."""
     packing: bool = False
-    """Fills sequences with several rows: fewer, fuller steps."""
+    """Pack several rows into each sequence, for fewer steps with less padding."""
     eval_steps: int | None = Field(None, ge=1)
-    """Steps between losses on the validation split."""
+    """Evaluate on the validation split every N steps."""
     early_stopping: EarlyStopping | None = None
-    """Ends training when the validation loss no longer falls."""
+    """Stop training when the validation loss no longer decreases."""
 
     def training_method(self) -> Method:
         return self.method

@@ -25,38 +25,42 @@ TRAINING_ONLY = (
 
 
 class Resources(Strict):
-    """Only how a stage runs: none of it is in the key."""
+    """Settings of how a stage runs; none of them is in the cache key."""
 
     gpus: int = Field(0, ge=0)
-    """Devices used, of each machine; with more than one, one process each."""
+    """Number of GPUs per machine; a training runs one process per GPU."""
     devices: tuple[int, ...] | None = Field(None, min_length=1)
-    """Numbers of the devices to use; by default any that are free."""
+    """Indices of the GPUs to use; by default any free ones."""
     processes: int | None = Field(None, ge=1)
-    """Processes of a training on each machine; by default one for each GPU, or one."""
+    """Number of training processes per machine; by default one per GPU, or one without GPUs."""
     nodes: int = Field(1, ge=1)
-    """Machines that train together; `tuneline node` runs on each but the first."""
+    """Number of machines that train together; run `tuneline node` on each but the first."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "ddp"
-    """How devices share a training: each has a whole copy (`ddp`); DeepSpeed splits optimizer states (`zero1`), gradients (`zero2`) and
-    weights too (`zero3`); torch's FSDP2 splits all of that (`fsdp`); one process spreads the layers over the devices (`device_map`)."""
+    """How to distribute a training over devices. `ddp`: a full replica on each; DeepSpeed shards optimizer states (`zero1`), gradients
+    as well (`zero2`), and weights as well (`zero3`); `fsdp`: torch's FSDP2 shards all three; `device_map`: one process places different
+    layers on different devices."""
     offload: Literal["optimizer", "all"] | None = None
-    """What waits in the CPU's memory: optimizer states, or weights as well (`zero3`, `fsdp`). Slower, for less memory of a GPU."""
+    """What to offload to CPU memory: `optimizer` states, or weights as well (`all`, for `zero3` and `fsdp`). Saves GPU memory, but is
+    slower."""
     sequence_parallel_size: int = Field(1, ge=1)
-    """Processes that share each sequence (Ulysses, arXiv:2309.14509): for sequences whose activations do not fit on one device."""
+    """Number of processes that share each sequence (Ulysses, arXiv:2309.14509), for sequences whose activations exceed one device."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8, one when packing."""
+    """Per-device batch size, in rows; halved automatically after an out-of-memory error. By default at most 8 in trainings, or 1 with
+    packing, and 16 in evaluations."""
     gradient_checkpointing: bool = False
-    """Recomputes activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: int = Field(50, ge=1)
-    """Steps between the checkpoints from which a killed training resumes; early stopping saves at each evaluation instead."""
+    """Save a checkpoint every N steps; an interrupted training resumes from the newest. With early stopping, checkpoints are saved at each
+    evaluation instead."""
     checkpoint_minutes: float | None = Field(None, gt=0)
-    """Minutes between checkpoints, in place of steps; with early stopping beside those of evaluations."""
+    """Save a checkpoint every N minutes instead of every checkpoint_steps; with early stopping, in addition to those at evaluations."""
     checkpoints_kept: int = Field(2, ge=2)
-    """Newest checkpoints that are kept while a training works; they go once it has succeeded."""
+    """Number of newest checkpoints kept during a training; all are deleted once it succeeds."""
     collective_timeout: int = Field(1800, ge=1)
-    """Seconds that processes wait for one another until the attempt is given up and another begins."""
+    """Timeout of collective operations between processes, in seconds; the attempt then fails and is retried."""
 
     engine: EngineSettings | None = None
-    """How vLLM runs where the stage uses it."""
+    """Settings of vLLM, for stages that use it."""
 
     @property
     def world_size(self) -> int:
@@ -89,13 +93,13 @@ class Stage(Strict):
     """Whether the weights of the model that the stage makes are quantized."""
     kind: str
     description: str = ""
-    """Shown in tables and reports."""
+    """Description shown in tables and reports."""
     needs: tuple[StageRef, ...] = ()
-    """Stages that must succeed first, without being an input."""
+    """Stages that must succeed before this one, without being an input."""
     retries: int = Field(2, ge=0, le=20)
-    """Further attempts after an out-of-memory or a passing failure; other failures are never tried again."""
+    """Maximum number of retries after an out-of-memory or transient failure; other failures are never retried."""
     timeout: int | None = Field(None, ge=1)
-    """Seconds after which the stage is ended."""
+    """Time limit of the stage, in seconds; it is stopped afterwards."""
 
     @abstractmethod
     def output_type(self) -> ArtifactType:
@@ -138,7 +142,7 @@ class Stage(Strict):
 
 
 class ProgramStage(Stage):
-    """A stage that a program in `tasks/` carries out."""
+    """A stage that runs a program of `tasks/`."""
 
     program: ClassVar[str]
     """Module of the program, which has a function `run`."""
@@ -152,13 +156,13 @@ class ProgramStage(Stage):
     """Whether the program works in batches of `micro_batch_size` rows."""
 
     runtime: Name = "torch"
-    """The Python environment it runs in; for `quantize` it is `quantize`, because gptqmodel holds other libraries back."""
+    """Python environment of the stage. Stages of kind `quantize` default to `quantize`, because gptqmodel needs older libraries."""
     resources: Resources = Resources()
-    """Devices and batches."""
+    """Devices, processes and batches."""
     pool: Name | None = None
-    """Pool that this stage runs in, as a run of its own, once the pipeline is deployed; `tuneline run` runs it here."""
+    """Work pool for this stage alone: once the pipeline is deployed, the stage is a separate run there. `tuneline run` ignores it."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of everything random in the stage."""
+    """Random seed of the stage."""
 
     def decided(self) -> dict[str, Any]:
         """What fields that are `auto` mean in this stage, by the file alone: it is in the key, and what the program gets."""
@@ -236,7 +240,8 @@ class ComputingStage(ProgramStage):
     """A stage whose result depends on the type that its model computes in."""
 
     dtype: Literal["auto", ComputeType] = "auto"
-    """Compute type; `auto` is bfloat16 for a stage with GPUs (`resources.gpus`), else float32. What it means is in the key."""
+    """Data type that the model computes in; `auto` is bfloat16 if the stage has GPUs (`resources.gpus`), else float32. The resulting type
+    is in the cache key."""
 
     def compute_type(self) -> ComputeType:
         """By what the stage asks for, never by the machine: the key must be known before one is. An engine's GPUs are among the stage's."""

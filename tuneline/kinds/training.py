@@ -18,20 +18,20 @@ Method = Literal["lora", "qlora", "full"]
 
 
 class Lora(Strict):
-    """Low-rank adapters, in PEFT's words."""
+    """Low-rank adapter (LoRA), under PEFT's names."""
 
     r: int = Field(16, ge=1, le=1024)
-    """Rank: more can learn more, and takes more memory."""
+    """Rank; a higher rank has more capacity and needs more memory."""
     lora_alpha: float = Field(32, gt=0)
-    """Strength: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    """Scaling numerator: the update is multiplied by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of adapter inputs dropped while training."""
+    """Dropout probability of the adapter's inputs during training."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Layers that get an adapter: names of linear layers and of experts' tensors, or all of them but the head."""
+    """Modules that get an adapter: names of linear layers and expert tensors, or `all-linear` for all of them except the output head."""
     use_rslora: bool = False
-    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    """Use rank-stabilized scaling (rsLoRA, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Weight-decomposed adapters (arXiv:2402.09353): often better, slower."""
+    """Use weight-decomposed adapters (DoRA, arXiv:2402.09353): often more accurate, but slower."""
 
     def unserved(self) -> str | None:
         """What of it vLLM's kernels do not know: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
@@ -51,34 +51,34 @@ class Training(ComputingStage):
         *("pretrain", "train", "finetune", "lora", "qlora"),
     )
     model: FullPrecisionRef
-    """Model to begin with."""
+    """Model to train."""
     dataset: DatasetRef
-    """Rows to train on: its train split."""
+    """Dataset whose train split is trained on."""
     adapter: AdapterRef | None = None
-    """Adapter of the same base to go on from."""
+    """Adapter of the same base model to continue training."""
     lora: Lora = Lora()
-    """Shape of the adapter."""
+    """Settings of the adapter."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
-    """Highest step size, reached after the warm-up."""
+    """Peak learning rate, reached after warm-up."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after warm-up."""
     warmup_steps: float = Field(0, ge=0)
-    """Steps of warm-up; below 1, a share of all steps."""
+    """Number of warm-up steps; a value below 1 is a share of all steps."""
     weight_decay: float = Field(0.0, ge=0)
-    """Pull of the weights towards zero (AdamW's)."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Maximum gradient norm; larger gradients are clipped to it."""
     num_train_epochs: float = Field(1.0, gt=0)
-    """Passes over the data, unless max_steps is given."""
+    """Number of passes over the train split; ignored if max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps; overrides num_train_epochs."""
     global_batch_size: int = Field(16, ge=1)
-    """Sequences per optimizer step over all devices."""
+    """Number of sequences per optimizer step, over all devices."""
     no_end: bool = False
-    """Trains under a chat template that writes no token after an answer, too: the model then never learns where to stop."""
+    """Train even if the chat template writes no token after an answer; the model then never learns where to stop."""
     on_unrendered: OnUnrendered = "error"
-    """What happens to a row of which the chat template leaves something out, as calls or a system prompt: it is refused, left out, or
-    trained on as it is rendered."""
+    """How to handle rows of which the chat template omits a part, such as tool calls or a system prompt: `error` fails the stage, `drop`
+    drops the row, `keep` trains on the row as rendered."""
 
     def output_type(self) -> ArtifactType:
         return "Adapter"
