@@ -23,7 +23,7 @@ TEXTS = (
 SHORT = " requested and "  # numpy's short write: an OSError without a number
 FULL = 1 << 20  # bytes; a disk with less has no room for what a program writes
 ROOM = 16 << 20  # bytes that a run wants for its records, logs and Prefect's database
-HINT = "`tuneline gc` frees what no kept run needs; or move to a larger disk, the store alone by `store:`; finished work is kept"
+HINT = "free space with `tuneline gc`, or move to a larger disk (the store alone with `store:`); finished work is kept"
 WRITABLE = "make it writable, or name another `store:`; finished work is kept"
 
 
@@ -57,7 +57,7 @@ def full(*folders: Path) -> StageFailed:
     """Of the folders that a program writes into, the one with the least room is named."""
     folder = min(folders, key=free)
     written = size_of(folder)
-    wrote = f"the program had written {human(written)} there and needs more"
+    wrote = f"the program had written {human(written)} there and needs more space"
     return StageFailed("disk", f"the disk of {folder} is full: {wrote}; without them {_room(folder, free(folder) + written)}", HINT)
 
 

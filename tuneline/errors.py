@@ -76,4 +76,4 @@ class StageStopped(StageFailed):
     """The run was stopped while the stage worked, or waited to."""
 
     def __init__(self) -> None:
-        super().__init__("transient", "stopped with the run", "run again: it goes on from its last checkpoint", final=True)
+        super().__init__("transient", "stopped with the run", "run again to resume from the last checkpoint", final=True)

@@ -8,5 +8,5 @@ def patch(owner: object, name: str, value: object) -> None:
     have renamed it, and would go on unchanged."""
     if not hasattr(owner, name):
         where = getattr(owner, "__name__", type(owner).__name__)
-        raise RuntimeError(f"found no `{name}` in {where} to replace: the library has another version than docs/patches.md is written for")
+        raise RuntimeError(f"found no `{name}` in {where} to replace: the library's version is not the one that docs/patches.md describes")
     setattr(owner, name, value)

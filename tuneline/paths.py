@@ -47,7 +47,7 @@ def refuse_escape(paths: Iterable[str], root: Path, roots: Sequence[str]) -> Non
         target = Path(os.path.realpath(path))
         if outside(target, allowed):
             found = f"found a link that leads out of the folder of the file: {path} -> {target}"
-            raise ConfigError([Problem("", found, f"if that is meant, add `roots: [{target.parent}]` at the top of the file")])
+            raise ConfigError([Problem("", found, f"if this is intended, add `roots: [{target.parent}]` at the top of the file")])
 
 
 def folder_to_allow(named: str) -> str:

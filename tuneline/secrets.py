@@ -17,7 +17,7 @@ NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL"
 NO_SECRETS = frozenset({"TOKENIZERS_PARALLELISM"})
 SHORTEST = 8  # characters; shorter ones cannot be told from ordinary words
 MASK = b"***"
-FROM_ENVIRONMENT = "tokens come from the environment of the process alone, as HF_TOKEN, where the libraries look for them"
+FROM_ENVIRONMENT = "remove it, and set the token in the environment of the process, for example as HF_TOKEN"
 # Tokens by their form: Hugging Face, GitHub, OpenAI and the like, AWS.
 TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{16})\b")
 

@@ -18,7 +18,7 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 def listed(names: Iterable[str]) -> str:
     shown_names = [short(name) for name in names]
     more = f", ... ({len(shown_names)} in all)" if len(shown_names) > MOST_LISTED else ""
-    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (there is none)"
+    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (none is defined)"
 
 
 def short(name: str) -> str:

@@ -65,8 +65,8 @@ def test_what_reads_what(written: dict[str, Any], wanted: dict[str, Any], hint: 
     assert refused == (
         hint
         and (
-            f"checkpoint-5 was written with the strategy {of}; this one is {now}, which cannot read it".replace("replicated", "ddp"),
-            f"go on with {hint}, over any number of processes, or `--force` the stage, which begins anew",
+            f"checkpoint-5 was written with the strategy {of}, which {now} cannot read".replace("replicated", "ddp"),
+            f"resume with {hint}, over any number of processes, or `--force` the stage to start from scratch",
         )
     )
 
@@ -102,6 +102,6 @@ def test_a_plan_foresees_that_a_checkpoint_will_be_refused(unfinished: Path) -> 
     (of_training,) = [row for row in rows if row.refused]
     assert (of_training.stage, of_training.checkpoint and of_training.checkpoint.step) == ("sft", 5)
     assert [str(problem) for problem in refusals(workspace.loaded, "demo", rows)] == [
-        f"{unfinished}/pipelines.yaml:7:7: demo.sft.resources: checkpoint-5 was written with the strategy zero2 over 2 processes; this one is "
-        "ddp, which cannot read it\n\nhint: go on with zero1 or zero2, over any number of processes, or `--force` the stage, which begins anew"
+        f"{unfinished}/pipelines.yaml:7:7: demo.sft.resources: checkpoint-5 was written with the strategy zero2 over 2 processes, which "
+        "ddp cannot read\n\nhint: resume with zero1 or zero2, over any number of processes, or `--force` the stage to start from scratch"
     ]

@@ -36,10 +36,8 @@ def found(text: str) -> str:
 
 def test_two_pipelines_that_would_wait_for_one_another_are_refused() -> None:
     told = found(TWO)
-    assert told.startswith(
-        "p.yaml:3:37: pools.cpu.concurrency: found 1, with which runs in cpu (train) and gpu (serve) can hold every place"
-    )
-    assert told.endswith("hint: allow 2 or more in one of these pools, or leave its `concurrency` out")
+    assert told.startswith("p.yaml:3:37: pools.cpu.concurrency: found 1, with which runs in cpu (train) and gpu (serve) can hold all slots")
+    assert told.endswith("hint: set `concurrency` to 2 or more in one of these pools, or remove it")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +52,7 @@ def test_two_pipelines_that_would_wait_for_one_another_are_refused() -> None:
 )
 def test_what_cannot_fill_every_place_is_allowed(old: str, new: str) -> None:
     assert TWO.count(old) == 1
-    assert "wait for one another" not in found(TWO.replace(old, new))
+    assert "wait for each other" not in found(TWO.replace(old, new))
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def test_an_adapters_parameters_are_counted_by_layer(name: str, r: int, targets:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"model_type": "bert"}', "models of type `bert` are not counted, only llama, mistral"),
+        ('{"model_type": "bert"}', "models of type `bert` are not supported, only llama, mistral"),
         ('{"model_type": "llama", "quantization_config": {}}', "its weights are quantized"),
-        ('{"model_type": "llama", "hidden_size": 64, "vocab_size": "many"}', "does not say intermediate_size, .*, vocab_size"),
+        ('{"model_type": "llama", "hidden_size": 64, "vocab_size": "many"}', "has no intermediate_size, .*, vocab_size"),
         ("[", "the config.json of base cannot be read: Expecting value"),
     ],
 )  # fmt: skip
@@ -338,7 +338,7 @@ def test_the_copy_of_a_checkpoint_of_other_processes_is_on_the_disk(models: dict
         (20, 8, "--set sft.resources.gradient_checkpointing=true --set sft.resources.micro_batch_size=2"),
         (14, 8, "--set sft.resources.gpus=2 --set sft.resources.strategy=zero3"),
         (14, 1, "--set sft.resources.strategy=zero3 --set sft.resources.offload=all"),
-        (2, 1, "no change of its resources fits with a tenth to spare: take larger GPUs"),
+        (2, 1, "no change of resources fits with 10% to spare: use larger GPUs"),
     ],
 )
 def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: str, models: dict[str, Architecture]) -> None:
@@ -385,9 +385,7 @@ def warnings_of(folder: Path, *sets: str) -> list[str]:
 def test_a_plan_warns_of_a_pool_that_is_too_small_with_place_and_remedy(folder: Path) -> None:
     (warning,) = warnings_of(folder)
     assert warning.startswith("".join([str(folder / "pipelines.yaml"), ":9:15: demo.sft: about "]))
-    assert (
-        "of a GPU are needed, the pool `gpu` has 24.0 GiB for it\n\nhint: the cheapest change that fits: `--set sft.resources." in warning
-    )
+    assert "of GPU memory are needed, the pool `gpu` has 24.0 GiB for it\n\nhint: the cheapest change that fits: `--set sft.resources." in warning
 
 
 def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +395,7 @@ def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch
     needed = memory.total
     monkeypatch.setattr(fits, "room_for", lambda stage, memory: needed - (1 << 20))
     (warning,) = warnings_of(folder)
-    assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of a GPU are needed, the pool `gpu` has ")
+    assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of GPU memory are needed, the pool `gpu` has ")
     assert f" has {needed / GIB - 1 / 1024:.3f} GiB for it" in warning
 
 
@@ -409,9 +407,7 @@ def test_a_plan_warns_of_what_is_tight(folder: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(fits, "room_for", lambda stage, _, share=share: round(memory.total / share))
         warnings = warnings_of(folder)
         assert len(warnings) == tight
-        assert all(
-            "for it, which is tight: estimates err by a tenth or more\n\nhint: the cheapest change that" in text for text in warnings
-        )
+        assert all(", which is tight: estimates are off by 10% or more\n\nhint: the cheapest change that" in text for text in warnings)
         assert all("--set sft.resources.micro_batch_size=4`" in text for text in warnings)
 
 
@@ -447,7 +443,7 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
 
     (warning,) = warned(1024)
     assert (
-        ":9:67: demo.sft.max_length: sequences may have 2048 tokens, more than the model's positions, 1024\n\nhint: lower it; `max_length` in `data`"
+        ":9:67: demo.sft.max_length: sequences may have 2048 tokens, more than the model's positions, 1024\n\nhint: lower it, set `max_length` in `data`"
         in warning
     )
     assert warned(2048) == warned(None) == warned(1024, "data.max_length=1024") == []
@@ -465,13 +461,16 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
 
 def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:
     (warning,) = warnings_of(folder, "sft.resources.gpus=0", "sft.resources.processes=8", "sft.resources.sequence_parallel_size=8")
-    assert "demo.sft.resources.sequence_parallel_size: found 8, expected for the 28 heads of its model (4 of keys): 1, 2, 4, 28" in warning
+    assert (
+        "demo.sft.resources.sequence_parallel_size: found 8, expected 1, 2, 4, 28 for the model's 28 attention heads and 4 key-value heads"
+        in warning
+    )
 
 
 def test_the_memory_of_the_cpu_is_told_where_weights_wait_there(models: dict[str, Architecture]) -> None:
     told = fits.remedy(job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8}), 14 * GIB, 1, "sft")
     assert "offload=all" in told
-    assert "GiB of the CPU's memory for each process" in told
+    assert "GiB of CPU memory per process" in told
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_what_the_file_of_today_takes_is_kept_without_any_run(house: House) -> N
     house.artifact(1)
     items = house.collect(everything=True)
     assert house.left() == {int(wanted, 16)}
-    assert {item.key: item.why for item in items}[wanted] == "pipelines.yaml has it: p/d"
+    assert {item.key: item.why for item in items}[wanted] == "needed by pipelines.yaml: p/d"
 
 
 def test_what_is_being_built_is_left_alone(house: House) -> None:
@@ -230,14 +230,14 @@ def test_a_store_of_two_workspaces(tmp_path: Path) -> None:
     one.warnings.clear()
     one.collect()
     assert len(one.warnings) >= 1
-    assert one.warnings[0].startswith(f"{tmp_path}/two, which uses this store too, is not there: what its runs need is not known")
+    assert one.warnings[0].startswith(f"found no folder {tmp_path}/two, which also uses this store: what its runs need is unknown")
 
 
 def test_an_unreadable_record_stops_it(house: House) -> None:
     house.artifact(1)
     house.run(1)
     (house.runs.folder / "20200101T000000Z-abcd.json").write_text("{")
-    with pytest.raises(StoreError, match=r"000000Z-abcd\.json cannot be read: what that run needs is not known"):
+    with pytest.raises(StoreError, match=r"000000Z-abcd\.json cannot be read: what that run needs is unknown"):
         house.collect()
     assert house.left() == {1}
 

@@ -309,7 +309,7 @@ def test_a_large_file_is_told_of_before_it_is_read_once(tmp_path: Path, monkeypa
         look = Look(memory)
         for name in ("small", "large"):
             look.read(reading, str(tmp_path / name), look.file(str(tmp_path / name)))
-    assert told == ["read", f"reading {tmp_path / 'large'}, 1.0 kB: once, what it holds is remembered", "read"]
+    assert told == ["read", f"reading {tmp_path / 'large'}, 1.0 kB; the result is remembered for the next time", "read"]
 
 
 def test_threads_and_processes_share_one_memory(tmp_path: Path, settled: None) -> None:

@@ -124,7 +124,7 @@ def test_a_link_that_leads_out_is_refused_unless_a_root_allows_it(project: Path,
     leads_to = elsewhere if kind == "the folder" else elsewhere / "secret"
     assert f"found a link that leads out of the folder of the file: {link} -> {leads_to}\n" in problem
     assert problem.split(": ")[1] in ("p.base.path", "p.d.sources.0.path")
-    hint = f"hint: if that is meant, add `roots: [{leads_to.parent}]` at the top of the file"
+    hint = f"hint: if this is intended, add `roots: [{leads_to.parent}]` at the top of the file"
     assert problem.endswith(hint)
     file = project / "p.yaml"
     file.write_text(file.read_text().replace("version: 1", f"version: 1\nroots: [{leads_to.parent}]"))
@@ -157,7 +157,7 @@ def test_what_runs_foreign_code_is_warned_of_in_its_pipeline() -> None:
         "demo", "other"
     )
     loaded = load_text(text)
-    message = "p.yaml:6:67: demo.base.trust_remote_code: Python files that come with this model are run"
+    message = "p.yaml:6:67: demo.base.trust_remote_code: runs Python files that come with this model"
     assert [str(warning) for warning in loaded.warnings()] == [message]
     assert [str(warning) for warning in loaded.warnings("demo")] == [message]
     assert loaded.warnings("other") == []

@@ -133,7 +133,7 @@ def test_a_changed_upstream_is_the_reason(folder: Path) -> None:
 
 def test_missing_corrupt_and_forced_are_told_apart(folder: Path) -> None:
     built = build(folder)
-    assert reasons(planned(folder, force=("sft",)))["sft"] == ["forced: asked for by --force"]
+    assert reasons(planned(folder, force=("sft",)))["sft"] == ["forced: requested by --force"]
     artifact = built["sft"].artifact
     assert artifact is not None
     (artifact.payload / "data").write_text("")
@@ -166,7 +166,9 @@ def test_a_folder_in_the_place_of_rows_is_said_with_its_place(folder: Path) -> N
     (folder / "pipelines.yaml").write_text(text.replace("rows/*.jsonl", "rows"))
     row = planned(folder)["data"]
     assert row.status == "unknown"
-    assert f"found the folder {folder / 'rows'}, expected a file or a glob\n\nhint: `rows/*.jsonl`, say" in str(row.problems[0])
+    assert f"found the folder {folder / 'rows'}, expected a file or a glob\n\nhint: write `rows/*.jsonl`, for example" in str(
+        row.problems[0]
+    )
 
 
 def test_a_hub_branch_is_unknown_and_a_commit_is_known(folder: Path) -> None:
@@ -236,7 +238,7 @@ def test_data_of_benchmarks_is_pinned_by_its_commits(folder: Path) -> None:
     assert commits("benchmarks: [mine, folder, easy], include_path: own") == {"benchmarks.2.owner/mine"}
     assert commits("benchmarks: [suite], include_path: own") == {"benchmarks.0.owner/mine", "benchmarks.0.owner/other"}
 
-    place, says = "demo.eval.benchmarks.0", "its data is not in the key, and may change"
+    place, says = "demo.eval.benchmarks.0", "its data is not in the cache key and may change"
     assert of_eval("benchmarks: [easy, human_eval], allow_code_execution: true", KnownHub())[1] == []
     assert of_eval("benchmarks: [suite]", KnownHub())[1] == [
         f"{place}: {says}: code of its own loads it", f"{place}: {says}: its files are on the network",

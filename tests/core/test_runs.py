@@ -139,4 +139,4 @@ def test_of_a_killed_stage_the_last_step_is_told(tmp_path: Path) -> None:
     assert told() == ""
     with (work / "events.jsonl").open("a") as file:
         file.write(last + f'{{"t": {now - 190}, "type": "metric", "name": "loss", "value": 1.0}}\n{{"t": {now - 180}, "ty')
-    assert told() == "came to step 12 of 40"
+    assert told() == "reached step 12 of 40"

@@ -92,7 +92,7 @@ def test_a_run_ends_that_is_cancelled_or_deleted_on_the_server(
 def test_what_does_not_run_cannot_be_cancelled(demo: Project) -> None:
     told = demo.tuneline("cancel", "dmo", status=2, PREFECT_API_URL="").stderr
     hint = "`tuneline status` shows what runs"
-    assert told == f"cancel dmo: found no such run, expected one that runs: none (there is none)\n\nhint: {hint}\n"
+    assert told == f"cancel dmo: found no such run, expected one that runs: none (none is defined)\n\nhint: {hint}\n"
 
 
 @pytest.mark.slow

@@ -36,13 +36,13 @@ def wrong(cron: str) -> tuple[str, str]:
     """(what is wrong with an expression, a hint); empty where it is right."""
     parts = cron.split()
     if len(parts) != len(FIELDS):
-        return f"found '{cron}', expected a cron expression as `0 2 * * *`", HINT
+        return f"found '{cron}', expected a cron expression such as `0 2 * * *`", HINT
     for field, part in zip(FIELDS, parts, strict=True):
         for item in part.lower().split(","):
             if problem := _wrong_item(field, item, alone=item == part.lower()):
                 return f"found {problem[0]} for the {field.name} in '{cron}', expected {problem[1]}", problem[2]
     if not _comes(*parts[2:]):
-        return f"found day {parts[2]} of month {parts[3]} in '{cron}', expected a day that comes", "`L` is the last day of a month"
+        return f"found day {parts[2]} of month {parts[3]} in '{cron}', expected a date that exists", "write `L` for the last day of a month"
     return "", ""
 
 
@@ -52,13 +52,13 @@ def _wrong_item(field: Field, item: str, alone: bool) -> tuple[str, str, str] | 
         return None
     parsed = re.fullmatch(r"(\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", item)
     if parsed is None:
-        return f"`{item}`", "numbers, ranges, lists and steps, as `5`, `1-5`, `1,15`, `*/10`", HINT
+        return f"`{item}`", "numbers, ranges, lists and steps, such as `5`, `1-5`, `1,15`, `*/10`", HINT
     for value in filter(None, parsed.group(2, 3)):
         number = _number(field, value)
         if number is None or not field.least <= number <= field.most:
             words = f", or {field.words[0]} to {field.words[-1]}" if field.words else ""
             return value, f"{field.least} to {field.most}{words}", ""
-    return (f"`{item}`", "steps of 1 and more", "") if parsed[4] and int(parsed[4]) == 0 else None
+    return (f"`{item}`", "a step of at least 1", "") if parsed[4] and int(parsed[4]) == 0 else None
 
 
 def _number(field: Field, value: str) -> int | None:

@@ -21,10 +21,8 @@ def deadlocks(spec: Spec) -> Iterator[tuple[str, str, str]]:
     for ring in cycles({name: [other for other in others if other in full] for name, others in full.items()}):
         named = " and ".join(f"{name} ({listed(waiting[name][other])})" for name, other in zip(ring, ring[1:], strict=False))
         runs = sum(_runs(spec.pipelines[each]) for each in waiting[ring[0]][ring[1]])
-        found = (
-            f"found {spec.pools[ring[0]].concurrency}, with which runs in {named} can hold every place and wait for one another for ever"
-        )
-        yield ring[0], found, f"allow {runs + 1} or more in one of these pools, or leave its `concurrency` out"
+        found = f"found {spec.pools[ring[0]].concurrency}, with which runs in {named} can hold all slots and wait for each other forever"
+        yield ring[0], found, f"set `concurrency` to {runs + 1} or more in one of these pools, or remove it"
 
 
 def _waiting(pipelines: Mapping[str, Pipeline], pool: str) -> Iterator[tuple[str, list[str]]]:

@@ -86,7 +86,9 @@ def check(
     if not isinstance(source.tree, dict):
         empty = source.tree is None
         found = "the file is empty" if empty else f"found {shown(source.tree)}, expected a mapping with version, pipelines, ..."
-        raise ConfigError([Problem("", found, "`tuneline init` in an empty folder writes a file to start from", place=source.place(()))])
+        raise ConfigError(
+            [Problem("", found, "run `tuneline init` in an empty folder to create a file to start from", place=source.place(()))]
+        )
     overrides = Overrides(source, environment)
     tree = overrides.applied(pipeline, sets, variables)
     problems = overrides.problems
@@ -96,7 +98,7 @@ def check(
             return  # what an unknown variable leaves behind
         if path in overrides.origins:
             name = overrides.origins[path]
-            hint = f"{hint}; the value is that of" if hint else "the value is that of"
+            hint = f"{hint}; the value comes from" if hint else "the value comes from"
             hint += f" ${{{name}}}, {source.place(('vars', name))}"
         problems.append(Problem(dotted(path), message, hint, place=source.place(path, at_key)))
 

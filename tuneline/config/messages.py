@@ -29,7 +29,7 @@ FORMS = {  # by pattern; a test holds them against the types
     SIZE: "a size such as 512Mi or 16Gi",
 }
 UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # what is meant by a number without one, or with another of that kind
-UNQUOTED = "write it without quotes"
+UNQUOTED = "remove the quotes"
 FIELD_ALIASES = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
     "lr": "write `learning_rate`",
     **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "write `max_length`"),
@@ -37,14 +37,14 @@ FIELD_ALIASES = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
     **dict.fromkeys(("lora_target", "lora_target_modules"), "write `lora: {target_modules: ...}`"),
     "finetuning_type": "write `method`",
     "train_type": "write `method`",
-    "gradient_accumulation_steps": "it follows from `global_batch_size`, the rows of a step, and `resources.micro_batch_size`",
+    "gradient_accumulation_steps": "set `global_batch_size` (rows per step): accumulation follows from it and `resources.micro_batch_size`",
     **dict.fromkeys(
         ("batch_size", "per_device_train_batch_size"),
-        "write `global_batch_size`, the rows of a step over all devices; those of one pass are `resources.micro_batch_size`",
+        "write `global_batch_size` (rows per step over all devices) or `resources.micro_batch_size` (rows per device)",
     ),
 }
 OTHER_VALUES = {  # that others allow
-    ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size"
+    ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch; bnpo averages over a micro-batch, whose size"
     " must not change a result",
 }
 BOUNDS = {
@@ -148,7 +148,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
     name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float").removesuffix("_attributes")
     name = "dict" if name == "model" else name
     if name == "dict" and _is_stage(path) and (node is None or node in list(STAGES)):
-        return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields under its name, indented"
+        return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields below its name, indented"
     return False, shown(node), TYPES.get(name, detail["msg"]), _as_meant(node, name)
 
 
@@ -168,7 +168,7 @@ def _purpose(stage: type[BaseModel]) -> str:
 def _as_meant(node: Any, wanted: str) -> str:
     """How the value is written if it is meant as what is wanted."""
     if wanted == "dict" and node is None:
-        return "write what belongs to it under it, indented, or remove it"
+        return "write its content below it, indented, or remove it"
     if wanted == "string" and isinstance(node, int | float):
         return "put quotes around it"
     if wanted == "tuple" and isinstance(node, str | int | float):
@@ -243,7 +243,7 @@ def _elsewhere(name: str, path: Keys, tree: Any) -> str:
     fields = model.model_fields if model else {}
     for outer, info in fields.items():
         if any(isinstance(item, type) and issubclass(item, BaseModel) and name in item.model_fields for item in _inside(info.annotation)):
-            return f"it stands under `{outer}:`"
+            return f"write it under `{outer}:`"
     kinds = [kind for kind, other in STAGES.items() if model in STAGES.values() and name in other.model_fields]
     return f"it is a field of {' and '.join(kinds)}" if kinds else ""
 

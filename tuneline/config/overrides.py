@@ -38,7 +38,9 @@ class Overrides:
         tree = self._substitute(self.source.tree, ())
         for name in self.declared:
             if name not in used and not self.unresolved:
-                self._problem(("vars", name), f"found the variable `{name}`, used nowhere", "remove it, or write ${" + name + "}", True)
+                self._problem(
+                    ("vars", name), f"found the variable `{name}`, which is not used", "remove it, or use it as ${" + name + "}", True
+                )
         return tree
 
     def _problem(self, path: Keys, message: str, hint: str = "", at_key: bool = False) -> None:
@@ -89,12 +91,12 @@ class Overrides:
             key: str | int = part
             if isinstance(node, list):
                 if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
-                    allowed = f"expected 0 to {len(node) - 1}" if node else "which is empty"
-                    self._flag(flag, f"found `{part}` for a place in a list, {allowed}", "to replace the whole list: `=[a, b]`")
+                    allowed = f"expected 0 to {len(node) - 1}" if node else "but the list is empty"
+                    self._flag(flag, f"found `{part}` as a list index, {allowed}", "to replace the whole list, write `=[a, b]`")
                     return keys, None
                 key = int(part)
             elif not isinstance(node, dict):
-                self._flag(flag, f"found no fields under `{'.'.join(parts[:i])}`, it is a plain value")
+                self._flag(flag, f"found a field under `{'.'.join(parts[:i])}`, which is a plain value")
                 return keys, None
             keys.append(key)
             if i < len(parts) - 1:
@@ -119,7 +121,7 @@ class Overrides:
     def _plain_variables(self) -> None:
         for name, value in self.declared.items():
             if any(True for _ in _named(value)):
-                self._problem(("vars", name), f"found '{value}', expected values without ${{...}}", "write out the value")
+                self._problem(("vars", name), f"found '{value}', expected a value without ${{...}}", "write out the value")
 
     def _substitute(self, node: Any, path: Keys) -> Any:
         if isinstance(node, dict):
@@ -138,7 +140,7 @@ class Overrides:
             return "${"
         if not match["end"]:
             self.unresolved.add(path)
-            self._problem(path, f"found `{match[0][:40]}` without its `}}`", "a plain `${` is written `$${`")
+            self._problem(path, f"found `{match[0][:40]}` without its `}}`", "add the `}`, or write `$${` for a plain `${`")
             return ""
         value = self._variable(match["name"], path)
         return value if isinstance(value, str) else json.dumps(value)
@@ -148,7 +150,7 @@ class Overrides:
             name = name.removeprefix("env:")
             if path[0] not in MACHINE_FIELDS:
                 self.unresolved.add(path)
-                hint = "a pipeline must not depend on the shell it is started from; use vars and --var"
+                hint = "use `vars:` and `--var`: a pipeline must not depend on the environment"
                 self._problem(path, f"found ${{env:{name}}}, expected only in {', '.join(MACHINE_FIELDS)}", hint)
             elif name not in self.environment:
                 self.unresolved.add(path)

@@ -136,4 +136,4 @@ class Schedule(Strict):
             if found:
                 yield Problem("cron", found, hint)
         if self.timezone not in zoneinfo.available_timezones():
-            yield Problem("timezone", f"found '{self.timezone}', expected the name of a time zone, as Europe/Berlin")
+            yield Problem("timezone", f"found '{self.timezone}', expected a time zone, such as Europe/Berlin")

@@ -44,23 +44,27 @@ for _name, _first in (("bool", "tTfF"), ("int", "-+0123456789"), ("float", "-+.0
 
 # What PyYAML says, where it says it to its own developers: (part of its words, ours, hint).
 _SYNTAX = (
-    ("\\t", "found a tab at the start of a word", "YAML is indented with spaces, not tabs"),
+    ("\\t", "found a tab, expected spaces", "indent with spaces, not tabs"),
     ("another document", "found a second document after `---`, expected one", "write every pipeline under one `pipelines:`"),
-    ("second occurrence", "found an anchor (`&name`) twice", "give each anchor a name of its own"),
+    ("second occurrence", "found an anchor (`&name`) twice", "give each anchor its own name"),
     (
         "mapping values are not allowed",
-        "found a `:` that ends no key here",
-        "put quotes around text that holds `: `; check the indentation",
+        "found a `:` that does not end a key",
+        "put quotes around text that contains `: `; check the indentation",
     ),
     ("could not find expected ':'", "found a key without `:`", "write `key: value`; check quotes and indentation near this line"),
-    ("unexpected end of stream", "found a quote that is never closed", "close it; in single quotes a single quote is written twice"),
-    ("expected <block end>", "found text that does not fit into the block around it", "fields of one mapping start in the same column"),
-    ("'<stream end>'", "found the end of the text where a value is wanted", "close the bracket, brace or quote that was opened"),
-    ("expected the node content", "found a comma, bracket or brace where a value is wanted", "write the value, or quotes around it"),
+    ("unexpected end of stream", "found a quote that is never closed", "close it; inside single quotes, write a single quote twice"),
+    ("expected <block end>", "found text that does not fit the block around it", "start all fields of a mapping in the same column"),
+    ("'<stream end>'", "found the end of the text, expected a value", "close the bracket, brace or quote that was opened"),
+    ("expected the node content", "found a comma, bracket or brace, expected a value", "write the value, or put quotes around it"),
     ("'<document start>'", "found text after the end of the document", "check brackets, quotes and indentation in and above this line"),
-    ("unknown escape character", "found a backslash that escapes nothing", "in single quotes a backslash is only a backslash"),
-    ("cannot start any token", "found a character that starts no word of YAML", "put quotes around text that starts with @, ` or %"),
-    ("found undefined alias", "found an alias (`*name`) without its anchor", "write `&name` before it; put quotes around text with a `*`"),
+    ("unknown escape character", "found an invalid backslash escape", "use single quotes, in which a backslash is a plain character"),
+    ("cannot start any token", "found a character that cannot start a YAML value", "put quotes around text that starts with @, ` or %"),
+    (
+        "found undefined alias",
+        "found an alias (`*name`) without its anchor",
+        "define `&name` before it, or put quotes around text with a `*`",
+    ),
 )
 _LATE = ("could not find expected ':'", "found unexpected end of stream")  # noticed far behind the key or quote that began it
 _UNCLOSED = re.compile(r"expected ',' or '(.)', but got '(.*)'")
@@ -106,13 +110,13 @@ def read(path: Path, name: str) -> YamlDocument:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise wrong(name, "found no such file", "`tuneline init` writes one; `--file` names another") from None
+        raise wrong(name, "found no such file", "create one with `tuneline init`, or name another with `--file`") from None
     except IsADirectoryError:
         raise wrong(name, "found a folder, expected a file", "name the file in it") from None
     except OSError as error:
         raise wrong(name, f"the file cannot be read: {error.strerror}", "check its name and its permissions") from None
     if len(data) > MAX_BYTES:
-        raise wrong(name, f"found more than {MAX_BYTES // 1_000_000} MB", "is that the pipelines file? `--file` names another")
+        raise wrong(name, f"found more than {MAX_BYTES // 1_000_000} MB", "name the pipelines file with `--file`")
     try:
         return parse(data.decode("utf-8-sig"), name)
     except UnicodeDecodeError as error:
@@ -138,7 +142,9 @@ def parse(text: str, name: str) -> YamlDocument:
         place = f"{name}:{text.count(chr(10), 0, error.position) + 1}:{error.position - start}"
         raise ConfigError([_control_character(place, "", chr(error.character))]) from None
     except RecursionError:
-        raise ConfigError([Problem("", f"found more than {MAX_DEPTH} levels", "nest less", place=f"{name}:1:1")]) from None
+        raise ConfigError(
+            [Problem("", f"found more than {MAX_DEPTH} levels of nesting", "reduce the nesting", place=f"{name}:1:1")]
+        ) from None
     try:
         source.tree = None if node is None else _Builder(source, problems).build(node, (), 0)
     except _Stop:
@@ -153,7 +159,7 @@ def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
     unclosed = _UNCLOSED.match(str(error.problem))
     if unclosed and error.context_mark:
         where = f"in the {'list' if unclosed[1] == ']' else 'mapping'} that begins in line {error.context_mark.line + 1}"
-        found = f"found {_TOKENS.get(unclosed[2], f'`{unclosed[2]}`')} where `,` or `{unclosed[1]}` is wanted, {where}"
+        found = f"found {_TOKENS.get(unclosed[2], f'`{unclosed[2]}`')}, expected `,` or `{unclosed[1]}` {where}"
         return found, "check brackets, commas and quotes from there on"
     for part, message, hint in _SYNTAX:
         if part in str(error.problem):
@@ -162,7 +168,7 @@ def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
 
 
 def _control_character(place: str, path: str, character: str) -> Problem:
-    return Problem(path, f"found the control character U+{ord(character):04X}", "remove it: the file is plain text", place=place)
+    return Problem(path, f"found the control character U+{ord(character):04X}", "remove it: the file must be plain text", place=place)
 
 
 class _Stop(Exception):
@@ -180,8 +186,12 @@ class _Builder:
     def build(self, node: yaml.Node, path: Keys, depth: int) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or depth > MAX_DEPTH:
-            what = f"more than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {MAX_NODES} values once aliases are expanded"
-            self._problem(node, path[:6], f"found {what}", "nest less, and write fewer aliases; one inside its own anchor never ends")
+            what = (
+                f"more than {MAX_DEPTH} levels of nesting"
+                if depth > MAX_DEPTH
+                else f"more than {MAX_NODES} values once aliases are expanded"
+            )
+            self._problem(node, path[:6], f"found {what}", "reduce nesting and aliases; an alias inside its own anchor never ends")
             raise _Stop
         self.source.values.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
@@ -206,7 +216,7 @@ class _Builder:
         return value
 
     def _no_number(self, node: yaml.Node, path: Keys, found: str, expected: str) -> None:
-        self._problem(node, path, f"found {found}, expected {expected}", "put quotes around it if it is meant as text")
+        self._problem(node, path, f"found {found}, expected {expected}", "put quotes around it if it is text")
 
     def _text(self, node: yaml.ScalarNode, path: Keys) -> str:
         control = _CONTROL.search(node.value)
@@ -228,7 +238,7 @@ class _Builder:
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 found = f"`{key_node.value}`" if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                self._problem(key_node, path, f"found {found} as a key, expected text", "put quotes around it if it is meant as a name")
+                self._problem(key_node, path, f"found {found} as a key, expected text", "put quotes around it if it is a name")
                 continue
             key = self._text(key_node, path)
             if key in result:

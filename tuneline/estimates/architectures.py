@@ -182,12 +182,12 @@ def read(text: bytes) -> Architecture | str:
     config: dict[str, Any] = json.loads(text)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        return f"models of type `{model_type}` are not counted, only {', '.join(FAMILIES)}"
+        return f"models of type `{model_type}` are not supported, only {', '.join(FAMILIES)}"
     if "quantization_config" in config:
         return "its weights are quantized"
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-        return f"its config.json does not say {', '.join(missing)}"
+        return f"its config.json has no {', '.join(missing)}"
     family, heads = FAMILIES[model_type], config["num_attention_heads"]
     return Architecture(
         **{name: config[name] for name in needed},

@@ -53,11 +53,14 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
             field = (*path, problem.field)
             yield Problem(dotted(field), problem.message, problem.hint, place=loaded.source.place(field))
         if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
-            heads = f"{architecture.num_attention_heads} heads of its model ({architecture.num_key_value_heads} of keys)"
+            heads = f"model's {architecture.num_attention_heads} attention heads and {architecture.num_key_value_heads} key-value heads"
             allowed = ", ".join(map(str, architecture.sharing))
             path = (*path, "resources", "sequence_parallel_size")
             yield Problem(
-                dotted(path), f"found {size}, expected for the {heads}: {allowed}", "the run will fail", place=loaded.source.place(path)
+                dotted(path),
+                f"found {size}, expected {allowed} for the {heads}",
+                "change it: the run would fail",
+                place=loaded.source.place(path),
             )
             continue
         if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
@@ -65,8 +68,8 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
         if (needed := job.memory().total) > SAFE * room:
             digits = next((digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits)), 1)
-            found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
-            found += ", which is tight: estimates err by a tenth or more" if needed <= room else ""
+            found = f"about {gib(needed, digits)} of GPU memory are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
+            found += ", which is tight: estimates are off by 10% or more" if needed <= room else ""
             yield Problem(dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name), place=loaded.source.place(path))
 
 
@@ -74,7 +77,7 @@ def beyond_positions(stage: Training, row: int | None, architecture: Architectur
     """Sequences may be longer than the model's positions reach: then programs refuse them (tasks/training/sft.py says why)."""
     field, tokens = stage.positions(row)
     message = f"sequences may have {tokens} tokens, more than the model's positions, {architecture.positions:.0f}"
-    hint = f"lower it; `max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
+    hint = f"lower it, set `max_length` in `{stage.dataset}` to drop or truncate longer rows, or extend the model's RoPE in its config.json"
     return Problem(field, message, hint) if tokens > architecture.positions else None
 
 
@@ -97,9 +100,9 @@ def remedy(job: Job, room: int, gpus: int, name: str) -> str:
         if allowed and (needed := changed.memory().total) <= room:
             flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
             away = changed.memory().offloaded
-            beside = f", and {gib(away)} of the CPU's memory for each process" if away else ""
+            beside = f", and {gib(away)} of CPU memory per process" if away else ""
             return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
-    return "no change of its resources fits with a tenth to spare: take larger GPUs, a smaller model or shorter sequences"
+    return "no change of resources fits with 10% to spare: use larger GPUs, a smaller model or shorter sequences"
 
 
 def changes(job: Job, gpus: int) -> Iterator[Change]:

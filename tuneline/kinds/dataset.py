@@ -60,19 +60,27 @@ class DatasetStage(ProgramStage):
 
     def problems(self) -> Iterator[Problem]:
         if self.on_unrendered != "error" and self.model is None:
-            yield Problem("on_unrendered", "found on_unrendered without model", "name the model whose template renders: `model: base`")
+            yield Problem(
+                "on_unrendered",
+                "found on_unrendered without model",
+                "name the model whose chat template renders, for example `model: base`",
+            )
         if self.max_length is not None and self.model is None:
-            yield Problem("max_length", "found max_length without model", "name the model whose tokenizer counts: `model: base`")
+            yield Problem(
+                "max_length", "found max_length without model", "name the model whose tokenizer counts tokens, for example `model: base`"
+            )
         if self.special_tokens != "error" and self.model is None:
-            yield Problem("special_tokens", "found special_tokens without model", "name the model whose tokens they are: `model: base`")
+            yield Problem(
+                "special_tokens", "found special_tokens without model", "name the model whose tokens they are, for example `model: base`"
+            )
         if self.over_long != "drop" and self.max_length is None:
             yield Problem("over_long", "found over_long without max_length", "remove it, or set max_length")
         for i, source in enumerate(self.sources):
             if isinstance(source, CodeSource) and self.model is None:
-                hint = "name the model whose tokenizer cuts the chunks: `model: base`"
+                hint = "name the model whose tokenizer measures chunks, for example `model: base`"
                 yield Problem(f"sources.{i}", "found source code without model", hint)
             if isinstance(source, CodeSource) and self.max_length is not None and source.chunk_length > self.max_length:
                 message = f"found {source.chunk_length}, expected at most max_length, {self.max_length}"
-                yield Problem(f"sources.{i}.chunk_length", message, "a longer chunk would be dropped or cut as every row is")
+                yield Problem(f"sources.{i}.chunk_length", message, "lower it, or raise max_length: longer chunks would be over-long rows")
         if self.split.validation + self.split.test >= 1:
             yield Problem("split", f"found {self.split.validation} + {self.split.test}, expected a sum below 1")

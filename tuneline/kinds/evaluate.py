@@ -76,15 +76,15 @@ class EvaluateStage(ComputingStage):
     def problems(self) -> Iterator[Problem]:
         engine = self.resources.engine
         if self.uses_engine() and engine is not None and engine.gpus not in (0, self.resources.gpus):
-            found = f"found {engine.gpus}, expected resources.gpus, {self.resources.gpus}: all of them are the engine's"
-            yield Problem("resources.engine.gpus", found, "leave it out")
+            found = f"found {engine.gpus}, expected {self.resources.gpus} (resources.gpus): vLLM uses all GPUs of an evaluation"
+            yield Problem("resources.engine.gpus", found, "remove it")
         if self.uses_engine() and self.resources.micro_batch_size is not None:
-            hint = "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time"
-            yield Problem("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
+            hint = "remove it; `engine: {max_num_seqs: ...}` limits how many sequences vLLM processes at the same time"
+            yield Problem("resources.micro_batch_size", "found micro_batch_size with `backend: vllm`, which forms its own batches", hint)
         if not self.datasets and not self.benchmarks:
             yield Problem("", "found neither datasets nor benchmarks, expected one or both", "add `datasets: [my-data]`")
         if HUMAN_EVAL in self.benchmarks and not self.allow_code_execution:
-            hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
+            hint = "set `allow_code_execution: true` to run the code that the model writes, in a sandbox"
             yield Problem(f"benchmarks.{self.benchmarks.index(HUMAN_EVAL)}", "found human_eval without allow_code_execution", hint)
         if self.allow_code_execution and HUMAN_EVAL not in self.benchmarks:
             found = "found allow_code_execution without human_eval, the only benchmark that runs code"
@@ -93,8 +93,8 @@ class EvaluateStage(ComputingStage):
             its = [field for field, of in ONLY_WITH.items() if of == owner and not getattr(self, owner)]
             given = [field for field in its if getattr(self, field) != type(self).model_fields[field].default]
             if given:
-                which, hint = ("it is", "remove it") if len(given) == 1 else ("they are", "remove them")
-                yield Problem(given[0], f"found {', '.join(given)} without {owner}, which alone {which} for", hint)
+                effect, hint = ("it has", "remove it") if len(given) == 1 else ("they have", "remove them")
+                yield Problem(given[0], f"found {', '.join(given)} without {owner}: {effect} no effect", hint)
 
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         scored = stages.get(self.model)
@@ -108,10 +108,13 @@ class EvaluateStage(ComputingStage):
         """Only lm-eval knows the metrics of a benchmark; those of a dataset are SCORES."""
         subject, _, figure = metric.partition("/")
         if self.datasets and not self.benchmarks and subject not in self.datasets:
-            return f"found `{metric}`, but `{name}` scores only {listed(self.datasets)}", f"write `{self.datasets[0]}/exact_match`, say"
+            return (
+                f"found `{metric}`, but `{name}` scores only {listed(self.datasets)}",
+                f"write `{self.datasets[0]}/exact_match`, for example",
+            )
         if subject in self.datasets and (figure := figure.removesuffix("_stderr")) not in SCORES:
-            hint = nearest(figure, SCORES) or f"write `{subject}/exact_match`, say"
-            return f"found `{metric}`, expected of rows {listed(SCORES)}", hint
+            hint = nearest(figure, SCORES) or f"write `{subject}/exact_match`, for example"
+            return f"found `{metric}`, expected one of the metrics of a dataset: {listed(SCORES)}", hint
         return None
 
     def incomparable_fields(self, other: Stage, metric: str) -> list[str]:

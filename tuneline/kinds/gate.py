@@ -78,6 +78,6 @@ class GateStage(Stage):
             one, two = compared
             for field in stages[one].incomparable_fields(stages[two], requirement.metric):
                 values = [shown(getattr(stages[name], field)) for name in (two, one)]
-                found = f"found `{two}` with {field} {values[0]}, `{one}` with {values[1]}, expected the same"
+                found = f"found `{two}` with {field} {values[0]}, `{one}` with {values[1]}, expected the same {field}"
                 field_of_gate = f"require.{i}.{'improves_on' if requirement.improves_on else 'not_below'}"
-                yield Problem(field_of_gate, f"{found}: else they are asked other things", f"set the same {field} in both")
+                yield Problem(field_of_gate, f"{found}: otherwise they answer different questions", f"set the same {field} in both")

@@ -96,36 +96,40 @@ class GrpoStage(Training):
         yield from reward_problems(self.rewards)
         if self.global_batch_size % self.num_generations:
             found = f"found {self.global_batch_size}, expected multiples of num_generations, {self.num_generations}"
-            yield Problem("global_batch_size", found, "a step samples whole groups of completions for the same prompt")
+            yield Problem("global_batch_size", found, "change one of them: a step samples whole groups of completions")
         if self.lora.lora_dropout:
-            found = f"found {self.lora.lora_dropout}, expected 0: completions would be sampled from another model than is trained"
-            yield Problem("lora.lora_dropout", found, "leave it out")
+            found = f"found {self.lora.lora_dropout}, expected 0 for grpo: with dropout the trained model differs from the one that samples"
+            yield Problem("lora.lora_dropout", found, "remove it")
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             found = f"found {self.loss_type} with importance_sampling_level: sequence, expected grpo"
-            yield Problem("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
+            yield Problem("loss_type", found, "set `loss_type: grpo`: the others weigh sequences by their length again (arXiv:2507.18071)")
         if self.resources.sequence_parallel_size > 1:
             # trl/trainer/grpo_trainer.py has no part for it.
-            found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL shares sequences in sft alone"
-            yield Problem("resources.sequence_parallel_size", found, "leave it out")
+            found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL supports sequence parallelism only for sft"
+            yield Problem("resources.sequence_parallel_size", found, "remove it")
         if self.resources.strategy == "fsdp":
             # trl/models/utils.py, unwrap_model_for_generation: it gathers what ZeRO-3 has split, and knows nothing of FSDP2.
-            yield Problem("resources.strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2")
+            yield Problem(
+                "resources.strategy",
+                "found fsdp for grpo, which needs unsharded weights for sampling",
+                "set `strategy: zero3` or `strategy: zero2`",
+            )
         if not self.uses_engine():
             return
         if self.resources.strategy == "zero3":
             # tasks/training/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
-            yield Problem("resources.strategy", "found zero3 with rollouts of vLLM, expected ddp, zero1, zero2", "use zero2")
+            yield Problem("resources.strategy", "found zero3 with rollouts by vLLM, expected ddp, zero1 or zero2", "set `strategy: zero2`")
         if self.resources.nodes > 1:
-            yield Problem("resources.nodes", f"found {self.resources.nodes} with rollouts of vLLM, whose server is for one machine")
+            yield Problem(
+                "resources.nodes", f"found {self.resources.nodes} with rollouts by vLLM, expected 1: the vLLM server runs on one machine"
+            )
         # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
         if self.lora.use_dora:
-            yield Problem(
-                "lora.use_dora", "found DoRA, which vLLM does not serve", "set `rollouts: {engine: transformers}`, or leave it out"
-            )
+            yield Problem("lora.use_dora", "found DoRA, which vLLM does not serve", "remove it, or set `rollouts: {engine: transformers}`")
         if self.lora.r > MAX_LORA_RANK:
             found = f"found {self.lora.r}, expected at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
-            yield Problem("lora.r", found, "lower it, or sample with transformers")
+            yield Problem("lora.r", found, "lower it, or set `rollouts: {engine: transformers}`")
         engine = self.resources.engine
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
             found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"
-            yield Problem("resources.engine.gpus", found, "the training needs a GPU too; with `gpus: 0` they share the first")
+            yield Problem("resources.engine.gpus", found, "leave a GPU for the training, or set `gpus: 0` to share the first one")

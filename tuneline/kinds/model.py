@@ -43,4 +43,4 @@ class ModelStage(ProgramStage):
 
     def warnings(self) -> Iterator[Problem]:
         if self.trust_remote_code:
-            yield Problem("trust_remote_code", "Python files that come with this model are run")
+            yield Problem("trust_remote_code", "runs Python files that come with this model")

@@ -56,9 +56,9 @@ class QuantizeStage(ComputingStage):
     def unserved(self, by: ComputingStage) -> str | None:
         """vllm/model_executor/layers/quantization/auto_gptq.py."""
         if not by.resources.gpus:
-            return "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
+            return "GPTQ and no GPU: vLLM computes GPTQ only in half precision, but evaluations on a CPU use float32"
         if by.compute_type() == "float32":
-            return "GPTQ in float32: vLLM computes it in half precision only"
+            return "GPTQ in float32: vLLM computes GPTQ only in half precision"
         if self.bits not in (4, 8) or not self.sym:
-            return f"bits {self.bits} and sym {str(self.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
+            return f"bits {self.bits} and sym {str(self.sym).lower()}, but vLLM supports only symmetric 4 or 8 bits"
         return None

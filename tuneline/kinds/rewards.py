@@ -30,7 +30,7 @@ class EveryReward(Strict):
 
     def problems(self) -> Iterator[Problem]:
         if self.weight == 0:
-            yield Problem("weight", "found 0, expected any other number", "remove a reward that does not count")
+            yield Problem("weight", "found 0, expected a number other than 0", "remove the reward if it should not count")
 
 
 class ExactMatchReward(EveryReward):
@@ -138,8 +138,8 @@ def reward_problems(rewards: Sequence[AnyReward]) -> Iterator[Problem]:
             yield Problem(f"rewards.{i}.{problem.field}", problem.message, problem.hint)
         field = f"rewards.{i}.function" if isinstance(reward, FunctionReward) else f"rewards.{i}"
         if (before := first.setdefault(reward.label, i)) != i:
-            hint = "each has its own metric: give the function another name" if isinstance(reward, FunctionReward) else "write it once"
+            hint = "rename one function: each has its own metric" if isinstance(reward, FunctionReward) else "remove one of them"
             yield Problem(field, f"found `{reward.label}` twice, first in rewards.{before}", hint)
         if isinstance(reward, FunctionReward) and not reward.function.isidentifier():
             found = f"found '{reward.function}', expected the name of a function"
-            yield Problem(field, found, "the file stands in `file`, the name alone here")
+            yield Problem(field, found, "write only the name here, and the file under `file:`")

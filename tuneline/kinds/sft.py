@@ -83,34 +83,34 @@ class SftStage(Training):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.early_stopping and self.eval_steps is None:
-            yield Problem("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
+            yield Problem("early_stopping", "found early_stopping without eval_steps", "set eval_steps, for example `eval_steps: 20`")
         if self.early_stopping and "checkpoint_steps" in self.resources.model_fields_set:
             found = "found checkpoint_steps with early_stopping, which saves at each evaluation"
-            hint = "leave it out; `checkpoint_minutes` saves in between as well"
+            hint = "remove it; set `checkpoint_minutes` to save in between as well"
             yield Problem("resources.checkpoint_steps", found, hint)
         if self.method == "full":
             found = "with `method: full`, which trains the model's own weights"
             if "lora" in self.model_fields_set:
-                yield Problem("lora", f"found lora {found}", "leave it out, or set `method: lora`")
+                yield Problem("lora", f"found lora {found}", "remove it, or set `method: lora`")
             if self.adapter is not None:
-                yield Problem("adapter", f"found an adapter {found}", "merge it, and name the merged model under `model:`")
+                yield Problem("adapter", f"found an adapter {found}", "merge the adapter, and name the merge stage under `model:`")
         if self.method != "qlora" and "bits" in self.model_fields_set:
             found = f"found bits with `method: {self.method}`, which quantizes nothing"
-            yield Problem("bits", found, "set `method: qlora`, or leave it out")
+            yield Problem("bits", found, "remove it, or set `method: qlora`")
         # PEFT's dequantize_module_weight, which DoRA needs, loses the scales of 8-bit weights on a CPU (0.21.2, utils/integrations.py).
         if self.method == "qlora" and self.bits == 8 and self.lora.use_dora:
-            yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected with 4", "leave out use_dora, or bits")
+            yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected 4 bits", "remove use_dora, or bits")
         # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: weights of 4 bits are split only where
         # they are stored as floating-point numbers (bnb_4bit_quant_storage), which is not tried here; those of 8 bits never.
         if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
-            found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2, device_map"
-            yield Problem("resources.strategy", found, "bitsandbytes' weights are not split over devices; they take little memory on each")
+            found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
+            yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
         # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper: it drops the mask that keeps packed rows apart.
         if self.packing and self.resources.sequence_parallel_size > 1:
-            found = f"found {self.resources.sequence_parallel_size} with packing, where packed rows would see one another"
-            yield Problem("resources.sequence_parallel_size", found, "set `packing: false`, or leave it out")
+            found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
+            yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")
 
     def warnings(self) -> Iterator[Problem]:
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
-            message = f"{self.learning_rate:g}, the default, suits adapters and wrecks a model that is trained whole"
-            yield Problem("learning_rate", message, "set `learning_rate: 1e-5`, say")
+            message = f"{self.learning_rate:g}, the default, suits adapters but is too high for training all weights"
+            yield Problem("learning_rate", message, "set a lower one, for example `learning_rate: 1e-5`")

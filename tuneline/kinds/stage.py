@@ -134,7 +134,7 @@ class Stage(Strict):
         dataset = stages.get(metric.partition("/")[0])
         if dataset is None or dataset.output_type() != "Dataset" or self.output_type() == "Verdict":
             return None
-        return f"found `{metric}` of `{name}`, which is no evaluation", "compare the figures of two stages of kind evaluate"
+        return f"found `{metric}` of `{name}`, which is not an evaluation", "name a stage of kind evaluate"
 
     def incomparable_fields(self, other: Stage, metric: str) -> list[str]:
         """Return the fields in which two evaluations differ so that their values of `metric` answer different questions."""
@@ -174,24 +174,26 @@ class ProgramStage(Stage):
     def common_problems(self) -> Iterator[Problem]:
         devices = self.resources.devices
         if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
-            found = f"found {list(devices)}, expected as many different numbers as resources.gpus, {self.resources.gpus}"
+            found = f"found {list(devices)}, expected as many different GPU indices as resources.gpus, {self.resources.gpus}"
             yield Problem("resources.devices", found, f"set `gpus: {len(devices)}`" if len(devices) != self.resources.gpus else "")
         engine = self.resources.engine
         if engine is not None and not self.uses_engine():
-            yield Problem("resources.engine", "found an engine in a stage that uses none", "remove it, or choose the engine vllm")
+            yield Problem(
+                "resources.engine", "found engine settings in a stage that does not use vLLM", "remove them, or choose vLLM for the stage"
+            )
         elif engine is not None and engine.gpus > self.resources.gpus:
             found = f"found {engine.gpus}, expected at most resources.gpus, {self.resources.gpus}"
-            yield Problem("resources.engine.gpus", found, "resources.gpus counts all of the stage's GPUs, the engine's among them")
+            yield Problem("resources.engine.gpus", found, "raise resources.gpus: it includes the engine's GPUs")
 
         if not self.trains and self.world_size() > 1:
             field = next(name for name in ("nodes", "processes", "gpus") if (getattr(self.resources, name) or 1) > 1)
             found = f"found {getattr(self.resources, field)} for {self.kind}, expected 1"
             hint = "write `gpus: 1`" if field == "gpus" else "remove it"
-            yield Problem(f"resources.{field}", found, f"only trainings run in several processes: {hint}")
+            yield Problem(f"resources.{field}", found, f"{hint}: only trainings run in several processes")
         elif not self.trains:
-            yield from self._without_effect(TRAINING_ONLY, "is no training")
+            yield from self._without_effect(TRAINING_ONLY, "is not a training")
             if not self.batches:
-                yield from self._without_effect(("micro_batch_size",), "does not work in batches")
+                yield from self._without_effect(("micro_batch_size",), "does not use batches")
 
     def _without_effect(self, fields: Iterable[str], why: str) -> Iterator[Problem]:
         """Yield one problem for all of the fields of `resources` that are set."""

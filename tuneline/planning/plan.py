@@ -117,10 +117,10 @@ def _row(
     document = document_of(stage, known, resolved, pipeline.salt)
     waiting = [slot for slot in slots if slot not in known]
     if forced and not waiting and (paid := workspace.runs.paid(pipeline_name, name, key_of(document))):
-        row.reasons.append(Reason("forced", f"run {paid}, which was stopped later, has built it again already"))
+        row.reasons.append(Reason("forced", f"already rebuilt by run {paid}, which was stopped later"))
         forced = False
     if forced:
-        row.reasons.append(Reason("forced", "asked for by --force"))
+        row.reasons.append(Reason("forced", "requested by --force"))
     row.reasons += [Reason("input", f"{slots[slot]} is built first", slot) for slot in waiting]
     if waiting or resolved.unresolved:
         what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(resolved.unresolved)
@@ -172,7 +172,7 @@ def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
     for row in rows:
         for path, data in benchmark_data(workspace, stages[row.stage]) if row.artifact is None else ():
             if data.unknown and data != NOT_SET_UP:
-                message = f"its data is not in the key, and may change: {data.unknown}"
+                message = f"its data is not in the cache key and may change: {data.unknown}"
                 yield _placed(Problem(path, message, ""), workspace.loaded, pipeline, row.stage)
 
 

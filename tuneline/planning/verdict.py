@@ -81,8 +81,8 @@ def _other_rows(requirement: Requirement, stages: Mapping[str, Stage], manifests
         counts[name] = rows.get(subject)
     if None in counts.values() or len(set(counts.values())) == 1:
         return None
-    told = " and ".join(f"{count:g} of {name}" for name, count in counts.items())
-    return False, f"{requirement.metric} is of {told}: of other rows it cannot be compared; `--force` both evaluations"
+    compared = " and ".join(f"{count:g} rows in {name}" for name, count in counts.items())
+    return False, f"{requirement.metric} is over {compared}: different rows cannot be compared; `--force` both evaluations"
 
 
 def _notes(requirement: Requirement, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> Iterator[str]:
@@ -93,12 +93,12 @@ def _notes(requirement: Requirement, stages: Mapping[str, Stage], manifests: Map
     pair = (requirement.of, requirement.compared_with or "")
     if requirement.metric.partition("/")[0] not in compared[0].datasets and len({stage.apply_chat_template for stage in compared}) == 2:
         with_it, without = pair if compared[0].apply_chat_template else reversed(pair)
-        yield f"{with_it} asks benchmarks through the chat template, {without} does not"
+        yield f"{with_it} uses the chat template for benchmarks, {without} does not"
     computed = [_computed(stage, manifests.get(name)) for name, stage in zip(pair, compared, strict=True)]
     known = [field for field in computed[0] if computed[0][field] and computed[1][field]]
     if any(computed[0][field] != computed[1][field] for field in known):
         one, other = (" in ".join(str(each[field]) for field in known) for each in computed)
-        yield f"{pair[0]} was computed by {one}, {pair[1]} by {other}: they round otherwise"
+        yield f"{pair[0]} was computed by {one}, {pair[1]} by {other}: they round differently"
 
 
 def _computed(stage: EvaluateStage, manifest: Manifest | None) -> dict[str, Any]:

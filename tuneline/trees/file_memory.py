@@ -148,7 +148,7 @@ class Look:
         answer = self._memory.recall(reading, path, facts)
         if answer is None:
             if facts[0] >= LARGE:
-                self._memory.say(f"reading {path}, {human(facts[0])}: once, what it holds is remembered")
+                self._memory.say(f"reading {path}, {human(facts[0])}; the result is remembered for the next time")
             answer = reading.of(path)
             if settled(facts, self._began):
                 self._memory.learn(reading, path, facts, answer)

@@ -39,8 +39,8 @@ class Checkpoint:
         if _family(wanted) == family:
             return None
         written, now = (name.replace(REPLICATED, "ddp") for name in (self.layout, wanted))
-        found = f"{self.path.name} was written with the strategy {written}; this one is {now}, which cannot read it"
-        return found, f"go on with {family}, over any number of processes, or `--force` the stage, which begins anew"
+        found = f"{self.path.name} was written with the strategy {written}, which {now} cannot read"
+        return found, f"resume with {family}, over any number of processes, or `--force` the stage to start from scratch"
 
 
 def layout(resources: Resources) -> str:
@@ -86,15 +86,15 @@ def problem(checkpoint: Path, key: str) -> str | None:
     try:
         marker = json.loads((checkpoint / MARKER).read_bytes())
     except (OSError, ValueError):
-        return "was left half-written"
+        return "is incomplete"
     if marker["key"] != key:
-        return f"is of another stage, {marker['key'][:12]}"
+        return f"belongs to another stage, {marker['key'][:12]}"
     there = sizes(checkpoint)
     if damaged := sorted(name for name, size in marker["files"].items() if there.get(name) != size):
         return f"is damaged ({damaged[0]} has {there.get(damaged[0], 'no')} bytes instead of {marker['files'][damaged[0]]})"
     best = json.loads((checkpoint / "trainer_state.json").read_bytes())["best_model_checkpoint"]
     if best and best != str(checkpoint) and problem(Path(best), key):  # transformers would only warn, and keep the last adapter
-        return f"needs the best adapter so far, that of {Path(best).name}, which is gone"
+        return f"needs the best adapter so far, in {Path(best).name}, which is missing"
     return None
 
 

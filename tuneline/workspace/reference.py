@@ -35,5 +35,5 @@ def folder_of(payload: Path) -> Path:
         file = folder / entry["path"]
         facts = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
         if facts != (entry["size"], location["mtimes"][entry["path"]]):
-            raise StageFailed("data", f"{file} has changed since the run began", "run again: its content is compared anew")
+            raise StageFailed("data", f"{file} has changed since the run began", "run again to use its new content")
     return folder

@@ -205,8 +205,8 @@ class Runs:
             except FileNotFoundError:  # deleted since
                 continue
             except (OSError, ValidationError) as error:
-                message = f"the run record {path} cannot be read: what that run needs is not known"
-                hint = "delete that file if the run does not matter any more, or upgrade tuneline if a newer one wrote it"
+                message = f"the run record {path} cannot be read: what that run needs is unknown"
+                hint = "delete the file if the run is no longer needed, or upgrade tuneline if a newer version wrote it"
                 raise StoreError(message, hint) from error
         return found
 
@@ -258,7 +258,7 @@ def _reached(folder: Path, since: float) -> str:
                 if event.t < since:
                     break
                 if event.type == "progress":
-                    return f"came to step {event.step} of {event.total}"
+                    return f"reached step {event.step} of {event.total}"
     return ""
 
 

@@ -56,7 +56,7 @@ def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
         return RuntimeEnvironment(name, python)
     lock = resolve_path(root, declared.lock) if declared and declared.lock else BUILT_IN_LOCKS / f"{name}.txt"
     if not lock.is_file():
-        raise ConfigError([Problem(name, f"found no lock file at {lock}", "write one with `uv pip compile`", place="runtimes")])
+        raise ConfigError([Problem(name, f"found no lock file at {lock}", "create one with `uv pip compile`", place="runtimes")])
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
     folder = Path(os.environ.get("TUNELINE_RUNTIMES") or root / ".tuneline" / "runtimes") / f"{name}-{digest}"
     return RuntimeEnvironment(name, folder / "bin" / "python", lock, folder)
@@ -68,7 +68,9 @@ def _locked(lock: Path) -> dict[str, str]:
         pin = _PIN.match(line)
         if pin and not pin[2]:
             found = f"found `{line.strip()}` in a lock, expected name==version"
-            raise ConfigError([Problem("", found, "`uv pip compile` pins every package", place=f"{lock}:{number}")])
+            raise ConfigError(
+                [Problem("", found, "create the lock with `uv pip compile`, which pins every package", place=f"{lock}:{number}")]
+            )
         if pin and _applies(line):
             pins[_normal(pin[1])] = pin[3]
     return pins
@@ -92,7 +94,7 @@ def _installed(python: Path) -> dict[str, str]:
         return {_normal(name): version for name, version in json.loads(found.stdout).items()}
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         hint = "name the `bin/python` of the environment"
-        raise ConfigError([Problem("", f"found {python}, which does not run as a Python ({error})", hint, place="runtimes")]) from None
+        raise ConfigError([Problem("", f"found {python}, which does not run as Python ({error})", hint, place="runtimes")]) from None
 
 
 def _normal(name: str) -> str:

@@ -57,7 +57,7 @@ class Store:
                 f"the store {self.root} cannot be read: {error.strerror}", f"check its permissions, or {OTHER_STORE_HINT}"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{marker} is damaged", "delete it if that folder is a store: the next run writes it anew") from error
+            raise StoreError(f"{marker} is damaged", "delete it if that folder is a store: the next run writes it again") from error
         if schema > SCHEMA:
             message = f"the store {self.root} was made by a newer tuneline (store schema {schema}, this one reads {SCHEMA})"
             raise StoreError(message, f"upgrade tuneline, or {OTHER_STORE_HINT}")
@@ -66,8 +66,8 @@ class Store:
         """Makes the store ready to be written into by the workspace whose run records lie in `runs`. Raises StoreError."""
         self.check()
         if not self.root.parent.is_dir():
-            message = f"found no folder {self.root.parent}, in which the store `{self.root.name}` is to be made"
-            raise StoreError(message, f"make it, or mount its disk, or {OTHER_STORE_HINT}")
+            message = f"found no folder {self.root.parent}, in which to create the store `{self.root.name}`"
+            raise StoreError(message, f"create it, mount its disk, or {OTHER_STORE_HINT}")
         try:
             (self.root / ".workspaces").mkdir(parents=True, exist_ok=True)
             for name in (".locks", ".trash"):  # there before the disk is full, so that gc works then
@@ -116,7 +116,7 @@ class Store:
         except ValidationError:
             return "its manifest.json is damaged", None
         if manifest.key != folder.name or manifest.kind != folder.parent.parent.name:
-            return f"its manifest is of {manifest.kind}/{manifest.key}", None
+            return f"its manifest belongs to {manifest.kind}/{manifest.key}", None
         try:
             there = dict(sizes(folder / "payload"))
         except OSError as error:  # it may be on its way out
@@ -126,7 +126,7 @@ class Store:
             if path not in there:
                 return f"payload/{path} is missing", None
             if path not in expected:
-                return f"payload/{path} does not belong to it", None
+                return f"payload/{path} is not in its manifest", None
             if there[path] != expected[path]:
                 return f"payload/{path} has {there[path]} bytes instead of {expected[path]}", None
         for file in manifest.files if full else ():
@@ -136,9 +136,9 @@ class Store:
             except OSError as error:
                 return f"payload/{file.path} cannot be read: {error.strerror}", None
         if full and digest(manifest.files) != manifest.digest:
-            return "its manifest's digest is not that of its files", None
+            return "its manifest's digest does not match its files", None
         if full and manifest.document and key_of(manifest.document) != manifest.key:
-            return "its manifest's document is not the one that its key is the hash of", None
+            return "its manifest's document does not match its key", None
         return None, Artifact(folder, manifest)
 
     def verify(self, folder: Path) -> str | None:
@@ -215,7 +215,7 @@ class Store:
         """
         files = tuple(File(path=path, size=size, sha256=sha256(built / "payload" / path)) for path, size in sizes(built / "payload"))
         if not files:
-            raise StageFailed("bug", "the program ended well but left an empty payload")
+            raise StageFailed("bug", "the program succeeded but left an empty payload")
         document = manifest(digest(files), files)
         write_atomically(built / "manifest.json", document.model_dump_json(by_alias=True, indent=1), synced=True)
         for folder, _, names in os.walk(built):
@@ -273,7 +273,7 @@ class Store:
         except OSError as error:
             raise self._not_writable(error) from error
         name = f"{folder.parent.parent.name}/{folder.name[:12]}"
-        self.warn(f"{name} in the store is broken: {problem}; moved to {target}; it is built again once it is needed")
+        self.warn(f"{name} in the store is broken: {problem}; moved to {target}; it is rebuilt when it is needed")
 
     def _not_writable(self, error: OSError) -> StoreError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

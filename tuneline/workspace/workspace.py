@@ -39,5 +39,5 @@ class Workspace:
             self.store.root.parent.mkdir(parents=True, exist_ok=True)
         self.store.prepare(self.runs.folder)
         if (free := disk.free(self.home)) < disk.ROOM:
-            message = f"the disk of {self.home} is full: {disk.human(free)} are free, a run wants {disk.human(disk.ROOM)} for its records"
-            raise StoreError(message, "free some space; `tuneline gc` does where the store is on that disk, too")
+            message = f"the disk of {self.home} is full: {disk.human(free)} are free, a run needs {disk.human(disk.ROOM)} for its records"
+            raise StoreError(message, "free some space; `tuneline gc` does if the store is on the same disk")
