@@ -1,7 +1,7 @@
-"""The inference engine of a stage, as types: vLLM, a server in a runtime of its own.
+"""Settings of a stage's inference engine: vLLM, a server in its own runtime.
 
-What is here only changes how a stage runs, like everything under `resources`. That an engine is used, and its version, is in
-the key: another engine samples other tokens.
+Like everything under `resources`, they only change how a stage runs. Whether an engine is used, and its version, are in the
+key, because another engine samples other tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tuneline.kinds.fields import Name, Strict
 
 CPU_RUNTIME, GPU_RUNTIME = "vllm-cpu", "vllm"
 MAX_LORA_RANK = 512
-"""vLLM's kernels know ranks up to this one (`MaxLoRARanks` in vllm/config/lora.py)."""
+"""Highest rank that vLLM's kernels support (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 
 class EngineSettings(Strict):

@@ -1,4 +1,4 @@
-"""The stage kind `evaluate`, and which of its figures can be compared."""
+"""The stage kind `evaluate`, and the rules for comparing its metrics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tuneline.wording import listed, nearest
 # Fields that decide which questions are asked, and how.
 DATASET_QUESTIONS = ("limit", "max_new_tokens")
 BENCHMARK_QUESTIONS = ("limit", "num_fewshot", "include_path", "seed")
-SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # of a dataset's rows: tasks/evaluation/evaluate.py
-WITHOUT_ANSWERS = ("bits_per_byte",)  # nothing is generated for them
+SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # metrics of a dataset: tasks/evaluation/evaluate.py
+WITHOUT_ANSWERS = ("bits_per_byte",)  # metrics that need no generation
 
-HUMAN_EVAL = "human_eval"  # the one benchmark that is not lm-eval's own
+HUMAN_EVAL = "human_eval"  # the only benchmark that lm-eval does not run
 
 
-# Fields without effect, unless the field is given that they are for.
+# Fields that have an effect only together with the named field.
 ONLY_WITH = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | dict.fromkeys(
     ("max_new_tokens", "on_unrendered"), "datasets"
 )
@@ -66,11 +66,11 @@ class EvaluateStage(ComputingStage):
         return self.backend == "vllm"
 
     def world_size(self) -> int:
-        """One: with vLLM the GPUs are its server's, however many there are."""
+        """Return 1 with vLLM, whose server uses all GPUs."""
         return self.resources.processes or 1 if self.uses_engine() else self.resources.world_size
 
     def micro_batch_size(self) -> int | None:
-        """vLLM makes its batches by itself."""
+        """Return None with vLLM, which forms its own batches."""
         return None if self.uses_engine() else self.resources.micro_batch_size or 16
 
     def problems(self) -> Iterator[Problem]:
@@ -105,7 +105,7 @@ class EvaluateStage(ComputingStage):
         yield from ((f"datasets.{i}", name, "test") for i, name in enumerate(self.datasets))
 
     def metric_problem(self, name: str, metric: str, stages: Mapping[str, Stage]) -> tuple[str, str] | None:
-        """Only lm-eval knows the metrics of a benchmark; those of a dataset are SCORES."""
+        """Check metrics of datasets only: lm-eval alone knows the metrics of a benchmark."""
         subject, _, figure = metric.partition("/")
         if self.datasets and not self.benchmarks and subject not in self.datasets:
             return (

@@ -40,7 +40,7 @@ class Requirement(Strict):
 
     @property
     def compared_with(self) -> str | None:
-        """The stage whose same metric it is held against."""
+        """Name of the baseline stage, if the requirement has one."""
         return self.improves_on or self.not_below
 
 

@@ -13,7 +13,7 @@ from tuneline.kinds.fields import Strict
 from tuneline.kinds.rewards import Reward, reward_problems
 from tuneline.kinds.training import Training
 
-PROMPT = 512  # tokens assumed of a prompt, where the dataset stage sets no max_length
+PROMPT = 512  # assumed prompt length in tokens, if the dataset stage sets no max_length
 
 
 class Rollouts(Strict):
@@ -104,11 +104,11 @@ class GrpoStage(Training):
             found = f"found {self.loss_type} with importance_sampling_level: sequence, expected grpo"
             yield Problem("loss_type", found, "set `loss_type: grpo`: the others weigh sequences by their length again (arXiv:2507.18071)")
         if self.resources.sequence_parallel_size > 1:
-            # trl/trainer/grpo_trainer.py has no part for it.
+            # trl/trainer/grpo_trainer.py does not implement it.
             found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL supports sequence parallelism only for sft"
             yield Problem("resources.sequence_parallel_size", found, "remove it")
         if self.resources.strategy == "fsdp":
-            # trl/models/utils.py, unwrap_model_for_generation: it gathers what ZeRO-3 has split, and knows nothing of FSDP2.
+            # trl/models/utils.py, unwrap_model_for_generation, gathers the shards of ZeRO-3, but not those of FSDP2.
             yield Problem(
                 "resources.strategy",
                 "found fsdp for grpo, which needs unsharded weights for sampling",
@@ -117,13 +117,13 @@ class GrpoStage(Training):
         if not self.uses_engine():
             return
         if self.resources.strategy == "zero3":
-            # tasks/training/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
+            # tasks/training/rollouts.py restores the previous step's unsharded weights to detect stale samples.
             yield Problem("resources.strategy", "found zero3 with rollouts by vLLM, expected ddp, zero1 or zero2", "set `strategy: zero2`")
         if self.resources.nodes > 1:
             yield Problem(
                 "resources.nodes", f"found {self.resources.nodes} with rollouts by vLLM, expected 1: the vLLM server runs on one machine"
             )
-        # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
+        # Limits of vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
         if self.lora.use_dora:
             yield Problem("lora.use_dora", "found DoRA, which vLLM does not serve", "remove it, or set `rollouts: {engine: transformers}`")
         if self.lora.r > MAX_LORA_RANK:

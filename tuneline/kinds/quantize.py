@@ -54,7 +54,7 @@ class QuantizeStage(ComputingStage):
         yield "calibration", self.calibration, "test"
 
     def unserved(self, by: ComputingStage) -> str | None:
-        """vllm/model_executor/layers/quantization/auto_gptq.py."""
+        """Check the limits of vllm/model_executor/layers/quantization/auto_gptq.py."""
         if not by.resources.gpus:
             return "GPTQ and no GPU: vLLM computes GPTQ only in half precision, but evaluations on a CPU use float32"
         if by.compute_type() == "float32":

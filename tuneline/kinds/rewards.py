@@ -1,7 +1,7 @@
-"""What a completion is worth, as types: the part of a grpo stage of pipelines.yaml under `rewards:`.
+"""Types of rewards: the part of a grpo stage under `rewards:`.
 
-A reward gives each completion a number; what a training climbs is their sum, each times its weight. How they are computed is
-in `tasks.scoring.rewards`.
+A reward returns a number for each completion. A training maximizes their weighted sum. `tasks.scoring.rewards` computes
+them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ REWARDS: dict[str, type[EveryReward]] = {
 
 
 def type_of(raw: dict[str, Any]) -> Any:
-    """The `type` of an entry as written: a function where it is left out and a file or function is named."""
+    """Return the `type` of a raw entry; `function` if it is omitted and a file or function is given."""
     return raw.get("type", "function" if raw.keys() & {"file", "function"} else None)
 
 
@@ -131,7 +131,7 @@ Reward = Annotated[AnyReward, Field(discriminator="type"), BeforeValidator(_with
 
 
 def reward_problems(rewards: Sequence[AnyReward]) -> Iterator[Problem]:
-    """What the types of a list `rewards:` cannot say, by fields of the stage."""
+    """Yield problems of a list `rewards:` that types cannot express."""
     first: dict[str, int] = {}
     for i, reward in enumerate(rewards):
         for problem in reward.problems():

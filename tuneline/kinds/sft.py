@@ -64,7 +64,7 @@ class SftStage(Training):
         return self.max_length if self.packing else min(self.max_length, row or self.max_length)
 
     def positions(self, row: int | None) -> tuple[str, int]:
-        return "max_length", min(self.max_length, row or self.max_length)  # positions of packed rows start at 0 as well
+        return "max_length", min(self.max_length, row or self.max_length)  # positions of packed rows also start at 0
 
     def held_out(self) -> Iterator[tuple[str, str, str]]:
         if self.eval_steps is not None:
@@ -77,7 +77,7 @@ class SftStage(Training):
         return "Model" if self.method == "full" else "Adapter"
 
     def micro_batch_size(self) -> int:
-        """One where packing: packed sequences are full already, and are joined into one, where attention costs the square."""
+        """Default to 1 with packing: packed sequences are full, and a batch of them would be joined at quadratic attention cost."""
         return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
 
     def problems(self) -> Iterator[Problem]:
@@ -97,15 +97,15 @@ class SftStage(Training):
         if self.method != "qlora" and "bits" in self.model_fields_set:
             found = f"found bits with `method: {self.method}`, which quantizes nothing"
             yield Problem("bits", found, "remove it, or set `method: qlora`")
-        # PEFT's dequantize_module_weight, which DoRA needs, loses the scales of 8-bit weights on a CPU (0.21.2, utils/integrations.py).
+        # DoRA needs PEFT's dequantize_module_weight, which loses the scales of 8-bit weights on a CPU (0.21.2, utils/integrations.py).
         if self.method == "qlora" and self.bits == 8 and self.lora.use_dora:
             yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected 4 bits", "remove use_dora, or bits")
-        # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: weights of 4 bits are split only where
-        # they are stored as floating-point numbers (bnb_4bit_quant_storage), which is not tried here; those of 8 bits never.
+        # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: 4-bit weights can be sharded only if
+        # they are stored as floating-point numbers (bnb_4bit_quant_storage), which we do not support; 8-bit weights never.
         if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
             found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
             yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
-        # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper: it drops the mask that keeps packed rows apart.
+        # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.
         if self.packing and self.resources.sequence_parallel_size > 1:
             found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
             yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")

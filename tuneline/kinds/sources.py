@@ -1,4 +1,4 @@
-"""Where the rows of a dataset come from, as types: the part of pipelines.yaml under `sources:`."""
+"""Types of data sources: the part of a dataset stage under `sources:`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tuneline.kinds.fields import Path, Repository, Revision, Strict
 
-# Endings of programming languages, as GitHub's linguist knows them; read where a source has no `include`.
+# File extensions of programming languages, from GitHub's linguist; used for sources without `include`.
 LANGUAGES = frozenset(
     "bash c cc cjs clj cljs cpp cs cu cuh cxx dart el erl ex exs f90 fs go groovy h hh hpp hrl hs hxx java jl js jsx kt kts lua m mjs ml"
     " mli mm nim nix php pl pm proto ps1 py pyi pyx r rb rs scala sh sol sql swift tcl tf ts tsx v vhd vue svelte zig zsh".split()

@@ -1,7 +1,7 @@
-"""What every stage has: fields that only change how it runs. None of them is in its key.
+"""Fields that every stage has. They only change how the stage runs and are not in its key.
 
-A class answers whatever the rest of tuneline asks about its kind: its checks, its program, what tables show of it, what vLLM
-can serve. No other module names a kind to decide one of these.
+The class of a kind is the only place that knows its checks, its program, its columns in tables and what vLLM can serve. No
+other module names a kind to decide one of these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME, EngineSettings
 from tuneline.kinds.fields import ArtifactType, Name, StageRef, Strict
 from tuneline.wording import listed
 
-# Fields of `resources` that only a training uses.
+# Fields of `resources` that only trainings use.
 TRAINING_ONLY = (
     "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
     "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
@@ -64,33 +64,33 @@ class Resources(Strict):
 
     @property
     def world_size(self) -> int:
-        """Processes that train: one for each GPU that is not the engine's alone."""
+        """Number of training processes over all machines: one per GPU that is not reserved for the engine."""
         return self.nodes * self.local_processes
 
     @property
     def data_parallel_size(self) -> int:
-        """Micro-batches that are worked on at the same time."""
+        """Number of micro-batches processed at the same time."""
         return max(1, self.world_size // self.sequence_parallel_size)
 
     @property
     def local_processes(self) -> int:
-        """Those of one machine."""
+        """Number of training processes of one machine."""
         if self.strategy == "device_map":
             return 1
         return self.processes or max(1, self.gpus - (self.engine.gpus if self.engine else 0))
 
 
 class Stage(Strict):
-    """Fields that every stage has; none of them is in the key."""
+    """Fields that every stage has; none of them is in the cache key."""
 
     figures: ClassVar[tuple[str, ...]] = ()
-    """Metrics that tables show; all if empty."""
+    """Names of the metrics that tables show; all if empty."""
     role: ClassVar[str] = ""
-    """Name of the model that the stage makes, in tables that compare models: `base`, `merged`."""
+    """Name of the stage's model in tables that compare models: `base`, `merged`."""
     also_called: ClassVar[tuple[str, ...]] = ()
-    """Names of the kind in other tools; the message about an unknown kind suggests this one for them."""
+    """Names of the kind in other tools; the message about an unknown kind uses them to suggest this one."""
     quantized: ClassVar[bool] = False
-    """Whether the weights of the model that the stage makes are quantized."""
+    """Whether the stage outputs a model with quantized weights."""
     kind: str
     description: str = ""
     """Description shown in tables and reports."""
@@ -103,14 +103,14 @@ class Stage(Strict):
 
     @abstractmethod
     def output_type(self) -> ArtifactType:
-        """Return the type of artifact that the stage makes."""
+        """Return the type of artifact that the stage produces."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is wrong between fields of this stage."""
+        """Yield problems between fields of this stage."""
         return iter(())
 
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Yield what is wrong between this stage and those that it names. `stages` are those of the pipeline with valid types."""
+        """Yield problems between this stage and those that it names. `stages`: the pipeline's stages that have valid types."""
         return iter(())
 
     def warnings(self) -> Iterator[Problem]:
@@ -130,7 +130,7 @@ class Stage(Strict):
         return None
 
     def metric_problem(self, name: str, metric: str, stages: Mapping[str, Stage]) -> tuple[str, str] | None:
-        """Return (message, hint) if this stage, called `name`, cannot have that metric: only evaluations score datasets."""
+        """Return (message, hint) if this stage, called `name`, cannot report that metric: only evaluations score datasets."""
         dataset = stages.get(metric.partition("/")[0])
         if dataset is None or dataset.output_type() != "Dataset" or self.output_type() == "Verdict":
             return None
@@ -145,15 +145,15 @@ class ProgramStage(Stage):
     """A stage that runs a program of `tasks/`."""
 
     program: ClassVar[str]
-    """Module of the program, which has a function `run`."""
+    """Module of the program; it has a function `run`."""
     libraries: ClassVar[tuple[str, ...]]
-    """Libraries of the program whose versions change what comes out: they are in the key. tests/core/test_libraries.py compares them with
+    """Libraries of the program whose versions affect its output; they are in the key. tests/core/test_libraries.py compares them with
     what the program imports."""
 
     trains: ClassVar[bool] = False
-    """Whether the program trains: only a training runs in several processes and writes checkpoints."""
+    """Whether the program trains. Only trainings run in several processes and write checkpoints."""
     batches: ClassVar[bool] = False
-    """Whether the program works in batches of `micro_batch_size` rows."""
+    """Whether the program processes batches of `micro_batch_size` rows."""
 
     runtime: Name = "torch"
     """Python environment of the stage. Stages of kind `quantize` default to `quantize`, because gptqmodel needs older libraries."""
@@ -165,7 +165,7 @@ class ProgramStage(Stage):
     """Random seed of the stage."""
 
     def decided(self) -> dict[str, Any]:
-        """What fields that are `auto` mean in this stage, by the file alone: it is in the key, and what the program gets."""
+        """Return the values that `auto` stands for, decided by the file alone. They are in the key and in the program's request."""
         return {}
 
     def libraries_in_key(self) -> tuple[str, ...]:
@@ -196,42 +196,42 @@ class ProgramStage(Stage):
                 yield from self._without_effect(("micro_batch_size",), "does not use batches")
 
     def _without_effect(self, fields: Iterable[str], why: str) -> Iterator[Problem]:
-        """Yield one problem for all of the fields of `resources` that are set."""
+        """Yield one problem that names all of these fields of `resources` that are set."""
         given = [field for field in fields if getattr(self.resources, field) != Resources.model_fields[field].default]
         if given:
             found = f"found {listed(given)} for {self.kind}, which {why}"
             yield Problem(f"resources.{given[0]}", found, "remove it" if len(given) == 1 else "remove them")
 
     def uses_engine(self) -> bool:
-        """Whether vLLM works for this stage."""
+        """Return whether the stage uses vLLM."""
         return False
 
     def engine_runtime(self) -> str | None:
-        """The Python environment that holds vLLM, where the stage uses it."""
+        """Return the runtime with vLLM, or None if the stage does not use it."""
         if not self.uses_engine():
             return None
         named = self.resources.engine.runtime if self.resources.engine else None
         return named or (GPU_RUNTIME if self.resources.gpus else CPU_RUNTIME)
 
     def runtimes(self) -> list[str]:
-        """Every Python environment that it runs in."""
+        """Return all runtimes that the stage uses."""
         engine = self.engine_runtime()
         return [self.runtime, engine] if engine else [self.runtime]
 
     def world_size(self) -> int:
-        """Processes that it runs in."""
+        """Return the number of processes that the stage runs in."""
         return self.resources.world_size
 
     def launched(self) -> bool:
-        """Whether torchrun starts its processes: there are several, or DeepSpeed, which wants to be one of them."""
+        """Return whether torchrun starts the processes: for several, and for DeepSpeed, which needs its environment."""
         return self.world_size() > 1 or self.resources.strategy.startswith("zero")
 
     def micro_batch_size(self) -> int | None:
-        """Rows a device takes at once; None for a kind that does not work in batches."""
+        """Return the per-device batch size; None for kinds that do not use batches."""
         return None
 
     def smaller_micro_batch(self, size: int) -> int | None:
-        """What to try after an out-of-memory at `size`: about half; None where nothing is smaller."""
+        """Return the batch size to try after an out-of-memory error at `size`: about half, or None at the minimum."""
         return size // 2 or None
 
 
@@ -239,14 +239,14 @@ ComputeType = Literal["float32", "bfloat16"]
 
 
 class ComputingStage(ProgramStage):
-    """A stage whose result depends on the type that its model computes in."""
+    """A stage whose result depends on the data type that its model computes in."""
 
     dtype: Literal["auto", ComputeType] = "auto"
     """Data type that the model computes in; `auto` is bfloat16 if the stage has GPUs (`resources.gpus`), else float32. The resulting type
     is in the cache key."""
 
     def compute_type(self) -> ComputeType:
-        """By what the stage asks for, never by the machine: the key must be known before one is. An engine's GPUs are among the stage's."""
+        """Return the compute type. It depends on the file alone, because the key must be known before the machine is."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if self.resources.gpus else "float32"

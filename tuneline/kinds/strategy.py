@@ -1,4 +1,4 @@
-"""Which ways of sharing a training work together with what: each rule names where that is known from."""
+"""Valid combinations of distribution strategies and other settings. Each rule names its source."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def strategy_problems(resources: Resources, dora: bool) -> Iterator[Problem]:
     strategy, offload, gpus = resources.strategy, resources.offload, resources.gpus
     zero = strategy.startswith("zero")
     if strategy == "fsdp" and not gpus:
-        # accelerate 1.15, Accelerator.__init__: on CPUs the plugin is dropped without a word, and plain DDP trains.
+        # accelerate 1.15, Accelerator.__init__: on CPUs the plugin is dropped silently and plain DDP is used.
         yield Problem(
             "resources.strategy",
             "found fsdp without GPUs, where accelerate silently uses ddp",
             "set `strategy: zero3`, which also shards on CPUs",
         )
     if strategy == "fsdp" and dora:
-        # peft/tuners/lora/dora.py takes the norm of whole weights; gather_params_ctx there gathers those of ZeRO-3 alone.
+        # peft/tuners/lora/dora.py needs the norm of unsharded weights; its gather_params_ctx supports only ZeRO-3.
         yield Problem(
             "resources.strategy",
             "found fsdp with lora.use_dora, which needs unsharded weights",

@@ -34,18 +34,18 @@ class Lora(Strict):
     """Use weight-decomposed adapters (DoRA, arXiv:2402.09353): often more accurate, but slower."""
 
     def unserved(self) -> str | None:
-        """What of it vLLM's kernels do not know: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
+        """Return what vLLM cannot serve, or None: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
         if self.use_dora:
             return "DoRA, which vLLM does not serve"
         return f"rank {self.r}, but vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
 
 
 class Training(ComputingStage):
-    """Fields of every training, and what estimates ask about one."""
+    """Fields of every training, and methods that estimates use."""
 
     trains: ClassVar = True
     batches: ClassVar = True
-    role: ClassVar = "fine-tuned"  # an adapter is called `adapter`
+    role: ClassVar = "fine-tuned"  # tables call an adapter `adapter`
     also_called: ClassVar = (
         *("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward"),
         *("pretrain", "train", "finetune", "lora", "qlora"),
@@ -85,17 +85,17 @@ class Training(ComputingStage):
 
     @abstractmethod
     def longest_sequence(self, row: int | None) -> int:
-        """Return the most tokens of a sequence, padding included. `row` is the dataset stage's max_length."""
+        """Return the maximum length of a sequence in tokens, including padding. `row`: max_length of the dataset stage."""
 
     @abstractmethod
     def positions(self, row: int | None) -> tuple[str, int]:
-        """Return the field that bounds a sequence's positions, and how many it may have."""
+        """Return the field that limits a sequence's positions, and that limit."""
 
     def training_method(self) -> Method:
         return "lora"
 
     def base_bits(self) -> int:
-        """Return the bits of the base's weights under QLoRA."""
+        """Return the bits per base weight under QLoRA."""
         return 4
 
     def packs(self) -> bool:
@@ -103,15 +103,15 @@ class Training(ComputingStage):
         return False
 
     def shares_sequences(self) -> bool:
-        """Return whether the kind works with `sequence_parallel_size` above 1."""
+        """Return whether the stage supports `sequence_parallel_size` above 1."""
         return False
 
     def scored_tokens(self, length: int) -> int:
-        """Return the tokens of a sequence of `length` for which logits are computed."""
+        """Return the number of tokens of a sequence of `length` for which logits are computed."""
         return length
 
     def sampled_tokens(self) -> int:
-        """Return the most tokens that the trained model itself samples for a sequence; 0 if it samples none."""
+        """Return the maximum number of tokens that the trained model itself samples for a sequence; 0 if it samples none."""
         return 0
 
     def unserved(self, by: ComputingStage) -> str | None:
@@ -123,7 +123,7 @@ class Training(ComputingStage):
             yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected an adapter of `{self.model}`")
 
     def micro_batch_size(self) -> int:
-        """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
+        """Return the per-device batch size: as set, or the largest divisor of the device's share that is at most 8."""
         return self.resources.micro_batch_size or self._divisor_up_to(8)
 
     def _divisor_up_to(self, most: int) -> int:
@@ -138,7 +138,7 @@ class Training(ComputingStage):
         yield from strategy_problems(self.resources, self.lora.use_dora)
         at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
         if self.global_batch_size % (micro * at_once):
-            alone = self.global_batch_size % at_once  # no micro-batch would do
+            alone = self.global_batch_size % at_once  # no micro-batch size would fit
             of = f"{at_once} {'process' if at_once == 1 else 'processes'}" if shared == 1 else f"{at_once} groups of {shared} processes"
             yield Problem(
                 "global_batch_size",
