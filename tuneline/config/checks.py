@@ -1,7 +1,7 @@
-"""What the types of pipelines.yaml cannot say: references name a stage that gives the right artifact, nothing waits for itself,
-numbers divide, paths stay inside the folders that the file may name.
+"""Checks of pipelines.yaml that types cannot express: references name a stage with the right artifact, there are no cycles,
+numbers divide, and paths stay inside the allowed folders.
 
-Works on the raw tree beside the types, so that one wrong stage does not hide what is wrong with the others.
+They use the raw tree as well as the types, so that one wrong stage does not hide problems of the others.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tuneline.wording import listed, nearest, with_article
 BUILT_IN_RUNTIMES = ("torch", "quantize", CPU_RUNTIME, GPU_RUNTIME)
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
 Report = Callable[[Keys, str, str, bool], None]
-"""(path in the file, message, hint, whether its key is at fault)."""
+"""Takes (path in the file, message, hint, whether the place is the key instead of the value)."""
 
 
 def _tokens(node: Any, path: Keys) -> Iterator[Keys]:
-    """Where something stands that looks like an access token."""
+    """Yield the paths of values that look like access tokens."""
     if isinstance(node, str) and TOKEN.search(node):
         yield path
     for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
@@ -45,7 +45,7 @@ def keys_of(field: str) -> Keys:
 
 class Checks:
     def __init__(self, root: Path, tree: Mapping[str, Any], spec: Spec | None, report: Report):
-        """`spec` is None where types are wrong; `tree` has its variables put in."""
+        """`spec` is None if types are wrong. In `tree`, variables are substituted."""
         self.root, self.tree, self.spec, self._report = root, tree, spec, report
         self.roots = [named for named in _list(tree.get("roots")) if isinstance(named, str)]
 
@@ -69,7 +69,7 @@ class Checks:
             self._stages(("pipelines", name, "stages"), raw_stages, stages, {*BUILT_IN_RUNTIMES, *runtimes})
 
     def _pools(self) -> None:
-        """Pools and queues that are named are there; schedules can be. Only once all types are right: the names hang together."""
+        """Check names of pools and queues, and schedules. Requires that all types are valid."""
         if self.spec is None:
             return
         pools = self.spec.pools
@@ -124,7 +124,7 @@ class Checks:
             elif outside(resolve_path(self.root, named), allowed_folders(self.root, self.roots)):
                 places = ", ".join(["the folder of the file", *self.roots])
                 folder = folder_to_allow(named)
-                folder = "'~'" if folder == "~" else folder  # which is nothing in YAML
+                folder = "'~'" if folder == "~" else folder  # unquoted, ~ is null in YAML
                 hint = f"add `{folder}` to `roots:`" if self.roots else f"add `roots: [{folder}]` at the top of the file"
                 self.problem(path, f"found '{named}', expected a path inside {places}", hint)
 
@@ -178,7 +178,7 @@ class Checks:
 
 
 def _way_out(ring: list[str], stages: Mapping[str, Stage]) -> str:
-    """What to cut a ring of stages at: a `needs`, which hands nothing on; else one of the fields."""
+    """Return a hint to break a cycle: preferably at a `needs`, which passes no artifact; else at one of the fields."""
     fields = []
     for name, other in pairwise(ring):
         naming = [field for field, _, target in annotated_values(stages[name], Reference) if target == other]
@@ -190,7 +190,7 @@ def _way_out(ring: list[str], stages: Mapping[str, Stage]) -> str:
 
 
 def _same_words(name: str, known: Iterable[str]) -> str:
-    """For a stage that got a longer or a shorter name: `base` and `base-model`."""
+    """Suggest a known name that shares a word: `base` and `base-model`."""
     words = set(name.split("-"))
     return next((f"did you mean `{other}`?" for other in known if words & set(other.split("-"))), "")
 
@@ -200,7 +200,7 @@ def _valid(raw: Mapping[str, Any]) -> Iterable[tuple[str, Stage]]:
         try:
             yield name, _STAGE.validate_json(json.dumps(fields), strict=True)
         except ValidationError:
-            continue  # reported with the types
+            continue  # reported by the type check
 
 
 def _mapping(value: Any) -> dict[str, Any]:

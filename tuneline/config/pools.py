@@ -1,6 +1,6 @@
-"""Where and when pipelines run without anybody at a terminal, as types: the part of pipelines.yaml under `pools:` and `schedules:`.
+"""Types of work pools and schedules: the parts of pipelines.yaml under `pools:` and `schedules:`.
 
-`tuneline deploy` makes Prefect's work pools, queues, deployments and schedules from it. None of it is in any key.
+`tuneline deploy` creates Prefect's work pools, queues, deployments and schedules from them. None of it is in any key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 def interval(text: str) -> datetime.timedelta:
-    """Of a text that INTERVAL allows."""
+    """Parse a text that matches INTERVAL."""
     return datetime.timedelta(**{UNITS[text[-1]]: int(text[:-1])})
 
 

@@ -1,9 +1,9 @@
-"""pipelines.yaml as types: the whole file format. Stage kinds are in `tuneline.kinds`, one file each.
+"""The file format of pipelines.yaml as types. Stage kinds are in `tuneline.kinds`, one file each.
 
-A field's description says its effect. `Reference` marks a field that names another stage; `OutsideFile` one that names a
-file or folder beside pipelines.yaml. Everything in `Stage` (the base class) only changes how a stage runs and is never in
-its key; everything a kind adds changes the result and is. Checks that need more than one field are `problems()`; those that
-need more than one stage are in `tuneline.config.checks`.
+A field's description states its effect. `Reference` marks a field that names another stage, `OutsideFile` one that names a
+file or folder outside of the store. Fields of `Stage` (the base class) only change how a stage runs and are never in its key.
+Fields that a kind adds change the result and are in the key. Checks of several fields are in `problems()`, checks of several
+stages in `upstream_problems()` and `tuneline.config.checks`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AnyStage = Annotated[
 ]
 STAGES: dict[str, type[Stage]] = {get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])}
 PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(stage, ProgramStage)}
-"""Kinds that a program carries out: all but the gate."""
+"""Kinds that run a program: all except the gate."""
 
 
 class Runtime(Strict):

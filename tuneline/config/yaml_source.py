@@ -1,8 +1,8 @@
-"""YAML with places: `read` gives the plain tree of a file and where each key and value of it stands.
+"""YAML with places: `read` returns the plain tree of a file and the line and column of each key and value.
 
-Only what JSON could say is accepted (strings, finite numbers, true/false, null, lists, mappings with string keys), plus
-anchors, aliases and merge keys within bounds. Numbers and booleans are read as YAML 1.2 has them, so that `1e-4` is a number
-and `on` a string. Tags, duplicate keys, control characters and alias bombs are errors with a line.
+Only JSON's data model is accepted (strings, finite numbers, true/false, null, lists, mappings with string keys), plus
+anchors, aliases and merge keys within limits. Numbers and booleans follow YAML 1.2, so that `1e-4` is a number and `on` a
+string. Tags, duplicate keys, control characters and alias bombs are errors with a line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Keys = tuple[str | int, ...]
 MAX_BYTES = 1_000_000  # a 1,000-stage file has about 150,000
 MAX_NODES = 50_000  # after aliases are expanded; a 1,000-stage file has about 15,000
 MAX_DEPTH = 40
-MAX_DIGITS = 18  # what every reader of JSON keeps exactly
+MAX_DIGITS = 18  # every JSON parser keeps this many exactly
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 
@@ -42,7 +42,7 @@ _PLAIN = {
 for _name, _first in (("bool", "tTfF"), ("int", "-+0123456789"), ("float", "-+.0123456789"), ("null", "nN~"), ("merge", "<")):
     _Loader.add_implicit_resolver(_TAG + _name, _PLAIN[_name], list(_first) + ([""] if _name == "null" else []))
 
-# What PyYAML says, where it says it to its own developers: (part of its words, ours, hint).
+# Replacements for PyYAML's messages, which address its own developers: (part of its message, our message, hint).
 _SYNTAX = (
     ("\\t", "found a tab, expected spaces", "indent with spaces, not tabs"),
     ("another document", "found a second document after `---`, expected one", "write every pipeline under one `pipelines:`"),
@@ -66,7 +66,10 @@ _SYNTAX = (
         "define `&name` before it, or put quotes around text with a `*`",
     ),
 )
-_LATE = ("could not find expected ':'", "found unexpected end of stream")  # noticed far behind the key or quote that began it
+_LATE = (
+    "could not find expected ':'",
+    "found unexpected end of stream",
+)  # PyYAML reports these far after the key or quote that caused them
 _UNCLOSED = re.compile(r"expected ',' or '(.)', but got '(.*)'")
 _TOKENS = {"<stream end>": "the end of the text", "<scalar>": "text"}
 
@@ -80,14 +83,14 @@ class YamlDocument:
     keys: dict[Keys, tuple[int, int]] = field(default_factory=dict)
     values: dict[Keys, tuple[int, int]] = field(default_factory=dict)
     flags: dict[Keys, str] = field(default_factory=dict)
-    """What came from the command line stands there, not in the file."""
+    """Flags of the command line that set a value, by path."""
 
     def place(self, path: Keys, at_key: bool = False) -> str:
-        """FILE:LINE:COL of a key or value, or its flag; of the nearest thing around it where it does not exist."""
+        """Return FILE:LINE:COL of a key or value, or its flag; that of the nearest parent if it does not exist."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.flags:
                 return self.flags[path[:end]]
-        if path not in self.keys and path not in self.values:  # a flag may have made the mappings around its field
+        if path not in self.keys and path not in self.values:  # a flag may have created the mappings around its field
             for flagged, flag in self.flags.items():
                 if flagged[: len(path)] == path:
                     return flag
@@ -101,7 +104,7 @@ class YamlDocument:
 
 
 def read(path: Path, name: str) -> YamlDocument:
-    """Reads a YAML file. Raises ConfigError, with a place, for anything that is not plain data."""
+    """Read a YAML file. Raises ConfigError with places for anything that is not plain data."""
 
     def wrong(place: str, message: str, hint: str) -> ConfigError:
         return ConfigError([Problem("", message, hint, place=place)])
@@ -127,7 +130,7 @@ def read(path: Path, name: str) -> YamlDocument:
 
 
 def parse(text: str, name: str) -> YamlDocument:
-    """The tree of a text, None where nothing is in it. Raises ConfigError with places for anything that is not plain data."""
+    """Parse a text; the tree is None if it is empty. Raises ConfigError with places for anything that is not plain data."""
     source, problems = YamlDocument(name), list[Problem]()
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -155,7 +158,7 @@ def parse(text: str, name: str) -> YamlDocument:
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
-    """(message, hint) in the words of people who write YAML, not of those who parse it."""
+    """Return (message, hint) for people who write YAML."""
     unclosed = _UNCLOSED.match(str(error.problem))
     if unclosed and error.context_mark:
         where = f"in the {'list' if unclosed[1] == ']' else 'mapping'} that begins in line {error.context_mark.line + 1}"
@@ -172,7 +175,7 @@ def _control_character(place: str, path: str, character: str) -> Problem:
 
 
 class _Stop(Exception):
-    """Enough was found: the rest of the file is not looked at."""
+    """Stop reading the rest of the file."""
 
 
 class _Builder:
@@ -206,7 +209,7 @@ class _Builder:
         text = str(node.value)
         if kind in ("str", "merge"):  # `<<` as a value is text
             return self._text(node, path)
-        if kind not in _PLAIN or not _PLAIN[kind].match(text):  # a tag that was written out
+        if kind not in _PLAIN or not _PLAIN[kind].match(text):  # an explicit tag
             return self._tag(node, path)
         value = yaml_value(text)
         if kind == "int" and value is None:
@@ -257,7 +260,7 @@ class _Builder:
 
 
 def yaml_value(text: str) -> Any:
-    """What a plain scalar means; None for null and for numbers that JSON could not keep."""
+    """Return the value of a plain scalar; None for null and for numbers that JSON cannot represent."""
     kind = next((kind for kind in ("null", "bool", "int", "float") if _PLAIN[kind].match(text)), "str")
     if kind == "int":
         return int(text) if len(text.lstrip("+-0")) <= MAX_DIGITS else None
@@ -267,7 +270,7 @@ def yaml_value(text: str) -> Any:
 
 
 def dotted(path: Keys) -> str:
-    """`demo.sft.lora.r` for a field of a stage, the path in the file otherwise."""
+    """Return `demo.sft.lora.r` for a field of a stage, the path in the file otherwise."""
     shown = list(path)
     if len(shown) >= 2 and shown[0] == "pipelines":
         shown = shown[1:]
