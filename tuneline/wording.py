@@ -1,4 +1,4 @@
-"""How messages name things: lists, near names, values as they are written in the file."""
+"""Parts of messages: lists, similar names, values as written in the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST_LISTED = 30
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """Return `did you mean ...?`, or nothing where no name is near."""
+    """Return `did you mean ...?`, or nothing if no name is similar."""
     matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"did you mean `{matches[0]}`?" if matches else ""
 
@@ -28,7 +28,7 @@ def short(name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it would be written in the file, containers by their kind."""
+    """Return a value as written in the file, containers by their type."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     if value is None:
