@@ -1,7 +1,7 @@
-"""Every kind of broken pipelines.yaml: what is wrong, and the exact words that a user gets for it.
+"""Every kind of broken pipelines.yaml, and the exact message that a user gets for it.
 
-Each row is `kind: (what is replaced in GOOD, by what, the whole message)`. Where words are changed, they are read as somebody
-reads them who has made the mistake: the place, what was found, what is expected, what to do.
+Each row is `kind: (text of GOOD to replace, replacement, the whole message)`. Before you change a message, read it as a user
+who made the mistake: the place, what was found, what is expected, what to do.
 """
 
 from __future__ import annotations
@@ -394,7 +394,7 @@ def test_a_file_that_may_not_be_read_is_said(tmp_path: Path) -> None:
     file.write_text(GOOD)
     file.chmod(0)
     as_root = os.geteuid() == 0
-    if as_root:  # for whom permissions do not count
+    if as_root:  # root ignores permissions
         os.seteuid(65534)
     try:
         with pytest.raises(ConfigError, match=r"^p\.yaml: the file cannot be read: Permission denied\n\nhint: "):
@@ -420,11 +420,13 @@ def test_what_a_schedule_overrides_is_checked_as_on_the_command_line_and_told_wh
     loaded = load(file)
     with pytest.raises(ConfigError, match="night") as caught:
         check_schedules(loaded)
-    told = [(problem.place.removeprefix(f"{tmp_path}/"), problem.field, problem.message, problem.hint) for problem in caught.value.problems]
+    reported = [
+        (problem.place.removeprefix(f"{tmp_path}/"), problem.field, problem.message, problem.hint) for problem in caught.value.problems
+    ]
     here = "demo.schedules.night"
     fields = "r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora"
     stages = "base, data, sft, merged, gptq, eval, gate"
-    assert told == [
+    assert reported == [
         ("p.yaml:10:33", f"{here}.overrides.sft.lora.q", f"found the unknown field `q`, expected {fields}", ""),
         ("p.yaml:10:46", f"{here}.overrides.stf.seed", f"found the unknown stage `stf`, expected {stages}", "did you mean `sft`?"),
         ("p.yaml:11:27", f"{here}.variables.rang", "found an unknown variable, expected rank", "did you mean `rank`?"),

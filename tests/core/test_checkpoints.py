@@ -1,4 +1,4 @@
-"""Checkpoints seen from outside: which counts, which resources can read it, and what plans say of it."""
+"""Checkpoints: which one a training resumes from, which resources can read it, and what plans report."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_reads_what(written: dict[str, Any], wanted: dict[str, Any], hint: 
 
 @pytest.fixture
 def unfinished(folder: Path) -> Path:
-    """Everything before the training is built, and two processes have come to its step 5."""
+    """Build everything before the training, with a checkpoint of two processes at step 5."""
     from plan_tools import build
 
     build(folder)
@@ -93,7 +93,9 @@ def test_a_plan_knows_what_a_training_goes_on_from(unfinished: Path) -> None:
     workspace, rows = rows_of(unfinished, *zero)
     assert {row.stage: row.checkpoint.step for row in rows if row.checkpoint} == {"sft": 5}
     assert list(refusals(workspace.loaded, "demo", rows)) == []
-    assert all(row.checkpoint is None for row in planned(unfinished, "sft.lora.r=8", force=("sft",)).values())  # which begins anew
+    assert all(
+        row.checkpoint is None for row in planned(unfinished, "sft.lora.r=8", force=("sft",)).values()
+    )  # --force starts from scratch
     assert all(row.checkpoint is None for row in planned(unfinished).values())
 
 

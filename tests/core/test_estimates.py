@@ -1,4 +1,4 @@
-"""Estimates: exact parameters of public models, rules that hold for any configuration, what others measured, and the advice of a plan."""
+"""Estimates: exact parameters of public models, invariants for any configuration, published measurements, and the hints of a plan."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Architecture]:
 
 
 def job(architecture: Architecture, length: int = 1024, method: str = "lora", bits: int = 4, kind: str = "sft", **fields: Any) -> Job:
-    """A training on one GPU, one row of `length` tokens at a time, unless `fields`, those under `resources` among them, say otherwise."""
+    """Return a training on one GPU with one row of `length` tokens at a time. `fields` and their `resources` override this."""
     resources = {"gpus": 1, "micro_batch_size": 1, **fields.pop("resources", {})}
     document = {"kind": kind, "model": "base", "dataset": "rows", **fields, "resources": resources}
     stage = STAGES[kind].model_validate_json(json.dumps(document))
@@ -125,7 +125,7 @@ def test_trainings_and_merges_go_by_the_model_at_their_root(folder: Path) -> Non
     found = plan_of(folder)
     assert list(found) == ["sft", "merged", "again"]
     assert found["sft"].parameters == found["merged"].parameters == found["again"].parameters == 7_615_616_512
-    assert (found["sft"].device, found["sft"].sequence_length) == ("gpu", 2048)  # the dataset drops what is longer
+    assert (found["sft"].device, found["sft"].sequence_length) == ("gpu", 2048)  # the dataset drops longer rows
     assert (found["again"].device, found["again"].sequence_length) == ("cpu", 512)
     assert found["merged"].disk == 2 * 7_615_616_512
     assert plan_of(folder, "merged.dtype=float32")["merged"].disk == 4 * 7_615_616_512
@@ -140,7 +140,7 @@ def test_a_fetched_model_is_read_in_the_store_or_in_the_hubs_cache(folder: Path,
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
     (repository / "snapshots" / ("a" * 40)).mkdir(parents=True)
-    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet; `--online` asks the hub"  # only its reference is there
+    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet; `--online` asks the hub"  # the artifact has only a reference
     (folder / "base" / "config.json").rename(repository / "snapshots" / ("a" * 40) / "config.json")
     assert plan_of(folder)["sft"].parameters == 7_615_616_512
     (folder / "model.gguf").write_text("")
@@ -153,7 +153,7 @@ def test_a_fetched_model_is_read_in_the_store_or_in_the_hubs_cache(folder: Path,
     assert artifact is not None
     (artifact.payload / "config.json").write_text(json.dumps(CONFIGS["SmolLM2-135M"]))
     rows = planned(folder)
-    rows["base"].artifact = artifact  # a file too many breaks it for a plan
+    rows["base"].artifact = artifact  # an extra file breaks the artifact for a plan
     workspace = Workspace(load(folder / "pipelines.yaml"))
     architecture = architecture_of(workspace, workspace.loaded.pipeline("demo").stages, rows, "again")
     assert isinstance(architecture, Architecture)
@@ -192,14 +192,14 @@ def test_what_costs_more_never_needs_more_memory(shape: dict[str, Any], name: st
         return total(models[name], shape | changes)
 
     now = total(models[name], shape)
-    if shape["strategy"] != "ddp" or shape["gpus"] > 1:  # DDP's first further process brings its buckets
+    if shape["strategy"] != "ddp" or shape["gpus"] > 1:  # the second process of DDP adds its buckets
         assert needs(gpus=2 * shape["gpus"]) <= now
     assert needs(micro=1) <= now <= needs(length=2 * shape["length"])
     assert needs(gradient_checkpointing=True) <= now <= needs(r=2 * shape["r"])
     assert needs(offload="all") <= needs(offload="optimizer") <= needs(offload=None)
     if shape["strategy"] not in ("zero3", "fsdp"):  # QLoRA's weights are not sharded
         assert needs(method="qlora") <= needs(method="lora")
-    assert needs(method="lora", r=1) <= needs(method="full")  # a high rank on a narrow model keeps more than the model itself
+    assert needs(method="lora", r=1) <= needs(method="full")  # a high rank on a narrow model keeps more activations than the model itself
     for less, more in (("zero1", "zero2"), ("zero2", "zero3")):
         assert needs(strategy=more) <= needs(strategy=less)
 
@@ -230,7 +230,7 @@ def test_sampling_by_the_model_itself_is_counted(models: dict[str, Architecture]
 
 # --- what others say --------------------------------------------------------------------------------------------------
 
-# Every training of Qwen's table that can be written here: GB on all devices together, by tokens of its one row.
+# Every training of Qwen's table that can be expressed here: total GB over all devices, by tokens of its one row.
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 MEASURED: dict[tuple[str, str, str, int], tuple[float, ...]] = {
     ("1.8B", "lora", "ddp", 1): (6.7, 7.4, 8.4, 11.0, 16.2, 21.8),
@@ -343,12 +343,12 @@ def test_the_copy_of_a_checkpoint_of_other_processes_is_on_the_disk(models: dict
 )
 def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: str, models: dict[str, Architecture]) -> None:
     training = job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8})
-    told = fits.remedy(training, room * GIB, gpus, "sft")
-    assert advice in told
+    hint = fits.remedy(training, room * GIB, gpus, "sft")
+    assert advice in hint
 
 
 def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Architecture]) -> None:
-    """A global batch of 3 is not for 2 processes unless they share each row, and with one device named there are no 2 GPUs."""
+    """A global batch of 3 cannot be split over 2 processes unless they share each row; with one device there are no 2 GPUs."""
     of_three: dict[str, Any] = {"global_batch_size": 3, "resources": {"micro_batch_size": 3}}
     assert "sequence_parallel_size=2" in fits.remedy(job(models["Qwen2.5-7B"], **of_three), 14 * GIB, 8, "sft")
     for fields in (of_three | {"packing": True}, {"resources": {"devices": [0]}}):
@@ -357,16 +357,16 @@ def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Arch
 
 
 def test_long_sequences_are_shared_where_nothing_cheaper_fits(models: dict[str, Architecture]) -> None:
-    """Activations of 131,072 tokens: no splitting of weights makes them smaller."""
+    """Sharding weights does not reduce the activations of 131,072 tokens."""
     long = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4})
     assert "--set sft.resources.sequence_parallel_size=2`, about 41.9 GiB" in fits.remedy(long, 60 * GIB, 8, "sft")
     assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(long, 30 * GIB, 8, "sft")
-    wide = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 8})  # its 28 heads are not for 8 processes
+    wide = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 8})  # its 28 heads cannot be shared by 8 processes
     assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(wide, 24 * GIB, 8, "sft")
     shared = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "sequence_parallel_size": 4, "micro_batch_size": 1})
     alone = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "micro_batch_size": 1})
     assert shared.memory().activations == pytest.approx(alone.memory().activations / 4, rel=0.02)
-    mistral = job(models["Mistral-7B-v0.1"], 1 << 17, resources={"gpus": 4})  # its layers see the last tokens alone
+    mistral = job(models["Mistral-7B-v0.1"], 1 << 17, resources={"gpus": 4})  # sliding-window attention
     assert "sequence_parallel_size" not in fits.remedy(mistral, 60 * GIB, 8, "sft")
 
 
@@ -385,7 +385,10 @@ def warnings_of(folder: Path, *sets: str) -> list[str]:
 def test_a_plan_warns_of_a_pool_that_is_too_small_with_place_and_remedy(folder: Path) -> None:
     (warning,) = warnings_of(folder)
     assert warning.startswith("".join([str(folder / "pipelines.yaml"), ":9:15: demo.sft: about "]))
-    assert "of GPU memory are needed, the pool `gpu` has 24.0 GiB for it\n\nhint: the cheapest change that fits: `--set sft.resources." in warning
+    assert (
+        "of GPU memory are needed, the pool `gpu` has 24.0 GiB for it\n\nhint: the cheapest change that fits: `--set sft.resources."
+        in warning
+    )
 
 
 def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +459,7 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
     (folder / "pipelines.yaml").write_text(text)
     (warning,) = warned(2200)
     assert "demo.sft.max_completion_length: sequences may have 2304 tokens, more than the model's positions, 2200" in warning
-    assert warned(2304) == warned(2200, "data.max_length=null") == []  # how long prompts are is not known
+    assert warned(2304) == warned(2200, "data.max_length=null") == []  # the length of prompts is unknown
 
 
 def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:
@@ -468,9 +471,9 @@ def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:
 
 
 def test_the_memory_of_the_cpu_is_told_where_weights_wait_there(models: dict[str, Architecture]) -> None:
-    told = fits.remedy(job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8}), 14 * GIB, 1, "sft")
-    assert "offload=all" in told
-    assert "GiB of CPU memory per process" in told
+    hint = fits.remedy(job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8}), 14 * GIB, 1, "sft")
+    assert "offload=all" in hint
+    assert "GiB of CPU memory per process" in hint
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What `validate` says of an evaluation by vLLM, and what of it is in its key."""
+"""Messages of `validate` about evaluations by vLLM, and their keys."""
 
 from __future__ import annotations
 
@@ -128,4 +128,4 @@ def test_one_process_asks_vllm_whatever_its_gpus() -> None:
     assert given.world_size() == 1
     assert given.micro_batch_size() is None
     assert stage().runtimes() == ["torch"]
-    assert stage(resources={"gpus": 2}).world_size() == 2  # which the loader refuses
+    assert stage(resources={"gpus": 2}).world_size() == 2  # the loader rejects it

@@ -1,4 +1,4 @@
-"""Gates: each condition, met and not met, with every figure named."""
+"""Gates: each condition, met and not met, with its values."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def evaluation(**fields: Any) -> EvaluateStage:
 
 PLAIN: dict[str, Any] = {"rows": {"dataset0": 8, "arc": 5}, "dtype": "float32"}
 MET = ["met: arc/acc of new is 0.5, required at least 0 over old's 0.4 (is +0.1)"]
-TOLD: dict[str, tuple[dict[str, Any], dict[str, Any], bool, list[str]]] = {
+VERDICTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool, list[str]]] = {
     "alike": ({}, PLAIN, True, MET),
     "an older report": ({}, {"rows": PLAIN["rows"]}, True, MET),
     "dtype": (
@@ -160,9 +160,9 @@ TOLD: dict[str, tuple[dict[str, Any], dict[str, Any], bool, list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", TOLD)
+@pytest.mark.parametrize("what", VERDICTS)
 def test_what_only_reports_tell_is_told_with_the_verdict(what: str) -> None:
-    fields, info, passes, lines = TOLD[what]
+    fields, info, passes, lines = VERDICTS[what]
     gate = GateStage.model_validate({"kind": "gate", "require": [{"metric": "arc/acc", "of": "new", "improves_on": "old"}] * 2})
     manifests = {"new": manifest(PLAIN, **{"arc/acc": 0.5}), "old": manifest(info, **{"arc/acc": 0.4})}
     passed, found = judge(gate, {"new": evaluation(), "old": evaluation(**fields)}, manifests)

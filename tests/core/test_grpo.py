@@ -1,4 +1,4 @@
-"""What `validate` says of a grpo stage, and what of it is in its key."""
+"""Messages of `validate` about grpo stages, and their keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a `method` of sft changes in the core: what the stage gives, what `validate` says of it, and what of it is in the key."""
+"""Effects of sft's `method` in the core: output type, messages of `validate`, and keys."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_learning_rate_for_adapters_is_warned_of(tmp_path: Path) -> None:
     found = [str(warning) for warning in load(write(tmp_path, "method: full")).warnings()]
     text = "0.0002, the default, suits adapters but is too high for training all weights\n\nhint: set a lower one, for example `learning_rate: 1e-5`"
     assert [warning.partition(": ")[2] for warning in found] == [f"demo.sft.learning_rate: {text}"]
-    assert load(write(tmp_path, "method: full, learning_rate: 2e-4")).warnings() == []  # somebody meant it
+    assert load(write(tmp_path, "method: full, learning_rate: 2e-4")).warnings() == []  # it was set explicitly
 
 
 def key(**fields: Any) -> str:

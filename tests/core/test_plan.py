@@ -1,4 +1,4 @@
-"""Keys and plans: what changes a key and what does not, and the reason that a plan gives for every stage that would run."""
+"""Keys and plans: what changes a key and what does not, and the reasons that a plan gives for stages to run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_auto_means_is_in_the_key_and_follows_from_the_file(folder: Path) -
 
 
 def test_a_store_from_before_the_compute_type_was_in_keys_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows in which type its trainings computed: they are built again. What does not depend on that stays."""
+    """Artifacts of unknown compute type are rebuilt. Artifacts that do not depend on it are kept."""
     with monkeypatch.context() as patch:
         patch.setattr(ComputingStage, "decided", lambda stage: {})
         old = build(folder)
@@ -198,7 +198,7 @@ OWN_FILES = {
 
 
 class KnownHub(HubCache):
-    """Says of every repository the commit that begins with `a`, or that of another day."""
+    """Resolves every repository to the commit that starts with `a`, or to another one."""
 
     letter = "a"
 
@@ -264,7 +264,7 @@ def test_only_takes_the_ancestors_and_names_are_checked(folder: Path) -> None:
 
 
 def test_a_plan_changes_nothing_on_disk_but_remembered_digests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_memory, "TICK", -(10**12))  # also what was just written is remembered
+    monkeypatch.setattr(file_memory, "TICK", -(10**12))  # files that were just written are remembered too
     before = {path for path in folder.rglob("*")}
     planned(folder)
     new = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {path.relative_to(folder).as_posix() for path in before}

@@ -1,4 +1,4 @@
-"""Local models by reference, runtimes, and locks that somebody holds."""
+"""Local models by reference, runtimes, and held locks."""
 
 from __future__ import annotations
 

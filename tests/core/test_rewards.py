@@ -1,4 +1,4 @@
-"""The list `rewards:` of a grpo stage: its types, its labels, what it puts into a key, and the words for what is wrong with it."""
+"""The list `rewards:` of a grpo stage: types, labels, keys and messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store: what enters whole is found, what is broken is a warned miss, what is locked waits."""
+"""The store: complete artifacts are hits, broken ones are misses with a warning, and locks block."""
 
 from __future__ import annotations
 

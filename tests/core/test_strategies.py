@@ -1,4 +1,4 @@
-"""Which strategies of sharing a training are refused with what, and where."""
+"""Rejected combinations of distribution strategies and other settings, and their places."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_is_refused(name: str) -> None:
         ({"gpus": 8}, 8, True),
         ({"gpus": 8, "nodes": 2, "strategy": "zero3", "offload": "all"}, 16, True),
         ({"processes": 2, "strategy": "zero1"}, 2, True),
-        ({"processes": 1, "strategy": "zero2"}, 1, True),  # DeepSpeed wants to be told of its processes, also of one
+        ({"processes": 1, "strategy": "zero2"}, 1, True),  # DeepSpeed needs torchrun's environment even for one process
         ({"gpus": 4, "strategy": "device_map"}, 1, False),
         ({"gpus": 2, "strategy": "fsdp", "offload": "all", "gradient_checkpointing": True}, 2, True),
         ({"gpus": 8, "nodes": 4, "strategy": "zero3", "sequence_parallel_size": 16}, 32, True),
