@@ -1,4 +1,4 @@
-"""The pure core: WHAT runs, what it is called, and whether it is there already. Imports neither prefect nor torch."""
+"""The core: configuration, keys, plans and the store. Imports neither prefect nor torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "RunFailed", "load", "plan", "run"]
 __version__ = "0.1.0"
 PACKAGES_ROOT = Path(__file__).resolve().parent.parent
-"""Folder of flows/, tasks/, tuneline/ and infra/: the clone, or `tuneline-packages` in site-packages. Programs get it as PYTHONPATH."""
+"""Folder with flows/, tasks/, tuneline/ and infra/: the clone, or `tuneline-packages` in site-packages. PYTHONPATH of programs."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
-"""Entry point of `tuneline`. It puts our own folder first on the path before it imports the command line: other packages named `flows`
-and `tasks` may be installed here, or lie in a folder of PYTHONPATH."""
+"""Entry point of `tuneline`. Puts PACKAGES_ROOT first on the path before it imports the command line: other packages named `flows`
+and `tasks` may be installed or in a folder of PYTHONPATH."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way in which a key's document is written, and the key: its sha256."""
+"""Canonical JSON of a key document, and the key: its sha256."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def key_of(document: Mapping[str, Any]) -> str:
 
 
 def canonical(document: Any) -> str:
-    """JSON with sorted keys and no spaces. Raises ValueError for NaN."""
+    """Return JSON with sorted keys and no spaces. Raises ValueError for NaN."""
     return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

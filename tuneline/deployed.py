@@ -1,8 +1,8 @@
-"""Entrypoints of deployments: `tuneline.deployed.NAME` is the flow of the pipeline NAME, `tuneline.deployed.run_stage` that of stages in
-pools of their own.
+"""Entrypoints of deployments: `tuneline.deployed.NAME` is the flow of the pipeline NAME, `tuneline.deployed.run_stage` that of
+stages with their own pool.
 
-A worker imports them from its own installation. Our packages' folder comes first on the path: others named `flows` and `tasks` may be
-installed there, or lie in a folder of PYTHONPATH.
+A worker imports them from its own installation. PACKAGES_ROOT comes first on the path: other packages named `flows` and `tasks` may
+be installed there or in a folder of PYTHONPATH.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Full and read-only disks: how one is recognised behind a library's error, and what a person is told."""
+"""Detect full and read-only disks behind libraries' errors, and describe them to users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from tuneline.errors import StageFailed
 
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-# What libraries say that lose the number: safetensors and torch's old format quote the system, torch's zip writer does not.
+# Messages of libraries that drop errno: safetensors and torch's old format quote the system's text, torch's zip writer does not.
 TEXTS = (
     "No space left on device",
     "Disk quota exceeded",
@@ -20,15 +20,15 @@ TEXTS = (
     "basic_ios::clear: iostream error",
     "Not enough disk space",
 )
-SHORT = " requested and "  # numpy's short write: an OSError without a number
-FULL = 1 << 20  # bytes; a disk with less has no room for what a program writes
-ROOM = 16 << 20  # bytes that a run wants for its records, logs and Prefect's database
-HINT = "`tuneline gc` frees what no kept run needs; or move to a larger disk, the store alone by `store:`; finished work is kept"
+SHORT = " requested and "  # numpy's short write: an OSError without errno
+FULL = 1 << 20  # bytes; a disk with less free space counts as full
+ROOM = 16 << 20  # bytes that a run needs for its records, logs and Prefect's database
+HINT = "free space with `tuneline gc`, or move to a larger disk (the store alone with `store:`); finished work is kept"
 WRITABLE = "make it writable, or name another `store:`; finished work is kept"
 
 
 def is_of_disk(error: BaseException | None) -> bool:
-    """Whether it, or what it was raised from, is the disk's."""
+    """Return whether an error, or one of its causes, comes from the disk."""
     return any(
         isinstance(cause, OSError) and (cause.errno in NUMBERS or SHORT in str(cause)) or any(text in str(cause) for text in TEXTS)
         for cause in causes(error)
@@ -44,7 +44,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def of_program(error: BaseException, *folders: Path) -> StageFailed:
-    """What the disk's `error` means to a program that writes into `folders`."""
+    """Return the failure for a disk error of a program that writes into `folders`."""
     system = next((cause for cause in causes(error) if isinstance(cause, OSError) and cause.errno in (errno.EROFS, errno.EIO)), None)
     if system:
         return of_flow(system, folders[0])
@@ -54,16 +54,16 @@ def of_program(error: BaseException, *folders: Path) -> StageFailed:
 
 
 def full(*folders: Path) -> StageFailed:
-    """Of the folders that a program writes into, the one with the least room is named."""
+    """Return the failure for a full disk. Names the folder with the least free space."""
     folder = min(folders, key=free)
     written = size_of(folder)
-    wrote = f"the program had written {human(written)} there and needs more"
+    wrote = f"the program had written {human(written)} there and needs more space"
     return StageFailed("disk", f"the disk of {folder} is full: {wrote}; without them {_room(folder, free(folder) + written)}", HINT)
 
 
 def of_flow(error: OSError, folder: Path) -> StageFailed:
-    """What the disk's `error` means where no program wrote; `folder` is named where the error names nothing."""
-    place = error.filename2 or error.filename  # of a copy, what was written
+    """Return the failure for a disk error outside of a program. Names `folder` if the error has no file name."""
+    place = error.filename2 or error.filename  # the target of a copy
     place = Path(os.fsdecode(place)) if place else folder
     message = f"{place}: {os.strerror(error.errno or 0)}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -76,7 +76,7 @@ def is_full(*folders: Path) -> bool:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, in which somebody may be at work."""
+    """Return the size of a folder's files in bytes. Files may disappear meanwhile."""
     size = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -86,7 +86,7 @@ def size_of(folder: Path) -> int:
 
 
 def human(size: float) -> str:
-    """Bytes, as the disk's maker counts them: 1 MB is 10^6."""
+    """Format bytes with decimal units: 1 MB is 10^6."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"

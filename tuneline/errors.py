@@ -1,10 +1,10 @@
-"""Everything tuneline raises on purpose.
+"""Exceptions that tuneline raises deliberately.
 
-TunelineError            a message for people, with a hint
-├── ConfigError          the file or the call is wrong: every problem at once (exit code 2)
+TunelineError            a message for users, with a hint
+├── ConfigError          the file or the call is invalid: all problems at once (exit code 2)
 ├── StoreError           the store cannot be read or written
-└── StageFailed          a stage's program failed; its class decides whether it is tried again (exit code 1)
-    └── StageStopped     or was ended with its run
+└── StageFailed          a stage's program failed; its class decides whether it is retried (exit code 1)
+    └── StageStopped     or was stopped with its run
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RETRIED: frozenset[str] = frozenset({"oom", "transient"})
 
 
 class TunelineError(Exception):
-    """Raised for anything that a person can put right; `str()` is what they see."""
+    """An error that users can fix; `str()` is what they see."""
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
@@ -30,11 +30,11 @@ class TunelineError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. A stage does not know its place in a file: `field` is then relative to the stage, and the loader
-    adds the rest."""
+    """One problem. A stage does not know its place in a file: its `field` is relative to the stage, and the loader adds the
+    rest."""
 
     field: str
-    """Dotted, may be empty."""
+    """Dotted field, may be empty."""
     message: str
     hint: str = ""
     place: str = ""
@@ -58,7 +58,7 @@ class StoreError(TunelineError):
 
 
 class StageFailed(TunelineError):
-    """A stage's program ended without an artifact. `failure_class` decides whether it is tried again, unless it is `final`."""
+    """A stage's program ended without an artifact. `failure_class` decides whether it is retried, unless it is `final`."""
 
     def __init__(self, failure_class: FailureClass, message: str, hint: str = "", details: str = "", final: bool = False):
         super().__init__(message, hint)
@@ -73,7 +73,7 @@ class StageFailed(TunelineError):
 
 
 class StageStopped(StageFailed):
-    """The run was stopped while the stage worked, or waited to."""
+    """The run was stopped while the stage ran or waited."""
 
     def __init__(self) -> None:
-        super().__init__("transient", "stopped with the run", "run again: it goes on from its last checkpoint", final=True)
+        super().__init__("transient", "stopped with the run", "run again to resume from the last checkpoint", final=True)

@@ -1,4 +1,4 @@
-"""Files that others may read at any moment: atomic writes, locks that the kernel frees with their holder, and syncs."""
+"""Atomic writes, syncs, and file locks, which the kernel frees when their holder dies."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which places outside a pipelines.yaml may name: its own folder and those under `roots:`.
+"""Paths that a pipelines.yaml may name: inside its own folder and those under `roots:`.
 
-Two checks, because only one of them may look at the machine. When the file is loaded, paths are compared as text (`outside`),
-so that a file is valid everywhere or nowhere. When something is opened, links are followed (`refuse_escape`), so that no
-link in a data folder leads further than the file says.
+There are two checks, because only one may depend on the machine. When the file is loaded, paths are compared as text
+(`outside`), so that a file is valid everywhere or nowhere. When a path is opened, links are followed (`refuse_escape`), so
+that no link leads out of the allowed folders.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ GLOB = frozenset("*?[")
 
 
 def resolve_path(root: Path, named: str) -> Path:
-    """The place that `named` means in a file in the folder `root`: `~` is the home, `..` is taken out as text."""
+    """Resolve a path named by a file in the folder `root`: `~` is the home folder, `..` is removed as text."""
     return Path(os.path.normpath(root / os.path.expanduser(named)))
 
 
 def suffix(file: Path) -> str:
-    """What tells a reader the format: `.jsonl`, `.jsonl.gz`."""
+    """Return the suffix that identifies the format: `.jsonl`, `.jsonl.gz`."""
     return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
 
 
@@ -35,9 +35,9 @@ def outside(path: Path, allowed: Iterable[Path]) -> bool:
 
 
 def refuse_escape(paths: Iterable[str], root: Path, roots: Sequence[str]) -> None:
-    """Raises ConfigError where one of `paths`, once its links are followed, is outside of what the file in `root` may name."""
+    """Raise ConfigError if one of `paths`, with links followed, is outside of the allowed folders of the file in `root`."""
     allowed = [Path(os.path.realpath(folder)) for folder in allowed_folders(root, roots)]
-    inside: dict[str, bool] = {}  # by folder: what is in it and is no link is inside, too
+    inside: dict[str, bool] = {}  # by folder: files in it that are not links are inside too
     for path in paths:
         folder = os.path.dirname(path)
         if folder not in inside:
@@ -47,11 +47,11 @@ def refuse_escape(paths: Iterable[str], root: Path, roots: Sequence[str]) -> Non
         target = Path(os.path.realpath(path))
         if outside(target, allowed):
             found = f"found a link that leads out of the folder of the file: {path} -> {target}"
-            raise ConfigError([Problem("", found, f"if that is meant, add `roots: [{target.parent}]` at the top of the file")])
+            raise ConfigError([Problem("", found, f"if this is intended, add `roots: [{target.parent}]` at the top of the file")])
 
 
 def folder_to_allow(named: str) -> str:
-    """What to write under `roots:` so that `named` is inside: the folder around it, as the user wrote it."""
+    """Return the folder to add to `roots:` so that `named` is inside, as the user wrote it."""
     parts = Path(os.path.normpath(named)).parts
     plain = next((i for i, part in enumerate(parts) if GLOB & set(part)), len(parts))
     around = Path(*parts[: min(plain, len(parts) - 1)])

@@ -1,7 +1,7 @@
-"""Secrets of the process environment (HF_TOKEN and the like), and how they are kept out of what tuneline writes and shows.
+"""Keep secrets of the process environment (HF_TOKEN and the like) out of what tuneline writes and shows.
 
-They are known by their names alone; whatever else a program prints is its own affair. A token written into pipelines.yaml is refused
-when that is read: it would be in keys, manifests and Prefect's parameters.
+Secrets are recognized only by the names of their variables. A token written into pipelines.yaml is rejected when the file is read,
+because it would be in keys, manifests and Prefect's parameters.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from tuneline.files import write_atomically
 
 NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 NO_SECRETS = frozenset({"TOKENIZERS_PARALLELISM"})
-SHORTEST = 8  # characters; shorter ones cannot be told from ordinary words
+SHORTEST = 8  # characters; shorter values could be ordinary words
 MASK = b"***"
-FROM_ENVIRONMENT = "tokens come from the environment of the process alone, as HF_TOKEN, where the libraries look for them"
-# Tokens by their form: Hugging Face, GitHub, OpenAI and the like, AWS.
+FROM_ENVIRONMENT = "remove it, and set the token in the environment of the process, for example as HF_TOKEN"
+# Token formats of Hugging Face, GitHub, OpenAI and similar services, and AWS.
 TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{16})\b")
 
 
 def masked(text: bytes) -> bytes:
-    """The text without the values of secrets."""
+    """Return the text with the values of secrets masked."""
     for value in _values():
         text = text.replace(value, MASK)
     return text
 
 
 def mask_file(path: Path) -> None:
-    """Rewrites a file that holds a secret; most do not, and stay as they are."""
+    """Mask secrets in a file. Files without secrets are not rewritten."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -40,7 +40,7 @@ def mask_file(path: Path) -> None:
 
 
 def named_in(text: str, environment: Mapping[str, str]) -> str | None:
-    """The variable whose secret value stands in the text."""
+    """Return the name of a variable whose secret value is in the text."""
     return next((name for name, value in _of(environment) if value in text), None)
 
 
@@ -49,6 +49,6 @@ def _values() -> list[bytes]:
 
 
 def _of(environment: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Longest value first: one may be part of another."""
+    """Return names and values of secrets, longest value first: one may be part of another."""
     found = [(name, value) for name, value in environment.items() if NAMES.search(name) and name not in NO_SECRETS]
     return sorted(((name, value) for name, value in found if len(value) >= SHORTEST), key=lambda pair: -len(pair[1]))

@@ -1,12 +1,12 @@
-"""Stands between a flow and a program, or between a program and its engine, and sees to it that no process outlives the first.
+"""Runs a program for a flow, or an engine for a program, and ends all its descendants when the parent stops or dies.
 
     python -I -S watchdog.py ARGV...
 
-Standard library only, no imports of ours: it must start in milliseconds and never fail. Its stdin is a pipe that whoever
-started it holds open; when a byte comes (cancel, timeout) or it closes (its holder was killed), every descendant is ended: SIGTERM,
-a grace period, SIGKILL. When it closes after the byte, nobody waits for the grace: SIGKILL at once.
-As child sub-reaper it inherits orphaned grandchildren, so none escapes by losing its parent.
-Signals meant for the terminal's group are ignored: the flow decides. Ends with the program's exit status, 128 + n for signal n.
+Uses only the standard library: it must start in milliseconds and never fail. Its stdin is a pipe that the parent holds open.
+When a byte arrives (cancel, timeout) or the pipe closes (the parent was killed), it ends every descendant: SIGTERM, a grace
+period, SIGKILL. If the pipe closes after the byte, SIGKILL follows at once.
+As a child subreaper it inherits orphaned grandchildren, so none escapes by losing its parent.
+It ignores signals of the terminal's group: the flow decides. Exits with the program's exit status, 128 + n for signal n.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ GRACE = float(os.environ.get("TUNELINE_GRACE", "3"))
 
 
 def descendants(root: int) -> list[int]:
-    """Process ids below `root`, from /proc."""
+    """Return the process ids below `root`, from /proc."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -46,7 +46,7 @@ def descendants(root: int) -> list[int]:
 
 
 def signal_all(number: int) -> bool:
-    """Sends a signal to every descendant; False if there was none."""
+    """Send a signal to every descendant; return False if there was none."""
     found = descendants(os.getpid())
     for process in found:
         try:
@@ -57,7 +57,7 @@ def signal_all(number: int) -> bool:
 
 
 def reap(program: int) -> int | None:
-    """Collects dead descendants; the program's status if it is among them."""
+    """Reap dead descendants; return the program's status if it is among them."""
     status = None
     while True:
         try:
@@ -70,11 +70,11 @@ def reap(program: int) -> int | None:
             status = os.waitstatus_to_exitcode(raw)
 
 
-asked = False  # to end, by a byte
+asked = False  # whether a byte on stdin has asked us to stop
 
 
 def heard() -> bytes | None:
-    """What came on stdin: None if nothing, b"" once it is closed."""
+    """Read stdin without waiting: None if there is nothing, b"" once it is closed."""
     global asked
     if not select.select([0], [], [], 0)[0]:
         return None
@@ -84,8 +84,8 @@ def heard() -> bytes | None:
 
 
 def anyone() -> bool:
-    """Whether a child is left, dead ones not collected among them. Without one there is no descendant: orphans become our children.
-    Going by /proc would miss a process that is read just before its parent dies, and whose parent is read after."""
+    """Return whether a child is left, including unreaped ones. Without one there is no descendant: orphans become our children.
+    Reading /proc would miss a process that is read just before its parent dies, and whose parent is read after."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return True
@@ -94,7 +94,7 @@ def anyone() -> bool:
 
 
 def end_descendants(program: int) -> int | None:
-    """SIGTERM, then SIGKILL after the grace period, until nothing is left; the program's status if it was still running."""
+    """Send SIGTERM, then SIGKILL after the grace period, until no child is left; return the program's status if it was running."""
     status, deadline = None, time.monotonic() + GRACE
     signal_all(signal.SIGTERM)
     while anyone():
@@ -110,12 +110,12 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    deaths, told = os.pipe()  # gets a byte with each death of a child
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    deaths, wakeup = os.pipe()  # receives a byte with each death of a child
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    # Kept by name: a Popen that is dropped collects its child's status, and we would wait for it for ever.
-    # It inherits the key's lock as well, in case we are killed ourselves.
+    # Keep a reference: a deleted Popen reaps its child, and we would wait for its status forever.
+    # The child inherits the key's lock as well, in case we are killed.
     prepare = functools.partial(prepare_program, os.getpid())
     process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=prepare, close_fds=False)
     program, status = process.pid, None
@@ -126,15 +126,15 @@ def main() -> None:
             status = end_descendants(program)
             break
         status = reap(program)
-    end_descendants(program)  # what the program left behind
-    if folder := os.environ.get("TUNELINE_LEFT_TO_WATCHDOG"):  # that the program would have removed had it lived
+    end_descendants(program)  # descendants that the program left behind
+    if folder := os.environ.get("TUNELINE_LEFT_TO_WATCHDOG"):  # a folder that the program would have removed at its end
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(143 if status is None else 128 - status if status < 0 else status)
 
 
 def prepare_program(watchdog: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != watchdog:  # killed before that call: no signal will come
+    if os.getppid() != watchdog:  # the watchdog was killed before that call: no signal will come
         os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""How messages and reports show things: lists, near names, values as they are written in the file, markdown tables."""
+"""Parts of messages and reports: lists, similar names, values as written in the file, markdown tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST_LISTED = 30
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """Return `did you mean ...?`, or nothing where no name is near."""
+    """Return `did you mean ...?`, or nothing if no name is similar."""
     matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"did you mean `{matches[0]}`?" if matches else ""
 
@@ -18,7 +18,7 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 def listed(names: Iterable[str]) -> str:
     shown_names = [short(name) for name in names]
     more = f", ... ({len(shown_names)} in all)" if len(shown_names) > MOST_LISTED else ""
-    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (there is none)"
+    return ", ".join(shown_names[:MOST_LISTED]) + more or "none (none is defined)"
 
 
 def short(name: str) -> str:
@@ -28,7 +28,7 @@ def short(name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it would be written in the file, containers by their kind."""
+    """Return a value as written in the file, containers by their type."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     if value is None:

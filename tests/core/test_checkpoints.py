@@ -1,4 +1,4 @@
-"""Checkpoints seen from outside: which counts, which resources can read it, and what plans say of it."""
+"""Checkpoints: which one a training resumes from, which resources can read it, and what plans report."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def test_what_reads_what(written: dict[str, Any], wanted: dict[str, Any], hint: 
     assert refused == (
         hint
         and (
-            f"checkpoint-5 was written with the strategy {of}; this one is {now}, which cannot read it".replace("replicated", "ddp"),
-            f"go on with {hint}, over any number of processes, or `--force` the stage, which begins anew",
+            f"checkpoint-5 was written with the strategy {of}, which {now} cannot read".replace("replicated", "ddp"),
+            f"resume with {hint}, over any number of processes, or `--force` the stage to start from scratch",
         )
     )
 
 
 @pytest.fixture
 def unfinished(folder: Path) -> Path:
-    """Everything before the training is built, and two processes have come to its step 5."""
+    """Build everything before the training, with a checkpoint of two processes at step 5."""
     from plan_tools import build
 
     build(folder)
@@ -93,7 +93,9 @@ def test_a_plan_knows_what_a_training_goes_on_from(unfinished: Path) -> None:
     workspace, rows = rows_of(unfinished, *zero)
     assert {row.stage: row.checkpoint.step for row in rows if row.checkpoint} == {"sft": 5}
     assert list(refusals(workspace.loaded, "demo", rows)) == []
-    assert all(row.checkpoint is None for row in planned(unfinished, "sft.lora.r=8", force=("sft",)).values())  # which begins anew
+    assert all(
+        row.checkpoint is None for row in planned(unfinished, "sft.lora.r=8", force=("sft",)).values()
+    )  # --force starts from scratch
     assert all(row.checkpoint is None for row in planned(unfinished).values())
 
 
@@ -102,6 +104,6 @@ def test_a_plan_foresees_that_a_checkpoint_will_be_refused(unfinished: Path) -> 
     (of_training,) = [row for row in rows if row.refused]
     assert (of_training.stage, of_training.checkpoint and of_training.checkpoint.step) == ("sft", 5)
     assert [str(problem) for problem in refusals(workspace.loaded, "demo", rows)] == [
-        f"{unfinished}/pipelines.yaml:7:7: demo.sft.resources: checkpoint-5 was written with the strategy zero2 over 2 processes; this one is "
-        "ddp, which cannot read it\n\nhint: go on with zero1 or zero2, over any number of processes, or `--force` the stage, which begins anew"
+        f"{unfinished}/pipelines.yaml:7:7: demo.sft.resources: checkpoint-5 was written with the strategy zero2 over 2 processes, which "
+        "ddp cannot read\n\nhint: resume with zero1 or zero2, over any number of processes, or `--force` the stage to start from scratch"
     ]

@@ -1,4 +1,4 @@
-"""Pools that would wait for one another are refused; those that cannot are not."""
+"""Pools that could deadlock are rejected, other pools are not."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def found(text: str) -> str:
 
 
 def test_two_pipelines_that_would_wait_for_one_another_are_refused() -> None:
-    told = found(TWO)
-    assert told.startswith(
-        "p.yaml:3:37: pools.cpu.concurrency: found 1, with which runs in cpu (train) and gpu (serve) can hold every place"
+    message = found(TWO)
+    assert message.startswith(
+        "p.yaml:3:37: pools.cpu.concurrency: found 1, with which runs in cpu (train) and gpu (serve) can hold all slots"
     )
-    assert told.endswith("hint: allow 2 or more in one of these pools, or leave its `concurrency` out")
+    assert message.endswith("hint: set `concurrency` to 2 or more in one of these pools, or remove it")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_two_pipelines_that_would_wait_for_one_another_are_refused() -> None:
 )
 def test_what_cannot_fill_every_place_is_allowed(old: str, new: str) -> None:
     assert TWO.count(old) == 1
-    assert "wait for one another" not in found(TWO.replace(old, new))
+    assert "wait for each other" not in found(TWO.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_what_cannot_fill_every_place_is_allowed(old: str, new: str) -> None:
 def test_more_runs_of_a_pipeline_fill_more_places(more: str) -> None:
     text = TWO.replace("cpu: {type: process, concurrency: 1}", "cpu: {type: process, concurrency: 2, queues: {other: {priority: 2}}}")
     assert found(text) == ""
-    told = found(text.replace("    pool: cpu\n", f"    pool: cpu\n{more}"))
-    assert "pools.cpu.concurrency: found 2, with which" in told
+    message = found(text.replace("    pool: cpu\n", f"    pool: cpu\n{more}"))
+    assert "pools.cpu.concurrency: found 2, with which" in message
 
 
 def test_a_ring_of_three() -> None:

@@ -13,7 +13,7 @@ DEMO = ROOT / "infra" / "demo"
 
 
 def test_make_keeps_no_server_from_the_hub() -> None:
-    """The server that `make demo` starts is for other pipelines, too."""
+    """The server of `make demo` also serves other pipelines."""
     env = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "MAKEFLAGS", "MAKELEVEL")}
     command = ["make", "--no-print-directory", "--eval", "probe: ; @echo [$$HF_HUB_OFFLINE]", "probe"]
     assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Estimates: exact parameters of public models, rules that hold for any configuration, what others measured, and the advice of a plan."""
+"""Estimates: exact parameters of public models, invariants for any configuration, published measurements, and the hints of a plan."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Architecture]:
 
 
 def job(architecture: Architecture, length: int = 1024, method: str = "lora", bits: int = 4, kind: str = "sft", **fields: Any) -> Job:
-    """A training on one GPU, one row of `length` tokens at a time, unless `fields`, those under `resources` among them, say otherwise."""
+    """Return a training on one GPU with one row of `length` tokens at a time. `fields` and their `resources` override this."""
     resources = {"gpus": 1, "micro_batch_size": 1, **fields.pop("resources", {})}
     document = {"kind": kind, "model": "base", "dataset": "rows", **fields, "resources": resources}
     stage = STAGES[kind].model_validate_json(json.dumps(document))
@@ -90,9 +90,9 @@ def test_an_adapters_parameters_are_counted_by_layer(name: str, r: int, targets:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"model_type": "bert"}', "models of type `bert` are not counted, only llama, mistral"),
+        ('{"model_type": "bert"}', "models of type `bert` are not supported, only llama, mistral"),
         ('{"model_type": "llama", "quantization_config": {}}', "its weights are quantized"),
-        ('{"model_type": "llama", "hidden_size": 64, "vocab_size": "many"}', "does not say intermediate_size, .*, vocab_size"),
+        ('{"model_type": "llama", "hidden_size": 64, "vocab_size": "many"}', "has no intermediate_size, .*, vocab_size"),
         ("[", "the config.json of base cannot be read: Expecting value"),
     ],
 )  # fmt: skip
@@ -125,7 +125,7 @@ def test_trainings_and_merges_go_by_the_model_at_their_root(folder: Path) -> Non
     found = plan_of(folder)
     assert list(found) == ["sft", "merged", "again"]
     assert found["sft"].parameters == found["merged"].parameters == found["again"].parameters == 7_615_616_512
-    assert (found["sft"].device, found["sft"].sequence_length) == ("gpu", 2048)  # the dataset drops what is longer
+    assert (found["sft"].device, found["sft"].sequence_length) == ("gpu", 2048)  # the dataset drops longer rows
     assert (found["again"].device, found["again"].sequence_length) == ("cpu", 512)
     assert found["merged"].disk == 2 * 7_615_616_512
     assert plan_of(folder, "merged.dtype=float32")["merged"].disk == 4 * 7_615_616_512
@@ -140,7 +140,7 @@ def test_a_fetched_model_is_read_in_the_store_or_in_the_hubs_cache(folder: Path,
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
     (repository / "snapshots" / ("a" * 40)).mkdir(parents=True)
-    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet; `--online` asks the hub"  # only its reference is there
+    assert plan_of(folder)["sft"].unknown == "base has not been fetched yet; `--online` asks the hub"  # the artifact has only a reference
     (folder / "base" / "config.json").rename(repository / "snapshots" / ("a" * 40) / "config.json")
     assert plan_of(folder)["sft"].parameters == 7_615_616_512
     (folder / "model.gguf").write_text("")
@@ -153,7 +153,7 @@ def test_a_fetched_model_is_read_in_the_store_or_in_the_hubs_cache(folder: Path,
     assert artifact is not None
     (artifact.payload / "config.json").write_text(json.dumps(CONFIGS["SmolLM2-135M"]))
     rows = planned(folder)
-    rows["base"].artifact = artifact  # a file too many breaks it for a plan
+    rows["base"].artifact = artifact  # an extra file breaks the artifact for a plan
     workspace = Workspace(load(folder / "pipelines.yaml"))
     architecture = architecture_of(workspace, workspace.loaded.pipeline("demo").stages, rows, "again")
     assert isinstance(architecture, Architecture)
@@ -192,14 +192,14 @@ def test_what_costs_more_never_needs_more_memory(shape: dict[str, Any], name: st
         return total(models[name], shape | changes)
 
     now = total(models[name], shape)
-    if shape["strategy"] != "ddp" or shape["gpus"] > 1:  # DDP's first further process brings its buckets
+    if shape["strategy"] != "ddp" or shape["gpus"] > 1:  # the second process of DDP adds its buckets
         assert needs(gpus=2 * shape["gpus"]) <= now
     assert needs(micro=1) <= now <= needs(length=2 * shape["length"])
     assert needs(gradient_checkpointing=True) <= now <= needs(r=2 * shape["r"])
     assert needs(offload="all") <= needs(offload="optimizer") <= needs(offload=None)
     if shape["strategy"] not in ("zero3", "fsdp"):  # QLoRA's weights are not sharded
         assert needs(method="qlora") <= needs(method="lora")
-    assert needs(method="lora", r=1) <= needs(method="full")  # a high rank on a narrow model keeps more than the model itself
+    assert needs(method="lora", r=1) <= needs(method="full")  # a high rank on a narrow model keeps more activations than the model itself
     for less, more in (("zero1", "zero2"), ("zero2", "zero3")):
         assert needs(strategy=more) <= needs(strategy=less)
 
@@ -230,7 +230,7 @@ def test_sampling_by_the_model_itself_is_counted(models: dict[str, Architecture]
 
 # --- what others say --------------------------------------------------------------------------------------------------
 
-# Every training of Qwen's table that can be written here: GB on all devices together, by tokens of its one row.
+# Every training of Qwen's table that can be expressed here: total GB over all devices, by tokens of its one row.
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 MEASURED: dict[tuple[str, str, str, int], tuple[float, ...]] = {
     ("1.8B", "lora", "ddp", 1): (6.7, 7.4, 8.4, 11.0, 16.2, 21.8),
@@ -338,17 +338,17 @@ def test_the_copy_of_a_checkpoint_of_other_processes_is_on_the_disk(models: dict
         (20, 8, "--set sft.resources.gradient_checkpointing=true --set sft.resources.micro_batch_size=2"),
         (14, 8, "--set sft.resources.gpus=2 --set sft.resources.strategy=zero3"),
         (14, 1, "--set sft.resources.strategy=zero3 --set sft.resources.offload=all"),
-        (2, 1, "no change of its resources fits with a tenth to spare: take larger GPUs"),
+        (2, 1, "no change of resources fits with 10% to spare: use larger GPUs"),
     ],
 )
 def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: str, models: dict[str, Architecture]) -> None:
     training = job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8})
-    told = fits.remedy(training, room * GIB, gpus, "sft")
-    assert advice in told
+    hint = fits.remedy(training, room * GIB, gpus, "sft")
+    assert advice in hint
 
 
 def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Architecture]) -> None:
-    """A global batch of 3 is not for 2 processes unless they share each row, and with one device named there are no 2 GPUs."""
+    """A global batch of 3 cannot be split over 2 processes unless they share each row; with one device there are no 2 GPUs."""
     of_three: dict[str, Any] = {"global_batch_size": 3, "resources": {"micro_batch_size": 3}}
     assert "sequence_parallel_size=2" in fits.remedy(job(models["Qwen2.5-7B"], **of_three), 14 * GIB, 8, "sft")
     for fields in (of_three | {"packing": True}, {"resources": {"devices": [0]}}):
@@ -357,16 +357,16 @@ def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Arch
 
 
 def test_long_sequences_are_shared_where_nothing_cheaper_fits(models: dict[str, Architecture]) -> None:
-    """Activations of 131,072 tokens: no splitting of weights makes them smaller."""
+    """Sharding weights does not reduce the activations of 131,072 tokens."""
     long = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4})
     assert "--set sft.resources.sequence_parallel_size=2`, about 41.9 GiB" in fits.remedy(long, 60 * GIB, 8, "sft")
     assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(long, 30 * GIB, 8, "sft")
-    wide = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 8})  # its 28 heads are not for 8 processes
+    wide = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 8})  # its 28 heads cannot be shared by 8 processes
     assert "--set sft.resources.sequence_parallel_size=4" in fits.remedy(wide, 24 * GIB, 8, "sft")
     shared = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "sequence_parallel_size": 4, "micro_batch_size": 1})
     alone = job(models["Qwen2.5-7B"], 1 << 17, resources={"gpus": 4, "micro_batch_size": 1})
     assert shared.memory().activations == pytest.approx(alone.memory().activations / 4, rel=0.02)
-    mistral = job(models["Mistral-7B-v0.1"], 1 << 17, resources={"gpus": 4})  # its layers see the last tokens alone
+    mistral = job(models["Mistral-7B-v0.1"], 1 << 17, resources={"gpus": 4})  # sliding-window attention
     assert "sequence_parallel_size" not in fits.remedy(mistral, 60 * GIB, 8, "sft")
 
 
@@ -386,7 +386,8 @@ def test_a_plan_warns_of_a_pool_that_is_too_small_with_place_and_remedy(folder: 
     (warning,) = warnings_of(folder)
     assert warning.startswith("".join([str(folder / "pipelines.yaml"), ":9:15: demo.sft: about "]))
     assert (
-        "of a GPU are needed, the pool `gpu` has 24.0 GiB for it\n\nhint: the cheapest change that fits: `--set sft.resources." in warning
+        "of GPU memory are needed, the pool `gpu` has 24.0 GiB for it\n\nhint: the cheapest change that fits: `--set sft.resources."
+        in warning
     )
 
 
@@ -397,7 +398,7 @@ def test_a_need_just_above_what_is_there_reads_as_more(folder: Path, monkeypatch
     needed = memory.total
     monkeypatch.setattr(fits, "room_for", lambda stage, memory: needed - (1 << 20))
     (warning,) = warnings_of(folder)
-    assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of a GPU are needed, the pool `gpu` has ")
+    assert warning.partition(": demo.sft: ")[2].startswith(f"about {needed / GIB:.3f} GiB of GPU memory are needed, the pool `gpu` has ")
     assert f" has {needed / GIB - 1 / 1024:.3f} GiB for it" in warning
 
 
@@ -409,9 +410,7 @@ def test_a_plan_warns_of_what_is_tight(folder: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(fits, "room_for", lambda stage, _, share=share: round(memory.total / share))
         warnings = warnings_of(folder)
         assert len(warnings) == tight
-        assert all(
-            "for it, which is tight: estimates err by a tenth or more\n\nhint: the cheapest change that" in text for text in warnings
-        )
+        assert all(", which is tight: estimates are off by 10% or more\n\nhint: the cheapest change that" in text for text in warnings)
         assert all("--set sft.resources.micro_batch_size=4`" in text for text in warnings)
 
 
@@ -447,7 +446,7 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
 
     (warning,) = warned(1024)
     assert (
-        ":9:67: demo.sft.max_length: sequences may have 2048 tokens, more than the model's positions, 1024\n\nhint: lower it; `max_length` in `data`"
+        ":9:67: demo.sft.max_length: sequences may have 2048 tokens, more than the model's positions, 1024\n\nhint: lower it, set `max_length` in `data`"
         in warning
     )
     assert warned(2048) == warned(None) == warned(1024, "data.max_length=1024") == []
@@ -460,18 +459,21 @@ def test_a_plan_warns_of_rows_beyond_the_models_positions(folder: Path) -> None:
     (folder / "pipelines.yaml").write_text(text)
     (warning,) = warned(2200)
     assert "demo.sft.max_completion_length: sequences may have 2304 tokens, more than the model's positions, 2200" in warning
-    assert warned(2304) == warned(2200, "data.max_length=null") == []  # how long prompts are is not known
+    assert warned(2304) == warned(2200, "data.max_length=null") == []  # the length of prompts is unknown
 
 
 def test_a_plan_warns_of_heads_that_cannot_be_shared(folder: Path) -> None:
     (warning,) = warnings_of(folder, "sft.resources.gpus=0", "sft.resources.processes=8", "sft.resources.sequence_parallel_size=8")
-    assert "demo.sft.resources.sequence_parallel_size: found 8, expected for the 28 heads of its model (4 of keys): 1, 2, 4, 28" in warning
+    assert (
+        "demo.sft.resources.sequence_parallel_size: found 8, expected 1, 2, 4, 28 for the model's 28 attention heads and 4 key-value heads"
+        in warning
+    )
 
 
 def test_the_memory_of_the_cpu_is_told_where_weights_wait_there(models: dict[str, Architecture]) -> None:
-    told = fits.remedy(job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8}), 14 * GIB, 1, "sft")
-    assert "offload=all" in told
-    assert "GiB of the CPU's memory for each process" in told
+    hint = fits.remedy(job(models["Qwen2.5-7B"], 2048, resources={"micro_batch_size": 8}), 14 * GIB, 1, "sft")
+    assert "offload=all" in hint
+    assert "GiB of CPU memory per process" in hint
 
 
 @pytest.mark.parametrize(

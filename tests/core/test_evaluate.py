@@ -1,4 +1,4 @@
-"""What `validate` says of an evaluation by vLLM, and what of it is in its key."""
+"""Messages of `validate` about evaluations by vLLM, and their keys."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ pipelines:
       eval:  {{kind: evaluate, datasets: [data], {rest}}}
 """
 HINT = "\n\nhint: set `backend: transformers`"
-HALF = "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
+HALF = "GPTQ and no GPU: vLLM computes GPTQ only in half precision, but evaluations on a CPU use float32"
 REFUSED = {
     "unknown": ("model: base, backend: sglang", "demo.eval.backend: found 'sglang', expected transformers, vllm"),
     "quantized on a CPU": ("model: small, backend: vllm", f"demo.eval.model: found `small` with {HALF}{HINT}"),
     "quantized in float32": (
         "model: small, backend: vllm, resources: {gpus: 1}, dtype: float32",
-        f"demo.eval.model: found `small` with GPTQ in float32: vLLM computes it in half precision only{HINT}",
+        f"demo.eval.model: found `small` with GPTQ in float32: vLLM computes GPTQ only in half precision{HINT}",
     ),
     "bits": (
         "model: small, backend: vllm, resources: {gpus: 1}",
-        f"demo.eval.model: found `small` with bits 2 and sym true, where vLLM reads 4 or 8 bits, symmetric{HINT}",
+        f"demo.eval.model: found `small` with bits 2 and sym true, but vLLM supports only symmetric 4 or 8 bits{HINT}",
     ),
     "dora": ("model: sft, backend: vllm", f"demo.eval.model: found `sft` with DoRA, which vLLM does not serve{HINT}"),
-    "rank": ("model: sft, backend: vllm", f"demo.eval.model: found `sft` with rank 600, where vLLM serves at most 512{HINT}"),
+    "rank": ("model: sft, backend: vllm", f"demo.eval.model: found `sft` with rank 600, but vLLM serves at most 512{HINT}"),
     "engine without use": (
         "model: base, resources: {engine: {max_num_seqs: 8}}",
-        "demo.eval.resources.engine: found an engine in a stage that uses none\n\nhint: remove it, or choose the engine vllm",
+        "demo.eval.resources.engine: found engine settings in a stage that does not use vLLM\n\nhint: remove them, or choose vLLM for the stage",
     ),
     "some of the GPUs": (
         "model: base, backend: vllm, resources: {gpus: 4, engine: {gpus: 2}}",
-        "demo.eval.resources.engine.gpus: found 2, expected resources.gpus, 4: all of them are the engine's\n\nhint: leave it out",
+        "demo.eval.resources.engine.gpus: found 2, expected 4 (resources.gpus): vLLM uses all GPUs of an evaluation\n\nhint: remove it",
     ),
     "micro-batch": (
         "model: base, backend: vllm, resources: {micro_batch_size: 4}",
-        "demo.eval.resources.micro_batch_size: found a micro_batch_size, which vLLM does not have\n\nhint: "
-        "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time",
+        "demo.eval.resources.micro_batch_size: found micro_batch_size with `backend: vllm`, which forms its own batches\n\nhint: "
+        "remove it; `engine: {max_num_seqs: ...}` limits how many sequences vLLM processes at the same time",
     ),
     "few-shot without benchmarks": (
         "model: base, num_fewshot: 0",
-        "demo.eval.num_fewshot: found num_fewshot without benchmarks, which alone it is for\n\nhint: remove it",
+        "demo.eval.num_fewshot: found num_fewshot without benchmarks: it has no effect\n\nhint: remove it",
     ),
     "tasks without benchmarks": (
         "model: base, include_path: mine",
-        "demo.eval.include_path: found include_path without benchmarks, which alone it is for\n\nhint: remove it",
+        "demo.eval.include_path: found include_path without benchmarks: it has no effect\n\nhint: remove it",
     ),
     "template without benchmarks": (
         "model: base, apply_chat_template: false",
-        "demo.eval.apply_chat_template: found apply_chat_template without benchmarks, which alone it is for\n\nhint: remove it",
+        "demo.eval.apply_chat_template: found apply_chat_template without benchmarks: it has no effect\n\nhint: remove it",
     ),
     "code that no benchmark runs": (
         "model: base, benchmarks: [arc_easy], allow_code_execution: true",
@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "processes": (
         "model: base, backend: vllm, resources: {gpus: 2, processes: 2}",
-        "demo.eval.resources.processes: found 2 for evaluate, expected 1\n\nhint: only trainings run in several processes: remove it",
+        "demo.eval.resources.processes: found 2 for evaluate, expected 1\n\nhint: remove it: only trainings run in several processes",
     ),
 }
 
@@ -128,4 +128,4 @@ def test_one_process_asks_vllm_whatever_its_gpus() -> None:
     assert given.world_size() == 1
     assert given.micro_batch_size() is None
     assert stage().runtimes() == ["torch"]
-    assert stage(resources={"gpus": 2}).world_size() == 2  # which the loader refuses
+    assert stage(resources={"gpus": 2}).world_size() == 2  # the loader rejects it

@@ -1,4 +1,4 @@
-"""Broken files by the thousand: whatever is done to a valid pipelines.yaml, it loads or is refused with a place, at once.
+"""Thousands of broken files: a mutated pipelines.yaml loads or is rejected with a place, quickly.
 
 More examples than CI's: FUZZ_EXAMPLES=20000 .venv/bin/pytest tests/core/test_fuzz.py -q
 """
@@ -61,7 +61,7 @@ def loads_or_is_refused(text: str) -> None:
 
 
 def is_coherent(loaded: Loaded, tree: Any) -> None:
-    """What loads is usable: it has an order and keys, and the schema that editors use agrees."""
+    """A file that loads is usable: it has an order and keys, and the editors' schema accepts it."""
     SCHEMA.validate(tree)
     for pipeline in loaded.spec.pipelines.values():
         done: list[str] = []
@@ -81,7 +81,7 @@ def is_coherent(loaded: Loaded, tree: Any) -> None:
 @given(data=st.data())
 @fuzz
 def test_changed_characters(name: str, data: st.DataObject) -> None:
-    """Cut out, doubled or replaced."""
+    """Delete, duplicate or replace characters."""
     text = FILES[name].read_text()
     for _ in range(data.draw(st.integers(1, 4))):
         at, length = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(0, 12))
@@ -93,11 +93,11 @@ def test_changed_characters(name: str, data: st.DataObject) -> None:
 
 
 class Pairs(list):  # type: ignore[type-arg]
-    """A mapping that may hold a key twice."""
+    """A mapping that may have a key twice."""
 
 
 class Raw(str):
-    """Text that goes into the file as it is."""
+    """Text that is written to the file verbatim."""
 
 
 def nodes(tree: Any) -> Any:
@@ -116,7 +116,7 @@ def written(node: Any) -> str:
 
 
 def slots(node: Any) -> list[tuple[Any, int]]:
-    """Every (container, position) whose value can be put elsewhere; for a mapping the container is one of its pairs."""
+    """Return every (container, position) whose value can be moved; for a mapping, the container is one of its pairs."""
     found: list[tuple[Any, int]] = []
     for i, item in enumerate(node if isinstance(node, list) else ()):
         container, position = (item, 1) if isinstance(node, Pairs) else (node, i)
@@ -135,7 +135,7 @@ VALUES = st.one_of(
 @given(data=st.data())
 @fuzz
 def test_changed_structure(name: str, data: st.DataObject) -> None:
-    """Values deleted, doubled, moved, swapped, replaced by others, keys renamed, anchors and aliases put in."""
+    """Delete, duplicate, move, swap or replace values, rename keys, insert anchors and aliases."""
     tree = nodes(read(FILES[name], "p.yaml").tree)
     for _ in range(data.draw(st.integers(1, 5))):
         everywhere = slots(tree)

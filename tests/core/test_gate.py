@@ -1,4 +1,4 @@
-"""Gates: each condition, met and not met, with every figure named."""
+"""Gates: each condition, met and not met, with its values."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_evaluations_that_asked_otherwise_are_not_compared(
     with pytest.raises(ConfigError) as caught:
         load(tmp_path / "p.yaml")
     assert str(caught.value).partition(": ")[2] == (
-        f"demo.gate.require.0.{condition}: found `old` with {field} {found}, `new` with {against}, expected the same: else they are asked other "
-        f"things\n\nhint: set the same {field} in both"
+        f"demo.gate.require.0.{condition}: found `old` with {field} {found}, `new` with {against}, expected the same "
+        f"{field}: otherwise they answer different questions\n\nhint: set the same {field} in both"
     )
     assert f":{10}:" in str(caught.value)
 
@@ -100,9 +100,9 @@ def test_evaluations_that_asked_otherwise_are_not_compared(
 @pytest.mark.parametrize(
     ("metric", "compared", "message"),
     [
-        ("rows/exactmatch", "old", "found `rows/exactmatch`, expected of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: did you mean `exact_match`?"),
-        ("rows/perplexity", "old", "found `rows/perplexity`, expected of rows exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: write `rows/exact_match`, say"),
-        ("rows/exact_match", "sft", "found `rows/exact_match` of `sft`, which is no evaluation\n\nhint: compare the figures of two stages of kind evaluate"),
+        ("rows/exactmatch", "old", "found `rows/exactmatch`, expected one of the metrics of a dataset: exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: did you mean `exact_match`?"),
+        ("rows/perplexity", "old", "found `rows/perplexity`, expected one of the metrics of a dataset: exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: write `rows/exact_match`, for example"),
+        ("rows/exact_match", "sft", "found `rows/exact_match` of `sft`, which is not an evaluation\n\nhint: name a stage of kind evaluate"),
     ],
 )  # fmt: skip
 def test_a_figure_that_no_report_can_have_is_refused_before_anything_trains(
@@ -138,31 +138,31 @@ def evaluation(**fields: Any) -> EvaluateStage:
 
 PLAIN: dict[str, Any] = {"rows": {"dataset0": 8, "arc": 5}, "dtype": "float32"}
 MET = ["met: arc/acc of new is 0.5, required at least 0 over old's 0.4 (is +0.1)"]
-TOLD: dict[str, tuple[dict[str, Any], dict[str, Any], bool, list[str]]] = {
+VERDICTS: dict[str, tuple[dict[str, Any], dict[str, Any], bool, list[str]]] = {
     "alike": ({}, PLAIN, True, MET),
     "an older report": ({}, {"rows": PLAIN["rows"]}, True, MET),
     "dtype": (
         {}, {**PLAIN, "dtype": "bfloat16"}, True,
-        [*MET, "note: new was computed by transformers in float32, old by transformers in bfloat16: they round otherwise"],
+        [*MET, "note: new was computed by transformers in float32, old by transformers in bfloat16: they round differently"],
     ),
     "backend": (
         {"backend": "vllm"}, {"rows": PLAIN["rows"]}, True,
-        [*MET, "note: new was computed by transformers, old by vllm: they round otherwise"],
+        [*MET, "note: new was computed by transformers, old by vllm: they round differently"],
     ),
     "template": (
-        {"apply_chat_template": False}, PLAIN, True, [*MET, "note: new asks benchmarks through the chat template, old does not"],
+        {"apply_chat_template": False}, PLAIN, True, [*MET, "note: new uses the chat template for benchmarks, old does not"],
     ),
     "rows": (
         {}, {**PLAIN, "rows": {"dataset0": 8, "arc": 4}}, False,
-        ["NOT met: arc/acc is of 5 of new and 4 of old: of other rows it cannot be compared; `--force` both evaluations"],
+        ["NOT met: arc/acc is over 5 rows in new and 4 rows in old: different rows cannot be compared; `--force` both evaluations"],
     ),
     "rows of something else": ({}, {**PLAIN, "rows": {"dataset0": 7, "arc": 5}}, True, MET),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", TOLD)
+@pytest.mark.parametrize("what", VERDICTS)
 def test_what_only_reports_tell_is_told_with_the_verdict(what: str) -> None:
-    fields, info, passes, lines = TOLD[what]
+    fields, info, passes, lines = VERDICTS[what]
     gate = GateStage.model_validate({"kind": "gate", "require": [{"metric": "arc/acc", "of": "new", "improves_on": "old"}] * 2})
     manifests = {"new": manifest(PLAIN, **{"arc/acc": 0.5}), "old": manifest(info, **{"arc/acc": 0.4})}
     passed, found = judge(gate, {"new": evaluation(), "old": evaluation(**fields)}, manifests)

@@ -1,4 +1,4 @@
-"""What `tuneline gc` keeps and removes: by rule, and for any store and any runs."""
+"""What `tuneline gc` keeps and removes, in examples and for random stores and runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class House:
             ).path
 
     def run(self, *numbers: int, pipeline: str = "p", state: RunState = "completed", days: float = 100) -> RunRecord:
-        """Each run is younger than the last."""
+        """Each run is newer than the last."""
         self._count += 1
         started = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
         stages = [StageRecord(stage=f"s{number}", kind="dataset", status="done", key=key(number)) for number in numbers]
@@ -150,7 +150,7 @@ def test_a_pipeline_that_is_running_is_left_alone(house: House) -> None:
     assert house.left() == {1, 2, 3}
     house.runs.finish(going, "completed")
     house.collect()
-    assert house.left() == {3}  # the run that has just completed needed nothing
+    assert house.left() == {3}  # the newest completed run needed nothing
 
 
 def test_what_the_file_of_today_takes_is_kept_without_any_run(house: House) -> None:
@@ -168,7 +168,7 @@ def test_what_the_file_of_today_takes_is_kept_without_any_run(house: House) -> N
     house.artifact(1)
     items = house.collect(everything=True)
     assert house.left() == {int(wanted, 16)}
-    assert {item.key: item.why for item in items}[wanted] == "pipelines.yaml has it: p/d"
+    assert {item.key: item.why for item in items}[wanted] == "needed by pipelines.yaml: p/d"
 
 
 def test_what_is_being_built_is_left_alone(house: House) -> None:
@@ -230,14 +230,14 @@ def test_a_store_of_two_workspaces(tmp_path: Path) -> None:
     one.warnings.clear()
     one.collect()
     assert len(one.warnings) >= 1
-    assert one.warnings[0].startswith(f"{tmp_path}/two, which uses this store too, is not there: what its runs need is not known")
+    assert one.warnings[0].startswith(f"found no folder {tmp_path}/two, which also uses this store: what its runs need is unknown")
 
 
 def test_an_unreadable_record_stops_it(house: House) -> None:
     house.artifact(1)
     house.run(1)
     (house.runs.folder / "20200101T000000Z-abcd.json").write_text("{")
-    with pytest.raises(StoreError, match=r"000000Z-abcd\.json cannot be read: what that run needs is not known"):
+    with pytest.raises(StoreError, match=r"000000Z-abcd\.json cannot be read: what that run needs is unknown"):
         house.collect()
     assert house.left() == {1}
 
@@ -276,7 +276,7 @@ def test_leftovers_go_and_unfinished_work_only_by_age(house: House) -> None:
 
 
 def test_folders_that_are_no_artifacts_are_not_touched(tmp_path: Path) -> None:
-    """Whoever writes `store: .` keeps his other folders."""
+    """With `store: .`, other folders are kept."""
     house = House(tmp_path / "mine", tmp_path / "mine")
     for name in ("photos/ab/holiday", f"photos/ab/{'c' * 64}", "data/cd/" + "cd" * 31):
         (tmp_path / "mine" / name).mkdir(parents=True)
@@ -305,7 +305,7 @@ def test_a_kill_in_the_middle_leaves_whole_artifacts_only(house: House, monkeypa
 
 
 def test_what_a_run_notes_while_gc_waits_for_it_is_kept(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the list and the removal a run has found an artifact and is using it."""
+    """A run starts to use an artifact between listing and removal."""
     house.artifact(1)
     house.artifact(2)
     house.run(1)
@@ -382,7 +382,7 @@ def test_for_any_store_and_runs(
     days: int | None,
     everything: bool,
 ) -> None:
-    """No kept run loses what it reaches; a dry run foretells the real one; a second one finds nothing to do."""
+    """Kept runs lose nothing that they need; a dry run predicts the real one; a second gc finds nothing to remove."""
     house = House(tmp_path_factory.mktemp("house"))
     made_from: dict[int, set[int]] = {}
     for number, (parents, base) in enumerate(artifacts):
@@ -421,9 +421,9 @@ def test_for_any_store_and_runs(
 
 
 def test_a_run_never_loses_what_it_has_written_down(house: House) -> None:
-    """A run finds, thinks for a moment, notes and uses; gc is at it all the time, and removes what nobody uses any more."""
+    """A run looks up, records and uses an artifact while gc runs in a loop and removes unused artifacts."""
     house.artifact(1)
-    house.run(1, days=10)  # whose record stays
+    house.run(1, days=10)  # its record stays
     house.run()
     ended = threading.Event()
     removed: list[Item] = []
@@ -436,7 +436,7 @@ def test_a_run_never_loses_what_it_has_written_down(house: House) -> None:
     cleaner.start()
     try:
         for i in range(2000):
-            if i >= 60 and removed:  # on a busy machine gc may miss its moments for a while
+            if i >= 60 and removed:  # on a busy machine, gc may find no free lock for a while
                 break
             record = house.runs.begin(f"q{i}", ())
             with house.store.shared_lock():

@@ -1,4 +1,4 @@
-"""What `validate` says of a grpo stage, and what of it is in its key."""
+"""Messages of `validate` about grpo stages, and their keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pipelines:
 REFUSED = {
     "group does not divide": (
         "num_generations: 5, global_batch_size: 16",
-        "demo.rl.global_batch_size: found 16, expected multiples of num_generations, 5\n\nhint: a step samples whole groups of completions for the same prompt",
+        "demo.rl.global_batch_size: found 16, expected multiples of num_generations, 5\n\nhint: change one of them: a step samples whole groups of completions",
     ),
     "micro-batch does not divide": (
         "global_batch_size: 16, resources: {micro_batch_size: 3}",
@@ -34,11 +34,11 @@ REFUSED = {
     ),
     "dora": (
         "rollouts: {engine: vllm}, lora: {use_dora: true}",
-        "demo.rl.lora.use_dora: found DoRA, which vLLM does not serve\n\nhint: set `rollouts: {engine: transformers}`, or leave it out",
+        "demo.rl.lora.use_dora: found DoRA, which vLLM does not serve\n\nhint: remove it, or set `rollouts: {engine: transformers}`",
     ),
     "rank": (
         "rollouts: {engine: vllm}, lora: {r: 600}",
-        "demo.rl.lora.r: found 600, expected at most 512, the highest rank that vLLM serves\n\nhint: lower it, or sample with transformers",
+        "demo.rl.lora.r: found 600, expected at most 512, the highest rank that vLLM serves\n\nhint: lower it, or set `rollouts: {engine: transformers}`",
     ),
     "modules to save": (
         "rollouts: {engine: vllm}, lora: {modules_to_save: [lm_head]}",
@@ -46,28 +46,28 @@ REFUSED = {
     ),
     "dropout": (
         "lora: {lora_dropout: 0.1}",
-        "demo.rl.lora.lora_dropout: found 0.1, expected 0: completions would be sampled from another model than is trained\n\nhint: leave it out",
+        "demo.rl.lora.lora_dropout: found 0.1, expected 0 for grpo: with dropout the trained model differs from the one that samples\n\nhint: remove it",
     ),
     "sequence": (
         "importance_sampling_level: sequence",
-        "demo.rl.loss_type: found dapo with importance_sampling_level: sequence, expected grpo\n\nhint: any other weighs a sequence by its length again (arXiv:2507.18071)",
+        "demo.rl.loss_type: found dapo with importance_sampling_level: sequence, expected grpo\n\nhint: set `loss_type: grpo`: the others weigh sequences by their length again (arXiv:2507.18071)",
     ),
     "a loss that depends on the micro-batch": (
         "loss_type: bnpo",
-        "demo.rl.loss_type: found 'bnpo', expected grpo, dr_grpo, dapo\n\nhint: write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size must not change a result",
+        "demo.rl.loss_type: found 'bnpo', expected grpo, dr_grpo, dapo\n\nhint: write `dapo`, which averages over the tokens of the whole batch; bnpo averages over a micro-batch, whose size must not change a result",
     ),
     "unknown engine": ("rollouts: {engine: sglang}", "demo.rl.rollouts.engine: found 'sglang', expected transformers, vllm"),
     "engine without use": (
         "resources: {engine: {max_num_seqs: 8}}",
-        "demo.rl.resources.engine: found an engine in a stage that uses none\n\nhint: remove it, or choose the engine vllm",
+        "demo.rl.resources.engine: found engine settings in a stage that does not use vLLM\n\nhint: remove them, or choose vLLM for the stage",
     ),
     "all GPUs": (
         "rollouts: {engine: vllm}, resources: {gpus: 2, engine: {gpus: 2}}",
-        "demo.rl.resources.engine.gpus: found 2, expected fewer than resources.gpus, 2\n\nhint: the training needs a GPU too; with `gpus: 0` they share the first",
+        "demo.rl.resources.engine.gpus: found 2, expected fewer than resources.gpus, 2\n\nhint: leave a GPU for the training, or set `gpus: 0` to share the first one",
     ),
     "more than there are": (
         "rollouts: {engine: vllm}, resources: {gpus: 1, engine: {gpus: 2}}",
-        "demo.rl.resources.engine.gpus: found 2, expected at most resources.gpus, 1\n\nhint: resources.gpus counts all of the stage's GPUs, the engine's among them",
+        "demo.rl.resources.engine.gpus: found 2, expected at most resources.gpus, 1\n\nhint: raise resources.gpus: it includes the engine's GPUs",
     ),
     "unknown runtime": (
         "rollouts: {engine: vllm}, resources: {engine: {runtime: vlm}}",

@@ -1,4 +1,4 @@
-"""What a stage reads from outside: read once, remembered by its stat, and noticed when it changes."""
+"""Outside inputs of a stage: read once, remembered by their stat, and read again when they change."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def folder(tmp_path: Path) -> Path:
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    for path in tmp_path.rglob("*"):  # from before: on older kernels a change within 4 ms leaves no trace
+    for path in tmp_path.rglob("*"):  # in the past: on older kernels a change within 4 ms does not change the stat
         os.utime(path, (1e9, 1e9))
     return tmp_path
 
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was just written counts as old."""
+    """Treat files that were just written as old."""
     monkeypatch.setattr(file_memory, "TICK", -(10**12))
 
 
@@ -80,12 +80,12 @@ def note(event: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def audit() -> None:
-    sys.addaudithook(note)  # there is no way to take it off again
+    sys.addaudithook(note)  # an audit hook cannot be removed
 
 
 @pytest.fixture
 def watched(audit: None) -> Iterator[Callable[[], Counter[tuple[str, str]]]]:
-    """What was opened, listed or renamed since the last call."""
+    """Return what was opened, listed or renamed since the last call."""
     global events
     events = []
 
@@ -135,7 +135,7 @@ def test_a_look_afterwards_opens_and_lists_nothing_of_a_tree(folder: Path, watch
 
 
 def edit_unseen(file: Path) -> None:
-    """Another content of the same size, with the mtime that it had."""
+    """Write other content of the same size and keep the mtime."""
     before = file.stat()
     while file.stat().st_ctime_ns == before.st_ctime_ns:
         file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
@@ -185,7 +185,7 @@ def test_what_lies_above_a_tree_is_noticed(folder: Path) -> None:
     before = resolved(folder)["code"]
     edit_unseen(license)
     assert not before.unchanged()
-    # Without a list of licenses nobody lists the folders above.
+    # Without a list of licenses, parent folders are not listed.
     (folder / "p.yaml").write_text(PIPELINE.replace(", licenses: [MIT]", ""))
     for change in (lambda: above.write_text("*.js\n"), lambda: edit_unseen(above), above.unlink, lambda: git.rename(folder / "git")):
         before = resolved(folder)["code"]
@@ -235,7 +235,7 @@ def test_a_linked_folder_is_read_once_and_what_python_leaves_is_not(folder: Path
     (folder / "templates").mkdir()
     (folder / "templates/tool.jinja").write_text("t")
     (folder / "base/more").symlink_to("../templates")
-    (folder / "base/again").symlink_to("..")  # which leads to itself
+    (folder / "base/again").symlink_to("..")  # a link to itself
     (folder / "base/__pycache__").mkdir()
     (folder / "base/__pycache__/x.pyc").write_text("c")
     (folder / "base/.hidden").write_text("h")
@@ -274,7 +274,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_noticed(folder: Path, monkeyp
 
 
 def test_what_was_written_a_moment_ago_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two edits within one tick of a file system's clock leave one stat."""
+    """Two edits within one tick of a file system's clock leave the same stat."""
     clock, real = os.stat(folder / "p.yaml").st_ctime_ns, file_memory.facts_of
     monkeypatch.setattr(file_memory, "facts_of", lambda status: (real(status)[0], clock, clock, real(status)[3]))
     file = folder / "rows/a.jsonl"
@@ -298,9 +298,9 @@ def test_what_was_written_a_moment_ago_is_read_again(folder: Path, monkeypatch: 
 
 def test_a_large_file_is_told_of_before_it_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_memory, "LARGE", 1000)
-    reading, told = Reading("size", "1", lambda path: told.append("read") or 1), list[str]()
+    reading, calls = Reading("size", "1", lambda path: calls.append("read") or 1), list[str]()
     memory = FileMemory(tmp_path / "digests.json")
-    memory.say = told.append
+    memory.say = calls.append
     for name, size in (("small", 999), ("large", 1000)):
         (tmp_path / name).write_bytes(b"x" * size)
         os.utime(tmp_path / name, ns=(1, 1))
@@ -309,11 +309,11 @@ def test_a_large_file_is_told_of_before_it_is_read_once(tmp_path: Path, monkeypa
         look = Look(memory)
         for name in ("small", "large"):
             look.read(reading, str(tmp_path / name), look.file(str(tmp_path / name)))
-    assert told == ["read", f"reading {tmp_path / 'large'}, 1.0 kB: once, what it holds is remembered", "read"]
+    assert calls == ["read", f"reading {tmp_path / 'large'}, 1.0 kB; the result is remembered for the next time", "read"]
 
 
 def test_threads_and_processes_share_one_memory(tmp_path: Path, settled: None) -> None:
-    """A FileMemory each, as processes have, used by threads."""
+    """Each thread has its own FileMemory, as separate processes do."""
     files = [tmp_path / f"{i}.txt" for i in range(200)]
     for file in files:
         file.write_text(file.name)

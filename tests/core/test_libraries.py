@@ -1,4 +1,4 @@
-"""The libraries named in keys are those that programs import, in whatever function of whatever helper in `tasks`."""
+"""The libraries in keys are those that programs import, in any function of any helper in `tasks`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PINS = set(re.findall(r"^([a-z0-9-]+)==", LOCKS, re.MULTILINE))
 NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"}
 LIBRARIES = {kind: stage.libraries for kind, stage in PROGRAM_STAGES.items()}
 ALL = tuple(LIBRARIES)
-# Imported, and no version of it can change what comes out: library -> kinds and the reason.
+# Imported libraries whose version cannot affect the output: library -> kinds and the reason.
 CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "charset-normalizer": (("dataset",), "names the encoding of a file in the hint of an error"),
     "deepspeed": (("sft", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
@@ -48,7 +48,7 @@ def script(name: str) -> Any:
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """Names of modules imported while the program runs; what only types need is not."""
+    """Return the modules imported at run time, without those under TYPE_CHECKING."""
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
         return
     if isinstance(node, ast.Import):
@@ -62,7 +62,7 @@ def imported(node: ast.AST) -> Iterator[str]:
 
 
 def libraries_of(module: Path) -> set[str]:
-    """Distributions that a file of `tasks` imports. Where it imports by name, any library that a text in it names may be meant."""
+    """Return the distributions that a file of `tasks` imports. If it imports dynamically, any library named in a string counts."""
     tree = ast.parse(module.read_text())
     names = set(imported(tree))
     if "import_module" in {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}:
@@ -72,13 +72,13 @@ def libraries_of(module: Path) -> set[str]:
 
 
 def unnamed(named: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:
-    """By kind, what its program imports, `named` does not have and CHANGES_NOTHING does not excuse."""
+    """Return, by kind, the imported libraries that are neither in `named` nor in CHANGES_NOTHING."""
     versions, found = script("program_versions"), {}
     for kind, program in versions.programs().items():
         used = set().union(*map(libraries_of, versions.modules_of(program)))
         assert used <= PINS, "a library is imported by another name than its distribution has"
         excused = {library for library, (kinds, _) in CHANGES_NOTHING.items() if kind in kinds}
-        assert excused <= used - set(named[kind]), "an excuse for what is not imported, or is named all the same"
+        assert excused <= used - set(named[kind]), "CHANGES_NOTHING has a library that is not imported, or is in the key anyway"
         found[kind] = used - set(named[kind]) - excused
     return {kind: libraries for kind, libraries in found.items() if libraries}
 

@@ -1,4 +1,4 @@
-"""Loading good pipelines files: types, variables, overrides, merge keys, places outside, warnings, and files of a thousand stages."""
+"""Loading valid pipelines files: types, variables, overrides, merge keys, outside paths, warnings, and files of a thousand stages."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_link_that_leads_out_is_refused_unless_a_root_allows_it(project: Path,
     leads_to = elsewhere if kind == "the folder" else elsewhere / "secret"
     assert f"found a link that leads out of the folder of the file: {link} -> {leads_to}\n" in problem
     assert problem.split(": ")[1] in ("p.base.path", "p.d.sources.0.path")
-    hint = f"hint: if that is meant, add `roots: [{leads_to.parent}]` at the top of the file"
+    hint = f"hint: if this is intended, add `roots: [{leads_to.parent}]` at the top of the file"
     assert problem.endswith(hint)
     file = project / "p.yaml"
     file.write_text(file.read_text().replace("version: 1", f"version: 1\nroots: [{leads_to.parent}]"))
@@ -132,7 +132,7 @@ def test_a_link_that_leads_out_is_refused_unless_a_root_allows_it(project: Path,
 
 
 def test_links_that_stay_inside_are_followed(project: Path) -> None:
-    """As in the cache of the hub, where a snapshot's files are links into blobs/ beside it."""
+    """As in the hub's cache, where a snapshot's files are links into blobs/ beside it."""
     (project / "blobs").mkdir()
     (project / "base" / "config.json").rename(project / "blobs" / "abc")
     (project / "base" / "config.json").symlink_to("../blobs/abc")
@@ -141,7 +141,7 @@ def test_links_that_stay_inside_are_followed(project: Path) -> None:
     assert problems_of(project.parent / "way" / "p.yaml") == []  # the project's own folder reached through a link
     (project.parent / "elsewhere" / "linked.yaml").symlink_to(project / "p.yaml")
     text = "\n".join(problems_of(project.parent / "elsewhere" / "linked.yaml"))
-    assert f"found no file at {project.parent / 'elsewhere' / 'base'}" in text  # paths start from where the link lies
+    assert f"found no file at {project.parent / 'elsewhere' / 'base'}" in text  # paths are relative to the link's folder
 
 
 def test_a_folder_with_glob_characters_in_its_name_works(project: Path) -> None:
@@ -157,7 +157,7 @@ def test_what_runs_foreign_code_is_warned_of_in_its_pipeline() -> None:
         "demo", "other"
     )
     loaded = load_text(text)
-    message = "p.yaml:6:67: demo.base.trust_remote_code: Python files that come with this model are run"
+    message = "p.yaml:6:67: demo.base.trust_remote_code: runs Python files that come with this model"
     assert [str(warning) for warning in loaded.warnings()] == [message]
     assert [str(warning) for warning in loaded.warnings("demo")] == [message]
     assert loaded.warnings("other") == []

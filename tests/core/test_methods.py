@@ -1,4 +1,4 @@
-"""What a `method` of sft changes in the core: what the stage gives, what `validate` says of it, and what of it is in the key."""
+"""Effects of sft's `method` in the core: output type, messages of `validate`, and keys."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ AFTER = "kind: evaluate, model: sft, datasets: [data]"
 FULL = "method: full, learning_rate: 1e-5"
 # fmt: off
 REFUSED = {
-    "full with lora": (f"{FULL}, lora: {{r: 8}}", AFTER, "demo.sft.lora: found lora with `method: full`, which trains the model's own weights\n\nhint: leave it out, or set `method: lora`"),
-    "full with an adapter": (f"{FULL}, adapter: next", "kind: sft, model: base, dataset: data", "demo.sft.adapter: found an adapter with `method: full`, which trains the model's own weights\n\nhint: merge it, and name the merged model under `model:`"),
-    "bits of lora": ("bits: 8", AFTER, "demo.sft.bits: found bits with `method: lora`, which quantizes nothing\n\nhint: set `method: qlora`, or leave it out"),
-    "bits of full": (f"{FULL}, bits: 4", AFTER, "demo.sft.bits: found bits with `method: full`, which quantizes nothing\n\nhint: set `method: qlora`, or leave it out"),
+    "full with lora": (f"{FULL}, lora: {{r: 8}}", AFTER, "demo.sft.lora: found lora with `method: full`, which trains the model's own weights\n\nhint: remove it, or set `method: lora`"),
+    "full with an adapter": (f"{FULL}, adapter: next", "kind: sft, model: base, dataset: data", "demo.sft.adapter: found an adapter with `method: full`, which trains the model's own weights\n\nhint: merge the adapter, and name the merge stage under `model:`"),
+    "bits of lora": ("bits: 8", AFTER, "demo.sft.bits: found bits with `method: lora`, which quantizes nothing\n\nhint: remove it, or set `method: qlora`"),
+    "bits of full": (f"{FULL}, bits: 4", AFTER, "demo.sft.bits: found bits with `method: full`, which quantizes nothing\n\nhint: remove it, or set `method: qlora`"),
     "2 bits": ("method: qlora, bits: 2", AFTER, "demo.sft.bits: found 2, expected 4, 8"),
     "another method": ("method: dora", AFTER, "demo.sft.method: found 'dora', expected lora, qlora, full\n\nhint: did you mean `lora`?"),
-    "dora on 8 bits": ("method: qlora, bits: 8, lora: {use_dora: true}", AFTER, "demo.sft.lora.use_dora: found DoRA with `method: qlora` and 8 bits, expected with 4\n\nhint: leave out use_dora, or bits"),
-    "zero3": ("method: qlora, resources: {strategy: zero3}", AFTER, "demo.sft.resources.strategy: found zero3 with `method: qlora`, expected ddp, zero1, zero2, device_map\n\nhint: bitsandbytes' weights are not split over devices; they take little memory on each"),
-    "fsdp": ("method: qlora, resources: {strategy: fsdp}", AFTER, "demo.sft.resources.strategy: found fsdp with `method: qlora`, expected ddp, zero1, zero2, device_map\n\nhint: bitsandbytes' weights are not split over devices; they take little memory on each"),
-    "a model merged": (FULL, "kind: merge, adapters: [sft]", "demo.next.adapters.0: found `sft`, which gives a Model, expected a stage that gives an Adapter: none (there is none)"),
-    "a model gone on from as an adapter": (FULL, "kind: sft, model: base, dataset: data, adapter: sft", "demo.next.adapter: found `sft`, which gives a Model, expected a stage that gives an Adapter: none (there is none)"),
+    "dora on 8 bits": ("method: qlora, bits: 8, lora: {use_dora: true}", AFTER, "demo.sft.lora.use_dora: found DoRA with `method: qlora` and 8 bits, expected 4 bits\n\nhint: remove use_dora, or bits"),
+    "zero3": ("method: qlora, resources: {strategy: zero3}", AFTER, "demo.sft.resources.strategy: found zero3 with `method: qlora`, expected ddp, zero1, zero2 or device_map\n\nhint: set `strategy: zero2`: quantized weights cannot be sharded, but take little memory"),
+    "fsdp": ("method: qlora, resources: {strategy: fsdp}", AFTER, "demo.sft.resources.strategy: found fsdp with `method: qlora`, expected ddp, zero1, zero2 or device_map\n\nhint: set `strategy: zero2`: quantized weights cannot be sharded, but take little memory"),
+    "a model merged": (FULL, "kind: merge, adapters: [sft]", "demo.next.adapters.0: found `sft`, which gives a Model, expected a stage that gives an Adapter: none (none is defined)"),
+    "a model gone on from as an adapter": (FULL, "kind: sft, model: base, dataset: data, adapter: sft", "demo.next.adapter: found `sft`, which gives a Model, expected a stage that gives an Adapter: none (none is defined)"),
     "an adapter trained on": ("method: qlora", "kind: grpo, model: sft, dataset: data, rewards: [{type: exact_match}]", "demo.next.model: found `sft`, which gives an Adapter, expected a stage that gives a Model: base"),
     "an adapter quantized": ("method: qlora", "kind: quantize, model: sft, calibration: data", "demo.next.model: found `sft`, which gives an Adapter, expected a stage that gives a Model: base"),
 }
@@ -78,9 +78,9 @@ def test_what_is_trained_whole_is_a_model_and_else_an_adapter(tmp_path: Path, na
 
 def test_a_learning_rate_for_adapters_is_warned_of(tmp_path: Path) -> None:
     found = [str(warning) for warning in load(write(tmp_path, "method: full")).warnings()]
-    text = "0.0002, the default, suits adapters and wrecks a model that is trained whole\n\nhint: set `learning_rate: 1e-5`, say"
+    text = "0.0002, the default, suits adapters but is too high for training all weights\n\nhint: set a lower one, for example `learning_rate: 1e-5`"
     assert [warning.partition(": ")[2] for warning in found] == [f"demo.sft.learning_rate: {text}"]
-    assert load(write(tmp_path, "method: full, learning_rate: 2e-4")).warnings() == []  # somebody meant it
+    assert load(write(tmp_path, "method: full, learning_rate: 2e-4")).warnings() == []  # it was set explicitly
 
 
 def key(**fields: Any) -> str:

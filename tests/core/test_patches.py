@@ -1,4 +1,4 @@
-"""Parts of libraries that are replaced: docs/patches.md knows each, and none is replaced that is not there."""
+"""Patched parts of libraries: docs/patches.md lists each, and a missing one is an error."""
 
 from __future__ import annotations
 

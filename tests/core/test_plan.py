@@ -1,4 +1,4 @@
-"""Keys and plans: what changes a key and what does not, and the reason that a plan gives for every stage that would run."""
+"""Keys and plans: what changes a key and what does not, and the reasons that a plan gives for stages to run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_auto_means_is_in_the_key_and_follows_from_the_file(folder: Path) -
 
 
 def test_a_store_from_before_the_compute_type_was_in_keys_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows in which type its trainings computed: they are built again. What does not depend on that stays."""
+    """Artifacts of unknown compute type are rebuilt. Artifacts that do not depend on it are kept."""
     with monkeypatch.context() as patch:
         patch.setattr(ComputingStage, "decided", lambda stage: {})
         old = build(folder)
@@ -133,7 +133,7 @@ def test_a_changed_upstream_is_the_reason(folder: Path) -> None:
 
 def test_missing_corrupt_and_forced_are_told_apart(folder: Path) -> None:
     built = build(folder)
-    assert reasons(planned(folder, force=("sft",)))["sft"] == ["forced: asked for by --force"]
+    assert reasons(planned(folder, force=("sft",)))["sft"] == ["forced: requested by --force"]
     artifact = built["sft"].artifact
     assert artifact is not None
     (artifact.payload / "data").write_text("")
@@ -166,7 +166,9 @@ def test_a_folder_in_the_place_of_rows_is_said_with_its_place(folder: Path) -> N
     (folder / "pipelines.yaml").write_text(text.replace("rows/*.jsonl", "rows"))
     row = planned(folder)["data"]
     assert row.status == "unknown"
-    assert f"found the folder {folder / 'rows'}, expected a file or a glob\n\nhint: `rows/*.jsonl`, say" in str(row.problems[0])
+    assert f"found the folder {folder / 'rows'}, expected a file or a glob\n\nhint: write `rows/*.jsonl`, for example" in str(
+        row.problems[0]
+    )
 
 
 def test_a_hub_branch_is_unknown_and_a_commit_is_known(folder: Path) -> None:
@@ -196,7 +198,7 @@ OWN_FILES = {
 
 
 class KnownHub(HubCache):
-    """Says of every repository the commit that begins with `a`, or that of another day."""
+    """Resolves every repository to the commit that starts with `a`, or to another one."""
 
     letter = "a"
 
@@ -236,7 +238,7 @@ def test_data_of_benchmarks_is_pinned_by_its_commits(folder: Path) -> None:
     assert commits("benchmarks: [mine, folder, easy], include_path: own") == {"benchmarks.2.owner/mine"}
     assert commits("benchmarks: [suite], include_path: own") == {"benchmarks.0.owner/mine", "benchmarks.0.owner/other"}
 
-    place, says = "demo.eval.benchmarks.0", "its data is not in the key, and may change"
+    place, says = "demo.eval.benchmarks.0", "its data is not in the cache key and may change"
     assert of_eval("benchmarks: [easy, human_eval], allow_code_execution: true", KnownHub())[1] == []
     assert of_eval("benchmarks: [suite]", KnownHub())[1] == [
         f"{place}: {says}: code of its own loads it", f"{place}: {says}: its files are on the network",
@@ -262,7 +264,7 @@ def test_only_takes_the_ancestors_and_names_are_checked(folder: Path) -> None:
 
 
 def test_a_plan_changes_nothing_on_disk_but_remembered_digests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_memory, "TICK", -(10**12))  # also what was just written is remembered
+    monkeypatch.setattr(file_memory, "TICK", -(10**12))  # files that were just written are remembered too
     before = {path for path in folder.rglob("*")}
     planned(folder)
     new = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {path.relative_to(folder).as_posix() for path in before}

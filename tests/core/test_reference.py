@@ -1,4 +1,4 @@
-"""Local models by reference, runtimes, and locks that somebody holds."""
+"""Local models by reference, runtimes, and held locks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_versions_come_from_the_lock_without_local_suffix(tmp_path: Path) -> Non
 def test_versions_come_from_a_python_of_ones_own_or_not_at_all(tmp_path: Path) -> None:
     assert RuntimeEnvironment("mine", Path(sys.executable)).versions(["pytest"]) == {"pytest": pytest.__version__}
     for python in ("/bin/false", str(tmp_path)):
-        with pytest.raises(ConfigError, match="does not run as a Python"):
+        with pytest.raises(ConfigError, match="does not run as Python"):
             RuntimeEnvironment("mine", Path(python)).versions(["pytest"])
 
 

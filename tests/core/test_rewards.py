@@ -1,4 +1,4 @@
-"""The list `rewards:` of a grpo stage: its types, its labels, what it puts into a key, and the words for what is wrong with it."""
+"""The list `rewards:` of a grpo stage: types, labels, keys and messages."""
 
 from __future__ import annotations
 
@@ -74,21 +74,21 @@ BAD = {
     "unknown field": ("{type: length, full_up_to: 1, zero_from: 2, max: 3}", "p.yaml:15:53: demo.grpo.rewards.0.max: found the unknown field `max`, expected type, weight, full_up_to, zero_from"),
     "unknown field of a name shared with a source": ("{type: reasoning_gym, task: sums}", "p.yaml:15:31: demo.grpo.rewards.0.task: found the unknown field `task`, expected type, weight"),
     "unknown field without type": ("{file: a.py, function: f, wieght: 2}", "p.yaml:15:35: demo.grpo.rewards.0.wieght: found the unknown field `wieght`, expected type, weight, file, function\n\nhint: did you mean `weight`?"),
-    "function without file": ("{function: score}", "p.yaml:15:9: demo.grpo.rewards.0.file: found nothing, expected a value (Python file that holds it; its content is in the key, not that of what it imports)\n\nhint: add `file: ...`"),
-    "file without function": ("{file: a.py}", "p.yaml:15:9: demo.grpo.rewards.0.function: found nothing, expected a value (Name of the function: it takes prompts and completions, and gives one number for each completion)\n\nhint: add `function: ...`"),
+    "function without file": ("{function: score}", "p.yaml:15:9: demo.grpo.rewards.0.file: found nothing, expected a value (Python file that defines the function. Its content is in the cache key; modules that it imports are not)\n\nhint: add `file: ...`"),
+    "file without function": ("{file: a.py}", "p.yaml:15:9: demo.grpo.rewards.0.function: found nothing, expected a value (Name of the function: it takes prompts and completions, and returns one number per completion)\n\nhint: add `function: ...`"),
     "function of a number": ("{file: a.py, function: 3}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 3, expected text\n\nhint: put quotes around it"),
-    "function in a file": ("{file: a.py, function: a.score}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 'a.score', expected the name of a function\n\nhint: the file stands in `file`, the name alone here"),
-    "file outside": ("{file: ../a.py, function: score}", "p.yaml:15:16: demo.grpo.rewards.0.file: found '../a.py', expected paths inside the folder of the file\n\nhint: add `roots: [..]` at the top of the file"),
-    "weight nought": ("{type: exact_match, weight: 0}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 0, expected any other number\n\nhint: remove a reward that does not count"),
-    "weight infinite": ("{type: exact_match, weight: .inf}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found .inf, expected finite numbers\n\nhint: put quotes around it if it is meant as text"),
+    "function in a file": ("{file: a.py, function: a.score}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 'a.score', expected the name of a function\n\nhint: write only the name here, and the file under `file:`"),
+    "file outside": ("{file: ../a.py, function: score}", "p.yaml:15:16: demo.grpo.rewards.0.file: found '../a.py', expected a path inside the folder of the file\n\nhint: add `roots: [..]` at the top of the file"),
+    "weight nought": ("{type: exact_match, weight: 0}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 0, expected a number other than 0\n\nhint: remove the reward if it should not count"),
+    "weight infinite": ("{type: exact_match, weight: .inf}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found .inf, expected finite numbers\n\nhint: put quotes around it if it is text"),
     "weight as text": ("{type: exact_match, weight: much}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 'much', expected a number"),
     "pattern": ("{type: format, pattern: '<a>(.*</a>'}", "p.yaml:15:33: demo.grpo.rewards.0.pattern: found '<a>(.*</a>', expected a regular expression: missing ), unterminated subpattern at position 3\n\nhint: in YAML, single quotes keep backslashes: '<answer>\\d+</answer>'"),
-    "no pattern": ("{type: format}", "p.yaml:15:9: demo.grpo.rewards.0.pattern: found nothing, expected a value (Regular expression of Python that the whole completion must match, space around it aside; `.` matches line ends too)\n\nhint: add `pattern: ...`"),
+    "no pattern": ("{type: format}", "p.yaml:15:9: demo.grpo.rewards.0.pattern: found nothing, expected a value (Python regular expression that the whole completion must match, ignoring surrounding whitespace; `.` also matches newlines)\n\nhint: add `pattern: ...`"),
     "length": ("{type: length, full_up_to: 20, zero_from: 20}", "p.yaml:15:51: demo.grpo.rewards.0.zero_from: found 20, expected more than full_up_to, 20"),
     "memory": ("{type: python_tests, memory_mb: 8}", "p.yaml:15:41: demo.grpo.rewards.0.memory_mb: found 8, expected at least 128"),
-    "twice": ("{type: exact_match}, {type: math_equal}, {type: exact_match}", "p.yaml:15:50: demo.grpo.rewards.2: found `exact_match` twice, first in rewards.0\n\nhint: write it once"),
-    "function twice": ("{file: a.py, function: score}, {file: b.py, function: score}", "p.yaml:15:63: demo.grpo.rewards.1.function: found `score` twice, first in rewards.0\n\nhint: each has its own metric: give the function another name"),
-    "function named as a type": ("{type: length, full_up_to: 1, zero_from: 2}, {file: a.py, function: length}", "p.yaml:15:77: demo.grpo.rewards.1.function: found `length` twice, first in rewards.0\n\nhint: each has its own metric: give the function another name"),
+    "twice": ("{type: exact_match}, {type: math_equal}, {type: exact_match}", "p.yaml:15:50: demo.grpo.rewards.2: found `exact_match` twice, first in rewards.0\n\nhint: remove one of them"),
+    "function twice": ("{file: a.py, function: score}, {file: b.py, function: score}", "p.yaml:15:63: demo.grpo.rewards.1.function: found `score` twice, first in rewards.0\n\nhint: rename one function: each has its own metric"),
+    "function named as a type": ("{type: length, full_up_to: 1, zero_from: 2}, {file: a.py, function: length}", "p.yaml:15:77: demo.grpo.rewards.1.function: found `length` twice, first in rewards.0\n\nhint: rename one function: each has its own metric"),
 }
 # fmt: on
 

@@ -1,4 +1,4 @@
-"""Run records: they say truly whether a run lives, also after a kill."""
+"""Run records report whether a run is alive, also after a kill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tuneline.workspace.runs import SCHEMA, Runs, StageRecord
 
 
 def killed_run(folder: Path) -> str:
-    """Begins a run in another process, which is killed; its id. While that lives, the run is alive for us."""
+    """Begin a run in another process and kill it; return the run's id. The run counts as alive until then."""
     script = f"""
 import sys
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_killed_run_is_read_as_killed_and_the_next_writes_it_down(tmp_path: Pa
     file = tmp_path / f"{run_id}.json"
     record = runs.get("demo", run_id)
     assert (record.state, record.finished, runs.alive(record)) == ("killed", None, False)
-    assert json.loads(file.read_text())["state"] == "running"  # a look changes nothing
+    assert json.loads(file.read_text())["state"] == "running"  # reading changes nothing
     other = runs.begin("demo", ())
     assert json.loads(file.read_text())["state"] == "killed"
     assert [path.stem for path in tmp_path.glob("*.lock")] == [other.run_id]
@@ -52,7 +52,7 @@ def test_a_run_of_this_process_is_alive_until_it_is_finished(tmp_path: Path) -> 
     record = runs.begin("demo", ())
     assert runs.alive(record)
     assert Runs(tmp_path).get("demo", None).state == "running"
-    Runs(tmp_path).begin("demo", ())  # nor does another run take it for dead
+    Runs(tmp_path).begin("demo", ())  # another run does not mark it as killed either
     assert runs.alive(record)
     runs.finish(record, "failed")
     assert not runs.alive(record)
@@ -83,7 +83,7 @@ def test_a_lock_without_a_record_is_swept(tmp_path: Path) -> None:
 
 
 def working(key: str, ago: float) -> StageRecord:
-    """A stage whose second attempt began so many seconds ago, after one of ten seconds."""
+    """Return a stage whose second attempt began `ago` seconds ago, after one of ten seconds."""
     started = (datetime.now(UTC) - timedelta(seconds=ago)).isoformat()
     return StageRecord(stage="one", kind="sft", status="running", key=key, started=started, attempts=2, seconds=10)
 
@@ -107,7 +107,7 @@ def test_a_stage_at_work_has_its_time_until_now_or_until_its_run_was_killed(tmp_
     assert (killed.state, stage.status, stage.attempts, stage.seconds) == ("killed", "killed", 2, pytest.approx(210, abs=1))
     assert Runs(tmp_path / "runs").last_success("demo", {"one"}) == {}
 
-    runs.finish(runs.begin("demo", ()), "completed")  # which writes down what became of the other
+    runs.finish(runs.begin("demo", ()), "completed")  # writes the final state of the other run
     (work / "log.txt").touch()  # by another run
     assert Runs(tmp_path / "runs").get("demo", record.run_id).stages[0].seconds == pytest.approx(210, abs=1)
 
@@ -121,22 +121,22 @@ def test_of_a_killed_stage_that_wrote_nothing_no_time_is_known(tmp_path: Path) -
 
 
 def test_of_a_killed_stage_the_last_step_is_told(tmp_path: Path) -> None:
-    """Of its last attempt, also where the kill tore a line."""
+    """The last attempt counts, even if the kill cut off a line."""
     work = tmp_path / "work" / "k"
     work.mkdir(parents=True)
     now = datetime.now(UTC).timestamp()
     last = f'{{"t": {now - 200}, "type": "progress", "step": 12, "total": 40, "message": "loss 1"}}\n'
 
-    def told() -> str:
+    def last_message() -> str:
         runs = Runs(tmp_path / "runs")
         record = runs.begin("demo", ())
         record.stages = [working("k", 300)]
         runs.finish(record, "killed")
         return record.stages[0].message
 
-    assert told() == ""
+    assert last_message() == ""
     (work / "events.jsonl").write_text(f'{{"t": {now - 400}, "type": "progress", "step": 30, "total": 40}}\n')  # an earlier attempt
-    assert told() == ""
+    assert last_message() == ""
     with (work / "events.jsonl").open("a") as file:
         file.write(last + f'{{"t": {now - 190}, "type": "metric", "name": "loss", "value": 1.0}}\n{{"t": {now - 180}, "ty')
-    assert told() == "came to step 12 of 40"
+    assert last_message() == "reached step 12 of 40"

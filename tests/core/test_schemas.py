@@ -1,4 +1,4 @@
-"""What is written to disk has numbered shapes. Whoever changes one raises its number, and writes its new print here."""
+"""Files on disk have numbered schemas. When you change one, raise its number and update its hash here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def print_of(model: type[BaseModel]) -> str:
-    """Of the model's JSON Schema without its texts."""
+    """Return a hash of the model's JSON Schema without its texts."""
 
     def bare(node: object) -> object:
         if isinstance(node, dict):
@@ -44,7 +44,7 @@ def test_a_changed_shape_has_a_new_number(model: type[BaseModel], number: int, k
 
 
 def test_the_key_document_of_every_kind_is_as_it_was() -> None:
-    """A key that changes for no reason of the user's makes everything anew: this one may change only with keys.SCHEMA or a default."""
+    """A changed key rebuilds everything: it may change only with keys.SCHEMA or a default."""
     pipeline = load(ROOT / "pipelines.yaml").pipeline("demo")
     documents = {
         name: keys.key_document(stage, 1, {}, {"files": "x"}, {}, {"torch": "2.13.0"}, "")["config"]

@@ -1,4 +1,4 @@
-"""Which files of a source tree are read: compared with git itself, and what enters the key."""
+"""Selection of a source tree's files, compared with git itself, and their part of the key."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ GIT = ["git", "-c", "core.excludesFile=/dev/null", "-c", "core.quotePath=false",
 
 
 def listed_by_git(folder: Path) -> list[str]:
-    """Files that git would add: none of them is tracked, so the ignore rules alone decide."""
+    """Return the files that git would add. None is tracked, so only the ignore rules decide."""
     command = [*GIT, "ls-files", "-z", "--others", "--exclude-standard"]
     return sorted(os.fsdecode(subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout).split("\0"))[1:]
 
@@ -105,7 +105,7 @@ def test_nested_ignore_files_are_respected_as_git_does(tmp_path: Path) -> None:
         "space", "été/ü.py",
     ]  # fmt: skip
     assert walked(top) == expected
-    # A part of the repository is under the same rules, those above it too.
+    # A subfolder of the repository is subject to the same rules, including those of its parents.
     assert [f"a/{name}" for name in walked(top / "a")] == [name for name in expected if name.startswith("a/")]
 
 
@@ -124,7 +124,7 @@ def empty_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=int(os.environ.get("GIT_EXAMPLES", 120)), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=names, rules=ignore_files)
-@example(names=["a/b.py", "a/b", "ab"], rules={"": ["*", "!*/", "!*.py"]})  # where libraries take what lies in `a` for matched
+@example(names=["a/b.py", "a/b", "ab"], rules={"": ["*", "!*/", "!*.py"]})  # libraries consider the files in `a` matched
 @example(names=["a/b/a.py", "a/ab"], rules={"": ["a/*", "!a/b/"], "a/b/": ["*"]})
 def test_ignore_rules_are_gits(empty_repository: Path, names: list[str], rules: dict[str, list[str]]) -> None:
     for entry in sorted(empty_repository.rglob("*"), reverse=True):
@@ -134,7 +134,7 @@ def test_ignore_rules_are_gits(empty_repository: Path, names: list[str], rules: 
         file = empty_repository / name
         folders = [folder for folder in file.parents if folder.is_relative_to(empty_repository)]
         if file.is_dir() or any(folder.is_file() for folder in folders):
-            continue  # another name made it a folder, or a file
+            continue  # another name already made it a folder or a file
         text = "\n".join(rules[name.removesuffix(".gitignore")]) if name.endswith(".gitignore") else "content"
         write(empty_repository, {name: text + "\n"})
     assert walked(empty_repository) == listed_by_git(empty_repository)
@@ -268,7 +268,7 @@ def test_license_expressions(expression: str, expected: bool) -> None:
 
 
 def test_license_texts_that_are_really_about() -> None:
-    """Of the packages installed here: their metadata says which license their text is."""
+    """Compare with the packages installed here, whose metadata names the license of their text."""
     import importlib.metadata
 
     names = {
@@ -288,7 +288,9 @@ def test_license_texts_that_are_really_about() -> None:
         if said in names and len(files) == 1:
             compared[distribution.name] = (recognised(files[0].read_text(encoding="utf-8")), [names[said]])
     assert len(compared) >= 20
-    assert {name for name, (found, told) in compared.items() if not set(told) <= set(found)} <= {"jsonpointer"}  # its text has two clauses
+    assert {name for name, (found, declared) in compared.items() if not set(declared) <= set(found)} <= {
+        "jsonpointer"
+    }  # its text has two clauses
     several = {name for name, (found, _) in compared.items() if len(found) > 1}
     assert len(several) <= 0.1 * len(compared), "a text that quotes other licenses names them all"
 

@@ -1,4 +1,4 @@
-"""The stand-in of the flow tests reads and writes what real programs do, though by hand."""
+"""The stand-in program of the flow tests reads and writes the same files as real programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store: what enters whole is found, what is broken is a warned miss, what is locked waits."""
+"""The store: complete artifacts are hits, broken ones are misses with a warning, and locks block."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_what_is_published_is_found_with_its_digest(store: Store, warnings: list
 @pytest.mark.parametrize(
     ("forged", "said"),
     [
-        ({"digest": "beef" * 16}, "its manifest's digest is not that of its files"),
-        ({"document": {"kind": "dataset", "seed": 2}}, "its manifest's document is not the one that its key is the hash of"),
+        ({"digest": "beef" * 16}, "its manifest's digest does not match its files"),
+        ({"document": {"kind": "dataset", "seed": 2}}, "its manifest's document does not match its key"),
     ],
 )
 def test_a_manifest_that_was_edited_is_found(store: Store, forged: dict[str, object], said: str) -> None:
@@ -109,11 +109,11 @@ def other_key(artifact: Artifact) -> None:
     [
         (truncate, "payload/a.txt has 0 bytes instead of 1"),
         (remove, "payload/a.txt is missing"),
-        (add, "payload/new.txt does not belong to it"),
+        (add, "payload/new.txt is not in its manifest"),
         (link, "payload/a.txt has -1 bytes instead of 1"),
         (no_manifest, "manifest.json is missing"),
         (half_manifest, "manifest.json is missing or unreadable"),
-        (other_key, "its manifest is of dataset/cdcd"),
+        (other_key, "its manifest belongs to dataset/cdcd"),
     ],
 )
 def test_a_broken_entry_is_quarantined_and_built_again(

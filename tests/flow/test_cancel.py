@@ -92,7 +92,7 @@ def test_a_run_ends_that_is_cancelled_or_deleted_on_the_server(
 def test_what_does_not_run_cannot_be_cancelled(demo: Project) -> None:
     stderr = demo.tuneline("cancel", "dmo", status=2, PREFECT_API_URL="").stderr
     hint = "`tuneline status` shows the runs in progress"
-    assert stderr == f"cancel dmo: found no such run, expected a run in progress: none (there is none)\n\nhint: {hint}\n"
+    assert stderr == f"cancel dmo: found no such run, expected a run in progress: none (none is defined)\n\nhint: {hint}\n"
 
 
 @pytest.mark.slow

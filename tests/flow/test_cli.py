@@ -49,14 +49,14 @@ def test_init_writes_a_valid_file_and_never_overwrites(project: Project) -> None
 
 
 CALLS = [
-    (['validate', 'nowhere.yaml'], 'nowhere.yaml: found no such file\n\nhint: `tuneline init` writes one; `--file` names another\n'),
+    (['validate', 'nowhere.yaml'], 'nowhere.yaml: found no such file\n\nhint: create one with `tuneline init`, or name another with `--file`\n'),
     (['validate', 'folder'], 'folder: found a folder, expected a file\n\nhint: name the file in it\n'),
     (['validate', 'folder/file/x'], 'folder/file/x: the file cannot be read: Not a directory\n\nhint: check its name and its permissions\n'),
     (['validate', '/proc/self/mem'], '/proc/self/mem: the file cannot be read: Input/output error\n\nhint: check its name and its permissions\n'),
-    (['validate', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: `tuneline init` in an empty folder writes a file to start from\n'),
+    (['validate', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: run `tuneline init` in an empty folder to create a file to start from\n'),
     (['validate', 'other version.yaml'], 'other version.yaml:1:1: pipelines: found nothing, expected a value (Pipelines by name)\n\nhint: add `pipelines: ...`\n\nother version.yaml:1:10: version: found 2, expected 1\n\nhint: write `version: 1`\n'),
     (['validate', "n" * 300 + ".yaml"], 'nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn.yaml: the file cannot be read: File name too long\n\nhint: check its name and its permissions\n'),
-    (['plan', 'first', '--file', 'nowhere.yaml'], 'nowhere.yaml: found no such file\n\nhint: `tuneline init` writes one; `--file` names another\n'),
+    (['plan', 'first', '--file', 'nowhere.yaml'], 'nowhere.yaml: found no such file\n\nhint: create one with `tuneline init`, or name another with `--file`\n'),
     (['plan', 'frist'], 'pipelines.yaml: found no pipeline `frist`, expected first\n\nhint: did you mean `first`?\n'),
     (['plan', 'first/sft'], 'pipelines.yaml: found no pipeline `first/sft`, expected first\n\nhint: did you mean `first`?\n'),
     (['plan', ''], 'pipelines.yaml: found no pipeline ``, expected first\n'),
@@ -70,11 +70,11 @@ CALLS = [
     (['run', 'first', '--set', 'sft.seed=-1'], '--set sft.seed: first.sft.seed: found -1, expected at least 0\n'),
     (['run', 'first', '--set', 'sft.seed'], '--set sft.seed: found no `=`, expected stage.field=value\n'),
     (['plan', 'first', '--set', 'sft.lora.q=1'], '--set sft.lora.q: first.sft.lora.q: found the unknown field `q`, expected r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora\n'),
-    (['plan', 'first', '--set', 'eval-sft.datasets.1=data'], '--set eval-sft.datasets.1: found `1` for a place in a list, expected 0 to 0\n\nhint: to replace the whole list: `=[a, b]`\n'),
-    (['plan', 'first', '--set', 'sft.lora={'], '--set sft.lora: found the end of the text where a value is wanted\n\nhint: close the bracket, brace or quote that was opened\n'),
+    (['plan', 'first', '--set', 'eval-sft.datasets.1=data'], '--set eval-sft.datasets.1: found `1` as a list index, expected 0 to 0\n\nhint: to replace the whole list, write `=[a, b]`\n'),
+    (['plan', 'first', '--set', 'sft.lora={'], '--set sft.lora: found the end of the text, expected a value\n\nhint: close the bracket, brace or quote that was opened\n'),
     (['plan', 'first', '--set', 'base.hub=../..'], "--set base.hub: first.base.hub: found '../..', expected owner/name, as on the hub\n"),
-    (['plan', 'first', '--set', 'data.sources.0={type: files, path: /etc/passwd}'], "--set data.sources.0: first.data.sources.0.path: found '/etc/passwd', expected paths inside the folder of the file\n\nhint: add `roots: [/etc]` at the top of the file\n"),
-    (['plan', 'first', '--var', 'rank=8'], '--var rank: found an unknown variable, expected none (there is none)\n'),
+    (['plan', 'first', '--set', 'data.sources.0={type: files, path: /etc/passwd}'], "--set data.sources.0: first.data.sources.0.path: found '/etc/passwd', expected a path inside the folder of the file\n\nhint: add `roots: [/etc]` at the top of the file\n"),
+    (['plan', 'first', '--var', 'rank=8'], '--var rank: found an unknown variable, expected none (none is defined)\n'),
     (['plan', 'first', '--var', 'rank'], '--var rank: found no `=`, expected name=value\n'),
     (['run', 'first'], 'runtimes: torch: found a runtime that is not set up\n\nhint: `tuneline setup torch` builds it\n'),
     (['run', 'first', '--json'], 'runtimes: torch: found a runtime that is not set up\n\nhint: `tuneline setup torch` builds it\n'),
@@ -83,7 +83,7 @@ CALLS = [
     (['show', 'frist'], 'pipelines.yaml: found no pipeline `frist`, expected first\n\nhint: did you mean `first`?\n'),
     (['show', 'first/sft'], 'first: found no run of it yet\n\nhint: start one with `tuneline run first`\n'),
     (['show', 'first', '--run', '../../x'], '--run: found no run ../../x of first\n\nhint: start one with `tuneline run first`\n'),
-    (['verify', '--file', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: `tuneline init` in an empty folder writes a file to start from\n'),
+    (['verify', '--file', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: run `tuneline init` in an empty folder to create a file to start from\n'),
     (['run'], "Missing argument 'PIPELINE'.\n\nhint: `tuneline list` names the pipelines of the file\n"),
     (['worker'], "Missing argument 'POOL'.\n\nhint: `tuneline worker --help`\n"),
     (['run', 'first', 'second'], 'Got unexpected extra argument (second)\n\nhint: `tuneline run PIPELINE --only STAGE` runs one stage and its upstream stages; `--set STAGE.FIELD=VALUE` sets a field\n'),
@@ -183,13 +183,13 @@ def test_what_runs_foreign_code_is_warned_of_by_every_command_of_its_pipeline(pr
     stage = "version: 1\npipelines:\n  p: {stages: {base: {kind: model, path: here, trust_remote_code: true}}}\n  q: {stages: {base: {kind: model, path: here}}}\n"
     project.write(stage)
     project.write("x", "here/x")
-    warning = "warning: pipelines.yaml:3:67: p.base.trust_remote_code: Python files that come with this model are run\n"
+    warning = "warning: pipelines.yaml:3:67: p.base.trust_remote_code: runs Python files that come with this model\n"
     assert project.tuneline("validate").stderr == warning
     assert project.tuneline("plan", "p").stderr == warning
     assert project.tuneline("run", "p", status=2).stderr.startswith(warning)
     assert project.tuneline("plan", "q").stderr == ""
     flag = project.tuneline("plan", "q", "--set", "base.trust_remote_code=true").stderr
-    assert flag == "warning: --set base.trust_remote_code: q.base.trust_remote_code: Python files that come with this model are run\n"
+    assert flag == "warning: --set base.trust_remote_code: q.base.trust_remote_code: runs Python files that come with this model\n"
 
 
 def test_a_file_missing_by_flag_is_reported_as_the_flags(project: Project) -> None:

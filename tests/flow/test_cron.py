@@ -61,16 +61,16 @@ RIGHT = [
     "0 2 1 * ?", "0 2 ? * 1", "5/10 2 1-10/3 * 1,fri", "0 2 29 2 *", "0 2 31 2 1", "0 2 30-3 feb *", "0 2 31 */2 *", "0 2 31 1/2 *",
 ]  # fmt: skip
 WRONG = {
-    "0 2 * *": "found '0 2 * *', expected a cron expression as `0 2 * * *`",
-    "@daily": "found '@daily', expected a cron expression as `0 2 * * *`",
-    "*/0 2 * * *": "found `*/0` for the minute in '*/0 2 * * *', expected steps of 1 and more",
+    "0 2 * *": "found '0 2 * *', expected a cron expression such as `0 2 * * *`",
+    "@daily": "found '@daily', expected a cron expression such as `0 2 * * *`",
+    "*/0 2 * * *": "found `*/0` for the minute in '*/0 2 * * *', expected a step of at least 1",
     "0 25 * * *": "found 25 for the hour in '0 25 * * *', expected 0 to 23",
     "0 2 * foo *": "found foo for the month in '0 2 * foo *', expected 1 to 12, or jan to dec",
-    "0 2 * * 1-": "found `1-` for the day of the week in '0 2 * * 1-', expected numbers, ranges, lists and steps, as `5`, `1-5`, `1,15`, `*/10`",
-    "0 2 ?,1 * *": "found `?` for the day of the month in '0 2 ?,1 * *', expected numbers, ranges, lists and steps, as `5`, `1-5`, `1,15`, `*/10`",
-    "0 2 31 2 *": "found day 31 of month 2 in '0 2 31 2 *', expected a day that comes",
-    "0 2 31 apr,6 ?": "found day 31 of month apr,6 in '0 2 31 apr,6 ?', expected a day that comes",
-    "0 2 30-31 FEB *": "found day 30-31 of month FEB in '0 2 30-31 FEB *', expected a day that comes",
+    "0 2 * * 1-": "found `1-` for the day of the week in '0 2 * * 1-', expected numbers, ranges, lists and steps, such as `5`, `1-5`, `1,15`, `*/10`",
+    "0 2 ?,1 * *": "found `?` for the day of the month in '0 2 ?,1 * *', expected numbers, ranges, lists and steps, such as `5`, `1-5`, `1,15`, `*/10`",
+    "0 2 31 2 *": "found day 31 of month 2 in '0 2 31 2 *', expected a date that exists",
+    "0 2 31 apr,6 ?": "found day 31 of month apr,6 in '0 2 31 apr,6 ?', expected a date that exists",
+    "0 2 30-31 FEB *": "found day 30-31 of month FEB in '0 2 30-31 FEB *', expected a date that exists",
 }  # fmt: skip
 
 

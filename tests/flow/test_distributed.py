@@ -173,8 +173,8 @@ def test_other_resources_go_on_or_are_refused_before_anything_starts(pico: Proje
     process.communicate(timeout=PATIENCE)
 
     message = (
-        "checkpoint-5 was written with the strategy zero2 over 2 processes; this one is ddp, which cannot read it\n\n"
-        "hint: go on with zero1 or zero2, over any number of processes, or `--force` the stage, which begins anew\n"
+        "checkpoint-5 was written with the strategy zero2 over 2 processes, which ddp cannot read\n\n"
+        "hint: resume with zero1 or zero2, over any number of processes, or `--force` the stage to start from scratch\n"
     )
     assert message in pico.tuneline("plan", "pico").stderr
     refused = pico.tuneline("run", "pico", status=1)

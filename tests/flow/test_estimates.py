@@ -42,14 +42,14 @@ def test_what_is_unknown_is_said_with_why(project: Project) -> None:
     with_model(project)
     project.write('{"model_type": "bert"}', "base/config.json")
     assert "sft       unknown" in (shown := project.tuneline("plan", "demo").stdout)
-    assert "models of type `bert` are not counted" in shown
+    assert "models of type `bert` are not supported" in shown
     assert project.json("plan", "demo")["stages"][2]["estimate"]["memory"] is None
 
 
 def test_a_pool_that_is_too_small_is_warned_of(project: Project) -> None:
     warning = with_model(project).tuneline("plan", "demo").stderr
     assert warning.startswith(
-        "warning: pipelines.yaml:9:15: demo.sft: about 127.9 GiB of a GPU are needed, the pool `gpu` has 24.0 GiB for it\n"
+        "warning: pipelines.yaml:9:15: demo.sft: about 127.9 GiB of GPU memory are needed, the pool `gpu` has 24.0 GiB for it\n"
     )
     assert "\nhint: the cheapest change that fits: `--set sft.resources.gradient_checkpointing=true" in warning
     flags = warning.split("`")[3].split()

@@ -356,7 +356,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_completes(
         assert float(row[3]) > 0
         (stage,) = [stage for stage in demo.json("show", "demo")["record"] if stage["stage"] == "one"]
         log = demo.root / ".tuneline" / "work" / stage["key"] / "log.txt"
-        assert stage["message"] == f"came to step 1 of 2; its log is {log}"
+        assert stage["message"] == f"reached step 1 of 2; its log is {log}"
     else:
         assert process.returncode == 130, err
         assert "one: cancelled (stopped with the run)" in err

@@ -94,8 +94,8 @@ def test_a_token_in_the_file_or_a_flag_is_refused(demo: Project) -> None:
     with pytest.raises(ConfigError) as error:
         load(demo.root / "pipelines.yaml")
     assert str(error.value) == (
-        "pipelines.yaml:9:118: demo.other.description: found a token, expected none: it would be in keys, manifests and Prefect's parameters\n\n"
-        "hint: tokens come from the environment of the process alone, as HF_TOKEN, where the libraries look for them"
+        "pipelines.yaml:9:118: demo.other.description: found a token, expected none: it would be visible in keys, manifests and Prefect's parameters\n\n"
+        "hint: remove it, and set the token in the environment of the process, for example as HF_TOKEN"
     )
     demo.write(text)
     with pytest.raises(ConfigError, match=r"^--set one\.description: found the value of WANDB_API_KEY, expected no secrets: Prefect shows"):

@@ -108,11 +108,11 @@ def test_damage_is_found_at_the_next_hit_or_by_verify_and_built_again(project: P
     for name, problem in [
         ("cut", "data.json has 1 bytes instead of "),
         ("gone", "data.json is missing"),
-        ("more", "another does not belong to it"),
+        ("more", "another is not in its manifest"),
     ]:
         key = payload[name].parent.name
         assert re.search(
-            rf"dataset/{key[:12]} in the store is broken: payload/{problem}.*; moved to .*dataset-{key}-.*; it is built again once it is needed",
+            rf"dataset/{key[:12]} in the store is broken: payload/{problem}.*; moved to .*dataset-{key}-.*; it is rebuilt when it is needed",
             again.stderr,
         )
     for name in names:
@@ -142,8 +142,8 @@ def test_a_full_store(p: Project, stand_in: Script, disk: Path, action: str, sai
     message = failed["stages"][1]["message"]
     assert re.match(said, message), message
     assert str(disk) in message
-    assert "hint: `tuneline gc` frees what no kept run needs; or move to a larger disk, the store alone by `store:`" in message
-    assert calls(p, "two") == 1  # a retry would not help
+    assert "hint: free space with `tuneline gc`, or move to a larger disk (the store alone with `store:`)" in message
+    assert calls(p, "two") == 1  # trying again would not help
     assert visible(disk) == [artifacts(failed)["one"]]
     assert list((disk / ".building").iterdir()) == []
     assert p.tuneline("verify").stderr == "1 artifacts, 0 damaged\n"
@@ -156,8 +156,8 @@ def test_a_full_workspace(p: Project) -> None:
         fill(home / "filler")
         failed = p.tuneline("run", "p", status=2)
         assert failed.stderr == (
-            f"the disk of {home} is full: 0 bytes are free, a run wants 16.8 MB for its records\n\n"
-            "hint: free some space; `tuneline gc` does where the store is on that disk, too\n"
+            f"the disk of {home} is full: 0 bytes are free, a run needs 16.8 MB for its records\n\n"
+            "hint: free some space; `tuneline gc` does if the store is on the same disk\n"
         )
         assert p.tuneline("gc").stderr == "0 bytes freed, 0 of 0 removed\n"
 
@@ -221,7 +221,7 @@ def damaged(store: Path) -> None:
 WRONG = [
     (a_file, "the store {store} is a file, expected a folder\n\nhint: name another `store:`\n"),
     (newer, "the store {store} was made by a newer tuneline (store schema 2, this one reads 1)\n\nhint: upgrade tuneline, or name another `store:`\n"),
-    (damaged, "{store}/store.json is damaged\n\nhint: delete it if that folder is a store: the next run writes it anew\n"),
+    (damaged, "{store}/store.json is damaged\n\nhint: delete it if that folder is a store: the next run writes it again\n"),
 ]  # fmt: skip
 
 
@@ -238,8 +238,8 @@ def test_a_store_whose_disk_is_not_mounted_is_not_made_anew(p: Project) -> None:
     p.write(PIPELINES.replace("store: störe mit Leer", "store: nowhere/store"))
     result = p.tuneline("run", "p", status=2)
     assert result.stderr == (
-        f"found no folder {p.root}/nowhere, in which the store `store` is to be made\n\n"
-        "hint: make it, or mount its disk, or name another `store:`\n"
+        f"found no folder {p.root}/nowhere, in which to create the store `store`\n\n"
+        "hint: create it, mount its disk, or name another `store:`\n"
     )
     assert not (p.root / "nowhere").exists()
     assert [stage["status"] for stage in p.json("plan", "p")["stages"]] == ["run", "run"]

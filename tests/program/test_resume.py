@@ -109,12 +109,12 @@ def test_no_damaged_checkpoint_is_resumed_from(tmp_path: Path, stopped: Request)
     newest = stopped.work / "checkpoints" / "checkpoint-4"
     files = sorted(file.name for file in newest.iterdir())
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} < set(files)
-    faults: list[tuple[str, Callable[[Path], None], str]] = [("complete", other_key, "is of another stage, ffffffffffff")]
+    faults: list[tuple[str, Callable[[Path], None], str]] = [("complete", other_key, "belongs to another stage, ffffffffffff")]
     for name in files:
         size = (newest / name).stat().st_size
         marker = name == checkpoints.MARKER
-        faults.append((name, cut, "was left half-written" if marker else f"is damaged ({name} has {size - 1} bytes instead of {size})"))
-        faults.append((name, Path.unlink, "was left half-written" if marker else f"is damaged ({name} has no bytes instead of {size})"))
+        faults.append((name, cut, "is incomplete" if marker else f"is damaged ({name} has {size - 1} bytes instead of {size})"))
+        faults.append((name, Path.unlink, "is incomplete" if marker else f"is damaged ({name} has no bytes instead of {size})"))
     for i, (name, damage, message) in enumerate(faults):
         request = copied(stopped, tmp_path / str(i))
         damage(request.work / "checkpoints" / "checkpoint-4" / name)
@@ -148,6 +148,6 @@ def test_a_lost_best_adapter_is_not_replaced_by_the_last(tmp_path: Path, base: I
     (killed.work / "checkpoints" / lost / "adapter_model.safetensors").unlink()
     result, _ = run_program(killed)
     assert warnings(killed)[0].startswith(f"{lost} is damaged (adapter_model.safetensors has no bytes instead of")
-    assert warnings(killed)[1:] == [f"{newest} needs the best adapter so far, that of {lost}, which is gone: it is deleted"]
+    assert warnings(killed)[1:] == [f"{newest} needs the best adapter so far, in {lost}, which is missing: it is not used"]
     assert result.metrics == expected.metrics
     assert payload_digest(killed) == payload_digest(whole)

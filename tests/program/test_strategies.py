@@ -179,7 +179,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_thrown_away(tmp_path: Path, bas
         arguments = sft.trainer_arguments(request_for(tmp_path / wanted, base), SftStage.model_validate(request.config | {"resources": {}}))
         arguments.output_dir = str(request.work / "checkpoints")
         with pytest.raises(
-            StageFailed, match=f"checkpoint-2 was written with the strategy zero2 over 1 process; this one is {wanted}"
+            StageFailed, match=f"checkpoint-2 was written with the strategy zero2 over 1 process, which {wanted} cannot read"
         ) as caught:
             checkpoints.newest_checkpoint(arguments, other, resources, Events(request.work / "events.jsonl"))
         assert caught.value.failure_class == "config"

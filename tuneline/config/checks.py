@@ -1,7 +1,7 @@
-"""What the types of pipelines.yaml cannot say: references name a stage that gives the right artifact, nothing waits for itself,
-numbers divide, paths stay inside the folders that the file may name.
+"""Checks of pipelines.yaml that types cannot express: references name a stage with the right artifact, there are no cycles,
+numbers divide, and paths stay inside the allowed folders.
 
-Works on the raw tree beside the types, so that one wrong stage does not hide what is wrong with the others.
+They use the raw tree as well as the types, so that one wrong stage does not hide problems of the others.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tuneline.wording import listed, nearest, with_article
 BUILT_IN_RUNTIMES = ("torch", "quantize", CPU_RUNTIME, GPU_RUNTIME)
 _STAGE: TypeAdapter[Stage] = TypeAdapter(AnyStage)
 Report = Callable[[Keys, str, str, bool], None]
-"""(path in the file, message, hint, whether its key is at fault)."""
+"""Takes (path in the file, message, hint, whether the place is the key instead of the value)."""
 
 
 def _tokens(node: Any, path: Keys) -> Iterator[Keys]:
-    """Where something stands that looks like an access token."""
+    """Yield the paths of values that look like access tokens."""
     if isinstance(node, str) and TOKEN.search(node):
         yield path
     for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
@@ -45,7 +45,7 @@ def keys_of(field: str) -> Keys:
 
 class Checks:
     def __init__(self, root: Path, tree: Mapping[str, Any], spec: Spec | None, report: Report):
-        """`spec` is None where types are wrong; `tree` has its variables put in."""
+        """`spec` is None if types are wrong. In `tree`, variables are substituted."""
         self.root, self.tree, self.spec, self._report = root, tree, spec, report
         self.roots = [named for named in _list(tree.get("roots")) if isinstance(named, str)]
 
@@ -54,12 +54,14 @@ class Checks:
 
     def run(self) -> None:
         for path in _tokens(self.tree, ()):
-            self.problem(path, "found a token, expected none: it would be in keys, manifests and Prefect's parameters", FROM_ENVIRONMENT)
+            self.problem(
+                path, "found a token, expected none: it would be visible in keys, manifests and Prefect's parameters", FROM_ENVIRONMENT
+            )
         runtimes = _mapping(self.tree.get("runtimes"))
         for name, raw in runtimes.items():
             self._runtime(("runtimes", name), name, raw)
         if "://" in str(self.tree.get("store")):
-            self.problem(("store",), f"found `{self.tree['store']}`, expected a folder", "mount shared storage and name its folder")
+            self.problem(("store",), f"found `{self.tree['store']}`, expected a folder", "mount the storage and name its folder")
         self._pools()
         for name, pipeline in _mapping(self.tree.get("pipelines")).items():
             raw_stages = _mapping(_mapping(pipeline).get("stages"))
@@ -67,7 +69,7 @@ class Checks:
             self._stages(("pipelines", name, "stages"), raw_stages, stages, {*BUILT_IN_RUNTIMES, *runtimes})
 
     def _pools(self) -> None:
-        """Pools and queues that are named are there; schedules can be. Only once all types are right: the names hang together."""
+        """Check names of pools and queues, and schedules. Requires that all types are valid."""
         if self.spec is None:
             return
         pools = self.spec.pools
@@ -75,8 +77,8 @@ class Checks:
             priorities: dict[int, str] = {}
             for queue_name, each in pool.queues.items():
                 if (other := priorities.setdefault(each.priority, queue_name)) != queue_name:
-                    found = f"found {each.priority}, which is that of `{other}`, expected a number of its own"
-                    self.problem(("pools", name, "queues", queue_name, "priority"), found, "Prefect keeps queues of a pool in one order")
+                    found = f"found {each.priority}, the priority of `{other}`, expected a different number"
+                    self.problem(("pools", name, "queues", queue_name, "priority"), found, "give each queue of a pool its own priority")
         for name, found, hint in deadlocks(self.spec):
             self.problem(("pools", name, "concurrency"), found, hint)
         for name, pipeline in self.spec.pipelines.items():
@@ -118,13 +120,13 @@ class Checks:
         for field, _, named in annotated_values(model, OutsideFile):
             path = (*here, *keys_of(field))
             if not named:
-                self.problem(path, "found an empty path, expected a path", "the folder of the file itself is `.`")
+                self.problem(path, "found an empty path, expected a path", "write `.` for the folder of the file itself")
             elif outside(resolve_path(self.root, named), allowed_folders(self.root, self.roots)):
                 places = ", ".join(["the folder of the file", *self.roots])
                 folder = folder_to_allow(named)
-                folder = "'~'" if folder == "~" else folder  # which is nothing in YAML
+                folder = "'~'" if folder == "~" else folder  # unquoted, ~ is null in YAML
                 hint = f"add `{folder}` to `roots:`" if self.roots else f"add `roots: [{folder}]` at the top of the file"
-                self.problem(path, f"found '{named}', expected paths inside {places}", hint)
+                self.problem(path, f"found '{named}', expected a path inside {places}", hint)
 
     def _stages(self, at: Keys, raw: Mapping[str, Any], stages: Mapping[str, Stage], runtimes: set[str]) -> None:
         for name, stage in stages.items():
@@ -143,8 +145,8 @@ class Checks:
             self._paths(here, stage)
             for field, dataset, split in stage.held_out():
                 if dataset in stages and not stages[dataset].holds_out(split):
-                    found = f"found `{dataset}`, which holds no rows out for {split}"
-                    self.problem((*here, *keys_of(field)), found, f"`split: {{{split}: 0.05}}` in `{dataset}`")
+                    found = f"found `{dataset}`, which has no {split} split"
+                    self.problem((*here, *keys_of(field)), found, f"add `split: {{{split}: 0.05}}` to `{dataset}`")
             for problem in stage.upstream_problems(stages):
                 self.problem((*here, *keys_of(problem.field)), problem.message, problem.hint)
         needs = {name: [need for need in depends_on(stage) if need in stages and need != name] for name, stage in stages.items()}
@@ -158,7 +160,7 @@ class Checks:
         if target != name and target in raw and (given is None or not reference.types or given in reference.types):
             if given and reference.full_precision and stages[target].quantized:
                 found = f"found `{target}`, which is quantized, expected a model in full precision"
-                self.problem(path, found, "name the model it was made from")
+                self.problem(path, found, "name the model that it was quantized from")
             return
         fitting = [
             other for other, stage in stages.items() if other != name and (not reference.types or stage.output_type() in reference.types)
@@ -168,7 +170,7 @@ class Checks:
         if target == name:
             self.problem(path, f"found the stage itself, expected {allowed}")
         elif given is None:
-            only = f"write `{fitting[0]}`, the only one there is" if len(fitting) == 1 else ""
+            only = f"write `{fitting[0]}`, the only such stage" if len(fitting) == 1 else ""
             hint = nearest(target, fitting) or _same_words(target, fitting) or only
             self.problem(path, f"found the unknown stage `{target}`, expected {allowed}", hint)
         else:
@@ -176,19 +178,19 @@ class Checks:
 
 
 def _way_out(ring: list[str], stages: Mapping[str, Stage]) -> str:
-    """What to cut a ring of stages at: a `needs`, which hands nothing on; else one of the fields."""
+    """Return a hint to break a cycle: preferably at a `needs`, which passes no artifact; else at one of the fields."""
     fields = []
     for name, other in pairwise(ring):
         naming = [field for field, _, target in annotated_values(stages[name], Reference) if target == other]
         fields.append((name, other, min(naming, key=lambda field: field.startswith("needs."))))
     for name, other, field in fields:
         if field.startswith("needs."):
-            return f"take `{other}` out of `needs` of `{name}`"
+            return f"remove `{other}` from `needs` of `{name}`"
     return f"name another stage in one of {listed(f'{name}.{field}' for name, _, field in fields)}"
 
 
 def _same_words(name: str, known: Iterable[str]) -> str:
-    """For a stage that got a longer or a shorter name: `base` and `base-model`."""
+    """Suggest a known name that shares a word: `base` and `base-model`."""
     words = set(name.split("-"))
     return next((f"did you mean `{other}`?" for other in known if words & set(other.split("-"))), "")
 
@@ -198,7 +200,7 @@ def _valid(raw: Mapping[str, Any]) -> Iterable[tuple[str, Stage]]:
         try:
             yield name, _STAGE.validate_json(json.dumps(fields), strict=True)
         except ValidationError:
-            continue  # reported with the types
+            continue  # reported by the type check
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cron expressions, checked as Prefect reads them, and refused where they name a day that never comes."""
+"""Validate cron expressions as Prefect reads them, and reject dates that never occur."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Field:
     least: int
     most: int
     words: tuple[str, ...] = ()
-    """Names of its numbers, from `least` on."""
+    """Names of the numbers, starting at `least`."""
     further: str = r"(?!)"
-    """Pattern of what it allows beside numbers, ranges and steps."""
+    """Pattern of allowed values other than numbers, ranges and steps."""
 
 
 FIELDS = (
@@ -33,32 +33,32 @@ FIELDS = (
 
 
 def wrong(cron: str) -> tuple[str, str]:
-    """(what is wrong with an expression, a hint); empty where it is right."""
+    """Return (message, hint) about an invalid expression; empty strings if it is valid."""
     parts = cron.split()
     if len(parts) != len(FIELDS):
-        return f"found '{cron}', expected a cron expression as `0 2 * * *`", HINT
+        return f"found '{cron}', expected a cron expression such as `0 2 * * *`", HINT
     for field, part in zip(FIELDS, parts, strict=True):
         for item in part.lower().split(","):
             if problem := _wrong_item(field, item, alone=item == part.lower()):
                 return f"found {problem[0]} for the {field.name} in '{cron}', expected {problem[1]}", problem[2]
     if not _comes(*parts[2:]):
-        return f"found day {parts[2]} of month {parts[3]} in '{cron}', expected a day that comes", "`L` is the last day of a month"
+        return f"found day {parts[2]} of month {parts[3]} in '{cron}', expected a date that exists", "write `L` for the last day of a month"
     return "", ""
 
 
 def _wrong_item(field: Field, item: str, alone: bool) -> tuple[str, str, str] | None:
-    """(found, expected, hint)."""
+    """Return (found, expected, hint), or None if the item is valid."""
     if re.fullmatch(field.further, item) and (alone or item != "?"):
         return None
     parsed = re.fullmatch(r"(\*|(\w+)(?:-(\w+))?)(?:/(\d+))?", item)
     if parsed is None:
-        return f"`{item}`", "numbers, ranges, lists and steps, as `5`, `1-5`, `1,15`, `*/10`", HINT
+        return f"`{item}`", "numbers, ranges, lists and steps, such as `5`, `1-5`, `1,15`, `*/10`", HINT
     for value in filter(None, parsed.group(2, 3)):
         number = _number(field, value)
         if number is None or not field.least <= number <= field.most:
             words = f", or {field.words[0]} to {field.words[-1]}" if field.words else ""
             return value, f"{field.least} to {field.most}{words}", ""
-    return (f"`{item}`", "steps of 1 and more", "") if parsed[4] and int(parsed[4]) == 0 else None
+    return (f"`{item}`", "a step of at least 1", "") if parsed[4] and int(parsed[4]) == 0 else None
 
 
 def _number(field: Field, value: str) -> int | None:
@@ -68,7 +68,7 @@ def _number(field: Field, value: str) -> int | None:
 
 
 def _comes(day: str, month: str, weekday: str) -> bool:
-    """Whether a day is ever one of the expression's. With a day of the week, one of the two is enough."""
+    """Return whether any date matches. With a day of the week, matching one of the two is enough."""
     if weekday not in ("*", "?") or not re.fullmatch(r"[\d,-]+", day):
         return True
     ranges = [list(map(int, item.split("-"))) for item in day.split(",")]
@@ -83,6 +83,6 @@ def _months(part: str) -> set[int]:
         first, _, last = span.partition("-")
         start = field.least if first == "*" else _number(field, first) or field.least
         end = field.most if first == "*" or step and not last else _number(field, last) or start
-        end += field.most if end < start else 0  # over the end of the year
+        end += field.most if end < start else 0  # the range wraps around the end of the year
         found |= {(number - 1) % field.most + 1 for number in range(start, end + 1, int(step or 1))}
     return found

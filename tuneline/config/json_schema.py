@@ -1,4 +1,4 @@
-"""pipelines.yaml as a JSON Schema, for editors: pydantic's, but with `${name}` allowed where a number, a choice or a form stands."""
+"""JSON Schema of pipelines.yaml for editors: pydantic's, but `${name}` is allowed in place of numbers, choices and patterns."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def json_schema() -> dict[str, Any]:
 def _opened(node: Any) -> Any:
     if isinstance(node, list):
         return [_opened(item) for item in node]
-    if not isinstance(node, dict) or "const" in node:  # a constant decides what the other fields are
+    if not isinstance(node, dict) or "const" in node:  # a constant selects the branch of a union
         return node
-    has_form = isinstance(node.get("pattern"), str)  # among properties it is a field of that name
+    has_form = isinstance(node.get("pattern"), str)  # under `properties` it is a field named "pattern"
     if node.get("type") in ("integer", "number", "boolean") or "enum" in node or has_form:
-        told = {name: node[name] for name in ANNOTATIONS if name in node}
-        return {**told, "anyOf": [{name: value for name, value in node.items() if name not in told}, VARIABLE]}
+        annotations = {name: node[name] for name in ANNOTATIONS if name in node}
+        return {**annotations, "anyOf": [{name: value for name, value in node.items() if name not in annotations}, VARIABLE]}
     return {name: value if name in ("propertyNames", "default") else _opened(value) for name, value in node.items()}

@@ -1,8 +1,8 @@
-"""pipelines.yaml -> Spec, or every problem of it at once.
+"""Load pipelines.yaml into a Spec, or report all its problems at once.
 
-    read the file -> apply --set and --var -> put ${variables} in -> check types (pydantic) -> check what types cannot say
+    read the file -> apply --set and --var -> substitute ${variables} -> check types (pydantic) -> check what types cannot express
 
-Nothing here looks at the machine: the same file is valid everywhere.
+Nothing here depends on the machine: a valid file is valid everywhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["BUILT_IN_RUNTIMES", "Loaded", "check", "load"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid file: its spec, and the folder that its relative paths start from."""
+    """A valid file: its spec, source and overrides."""
 
     spec: Spec
     file: Path
@@ -42,7 +42,7 @@ class Loaded:
         return self.file.parent
 
     def pipeline(self, name: str) -> Pipeline:
-        """Raises ConfigError for a name that is not in the file."""
+        """Return a pipeline by name. Raises ConfigError for an unknown name."""
         if name not in self.spec.pipelines:
             known = list(self.spec.pipelines)
             found = f"found no pipeline `{name}`, expected {listed(known)}"
@@ -50,7 +50,7 @@ class Loaded:
         return self.spec.pipelines[name]
 
     def warnings(self, pipeline: str | None = None) -> list[Problem]:
-        """What is allowed and all the same worth a word; of one pipeline, or of all."""
+        """Return settings that are valid but suspicious, of one pipeline or of all."""
         found = []
         for name, stages in ((name, each.stages) for name, each in self.spec.pipelines.items() if pipeline in (None, name)):
             for stage_name, stage in stages.items():
@@ -67,7 +67,7 @@ def load(
     variables: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> Loaded:
-    """Reads and checks `file`. `sets` (`stage.field=value`) apply to `pipeline`, `variables` are `name=value`.
+    """Read and check `file`. `sets` (`stage.field=value`) apply to `pipeline`, `variables` are `name=value`.
 
     Raises ConfigError with every problem found.
     """
@@ -86,17 +86,19 @@ def check(
     if not isinstance(source.tree, dict):
         empty = source.tree is None
         found = "the file is empty" if empty else f"found {shown(source.tree)}, expected a mapping with version, pipelines, ..."
-        raise ConfigError([Problem("", found, "`tuneline init` in an empty folder writes a file to start from", place=source.place(()))])
+        raise ConfigError(
+            [Problem("", found, "run `tuneline init` in an empty folder to create a file to start from", place=source.place(()))]
+        )
     overrides = Overrides(source, environment)
     tree = overrides.applied(pipeline, sets, variables)
     problems = overrides.problems
 
     def report(path: Keys, message: str, hint: str, at_key: bool) -> None:
         if any(unresolved[: len(path)] == path for unresolved in overrides.unresolved):
-            return  # what an unknown variable leaves behind
+            return  # a consequence of an unknown variable, which is reported itself
         if path in overrides.origins:
             name = overrides.origins[path]
-            hint = f"{hint}; the value is that of" if hint else "the value is that of"
+            hint = f"{hint}; the value comes from" if hint else "the value comes from"
             hint += f" ${{{name}}}, {source.place(('vars', name))}"
         problems.append(Problem(dotted(path), message, hint, place=source.place(path, at_key)))
 
@@ -113,7 +115,7 @@ def check(
 
 
 def _order(problem: Problem) -> tuple[Any, ...]:
-    """As they stand in the file: line 9 before line 10."""
+    """Sort by place in the file: line 9 before line 10."""
     return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", problem.place))), problem.field
 
 

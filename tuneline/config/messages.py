@@ -1,4 +1,4 @@
-"""pydantic's errors in the words of pipelines.yaml: what was found, what is expected, and the nearest name for a misspelt one."""
+"""Translate pydantic's errors into messages: what was found, what is expected, and the nearest name for a misspelled one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tuneline.kinds.sources import SOURCES
 from tuneline.wording import nearest, short, shown
 
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list", "dict": "a mapping"}
-FORMS = {  # by pattern; a test holds them against the types
+FORMS = {  # by pattern; a test compares them with the types
     NAME: "lower-case letters, digits and dashes, at most 63",
     REPOSITORY: "owner/name, as on the hub",
     REVISION: "a branch, tag or commit",
@@ -28,23 +28,23 @@ FORMS = {  # by pattern; a test holds them against the types
     INTERVAL: "a time such as 30m, 6h or 7d",
     SIZE: "a size such as 512Mi or 16Gi",
 }
-UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # what is meant by a number without one, or with another of that kind
-UNQUOTED = "write it without quotes"
-FIELD_ALIASES = {  # of a training, in TRL, LLaMA-Factory, ms-swift and axolotl
+UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # unit to suggest for a number without a unit or with an unknown one
+UNQUOTED = "remove the quotes"
+FIELD_ALIASES = {  # names of training fields in TRL, LLaMA-Factory, ms-swift and axolotl
     "lr": "write `learning_rate`",
     **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "write `max_length`"),
     **dict.fromkeys(("lora_r", "lora_rank"), "write `lora: {r: ...}`"),
     **dict.fromkeys(("lora_target", "lora_target_modules"), "write `lora: {target_modules: ...}`"),
     "finetuning_type": "write `method`",
     "train_type": "write `method`",
-    "gradient_accumulation_steps": "it follows from `global_batch_size`, the rows of a step, and `resources.micro_batch_size`",
+    "gradient_accumulation_steps": "set `global_batch_size` (rows per step): accumulation follows from it and `resources.micro_batch_size`",
     **dict.fromkeys(
         ("batch_size", "per_device_train_batch_size"),
-        "write `global_batch_size`, the rows of a step over all devices; those of one pass are `resources.micro_batch_size`",
+        "write `global_batch_size` (rows per step over all devices) or `resources.micro_batch_size` (rows per device)",
     ),
 }
-OTHER_VALUES = {  # that others allow
-    ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch: bnpo takes those of a micro-batch, whose size"
+OTHER_VALUES = {  # values that other tools allow
+    ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch; bnpo averages over a micro-batch, whose size"
     " must not change a result",
 }
 BOUNDS = {
@@ -56,12 +56,12 @@ BOUNDS = {
 
 
 def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, str, str]]:
-    """Yields (path, whether its key is at fault, message, hint). The branches of a union that failed become one `a or b`."""
+    """Yield (path, whether the place is the key, message, hint). The failed branches of a union become one `a or b`."""
     by_path: dict[tuple[Keys, bool], tuple[str, list[str], str]] = {}
     for detail in error.errors(include_url=False):
         path, node = _in_tree(detail, tree)
         if detail["type"] == "too_short" and node:
-            continue  # its items are wrong, and are reported themselves
+            continue  # its items are invalid and reported themselves
         at_key, found, expected, hint = _words(detail, path, node, tree)
         known = by_path.setdefault((path, at_key), (found, [], hint))
         if expected not in known[1]:
@@ -71,7 +71,7 @@ def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, s
 
 
 def _in_tree(detail: ErrorDetails, tree: Any) -> tuple[Keys, Any]:
-    """The error's path without the names of union branches that pydantic puts in, and the value there."""
+    """Return the error's path, without the names of union branches that pydantic inserts, and the value there."""
     path: list[str | int] = []
     node: Any = tree
     branch = None
@@ -91,7 +91,7 @@ def _in_tree(detail: ErrorDetails, tree: Any) -> tuple[Keys, Any]:
 
 
 def _branch(path: list[str | int], node: Any) -> Any:
-    """What pydantic puts into a path behind a stage or a source: its kind or type."""
+    """Return what pydantic inserts into a path after a stage or a source: its kind or type."""
     if not isinstance(node, dict):
         return None
     if _is_stage(path):
@@ -110,7 +110,7 @@ def _discriminator(detail: ErrorDetails) -> str:
 
 
 def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool, str, str, str]:
-    """(at key, found, expected, hint) of one pydantic error."""
+    """Return (at key, found, expected, hint) of one pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         names = _fields_at(path[:-1], tree)
@@ -148,7 +148,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
     name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float").removesuffix("_attributes")
     name = "dict" if name == "model" else name
     if name == "dict" and _is_stage(path) and (node is None or node in list(STAGES)):
-        return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields under its name, indented"
+        return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields below its name, indented"
     return False, shown(node), TYPES.get(name, detail["msg"]), _as_meant(node, name)
 
 
@@ -166,9 +166,9 @@ def _purpose(stage: type[BaseModel]) -> str:
 
 
 def _as_meant(node: Any, wanted: str) -> str:
-    """How the value is written if it is meant as what is wanted."""
+    """Return a hint how to write the value as the wanted type."""
     if wanted == "dict" and node is None:
-        return "write what belongs to it under it, indented, or remove it"
+        return "write its content below it, indented, or remove it"
     if wanted == "string" and isinstance(node, int | float):
         return "put quotes around it"
     if wanted == "tuple" and isinstance(node, str | int | float):
@@ -195,7 +195,7 @@ def _slug(name: str) -> str:
 
 
 def _model_at(path: Keys, tree: Any) -> type[BaseModel] | None:
-    """The model whose fields stand at `path`; None in free mappings."""
+    """Return the model whose fields are at `path`; None in free mappings."""
     candidates: list[type[BaseModel]] = [Spec]
     node, in_container = tree, False
     for part in path:
@@ -225,7 +225,7 @@ def _inside(annotation: Any) -> Iterator[Any]:
 
 
 def _pattern_at(path: Keys, tree: Any) -> str:
-    """Of the field there, if it has one: in its own metadata, or in those of a part of its type (`Size | None`)."""
+    """Return the pattern of the field at `path`, or an empty string. It may be in a part of the field's type (`Size | None`)."""
     model = _model_at(path[:-1], tree)
     info = model.model_fields.get(str(path[-1])) if model else None
     places = [info, *(item for item in _inside(info.annotation) if isinstance(item, FieldInfo))] if info else []
@@ -238,12 +238,12 @@ def _fields_at(path: Keys, tree: Any) -> list[str]:
 
 
 def _elsewhere(name: str, path: Keys, tree: Any) -> str:
-    """Where a field stands that is not one of the model at `path`: deeper in it, or in another kind."""
+    """Return a hint where a field belongs that the model at `path` does not have: deeper in it, or in another kind."""
     model = _model_at(path, tree)
     fields = model.model_fields if model else {}
     for outer, info in fields.items():
         if any(isinstance(item, type) and issubclass(item, BaseModel) and name in item.model_fields for item in _inside(info.annotation)):
-            return f"it stands under `{outer}:`"
+            return f"write it under `{outer}:`"
     kinds = [kind for kind, other in STAGES.items() if model in STAGES.values() and name in other.model_fields]
     return f"it is a field of {' and '.join(kinds)}" if kinds else ""
 

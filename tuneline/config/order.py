@@ -1,4 +1,4 @@
-"""Which stage comes before which. Nothing here recurses: a pipeline may be a chain of a thousand stages."""
+"""Order of stages. Nothing here recurses: a pipeline may be a chain of a thousand stages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tuneline.kinds.stage import Stage
 
 
 def depends_on(stage: Stage) -> list[str]:
-    """Names of the stages that must be there first, each once, in the order of the fields."""
+    """Return the names of the stages that must run first, each once, in the order of the fields."""
     return list(dict.fromkeys(target for _, _, target in annotated_values(stage, Reference)))
 
 
 def in_order(pipeline: Pipeline) -> list[str]:
-    """Stage names so that each comes after what it depends on, otherwise as written."""
+    """Return stage names in topological order, otherwise as written."""
     needs = {name: depends_on(stage) for name, stage in pipeline.stages.items()}
     done: dict[str, None] = {}
     for first in needs:
@@ -31,7 +31,7 @@ def in_order(pipeline: Pipeline) -> list[str]:
 
 
 def with_ancestors(pipeline: Pipeline, name: str) -> set[str]:
-    """The stage and everything it depends on, near and far."""
+    """Return the stage and all its transitive dependencies."""
     found = {name}
     waiting = [name]
     while waiting:
@@ -43,7 +43,7 @@ def with_ancestors(pipeline: Pipeline, name: str) -> set[str]:
 
 
 def cycles(needs: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
-    """Rings of stages that wait for each other, as [a, b, a] where a needs b; each starts with the one that stands first in `needs`."""
+    """Yield cycles as [a, b, a], where a needs b. Each starts with its first stage in `needs`."""
     graph = {name: list(others) for name, others in needs.items()}
     position = {name: i for i, name in enumerate(graph)}
     while True:

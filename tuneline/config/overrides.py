@@ -1,7 +1,7 @@
-"""What is put into the tree of a pipelines.yaml before its types are checked: --set, --var, and ${variables}.
+"""Apply --set, --var and ${variables} to the tree of a pipelines.yaml, before its types are checked.
 
-`${name}` takes a value from `vars:`; where it is the whole value, its type is kept. `${env:NAME}` is for places of the machine
-alone. `$${` is a plain `${`. There is no other templating.
+`${name}` takes a value from `vars:`; if it is the whole value, its type is kept. `${env:NAME}` is only allowed in fields that
+depend on the machine. `$${` is a plain `${`. There is no other templating.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Overrides:
     def __init__(self, source: YamlDocument, environment: Mapping[str, str]):
         self.source, self.environment = source, environment
         self.problems: list[Problem] = []
-        self.origins: dict[Keys, str] = {}  # values that are a variable's, by its name
-        self.unresolved: set[Keys] = set()  # values that name no variable: whatever their type is, they are reported once
+        self.origins: dict[Keys, str] = {}  # values that come from a variable: its name
+        self.unresolved: set[Keys] = set()  # values with an unknown variable: reported once, whatever their type is
         declared = source.tree.get("vars")
         self.declared: dict[str, Any] = declared if isinstance(declared, dict) else {}
 
     def applied(self, pipeline: str | None, sets: Sequence[str], variables: Sequence[str]) -> Any:
-        """The tree with overrides and variables in it; `problems` and `source.flags` are filled on the way."""
+        """Return the tree with overrides and variables applied. Fills `problems` and `source.flags`."""
         used = {match["name"] for key, value in self.source.tree.items() if key != "vars" for match in _named(value)}
         self._set_variables(variables)
         self._set_fields(pipeline, sets)
@@ -38,7 +38,9 @@ class Overrides:
         tree = self._substitute(self.source.tree, ())
         for name in self.declared:
             if name not in used and not self.unresolved:
-                self._problem(("vars", name), f"found the variable `{name}`, used nowhere", "remove it, or write ${" + name + "}", True)
+                self._problem(
+                    ("vars", name), f"found the variable `{name}`, which is not used", "remove it, or use it as ${" + name + "}", True
+                )
         return tree
 
     def _problem(self, path: Keys, message: str, hint: str = "", at_key: bool = False) -> None:
@@ -65,7 +67,7 @@ class Overrides:
         for key in ("pipelines", pipeline, "stages"):
             stages = stages.get(key) if isinstance(stages, dict) else None
         if not isinstance(stages, dict):
-            return  # the pipeline itself is wrong, and is reported as that
+            return  # the pipeline itself is invalid, which is reported elsewhere
         assert pipeline is not None
         for text in sets:
             name, equals, value = text.partition("=")
@@ -83,18 +85,18 @@ class Overrides:
                     self._put(node, keys[-1], flag, value, ("pipelines", pipeline, "stages", *keys))
 
     def _descend(self, node: Any, parts: list[str], flag: str) -> tuple[list[str | int], Any]:
-        """The container of the last part, mappings on the way made where they are missing."""
+        """Return the keys and the container of the last part. Creates missing mappings on the way."""
         keys: list[str | int] = []
         for i, part in enumerate(parts):
             key: str | int = part
             if isinstance(node, list):
                 if not re.fullmatch("[0-9]{1,6}", part) or int(part) >= len(node):
-                    allowed = f"expected 0 to {len(node) - 1}" if node else "which is empty"
-                    self._flag(flag, f"found `{part}` for a place in a list, {allowed}", "to replace the whole list: `=[a, b]`")
+                    allowed = f"expected 0 to {len(node) - 1}" if node else "but the list is empty"
+                    self._flag(flag, f"found `{part}` as a list index, {allowed}", "to replace the whole list, write `=[a, b]`")
                     return keys, None
                 key = int(part)
             elif not isinstance(node, dict):
-                self._flag(flag, f"found no fields under `{'.'.join(parts[:i])}`, it is a plain value")
+                self._flag(flag, f"found a field under `{'.'.join(parts[:i])}`, which is a plain value")
                 return keys, None
             keys.append(key)
             if i < len(parts) - 1:
@@ -119,7 +121,7 @@ class Overrides:
     def _plain_variables(self) -> None:
         for name, value in self.declared.items():
             if any(True for _ in _named(value)):
-                self._problem(("vars", name), f"found '{value}', expected values without ${{...}}", "write out the value")
+                self._problem(("vars", name), f"found '{value}', expected a value without ${{...}}", "write out the value")
 
     def _substitute(self, node: Any, path: Keys) -> Any:
         if isinstance(node, dict):
@@ -138,7 +140,7 @@ class Overrides:
             return "${"
         if not match["end"]:
             self.unresolved.add(path)
-            self._problem(path, f"found `{match[0][:40]}` without its `}}`", "a plain `${` is written `$${`")
+            self._problem(path, f"found `{match[0][:40]}` without its `}}`", "add the `}`, or write `$${` for a plain `${`")
             return ""
         value = self._variable(match["name"], path)
         return value if isinstance(value, str) else json.dumps(value)
@@ -148,7 +150,7 @@ class Overrides:
             name = name.removeprefix("env:")
             if path[0] not in MACHINE_FIELDS:
                 self.unresolved.add(path)
-                hint = "a pipeline must not depend on the shell it is started from; use vars and --var"
+                hint = "use `vars:` and `--var`: a pipeline must not depend on the environment"
                 self._problem(path, f"found ${{env:{name}}}, expected only in {', '.join(MACHINE_FIELDS)}", hint)
             elif name not in self.environment:
                 self.unresolved.add(path)
@@ -160,18 +162,18 @@ class Overrides:
             self._problem(path, f"found the unknown variable ${{{name}}}, expected {listed(self.declared)}", hint)
             return None
         if self.declared[name] is None or isinstance(self.declared[name], dict | list):
-            self.unresolved.add(path)  # what is wrong with it is said where it is declared
+            self.unresolved.add(path)  # reported where the variable is declared
         self.origins[path] = name
         return self.declared[name]
 
 
 def as_sets(overrides: Mapping[str, Any]) -> list[str]:
-    """Overrides as they come through Prefect, in the form of the command line: JSON is YAML, too."""
+    """Convert overrides from Prefect's parameters to the form of the command line. JSON is valid YAML."""
     return [f"{name}={json.dumps(value)}" for name, value in overrides.items()]
 
 
 def as_overrides(flag: str, sets: Sequence[str]) -> dict[str, Any]:
-    """`name=value` as Prefect's parameters take them. Raises ConfigError for a value that is no YAML."""
+    """Convert `name=value` to Prefect's parameters. Raises ConfigError for a value that is not YAML."""
     found = {}
     for text in sets:
         name, equals, value = text.partition("=")
@@ -182,13 +184,13 @@ def as_overrides(flag: str, sets: Sequence[str]) -> dict[str, Any]:
 
 
 def as_flags(overrides: Sequence[str]) -> list[str]:
-    """Of a loaded file or a run's record, the words of the command line that gave them."""
+    """Convert overrides of a loaded file or a run record to the words of the command line."""
     parts = [("--var", text.removeprefix("--var ")) if text.startswith("--var ") else ("--set", text) for text in overrides]
     return [word for part in parts for word in part]
 
 
 def _named(node: Any) -> Iterator[re.Match[str]]:
-    """Every ${name} below `node`."""
+    """Yield every ${name} below `node`."""
     if isinstance(node, str):
         yield from (match for match in VARIABLE.finditer(node) if match["name"] is not None)
     for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():

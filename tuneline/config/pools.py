@@ -1,6 +1,6 @@
-"""Where and when pipelines run without anybody at a terminal, as types: the part of pipelines.yaml under `pools:` and `schedules:`.
+"""Types of work pools and schedules: the parts of pipelines.yaml under `pools:` and `schedules:`.
 
-`tuneline deploy` makes Prefect's work pools, queues, deployments and schedules from it. None of it is in any key.
+`tuneline deploy` creates Prefect's work pools, queues, deployments and schedules from them. None of it is in any key.
 """
 
 from __future__ import annotations
@@ -23,81 +23,82 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 def interval(text: str) -> datetime.timedelta:
-    """Of a text that INTERVAL allows."""
+    """Parse a text that matches INTERVAL."""
     return datetime.timedelta(**{UNITS[text[-1]]: int(text[:-1])})
 
 
 class Queue(Strict):
     priority: int = Field(ge=1, le=1000)
-    """Runs of the queue with the lowest number start first."""
+    """Priority of the queue: runs of the queue with the lowest number start first."""
     concurrency: int | None = Field(None, ge=1)
-    """Runs of this queue at the same time; by default as many as the pool allows."""
+    """Maximum number of runs of this queue at the same time; by default the pool's limit."""
 
 
 class Pool(Strict):
-    """What every pool has."""
+    """Fields that every pool has."""
 
     concurrency: int | None = Field(None, ge=1)
-    """Runs at the same time, over all machines that work for the pool."""
+    """Maximum number of runs at the same time, over all machines of the pool."""
     queues: dict[Name, Queue] = {}
-    """Queues beside `default`, by name."""
+    """Queues in addition to `default`, by name."""
     gpu_memory: Size | None = None
-    """Memory of each of its GPUs, as `24Gi` (GiB: a card sold with 24 GB has it). `tuneline plan` warns of trainings that will not fit."""
+    """Memory of each GPU of the pool, such as `24Gi` (GiB; a card sold as 24 GB has 24Gi). `tuneline plan` warns about trainings that will
+    not fit."""
 
 
 class ProcessPool(Pool):
-    """Runs are processes of a machine on which a worker runs."""
+    """Runs are processes on the machine of a worker."""
 
     type: Literal["process"]
     local: bool = True
-    """Whether `tuneline up` starts its worker on this machine; otherwise start `tuneline worker POOL` where it should work."""
+    """Whether `tuneline up` starts a worker on this machine. If false, run `tuneline worker POOL` on another machine."""
 
 
 class DockerPool(Pool):
-    """Runs are containers of a machine on which a worker runs."""
+    """Runs are containers on the machine of a worker."""
 
     type: Literal["docker"]
     image: str
-    """Image with tuneline and its runtimes; infra/docker makes one."""
+    """Container image with tuneline and its runtimes; infra/docker builds one."""
     gpus: Literal["all"] | Annotated[int, Field(ge=0)] = 0
-    """GPUs that a container sees."""
+    """Number of GPUs visible in a container."""
     shm_size: Size = "1Gi"
-    """Shared memory of a container; several GPUs talk through it."""
+    """Shared memory of a container; processes on several GPUs communicate through it."""
     volumes: tuple[str, ...] = ()
-    """`/on/the/machine:/in/the/container`; the project's folder is mounted at its own path anyway."""
+    """Volumes as `/on/the/machine:/in/the/container`; the project's folder is always mounted at its own path."""
 
 
 class Toleration(Strict):
     key: str
-    """Taint of nodes that runs may be placed on all the same."""
+    """Key of the tolerated node taint."""
     value: str | None = None
-    """Its value; any, if left out."""
+    """Value of the taint; by default any value."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] = "NoSchedule"
-    """Its effect."""
+    """Effect of the taint."""
 
 
 class KubernetesPool(Pool):
-    """Runs are jobs of a cluster."""
+    """Runs are jobs on a Kubernetes cluster."""
 
     type: Literal["kubernetes"]
     image: str
-    """Image with tuneline and its runtimes; infra/docker makes one."""
+    """Container image with tuneline and its runtimes; infra/docker builds one."""
     namespace: str = "default"
     """Namespace of the jobs."""
     volume_claim: str
-    """Persistent volume claim with the project's folder, mounted at that folder's path: store and checkpoints are shared through it."""
+    """Persistent volume claim with the project's folder, mounted at that folder's path; jobs share the store and checkpoints through it."""
     gpus: int = Field(0, ge=0)
-    """GPUs of a job (`nvidia.com/gpu`)."""
+    """Number of GPUs per job (`nvidia.com/gpu`)."""
     cpu: str = "2"
-    """Processors asked for."""
+    """CPU request of a job."""
     memory: Size = "8Gi"
-    """Memory asked for, and the most that is given."""
+    """Memory request and limit of a job."""
     shm_size: Size = "1Gi"
-    """Shared memory, taken from the job's memory; several GPUs talk through it."""
+    """Shared memory of a job, part of its memory; processes on several GPUs communicate through it."""
     node_selector: dict[str, str] = {}
     """Labels that a node must have."""
     tolerations: tuple[Toleration, ...] = ()
-    """Taints of nodes that jobs may be placed on all the same."""
+    """Node taints that the jobs tolerate."""
     service_account: str | None = None
     """Service account of the jobs."""
 
@@ -107,24 +108,24 @@ POOLS: dict[str, type[Pool]] = {"process": ProcessPool, "docker": DockerPool, "k
 
 
 class Schedule(Strict):
-    """When a deployed pipeline runs by itself: `cron` or `interval`."""
+    """A schedule that starts runs of a deployed pipeline: `cron` or `interval`."""
 
     cron: str | None = None
-    """Five fields, as `0 2 * * *`: minute, hour, day of the month, month, day of the week."""
+    """Cron expression of five fields: minute, hour, day of month, month, day of week, such as `0 2 * * *`."""
     interval: Annotated[str, Field(pattern=INTERVAL)] | None = None
-    """Time between two starts: `30m`, `6h`, `7d`."""
+    """Time between two starts, such as `30m`, `6h` or `7d`."""
     timezone: str = "UTC"
-    """Name of the time zone that cron's hours are in, as `Europe/Berlin`."""
+    """Time zone of the cron expression, such as `Europe/Berlin`."""
     active: bool = True
-    """Whether it starts runs; a schedule may be kept without."""
+    """Whether the schedule starts runs; set it to false to pause the schedule."""
     catch_up: Literal["latest", "all", "none"] = "latest"
-    """Which runs start that were missed while the server or every worker was away: the newest, all, or none that is ten minutes late."""
+    """Which missed runs to start after the server or all workers were down: the latest, all, or none (if over ten minutes late)."""
     queue: Name | None = None
-    """Queue of the pipeline's pool, if another than the pipeline's."""
+    """Queue of the pipeline's pool; by default the pipeline's `queue`."""
     overrides: dict[str, Override] = {}
-    """Fields of stages for these runs: `{sft.lora.r: 32}`."""
+    """Overrides of stage fields for the scheduled runs, such as `{sft.lora.r: 32}`."""
     variables: dict[str, bool | int | float | str] = {}
-    """Values of `vars` for these runs."""
+    """Overrides of `vars` for the scheduled runs."""
 
     def problems(self) -> Iterator[Problem]:
         given = [name for name in ("cron", "interval") if getattr(self, name) is not None]
@@ -135,4 +136,4 @@ class Schedule(Strict):
             if found:
                 yield Problem("cron", found, hint)
         if self.timezone not in zoneinfo.available_timezones():
-            yield Problem("timezone", f"found '{self.timezone}', expected the name of a time zone, as Europe/Berlin")
+            yield Problem("timezone", f"found '{self.timezone}', expected a time zone, such as Europe/Berlin")

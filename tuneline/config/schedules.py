@@ -1,4 +1,4 @@
-"""What schedules override, checked as it would be on the command line, and reported where it stands in the file."""
+"""Check the overrides of schedules like those of the command line, and report problems at their place in the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tuneline.errors import ConfigError, Problem
 
 
 def check_schedules(loaded: Loaded) -> None:
-    """Loads the file once more for each schedule that overrides something. Raises ConfigError with every problem found."""
+    """Load the file once more for each schedule with overrides. Raises ConfigError with every problem found."""
     problems = [
         problem
         for name, pipeline in loaded.spec.pipelines.items()
@@ -32,6 +32,6 @@ def _problems(loaded: Loaded, name: str, here: Keys, overrides: Mapping[str, Any
     except ConfigError as error:
         for problem in error.problems:
             path = flags.get(problem.place, here)
-            # What is wrong with a value is said at it; what is wrong elsewhere because of it says where.
+            # A problem of an override is reported at it; a problem that it causes elsewhere names its field.
             elsewhere = f"{problem.field}: " if problem.field and problem.place not in flags else ""
             yield Problem(dotted(path), elsewhere + problem.message, problem.hint, place=loaded.source.place(path))

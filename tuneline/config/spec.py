@@ -1,9 +1,9 @@
-"""pipelines.yaml as types: the whole file format. Stage kinds are in `tuneline.kinds`, one file each.
+"""The file format of pipelines.yaml as types. Stage kinds are in `tuneline.kinds`, one file each.
 
-A field's description says its effect. `Reference` marks a field that names another stage; `OutsideFile` one that names a
-file or folder beside pipelines.yaml. Everything in `Stage` (the base class) only changes how a stage runs and is never in
-its key; everything a kind adds changes the result and is. Checks that need more than one field are `problems()`; those that
-need more than one stage are in `tuneline.config.checks`.
+A field's description states its effect. `Reference` marks a field that names another stage, `OutsideFile` one that names a
+file or folder outside of the store. Fields of `Stage` (the base class) only change how a stage runs and are never in its key.
+Fields that a kind adds change the result and are in the key. Checks of several fields are in `problems()`, checks of several
+stages in `upstream_problems()` and `tuneline.config.checks`.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ AnyStage = Annotated[
 ]
 STAGES: dict[str, type[Stage]] = {get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])}
 PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(stage, ProgramStage)}
-"""Kinds that a program carries out: all but the gate."""
+"""Kinds that run a program: all except the gate."""
 
 
 class Runtime(Strict):
-    """A Python environment: a lock file that tuneline installs, or a Python that is there already."""
+    """A Python environment: a lock file that tuneline installs, or an existing Python interpreter."""
 
     lock: Path | None = None
-    """Lock file, relative to pipelines.yaml."""
+    """Lock file to install, relative to pipelines.yaml."""
     python: str | None = None
-    """Python of an environment of your own."""
+    """Python interpreter of an existing environment."""
 
 
 class Pipeline(Strict):
     description: str = ""
-    """Shown in tables and reports."""
+    """Description shown in tables and reports."""
     salt: str = ""
-    """Changing it disowns every earlier artifact of this pipeline."""
+    """Text added to every cache key of this pipeline; change it to rebuild all stages."""
     parallel: int | None = Field(None, ge=1)
-    """Stages that may run at the same time; by default one for each GPU of the machine, or one."""
+    """Maximum number of stages that run at the same time; by default one per GPU of the machine, or one without GPUs."""
     pool: Name | None = None
-    """Pool that it runs in once deployed. Without one it is not deployed."""
+    """Work pool that the deployed pipeline runs in. A pipeline without a pool is not deployed."""
     queue: Name | None = None
-    """Queue of that pool."""
+    """Queue of the pool."""
     concurrency: int = Field(1, ge=1)
-    """Runs of its deployment that may work at the same time; further ones wait."""
+    """Maximum number of runs of the deployment at the same time; further runs wait."""
     tags: tuple[str, ...] = ()
-    """Tags of its runs in Prefect, beside its name."""
+    """Tags of the pipeline's runs in Prefect, in addition to its name."""
     schedules: dict[Name, Schedule] = {}
-    """When it runs by itself, by name."""
+    """Schedules of the deployed pipeline, by name."""
     stages: dict[Name, AnyStage] = Field(min_length=1)
-    """Stages by name; order is free."""
+    """Stages by name, in any order."""
 
 
 class Spec(Strict):
@@ -68,16 +68,16 @@ class Spec(Strict):
     version: Literal[1]
     """Version of this file format."""
     store: str = ".tuneline/store"
-    """Folder of artifacts."""
+    """Folder that stores artifacts."""
     roots: tuple[str, ...] = ()
-    """Folders outside of this file's own that its paths may lead into, such as `/data/models`."""
+    """Folders that paths in this file may lead into, in addition to the file's own folder, such as `/data/models`."""
     history: Annotated[str, Field(pattern=INTERVAL)] = "90d"
-    """How long runs that have ended are kept: by servers that tuneline starts, and as records by `tuneline gc`: `12h`, `30d`."""
+    """How long ended runs are kept, such as `12h` or `30d`: on servers started by tuneline, and as run records by `tuneline gc`."""
     vars: dict[str, bool | int | float | str] = {}
     """Values for `${name}` anywhere in the file."""
     runtimes: dict[Name, Runtime] = {}
-    """Environments beside the built-in ones."""
+    """Python environments in addition to the built-in ones, by name."""
     pools: dict[Name, AnyPool] = {}
-    """Work pools of Prefect, made by `tuneline deploy`."""
+    """Work pools of Prefect by name, created by `tuneline deploy`."""
     pipelines: dict[Name, Pipeline] = Field(min_length=1)
     """Pipelines by name."""

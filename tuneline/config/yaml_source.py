@@ -1,8 +1,8 @@
-"""YAML with places: `read` gives the plain tree of a file and where each key and value of it stands.
+"""YAML with places: `read` returns the plain tree of a file and the line and column of each key and value.
 
-Only what JSON could say is accepted (strings, finite numbers, true/false, null, lists, mappings with string keys), plus
-anchors, aliases and merge keys within bounds. Numbers and booleans are read as YAML 1.2 has them, so that `1e-4` is a number
-and `on` a string. Tags, duplicate keys, control characters and alias bombs are errors with a line.
+Only JSON's data model is accepted (strings, finite numbers, true/false, null, lists, mappings with string keys), plus
+anchors, aliases and merge keys within limits. Numbers and booleans follow YAML 1.2, so that `1e-4` is a number and `on` a
+string. Tags, duplicate keys, control characters and alias bombs are errors with a line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Keys = tuple[str | int, ...]
 MAX_BYTES = 1_000_000  # a 1,000-stage file has about 150,000
 MAX_NODES = 50_000  # after aliases are expanded; a 1,000-stage file has about 15,000
 MAX_DEPTH = 40
-MAX_DIGITS = 18  # what every reader of JSON keeps exactly
+MAX_DIGITS = 18  # every JSON parser keeps this many exactly
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 
@@ -42,27 +42,34 @@ _PLAIN = {
 for _name, _first in (("bool", "tTfF"), ("int", "-+0123456789"), ("float", "-+.0123456789"), ("null", "nN~"), ("merge", "<")):
     _Loader.add_implicit_resolver(_TAG + _name, _PLAIN[_name], list(_first) + ([""] if _name == "null" else []))
 
-# What PyYAML says, where it says it to its own developers: (part of its words, ours, hint).
+# Replacements for PyYAML's messages, which address its own developers: (part of its message, our message, hint).
 _SYNTAX = (
-    ("\\t", "found a tab at the start of a word", "YAML is indented with spaces, not tabs"),
+    ("\\t", "found a tab, expected spaces", "indent with spaces, not tabs"),
     ("another document", "found a second document after `---`, expected one", "write every pipeline under one `pipelines:`"),
-    ("second occurrence", "found an anchor (`&name`) twice", "give each anchor a name of its own"),
+    ("second occurrence", "found an anchor (`&name`) twice", "give each anchor its own name"),
     (
         "mapping values are not allowed",
-        "found a `:` that ends no key here",
-        "put quotes around text that holds `: `; check the indentation",
+        "found a `:` that does not end a key",
+        "put quotes around text that contains `: `; check the indentation",
     ),
     ("could not find expected ':'", "found a key without `:`", "write `key: value`; check quotes and indentation near this line"),
-    ("unexpected end of stream", "found a quote that is never closed", "close it; in single quotes a single quote is written twice"),
-    ("expected <block end>", "found text that does not fit into the block around it", "fields of one mapping start in the same column"),
-    ("'<stream end>'", "found the end of the text where a value is wanted", "close the bracket, brace or quote that was opened"),
-    ("expected the node content", "found a comma, bracket or brace where a value is wanted", "write the value, or quotes around it"),
+    ("unexpected end of stream", "found a quote that is never closed", "close it; inside single quotes, write a single quote twice"),
+    ("expected <block end>", "found text that does not fit the block around it", "start all fields of a mapping in the same column"),
+    ("'<stream end>'", "found the end of the text, expected a value", "close the bracket, brace or quote that was opened"),
+    ("expected the node content", "found a comma, bracket or brace, expected a value", "write the value, or put quotes around it"),
     ("'<document start>'", "found text after the end of the document", "check brackets, quotes and indentation in and above this line"),
-    ("unknown escape character", "found a backslash that escapes nothing", "in single quotes a backslash is only a backslash"),
-    ("cannot start any token", "found a character that starts no word of YAML", "put quotes around text that starts with @, ` or %"),
-    ("found undefined alias", "found an alias (`*name`) without its anchor", "write `&name` before it; put quotes around text with a `*`"),
+    ("unknown escape character", "found an invalid backslash escape", "use single quotes, in which a backslash is a plain character"),
+    ("cannot start any token", "found a character that cannot start a YAML value", "put quotes around text that starts with @, ` or %"),
+    (
+        "found undefined alias",
+        "found an alias (`*name`) without its anchor",
+        "define `&name` before it, or put quotes around text with a `*`",
+    ),
 )
-_LATE = ("could not find expected ':'", "found unexpected end of stream")  # noticed far behind the key or quote that began it
+_LATE = (
+    "could not find expected ':'",
+    "found unexpected end of stream",
+)  # PyYAML reports these far after the key or quote that caused them
 _UNCLOSED = re.compile(r"expected ',' or '(.)', but got '(.*)'")
 _TOKENS = {"<stream end>": "the end of the text", "<scalar>": "text"}
 
@@ -76,14 +83,14 @@ class YamlDocument:
     keys: dict[Keys, tuple[int, int]] = field(default_factory=dict)
     values: dict[Keys, tuple[int, int]] = field(default_factory=dict)
     flags: dict[Keys, str] = field(default_factory=dict)
-    """What came from the command line stands there, not in the file."""
+    """Flags of the command line that set a value, by path."""
 
     def place(self, path: Keys, at_key: bool = False) -> str:
-        """FILE:LINE:COL of a key or value, or its flag; of the nearest thing around it where it does not exist."""
+        """Return FILE:LINE:COL of a key or value, or its flag; that of the nearest parent if it does not exist."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.flags:
                 return self.flags[path[:end]]
-        if path not in self.keys and path not in self.values:  # a flag may have made the mappings around its field
+        if path not in self.keys and path not in self.values:  # a flag may have created the mappings around its field
             for flagged, flag in self.flags.items():
                 if flagged[: len(path)] == path:
                     return flag
@@ -97,7 +104,7 @@ class YamlDocument:
 
 
 def read(path: Path, name: str) -> YamlDocument:
-    """Reads a YAML file. Raises ConfigError, with a place, for anything that is not plain data."""
+    """Read a YAML file. Raises ConfigError with places for anything that is not plain data."""
 
     def wrong(place: str, message: str, hint: str) -> ConfigError:
         return ConfigError([Problem("", message, hint, place=place)])
@@ -106,13 +113,13 @@ def read(path: Path, name: str) -> YamlDocument:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise wrong(name, "found no such file", "`tuneline init` writes one; `--file` names another") from None
+        raise wrong(name, "found no such file", "create one with `tuneline init`, or name another with `--file`") from None
     except IsADirectoryError:
         raise wrong(name, "found a folder, expected a file", "name the file in it") from None
     except OSError as error:
         raise wrong(name, f"the file cannot be read: {error.strerror}", "check its name and its permissions") from None
     if len(data) > MAX_BYTES:
-        raise wrong(name, f"found more than {MAX_BYTES // 1_000_000} MB", "is that the pipelines file? `--file` names another")
+        raise wrong(name, f"found more than {MAX_BYTES // 1_000_000} MB", "name the pipelines file with `--file`")
     try:
         return parse(data.decode("utf-8-sig"), name)
     except UnicodeDecodeError as error:
@@ -123,7 +130,7 @@ def read(path: Path, name: str) -> YamlDocument:
 
 
 def parse(text: str, name: str) -> YamlDocument:
-    """The tree of a text, None where nothing is in it. Raises ConfigError with places for anything that is not plain data."""
+    """Parse a text; the tree is None if it is empty. Raises ConfigError with places for anything that is not plain data."""
     source, problems = YamlDocument(name), list[Problem]()
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -138,7 +145,9 @@ def parse(text: str, name: str) -> YamlDocument:
         place = f"{name}:{text.count(chr(10), 0, error.position) + 1}:{error.position - start}"
         raise ConfigError([_control_character(place, "", chr(error.character))]) from None
     except RecursionError:
-        raise ConfigError([Problem("", f"found more than {MAX_DEPTH} levels", "nest less", place=f"{name}:1:1")]) from None
+        raise ConfigError(
+            [Problem("", f"found more than {MAX_DEPTH} levels of nesting", "reduce the nesting", place=f"{name}:1:1")]
+        ) from None
     try:
         source.tree = None if node is None else _Builder(source, problems).build(node, (), 0)
     except _Stop:
@@ -149,11 +158,11 @@ def parse(text: str, name: str) -> YamlDocument:
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
-    """(message, hint) in the words of people who write YAML, not of those who parse it."""
+    """Return (message, hint) for people who write YAML."""
     unclosed = _UNCLOSED.match(str(error.problem))
     if unclosed and error.context_mark:
         where = f"in the {'list' if unclosed[1] == ']' else 'mapping'} that begins in line {error.context_mark.line + 1}"
-        found = f"found {_TOKENS.get(unclosed[2], f'`{unclosed[2]}`')} where `,` or `{unclosed[1]}` is wanted, {where}"
+        found = f"found {_TOKENS.get(unclosed[2], f'`{unclosed[2]}`')}, expected `,` or `{unclosed[1]}` {where}"
         return found, "check brackets, commas and quotes from there on"
     for part, message, hint in _SYNTAX:
         if part in str(error.problem):
@@ -162,11 +171,11 @@ def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
 
 
 def _control_character(place: str, path: str, character: str) -> Problem:
-    return Problem(path, f"found the control character U+{ord(character):04X}", "remove it: the file is plain text", place=place)
+    return Problem(path, f"found the control character U+{ord(character):04X}", "remove it: the file must be plain text", place=place)
 
 
 class _Stop(Exception):
-    """Enough was found: the rest of the file is not looked at."""
+    """Stop reading the rest of the file."""
 
 
 class _Builder:
@@ -180,8 +189,12 @@ class _Builder:
     def build(self, node: yaml.Node, path: Keys, depth: int) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or depth > MAX_DEPTH:
-            what = f"more than {MAX_DEPTH} levels" if depth > MAX_DEPTH else f"more than {MAX_NODES} values once aliases are expanded"
-            self._problem(node, path[:6], f"found {what}", "nest less, and write fewer aliases; one inside its own anchor never ends")
+            what = (
+                f"more than {MAX_DEPTH} levels of nesting"
+                if depth > MAX_DEPTH
+                else f"more than {MAX_NODES} values once aliases are expanded"
+            )
+            self._problem(node, path[:6], f"found {what}", "reduce nesting and aliases; an alias inside its own anchor never ends")
             raise _Stop
         self.source.values.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
@@ -196,7 +209,7 @@ class _Builder:
         text = str(node.value)
         if kind in ("str", "merge"):  # `<<` as a value is text
             return self._text(node, path)
-        if kind not in _PLAIN or not _PLAIN[kind].match(text):  # a tag that was written out
+        if kind not in _PLAIN or not _PLAIN[kind].match(text):  # an explicit tag
             return self._tag(node, path)
         value = yaml_value(text)
         if kind == "int" and value is None:
@@ -206,7 +219,7 @@ class _Builder:
         return value
 
     def _no_number(self, node: yaml.Node, path: Keys, found: str, expected: str) -> None:
-        self._problem(node, path, f"found {found}, expected {expected}", "put quotes around it if it is meant as text")
+        self._problem(node, path, f"found {found}, expected {expected}", "put quotes around it if it is text")
 
     def _text(self, node: yaml.ScalarNode, path: Keys) -> str:
         control = _CONTROL.search(node.value)
@@ -228,7 +241,7 @@ class _Builder:
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 found = f"`{key_node.value}`" if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                self._problem(key_node, path, f"found {found} as a key, expected text", "put quotes around it if it is meant as a name")
+                self._problem(key_node, path, f"found {found} as a key, expected text", "put quotes around it if it is a name")
                 continue
             key = self._text(key_node, path)
             if key in result:
@@ -247,7 +260,7 @@ class _Builder:
 
 
 def yaml_value(text: str) -> Any:
-    """What a plain scalar means; None for null and for numbers that JSON could not keep."""
+    """Return the value of a plain scalar; None for null and for numbers that JSON cannot represent."""
     kind = next((kind for kind in ("null", "bool", "int", "float") if _PLAIN[kind].match(text)), "str")
     if kind == "int":
         return int(text) if len(text.lstrip("+-0")) <= MAX_DIGITS else None
@@ -257,7 +270,7 @@ def yaml_value(text: str) -> Any:
 
 
 def dotted(path: Keys) -> str:
-    """`demo.sft.lora.r` for a field of a stage, the path in the file otherwise."""
+    """Return `demo.sft.lora.r` for a field of a stage, the path in the file otherwise."""
     shown = list(path)
     if len(shown) >= 2 and shown[0] == "pipelines":
         shown = shown[1:]

@@ -1,7 +1,7 @@
-"""What a model is made of, read from its `config.json` alone: its parameters, and the linear layers that an adapter can go on.
+"""Read a model's architecture from its `config.json` alone: its parameters, and the linear layers that an adapter can target.
 
-Counted are decoders of one build: `q_proj`, `k_proj`, `v_proj`, `o_proj`, a gated MLP, RMS norms. `tests/program/test_estimates.py`
-compares every type with transformers' own model. Of any other type nothing is said: a wrong figure is worse than none.
+Supports decoders of one structure: `q_proj`, `k_proj`, `v_proj`, `o_proj`, a gated MLP, RMS norms. `tests/program/test_estimates.py`
+compares every type with transformers' own model. Other types have no estimate: a wrong one is worse than none.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Family:
-    """Where a type differs from Llama, and what its config.json leaves out when it has the type's default."""
+    """Differences of a model type from Llama, and its defaults for fields that its config.json may omit."""
 
     norms: int = 2
-    """Of a layer, each over the hidden size."""
+    """Norms per layer, each over the hidden size."""
     head_norms: bool = False
-    """Queries and keys of each head are normalised as well."""
+    """Whether queries and keys of each head are normalized as well."""
     qkv_bias: bool = False
     tied: bool = False
     head_dim: int | None = None
-    """Where it is not the hidden size over the heads."""
+    """Head dimension, if it is not the hidden size divided by the heads."""
     windows: bool = False
-    """Whether some of its models attend to the last tokens alone in some layers."""
+    """Whether models of the type may use sliding-window attention in some layers."""
 
 
 FAMILIES = {
@@ -55,7 +55,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Named as in `config.json`, so far as it has the field."""
+    """An architecture. Fields are named as in `config.json` where it has them."""
 
     hidden_size: int
     intermediate_size: int
@@ -69,13 +69,13 @@ class Architecture:
     mlp_bias: bool
     family: Family
     dtype: str | None
-    """Of the weights in its files."""
+    """Data type of the weights in the model's files."""
     positions: float
-    """Tokens that its positions reach to: `reach`."""
+    """Maximum sequence length in tokens, from `reach`."""
 
     @property
     def sharing(self) -> list[int]:
-        """Numbers of processes that can share a sequence, exchanging tokens for heads: `tasks.training.sequences`."""
+        """Numbers of processes that can share a sequence by exchanging tokens for heads: `tasks.training.sequences`."""
         heads, keys = self.num_attention_heads, self.num_key_value_heads
         return [n for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0)]
 
@@ -89,7 +89,7 @@ class Architecture:
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one decoder layer: what goes in, what comes out."""
+        """Linear layers of one decoder layer: (input size, output size) by name."""
         h, i = self.hidden_size, self.intermediate_size
         return {
             "self_attn.q_proj": (h, self.queries),
@@ -103,7 +103,7 @@ class Architecture:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of all linear layers but the head: what QLoRA quantizes."""
+        """Number of weights of all linear layers except the head; QLoRA quantizes these."""
         return self.num_hidden_layers * sum(inputs * outputs for inputs, outputs in self.linear.values())
 
     @property
@@ -125,11 +125,11 @@ class Architecture:
         return embeddings + self.num_hidden_layers * self.layer_parameters + self.hidden_size
 
     def targeted(self, target_modules: tuple[str, ...] | str) -> dict[str, int]:
-        """In how many decoder layers each linear layer gets an adapter, by the rule of `tasks.models.targets.adapted`."""
+        """Return the number of decoder layers in which each linear layer gets an adapter, as in `tasks.models.targets.adapted`."""
         return _targeted(self.num_hidden_layers, tuple(self.linear), target_modules)
 
     def lora_parameters(self, r: int, target_modules: tuple[str, ...] | str, use_dora: bool = False) -> int:
-        """A is (r, in), B is (out, r); DoRA adds a magnitude for each output."""
+        """Return the parameters of an adapter: A is (r, in), B is (out, r); DoRA adds a magnitude per output."""
         count = 0
         for name, layers in self.targeted(target_modules).items():
             inputs, outputs = self.linear[name]
@@ -152,10 +152,10 @@ def _targeted(layers: int, linear: tuple[str, ...], target_modules: tuple[str, .
 
 
 def architecture_of(workspace: Workspace, stages: Mapping[str, Stage], rows: Mapping[str, PlanRow], name: str) -> Architecture | str:
-    """The architecture that the stage `name` works on, or in words why it is not known. Reads no weight."""
+    """Return the architecture that the stage `name` uses, or a text why it is unknown. Reads no weights."""
     stage = stages[name]
     while not isinstance(stage, ModelStage):  # a training or a merge changes weights, never the architecture
-        assert isinstance(stage, MergeStage | Training)  # no other gives what can be trained on
+        assert isinstance(stage, MergeStage | Training)  # no other kind outputs a trainable model
         name = stage.adapters[0] if isinstance(stage, MergeStage) else stage.model
         stage = stages[name]
     artifact = rows[name].artifact
@@ -178,16 +178,16 @@ def architecture_of(workspace: Workspace, stages: Mapping[str, Stage], rows: Map
 
 @lru_cache
 def read(text: bytes) -> Architecture | str:
-    """A `config.json`. Raises ValueError where it is none."""
+    """Read a `config.json`; return the architecture, or why it is not supported. Raises ValueError if it is not valid."""
     config: dict[str, Any] = json.loads(text)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        return f"models of type `{model_type}` are not counted, only {', '.join(FAMILIES)}"
+        return f"models of type `{model_type}` are not supported, only {', '.join(FAMILIES)}"
     if "quantization_config" in config:
         return "its weights are quantized"
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-        return f"its config.json does not say {', '.join(missing)}"
+        return f"its config.json has no {', '.join(missing)}"
     family, heads = FAMILIES[model_type], config["num_attention_heads"]
     return Architecture(
         **{name: config[name] for name in needed},
@@ -203,11 +203,11 @@ def read(text: bytes) -> Architecture | str:
 
 
 def reach(config: Mapping[str, Any]) -> float:
-    """Tokens that a model's positions reach to, infinite where its config.json does not say: not every model counts them.
+    """Return the maximum sequence length in tokens; infinite if config.json has none, because some models have no limit.
 
-    RoPE scaling stretches them. Some models write the stretched number themselves (Llama 3, Phi 3), others that of before (Qwen's YaRN):
-    the larger one holds.
+    RoPE scaling extends it. Some models write the extended number (Llama 3, Phi 3), others the original one (Qwen's YaRN), so the
+    larger one applies.
     """
     written = config.get("max_position_embeddings") or config.get("n_positions") or math.inf
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}  # its name in transformers 5, and before
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}  # names in transformers 5, and before
     return max(written, (scaling.get("original_max_position_embeddings") or written) * (scaling.get("factor") or 1))

@@ -1,4 +1,4 @@
-"""What trainings and merges will take, for `tuneline plan`: parameters, memory of each device, disk. Imports no torch, reads no weight."""
+"""Estimate trainings and merges for `tuneline plan`: parameters, memory per device, disk. Imports no torch, reads no weights."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from tuneline.planning.plan import PlanRow
 from tuneline.workspace.checkpoints import Checkpoint, layout
 from tuneline.workspace.workspace import Workspace
 
-UNIVERSAL = 2 * 12  # bytes of a trained parameter that DeepSpeed's converter writes: its states by process, then those by parameter
+UNIVERSAL = 2 * 12  # bytes per trained parameter that DeepSpeed's converter writes: states per process, then per parameter
 
 
 @dataclass(frozen=True)
 class Estimate:
     unknown: str = ""
-    """Why nothing can be said; then all the others are None."""
+    """Reason why there is no estimate; all other fields are then None."""
     parameters: int | None = None
-    """Of the model that is trained or written, without an adapter."""
+    """Parameters of the trained or written model, without an adapter."""
     trainable: int | None = None
-    """Parameters that are trained; None for a merge."""
+    """Trained parameters; None for a merge."""
     sequence_length: int | None = None
-    """Tokens of a training's longest sequence."""
+    """Length of a training's longest sequence, in tokens."""
     device: Literal["gpu", "cpu"] | None = None
     memory: Memory | None = None
-    """Of each GPU, or of each process where there is none."""
+    """Memory per GPU, or per process without GPUs."""
     disk: int | None = None
-    """Most bytes at once, in work folder and store; None where the type of the base's files is not known."""
+    """Peak disk usage of work folder and store, in bytes; None if the data type of the base's files is unknown."""
 
     @property
     def share(self) -> float | None:
-        """Of what is trained in all parameters, the adapter's among them, as PEFT prints it."""
+        """Share of trained parameters in all parameters, including the adapter's, as PEFT prints it."""
         if self.trainable is None or self.parameters is None:
             return None
         return 1.0 if self.trainable == self.parameters else self.trainable / (self.parameters + self.trainable)
@@ -50,7 +50,7 @@ class Estimate:
 
 
 def estimates(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> dict[str, Estimate]:
-    """Of every training and merge among the rows of a plan, by stage."""
+    """Return the estimates of all trainings and merges in a plan, by stage."""
     stages, planned = workspace.loaded.pipeline(pipeline).stages, {row.stage: row for row in rows}
     found = {}
     for name, row in planned.items():
@@ -90,12 +90,12 @@ def job_of(architecture: Architecture, stage: Training, stages: Mapping[str, Sta
 
 
 def row_length(dataset: Stage) -> int | None:
-    """Return the most tokens of a row, or None where the dataset stage does not bound them."""
+    """Return the maximum length of a row in tokens, or None if the dataset stage does not limit it."""
     return dataset.max_length if isinstance(dataset, DatasetStage) else None
 
 
 def of_merge(architecture: Architecture, stage: MergeStage) -> Estimate:
-    """The merge itself streams; its check holds base and adapter, then the merged model, in float32 on the CPU, beside the file."""
+    """Estimate a merge. It streams weights, but its check holds base and adapter, then the merged model, in float32 on the CPU."""
     dtype = architecture.dtype if stage.dtype == "auto" else stage.dtype
     written = BYTES[dtype] * architecture.parameters if dtype in BYTES else None
     return Estimate(
@@ -107,11 +107,11 @@ def of_merge(architecture: Architecture, stage: MergeStage) -> Estimate:
 
 
 def disk_of(job: Job, checkpoint: Checkpoint | None = None) -> int | None:
-    """Checkpoints of trained weights and optimizer states, and the artifact; or, while it begins from a `checkpoint` of other processes,
-    those and what that one is put together to. Tokenizers, of a few MB, are left out."""
+    """Return the disk usage: checkpoints and the artifact; or, when it resumes from a `checkpoint` of another number of processes, those
+    and the converted checkpoint. Ignores tokenizers, which have a few MB."""
     weight, _, state = job.states
     resources = job.stage.resources
-    kept = resources.checkpoints_kept + 1  # and the one that is being written
+    kept = resources.checkpoints_kept + 1  # plus the one in progress
     if job.stage.max_steps and resources.checkpoint_minutes is None and not getattr(job.stage, "early_stopping", None):
         kept = min(kept, -(-job.stage.max_steps // resources.checkpoint_steps))
     written = BYTES.get(job.architecture.dtype or "") if job.method == "full" else weight

@@ -1,9 +1,9 @@
-"""Whether a training fits: its rows the positions of its model, its memory the GPUs of its pool, and if not, the cheapest change that
-makes it fit.
+"""Check whether a training fits: its rows the model's positions, its memory the GPUs of its pool. If not, find the cheapest change
+that makes it fit.
 
-Changes are tried in the order of what they cost: nothing but steps of another shape (micro-batch), a third more time
-(gradient checkpointing), more communication or more GPUs (sharding, then shared sequences), waiting for the CPU's memory
-(offload), and last what changes the result (QLoRA).
+Changes are tried in the order of their cost: none but another batch shape (micro-batch), a third more time (gradient
+checkpointing), more communication or more GPUs (sharding, then sequence parallelism), transfers to CPU memory (offload), and
+last a change of the result (QLoRA).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tuneline.kinds.training import Training
 from tuneline.planning.plan import PlanRow
 from tuneline.workspace.workspace import Workspace
 
-Change = dict[str, Any]  # of a stage: field, dotted, to value
+Change = dict[str, Any]  # dotted field of a stage to value
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
-MOST_GPUS = 8  # of a machine, where the pool does not say
-SAFE = 0.9  # of a GPU's memory: estimates of LoRA err by up to a tenth, others by more (docs/estimates.md)
+MOST_GPUS = 8  # per machine, if the pool does not say
+SAFE = 0.9  # share of a GPU's memory: estimates of LoRA are off by up to 10%, others by more (docs/estimates.md)
 
 
 def gib(size: int, digits: int = 1) -> str:
@@ -35,8 +35,8 @@ def gib(size: int, digits: int = 1) -> str:
 
 
 def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
-    """Of each training: rows beyond its model's positions, heads that so many processes cannot share, and more memory than the GPUs of
-    its pool have, or nearly as much."""
+    """Yield warnings about trainings: rows beyond the model's positions, heads that the processes cannot share, and memory that exceeds,
+    or nearly exceeds, the pool's GPUs."""
     loaded, planned = workspace.loaded, {row.stage: row for row in rows}
     stages = loaded.pipeline(pipeline).stages
     for name, row in planned.items():
@@ -53,11 +53,14 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
             field = (*path, problem.field)
             yield Problem(dotted(field), problem.message, problem.hint, place=loaded.source.place(field))
         if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
-            heads = f"{architecture.num_attention_heads} heads of its model ({architecture.num_key_value_heads} of keys)"
+            heads = f"model's {architecture.num_attention_heads} attention heads and {architecture.num_key_value_heads} key-value heads"
             allowed = ", ".join(map(str, architecture.sharing))
             path = (*path, "resources", "sequence_parallel_size")
             yield Problem(
-                dotted(path), f"found {size}, expected for the {heads}: {allowed}", "the run will fail", place=loaded.source.place(path)
+                dotted(path),
+                f"found {size}, expected {allowed} for the {heads}",
+                "change it: the run would fail",
+                place=loaded.source.place(path),
             )
             continue
         if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
@@ -65,21 +68,21 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         job, room = job_of(architecture, stage, stages), room_for(stage, pool.gpu_memory)
         if (needed := job.memory().total) > SAFE * room:
             digits = next((digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits)), 1)
-            found = f"about {gib(needed, digits)} of a GPU are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
-            found += ", which is tight: estimates err by a tenth or more" if needed <= room else ""
+            found = f"about {gib(needed, digits)} of GPU memory are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
+            found += ", which is tight: estimates are off by 10% or more" if needed <= room else ""
             yield Problem(dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name), place=loaded.source.place(path))
 
 
 def beyond_positions(stage: Training, row: int | None, architecture: Architecture) -> Problem | None:
-    """Sequences may be longer than the model's positions reach: then programs refuse them (tasks/training/sft.py says why)."""
+    """Return a problem if sequences may exceed the model's positions, which programs reject (see tasks/training/sft.py)."""
     field, tokens = stage.positions(row)
     message = f"sequences may have {tokens} tokens, more than the model's positions, {architecture.positions:.0f}"
-    hint = f"lower it; `max_length` in `{stage.dataset}` drops or cuts longer rows; or stretch the model's RoPE in its config.json"
+    hint = f"lower it, set `max_length` in `{stage.dataset}` to drop or truncate longer rows, or extend the model's RoPE in its config.json"
     return Problem(field, message, hint) if tokens > architecture.positions else None
 
 
 def room_for(stage: Training, gpu_memory: str) -> int:
-    """Bytes of a GPU that the training has: what vLLM takes of it is gone, where both share one."""
+    """Return the GPU memory for the training in bytes, without vLLM's part if both share a GPU."""
     size = int(gpu_memory[:-2]) * UNITS[gpu_memory[-2:]]
     engine = stage.resources.engine or EngineSettings()
     shared = stage.uses_engine() and engine.gpus == 0
@@ -97,13 +100,13 @@ def remedy(job: Job, room: int, gpus: int, name: str) -> str:
         if allowed and (needed := changed.memory().total) <= room:
             flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
             away = changed.memory().offloaded
-            beside = f", and {gib(away)} of the CPU's memory for each process" if away else ""
+            beside = f", and {gib(away)} of CPU memory per process" if away else ""
             return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
-    return "no change of its resources fits with a tenth to spare: take larger GPUs, a smaller model or shorter sequences"
+    return "no change of resources fits with 10% to spare: use larger GPUs, a smaller model or shorter sequences"
 
 
 def changes(job: Job, gpus: int) -> Iterator[Change]:
-    """Fields to set, the cheapest first."""
+    """Yield changes of fields, cheapest first."""
     stage, resources = job.stage, job.stage.resources
     sizes: list[Change] = [{}, *({"resources.micro_batch_size": size} for size in smaller(stage))]
     yield from sizes[1:]
@@ -127,7 +130,7 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
 
 
 def new(stage: Training, change: Change) -> Change:
-    """The fields that are not as they would be set anyway."""
+    """Return the fields of a change that differ from the stage."""
     return {field: value for field, value in change.items() if reduce(getattr, field.split("."), stage) != value}
 
 

@@ -1,15 +1,15 @@
-"""Memory of a device that trains, from the configuration alone.
+"""Estimate the memory of a training device from the configuration alone.
 
-Counted is the moment at which a training holds most: the backward pass begins, with a full batch of the longest sequences
-allowed. Where the formulas come from:
+The estimate is the peak of a training: the start of the backward pass, with a full batch of the longest allowed sequences.
+Sources of the formulas:
 
-    states        with Adam 16 bytes a trained parameter, a frozen one only its weight: ZeRO (arXiv:1910.02054), section 3.1
-    shards        over the processes: optimizer states (zero1), gradients (zero2), weights (zero3, fsdp): the same, section 5
-    activations   as in "Reducing Activation Recomputation" (arXiv:2205.05198), section 4, but counted for what transformers,
-                  PEFT and TRL keep today: `tests/program/test_estimates.py` compares with what their code does keep
-    QLoRA         NF4 and 0.127 bits a weight for its scales, which are quantized too: arXiv:2305.14314, section 3
+    states        with Adam 16 bytes per trained parameter, a frozen one only its weight: ZeRO (arXiv:1910.02054), section 3.1
+    shards        over the processes: optimizer states (zero1), gradients (zero2), weights (zero3, fsdp): same paper, section 5
+    activations   as in "Reducing Activation Recomputation" (arXiv:2205.05198), section 4, adapted to what transformers, PEFT
+                  and TRL keep: `tests/program/test_estimates.py` compares with their code
+    QLoRA         NF4 and 0.127 bits per weight for its quantized scales: arXiv:2305.14314, section 3
 
-What no formula knows is in `other`: the CUDA context and the allocator's slack. docs/estimates.md has the errors.
+`other` has what no formula covers: the CUDA context and the allocator's overhead. docs/estimates.md lists the errors.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from dataclasses import dataclass
 from tuneline.estimates.architectures import BYTES, Architecture
 from tuneline.kinds.training import Training
 
-CONTEXT = 1 << 30  # of a GPU: CUDA's context, the libraries' workspaces, what the allocator holds and does not use
-PROCESS = 3 << 28  # of a process on the CPU: Python, torch and the trainer, without a model
-TILE = 4096, 32768  # tokens and vocabulary that TRL's fused head works on at once
-CPU_TILES = 8  # float32 copies of a tile that it makes where there is no Triton
-BUCKET = 500_000_000  # DeepSpeed's default: elements that it communicates at once
+CONTEXT = 1 << 30  # bytes per GPU: CUDA context, library workspaces, memory that the allocator reserves but does not use
+PROCESS = 3 << 28  # bytes per process on the CPU: Python, torch and the trainer, without a model
+TILE = 4096, 32768  # tokens and vocabulary entries that TRL's fused head processes at once
+CPU_TILES = 8  # float32 copies of a tile that it makes without Triton
+BUCKET = 500_000_000  # DeepSpeed's default: elements per communication
 NF4_BITS = 4.127
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device: of a GPU, or of one process where there is none."""
+    """Memory of one device in bytes: of a GPU, or of one process without GPUs."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     other: int
-    """Context, workspaces, buffers of communication."""
+    """Context, workspaces, communication buffers."""
     offloaded: int = 0
-    """In the CPU's memory instead, for each process."""
+    """CPU memory per process, by offloading."""
 
     @property
     def total(self) -> int:
@@ -47,15 +47,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Job:
-    """A training as one of its devices sees it."""
+    """A training from the view of one device."""
 
     architecture: Architecture
     stage: Training
     length: int
-    """Tokens of the longest sequence."""
+    """Length of the longest sequence, in tokens."""
     method: str = "lora"
     bits: int = 4
-    """Of the base's weights, with qlora."""
+    """Bits per base weight with qlora."""
 
     @property
     def trainable(self) -> int:
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def compute(self) -> int:
-        """Bytes of the compute type."""
+        """Bytes per element of the compute type."""
         return BYTES[self.stage.compute_type()]
 
     @property
@@ -79,17 +79,17 @@ class Job:
 
     @property
     def mixed(self) -> bool:
-        """Whether autocast computes in bfloat16 with trained weights that are float32. DeepSpeed makes them bfloat16."""
+        """Whether autocast computes in bfloat16 with float32 trained weights. DeepSpeed converts them to bfloat16."""
         return self.compute == 2 and not self.deepspeed
 
     @property
     def states(self) -> tuple[int, int, int]:
-        """Bytes of weight, gradient and optimizer state of one trained parameter; DeepSpeed's float32 copy is among the states."""
+        """Bytes of weight, gradient and optimizer state per trained parameter; DeepSpeed's states include its float32 copy."""
         return (self.compute, self.compute, 12) if self.deepspeed else (4, 4, 8)
 
     @property
     def frozen(self) -> int:
-        """Bytes of what is not trained. QLoRA quantizes the linear layers; embeddings, head and norms stay as they are."""
+        """Bytes of frozen weights. QLoRA quantizes the linear layers, but not embeddings, head and norms."""
         if self.method == "full":
             return 0
         quantized = self.architecture.linear_parameters if self.method == "qlora" else 0
@@ -102,12 +102,12 @@ class Job:
 
     @property
     def shared(self) -> int:
-        """Processes that share each sequence."""
+        """Number of processes that share each sequence."""
         return self.stage.resources.sequence_parallel_size
 
     @property
     def tokens(self) -> int:
-        """Those of a micro-batch that one device works on."""
+        """Tokens of a micro-batch on one device."""
         return self.rows * -(-self.length // self.shared)
 
     # --- one device ---------------------------------------------------------------------------------------------------
@@ -134,43 +134,43 @@ class Job:
         return Memory(weights_here, gradients_here, states - away_states, activations, other, away_weights + away_states)
 
     def buffers(self, gradients: int) -> int:
-        """DDP's buckets are a second copy of the gradients, DeepSpeed has two of a fixed size."""
+        """Return the communication buffers: DDP's buckets are a second copy of the gradients, DeepSpeed has two of a fixed size."""
         if self.deepspeed:
             return 2 * self.compute * min(BUCKET, self.trainable)
         return gradients if self.stage.resources.strategy == "ddp" and self.stage.resources.world_size > 1 else 0
 
     @property
     def gathered(self) -> int:
-        """What is whole while it works although its weights are sharded: the head, and two layers, the next one being fetched."""
+        """Bytes of sharded weights that are gathered at the same time: the head, and two layers, one of them prefetched."""
         return self.compute * (self.architecture.head_parameters + 2 * self.architecture.layer_parameters)
 
     # --- activations --------------------------------------------------------------------------------------------------
 
     def activations(self) -> int:
-        """What the forward pass of one micro-batch keeps for the backward pass, and the most that is worked on beside it."""
+        """Return the bytes that the forward pass of a micro-batch keeps for the backward pass, plus the peak of temporaries."""
         a, tokens = self.architecture, self.tokens
         layer = tokens * self.layer()
-        if self.stage.resources.gradient_checkpointing:  # what goes into each layer; one at a time is computed again
+        if self.stage.resources.gradient_checkpointing:  # keeps the input of each layer; recomputes one layer at a time
             entering = 4 if self.method == "full" and self.mixed else self.compute
             kept = tokens * entering * a.hidden_size * a.num_hidden_layers + layer
         else:
             kept = layer * a.num_hidden_layers
-        copies = self.compute * self.trainable if self.mixed else 0  # autocast's, of float32 weights
-        last = tokens * (4 + self.compute) * a.hidden_size  # the last norm, and the hidden states that the head is given
-        backward = tokens * (3 * self.compute * a.intermediate_size + 8 * a.hidden_size)  # gradients inside of a layer
-        decoded = self.compute * a.hidden_size * a.intermediate_size if self.method == "qlora" else 0  # a weight at a time
+        copies = self.compute * self.trainable if self.mixed else 0  # autocast's copies of float32 weights
+        last = tokens * (4 + self.compute) * a.hidden_size  # the last norm, and the head's input
+        backward = tokens * (3 * self.compute * a.intermediate_size + 8 * a.hidden_size)  # gradients inside a layer
+        decoded = self.compute * a.hidden_size * a.intermediate_size if self.method == "qlora" else 0  # one weight at a time
         return kept + copies + last + max(backward + decoded, self.head())
 
     def layer(self) -> int:
-        """Bytes that a decoder layer keeps of each token. Norms compute in float32. A frozen linear layer keeps nothing, an adapter what
-        goes into it."""
+        """Return the bytes that a decoder layer keeps per token. Norms compute in float32. A frozen linear layer keeps nothing, an
+        adapter its inputs."""
         a, compute, full = self.architecture, self.compute, self.method == "full"
         norms = 4 * a.family.norms * (a.hidden_size + 1)
-        if full:  # their weights are trained, too
+        if full:  # the weights of norms are trained too
             norms += (4 if self.mixed else compute) * a.family.norms * a.hidden_size
         if a.family.head_norms:
             norms += (4 + (compute if full else 0)) * (a.queries + a.keys) + 4 * (a.num_attention_heads + a.num_key_value_heads)
-        # With a mask, for padding or between packed rows, each head of queries gets keys and values of its own.
+        # With a mask, for padding or between packed rows, keys and values are repeated for each query head.
         masked = self.shared == 1 and (self.rows > 1 or self.stage.packs())
         keys = a.queries if masked else a.keys
         attention = 2 * compute * (a.queries + keys) + 4 * a.num_attention_heads + (compute * self.length if masked else 0)
@@ -178,12 +178,12 @@ class Job:
         return norms + attention + mlp + (self._into_weights() if full else self._into_adapters())
 
     def _into_weights(self) -> int:
-        """What goes into trained linear layers; autocast casts it for each one. `o_proj` takes what the attention keeps anyway."""
+        """Return the bytes of the inputs of trained linear layers; autocast casts them for each. Attention keeps `o_proj`'s anyway."""
         a = self.architecture
         return self.compute * ((5 if self.mixed else 2) * a.hidden_size + a.intermediate_size)
 
     def _into_adapters(self) -> int:
-        """What goes into A and into B of each adapter; layers beside one another share it unless it is cast or dropped out for each."""
+        """Return the bytes of the inputs of A and B of each adapter. Parallel layers share them, unless cast or dropped out for each."""
         a, lora, compute = self.architecture, self.stage.lora, self.compute
         own, shared = 0.0, dict[str, float]()
         for name, layers in a.targeted(lora.target_modules).items():
@@ -192,24 +192,24 @@ class Job:
             own += share * compute * lora.r
             if self.mixed or lora.lora_dropout:
                 own += share * compute * inputs
-            elif name != "self_attn.o_proj":  # its input is kept by the attention anyway
+            elif name != "self_attn.o_proj":  # attention keeps its input anyway
                 source = "mlp.down_proj" if name == "mlp.down_proj" else name.partition(".")[0]
                 shared[source] = max(shared.get(source, 0), share * compute * inputs)
             if lora.lora_dropout:
-                own += share * inputs * (1 if self.on_gpu else 4)  # the mask
+                own += share * inputs * (1 if self.on_gpu else 4)  # dropout mask
             if lora.use_dora:
                 own += share * 2 * compute * outputs
         return round(own + sum(shared.values()))
 
     def head(self) -> int:
-        """TRL's fused head: a tile of logits at a time, the gradient of the hidden states in float32, that of the head if trained."""
+        """Return the bytes of TRL's fused head: a tile of logits, float32 gradients of the hidden states, and of the head if trained."""
         a = self.architecture
         scored = self.rows * -(-self.stage.scored_tokens(self.length) // self.shared)
         tile = min(scored, TILE[0]) * TILE[1] * (self.compute if self.on_gpu else 4 * CPU_TILES)
         return tile + 4 * scored * a.hidden_size + (4 * a.head_parameters if self.method == "full" else 0)
 
     def sampling(self) -> int:
-        """Where the trained model itself samples: keys and values of a step's sequences, the prompts' first pass, the next logits."""
+        """Return the bytes of sampling by the trained model: KV cache of a step's sequences, prefill of the prompts, next logits."""
         if not (sampled := self.stage.sampled_tokens()):
             return 0
         a, compute = self.architecture, self.compute

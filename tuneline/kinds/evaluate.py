@@ -1,4 +1,4 @@
-"""The stage kind `evaluate`, and which of its figures can be compared."""
+"""The stage kind `evaluate`, and the rules for comparing its metrics."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from tuneline.wording import listed, nearest
 # Fields that decide which questions are asked, and how.
 DATASET_QUESTIONS = ("limit", "max_new_tokens")
 BENCHMARK_QUESTIONS = ("limit", "num_fewshot", "include_path", "seed")
-SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # of a dataset's rows: tasks/evaluation/evaluate.py
-WITHOUT_ANSWERS = ("bits_per_byte",)  # nothing is generated for them
+SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # metrics of a dataset: tasks/evaluation/evaluate.py
+WITHOUT_ANSWERS = ("bits_per_byte",)  # metrics that need no generation
 
-HUMAN_EVAL = "human_eval"  # the one benchmark that is not lm-eval's own
+HUMAN_EVAL = "human_eval"  # the only benchmark that lm-eval does not run
 
 
-# Fields without effect, unless the field is given that they are for.
+# Fields that have an effect only together with the named field.
 ONLY_WITH = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | dict.fromkeys(
     ("max_new_tokens", "on_unrendered"), "datasets"
 )
 
 
 class EvaluateStage(ComputingStage):
-    """Benchmarks of lm-eval and test splits of datasets, on a model or an adapter."""
+    """Evaluate a model or an adapter on lm-eval benchmarks and on the test splits of datasets."""
 
     kind: Literal["evaluate"]
     program: ClassVar = "tasks.evaluation.evaluate"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
     batches: ClassVar = True
     model: ModelOrAdapterRef
-    """What is evaluated."""
+    """Model or adapter to evaluate."""
     datasets: tuple[DatasetRef, ...] = ()
     """Datasets whose test split is scored: exact match, answer recall, bits per byte."""
     benchmarks: tuple[str, ...] = ()
-    """lm-eval tasks by name."""
+    """Names of lm-eval tasks."""
     include_path: Path | None = None
-    """Folder with lm-eval task files of your own."""
+    """Folder with your own lm-eval task files."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Examples put before each benchmark question; by default as the benchmark says."""
+    """Number of few-shot examples per benchmark question; by default the benchmark's own."""
     limit: int | None = Field(None, ge=1)
-    """Rows scored at most: a benchmark's first, of a dataset evenly from all of its test rows."""
+    """Maximum number of rows scored: the first of a benchmark, or evenly spaced rows of a dataset's test split."""
     apply_chat_template: bool = True
-    """Renders benchmark questions through the chat template; a dataset's conversations always are, as in training."""
+    """Render benchmark questions with the chat template. A dataset's conversations always are, as in training."""
     max_new_tokens: int = Field(256, ge=1)
-    """Longest answer to a dataset's prompt."""
+    """Maximum length of an answer to a dataset's prompt, in tokens."""
     on_unrendered: OnUnrendered = "error"
-    """What happens to a dataset's row of whose prompt or answer the chat template leaves something out: it is refused, left out, or asked
-    as it is rendered."""
+    """How to handle rows of a dataset of which the chat template omits a part: `error` fails the stage, `drop` drops the row, `keep`
+    scores the row as rendered."""
     allow_code_execution: bool = False
-    """Lets a benchmark run the code that the model writes, in a sandbox: `human_eval` needs it."""
+    """Allow benchmarks to run code that the model writes, in a sandbox. Required for `human_eval`."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """What computes: the model itself, or vLLM, a server in a runtime of its own that gets all of the stage's GPUs.
-    It is meant for many rows on GPUs, and rounds otherwise: compare figures of one backend."""
+    """What computes the answers: `transformers`, or `vllm`, a server in its own runtime that uses all of the stage's GPUs. vLLM suits many
+    rows on GPUs, but rounds differently: compare only results of the same backend."""
 
     def output_type(self) -> ArtifactType:
         return "Report"
@@ -69,25 +69,25 @@ class EvaluateStage(ComputingStage):
         return self.include_path is not None
 
     def world_size(self) -> int:
-        """One: with vLLM the GPUs are its server's, however many there are."""
+        """Return 1 with vLLM, whose server uses all GPUs."""
         return self.resources.processes or 1 if self.uses_engine() else self.resources.world_size
 
     def micro_batch_size(self) -> int | None:
-        """vLLM makes its batches by itself."""
+        """Return None with vLLM, which forms its own batches."""
         return None if self.uses_engine() else self.resources.micro_batch_size or 16
 
     def problems(self) -> Iterator[Problem]:
         engine = self.resources.engine
         if self.uses_engine() and engine is not None and engine.gpus not in (0, self.resources.gpus):
-            found = f"found {engine.gpus}, expected resources.gpus, {self.resources.gpus}: all of them are the engine's"
-            yield Problem("resources.engine.gpus", found, "leave it out")
+            found = f"found {engine.gpus}, expected {self.resources.gpus} (resources.gpus): vLLM uses all GPUs of an evaluation"
+            yield Problem("resources.engine.gpus", found, "remove it")
         if self.uses_engine() and self.resources.micro_batch_size is not None:
-            hint = "`engine: {max_num_seqs: ...}` says how many sequences vLLM works on at the same time"
-            yield Problem("resources.micro_batch_size", "found a micro_batch_size, which vLLM does not have", hint)
+            hint = "remove it; `engine: {max_num_seqs: ...}` limits how many sequences vLLM processes at the same time"
+            yield Problem("resources.micro_batch_size", "found micro_batch_size with `backend: vllm`, which forms its own batches", hint)
         if not self.datasets and not self.benchmarks:
             yield Problem("", "found neither datasets nor benchmarks, expected one or both", "add `datasets: [my-data]`")
         if HUMAN_EVAL in self.benchmarks and not self.allow_code_execution:
-            hint = "set `allow_code_execution: true`: it runs what the model writes, in a sandbox"
+            hint = "set `allow_code_execution: true` to run the code that the model writes, in a sandbox"
             yield Problem(f"benchmarks.{self.benchmarks.index(HUMAN_EVAL)}", "found human_eval without allow_code_execution", hint)
         if self.allow_code_execution and HUMAN_EVAL not in self.benchmarks:
             found = "found allow_code_execution without human_eval, the only benchmark that runs code"
@@ -96,8 +96,8 @@ class EvaluateStage(ComputingStage):
             its = [field for field, of in ONLY_WITH.items() if of == owner and not getattr(self, owner)]
             given = [field for field in its if getattr(self, field) != type(self).model_fields[field].default]
             if given:
-                which, hint = ("it is", "remove it") if len(given) == 1 else ("they are", "remove them")
-                yield Problem(given[0], f"found {', '.join(given)} without {owner}, which alone {which} for", hint)
+                effect, hint = ("it has", "remove it") if len(given) == 1 else ("they have", "remove them")
+                yield Problem(given[0], f"found {', '.join(given)} without {owner}: {effect} no effect", hint)
 
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         scored = stages.get(self.model)
@@ -108,13 +108,16 @@ class EvaluateStage(ComputingStage):
         yield from ((f"datasets.{i}", name, "test") for i, name in enumerate(self.datasets))
 
     def metric_problem(self, name: str, metric: str, stages: Mapping[str, Stage]) -> tuple[str, str] | None:
-        """Only lm-eval knows the metrics of a benchmark; those of a dataset are SCORES."""
+        """Check metrics of datasets only: lm-eval alone knows the metrics of a benchmark."""
         subject, _, figure = metric.partition("/")
         if self.datasets and not self.benchmarks and subject not in self.datasets:
-            return f"found `{metric}`, but `{name}` scores only {listed(self.datasets)}", f"write `{self.datasets[0]}/exact_match`, say"
+            return (
+                f"found `{metric}`, but `{name}` scores only {listed(self.datasets)}",
+                f"write `{self.datasets[0]}/exact_match`, for example",
+            )
         if subject in self.datasets and (figure := figure.removesuffix("_stderr")) not in SCORES:
-            hint = nearest(figure, SCORES) or f"write `{subject}/exact_match`, say"
-            return f"found `{metric}`, expected of rows {listed(SCORES)}", hint
+            hint = nearest(figure, SCORES) or f"write `{subject}/exact_match`, for example"
+            return f"found `{metric}`, expected one of the metrics of a dataset: {listed(SCORES)}", hint
         return None
 
     def incomparable_fields(self, other: Stage, metric: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""What fields of pipelines.yaml can be besides plain values: the name of another stage, a path outside; and how to find them.
+"""Field types of pipelines.yaml beyond plain values: references to other stages and outside paths, and how to find them.
 
-A marker stands in the field's annotation. `annotated_values` walks a stage and yields what carries it, so that checks, keys
-and requests all go by the same marks.
+A marker in the field's annotation declares the type. `annotated_values` yields all values with a marker, so checks, keys and
+requests use the same declarations.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ ArtifactType = Literal["Model", "Adapter", "Dataset", "Report", "Verdict"]
 
 @dataclass(frozen=True)
 class Reference:
-    """The field holds the name of a stage that makes one of these artifact types (empty: any stage)."""
+    """Mark a field that names a stage with one of these artifact types (empty: any stage)."""
 
     types: tuple[ArtifactType, ...] = ()
     full_precision: bool = False
-    """Whether a quantized model is refused."""
+    """Whether to reject quantized models."""
 
 
 @dataclass(frozen=True)
 class OutsideFile:
-    """The field holds a path relative to pipelines.yaml; its content, never the path, is in the key."""
+    """Mark a path relative to pipelines.yaml. The key includes its content, never the path."""
 
 
 class Strict(BaseModel):
@@ -41,7 +41,7 @@ DatasetRef = Annotated[str, Reference(("Dataset",))]
 StageRef = Annotated[str, Reference()]
 Path = Annotated[str, OutsideFile()]
 OnUnrendered = Literal["error", "drop", "keep"]
-# Names are parts of paths and addresses: none can climb out of one.
+# Names become parts of paths and URLs: none may contain `..` or lead out of a folder.
 NAME, REPOSITORY, REVISION = r"^[a-z0-9][a-z0-9-]*$", r"^\w[\w.-]*/\w[\w.-]*$", r"^[\w-]+([./][\w-]+)*$"
 MAX_NAME = 63
 Name = Annotated[str, Field(pattern=NAME, max_length=MAX_NAME)]
@@ -50,7 +50,7 @@ Revision = Annotated[str, Field(pattern=REVISION)]
 
 
 def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yields (dotted path, marker instance, value) for every set field of `model`, nested ones too, that carries `marker`."""
+    """Yield (dotted path, marker instance, value) for every set field of `model`, including nested ones, that has `marker`."""
     for name, info in type(model).model_fields.items():
         value = getattr(model, name)
         path = f"{prefix}{name}"
@@ -70,7 +70,7 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _marker_in(metadata: list[Any], annotation: Any, marker: type) -> Any:
-    """The marker in `Annotated[...]`, also inside a tuple or an optional."""
+    """Return the marker in `Annotated[...]`, including inside a tuple or an optional."""
     for item in metadata:
         if isinstance(item, marker):
             return item

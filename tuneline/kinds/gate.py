@@ -14,41 +14,42 @@ from tuneline.wording import shown
 
 
 class Requirement(Strict):
-    """A condition on one metric: at_least, at_most, improves_on (by), or not_below (tolerance).
+    """A condition on one metric: at_least, at_most, improves_on (with by), or not_below (with tolerance).
 
-    Two evaluations are compared only if they ask the same: with other limits, few-shot examples, seeds, task files (benchmarks) or
-    lengths of answers (datasets) the file is refused. Another backend, compute type or use of the chat template is told beside the verdict.
+    Two evaluations can be compared only if they ask the same questions. Different limits, few-shot examples, seeds or task files
+    (benchmarks), or answer lengths (datasets), are an error. A different backend, compute type or use of the chat template is only noted
+    beside the verdict.
     """
 
     metric: str
-    """`<dataset stage or benchmark>/<metric>`, or a metric of the stage itself."""
+    """Name of the metric: `<dataset stage or benchmark>/<metric>`, or a metric of the stage itself."""
     of: StageRef
-    """Stage whose metric it is."""
+    """Stage that reports the metric."""
     at_least: float | None = None
-    """Least value allowed."""
+    """Minimum value."""
     at_most: float | None = None
-    """Greatest value allowed."""
+    """Maximum value."""
     improves_on: StageRef | None = None
-    """Stage whose same metric must be exceeded by `by`."""
+    """Baseline stage: the metric must exceed the baseline's by at least `by`."""
     by: float = Field(0.0, ge=0)
-    """Least improvement."""
+    """Minimum improvement over `improves_on`."""
     not_below: StageRef | None = None
-    """Stage whose same metric, less `tolerance`, is the least allowed."""
+    """Baseline stage: the metric must not be below the baseline's by more than `tolerance`."""
     tolerance: float = Field(0.0, ge=0)
-    """Loss allowed."""
+    """Maximum loss against `not_below`."""
 
     @property
     def compared_with(self) -> str | None:
-        """The stage whose same metric it is held against."""
+        """Name of the baseline stage, if the requirement has one."""
         return self.improves_on or self.not_below
 
 
 class GateStage(Stage):
-    """Lets the pipeline pass only if every requirement holds. Never cached."""
+    """Fail the pipeline unless every requirement holds. Never cached."""
 
     kind: Literal["gate"]
     require: tuple[Requirement, ...] = Field(min_length=1)
-    """All of them must hold."""
+    """Requirements that must all hold."""
 
     def output_type(self) -> ArtifactType:
         return "Verdict"
@@ -77,6 +78,6 @@ class GateStage(Stage):
             one, two = compared
             for field in stages[one].incomparable_fields(stages[two], requirement.metric):
                 values = [shown(getattr(stages[name], field)) for name in (two, one)]
-                found = f"found `{two}` with {field} {values[0]}, `{one}` with {values[1]}, expected the same"
+                found = f"found `{two}` with {field} {values[0]}, `{one}` with {values[1]}, expected the same {field}"
                 field_of_gate = f"require.{i}.{'improves_on' if requirement.improves_on else 'not_below'}"
-                yield Problem(field_of_gate, f"{found}: else they are asked other things", f"set the same {field} in both")
+                yield Problem(field_of_gate, f"{found}: otherwise they answer different questions", f"set the same {field} in both")

@@ -13,19 +13,20 @@ from tuneline.kinds.fields import Strict
 from tuneline.kinds.rewards import FunctionReward, Reward, reward_problems
 from tuneline.kinds.training import Training
 
-PROMPT = 512  # tokens assumed of a prompt, where the dataset stage sets no max_length
+PROMPT = 512  # assumed prompt length in tokens, if the dataset stage sets no max_length
 
 
 class Rollouts(Strict):
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples completions: the model that is trained, or vLLM, a server in a runtime of its own that gets each new adapter."""
+    """Engine that samples completions: `transformers`, the model in training itself; or `vllm`, a server in its own runtime that receives
+    each new adapter."""
 
 
 class GrpoStage(Training):
-    """Reinforcement learning of a LoRA adapter with verifiable rewards (GRPO, arXiv:2402.03300), by TRL and PEFT.
+    """Train a LoRA adapter by reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300), with TRL and PEFT.
 
-    The dataset's rows are asked for their last answer; what is right is told by rewards. One step samples global_batch_size
-    completions, num_generations for each prompt.
+    The model answers each row's prompt, which is the row without its last answer. Rewards score the completions. One step samples
+    global_batch_size completions, num_generations per prompt.
     """
 
     kind: Literal["grpo"]
@@ -44,36 +45,36 @@ class GrpoStage(Training):
     )
     figures: ClassVar = ("reward_first", "reward")
     rewards: tuple[Reward, ...] = Field(min_length=1)
-    """What a good completion is: their weighted sum."""
+    """Reward functions; a completion's reward is their weighted sum."""
     learning_rate: float = Field(2e-5, gt=0, le=1)
-    """Highest step size, reached after the warm-up."""
+    """Peak learning rate, reached after warm-up."""
     num_generations: int = Field(8, ge=2)
-    """Completions sampled for each prompt; their rewards are compared with one another."""
+    """Number of completions sampled per prompt; they form a group, and rewards are compared within it."""
     temperature: float = Field(1.0, gt=0, le=5)
-    """Of sampling: higher explores more."""
+    """Sampling temperature; higher values explore more."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Sampling is from the likeliest tokens that have this share of the probability."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities sum to this value."""
     max_completion_length: int = Field(256, ge=1)
-    """Longest completion, in tokens."""
+    """Maximum length of a completion, in tokens."""
     mask_truncated_completions: bool = False
-    """Leaves completions that reached the longest length out of the loss (arXiv:2503.14476)."""
+    """Exclude completions truncated at max_completion_length from the loss (arXiv:2503.14476)."""
     beta: float = Field(0.0, ge=0)
-    """Weight of the KL divergence from the model that the training began with; 0 leaves it out."""
+    """Coefficient of the KL divergence from the model before training; 0 disables it."""
     epsilon: float = Field(0.2, gt=0)
-    """Clipping of the probability ratio."""
+    """Clipping range of the probability ratio."""
     epsilon_high: float | None = Field(None, gt=0)
-    """Clipping above, where it is another one (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
+    """Upper clipping range; by default `epsilon` (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "dapo"
-    """How token losses are averaged: `grpo` by sequence, `dr_grpo` by the longest length (arXiv:2503.20783), `dapo` by the tokens of
-    the whole batch."""
+    """How token losses are averaged: `grpo` per sequence, `dr_grpo` by max_completion_length (arXiv:2503.20783), `dapo` over the tokens
+    of the whole batch."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Probability ratios of tokens, or of whole sequences (GSPO, arXiv:2507.18071)."""
+    """Compute probability ratios per token, or per sequence (GSPO, arXiv:2507.18071)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Advantages are divided by the standard deviation of rewards in the group, in the batch, or not at all (arXiv:2503.20783)."""
+    """Divide advantages by the standard deviation of the rewards in the group or in the batch, or do not scale (arXiv:2503.20783)."""
     num_iterations: int = Field(1, ge=1)
-    """Optimizer steps on each batch of completions."""
+    """Number of optimizer steps per batch of completions."""
     rollouts: Rollouts = Rollouts()
-    """What samples completions."""
+    """How completions are sampled."""
 
     def uses_engine(self) -> bool:
         return self.rollouts.engine == "vllm"
@@ -98,36 +99,40 @@ class GrpoStage(Training):
         yield from reward_problems(self.rewards)
         if self.global_batch_size % self.num_generations:
             found = f"found {self.global_batch_size}, expected multiples of num_generations, {self.num_generations}"
-            yield Problem("global_batch_size", found, "a step samples whole groups of completions for the same prompt")
+            yield Problem("global_batch_size", found, "change one of them: a step samples whole groups of completions")
         if self.lora.lora_dropout:
-            found = f"found {self.lora.lora_dropout}, expected 0: completions would be sampled from another model than is trained"
-            yield Problem("lora.lora_dropout", found, "leave it out")
+            found = f"found {self.lora.lora_dropout}, expected 0 for grpo: with dropout the trained model differs from the one that samples"
+            yield Problem("lora.lora_dropout", found, "remove it")
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo":
             found = f"found {self.loss_type} with importance_sampling_level: sequence, expected grpo"
-            yield Problem("loss_type", found, "any other weighs a sequence by its length again (arXiv:2507.18071)")
+            yield Problem("loss_type", found, "set `loss_type: grpo`: the others weigh sequences by their length again (arXiv:2507.18071)")
         if self.resources.sequence_parallel_size > 1:
-            # trl/trainer/grpo_trainer.py has no part for it.
-            found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL shares sequences in sft alone"
-            yield Problem("resources.sequence_parallel_size", found, "leave it out")
+            # trl/trainer/grpo_trainer.py does not implement it.
+            found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL supports sequence parallelism only for sft"
+            yield Problem("resources.sequence_parallel_size", found, "remove it")
         if self.resources.strategy == "fsdp":
-            # trl/models/utils.py, unwrap_model_for_generation: it gathers what ZeRO-3 has split, and knows nothing of FSDP2.
-            yield Problem("resources.strategy", "found fsdp for grpo, which samples from whole weights", "use zero3, or zero2")
+            # trl/models/utils.py, unwrap_model_for_generation, gathers the shards of ZeRO-3, but not those of FSDP2.
+            yield Problem(
+                "resources.strategy",
+                "found fsdp for grpo, which needs unsharded weights for sampling",
+                "set `strategy: zero3` or `strategy: zero2`",
+            )
         if not self.uses_engine():
             return
         if self.resources.strategy == "zero3":
-            # tasks/training/rollouts.py puts the weights of the step before in place, whole, to tell fresh from stale.
-            yield Problem("resources.strategy", "found zero3 with rollouts of vLLM, expected ddp, zero1, zero2", "use zero2")
+            # tasks/training/rollouts.py restores the previous step's unsharded weights to detect stale samples.
+            yield Problem("resources.strategy", "found zero3 with rollouts by vLLM, expected ddp, zero1 or zero2", "set `strategy: zero2`")
         if self.resources.nodes > 1:
-            yield Problem("resources.nodes", f"found {self.resources.nodes} with rollouts of vLLM, whose server is for one machine")
-        # vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
-        if self.lora.use_dora:
             yield Problem(
-                "lora.use_dora", "found DoRA, which vLLM does not serve", "set `rollouts: {engine: transformers}`, or leave it out"
+                "resources.nodes", f"found {self.resources.nodes} with rollouts by vLLM, expected 1: the vLLM server runs on one machine"
             )
+        # Limits of vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
+        if self.lora.use_dora:
+            yield Problem("lora.use_dora", "found DoRA, which vLLM does not serve", "remove it, or set `rollouts: {engine: transformers}`")
         if self.lora.r > MAX_LORA_RANK:
             found = f"found {self.lora.r}, expected at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
-            yield Problem("lora.r", found, "lower it, or sample with transformers")
+            yield Problem("lora.r", found, "lower it, or set `rollouts: {engine: transformers}`")
         engine = self.resources.engine
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
             found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"
-            yield Problem("resources.engine.gpus", found, "the training needs a GPU too; with `gpus: 0` they share the first")
+            yield Problem("resources.engine.gpus", found, "leave a GPU for the training, or set `gpus: 0` to share the first one")

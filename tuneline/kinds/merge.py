@@ -13,7 +13,7 @@ SHARD = r"^(0\.\d*[1-9]\d*|[1-9]\d*(\.\d+)?)(MB|GB)$"
 
 
 class MergeStage(ProgramStage):
-    """An adapter folded into its base, shard by shard."""
+    """Merge an adapter into its base model, shard by shard."""
 
     kind: Literal["merge"]
     program: ClassVar = "tasks.convert.merge"
@@ -21,11 +21,11 @@ class MergeStage(ProgramStage):
     figures: ClassVar = ("max_logit_difference",)
     role: ClassVar = "merged"
     adapters: tuple[AdapterRef, ...] = Field(min_length=1, max_length=1)
-    """The adapter; its base is found by itself."""
+    """Adapter to merge; its base model is found automatically."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights written; `auto` keeps the base's."""
+    """Data type of the merged weights; `auto` keeps the base model's."""
     max_shard_size: str = Field("5GB", pattern=SHARD)
-    """Largest weight file."""
+    """Maximum size of a weight file."""
 
     def output_type(self) -> ArtifactType:
         return "Model"

@@ -11,7 +11,7 @@ from tuneline.kinds.stage import ProgramStage
 
 
 class ModelStage(ProgramStage):
-    """A base model: fetched, pinned and checked."""
+    """Fetch a base model, pin its version and check it."""
 
     kind: Literal["model"]
     program: ClassVar = "tasks.models.fetch"
@@ -19,15 +19,15 @@ class ModelStage(ProgramStage):
     figures: ClassVar = ("parameters",)
     role: ClassVar = "base"
     hub: Repository | None = None
-    """Repository of the model hub, `owner/name`."""
+    """Model repository on the hub, `owner/name`."""
     revision: Revision = "main"
-    """Branch, tag or commit of the hub repository; its commit is in the key."""
+    """Branch, tag or commit of the hub repository; the commit it resolves to is in the cache key."""
     path: Path | None = None
-    """Local model folder; kept by reference, not copied."""
+    """Local model folder; referenced, not copied."""
     gguf: Path | None = None
     """Local GGUF file; converted to safetensors in float32."""
     trust_remote_code: bool = False
-    """Runs Python files that come with the model, here and in every later stage. Only for sources that you trust."""
+    """Run Python files that come with the model, in this and every later stage. Enable it only for sources that you trust."""
 
     def output_type(self) -> ArtifactType:
         return "Model"
@@ -46,4 +46,4 @@ class ModelStage(ProgramStage):
 
     def warnings(self) -> Iterator[Problem]:
         if self.trust_remote_code:
-            yield Problem("trust_remote_code", "Python files that come with this model are run")
+            yield Problem("trust_remote_code", "runs Python files that come with this model")

@@ -12,10 +12,10 @@ from tuneline.kinds.stage import ComputingStage
 
 
 class QuantizeStage(ComputingStage):
-    """Weights of fewer bits by GPTQ (arXiv:2210.17323), through gptqmodel, in the runtime `quantize`.
+    """Quantize a model's weights with GPTQ (arXiv:2210.17323), by gptqmodel, in the runtime `quantize`.
 
-    An evaluation decodes them, on GPUs as on CPUs, and takes the memory of the unquantized model; with `backend: vllm` it computes with
-    packed weights.
+    An evaluation dequantizes the weights, on GPUs and on CPUs, and needs the memory of the unquantized model. With `backend: vllm` it
+    computes with packed weights.
     """
 
     kind: Literal["quantize"]
@@ -24,27 +24,28 @@ class QuantizeStage(ComputingStage):
     figures: ClassVar = ("perplexity_before", "perplexity", "size_ratio")
     runtime: Name = "quantize"
     method: Literal["gptq"] = "gptq"
-    """How weights are rounded."""
+    """Quantization method."""
     role: ClassVar = "quantized"
     also_called: ClassVar = ("gptq", "awq", "gguf")
     quantized: ClassVar = True
     model: FullPrecisionRef
     """Model to quantize, in full precision."""
     calibration: DatasetRef
-    """Dataset whose train split calibrates, rendered as in training; its test split measures perplexity."""
+    """Dataset for calibration: its train split, rendered as in training. Its test split measures perplexity."""
     bits: Literal[2, 3, 4, 8] = 4
+    """Bits per weight."""
     group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
-    """Weights that share a scale; must divide the model's width. Smaller is better and larger on disk."""
+    """Number of weights that share a scale; must divide the model's width. Smaller groups are more accurate and larger on disk."""
     desc_act: bool = False
-    """Quantizes important columns first: better, slower to serve."""
+    """Quantize columns in order of decreasing activation: more accurate, but slower to serve."""
     sym: bool = True
-    """Symmetric around zero."""
+    """Quantize symmetrically around zero."""
     samples: int = Field(128, ge=1)
-    """Calibration rows, drawn with the seed."""
+    """Number of calibration rows, sampled with the stage's seed."""
     max_length: int = Field(2048, ge=8)
-    """Tokens of a calibration row; longer ones are cut."""
+    """Maximum length of a calibration row, in tokens; longer rows are truncated."""
     max_perplexity_ratio: float = Field(1.5, gt=1)
-    """The stage fails where perplexity rises by more than this factor."""
+    """Fail the stage if perplexity rises by more than this factor."""
 
     def output_type(self) -> ArtifactType:
         return "Model"
@@ -56,11 +57,11 @@ class QuantizeStage(ComputingStage):
         yield "calibration", self.calibration, "test"
 
     def unserved(self, by: ComputingStage) -> str | None:
-        """vllm/model_executor/layers/quantization/auto_gptq.py."""
+        """Check the limits of vllm/model_executor/layers/quantization/auto_gptq.py."""
         if not by.resources.gpus:
-            return "GPTQ and no GPU: vLLM computes it in half precision only, an evaluation on a CPU is in float32"
+            return "GPTQ and no GPU: vLLM computes GPTQ only in half precision, but evaluations on a CPU use float32"
         if by.compute_type() == "float32":
-            return "GPTQ in float32: vLLM computes it in half precision only"
+            return "GPTQ in float32: vLLM computes GPTQ only in half precision"
         if self.bits not in (4, 8) or not self.sym:
-            return f"bits {self.bits} and sym {str(self.sym).lower()}, where vLLM reads 4 or 8 bits, symmetric"
+            return f"bits {self.bits} and sym {str(self.sym).lower()}, but vLLM supports only symmetric 4 or 8 bits"
         return None

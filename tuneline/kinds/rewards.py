@@ -1,7 +1,7 @@
-"""What a completion is worth, as types: the part of a grpo stage of pipelines.yaml under `rewards:`.
+"""Types of rewards: the part of a grpo stage under `rewards:`.
 
-A reward gives each completion a number; what a training climbs is their sum, each times its weight. How they are computed is
-in `tasks.scoring.rewards`.
+A reward returns a number for each completion. A training maximizes their weighted sum. `tasks.scoring.rewards` computes
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class EveryReward(Strict):
 
     type: str
     weight: float = Field(1.0, allow_inf_nan=False)
-    """What it counts in the sum; below 0 it is a punishment."""
+    """Weight of this reward in the sum; a negative weight is a penalty."""
 
     @property
     def label(self) -> str:
@@ -30,27 +30,27 @@ class EveryReward(Strict):
 
     def problems(self) -> Iterator[Problem]:
         if self.weight == 0:
-            yield Problem("weight", "found 0, expected any other number", "remove a reward that does not count")
+            yield Problem("weight", "found 0, expected a number other than 0", "remove the reward if it should not count")
 
 
 class ExactMatchReward(EveryReward):
-    """1 where the completion is the row's answer, space around both aside, else 0."""
+    """Reward 1 if the completion equals the row's answer, ignoring surrounding whitespace, else 0."""
 
     type: Literal["exact_match"]
 
 
 class MathEqualReward(EveryReward):
-    """1 where the completion is the row's answer, or its last formula equals it, as 1/2 equals 0.5, else 0. By the library math-verify."""
+    """Reward 1 if the completion is the row's answer or its last formula is equivalent (1/2 and 0.5), else 0. Uses math-verify."""
 
     type: Literal["math_equal"]
 
 
 class FormatReward(EveryReward):
-    """1 where the completion has a given form, else 0."""
+    """Reward 1 if the completion matches a regular expression, else 0."""
 
     type: Literal["format"]
     pattern: str = Field(min_length=1)
-    """Regular expression of Python that the whole completion must match, space around it aside; `.` matches line ends too."""
+    """Python regular expression that the whole completion must match, ignoring surrounding whitespace; `.` also matches newlines."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -62,19 +62,19 @@ class FormatReward(EveryReward):
 
 
 class ReasoningGymReward(EveryReward):
-    """How right reasoning-gym's own scorer finds the completion, from 0 to 1; for rows of a `reasoning_gym` source."""
+    """Score from 0 to 1 by reasoning-gym's own scorer; only for rows of a `reasoning_gym` source."""
 
     type: Literal["reasoning_gym"]
 
 
 class LengthReward(EveryReward):
-    """1 for a short completion, falling evenly to 0 for a long one."""
+    """Reward 1 for a short completion, decreasing linearly to 0 for a long one."""
 
     type: Literal["length"]
     full_up_to: int = Field(ge=0)
-    """Tokens of a completion up to which the reward is 1."""
+    """Maximum length with reward 1, in tokens."""
     zero_from: int = Field(ge=1)
-    """Tokens of a completion from which on the reward is 0."""
+    """Minimum length with reward 0, in tokens."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -83,23 +83,23 @@ class LengthReward(EveryReward):
 
 
 class PythonTestsReward(EveryReward):
-    """1 where the completion's Python passes the row's `tests`, else 0. Runs in a sandbox without network."""
+    """Reward 1 if the completion's Python code passes the row's `tests`, else 0. Runs in a sandbox without network."""
 
     type: Literal["python_tests"]
     seconds: float = Field(10.0, gt=0, le=600)
-    """Time a completion and its tests may take."""
+    """Time limit for a completion and its tests, in seconds."""
     memory_mb: int = Field(1024, ge=128)
-    """Memory they may take, the interpreter's own included."""
+    """Memory limit for a completion and its tests, in MB; includes the interpreter."""
 
 
 class FunctionReward(EveryReward):
-    """What a Python function of yours gives. `type` may be left out."""
+    """Reward returned by your own Python function. `type` may be omitted."""
 
     type: Literal["function"] = "function"
     file: Path
-    """Python file that holds it; its content is in the key, not that of what it imports."""
+    """Python file that defines the function. Its content is in the cache key; modules that it imports are not."""
     function: str = Field(min_length=1)
-    """Name of the function: it takes prompts and completions, and gives one number for each completion."""
+    """Name of the function: it takes prompts and completions, and returns one number per completion."""
 
     @property
     def label(self) -> str:
@@ -119,7 +119,7 @@ REWARDS: dict[str, type[EveryReward]] = {
 
 
 def type_of(raw: dict[str, Any]) -> Any:
-    """The `type` of an entry as written: a function where it is left out and a file or function is named."""
+    """Return the `type` of a raw entry; `function` if it is omitted and a file or function is given."""
     return raw.get("type", "function" if raw.keys() & {"file", "function"} else None)
 
 
@@ -131,15 +131,15 @@ Reward = Annotated[AnyReward, Field(discriminator="type"), BeforeValidator(_with
 
 
 def reward_problems(rewards: Sequence[AnyReward]) -> Iterator[Problem]:
-    """What the types of a list `rewards:` cannot say, by fields of the stage."""
+    """Yield problems of a list `rewards:` that types cannot express."""
     first: dict[str, int] = {}
     for i, reward in enumerate(rewards):
         for problem in reward.problems():
             yield Problem(f"rewards.{i}.{problem.field}", problem.message, problem.hint)
         field = f"rewards.{i}.function" if isinstance(reward, FunctionReward) else f"rewards.{i}"
         if (before := first.setdefault(reward.label, i)) != i:
-            hint = "each has its own metric: give the function another name" if isinstance(reward, FunctionReward) else "write it once"
+            hint = "rename one function: each has its own metric" if isinstance(reward, FunctionReward) else "remove one of them"
             yield Problem(field, f"found `{reward.label}` twice, first in rewards.{before}", hint)
         if isinstance(reward, FunctionReward) and not reward.function.isidentifier():
             found = f"found '{reward.function}', expected the name of a function"
-            yield Problem(field, found, "the file stands in `file`, the name alone here")
+            yield Problem(field, found, "write only the name here, and the file under `file:`")

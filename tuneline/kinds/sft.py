@@ -16,9 +16,9 @@ QLORA_LIBRARIES = ("bitsandbytes",)
 
 class EarlyStopping(Strict):
     patience: int = Field(3, ge=1)
-    """Evaluations without a better validation loss after which training ends; the best adapter is kept."""
+    """Stop after this many evaluations without a better validation loss; the best adapter is kept."""
     threshold: float = Field(0.0, ge=0)
-    """Least improvement that counts."""
+    """Minimum decrease of the validation loss that counts as an improvement."""
 
 
 class Supervised(Training):
@@ -27,20 +27,21 @@ class Supervised(Training):
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets")
     figures: ClassVar = ("loss", "eval_loss")
     method: Method = "lora"
-    """What is trained: an adapter (`lora`), an adapter on a base that bitsandbytes holds in few bits meanwhile (`qlora`,
-    arXiv:2305.14314), or every weight (`full`), which gives a Model."""
+    """What to train: `lora`, an adapter; `qlora`, an adapter on a base model that bitsandbytes quantizes during training
+    (arXiv:2305.14314); `full`, all weights, which gives a Model."""
     bits: Literal[4, 8] = 4
-    """Bits of the base's weights with qlora: 4 (NF4, its scales quantized too), or 8 (LLM.int8(), arXiv:2208.07339)."""
+    """Bits per base weight with qlora: 4 (NF4 with double quantization) or 8 (LLM.int8(), arXiv:2208.07339)."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens that count in the loss: the last answer, every assistant turn, or everything. Plain text: always all."""
+    """Tokens that count in the loss: the last answer, every assistant turn, or all tokens. Plain text always trains on all tokens."""
     max_length: int = Field(1024, ge=8)
-    """Tokens a sequence may have, and the length of a packed one. A longer row is an error: cut it in the dataset stage."""
+    """Maximum length of a sequence, in tokens, and the length of packed sequences. A longer row is an error: truncate or drop it in the
+    dataset stage."""
     packing: bool = False
-    """Fills sequences with several rows: fewer, fuller steps."""
+    """Pack several rows into each sequence, for fewer steps with less padding."""
     eval_steps: int | None = Field(None, ge=1)
-    """Steps between losses on the validation split."""
+    """Evaluate on the validation split every N steps."""
     early_stopping: EarlyStopping | None = None
-    """Ends training when the validation loss no longer falls."""
+    """Stop training when the validation loss no longer decreases."""
 
     def training_method(self) -> Method:
         return self.method
@@ -58,7 +59,7 @@ class Supervised(Training):
         return self.max_length if self.packing else min(self.max_length, row or self.max_length)
 
     def positions(self, row: int | None) -> tuple[str, int]:
-        return "max_length", min(self.max_length, row or self.max_length)  # positions of packed rows start at 0 as well
+        return "max_length", min(self.max_length, row or self.max_length)  # positions of packed rows also start at 0
 
     def held_out(self) -> Iterator[tuple[str, str, str]]:
         if self.eval_steps is not None:
@@ -71,49 +72,49 @@ class Supervised(Training):
         return "Model" if self.method == "full" else "Adapter"
 
     def micro_batch_size(self) -> int:
-        """One where packing: packed sequences are full already, and are joined into one, where attention costs the square."""
+        """Default to 1 with packing: packed sequences are full, and a batch of them would be joined at quadratic attention cost."""
         return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.early_stopping and self.eval_steps is None:
-            yield Problem("early_stopping", "found early_stopping without eval_steps", "set `eval_steps: 20`, say")
+            yield Problem("early_stopping", "found early_stopping without eval_steps", "set eval_steps, for example `eval_steps: 20`")
         if self.early_stopping and "checkpoint_steps" in self.resources.model_fields_set:
             found = "found checkpoint_steps with early_stopping, which saves at each evaluation"
-            hint = "leave it out; `checkpoint_minutes` saves in between as well"
+            hint = "remove it; set `checkpoint_minutes` to save in between as well"
             yield Problem("resources.checkpoint_steps", found, hint)
         if self.method == "full":
             found = "with `method: full`, which trains the model's own weights"
             if "lora" in self.model_fields_set:
-                yield Problem("lora", f"found lora {found}", "leave it out, or set `method: lora`")
+                yield Problem("lora", f"found lora {found}", "remove it, or set `method: lora`")
             if self.adapter is not None:
-                yield Problem("adapter", f"found an adapter {found}", "merge it, and name the merged model under `model:`")
+                yield Problem("adapter", f"found an adapter {found}", "merge the adapter, and name the merge stage under `model:`")
         if self.method != "qlora" and "bits" in self.model_fields_set:
             found = f"found bits with `method: {self.method}`, which quantizes nothing"
-            yield Problem("bits", found, "set `method: qlora`, or leave it out")
-        # PEFT's dequantize_module_weight, which DoRA needs, loses the scales of 8-bit weights on a CPU (0.21.2, utils/integrations.py).
+            yield Problem("bits", found, "remove it, or set `method: qlora`")
+        # DoRA needs PEFT's dequantize_module_weight, which loses the scales of 8-bit weights on a CPU (0.21.2, utils/integrations.py).
         if self.method == "qlora" and self.bits == 8 and self.lora.use_dora:
-            yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected with 4", "leave out use_dora, or bits")
-        # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: weights of 4 bits are split only where
-        # they are stored as floating-point numbers (bnb_4bit_quant_storage), which is not tried here; those of 8 bits never.
+            yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected 4 bits", "remove use_dora, or bits")
+        # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: 4-bit weights can be sharded only if
+        # they are stored as floating-point numbers (bnb_4bit_quant_storage), which we do not support; 8-bit weights never.
         if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
-            found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2, device_map"
-            yield Problem("resources.strategy", found, "bitsandbytes' weights are not split over devices; they take little memory on each")
-        # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper: it drops the mask that keeps packed rows apart.
+            found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
+            yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
+        # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.
         if self.packing and self.resources.sequence_parallel_size > 1:
-            found = f"found {self.resources.sequence_parallel_size} with packing, where packed rows would see one another"
-            yield Problem("resources.sequence_parallel_size", found, "set `packing: false`, or leave it out")
+            found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
+            yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")
 
     def warnings(self) -> Iterator[Problem]:
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
-            message = f"{self.learning_rate:g}, the default, suits adapters and wrecks a model that is trained whole"
-            yield Problem("learning_rate", message, "set `learning_rate: 1e-5`, say")
+            message = f"{self.learning_rate:g}, the default, suits adapters but is too high for training all weights"
+            yield Problem("learning_rate", message, "set a lower one, for example `learning_rate: 1e-5`")
 
 
 class SftStage(Supervised):
-    """Supervised fine-tuning of a LoRA adapter, or of all weights, by TRL and PEFT. The dataset's validation split is watched.
+    """Fine-tune a LoRA adapter or all weights on the dataset's answers (SFT), with TRL and PEFT.
 
-    global_batch_size counts packed sequences when packing.
+    The dataset's validation split measures progress. With packing, global_batch_size counts packed sequences.
     """
 
     kind: Literal["sft"]

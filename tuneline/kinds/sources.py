@@ -1,4 +1,4 @@
-"""Where the rows of a dataset come from, as types: the part of pipelines.yaml under `sources:`."""
+"""Types of data sources: the part of a dataset stage under `sources:`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tuneline.kinds.fields import Path, Repository, Revision, Strict
 
-# Endings of programming languages, as GitHub's linguist knows them; read where a source has no `include`.
+# File extensions of programming languages, from GitHub's linguist; used for sources without `include`.
 LANGUAGES = frozenset(
     "bash c cc cjs clj cljs cpp cs cu cuh cxx dart el erl ex exs f90 fs go groovy h hh hpp hrl hs hxx java jl js jsx kt kts lua m mjs ml"
     " mli mm nim nix php pl pm proto ps1 py pyi pyx r rb rs scala sh sol sql swift tcl tf ts tsx v vhd vue svelte zig zsh".split()
@@ -19,68 +19,68 @@ Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", 
 
 
 class FilesSource(Strict):
-    """Rows from local files: .jsonl, .json or .csv, each also as .gz, or .parquet."""
+    """Read rows from local files: .jsonl, .json or .csv (each also as .gz), or .parquet."""
 
     type: Literal["files"]
     path: Path
-    """File or glob, relative to pipelines.yaml; matches are read in sorted order."""
+    """File or glob, relative to pipelines.yaml; matching files are read in sorted order."""
     format: Format = "auto"
-    """How a row is read; `auto` goes by the columns found."""
+    """Format of the rows; `auto` detects it from the columns."""
     columns: dict[str, str] = {}
-    """Renames columns before reading: our name to the file's, as `{prompt: question, completion: solution}`."""
+    """Column mapping, from tuneline's name to the file's, such as `{prompt: question, completion: solution}`."""
     on_bad_row: OnBadRow = "error"
-    """What happens to a row that cannot be read; dropped ones are counted and shown."""
+    """How to handle a row that cannot be read; the report counts and shows dropped rows."""
 
 
 class HubSource(Strict):
-    """Rows of a dataset on the hub."""
+    """Read rows from a dataset on the hub."""
 
     type: Literal["hub"]
     repo: Repository
     """Dataset repository, `owner/name`."""
     revision: Revision = "main"
-    """Branch, tag or commit; the commit is in the key."""
+    """Branch, tag or commit of the repository; the commit it resolves to is in the cache key."""
     subset: str | None = None
-    """Configuration name of the repository."""
+    """Configuration (subset) of the dataset."""
     split: str = "train"
     """Split of the repository to read; tuneline makes its own splits from it."""
     format: Format = "auto"
-    """How a row is read; `auto` goes by the columns found."""
+    """Format of the rows; `auto` detects it from the columns."""
     columns: dict[str, str] = {}
-    """Renames columns before reading: our name to theirs."""
+    """Column mapping, from tuneline's name to the dataset's."""
     on_bad_row: OnBadRow = "error"
-    """What happens to a row that cannot be read; dropped ones are counted and shown."""
+    """How to handle a row that cannot be read; the report counts and shows dropped rows."""
 
 
 class ReasoningGymSource(Strict):
-    """Generated rows with a verifiable answer, from the library reasoning-gym."""
+    """Generate rows with a verifiable answer, with the library reasoning-gym."""
 
     type: Literal["reasoning_gym"]
     task: str
     """Name of the reasoning-gym dataset, such as `chain_sum`."""
     size: int = Field(500, ge=1)
-    """Rows generated, before duplicates are removed."""
+    """Number of rows to generate, before deduplication."""
     config: dict[str, bool | int | float | str | tuple[int, ...]] = {}
-    """Settings of that dataset, as reasoning-gym names them."""
+    """Settings of the reasoning-gym dataset, under reasoning-gym's names."""
 
 
 class CodeSource(Strict):
-    """Functions and passages of a source tree, as plain text to learn completion or fill-in-the-middle from."""
+    """Read chunks of source code from a source tree, as plain text for training code completion or fill-in-the-middle."""
 
     type: Literal["code"]
     path: Path
-    """Folder of the tree. What its .gitignore files leave out is left out, and vendored and generated files too."""
+    """Folder of the source tree. Files ignored by its .gitignore files are skipped, and so are vendored and generated files."""
     include: tuple[str, ...] = ()
-    """Globs of files to read, as in a .gitignore: `["*.py", "/docs/**/*.md"]`. Empty reads every programming language."""
+    """Globs of files to read, in .gitignore syntax: `["*.py", "/docs/**/*.md"]`. By default all programming languages are read."""
     exclude: tuple[str, ...] = ()
-    """Globs of files and folders to leave out, as in a .gitignore."""
+    """Globs of files and folders to skip, in .gitignore syntax."""
     licenses: tuple[str, ...] = ()
-    """SPDX names of licenses allowed, as `[Apache-2.0, MIT]`; other files are left out and counted. A file's license is that of its SPDX
-    line, else of the nearest LICENSE or COPYING file, up to the top of its repository. Empty allows all."""
+    """Allowed licenses as SPDX identifiers, such as `[Apache-2.0, MIT]`; other files are skipped and counted. A file's license is that of
+    its SPDX line, else of the nearest LICENSE or COPYING file up to the top of its repository. By default all licenses are allowed."""
     chunk_length: int = Field(512, ge=32)
-    """Tokens a chunk has at most; it ends at the border of a function where the language is known, else of a line."""
+    """Maximum length of a chunk, in tokens. Chunks end at function boundaries where the language is supported, else at line ends."""
     fim_rate: float = Field(0.0, ge=0, le=1)
-    """Share of chunks written as fill-in-the-middle (arXiv:2207.14255); the tokenizer must have the tokens for it."""
+    """Share of chunks rendered as fill-in-the-middle (arXiv:2207.14255); the tokenizer must have FIM tokens."""
 
 
 SOURCES: dict[str, type[Strict]] = {"files": FilesSource, "hub": HubSource, "reasoning_gym": ReasoningGymSource, "code": CodeSource}

@@ -1,7 +1,7 @@
-"""What every stage has: fields that only change how it runs. None of them is in its key.
+"""Fields that every stage has. They only change how the stage runs and are not in its key.
 
-A class answers whatever the rest of tuneline asks about its kind: its checks, its program, what tables show of it, what vLLM
-can serve. No other module names a kind to decide one of these.
+The class of a kind is the only place that knows its checks, its program, its columns in tables and what vLLM can serve. No
+other module names a kind to decide one of these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME, EngineSettings
 from tuneline.kinds.fields import ArtifactType, Name, StageRef, Strict
 from tuneline.wording import listed
 
-# Fields of `resources` that only a training uses.
+# Fields of `resources` that only trainings use.
 TRAINING_ONLY = (
     "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
     "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
@@ -25,88 +25,92 @@ TRAINING_ONLY = (
 
 
 class Resources(Strict):
-    """Only how a stage runs: none of it is in the key."""
+    """Settings of how a stage runs; none of them is in the cache key."""
 
     gpus: int = Field(0, ge=0)
-    """Devices used, of each machine; with more than one, one process each."""
+    """Number of GPUs per machine; a training runs one process per GPU."""
     devices: tuple[int, ...] | None = Field(None, min_length=1)
-    """Numbers of the devices to use; by default any that are free."""
+    """Indices of the GPUs to use; by default any free ones."""
     processes: int | None = Field(None, ge=1)
-    """Processes of a training on each machine; by default one for each GPU, or one."""
+    """Number of training processes per machine; by default one per GPU, or one without GPUs."""
     nodes: int = Field(1, ge=1)
-    """Machines that train together; `tuneline node` runs on each but the first."""
+    """Number of machines that train together; run `tuneline node` on each but the first."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "ddp"
-    """How devices share a training: each has a whole copy (`ddp`); DeepSpeed splits optimizer states (`zero1`), gradients (`zero2`) and
-    weights too (`zero3`); torch's FSDP2 splits all of that (`fsdp`); one process spreads the layers over the devices (`device_map`)."""
+    """How to distribute a training over devices. `ddp`: a full replica on each; DeepSpeed shards optimizer states (`zero1`), gradients
+    as well (`zero2`), and weights as well (`zero3`); `fsdp`: torch's FSDP2 shards all three; `device_map`: one process places different
+    layers on different devices."""
     offload: Literal["optimizer", "all"] | None = None
-    """What waits in the CPU's memory: optimizer states, or weights as well (`zero3`, `fsdp`). Slower, for less memory of a GPU."""
+    """What to offload to CPU memory: `optimizer` states, or weights as well (`all`, for `zero3` and `fsdp`). Saves GPU memory, but is
+    slower."""
     sequence_parallel_size: int = Field(1, ge=1)
-    """Processes that share each sequence (Ulysses, arXiv:2309.14509): for sequences whose activations do not fit on one device."""
+    """Number of processes that share each sequence (Ulysses, arXiv:2309.14509), for sequences whose activations exceed one device."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Rows a device takes at once; halved by itself after an out-of-memory. By default up to 8, one when packing."""
+    """Per-device batch size, in rows; halved automatically after an out-of-memory error. By default at most 8 in trainings, or 1 with
+    packing, and 16 in evaluations."""
     gradient_checkpointing: bool = False
-    """Recomputes activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_steps: int = Field(50, ge=1)
-    """Steps between the checkpoints from which a killed training resumes; early stopping saves at each evaluation instead."""
+    """Save a checkpoint every N steps; an interrupted training resumes from the newest. With early stopping, checkpoints are saved at each
+    evaluation instead."""
     checkpoint_minutes: float | None = Field(None, gt=0)
-    """Minutes between checkpoints, in place of steps; with early stopping beside those of evaluations."""
+    """Save a checkpoint every N minutes instead of every checkpoint_steps; with early stopping, in addition to those at evaluations."""
     checkpoints_kept: int = Field(2, ge=2)
-    """Newest checkpoints that are kept while a training works; they go once it has succeeded."""
+    """Number of newest checkpoints kept during a training; all are deleted once it succeeds."""
     collective_timeout: int = Field(1800, ge=1)
-    """Seconds that processes wait for one another until the attempt is given up and another begins."""
+    """Timeout of collective operations between processes, in seconds; the attempt then fails and is retried."""
 
     engine: EngineSettings | None = None
-    """How vLLM runs where the stage uses it."""
+    """Settings of vLLM, for stages that use it."""
 
     @property
     def world_size(self) -> int:
-        """Processes that train: one for each GPU that is not the engine's alone."""
+        """Number of training processes over all machines: one per GPU that is not reserved for the engine."""
         return self.nodes * self.local_processes
 
     @property
     def data_parallel_size(self) -> int:
-        """Micro-batches that are worked on at the same time."""
+        """Number of micro-batches processed at the same time."""
         return max(1, self.world_size // self.sequence_parallel_size)
 
     @property
     def local_processes(self) -> int:
-        """Those of one machine."""
+        """Number of training processes of one machine."""
         if self.strategy == "device_map":
             return 1
         return self.processes or max(1, self.gpus - (self.engine.gpus if self.engine else 0))
 
 
 class Stage(Strict):
-    """Fields that every stage has; none of them is in the key."""
+    """Fields that every stage has; none of them is in the cache key."""
 
     figures: ClassVar[tuple[str, ...]] = ()
-    """Metrics that tables show; all if empty."""
+    """Names of the metrics that tables show; all if empty."""
     role: ClassVar[str] = ""
-    """Name of the model that the stage makes, in tables that compare models: `base`, `merged`."""
+    """Name of the stage's model in tables that compare models: `base`, `merged`."""
     also_called: ClassVar[tuple[str, ...]] = ()
-    """Names of the kind in other tools; the message about an unknown kind suggests this one for them."""
+    """Names of the kind in other tools; the message about an unknown kind uses them to suggest this one."""
     quantized: ClassVar[bool] = False
-    """Whether the weights of the model that the stage makes are quantized."""
+    """Whether the stage outputs a model with quantized weights."""
     kind: str
     description: str = ""
-    """Shown in tables and reports."""
+    """Description shown in tables and reports."""
     needs: tuple[StageRef, ...] = ()
-    """Stages that must succeed first, without being an input."""
+    """Stages that must succeed before this one, without being an input."""
     retries: int = Field(2, ge=0, le=20)
-    """Further attempts after an out-of-memory or a passing failure; other failures are never tried again."""
+    """Maximum number of retries after an out-of-memory or transient failure; other failures are never retried."""
     timeout: int | None = Field(None, ge=1)
-    """Seconds after which the stage is ended."""
+    """Time limit of the stage, in seconds; it is stopped afterwards."""
 
     @abstractmethod
     def output_type(self) -> ArtifactType:
-        """Return the type of artifact that the stage makes."""
+        """Return the type of artifact that the stage produces."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is wrong between fields of this stage."""
+        """Yield problems between fields of this stage."""
         return iter(())
 
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
-        """Yield what is wrong between this stage and those that it names. `stages` are those of the pipeline with valid types."""
+        """Yield problems between this stage and those that it names. `stages`: the pipeline's stages that have valid types."""
         return iter(())
 
     def warnings(self) -> Iterator[Problem]:
@@ -126,11 +130,11 @@ class Stage(Strict):
         return None
 
     def metric_problem(self, name: str, metric: str, stages: Mapping[str, Stage]) -> tuple[str, str] | None:
-        """Return (message, hint) if this stage, called `name`, cannot have that metric: only evaluations score datasets."""
+        """Return (message, hint) if this stage, called `name`, cannot report that metric: only evaluations score datasets."""
         dataset = stages.get(metric.partition("/")[0])
         if dataset is None or dataset.output_type() != "Dataset" or self.output_type() == "Verdict":
             return None
-        return f"found `{metric}` of `{name}`, which is no evaluation", "compare the figures of two stages of kind evaluate"
+        return f"found `{metric}` of `{name}`, which is not an evaluation", "name a stage of kind evaluate"
 
     def incomparable_fields(self, other: Stage, metric: str) -> list[str]:
         """Return the fields in which two evaluations differ so that their values of `metric` answer different questions."""
@@ -138,30 +142,30 @@ class Stage(Strict):
 
 
 class ProgramStage(Stage):
-    """A stage that a program in `tasks/` carries out."""
+    """A stage that runs a program of `tasks/`."""
 
     program: ClassVar[str]
-    """Module of the program, which has a function `run`."""
+    """Module of the program; it has a function `run`."""
     libraries: ClassVar[tuple[str, ...]]
-    """Libraries of the program whose versions change what comes out: they are in the key. tests/core/test_libraries.py compares them with
+    """Libraries of the program whose versions affect its output; they are in the key. tests/core/test_libraries.py compares them with
     what the program imports."""
 
     trains: ClassVar[bool] = False
-    """Whether the program trains: only a training runs in several processes and writes checkpoints."""
+    """Whether the program trains. Only trainings run in several processes and write checkpoints."""
     batches: ClassVar[bool] = False
-    """Whether the program works in batches of `micro_batch_size` rows."""
+    """Whether the program processes batches of `micro_batch_size` rows."""
 
     runtime: Name = "torch"
-    """The Python environment it runs in; for `quantize` it is `quantize`, because gptqmodel holds other libraries back."""
+    """Python environment of the stage. Stages of kind `quantize` default to `quantize`, because gptqmodel needs older libraries."""
     resources: Resources = Resources()
-    """Devices and batches."""
+    """Devices, processes and batches."""
     pool: Name | None = None
-    """Pool that this stage runs in, as a run of its own, once the pipeline is deployed; `tuneline run` runs it here."""
+    """Work pool for this stage alone: once the pipeline is deployed, the stage is a separate run there. `tuneline run` ignores it."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of everything random in the stage."""
+    """Random seed of the stage."""
 
     def decided(self) -> dict[str, Any]:
-        """What fields that are `auto` mean in this stage, by the file alone: it is in the key, and what the program gets."""
+        """Return the values that `auto` stands for, decided by the file alone. They are in the key and in the program's request."""
         return {}
 
     def libraries_in_key(self) -> tuple[str, ...]:
@@ -179,62 +183,64 @@ class ProgramStage(Stage):
     def common_problems(self) -> Iterator[Problem]:
         devices = self.resources.devices
         if devices is not None and (len(devices) != self.resources.gpus or len(set(devices)) != len(devices) or min(devices) < 0):
-            found = f"found {list(devices)}, expected as many different numbers as resources.gpus, {self.resources.gpus}"
+            found = f"found {list(devices)}, expected as many different GPU indices as resources.gpus, {self.resources.gpus}"
             yield Problem("resources.devices", found, f"set `gpus: {len(devices)}`" if len(devices) != self.resources.gpus else "")
         engine = self.resources.engine
         if engine is not None and not self.uses_engine():
-            yield Problem("resources.engine", "found an engine in a stage that uses none", "remove it, or choose the engine vllm")
+            yield Problem(
+                "resources.engine", "found engine settings in a stage that does not use vLLM", "remove them, or choose vLLM for the stage"
+            )
         elif engine is not None and engine.gpus > self.resources.gpus:
             found = f"found {engine.gpus}, expected at most resources.gpus, {self.resources.gpus}"
-            yield Problem("resources.engine.gpus", found, "resources.gpus counts all of the stage's GPUs, the engine's among them")
+            yield Problem("resources.engine.gpus", found, "raise resources.gpus: it includes the engine's GPUs")
 
         if not self.trains and self.world_size() > 1:
             field = next(name for name in ("nodes", "processes", "gpus") if (getattr(self.resources, name) or 1) > 1)
             found = f"found {getattr(self.resources, field)} for {self.kind}, expected 1"
             hint = "write `gpus: 1`" if field == "gpus" else "remove it"
-            yield Problem(f"resources.{field}", found, f"only trainings run in several processes: {hint}")
+            yield Problem(f"resources.{field}", found, f"{hint}: only trainings run in several processes")
         elif not self.trains:
-            yield from self._without_effect(TRAINING_ONLY, "is no training")
+            yield from self._without_effect(TRAINING_ONLY, "is not a training")
             if not self.batches:
-                yield from self._without_effect(("micro_batch_size",), "does not work in batches")
+                yield from self._without_effect(("micro_batch_size",), "does not use batches")
 
     def _without_effect(self, fields: Iterable[str], why: str) -> Iterator[Problem]:
-        """Yield one problem for all of the fields of `resources` that are set."""
+        """Yield one problem that names all of these fields of `resources` that are set."""
         given = [field for field in fields if getattr(self.resources, field) != Resources.model_fields[field].default]
         if given:
             found = f"found {listed(given)} for {self.kind}, which {why}"
             yield Problem(f"resources.{given[0]}", found, "remove it" if len(given) == 1 else "remove them")
 
     def uses_engine(self) -> bool:
-        """Whether vLLM works for this stage."""
+        """Return whether the stage uses vLLM."""
         return False
 
     def engine_runtime(self) -> str | None:
-        """The Python environment that holds vLLM, where the stage uses it."""
+        """Return the runtime with vLLM, or None if the stage does not use it."""
         if not self.uses_engine():
             return None
         named = self.resources.engine.runtime if self.resources.engine else None
         return named or (GPU_RUNTIME if self.resources.gpus else CPU_RUNTIME)
 
     def runtimes(self) -> list[str]:
-        """Every Python environment that it runs in."""
+        """Return all runtimes that the stage uses."""
         engine = self.engine_runtime()
         return [self.runtime, engine] if engine else [self.runtime]
 
     def world_size(self) -> int:
-        """Processes that it runs in."""
+        """Return the number of processes that the stage runs in."""
         return self.resources.world_size
 
     def launched(self) -> bool:
-        """Whether torchrun starts its processes: there are several, or DeepSpeed, which wants to be one of them."""
+        """Return whether torchrun starts the processes: for several, and for DeepSpeed, which needs its environment."""
         return self.world_size() > 1 or self.resources.strategy.startswith("zero")
 
     def micro_batch_size(self) -> int | None:
-        """Rows a device takes at once; None for a kind that does not work in batches."""
+        """Return the per-device batch size; None for kinds that do not use batches."""
         return None
 
     def smaller_micro_batch(self, size: int) -> int | None:
-        """What to try after an out-of-memory at `size`: about half; None where nothing is smaller."""
+        """Return the batch size to try after an out-of-memory error at `size`: about half, or None at the minimum."""
         return size // 2 or None
 
 
@@ -242,13 +248,14 @@ ComputeType = Literal["float32", "bfloat16"]
 
 
 class ComputingStage(ProgramStage):
-    """A stage whose result depends on the type that its model computes in."""
+    """A stage whose result depends on the data type that its model computes in."""
 
     dtype: Literal["auto", ComputeType] = "auto"
-    """Compute type; `auto` is bfloat16 for a stage with GPUs (`resources.gpus`), else float32. What it means is in the key."""
+    """Data type that the model computes in; `auto` is bfloat16 if the stage has GPUs (`resources.gpus`), else float32. The resulting type
+    is in the cache key."""
 
     def compute_type(self) -> ComputeType:
-        """By what the stage asks for, never by the machine: the key must be known before one is. An engine's GPUs are among the stage's."""
+        """Return the compute type. It depends on the file alone, because the key must be known before the machine is."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if self.resources.gpus else "float32"

@@ -18,84 +18,84 @@ Method = Literal["lora", "qlora", "full"]
 
 
 class Lora(Strict):
-    """Low-rank adapters, in PEFT's words."""
+    """Low-rank adapter (LoRA), under PEFT's names."""
 
     r: int = Field(16, ge=1, le=1024)
-    """Rank: more can learn more, and takes more memory."""
+    """Rank; a higher rank has more capacity and needs more memory."""
     lora_alpha: float = Field(32, gt=0)
-    """Strength: the update is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    """Scaling numerator: the update is multiplied by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of adapter inputs dropped while training."""
+    """Dropout probability of the adapter's inputs during training."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Layers that get an adapter: names of linear layers and of experts' tensors, or all of them but the head."""
+    """Modules that get an adapter: names of linear layers and expert tensors, or `all-linear` for all of them except the output head."""
     use_rslora: bool = False
-    """Rank-stabilised scaling (arXiv:2312.03732)."""
+    """Use rank-stabilized scaling (rsLoRA, arXiv:2312.03732)."""
     use_dora: bool = False
-    """Weight-decomposed adapters (arXiv:2402.09353): often better, slower."""
+    """Use weight-decomposed adapters (DoRA, arXiv:2402.09353): often more accurate, but slower."""
 
     def unserved(self) -> str | None:
-        """What of it vLLM's kernels do not know: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
+        """Return what vLLM cannot serve, or None: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
         if self.use_dora:
             return "DoRA, which vLLM does not serve"
-        return f"rank {self.r}, where vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
+        return f"rank {self.r}, but vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
 
 
 class Training(ComputingStage):
-    """Fields of every training, and what estimates ask about one."""
+    """Fields of every training, and methods that estimates use."""
 
     trains: ClassVar = True
     batches: ClassVar = True
-    role: ClassVar = "fine-tuned"  # an adapter is called `adapter`
+    role: ClassVar = "fine-tuned"  # tables call an adapter `adapter`
     also_called: ClassVar = (
         *("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward"),
         *("pretrain", "train", "finetune", "lora", "qlora"),
     )
     model: FullPrecisionRef
-    """Model to begin with."""
+    """Model to train."""
     dataset: DatasetRef
-    """Rows to train on: its train split."""
+    """Dataset whose train split is trained on."""
     adapter: AdapterRef | None = None
-    """Adapter of the same base to go on from."""
+    """Adapter of the same base model to continue training."""
     lora: Lora = Lora()
-    """Shape of the adapter."""
+    """Settings of the adapter."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
-    """Highest step size, reached after the warm-up."""
+    """Peak learning rate, reached after warm-up."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after warm-up."""
     warmup_steps: float = Field(0, ge=0)
-    """Steps of warm-up; below 1, a share of all steps."""
+    """Number of warm-up steps; a value below 1 is a share of all steps."""
     weight_decay: float = Field(0.0, ge=0)
-    """Pull of the weights towards zero (AdamW's)."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Maximum gradient norm; larger gradients are clipped to it."""
     num_train_epochs: float = Field(1.0, gt=0)
-    """Passes over the data, unless max_steps is given."""
+    """Number of passes over the train split; ignored if max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps; overrides num_train_epochs."""
     global_batch_size: int = Field(16, ge=1)
-    """Sequences per optimizer step over all devices."""
+    """Number of sequences per optimizer step, over all devices."""
     no_end: bool = False
-    """Trains under a chat template that writes no token after an answer, too: the model then never learns where to stop."""
+    """Train even if the chat template writes no token after an answer; the model then never learns where to stop."""
     on_unrendered: OnUnrendered = "error"
-    """What happens to a row of which the chat template leaves something out, as calls or a system prompt: it is refused, left out, or
-    trained on as it is rendered."""
+    """How to handle rows of which the chat template omits a part, such as tool calls or a system prompt: `error` fails the stage, `drop`
+    drops the row, `keep` trains on the row as rendered."""
 
     def output_type(self) -> ArtifactType:
         return "Adapter"
 
     @abstractmethod
     def longest_sequence(self, row: int | None) -> int:
-        """Return the most tokens of a sequence, padding included. `row` is the dataset stage's max_length."""
+        """Return the maximum length of a sequence in tokens, including padding. `row`: max_length of the dataset stage."""
 
     @abstractmethod
     def positions(self, row: int | None) -> tuple[str, int]:
-        """Return the field that bounds a sequence's positions, and how many it may have."""
+        """Return the field that limits a sequence's positions, and that limit."""
 
     def training_method(self) -> Method:
         return "lora"
 
     def base_bits(self) -> int:
-        """Return the bits of the base's weights under QLoRA."""
+        """Return the bits per base weight under QLoRA."""
         return 4
 
     def packs(self) -> bool:
@@ -103,15 +103,15 @@ class Training(ComputingStage):
         return False
 
     def shares_sequences(self) -> bool:
-        """Return whether the kind works with `sequence_parallel_size` above 1."""
+        """Return whether the stage supports `sequence_parallel_size` above 1."""
         return False
 
     def scored_tokens(self, length: int) -> int:
-        """Return the tokens of a sequence of `length` for which logits are computed."""
+        """Return the number of tokens of a sequence of `length` for which logits are computed."""
         return length
 
     def sampled_tokens(self) -> int:
-        """Return the most tokens that the trained model itself samples for a sequence; 0 if it samples none."""
+        """Return the maximum number of tokens that the trained model itself samples for a sequence; 0 if it samples none."""
         return 0
 
     def packages(self) -> frozenset[str]:
@@ -123,10 +123,10 @@ class Training(ComputingStage):
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         other = stages.get(self.adapter or "")
         if isinstance(other, Training) and other.model != self.model:
-            yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected adapters of `{self.model}`")
+            yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected an adapter of `{self.model}`")
 
     def micro_batch_size(self) -> int:
-        """Rows one device takes at once: as given, or the largest divisor of its share that is at most 8."""
+        """Return the per-device batch size: as set, or the largest divisor of the device's share that is at most 8."""
         return self.resources.micro_batch_size or self._divisor_up_to(8)
 
     def _divisor_up_to(self, most: int) -> int:
@@ -141,18 +141,18 @@ class Training(ComputingStage):
         yield from strategy_problems(self.resources, self.lora.use_dora)
         at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
         if self.global_batch_size % (micro * at_once):
-            alone = self.global_batch_size % at_once  # no micro-batch would do
+            alone = self.global_batch_size % at_once  # no micro-batch size would fit
             of = f"{at_once} {'process' if at_once == 1 else 'processes'}" if shared == 1 else f"{at_once} groups of {shared} processes"
             yield Problem(
                 "global_batch_size",
                 f"found {self.global_batch_size}, expected multiples of {micro * at_once} (micro_batch_size {micro} x {of})",
-                "change the number of processes, or the batch"
+                "change global_batch_size or the number of processes"
                 if alone
                 else "change resources.micro_batch_size: it does not change the result",
             )
         if {"checkpoint_steps", "checkpoint_minutes"} <= self.resources.model_fields_set:
-            found = "found checkpoint_steps with checkpoint_minutes, which take their place"
-            yield Problem("resources.checkpoint_steps", found, "leave one of them out")
+            found = "found checkpoint_steps with checkpoint_minutes, which replaces it"
+            yield Problem("resources.checkpoint_steps", found, "remove one of them")
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             yield Problem(
                 "lr_scheduler_type",

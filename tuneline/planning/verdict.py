@@ -1,7 +1,7 @@
-"""Gates: requirements on metrics, judged with every figure named.
+"""Evaluate gates: requirements on metrics.
 
-Two evaluations are compared only where they asked the same in the same way. What the file says of that is refused by the loader
-(`incomparable_fields`), what only the finished reports tell by the gate; what may differ on purpose is told beside the verdict.
+Two evaluations are compared only if they asked the same questions in the same way. Mismatched settings are rejected when the file is
+loaded (`incomparable_fields`); mismatched rows fail the gate; permitted differences are printed as notes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tuneline.wording import nearest
 from tuneline.workspace.artifact import Manifest
 
 Metrics = Mapping[str, float]
-ROUNDING = 1e-9  # 0.7 - 0.4 is a little less than 0.3 to a computer
+ROUNDING = 1e-9  # in floating point, 0.7 - 0.4 is less than 0.3
 MET, NOTE = "met: ", "note: "
 
 
 def shown_metrics(stage: Stage, metrics: Metrics) -> dict[str, float]:
-    """A Report's metrics under the names of its datasets: `dataset0/exact_match` is `sums/exact_match` to people and gates."""
+    """Return a Report's metrics under the names of its datasets: `dataset0/exact_match` becomes `sums/exact_match`."""
     if not isinstance(stage, EvaluateStage):
         return dict(metrics)
     names = {f"dataset{i}": name for i, name in enumerate(stage.datasets)}
@@ -30,7 +30,7 @@ def shown_metrics(stage: Stage, metrics: Metrics) -> dict[str, float]:
 
 
 def judge(gate: GateStage, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> tuple[bool, list[str]]:
-    """(passed, one line for each requirement, then what is to be known of them). `manifests` of the stages that gave an artifact."""
+    """Return (passed, one line per requirement, then notes). `manifests`: of the stages that have an artifact."""
     metrics = {name: shown_metrics(stages[name], manifest.metrics) for name, manifest in manifests.items()}
     verdicts = [_other_rows(requirement, stages, manifests) or _judge(requirement, metrics) for requirement in gate.require]
     lines = [(MET if passed else "NOT met: ") + text for passed, text in verdicts]
@@ -65,13 +65,13 @@ def _judge(requirement: Requirement, metrics: Mapping[str, Metrics]) -> tuple[bo
 
 
 def _compared(requirement: Requirement, stages: Mapping[str, Stage]) -> tuple[EvaluateStage, EvaluateStage] | None:
-    """The two evaluations, where the requirement compares two."""
+    """Return the two evaluations if the requirement compares two."""
     one, other = stages[requirement.of], stages.get(requirement.compared_with or "")
     return (one, other) if isinstance(one, EvaluateStage) and isinstance(other, EvaluateStage) else None
 
 
 def _other_rows(requirement: Requirement, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> tuple[bool, str] | None:
-    """A refusal where the reports count other rows: a benchmark's data changed on the hub between the two, say."""
+    """Return a failed verdict if the reports count different rows, for example because a benchmark's data changed in between."""
     if _compared(requirement, stages) is None:
         return None
     subject = requirement.metric.partition("/")[0]
@@ -81,24 +81,24 @@ def _other_rows(requirement: Requirement, stages: Mapping[str, Stage], manifests
         counts[name] = rows.get(subject)
     if None in counts.values() or len(set(counts.values())) == 1:
         return None
-    told = " and ".join(f"{count:g} of {name}" for name, count in counts.items())
-    return False, f"{requirement.metric} is of {told}: of other rows it cannot be compared; `--force` both evaluations"
+    compared = " and ".join(f"{count:g} rows in {name}" for name, count in counts.items())
+    return False, f"{requirement.metric} is over {compared}: different rows cannot be compared; `--force` both evaluations"
 
 
 def _notes(requirement: Requirement, stages: Mapping[str, Stage], manifests: Mapping[str, Manifest]) -> Iterator[str]:
-    """What two evaluations differ in that may be meant: how they were computed, and a model without a chat template."""
+    """Yield permitted differences of two evaluations: how they were computed, and a model without a chat template."""
     compared = _compared(requirement, stages)
     if compared is None:
         return
     pair = (requirement.of, requirement.compared_with or "")
     if requirement.metric.partition("/")[0] not in compared[0].datasets and len({stage.apply_chat_template for stage in compared}) == 2:
         with_it, without = pair if compared[0].apply_chat_template else reversed(pair)
-        yield f"{with_it} asks benchmarks through the chat template, {without} does not"
+        yield f"{with_it} uses the chat template for benchmarks, {without} does not"
     computed = [_computed(stage, manifests.get(name)) for name, stage in zip(pair, compared, strict=True)]
     known = [field for field in computed[0] if computed[0][field] and computed[1][field]]
     if any(computed[0][field] != computed[1][field] for field in known):
         one, other = (" in ".join(str(each[field]) for field in known) for each in computed)
-        yield f"{pair[0]} was computed by {one}, {pair[1]} by {other}: they round otherwise"
+        yield f"{pair[0]} was computed by {one}, {pair[1]} by {other}: they round differently"
 
 
 def _computed(stage: EvaluateStage, manifest: Manifest | None) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""What was read in files outside of the store, remembered by their stat, so that a file of many GB is read once.
+"""Cache of what was read from files outside of the store, by their stat, so that a file of many GB is read once.
 
-A stat may stand for a content only if every later change of the content changes the stat. Two things can break that:
+A stat identifies a content only if every later change of the content changes the stat. Two things can break that:
 
-- `cp -p`, `touch -r` or rsync set mtime back. The kernel alone sets ctime, so ctime is compared too.
-- A file system's clock ticks: in milliseconds on most, in 2 s on FAT. A file that is written, read and written again within one
-  tick keeps its stat (git calls such files racily clean). So nothing is trusted that changed less than `TICK` before we began to
-  look, nor what seems to change in the future: it is read again. The clocks of this machine and of a file server are taken to
-  agree to within `TICK`.
+- `cp -p`, `touch -r` or rsync set mtime back. Only the kernel sets ctime, so ctime is compared too.
+- Timestamps have a resolution: milliseconds on most file systems, 2 s on FAT. A file that is written, read and written again
+  within one tick keeps its stat (git calls such files racily clean). So a stat less than `TICK` older than the start of the
+  look, or in the future, is not trusted, and the file is read again. The clocks of this machine and of a file server are
+  assumed to agree to within `TICK`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tuneline.disk import human
 from tuneline.files import hold_lock, write_atomically
 
 TICK = 2_000_000_000  # nanoseconds
-LARGE = 1 << 30  # bytes; reading so many takes about a second
+LARGE = 1 << 30  # bytes; reading this much takes about a second
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 Facts = tuple[int, int, int, int]
 """Size, mtime and ctime in nanoseconds, inode."""
@@ -39,37 +39,37 @@ def facts_of(status: os.stat_result) -> Facts:
 
 
 def settled(facts: Facts, began: int) -> bool:
-    """Whether any change after `began` (nanoseconds since 1970) shows in the facts."""
+    """Return whether any change after `began` (nanoseconds since 1970) would change the facts."""
     return max(facts[1], facts[2]) < began - TICK
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Something that a file's content says. `rules` is another text whenever `of` could answer otherwise for the same content."""
+    """A function of a file's content. `rules` must change whenever `of` could return another value for the same content."""
 
     name: str
     rules: str
     of: Callable[[str], Any]
-    """Path to a JSON value."""
+    """Takes a path, returns a JSON value."""
 
 
 def digest_of_code(module: str) -> str:
-    """`rules` of a reading that this module decides: no edit of it can leave an old answer in use."""
+    """Return `rules` for a reading that this module implements, so that any edit of it invalidates old answers."""
     return hashlib.sha256(Path(module).read_bytes()).hexdigest()[:16]
 
 
 class FileMemory:
-    """Answers of readings by path and facts, in one JSON file. Losing or damaging it costs only time.
+    """Answers of readings by path and facts, in one JSON file. If it is lost or damaged, files are read again.
 
-    Threads and processes share it: `save` adds what this process learned to what others have written meanwhile.
+    Threads and processes share it: `save` merges the answers of this process into those that others have written.
     """
 
     def __init__(self, place: Path):
         self.say: Callable[[str], object] = lambda message: None
-        """Told before a large file is read."""
+        """Called with a message before a large file is read."""
         self._place = place
         self._lock = threading.RLock()
-        self._known: dict[str, dict[str, Any]] | None = None  # by reading, then path: [facts, answer]; read when first asked
+        self._known: dict[str, dict[str, Any]] | None = None  # by reading, then path: [facts, answer]; loaded on first use
         self._new: dict[str, dict[str, Any]] = {}
 
     def recall(self, reading: Reading, path: str, facts: Facts) -> Any | None:
@@ -86,8 +86,8 @@ class FileMemory:
                     answers.setdefault(_section(reading), {})[path] = [[*facts], answer]
 
     def save(self) -> None:
-        """Writes what was learned since the last time, if anything."""
-        with self._lock, contextlib.suppress(OSError):  # a read-only folder or a full disk only costs time
+        """Write new answers, if there are any."""
+        with self._lock, contextlib.suppress(OSError):  # on a read-only folder or full disk, files are read again next time
             if not self._new:
                 return
             self._place.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class FileMemory:
                 for section, answers in self._new.items():
                     reading = section.partition(" ")[0]
                     for old in [other for other in known if other.partition(" ")[0] == reading and other != section]:
-                        del known[old]  # of other rules
+                        del known[old]  # answers of other rules
                     known.setdefault(section, {}).update(answers)
                 write_atomically(self._place, json.dumps(known))
             self._known, self._new = known, {}
@@ -106,7 +106,7 @@ class FileMemory:
             known = json.loads(self._place.read_bytes())
             if isinstance(known, dict) and all(isinstance(answers, dict) for answers in known.values()):
                 return known
-        return {}  # of an earlier tuneline, which trusted what had just changed
+        return {}  # missing, damaged, or written by an earlier tuneline, which trusted recent changes
 
 
 def _section(reading: Reading) -> str:
@@ -114,22 +114,22 @@ def _section(reading: Reading) -> str:
 
 
 class Look:
-    """One look at files and folders. It keeps the facts that each had *before* it was first read, for `unchanged` to compare."""
+    """One pass over files and folders. Keeps the facts that each had *before* it was first read, for `unchanged` to compare."""
 
     def __init__(self, memory: FileMemory):
         self._memory = memory
         self._began = time.time_ns()
-        self._seen: dict[str, Facts | None] = {}  # None: was not there
+        self._seen: dict[str, Facts | None] = {}  # None: did not exist
         self._globs: dict[str, list[str]] = {}
 
     def stat(self, path: str) -> os.stat_result | None:
-        """Of what links lead to; None where nothing is."""
+        """Return the stat of a path, following links; None if it does not exist."""
         status = _stat(path)
         self._seen.setdefault(path, facts_of(status) if status else None)
         return status
 
     def file(self, path: str) -> Facts:
-        """Raises OSError where it is not there."""
+        """Return the facts of a file. Raises OSError if it does not exist."""
         facts = facts_of(os.stat(path))
         self._seen.setdefault(path, facts)
         return facts
@@ -144,27 +144,27 @@ class Look:
         return found
 
     def read(self, reading: Reading, path: str, facts: Facts) -> Any:
-        """What the reading says of a file that had these facts before, from memory where they vouch for it. Raises OSError."""
+        """Return the reading's answer for a file that has these facts, from memory if possible. Raises OSError."""
         answer = self._memory.recall(reading, path, facts)
         if answer is None:
             if facts[0] >= LARGE:
-                self._memory.say(f"reading {path}, {human(facts[0])}: once, what it holds is remembered")
+                self._memory.say(f"reading {path}, {human(facts[0])}; the result is remembered for the next time")
             answer = reading.of(path)
             if settled(facts, self._began):
                 self._memory.learn(reading, path, facts, answer)
         return answer
 
     def facts(self, path: str) -> Facts:
-        """Of a file that was there, as they were when it was first looked at."""
+        """Return the facts of an existing file, as of the first look."""
         facts = self._seen[path]
         assert facts is not None
         return facts
 
     def unchanged(self) -> bool:
-        """Whether a second look would see the same, by stat alone.
+        """Return whether a second look would see the same, by stat alone.
 
-        A file that changed has other facts. One that came or went changed its folder, which was listed and has facts as well. `False`
-        may be a false alarm: then only another look can tell.
+        A changed file has other facts. A file that was added or removed changed its folder, which has facts too. `False` may be a
+        false alarm; only reading again can decide.
         """
         try:
             for path, facts in self._seen.items():
@@ -179,7 +179,7 @@ class Look:
 def _stat(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except ValueError:  # a NUL in the name
+    except ValueError:  # NUL in the name
         return None
     except OSError as error:
         if error.errno in ABSENT:

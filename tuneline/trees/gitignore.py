@@ -1,7 +1,7 @@
-"""Which files git ignores, and globs in the same language.
+"""Which files git ignores, and globs in .gitignore syntax.
 
-gitignore(5), written out because libraries match whatever lies under a matched folder, which git does not: with `*`, `!*/`,
-`!*.py` they take every file. Left out on purpose: rules that lie on one machine only (.git/info/exclude, core.excludesFile).
+Implements gitignore(5), because libraries match everything under a matched folder, which git does not: with `*`, `!*/`,
+`!*.py` they take every file. Deliberately omitted: machine-specific rules (.git/info/exclude, core.excludesFile).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ WILDCARDS = re.compile(r"[*?\[\\]")
 
 
 class Patterns:
-    """Lines of a .gitignore, or globs in the same language: the last one that matches decides."""
+    """Lines of a .gitignore, or globs in the same syntax: the last match decides."""
 
     def __init__(self, lines: Iterable[str]):
         self._patterns = [pattern for line in lines if (pattern := parse(line)) is not None]
-        # Most names are matched by no pattern, which these two find faster than one comparison for each pattern.
+        # Most names match no pattern; these two detect that faster than one comparison per pattern.
         self._bases = AnyOf(pattern for pattern in self._patterns if pattern.anywhere)
         self._paths = AnyOf(pattern for pattern in self._patterns if not pattern.anywhere)
         self._folders: dict[str, bool] = {"": False}
@@ -35,7 +35,7 @@ class Patterns:
         return bool(self._patterns)
 
     def decide(self, name: str, is_folder: bool) -> bool | None:
-        """True: matched; False: matched by a `!` pattern; None: nothing is said of it."""
+        """Return True if a pattern matches, False if a `!` pattern does, None if none does."""
         path = name if name.isascii() else as_bytes(name)
         base = path.rpartition("/")[2]
         if not self._bases.matches(base) and not self._paths.matches(path):
@@ -46,7 +46,7 @@ class Patterns:
         return None
 
     def covers(self, name: str) -> bool:
-        """Whether the file, or else the nearest folder around it of which anything is said, is matched."""
+        """Return whether the file matches; if no pattern decides about it, whether its nearest decided parent folder does."""
         said = self.decide(name, False)
         return self._covers_folder(name.rpartition("/")[0]) if said is None else said
 
@@ -61,13 +61,13 @@ class Pattern(NamedTuple):
     negated: bool
     folders_only: bool
     anywhere: bool
-    """Without a slash: it is compared with the last part of a path."""
+    """Has no slash: it is compared with the last part of a path."""
     glob: str
     expression: str
 
 
 class AnyOf:
-    """Whether any of some patterns matches, by as few comparisons as can be: most globs are a name, or `*` and an ending."""
+    """Match any of several patterns with few comparisons: most globs are a name, or `*` and an ending."""
 
     def __init__(self, patterns: Iterable[Pattern]):
         names, endings, others = set[str](), list[str](), list[str]()
@@ -84,11 +84,11 @@ class AnyOf:
         return name in self._names or name.endswith(self._endings) or self._others.fullmatch(name) is not None
 
 
-TRAILING_SPACES = re.compile(r"^((?:[^\\]|\\.)*?) +$", re.DOTALL)  # but for one after a backslash
+TRAILING_SPACES = re.compile(r"^((?:[^\\]|\\.)*?) +$", re.DOTALL)  # except one after a backslash
 
 
 def parse(line: str) -> Pattern | None:
-    """None for a comment, an empty line, or a pattern that git never matches."""
+    """Return the pattern of a line; None for a comment, an empty line, or a pattern that git never matches."""
     line = TRAILING_SPACES.sub(r"\1", as_bytes(line).removesuffix("\r"))
     if not line or line.startswith("#"):
         return None
@@ -104,12 +104,12 @@ def parse(line: str) -> Pattern | None:
 
 
 def as_bytes(text: str) -> str:
-    """One character a byte: git's wildcards know no others."""
+    """Return the text with one character per byte, because git's wildcards match bytes."""
     return os.fsencode(text).decode("latin-1")
 
 
 def glob_expression(glob: str) -> str | None:
-    """The regular expression of a glob as git reads it: wildcards stop at `/`, but for `**` as a whole part of the path."""
+    """Return the regular expression of a glob: wildcards stop at `/`, except `**` as a whole path component. None if invalid."""
     expression, position = "", 0
     while position < len(glob):
         char = glob[position]
@@ -147,7 +147,7 @@ CLASSES = {
 
 
 def bracket_expression(glob: str, start: int) -> tuple[str, int] | None:
-    """(`[...]` as a regular expression, the position after it); None where it is never closed."""
+    """Return (`[...]` as a regular expression, the position after it); None if it is never closed."""
     position = start + 1
     negated = glob[position : position + 1] in ("!", "^")
     position += negated
@@ -155,7 +155,7 @@ def bracket_expression(glob: str, start: int) -> tuple[str, int] | None:
     while position < len(glob):
         char = glob[position]
         if char == "]" and position > first:
-            # Nothing in brackets matches `/`; empty ranges as [z-a] match nothing, alone or not.
+            # Brackets never match `/`; empty ranges such as [z-a] match nothing.
             body = f"[^{items}]" if negated and items else "." if negated else f"[{items}]" if items else "(?!)"
             return f"(?!/){body}", position + 1
         end = glob.find("]", position + 2)
@@ -178,11 +178,11 @@ def bracket_char(glob: str, position: int) -> tuple[str, int]:
     return glob[position + escaped], position + escaped + 1
 
 
-Rules = list[tuple[str, Patterns]]  # (folder with `/` at its end, what its .gitignore says), outermost first
+Rules = list[tuple[str, Patterns]]  # (folder ending in `/`, patterns of its .gitignore), outermost first
 
 
 def ignored(name: str, is_folder: bool, rules: Rules) -> bool:
-    """As git decides: the innermost .gitignore that says anything. Whoever walks does not enter an ignored folder."""
+    """Return whether git ignores a name: the innermost .gitignore with a match decides. Callers must not enter ignored folders."""
     for prefix, patterns in reversed(rules):
         decision = patterns.decide(name.removeprefix(prefix), is_folder)
         if decision is not None:
@@ -191,25 +191,25 @@ def ignored(name: str, is_folder: bool, rules: Rules) -> bool:
 
 
 def ignore_files_above(folder: Path, look: Look) -> tuple[str, Rules]:
-    """(the folder's place in its repository, rules of the folders around it); nothing where there is no repository."""
+    """Return (the folder's path in its repository, rules of its parent folders); both empty outside of a repository."""
     folder = Path(os.path.realpath(folder))
     top = top_of(folder, look)
     parts = folder.relative_to(top).parts
     prefixes = ["".join(f"{part}/" for part in parts[:depth]) for depth in range(len(parts))]
     files = [(prefix, str(top / prefix / IGNORE_FILE)) for prefix in prefixes]
     rules = [(prefix, read_ignore_file(file)) for prefix, file in files if look.stat(file) and is_plain(file)]
-    # Who names a folder that is itself ignored, such as a corpus that is kept out of git, means its content.
+    # If the named folder is itself ignored, such as a corpus that is kept out of git, its content is wanted.
     named = any(ignored("/".join(parts[:depth]), True, rules) for depth in range(1, len(parts) + 1))
     return "".join(f"{part}/" for part in parts), [] if named else rules
 
 
 def top_of(folder: Path, look: Look) -> Path:
-    """Of the repository around it; the folder itself where there is none."""
+    """Return the top folder of the repository around `folder`; the folder itself if there is none."""
     return next((place for place in (folder, *folder.parents) if look.stat(str(place / ".git"))), folder)
 
 
 def is_plain(file: str) -> bool:
-    """git follows no link to an ignore file."""
+    """Return whether a file is not a link: git does not follow links to ignore files."""
     return os.path.isfile(file) and not os.path.islink(file)
 
 

@@ -1,6 +1,6 @@
-"""The license of a file in a source tree, by SPDX lines and the texts of license files.
+"""Detect the license of a file in a source tree, by SPDX lines and the texts of license files.
 
-Left out on purpose: licenses named in package.json and the like, REUSE's side files.
+Deliberately omitted: licenses named in package.json and the like, and REUSE's side files.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tuneline.kinds.sources import LANGUAGES
 from tuneline.trees.file_memory import Look, Reading, digest_of_code
 from tuneline.trees.gitignore import top_of
 
-HEAD = 2000  # characters in which a header stands
+HEAD = 2000  # characters that are searched for a header
 SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]+)")
 LICENSE_FILE = re.compile(r"(un)?licen[cs]e([-_.][\w.-]+)?|copying([-_.][\w.-]+)?", re.IGNORECASE)
-# What the texts of licenses say and no other does, in lower case, words one space apart.
-LICENSE_TEXTS: tuple[tuple[str, str, str], ...] = (  # SPDX name, what stands in the text, what does not
+# Phrases that identify a license text, in lower case, with single spaces.
+LICENSE_TEXTS: tuple[tuple[str, str, str], ...] = (  # SPDX name, what the text must contain, what it must not
     ("Apache-2.0", r"apache license,? version 2\.0, january 2004", ""),
     ("MIT", r"permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation"
             r".*the above copyright notice and this permission notice", r"except as contained in this notice, the name"),
@@ -46,21 +46,21 @@ LICENSE_TEXTS: tuple[tuple[str, str, str], ...] = (  # SPDX name, what stands in
 
 
 class Licenses:
-    """The license of a file: its own SPDX line, else that of the nearest folder with a license file, up to the tree's own."""
+    """Find the license of a file: its own SPDX line, else that of the nearest parent folder with a license file."""
 
     def __init__(self, folder: Path, allowed: Sequence[str], look: Look):
         self._folder, self._look, self._allowed = folder, look, frozenset(name.lower() for name in allowed)
-        self._files: dict[str, list[str]] = {}  # by folder in the tree
+        self._files: dict[str, list[str]] = {}  # license files by folder in the tree
         self._known: dict[str, list[str] | None] = {}
-        self._refusals: dict[tuple[str | None, str], str | None] = {}  # by header, or by folder where there is none
+        self._refusals: dict[tuple[str | None, str], str | None] = {}  # by header, or by folder if there is none
 
     def enter(self, folder: str, entries: Iterable[os.DirEntry[str]]) -> None:
-        """Before the files of a folder are asked about: what lies in it."""
+        """Register the entries of a folder. Call it before `refusal` for the folder's files."""
         if self._allowed:
             self._files[folder] = license_files(entries)
 
     def refusal(self, name: str, header: str | None) -> str | None:
-        """Why the file, with this in its SPDX line, is not read. With no list of licenses everything is."""
+        """Return why a file with this SPDX line is skipped, or None. Without a list of licenses every file is allowed."""
         if not self._allowed:
             return None
         asked = (header, name.rpartition("/")[0] if header is None else "")
@@ -74,11 +74,11 @@ class Licenses:
         found = self._around(folder)
         if not found:
             return "license unknown"
-        refused = [license for license in found if not allows(license, self._allowed)]  # several texts: all of them hold
+        refused = [license for license in found if not allows(license, self._allowed)]  # with several texts, all of them apply
         return f"license {' and '.join(refused)}" if refused else None
 
     def _around(self, folder: str) -> list[str] | None:
-        """What the license files of the nearest folder say that has any; empty where one of them is not known."""
+        """Return the licenses of the nearest folder that has license files; empty if one of them is unknown."""
         if folder not in self._known:
             if self._files[folder]:
                 known = [self._look.read(RECOGNISED, file, self._look.file(file)) for file in self._files[folder]]
@@ -88,7 +88,7 @@ class Licenses:
         return self._known[folder]
 
     def _above(self) -> list[str] | None:
-        """Of the folders around the tree, up to the top of its repository."""
+        """Return the licenses of the folders above the tree, up to the top of its repository."""
         folder = Path(os.path.realpath(self._folder))
         if top_of(folder, self._look) == folder:
             return None
@@ -106,7 +106,7 @@ def license_files(entries: Iterable[os.DirEntry[str]]) -> list[str]:
 
 
 def spdx_line(text: str) -> str | None:
-    """The license that the head of a text names."""
+    """Return the license named by an SPDX line in the head of a text."""
     header = SPDX.search(text[:HEAD])
     return header[1].strip() if header else None
 
@@ -115,10 +115,12 @@ def recognised(text: str) -> list[str]:
     header = spdx_line(text)
     if header is not None:
         return [header]
-    words = " ".join(re.sub(r"[\"“”'`>*#=_]+", " ", text.lower()).split())
-    if "commons clause" in words:  # which takes back what the license around it gives
+    normalized = " ".join(re.sub(r"[\"“”'`>*#=_]+", " ", text.lower()).split())
+    if "commons clause" in normalized:  # it revokes rights of the license that it is added to
         return []
-    return [name for name, says, says_not in LICENSE_TEXTS if re.search(says, words) and not (says_not and re.search(says_not, words))]
+    return [
+        name for name, says, says_not in LICENSE_TEXTS if re.search(says, normalized) and not (says_not and re.search(says_not, normalized))
+    ]
 
 
 def _recognised_in(file: str) -> list[str]:
@@ -129,7 +131,7 @@ RECOGNISED = Reading("license", digest_of_code(__file__), _recognised_in)
 
 
 def allows(expression: str, allowed: frozenset[str]) -> bool:
-    """Whether an SPDX expression can be met with the allowed licenses: one side of OR, both of AND; exceptions only add rights."""
+    """Return whether the allowed licenses satisfy an SPDX expression: one side of OR, both of AND; exceptions only add rights."""
     tokens = re.findall(r"[()]|[\w.+-]+", expression)
 
     def either() -> bool:

@@ -1,8 +1,8 @@
-"""Which files of a source tree a `code` source reads, and why the others are left out.
+"""Select the files of a source tree that a `code` source reads, and count why the others are skipped.
 
     walk (links, .gitignore, vendored folders) -> globs -> names of generated files -> content (text, header) -> license
 
-The choice is made here, once, for the key and for the program alike: what is left out is in no key.
+The key and the program use the same selection: skipped files are in no key.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tuneline.trees.file_memory import Look, Reading, digest_of_code
 from tuneline.trees.gitignore import IGNORE_FILE, Patterns, ignore_files_above, ignored, read_ignore_file
 from tuneline.trees.licenses import HEAD, RECOGNISED, Licenses, spdx_line
 
-LARGEST = 1_000_000  # bytes; larger texts are data or were written by a program, and are not even opened
-# Folders that hold other people's code, or what a build made. Our own workspace is one of them.
+LARGEST = 1_000_000  # bytes; larger texts are data or generated, and are not opened
+# Folders with third-party code or build outputs, including tuneline's own workspace.
 VENDORED = frozenset(
     "node_modules bower_components vendor vendored third_party third-party thirdparty site-packages dist-packages Pods dist build _build"
     " .venv venv .tox .nox .eggs __pycache__ .mypy_cache .ruff_cache .pytest_cache .cache .tuneline .ipynb_checkpoints".split()
@@ -44,18 +44,18 @@ GENERATED_HEADER = re.compile(
 class Selection:
     folder: Path
     files: dict[str, str] = field(default_factory=dict)
-    """sha256 of each file to read, by its name relative to the folder, sorted."""
+    """sha256 of each selected file, by its name relative to the folder, sorted."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Files, and folders that nobody looked into, by reason."""
+    """Number of skipped files, and of folders that were not entered, by reason."""
 
     def paths(self) -> list[Path]:
         return [self.folder / name for name in self.files]
 
 
 def select(folder: Path, source: CodeSource, look: Look) -> Selection:
-    """Reads every file that its name does not rule out, unless it is remembered. Raises OSError for what cannot be read.
+    """Read every file that its name does not exclude, unless it is remembered. Raises OSError for files that cannot be read.
 
-    Only what the content alone says is remembered; what the source's fields make of it is decided each time.
+    Only facts about the content are remembered; the source's fields are applied each time.
     """
     left_out = Counter[str]()
     include, exclude = (Patterns(re.sub(r"^(!?)\./", r"\1/", glob) for glob in globs) for globs in (source.include, source.exclude))
@@ -83,16 +83,16 @@ def select(folder: Path, source: CodeSource, look: Look) -> Selection:
 def walk(
     folder: Path, exclude: Patterns, left_out: Counter[str], look: Look
 ) -> Iterator[tuple[str, list[os.DirEntry[str]], list[os.DirEntry[str]]]]:
-    """(folder with `/` at its end, all that lies there, the files that neither git nor `exclude` leaves out), by folder.
+    """Yield (folder ending in `/`, all its entries, the files that neither git nor `exclude` skips) for each folder.
 
-    Links are not followed: git keeps them as links, too.
+    Links are not followed, as in git.
     """
     above, rules = ignore_files_above(folder, look)
     waiting = [("", rules)]
     while waiting:
         prefix, rules = waiting.pop()
         entries = look.entries(os.path.join(folder, prefix))
-        if prefix and any(entry.name in REPOSITORY for entry in entries):  # one inside of another: git lists none of its files either
+        if prefix and any(entry.name in REPOSITORY for entry in entries):  # nested repository: git lists none of its files either
             left_out["vendored"] += 1
             continue
         for entry in entries:
@@ -110,7 +110,7 @@ def walk(
             if reason is None and exclude.decide(name, is_folder):
                 reason = "excluded"
             if reason is None and not is_folder and not entry.is_file(follow_symlinks=False):
-                reason = "no file"  # a socket, a pipe
+                reason = "no file"  # a socket or a pipe
             if reason is None and not name.isascii() and os.fsencode(name) != name.encode("utf-8", "replace"):
                 reason = "name that is not UTF-8"
             if reason is not None:
@@ -123,7 +123,7 @@ def walk(
 
 
 def named(name: str, source: CodeSource, include: Patterns) -> str | None:
-    """Why a file of this name is not read."""
+    """Return why a file of this name is skipped, or None."""
     base = name.rpartition("/")[2]
     if source.include and not include.covers(name):
         return "not included"
@@ -141,11 +141,11 @@ def unreadable(content: bytes) -> str | None:
         head = content.decode()[:HEAD]
     except UnicodeDecodeError:
         return "not UTF-8"
-    return "generated" if "generated" in head.lower() and GENERATED_HEADER.search(head) else None  # the word alone is found faster
+    return "generated" if "generated" in head.lower() and GENERATED_HEADER.search(head) else None  # testing for the word first is faster
 
 
 def _text(file: str) -> tuple[str, str | None, str | None]:
-    """(sha256, why it is not read, license in its head): from one read."""
+    """Return (sha256, why the file is skipped, license in its head) from one read."""
     with open(file, "rb") as opened:
         content = opened.read()
     reason = unreadable(content)

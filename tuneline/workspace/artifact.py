@@ -31,7 +31,7 @@ class Base(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is, what it was made from, and what came out. Only `files` decide the digest."""
+    """Describes an artifact: its key, its inputs, its files and its metrics. The digest depends only on `files`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     schema_number: int = Field(SCHEMA, alias="schema")
@@ -39,22 +39,22 @@ class Manifest(BaseModel):
     type: Literal["Model", "Adapter", "Dataset", "Report"]
     key: str
     document: dict[str, Any]
-    """What the key is the hash of."""
+    """The document that the key is the hash of."""
     digest: str
     files: tuple[File, ...]
     parents: dict[str, str]
-    """By input slot: the upstream artifact as `kind/key`."""
+    """Upstream artifacts as `kind/key`, by input slot."""
     base: Base | None = None
     template: str | None = None
-    """sha256 of the chat template saved with it."""
+    """sha256 of the chat template saved with the artifact."""
     metrics: dict[str, FiniteFloat]
     info: dict[str, Any]
     host: dict[str, Any]
-    """Facts of the machine and the times; in no key and no digest."""
+    """Facts about the machine, and times; in no key and no digest."""
 
     @property
     def size(self) -> int:
-        """Bytes of the payload."""
+        """Size of the payload in bytes."""
         return sum(file.size for file in self.files)
 
 
@@ -77,13 +77,13 @@ class Artifact:
 
 
 def digest(files: tuple[File, ...]) -> str:
-    """sha256 over the sorted (path, sha256) of a payload."""
+    """Return the sha256 over the sorted (path, sha256) of a payload's files."""
     lines = "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda file: file.path))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def sizes(payload: Path) -> list[tuple[str, int]]:
-    """(relative path, bytes) of every file, sorted. A link is no file of ours: it counts as size -1."""
+    """Return (relative path, size in bytes) of every file, sorted. Links, which programs never create, have size -1."""
     found = []
     for folder, folders, names in os.walk(payload):
         for name in names + [name for name in folders if Path(folder, name).is_symlink()]:

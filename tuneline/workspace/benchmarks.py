@@ -1,13 +1,13 @@
-"""Which data lm-eval's benchmarks are made of, so that its commits can be in a key: read from its task files, without lm-eval.
+"""Find the data of lm-eval's benchmarks in its task files, without importing lm-eval, so that the data's commits can be in a key.
 
-A task file is YAML that names a `dataset_path`; it may `include` others, a group lists tasks, and a tag names all tasks that carry it.
-lm-eval's own 14,000 take a second to read, so what they say is remembered: a runtime's folder never changes.
+A task file is YAML that names a `dataset_path`. It may `include` others. A group lists tasks, and a tag stands for all tasks with it.
+Reading lm-eval's 14,000 files takes a second, so the result is cached: a runtime's folder never changes.
 
     name    `task: arc_easy`, `group: mmlu` with `task: [...]`, or `tag: ai2_arc`
     data    a repository of the hub, files (json, csv ...), or what Python code beside the file loads (`class`, `custom_dataset`)
 
-As in lm-eval, files of the stage's own come before those of the runtime. Left out: what code loads, which only
-`tasks.evaluation.benchmarks` sees.
+As in lm-eval, the stage's own files take precedence over those of the runtime. Data loaded by code is not covered here; only
+`tasks.evaluation.benchmarks` sees it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from tuneline.files import write_atomically
 from tuneline.workspace.runtimes import RuntimeEnvironment
 
 Config = dict[str, Any]
-# Words of `dataset_path` that say how local files are read (datasets/packaged_modules); any other is a repository or a folder.
+# Values of `dataset_path` that name a reader of local files (datasets/packaged_modules); others are a repository or a folder.
 READERS = frozenset("arrow audiofolder csv hdf5 imagefolder json lance pandas parquet sql text videofolder webdataset xml".split())
-FORMAT = 1  # of what is remembered
+FORMAT = 1  # version of the cache files
 KEPT = ("task", "group", "tag", "dataset_path", "dataset_kwargs", "class", "custom_dataset")
 REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?$")
 CODE = "code of its own loads it"
 
 
 class Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
-    """Plain data; `!function utils.process` stays text."""
+    """Loads plain data; `!function utils.process` stays text."""
 
 
 Loader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}")
@@ -45,7 +45,7 @@ Loader.add_multi_constructor("!", lambda loader, suffix, node: f"!{suffix}")
 
 @dataclass(frozen=True, order=True)
 class Data:
-    """What a benchmark loads: a repository at a revision, or why that is not known."""
+    """Data of a benchmark: a repository at a revision, or the reason why it is unknown."""
 
     repository: str = ""
     revision: str = "main"
@@ -53,7 +53,7 @@ class Data:
 
     @property
     def label(self) -> str:
-        """Its name in a key, and for the program that loads it."""
+        """Name of the data in keys and requests."""
         return self.repository if self.revision == "main" else f"{self.repository}@{self.revision}"
 
 
@@ -62,7 +62,7 @@ MISSING = Data(unknown="lm-eval has no task file of this name")
 
 
 def data_of(name: str, own: Path | None, runtime: RuntimeEnvironment, memory: Path) -> list[Data]:
-    """What the benchmark loads, each repository once. `own` is the stage's folder of task files, `memory` one for what is remembered."""
+    """Return the benchmark's data, each repository once. `own`: the stage's folder of task files; `memory`: the cache folder."""
     index = task_files(own) if own else {}
     found = set(_data(name, index, own, ()))
     if MISSING in found:
@@ -93,7 +93,7 @@ def _data(name: Any, index: dict[str, Config], own: Path | None, above: tuple[st
 
 
 def _inline(entry: Config, index: dict[str, Config]) -> Config | None:
-    """A member of a group that is written out there, as a task of its own or over one that has a name."""
+    """Return the config of a group member that is defined inline, on its own or as changes to a named task."""
     return {**index.get(str(entry.get("task")), {}), **entry} if isinstance(entry, dict) else None
 
 
@@ -101,7 +101,7 @@ def _inline(entry: Config, index: dict[str, Config]) -> Config | None:
 
 
 def task_files(folder: Path) -> dict[str, Config]:
-    """What each task, group and tag below `folder` says about its data. Files that are no task files are passed over, as lm-eval does."""
+    """Return the data settings of each task, group and tag below `folder`. Like lm-eval, skips files that are not task files."""
     index: dict[str, Config] = {}
     tags: dict[str, list[str]] = {}
     read = lru_cache(maxsize=None)(_read)
@@ -121,7 +121,7 @@ def task_files(folder: Path) -> dict[str, Config]:
 
 @lru_cache
 def _of_runtime(runtime: RuntimeEnvironment, memory: Path) -> dict[str, Config]:
-    """Those of the runtime's lm-eval; none where it has no such folder."""
+    """Return the task files of the runtime's lm-eval; empty if it has none."""
     environment = runtime.folder or runtime.python.parent.parent
     known = memory / f"{environment.name}-{FORMAT}.json"
     if runtime.folder:
@@ -130,20 +130,20 @@ def _of_runtime(runtime: RuntimeEnvironment, memory: Path) -> dict[str, Config]:
     index: dict[str, Config] = {}
     for folder in environment.glob("lib/python3*/site-packages/lm_eval/tasks"):
         index = task_files(folder)
-    if runtime.folder and runtime.ready:  # a Python of the user's own may change
-        with contextlib.suppress(OSError):  # a read-only folder only costs time
+    if runtime.folder and runtime.ready:  # an environment of the user may change
+        with contextlib.suppress(OSError):  # on a read-only folder, the files are read again next time
             memory.mkdir(parents=True, exist_ok=True)
             write_atomically(known, json.dumps(index))
     return index
 
 
 def is_group(config: Config) -> bool:
-    """A class is a task, whatever it calls its group."""
+    """Return whether a config is a group. One with `class` is a task, even if it has `group`."""
     return "group" in config and "class" not in config
 
 
 def _whole(file: Path, read: Callable[[Path], Config], above: tuple[Path, ...]) -> Config:
-    """With what it includes, its own words coming first."""
+    """Return a config with its includes; its own values take precedence."""
     config = read(file)
     included = config.get("include") or []
     whole: Config = {}

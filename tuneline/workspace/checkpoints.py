@@ -1,7 +1,7 @@
-"""What an unfinished training has to go on from, and which resources can read it.
+"""Find the checkpoint that an unfinished training resumes from, and the resources that can read it.
 
-Programs write checkpoints below WORK/checkpoints and resume from them (`tasks/training/checkpoints.py`); plans and runs say beforehand what
-will happen. One counts only with its marker, which is written last. Imports nothing that only some runtimes have.
+Programs write checkpoints below WORK/checkpoints and resume from them (`tasks/training/checkpoints.py`). Plans and runs predict this.
+A checkpoint is complete only with its marker, which is written last. Imports nothing that only some runtimes have.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tuneline.kinds.stage import Resources
 FOLDER = "checkpoints"
 MARKER = "complete"
 REPLICATED = "replicated"
-# What reads what, by the first word of a layout. DeepSpeed puts the parts of a checkpoint together for any number of processes; the
-# parts of ZeRO-3 are others than those of ZeRO-1 and 2 (checkpoint/ds_to_universal.py).
+# Strategies that can read a checkpoint, by the first word of its layout. DeepSpeed reshards a checkpoint for any number of
+# processes; shards of ZeRO-3 differ from those of ZeRO-1 and 2 (checkpoint/ds_to_universal.py).
 FAMILIES = {REPLICATED: "ddp", "zero1": "zero1 or zero2", "zero2": "zero1 or zero2"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one."""
+    """A complete checkpoint."""
 
     path: Path
     layout: str
@@ -34,17 +34,17 @@ class Checkpoint:
         return step_of(self.path)
 
     def refused(self, resources: Resources) -> tuple[str, str] | None:
-        """What is wrong and a hint, where a training with these resources cannot read it."""
+        """Return (message, hint) if a training with these resources cannot read the checkpoint, else None."""
         wanted, family = layout(resources), _family(self.layout)
         if _family(wanted) == family:
             return None
         written, now = (name.replace(REPLICATED, "ddp") for name in (self.layout, wanted))
-        found = f"{self.path.name} was written with the strategy {written}; this one is {now}, which cannot read it"
-        return found, f"go on with {family}, over any number of processes, or `--force` the stage, which begins anew"
+        found = f"{self.path.name} was written with the strategy {written}, which {now} cannot read"
+        return found, f"resume with {family}, over any number of processes, or `--force` the stage to start from scratch"
 
 
 def layout(resources: Resources) -> str:
-    """How a checkpoint is laid out: FSDP's is put together again by any number of processes."""
+    """Return the layout of checkpoints. FSDP's can be resharded for any number of processes, so it names no number."""
     if resources.strategy.startswith("zero"):
         return f"{resources.strategy} over {processes(resources.world_size)}"
     return "fsdp" if resources.strategy == "fsdp" else REPLICATED
@@ -64,12 +64,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def in_order(folder: Path) -> list[Path]:
-    """Checkpoints below a folder, whole ones or not, the oldest first."""
+    """Return the checkpoints below a folder, complete or not, oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=step_of)
 
 
 def newest(work: Path, key: str) -> Checkpoint | None:
-    """The one that a training in this work folder will go on from."""
+    """Return the checkpoint that a training in this work folder will resume from, if any."""
     for checkpoint in reversed(in_order(work / FOLDER)):
         if problem(checkpoint, key) is None:
             return read(checkpoint)
@@ -82,23 +82,23 @@ def read(checkpoint: Path) -> Checkpoint:
 
 
 def problem(checkpoint: Path, key: str) -> str | None:
-    """Why it cannot be resumed from."""
+    """Return why a training cannot resume from a checkpoint, or None."""
     try:
         marker = json.loads((checkpoint / MARKER).read_bytes())
     except (OSError, ValueError):
-        return "was left half-written"
+        return "is incomplete"
     if marker["key"] != key:
-        return f"is of another stage, {marker['key'][:12]}"
+        return f"belongs to another stage, {marker['key'][:12]}"
     there = sizes(checkpoint)
     if damaged := sorted(name for name, size in marker["files"].items() if there.get(name) != size):
         return f"is damaged ({damaged[0]} has {there.get(damaged[0], 'no')} bytes instead of {marker['files'][damaged[0]]})"
     best = json.loads((checkpoint / "trainer_state.json").read_bytes())["best_model_checkpoint"]
-    if best and best != str(checkpoint) and problem(Path(best), key):  # transformers would only warn, and keep the last adapter
-        return f"needs the best adapter so far, that of {Path(best).name}, which is gone"
+    if best and best != str(checkpoint) and problem(Path(best), key):  # transformers would only warn and keep the last adapter
+        return f"needs the best adapter so far, in {Path(best).name}, which is missing"
     return None
 
 
 def sizes(checkpoint: Path) -> dict[str, int]:
-    """Of its files but the marker, by name."""
+    """Return the sizes of a checkpoint's files except the marker, by name."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
     return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}

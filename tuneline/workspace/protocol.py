@@ -1,9 +1,9 @@
-"""What the orchestrator and a program say to each other: files in a work folder, nothing else.
+"""Protocol between the orchestrator and a program: files in a work folder, nothing else.
 
 request.json    written by flows, read by tasks
-events.jsonl    appended by tasks while they work, followed by flows
+events.jsonl    appended by tasks while they run, followed by flows
 result.json     written last by a program that succeeded, or
-failure.json    by one that knows why it did not
+failure.json    written by a program that failed with a known reason
 """
 
 from __future__ import annotations
@@ -32,56 +32,56 @@ class Message(BaseModel):
         return cls.model_validate_json(path.read_bytes())
 
     def write(self, path: Path) -> None:
-        """Atomic: a reader sees the whole message or none."""
+        """Write atomically: a reader sees the whole message or none."""
         write_atomically(path, self.model_dump_json(by_alias=True, indent=1))
 
 
 class Input(BaseModel):
-    """An upstream artifact. `path` is its payload folder; an Adapter's `base` is the Model it was trained on."""
+    """An upstream artifact. `path`: its payload folder; `base`: the Model that an Adapter was trained on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     path: Path
     digest: str
     type: Literal["Model", "Adapter", "Dataset", "Report"]
     template: str | None = None
-    """sha256 of the chat template it was saved with."""
+    """sha256 of the chat template saved with the artifact."""
     base: Input | None = None
 
 
 class Tree(BaseModel):
-    """A source tree of which the request's `files` are the part to read; their names are relative to `folder`."""
+    """A source tree. The request's `files` are its selected files; their names in the dataset are relative to `folder`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     folder: Path
     left_out: dict[str, int]
-    """Files, and folders as a whole, by reason."""
+    """Number of skipped files, and of skipped folders, by reason."""
 
 
 class Request(Message):
     kind: str
     key: str
     config: dict[str, Any]
-    """The whole stage as written, defaults filled in and what is `auto` decided."""
+    """The stage's fields, with defaults filled in and `auto` resolved."""
     seed: int
     inputs: dict[str, Input]
-    """By slot: `model`, `dataset`, `datasets.0`, ..."""
+    """Inputs by slot: `model`, `dataset`, `datasets.0`, ..."""
     files: dict[str, list[Path]]
-    """Files and folders named in the stage, absolute, by field: `sources.0.path`."""
+    """Absolute paths of the stage's outside files and folders, by field: `sources.0.path`."""
     trees: dict[str, Tree] = {}
-    """By field, as `files`."""
+    """Source trees, by field."""
     commits: dict[str, str]
     """Commits of hub repositories, by field: `hub`, `sources.0.repo`."""
     out: Path
-    """Folder to fill: `payload/` (what the next stage reads) and `meta/` (what people read)."""
+    """Output folder: `payload/` (read by later stages) and `meta/` (read by people)."""
     work: Path
-    """Folder that survives a kill: checkpoints."""
+    """Folder that survives a kill; it holds checkpoints."""
     attempt: int
     resources: dict[str, Any]
-    """As `spec.Resources`, micro_batch_size possibly lowered after an out-of-memory."""
+    """Fields of `Resources`; micro_batch_size may be lowered after an out-of-memory error."""
     engine: Path | None = None
-    """Python of the runtime that holds vLLM, where the stage uses it."""
+    """Python of the runtime with vLLM, if the stage uses it."""
     join: str = ""
-    """The command that the further machines of a training are started with, but for its `--rank`."""
+    """Command that starts the additional machines of a training, without its `--rank`."""
 
     @property
     def payload(self) -> Path:
@@ -99,9 +99,9 @@ class Request(Message):
 
 class Result(Message):
     metrics: dict[str, FiniteFloat] = {}
-    """Flat, finite figures: `loss`, `dataset0/exact_match`, `arc_easy/acc`."""
+    """Flat, finite metrics: `loss`, `dataset0/exact_match`, `arc_easy/acc`."""
     info: dict[str, Any] = {}
-    """Facts for people. `template`: sha256 of the chat template saved with a Model or Adapter."""
+    """Facts for reports. `template`: sha256 of the chat template saved with a Model or Adapter."""
 
 
 class Failure(Message):
@@ -125,7 +125,7 @@ class Event(BaseModel):
 
 
 class Events:
-    """Appends to events.jsonl, one line a call; a killed program leaves whole lines but perhaps the last."""
+    """Appends to events.jsonl, one line per call. If the program is killed, only the last line may be incomplete."""
 
     def __init__(self, path: Path):
         self._path = path

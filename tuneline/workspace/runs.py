@@ -1,9 +1,9 @@
-"""Run records: one JSON file a run, written anew whenever a stage ends, so that a killed run leaves what it did.
+"""Run records: one JSON file per run, rewritten whenever a stage ends, so that the record of a killed run is nearly complete.
 
-    <run>.json    the record          <run>.lock    an flock, held while the run lives: the kernel frees it when its process dies
+    <run>.json    the record          <run>.lock    an flock, held while the run is alive: the kernel frees it when its process dies
 
-A record that says `running` with nobody holding its lock is of a run that was killed; it is read as `killed`, and the next
-run writes that down. A stage that it worked on was killed with it, when its work folder was last written to.
+A record with the state `running` whose lock is free belongs to a killed run. It is read as `killed`, and the next run writes
+that state. Its running stages were killed too; their end is the last change of their work folder.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tuneline.files import open_lock, try_lock, write_atomically
 from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.workspace.protocol import Event
 
-SCHEMA = 5  # 2: what was planned; 3: its run in Prefect; 4: stages that work, and attempts; 5: cancelled stages. Older ones are read.
-BALLAST = 4 << 20  # bytes that a run's lock file holds, given up to write down how the run ended once the disk is full
+SCHEMA = 5  # 2: planned stages; 3: run in Prefect; 4: running stages, attempts; 5: cancelled stages. Older schemas can be read.
+BALLAST = 4 << 20  # bytes reserved in a run's lock file, freed to write the final record when the disk is full
 StageStatus = Literal["running", "done", "cached", "failed", "skipped", "refused", "cancelled", "killed"]
 RunState = Literal["running", "completed", "failed", "refused", "cancelled", "killed"]
 
@@ -40,14 +40,14 @@ class StageRecord(BaseModel):
     key: str | None = None
     digest: str | None = None
     document: dict[str, Any] | None = None
-    """What the key is the hash of: later plans compare with it."""
+    """The document that the key is the hash of; later plans compare with it."""
     artifact: str | None = None
     started: str | None = None
-    """When the attempt that it works on began; only while it is running."""
+    """Start of the current attempt; only while the stage is running."""
     attempts: int = 0
-    """Of this run."""
+    """Number of attempts in this run."""
     seconds: float = 0.0
-    """Of all attempts of this run; without what they waited for."""
+    """Duration of all attempts of this run, without waiting times."""
     metrics: dict[str, float] = {}
     message: str = ""
 
@@ -57,11 +57,11 @@ class PlannedStage(BaseModel):
     stage: str
     kind: str
     names: dict[str, str] = {}
-    """By field: the stage that it names. What draws the graph of a run whose pipelines.yaml has changed since."""
+    """Referenced stages by field. They draw the graph of a run even if pipelines.yaml has changed since."""
 
 
 def planned(pipeline: Pipeline, only: str | None) -> list[PlannedStage]:
-    """What a run record keeps of the pipeline: all of it, or a stage and its ancestors."""
+    """Return the planned stages of a run record: the whole pipeline, or a stage and its ancestors."""
     wanted = with_ancestors(pipeline, only) if only else set(pipeline.stages)
     stages = ((name, pipeline.stages[name]) for name in in_order(pipeline) if name in wanted)
     return [
@@ -91,10 +91,10 @@ class RunRecord(BaseModel):
 class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
-        self._locks: dict[str, int] = {}  # descriptors of the runs that began here
+        self._locks: dict[str, int] = {}  # lock descriptors of the runs of this process
 
     def begin(self, pipeline: str, overrides: tuple[str, ...]) -> RunRecord:
-        """A new record, saved, of a run that lives until `finish` or the end of this process."""
+        """Create and save the record of a new run, which is alive until `finish` or the end of this process."""
         self._settle()
         now = datetime.now(UTC)
         run_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
@@ -104,7 +104,7 @@ class Runs:
         try_lock(self._locks[run_id])
         with contextlib.suppress(OSError):
             os.posix_fallocate(self._locks[run_id], 0, BALLAST)
-        unlocked.rename(self._lock(run_id))  # nobody ever sees it free while we live
+        unlocked.rename(self._lock(run_id))  # so that no other process sees the lock free while we are alive
         record = RunRecord(run_id=run_id, pipeline=pipeline, overrides=overrides, started=now.isoformat(timespec="seconds"))
         self.save(record)
         return record
@@ -131,20 +131,20 @@ class Runs:
             os.close(self._locks.pop(record.run_id))
 
     def alive(self, record: RunRecord) -> bool:
-        """Whether the run of a record has neither ended nor been killed."""
+        """Return whether the run of a record has neither ended nor been killed."""
         return record.state == "running" and _held(self._lock(record.run_id))
 
     def process(self, record: RunRecord) -> int | None:
-        """Number of the process that the run lives in; None where it has ended, or lives on another machine or as another user."""
+        """Return the process id of a run; None if it has ended, or runs on another machine or as another user."""
         lock = str(self._lock(record.run_id).resolve())
         for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):  # gone, or another user's
+            with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
                 if folder.name.isdecimal() and any(os.readlink(link) == lock for link in (folder / "fd").iterdir()):
                     return int(folder.name)
         return None
 
     def files(self, record: RunRecord) -> list[Path]:
-        """Those that are there: report, lock and, last, the record itself."""
+        """Return the existing files of a run: report, lock and, last, the record itself."""
         return [file for end in ("html", "lock", "json") if (file := self.folder / f"{record.run_id}.{end}").is_file()]
 
     def remove(self, record: RunRecord) -> None:
@@ -155,7 +155,7 @@ class Runs:
         return self.folder / f"{run_id}.lock"
 
     def _settle(self) -> None:
-        """Writes down what became of runs that were killed."""
+        """Write the final state of killed runs."""
         for lock in self.folder.glob("*.lock"):
             if not _held(lock):
                 with contextlib.suppress(OSError, ValidationError):
@@ -165,7 +165,7 @@ class Runs:
                 lock.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> RunRecord:
-        """Raises OSError, ValidationError."""
+        """Read a record. Raises OSError or ValidationError."""
         record = RunRecord.model_validate_json(path.read_bytes())
         if record.state == "running" and not self.alive(record):
             record = RunRecord.model_validate_json(path.read_bytes())  # it may have ended since
@@ -175,7 +175,7 @@ class Runs:
         return record
 
     def _count(self, record: RunRecord) -> None:
-        """Of stages that were working: their time until now or, with how far they came, until their run was killed."""
+        """Update the duration of running stages until now. If their run was stopped, end them at their last write, with the last step."""
         for stage in record.stages:
             if stage.status == "running" and stage.started is not None:
                 began, until = datetime.fromisoformat(stage.started), datetime.now(UTC)
@@ -187,7 +187,7 @@ class Runs:
                 stage.started = until.isoformat() if stage.status == "running" else None
 
     def newest_first(self, pipeline: str | None = None) -> Iterator[RunRecord]:
-        """Records of the pipeline, or of all. One that cannot be read is passed over."""
+        """Yield records of the pipeline, or of all pipelines. Skips records that cannot be read."""
         for path in sorted(self.folder.glob("*.json"), reverse=True):
             try:
                 record = self._read(path)
@@ -197,21 +197,21 @@ class Runs:
                 yield record
 
     def every(self) -> list[RunRecord]:
-        """All records, newest first. Raises StoreError for one that cannot be read: nobody knows what it needs."""
+        """Return all records, newest first. Raises StoreError if one cannot be read, because what it needs is then unknown."""
         found = []
         for path in sorted(self.folder.glob("*.json"), reverse=True):
             try:
                 found.append(self._read(path))
-            except FileNotFoundError:  # deleted since
+            except FileNotFoundError:  # deleted meanwhile
                 continue
             except (OSError, ValidationError) as error:
-                message = f"the run record {path} cannot be read: what that run needs is not known"
-                hint = "delete that file if the run does not matter any more, or upgrade tuneline if a newer one wrote it"
+                message = f"the run record {path} cannot be read: what that run needs is unknown"
+                hint = "delete the file if the run is no longer needed, or upgrade tuneline if a newer version wrote it"
                 raise StoreError(message, hint) from error
         return found
 
     def get(self, pipeline: str, run_id: str | None) -> RunRecord:
-        """The last run of a pipeline, or the named one. Raises ConfigError where there is none."""
+        """Return the last run of a pipeline, or the named one. Raises ConfigError if there is none."""
         for record in self.newest_first(pipeline):
             if run_id in (None, record.run_id):
                 return record
@@ -219,9 +219,9 @@ class Runs:
         raise ConfigError([Problem("", f"found no {what}", f"start one with `tuneline run {pipeline}`", place=where)])
 
     def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
-        """The run that has built the stage's key by `--force` already, where what was asked for then is asked for again: since that
-        run every one was killed or cancelled, or it is the same run of Prefect's, `flow_run`, tried again there."""
-        stopped = True  # every run that is newer
+        """Return the id of a run that has already rebuilt the stage's key by `--force`, if this run repeats its request: every run
+        since then was killed or cancelled, or Prefect retries the same run, `flow_run`."""
+        stopped = True  # all newer runs were stopped
         for record in self.newest_first(pipeline):
             same = flow_run is not None and record.flow_run == flow_run
             if (stopped and record.state in ("killed", "cancelled") or same) and stage in record.force:
@@ -232,7 +232,7 @@ class Runs:
         return None
 
     def last_success(self, pipeline: str, stages: set[str]) -> dict[str, StageRecord]:
-        """By stage name: its newest record that ended with an artifact."""
+        """Return the newest record with an artifact of each stage, by name."""
         found: dict[str, StageRecord] = {}
         for record in self.newest_first(pipeline):
             for stage in record.stages:
@@ -244,21 +244,21 @@ class Runs:
 
 
 def _last_written(folder: Path) -> datetime:
-    """When its newest file was; long ago where there is none."""
+    """Return the mtime of a folder's newest file; 1970 if there is none."""
     times = [file.stat().st_mtime for file in folder.glob("*")]
     return datetime.fromtimestamp(max(times, default=0.0), UTC)
 
 
 def _reached(folder: Path, since: float) -> str:
-    """The last step of a program's last attempt."""
+    """Return the last step of a program's last attempt as text, or nothing."""
     with contextlib.suppress(OSError):
         for line in reversed((folder / "events.jsonl").read_bytes().splitlines()):
-            with contextlib.suppress(ValidationError):  # torn by the kill
+            with contextlib.suppress(ValidationError):  # a line cut off by a kill
                 event = Event.model_validate_json(line)
                 if event.t < since:
                     break
                 if event.type == "progress":
-                    return f"came to step {event.step} of {event.total}"
+                    return f"reached step {event.step} of {event.total}"
     return ""
 
 

@@ -1,7 +1,7 @@
-"""Runtimes: the Python environments that programs run in, and which versions of libraries each of them holds.
+"""Runtimes: the Python environments that programs run in, and the versions of their libraries.
 
 A runtime is a lock file, installed by `tuneline setup` into `.tuneline/runtimes/<name>-<digest of the lock>/` (or the folder
-that TUNELINE_RUNTIMES names: an image brings its own, for every project), or a Python that is there already. Versions are read
+that TUNELINE_RUNTIMES names: an image contains its own, for every project), or an existing Python. Versions are read
 from the lock, so that a key can be computed before anything is installed.
 """
 
@@ -29,7 +29,7 @@ _PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[^\]]*\])?\s*(?:(==)\s*([^
 
 @dataclass(frozen=True)
 class RuntimeEnvironment:
-    """`lock` and `folder` are None for a Python of the user's own."""
+    """A runtime. `lock` and `folder` are None for an existing Python of the user."""
 
     name: str
     python: Path
@@ -41,13 +41,13 @@ class RuntimeEnvironment:
         return self.python.exists() if self.folder is None else (self.folder / MARKER).exists()
 
     def versions(self, libraries: Iterable[str]) -> dict[str, str]:
-        """Version of each library, without its local suffix; a library that the runtime lacks is `absent`."""
+        """Return the version of each library, without local suffix; `absent` for a missing library."""
         pins = _locked(self.lock) if self.lock else _installed(self.python)
         return {name: pins.get(name, "absent").partition("+")[0] for name in libraries}
 
 
 def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
-    """`root` is the folder of pipelines.yaml. Raises ConfigError where the lock or the Python is not there."""
+    """Find a runtime by name. `root`: the folder of pipelines.yaml. Raises ConfigError if its lock or Python does not exist."""
     declared = spec.runtimes.get(name)
     if declared and declared.python:
         python = resolve_path(root, declared.python)
@@ -56,7 +56,7 @@ def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
         return RuntimeEnvironment(name, python)
     lock = resolve_path(root, declared.lock) if declared and declared.lock else BUILT_IN_LOCKS / f"{name}.txt"
     if not lock.is_file():
-        raise ConfigError([Problem(name, f"found no lock file at {lock}", "write one with `uv pip compile`", place="runtimes")])
+        raise ConfigError([Problem(name, f"found no lock file at {lock}", "create one with `uv pip compile`", place="runtimes")])
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
     folder = Path(os.environ.get("TUNELINE_RUNTIMES") or root / ".tuneline" / "runtimes") / f"{name}-{digest}"
     return RuntimeEnvironment(name, folder / "bin" / "python", lock, folder)
@@ -68,14 +68,16 @@ def _locked(lock: Path) -> dict[str, str]:
         pin = _PIN.match(line)
         if pin and not pin[2]:
             found = f"found `{line.strip()}` in a lock, expected name==version"
-            raise ConfigError([Problem("", found, "`uv pip compile` pins every package", place=f"{lock}:{number}")])
+            raise ConfigError(
+                [Problem("", found, "create the lock with `uv pip compile`, which pins every package", place=f"{lock}:{number}")]
+            )
         if pin and _applies(line):
             pins[_normal(pin[1])] = pin[3]
     return pins
 
 
 def _applies(line: str) -> bool:
-    """Whether a line of a lock is for this machine; `uv pip compile --universal` writes one for each that it tells apart."""
+    """Return whether a line of a lock applies to this machine; `uv pip compile --universal` writes lines with markers."""
     marker = line.partition(" #")[0].partition(";")[2].rstrip(" \\")
     if not marker.strip():
         return True
@@ -92,7 +94,7 @@ def _installed(python: Path) -> dict[str, str]:
         return {_normal(name): version for name, version in json.loads(found.stdout).items()}
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         hint = "name the `bin/python` of the environment"
-        raise ConfigError([Problem("", f"found {python}, which does not run as a Python ({error})", hint, place="runtimes")]) from None
+        raise ConfigError([Problem("", f"found {python}, which does not run as Python ({error})", hint, place="runtimes")]) from None
 
 
 def _normal(name: str) -> str:

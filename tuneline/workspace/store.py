@@ -1,14 +1,14 @@
-"""The store: finished artifacts, found by key, published whole or not at all.
+"""The store: finished artifacts, found by key, published atomically.
 
-    <store>/<kind>/<key[:2]>/<key>/{payload/, meta/, manifest.json}      an artifact: complete, because the manifest is there
-    <store>/.building/<key>/                                            being written, under the key's lock
-    <store>/.quarantine/                                                found broken; kept for a look, never used
-    <store>/.trash/                                                     taken out by `tuneline gc`, on its way to be deleted
-    <store>/.locks/<key>                                                an flock, which the kernel frees when its holder dies
-    <store>/.workspaces/                                                who uses it: the folders of run records, one file each
-    <store>/store.json                                                  the schema of all this
+    <store>/<kind>/<key[:2]>/<key>/{payload/, meta/, manifest.json}      an artifact; complete if the manifest exists
+    <store>/.building/<key>/                                            an artifact in progress, under the key's lock
+    <store>/.quarantine/                                                broken artifacts; kept for inspection, never used
+    <store>/.trash/                                                     removed by `tuneline gc`, about to be deleted
+    <store>/.locks/<key>                                                an flock; the kernel frees it when its holder dies
+    <store>/.workspaces/                                                users of the store: folders of run records, one file each
+    <store>/store.json                                                  the schema version
 
-An artifact enters by one rename after everything is on disk, and leaves by one, so a reader never sees half of one.
+An artifact is added by one rename after everything is on disk, and removed by one, so a reader never sees a part of one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tuneline.files import hold_lock, open_lock, sha256, sync, try_lock, write_a
 from tuneline.workspace.artifact import SCHEMA, Artifact, File, Manifest, digest, sizes
 
 CHANGED = "has changed since it was written"
-POLL = 0.2  # seconds between two tries to take a lock
+POLL = 0.2  # seconds between two attempts to take a lock
 KEY = re.compile("[0-9a-f]{64}")
 OTHER_STORE_HINT = "name another `store:`"
 
@@ -44,7 +44,7 @@ class Store:
         self.root, self.warn = root, warn
 
     def check(self) -> None:
-        """Raises StoreError for what is no store, or one of a newer tuneline. None yet is well."""
+        """Raise StoreError if `root` is not a store, or one of a newer tuneline. It need not exist yet."""
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"the store {self.root} is a file, expected a folder", OTHER_STORE_HINT)
         marker = self.root / "store.json"
@@ -57,20 +57,20 @@ class Store:
                 f"the store {self.root} cannot be read: {error.strerror}", f"check its permissions, or {OTHER_STORE_HINT}"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{marker} is damaged", "delete it if that folder is a store: the next run writes it anew") from error
+            raise StoreError(f"{marker} is damaged", "delete it if that folder is a store: the next run writes it again") from error
         if schema > SCHEMA:
             message = f"the store {self.root} was made by a newer tuneline (store schema {schema}, this one reads {SCHEMA})"
             raise StoreError(message, f"upgrade tuneline, or {OTHER_STORE_HINT}")
 
     def prepare(self, runs: Path) -> None:
-        """Makes the store ready to be written into by the workspace whose run records lie in `runs`. Raises StoreError."""
+        """Prepare the store for writing by the workspace whose run records are in `runs`. Raises StoreError."""
         self.check()
         if not self.root.parent.is_dir():
-            message = f"found no folder {self.root.parent}, in which the store `{self.root.name}` is to be made"
-            raise StoreError(message, f"make it, or mount its disk, or {OTHER_STORE_HINT}")
+            message = f"found no folder {self.root.parent}, in which to create the store `{self.root.name}`"
+            raise StoreError(message, f"create it, mount its disk, or {OTHER_STORE_HINT}")
         try:
             (self.root / ".workspaces").mkdir(parents=True, exist_ok=True)
-            for name in (".locks", ".trash"):  # there before the disk is full, so that gc works then
+            for name in (".locks", ".trash"):  # created now, so that gc works when the disk is full
                 (self.root / name).mkdir(exist_ok=True)
             user = self.root / ".workspaces" / hashlib.sha256(os.fsencode(runs)).hexdigest()[:16]
             for path, text in ((self.root / "store.json", json.dumps({"schema": SCHEMA})), (user, str(runs))):
@@ -82,16 +82,16 @@ class Store:
             raise self._not_writable(error) from error
 
     def workspaces(self) -> dict[Path, Path]:
-        """Folders of run records that name artifacts of this store, by the file that says so."""
+        """Return the folders of run records that use this store, by the file that registers each."""
         return {file: Path(os.fsdecode(file.read_bytes())) for file in sorted(self.root.glob(".workspaces/[0-9a-f]*"))}
 
     def folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key
 
     def find(self, kind: str, key: str) -> Artifact | None:
-        """The artifact, if it is there and whole: manifest readable, every payload file of its size, none missing or extra.
+        """Return the artifact if it exists and is complete: readable manifest, all payload files of the right size, none extra.
 
-        A broken one is moved to quarantine with a warning, and is a miss. A newer schema raises StoreError.
+        A broken artifact is moved to quarantine with a warning, and is a cache miss. Raises StoreError for a newer schema.
         """
         folder = self.folder(kind, key)
         if not folder.is_dir():
@@ -103,7 +103,7 @@ class Store:
         return None
 
     def inspect(self, folder: Path, full: bool = False) -> tuple[str | None, Artifact | None]:
-        """(what is wrong, the artifact). `full` also reads every file and compares its sha256."""
+        """Return (problem, None) or (None, artifact). `full` also reads every file and compares its sha256."""
         try:
             raw = json.loads((folder / "manifest.json").read_bytes())
         except (OSError, ValueError):
@@ -116,17 +116,17 @@ class Store:
         except ValidationError:
             return "its manifest.json is damaged", None
         if manifest.key != folder.name or manifest.kind != folder.parent.parent.name:
-            return f"its manifest is of {manifest.kind}/{manifest.key}", None
+            return f"its manifest belongs to {manifest.kind}/{manifest.key}", None
         try:
             there = dict(sizes(folder / "payload"))
-        except OSError as error:  # it may be on its way out
+        except OSError as error:  # it may be being removed
             return f"its payload cannot be read: {error.strerror}", None
         expected = {file.path: file.size for file in manifest.files}
         for path in sorted(there.keys() | expected.keys()):
             if path not in there:
                 return f"payload/{path} is missing", None
             if path not in expected:
-                return f"payload/{path} does not belong to it", None
+                return f"payload/{path} is not in its manifest", None
             if there[path] != expected[path]:
                 return f"payload/{path} has {there[path]} bytes instead of {expected[path]}", None
         for file in manifest.files if full else ():
@@ -136,33 +136,33 @@ class Store:
             except OSError as error:
                 return f"payload/{file.path} cannot be read: {error.strerror}", None
         if full and digest(manifest.files) != manifest.digest:
-            return "its manifest's digest is not that of its files", None
+            return "its manifest's digest does not match its files", None
         if full and manifest.document and key_of(manifest.document) != manifest.key:
-            return "its manifest's document is not the one that its key is the hash of", None
+            return "its manifest's document does not match its key", None
         return None, Artifact(folder, manifest)
 
     def verify(self, folder: Path) -> str | None:
-        """What is wrong with an artifact once every byte is read; None if nothing. A damaged one goes to quarantine."""
+        """Read every byte of an artifact; return its problem, or None. Moves a damaged one to quarantine."""
         problem, _ = self.inspect(folder, full=True)
         if problem:
             try:
                 self._quarantine(folder, problem)
-            except StoreError as error:  # a store that is only read
+            except StoreError as error:  # a read-only store
                 self.warn(f"{folder} stays where it is: {error.message}")
         return problem
 
     def artifacts(self) -> Iterator[Path]:
-        """Folders of all artifacts, broken ones too."""
+        """Yield the folders of all artifacts, including broken ones."""
         found = (path for path in self.root.glob("[a-z]*/??/*") if KEY.fullmatch(path.name) and path.name[:2] == path.parent.name)
-        yield from sorted(path for path in found if path.is_dir())  # whatever else lies there is not ours to touch
+        yield from sorted(path for path in found if path.is_dir())  # other files there are not ours
 
     @contextmanager
     def locked(
         self, key: str, on_wait: Callable[[], None] = lambda: None, keep_waiting: Callable[[], bool] = lambda: True
     ) -> Iterator[int]:
-        """Holds the key's lock; yields its file descriptor, which a child may inherit to hold it on.
+        """Hold the key's lock; yield its file descriptor, which a child process may inherit to keep the lock.
 
-        Raises BlockingIOError once another holds it and `keep_waiting` says no.
+        Raises BlockingIOError if another process holds it and `keep_waiting` returns False.
         """
         folder = self.root / ".locks"
         try:
@@ -202,20 +202,20 @@ class Store:
             yield
 
     def staging_dir(self, key: str) -> Path:
-        """An empty folder to build in, on the store's filesystem. Only for the holder of the key's lock."""
+        """Create an empty folder to build in, on the store's file system. The caller must hold the key's lock."""
         folder = self.root / ".building" / key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
     def publish(self, built: Path, manifest: Callable[[str, tuple[File, ...]], Manifest]) -> Artifact:
-        """Hashes and syncs what was built, writes the manifest last, and renames it into place.
+        """Hash and sync the built files, write the manifest last, and rename the folder into place.
 
-        `manifest` makes it from (digest, files). Only for the holder of the key's lock.
+        `manifest` creates the manifest from (digest, files). The caller must hold the key's lock.
         """
         files = tuple(File(path=path, size=size, sha256=sha256(built / "payload" / path)) for path, size in sizes(built / "payload"))
         if not files:
-            raise StageFailed("bug", "the program ended well but left an empty payload")
+            raise StageFailed("bug", "the program succeeded but left an empty payload")
         document = manifest(digest(files), files)
         write_atomically(built / "manifest.json", document.model_dump_json(by_alias=True, indent=1), synced=True)
         for folder, _, names in os.walk(built):
@@ -224,7 +224,7 @@ class Store:
             sync(Path(folder))
         target = self.folder(document.kind, document.key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():  # built again by force
+        if target.exists():  # rebuilt by --force
             replaced = self.staging_dir(f"{document.key}-replaced")
             target.rename(replaced / "old")
             built.rename(target)
@@ -237,26 +237,26 @@ class Store:
     def _quarantine(self, folder: Path, problem: str) -> None:
         with self.try_lock(folder.name) as free:
             if not free:
-                return  # somebody is building it anew this moment
+                return  # another run is rebuilding it
             problem_now, _ = self.inspect(folder)
             if folder.is_dir() and (problem_now or problem.endswith(CHANGED)):
                 self._move_away(folder, problem)
 
     def move_to_trash(self, folder: Path) -> Path:
-        """Takes an artifact, or what else lies in the store, out of sight by one rename. Whoever calls deletes what it returns."""
+        """Move an artifact or another folder of the store to the trash by one rename. The caller deletes the returned path."""
         target = self.root / ".trash" / f"{folder.name}-{time.time_ns()}"
         try:
             target.parent.mkdir(exist_ok=True)
             folder.rename(target)
         except FileNotFoundError:
-            pass  # another gc was faster
+            pass  # another gc removed it first
         except OSError as error:
             raise self._not_writable(error) from error
         return target
 
     @contextmanager
     def try_lock(self, key: str) -> Iterator[bool]:
-        """Whether the key's lock was free, and is held now."""
+        """Try to hold the key's lock; yield whether it is held."""
         try:
             with self.locked(key, keep_waiting=lambda: False):
                 yield True
@@ -269,11 +269,11 @@ class Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(target)
         except FileNotFoundError:
-            return  # another run was faster
+            return  # another run moved it first
         except OSError as error:
             raise self._not_writable(error) from error
         name = f"{folder.parent.parent.name}/{folder.name[:12]}"
-        self.warn(f"{name} in the store is broken: {problem}; moved to {target}; it is built again once it is needed")
+        self.warn(f"{name} in the store is broken: {problem}; moved to {target}; it is rebuilt when it is needed")
 
     def _not_writable(self, error: OSError) -> StoreError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,9 +1,9 @@
 """The folder `.tuneline/` beside pipelines.yaml.
 
 .tuneline/runtimes/   environments        .tuneline/store/         artifacts (unless `store:` names another place)
-.tuneline/work/<key>/ unfinished stages   .tuneline/digests.json   what outside files hold, by their stat
+.tuneline/work/<key>/ unfinished stages   .tuneline/digests.json   digests of outside files, by their stat
 .tuneline/runs/       run records         .tuneline/prefect/       the embedded server's database
-.tuneline/server/     of `tuneline up`    .tuneline/benchmarks/    what lm-eval's task files say about data, by runtime
+.tuneline/server/     of `tuneline up`    .tuneline/benchmarks/    data of lm-eval's task files, by runtime
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Workspace:
         return self.home / "work" / key
 
     def prepare_store(self) -> None:
-        """Before a run that may write into it. Raises StoreError for a place where no store can be."""
+        """Prepare the store for a run that may write into it. Raises StoreError if it cannot be created or written."""
         if self.store.root.is_relative_to(self.home):
             self.store.root.parent.mkdir(parents=True, exist_ok=True)
         self.store.prepare(self.runs.folder)
         if (free := disk.free(self.home)) < disk.ROOM:
-            message = f"the disk of {self.home} is full: {disk.human(free)} are free, a run wants {disk.human(disk.ROOM)} for its records"
-            raise StoreError(message, "free some space; `tuneline gc` does where the store is on that disk, too")
+            message = f"the disk of {self.home} is full: {disk.human(free)} are free, a run needs {disk.human(disk.ROOM)} for its records"
+            raise StoreError(message, "free some space; `tuneline gc` does if the store is on the same disk")
