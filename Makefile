@@ -75,11 +75,12 @@ torture: export WARM := 0
 torture: setup $(VENV)/dev-ready  ## kill runs at random times: make torture KILLS=500 SEED=7
 	TORTURE_KILLS=$(or $(KILLS),30) TORTURE_SEED=$(or $(SEED),1) $(BIN)/pytest tests/flow/test_torture.py -q -s -k at_random
 
-lint: $(VENV)/dev-ready  ## run ruff, mypy and import-linter; check generated docs and program versions
+lint: $(VENV)/dev-ready  ## run ruff, mypy and import-linter; check wording, generated docs and program versions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python infra/check_words.py
 	$(BIN)/python infra/generate_docs.py --check
 	$(BIN)/python infra/program_versions.py --check
 

@@ -171,7 +171,7 @@ def first_said(ranks: Path, patience: float = 0) -> Failure | None:
         files = sorted(ranks.glob(f"*{FAILURE_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)
         said: list[tuple[Path, Failure]] = [(file, Failure.read(file)) for file in files]
         said.sort(key=lambda entry: entry[1].hint == LOST_PEER)
-        if said and said[0][1].hint != LOST_PEER or time.monotonic() > deadline:
+        if (said and said[0][1].hint != LOST_PEER) or time.monotonic() > deadline:
             break
         time.sleep(0.2)
     if not said:

@@ -30,7 +30,7 @@ WRITABLE = "make it writable, or name another `store:`; finished work is kept"
 def is_of_disk(error: BaseException | None) -> bool:
     """Return whether an error, or one of its causes, comes from the disk."""
     return any(
-        isinstance(cause, OSError) and (cause.errno in NUMBERS or SHORT in str(cause)) or any(text in str(cause) for text in TEXTS)
+        (isinstance(cause, OSError) and (cause.errno in NUMBERS or SHORT in str(cause))) or any(text in str(cause) for text in TEXTS)
         for cause in causes(error)
     )
 

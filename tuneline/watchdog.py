@@ -9,6 +9,7 @@ As a child subreaper it inherits orphaned grandchildren, so none escapes by losi
 It ignores signals of the terminal's group: the flow decides. Exits with the program's exit status, 128 + n for signal n.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -49,10 +50,8 @@ def signal_all(number: int) -> bool:
     """Send a signal to every descendant; return False if there was none."""
     found = descendants(os.getpid())
     for process in found:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
-        except ProcessLookupError:
-            pass
     return bool(found)
 
 
@@ -99,7 +98,7 @@ def end_descendants(program: int) -> int | None:
     signal_all(signal.SIGTERM)
     while anyone():
         status = reap(program) if status is None else (reap(program), status)[1]
-        if heard() == b"" and asked or time.monotonic() > deadline:
+        if (heard() == b"" and asked) or time.monotonic() > deadline:
             signal_all(signal.SIGKILL)
         time.sleep(0.05)
     last = reap(program)

@@ -170,7 +170,7 @@ def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:
         message = f"flock does not work in {home}: two runs could build the same artifact at once"
         yield Check("locks", PROBLEM, message, "move the project to another file system; of NFS, version 4")
     pools = loaded.spec.pools.items()
-    apart = [name for name, pool in pools if isinstance(pool, KubernetesPool) or isinstance(pool, ProcessPool) and not pool.local]
+    apart = [name for name, pool in pools if isinstance(pool, KubernetesPool) or (isinstance(pool, ProcessPool) and not pool.local)]
     for name, folder in (("store", resolve_path(loaded.root, loaded.spec.store)), ("work", work_in(home))) if apart else ():
         kind, hint = file_system(folder), "move the project, with .tuneline/, to a folder that they mount at the same path"
         if kind in NETWORK:

@@ -68,7 +68,7 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
         return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)
     known: Failure | None = Failure.read(work / "failure.json") if (work / "failure.json").exists() else None
     killed = _killed_for_memory(outcome)
-    if killed or known and known.failure_class == "oom":
+    if killed or (known and known.failure_class == "oom"):
         what = known.message if known and not killed else "the kernel killed it because memory ran out"
         smaller = stage.smaller_micro_batch(micro_batch) if micro_batch else None
         hint = (

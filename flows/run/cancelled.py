@@ -52,5 +52,5 @@ class Watch:
             return "it was deleted on the server"
         if state is None:
             return ""
-        over = state.is_cancelling() or state.is_cancelled() or self._of_parent and state.is_final()
+        over = state.is_cancelling() or state.is_cancelled() or (self._of_parent and state.is_final())
         return (state.message or "it was cancelled on the server") if over else ""

@@ -110,10 +110,8 @@ class Supervisor:
         stopped: Literal["timeout", "cancelled"] | None = None
         try:
             while process.poll() is None:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL)
-                except subprocess.TimeoutExpired:
-                    pass
                 for event in events.new():
                     on_event(event)
                 if deadline and time.monotonic() > deadline and stopped is None:

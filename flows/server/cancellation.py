@@ -130,10 +130,7 @@ def _ended(workspace: Workspace, record: RunRecord, seconds: float) -> bool:
 def _no_such_run(workspace: Workspace, what: str, alive: list[RunRecord]) -> Problem:
     known = [name for record in alive for name in (record.pipeline, record.run_id)]
     ended = next((record for record in workspace.runs.newest_first() if what in (record.run_id, record.flow_run, record.pipeline)), None)
-    if ended is not None:
-        found = f"found run {ended.run_id} of {ended.pipeline}, which has ended ({ended.state})"
-    else:
-        found = "found no such run"
+    found = f"found run {ended.run_id} of {ended.pipeline}, which has ended ({ended.state})" if ended else "found no such run"
     hint = nearest(what, known) if ended is None else ""
     return Problem(
         "",

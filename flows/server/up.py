@@ -6,6 +6,7 @@ without `--auth`, loopback is its only protection.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -182,10 +183,8 @@ def _pids(folder: Path) -> set[int]:
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
 
 
 def _wait(done: Callable[[], bool], seconds: float) -> bool:

@@ -21,7 +21,7 @@ HOLDING = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
 
 def why(client: SyncPrefectClient, run: FlowRun) -> str:
     """Return why the run waits, with the command that helps. Empty if it has started or is not due yet."""
-    if run.state is None or not run.state.is_scheduled() or run.expected_start_time and run.expected_start_time > datetime.now(UTC):
+    if run.state is None or not run.state.is_scheduled() or (run.expected_start_time and run.expected_start_time > datetime.now(UTC)):
         return ""
     if run.state.name == "AwaitingConcurrencySlot":
         return "another run of its deployment is in progress; this one starts after it"

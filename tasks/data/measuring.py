@@ -109,7 +109,7 @@ def check_turns(row: Row, tokenizer: PreTrainedTokenizerBase, known: set[Any]) -
     """Raises StageFailed(data) if an answer to train on cannot be found in the rendered text. A template treats rows with one answer,
     and the same roles and fields, alike, so only the first of each shape in `known` is checked."""
     assert row.messages is not None
-    shape = ("tools" in row.extra, *(tuple(message) + (message["role"],) for message in row.messages))
+    shape = ("tools" in row.extra, *((*tuple(message), message["role"]) for message in row.messages))
     if shape in known:
         return
     positions = answers_to_learn(row)

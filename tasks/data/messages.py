@@ -30,7 +30,7 @@ def message_list(items: Any, column: str, ignored: Counter[str]) -> list[dict[st
 
 def message(item: Any, where: str, role_name: str, content_name: str, ignored: Counter[str]) -> dict[str, Any] | None:
     """Convert one message. Returns None for a system prompt without content."""
-    if not isinstance(item, dict) or role_name == "from" and "from" not in item:
+    if not isinstance(item, dict) or (role_name == "from" and "from" not in item):
         hint = "for turns with role and content: `columns: {messages: conversations}`" if role_name == "from" else ""
         raise BadRow(f"{where}: found {describe(item)}, expected an object with {role_name} and {content_name}", hint)
     given = item.get(role_name)

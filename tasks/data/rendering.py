@@ -216,7 +216,7 @@ def _form(tokenizer: PreTrainedTokenizerBase, template: str) -> Form:
     apart = False
     for before in ([question], [{"role": "system", "content": FUNCTION}, question], [question, answer, question]):
         prompt, whole = tried(before, None, tokenizer, found, True), tried([*before, answer], None, tokenizer, found)
-        apart = apart or bool(whole) and not whole.startswith(prompt.removesuffix(opened))
+        apart = apart or (bool(whole) and not whole.startswith(prompt.removesuffix(opened)))
     ends = ends_of_turns(question, answer, tokenizer, found)
     between = tried([question, answer, question], None, tokenizer, found).partition(ANSWER)[2].rpartition(QUESTION)[0]
     if not ends and len(marked := marks_in(between, tokenizer)) > 1:  # a single one begins the next turn

@@ -46,7 +46,7 @@ STRICT = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 def blank(value: Any) -> bool:
     """Return whether a value is absent or without content. 0 and false are values."""
-    return value is None or isinstance(value, str | list | dict) and (not value or isinstance(value, str) and not value.strip())
+    return value is None or (isinstance(value, str | list | dict) and (not value or (isinstance(value, str) and not value.strip())))
 
 
 def unpacked(value: Any, where: str) -> Any:

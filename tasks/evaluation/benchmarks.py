@@ -86,7 +86,7 @@ def pinned(commits: Mapping[str, str]) -> Iterator[list[str]]:
         label = Data(path, revision).label
         if commit := known.get(label):
             options["revision"] = commit
-        elif "://" in str(options) or path not in READERS and not Path(path).exists():
+        elif "://" in str(options) or (path not in READERS and not Path(path).exists()):
             loose.append(label)
         return real(path, *given, **options)
 

@@ -85,8 +85,8 @@ def left_alone(model: PreTrainedModel, name: str) -> bool:
     """Return whether a layer is never adapted: routers, some of which return several tensors, and weights that Mamba's kernels read."""
     parent, _, own = name.rpartition(".")
     mixer = model.get_submodule(parent)
-    return (
-        "Router" in type(model.get_submodule(name)).__name__ or own in READ_BY_KERNELS and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+    return "Router" in type(model.get_submodule(name)).__name__ or (
+        own in READ_BY_KERNELS and hasattr(mixer, "A_log") and hasattr(mixer, "D")
     )
 
 

@@ -226,7 +226,7 @@ def run(code: str, limits: dict[str, Any], by_root: bool, word: bytes, say: int,
         (resource.RLIMIT_NOFILE, 256, 256),
     ):
         resource.setrlimit(what, (soft, hard))
-    sys.argv, sys.stdin = [""], open(os.devnull)
+    sys.argv, sys.stdin = [""], open(os.devnull)  # noqa: SIM115  (until the process ends)
     try:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
     except MemoryError:

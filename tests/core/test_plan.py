@@ -265,7 +265,7 @@ def test_only_takes_the_ancestors_and_names_are_checked(folder: Path) -> None:
 
 def test_a_plan_changes_nothing_on_disk_but_remembered_digests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_memory, "TICK", -(10**12))  # files that were just written are remembered too
-    before = {path for path in folder.rglob("*")}
+    before = set(folder.rglob("*"))
     planned(folder)
     new = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {path.relative_to(folder).as_posix() for path in before}
     assert new == {".tuneline", ".tuneline/digests.json", ".tuneline/digests.lock"}

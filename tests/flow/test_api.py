@@ -81,8 +81,11 @@ def test_settings_are_those_that_prefect_finds(tmp_path: Path, monkeypatch: pyte
                 patch.setenv(name, value)
             headers = api.setting(api.HEADERS) or {}
             ours.append(
-                [*map(api.setting, (api.URL, api.AUTH, api.KEY, api.CERTIFICATES)), api.unverified()]
-                + [json.loads(headers) if isinstance(headers, str) else headers]
+                [
+                    *map(api.setting, (api.URL, api.AUTH, api.KEY, api.CERTIFICATES)),
+                    api.unverified(),
+                    json.loads(headers) if isinstance(headers, str) else headers,
+                ]
             )
     done = subprocess.run([sys.executable, "-c", PREFECT], input=json.dumps(tried), capture_output=True, text=True, check=True, cwd=ROOT)
     theirs = json.loads(done.stdout)

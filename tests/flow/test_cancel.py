@@ -111,7 +111,7 @@ def test_status_and_logs_of_a_run_in_progress(demo: Project, start: Callable[...
     assert followed.stdout.readline() == "one: stand-in one: sleep\n"
     assert "stand-in one: sleep" in demo.tuneline("logs", "demo/one").stdout
     demo.tuneline("cancel", "demo")
-    out, err = followed.communicate(timeout=PATIENCE)
+    _out, err = followed.communicate(timeout=PATIENCE)
     assert followed.returncode == 0
     assert err == f"demo cancelled (run {run['run_id']})\n"
     check_cancelled(demo, process, mark)

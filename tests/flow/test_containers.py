@@ -181,7 +181,7 @@ def test_manifests_name_what_there_is() -> None:
 
 def missing_flags(command: list[str]) -> list[str]:
     """Return the flags that a command of Prefect or tuneline does not know."""
-    words = [word for word in command[: next((i for i, word in enumerate(command) if word.startswith("-")), None)]]
+    words = list(command[: next((i for i, word in enumerate(command) if word.startswith("-")), None)])
     module = {"prefect": "prefect", "tuneline": "flows"}[words[0]]
     env = {**os.environ, "COLUMNS": "300", "PYTHONPATH": str(ROOT)}
     usage = subprocess.run([sys.executable, "-m", module, *words[1:], "--help"], env=env, capture_output=True, text=True, check=True).stdout

@@ -218,7 +218,7 @@ def test_two_machines_train_one_adapter_by_the_template_for_slurm(pico: Project,
     process = subprocess.Popen(command, cwd=pico.root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: list(pico.root.glob(".tuneline/work/*/checkpoints/checkpoint-*/complete")), process)
     os.kill(until(lambda: rank(pico, 1), process), signal.SIGKILL)
-    out, err = process.communicate(timeout=PATIENCE)
+    _out, err = process.communicate(timeout=PATIENCE)
     node = (pico.root / "node.log").read_text()
     assert process.returncode == 0, f"{err}\n{node}"
     assert "transient: process 1 was ended by SIGKILL" in err

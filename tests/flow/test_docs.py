@@ -120,8 +120,8 @@ def test_two_kinds_are_added_as_the_page_says(
     shutil.copytree(pico_model, reader.project / "my-model")
     seen = []
     for block in blocks("adding-a-stage.md"):
-        in_project = (
-            block.file in ("poems.jsonl", "pipelines.yaml", "training.yaml") or "tuneline" in block.text and block.language == "console"
+        in_project = block.file in ("poems.jsonl", "pipelines.yaml", "training.yaml") or (
+            "tuneline" in block.text and block.language == "console"
         )
         reader.follow(block, reader.project if in_project else code)
         seen.append(block.language)

@@ -272,7 +272,7 @@ def test_the_first_sentences_of_what_was_not_trained(story: Story) -> None:
 
 def clear(drawn: Graph) -> None:
     for i, one in enumerate(drawn.nodes):
-        assert 0 <= one.x
+        assert one.x >= 0
         assert one.x + one.width <= drawn.width
         assert 0 <= one.y <= drawn.height - 46
         for other in drawn.nodes[i + 1 :]:
@@ -420,7 +420,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_report(demo: Project, ru
 
 
 class Listener(BaseHTTPRequestHandler):
-    asked: list[str] = []  # noqa: RUF012
+    asked: list[str] = []
 
     def do_GET(self) -> None:
         self.asked.append(self.path)

@@ -550,7 +550,7 @@ def test_prefect_shows_a_stage_with_its_figures(run: Callable[..., tuple[RunReco
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
     for ended in ("Completed", "Cached"):
-        record, states = run(only="two")
+        _record, states = run(only="two")
         with get_client(sync_client=True) as client:
             tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[states["id"]])))
         assert {task.name for task in tasks} == {"one: figure 1", "two: figure 1"}

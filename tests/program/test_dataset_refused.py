@@ -227,7 +227,7 @@ def test_utf_16_is_never_guessed(tmp_path: Path, encoding: str, on_bad_row: str)
     with pytest.raises(StageFailed, match=r"d\.jsonl: found UTF-16, expected UTF-8"):
         build(tmp_path, [{"type": "files", "path": "d.jsonl", "on_bad_row": on_bad_row}])
     (tmp_path / "d.jsonl").write_text(text.removeprefix(mark), encoding="utf-8-sig")
-    assert [row.text for row in build(tmp_path, [{"type": "files", "path": "d.jsonl"}]).rows()][0] == "ł0 → ok"
+    assert next(row.text for row in build(tmp_path, [{"type": "files", "path": "d.jsonl"}]).rows()) == "ł0 → ok"
 
 
 def test_bad_bytes_and_parquet_rows_are_named(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ messages = st.lists(
             "role": st.sampled_from([*ROLES, "bot"]),
             "content": st.sampled_from(["a", "", None, [{"type": "text", "text": "a"}]]) | json_values,
         },
-        optional={name: json_values for name in ("tool_calls", "function_call", "name", "weight", "reasoning_content")},
+        optional=dict.fromkeys(("tool_calls", "function_call", "name", "weight", "reasoning_content"), json_values),
     ),
     max_size=3,
 )
@@ -316,7 +316,7 @@ messages = st.lists(
     record=st.fixed_dictionaries(
         {},
         optional={
-            **{name: json_values for name in sorted(KNOWN)},
+            **dict.fromkeys(sorted(KNOWN), json_values),
             "messages": messages,
             "prompt": messages | st.just("a"),
             "system": st.text(),

@@ -98,7 +98,7 @@ def test_answers_end_at_the_end_token(base: Input, tmp_path: Path) -> None:
     expected = [words.decode([token for token in ids if token not in ends(words)]) for ids in own]
     assert [sample["answer"] for sample in samples(request)] == expected
     stopped = sum(words.eos_token_id in ids for ids in own)
-    assert 0 < stopped
+    assert stopped > 0
     assert result.metrics["dataset0/stopped"] == stopped / 12
     assert len({len(words(answer)["input_ids"]) for answer in expected}) > 3
 
@@ -198,7 +198,7 @@ def test_a_task_of_reasoning_gym_scores_itself(base: Input, tmp_path: Path) -> N
         rows.append(Row(source="s", prompt=row.prompt, answer=answer, extra={"scorer": scorer}, id=str(i)))
     request = request_for(tmp_path, base, rows)
     result, _ = run_program(request)
-    assert [sample["scores"]["score"] for sample in samples(request)][0] == 1.0
+    assert next(sample["scores"]["score"] for sample in samples(request)) == 1.0
     assert result.metrics["dataset0/score"] < 1.0
     assert "dataset0/bits_per_byte" not in result.metrics  # an answer to compare with, but none that training would see
 

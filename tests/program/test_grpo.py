@@ -119,7 +119,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(tmp_path: Path, base: Inpu
     run_until(killed, 5)
     checkpoint = killed.work / "checkpoints" / "checkpoint-4"
     assert {path.name for path in checkpoint.glob("*.safetensors")} == {"adapter_model.safetensors"}
-    result, events = run_program(killed)
+    result, _events = run_program(killed)
     assert result.metrics["steps"] == 6
     assert payload_digest(killed) == payload_digest(whole)
     kept = lines(killed.meta / "rollouts.jsonl")

@@ -129,7 +129,7 @@ def test_shards_in_and_out(untied: Path, tmp_path: Path) -> None:
         assert len(sizes) == 1 or sum(sizes) <= 30_000
 
 
-@pytest.mark.parametrize(("stored", "asked", "written"), [("bfloat16", "auto", "bfloat16"), ("bfloat16", "float32", "float32"), ("float32", "float16", "float16")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(("stored", "asked", "written"), [("bfloat16", "auto", "bfloat16"), ("bfloat16", "float32", "float32"), ("float32", "float16", "float16")])  # fmt: skip
 def test_types(tmp_path: Path, stored: str, asked: str, written: str) -> None:
     base = save_pico(tmp_path / "base", width=32, dtype=stored)
     adapter = save_adapter(base, tmp_path / "adapter")
@@ -169,7 +169,7 @@ def test_peft_does_what_streaming_cannot(untied: Path, tmp_path: Path, options: 
     adapter = save_adapter(untied, tmp_path / "adapter", **options)
     request = merge_request(tmp_path, adapter)
     result, events = run_program(request)
-    assert [event["message"] for event in events if event["type"] == "warning"][0].startswith("merged by PEFT")
+    assert next(event["message"] for event in events if event["type"] == "warning").startswith("merged by PEFT")
     assert reason in events[0]["message"]
     assert result.info["merged_by"] == "PEFT"
     expected = merged_by_peft(adapter)

@@ -148,6 +148,6 @@ def test_a_lost_best_adapter_is_not_replaced_by_the_last(tmp_path: Path, base: I
     (killed.work / "checkpoints" / lost / "adapter_model.safetensors").unlink()
     result, _ = run_program(killed)
     assert warnings(killed)[0].startswith(f"{lost} is damaged (adapter_model.safetensors has no bytes instead of")
-    assert warnings(killed)[1:] == [f"{newest} needs the best adapter so far, in {lost}, which is missing: it is not used"]
+    assert warnings(killed)[1:] == [f"{newest} needs the best adapter so far, in {lost}, which is missing: it is deleted"]
     assert result.metrics == expected.metrics
     assert payload_digest(killed) == payload_digest(whole)

@@ -92,7 +92,7 @@ def test_thoughts_count_on_neither_side_however_a_template_marks_them() -> None:
                 right = with_reference(plain, by).answer
             except StageFailed:
                 continue
-            if WHY["reasoning_content"] not in text or kind == "calls" and "Oslo" not in text:
+            if WHY["reasoning_content"] not in text or (kind == "calls" and "Oslo" not in text):
                 continue
             found[kind].add(name)
             assert "Oslo" in str(right) if kind == "calls" else right == "A1", (name, right)

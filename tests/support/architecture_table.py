@@ -242,7 +242,7 @@ Table = dict[str, dict[str, str]]
 def read() -> Table:
     """The document's table, notes in the place of their numbers."""
     text, _, notes = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(NOTES)
-    said = {number: note for number, note in re.findall(r"^(\d+)\. (.+)$", notes, re.MULTILINE)}
+    said = dict(re.findall(r"^(\d+)\. (.+)$", notes, re.MULTILINE))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:] if line]
     return {row[0].strip("`"): dict(zip(COLUMNS, (said.get(cell.strip("[]"), cell) for cell in row[1:]), strict=True)) for row in rows}
 

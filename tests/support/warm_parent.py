@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(__file__))
-from warm import PATCHES, ZYGOTE, Program, descendants, kill  # noqa: E402
+from warm import PATCHES, ZYGOTE, Program, descendants, kill
 
 sys.path.pop(0)
 MODULES = (

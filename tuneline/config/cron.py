@@ -82,7 +82,7 @@ def _months(part: str) -> set[int]:
         span, _, step = item.partition("/")
         first, _, last = span.partition("-")
         start = field.least if first == "*" else _number(field, first) or field.least
-        end = field.most if first == "*" or step and not last else _number(field, last) or start
+        end = field.most if first == "*" or (step and not last) else _number(field, last) or start
         end += field.most if end < start else 0  # the range wraps around the end of the year
         found |= {(number - 1) % field.most + 1 for number in range(start, end + 1, int(step or 1))}
     return found

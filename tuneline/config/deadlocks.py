@@ -6,6 +6,7 @@ and runs of the second for the first, they deadlock once both pools are full.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 from tuneline.config.order import cycles
@@ -19,7 +20,7 @@ def deadlocks(spec: Spec) -> Iterator[tuple[str, str, str]]:
     waiting = {name: dict(_waiting(spec.pipelines, name)) for name in spec.pools}
     full = {name: [other for other, runs in others.items() if _can_fill(spec, name, runs)] for name, others in waiting.items()}
     for ring in cycles({name: [other for other in others if other in full] for name, others in full.items()}):
-        named = " and ".join(f"{name} ({listed(waiting[name][other])})" for name, other in zip(ring, ring[1:], strict=False))
+        named = " and ".join(f"{name} ({listed(waiting[name][other])})" for name, other in itertools.pairwise(ring))
         runs = sum(_runs(spec.pipelines[each]) for each in waiting[ring[0]][ring[1]])
         found = f"found {spec.pools[ring[0]].concurrency}, with which runs in {named} can hold all slots and wait for each other forever"
         yield ring[0], found, f"set `concurrency` to {runs + 1} or more in one of these pools, or remove it"

@@ -98,7 +98,7 @@ def _branch(path: list[str | int], node: Any) -> Any:
         return node.get("kind")
     if len(path) == 6 and path[4] == "rewards":
         return type_of(node)
-    return node.get("type") if path[-2:-1] == ["sources"] or len(path) == 2 and path[0] == "pools" else None
+    return node.get("type") if path[-2:-1] == ["sources"] or (len(path) == 2 and path[0] == "pools") else None
 
 
 def _is_stage(path: Sequence[str | int]) -> bool:

@@ -7,6 +7,7 @@ string. Tags, duplicate keys, control characters and alias bombs are errors with
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -148,10 +149,8 @@ def parse(text: str, name: str) -> YamlDocument:
         raise ConfigError(
             [Problem("", f"found more than {MAX_DEPTH} levels of nesting", "reduce the nesting", place=f"{name}:1:1")]
         ) from None
-    try:
+    with contextlib.suppress(_Stop):
         source.tree = None if node is None else _Builder(source, problems).build(node, (), 0)
-    except _Stop:
-        pass
     if problems:
         raise ConfigError(problems)
     return source

@@ -110,7 +110,7 @@ class Architecture:
     def layer_parameters(self) -> int:
         biases = 0
         for name, (_, outputs) in self.linear.items():
-            biased = self.mlp_bias if name.startswith("mlp") else self.attention_bias or self.family.qkv_bias and "o_proj" not in name
+            biased = self.mlp_bias if name.startswith("mlp") else self.attention_bias or (self.family.qkv_bias and "o_proj" not in name)
             biases += outputs if biased else 0
         norms = self.family.norms * self.hidden_size + (2 * self.head_dim if self.family.head_norms else 0)
         return self.linear_parameters // self.num_hidden_layers + biases + norms

@@ -133,13 +133,13 @@ def _of_folder(workspace: Workspace, folder: str, hidden: bool, look: Look) -> t
     while waiting:
         prefix = waiting.pop()
         for entry in look.entries(os.path.join(folder, prefix)):
-            if entry.name in LEFT_BEHIND or not hidden and entry.name.startswith("."):
+            if entry.name in LEFT_BEHIND or (not hidden and entry.name.startswith(".")):
                 continue
             if entry.is_dir():
                 if (real := os.path.realpath(entry.path)) not in seen:  # libraries follow links; this avoids loops
                     seen.add(real)
                     waiting.append(f"{prefix}{entry.name}/")
-            elif entry.is_file(follow_symlinks=False) or entry.is_symlink() and _is_file(look.stat(entry.path)):
+            elif entry.is_file(follow_symlinks=False) or (entry.is_symlink() and _is_file(look.stat(entry.path))):
                 names.append(prefix + entry.name)
     names.sort(key=lambda name: name.split("/"))
     read = [os.path.join(folder, name) for name in names]

@@ -219,7 +219,7 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif isinstance(old, dict) and new is None or isinstance(new, dict) and old is None:
+    elif (isinstance(old, dict) and new is None) or (isinstance(new, dict) and old is None):
         yield from _differences(old or {}, new or {}, path)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for i, (before, after) in enumerate(zip(old, new, strict=True)):

@@ -156,6 +156,6 @@ def _whole(file: Path, read: Callable[[Path], Config], above: tuple[Path, ...]) 
 
 def _read(file: Path) -> Config:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        config = yaml.load(file.read_bytes(), Loader=Loader)  # noqa: S506  (a SafeLoader)
+        config = yaml.load(file.read_bytes(), Loader=Loader)
         return {key: config[key] for key in (*KEPT, "include") if key in config} if isinstance(config, dict) else {}
     return {}

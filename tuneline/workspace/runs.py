@@ -224,7 +224,7 @@ class Runs:
         stopped = True  # all newer runs were stopped
         for record in self.newest_first(pipeline):
             same = flow_run is not None and record.flow_run == flow_run
-            if (stopped and record.state in ("killed", "cancelled") or same) and stage in record.force:
+            if ((stopped and record.state in ("killed", "cancelled")) or same) and stage in record.force:
                 built = (entry for entry in record.stages if entry.stage == stage and entry.key == key)
                 if any(entry.status == "done" for entry in built):
                     return record.run_id
