@@ -34,8 +34,8 @@ def is_gptq(folder: Path) -> bool:
     return (quantization(folder) or {}).get("quant_method") == "gptq"
 
 
-def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> PreTrainedModel:
-    """Load the GPTQ model in `folder`, decoded to `dtype`, on the CPU or by the device map `place`."""
+def load_dense(folder: Path, dtype: torch.dtype, device_map: str | None = None) -> PreTrainedModel:
+    """Load the GPTQ model in `folder`, decoded to `dtype`, on the CPU or by the device map `device_map`."""
     import transformers
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -55,7 +55,7 @@ def load_dense(folder: Path, dtype: torch.dtype, place: str | None = None) -> Pr
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     # AutoModelForCausalLM needs a folder; only the model classes themselves accept a state dict without one.
     model, info = getattr(transformers, config.architectures[0]).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, device_map=place, output_loading_info=True
+        None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True
     )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
     if wrong:

@@ -15,7 +15,7 @@ from pydantic import Field
 from tuneline.config.pools import INTERVAL, AnyPool, Schedule
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.evaluate import EvaluateStage
-from tuneline.kinds.fields import Name, Path, Strict
+from tuneline.kinds.fields import ExternalPath, Name, Strict
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.kinds.merge import MergeStage
@@ -35,7 +35,7 @@ PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(st
 class Runtime(Strict):
     """A Python environment: a lock file that tuneline installs, or an existing Python interpreter."""
 
-    lock: Path | None = None
+    lock: ExternalPath | None = None
     """Lock file to install, relative to pipelines.yaml."""
     python: str | None = None
     """Python interpreter of an existing environment."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tuneline.errors import Problem
-from tuneline.kinds.fields import ArtifactType, DatasetRef, ModelOrAdapterRef, OnUnrendered, Path
+from tuneline.kinds.fields import ArtifactType, DatasetRef, ExternalPath, ModelOrAdapterRef, OnUnrendered
 from tuneline.kinds.stage import ComputingStage, Stage
 from tuneline.wording import listed, nearest
 
@@ -40,7 +40,7 @@ class EvaluateStage(ComputingStage):
     """Datasets whose test split is scored: exact match, answer recall, bits per byte."""
     benchmarks: tuple[str, ...] = ()
     """Names of lm-eval tasks."""
-    include_path: Path | None = None
+    include_path: ExternalPath | None = None
     """Folder with your own lm-eval task files."""
     num_fewshot: int | None = Field(None, ge=0)
     """Number of few-shot examples per benchmark question; by default the benchmark's own."""

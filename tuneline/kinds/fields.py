@@ -39,7 +39,7 @@ AdapterRef = Annotated[str, Reference(("Adapter",))]
 ModelOrAdapterRef = Annotated[str, Reference(("Model", "Adapter"))]
 DatasetRef = Annotated[str, Reference(("Dataset",))]
 StageRef = Annotated[str, Reference()]
-Path = Annotated[str, OutsideFile()]
+ExternalPath = Annotated[str, OutsideFile()]
 OnUnrendered = Literal["error", "drop", "keep"]
 # Names become parts of paths and URLs: none may contain `..` or lead out of a folder.
 NAME, REPOSITORY, REVISION = r"^[a-z0-9][a-z0-9-]*$", r"^\w[\w.-]*/\w[\w.-]*$", r"^[\w-]+([./][\w-]+)*$"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from tuneline.errors import Problem
-from tuneline.kinds.fields import ArtifactType, Path, Repository, Revision
+from tuneline.kinds.fields import ArtifactType, ExternalPath, Repository, Revision
 from tuneline.kinds.stage import ProgramStage
 
 
@@ -22,9 +22,9 @@ class ModelStage(ProgramStage):
     """Model repository on the hub, `owner/name`."""
     revision: Revision = "main"
     """Branch, tag or commit of the hub repository; the commit it resolves to is in the cache key."""
-    path: Path | None = None
+    path: ExternalPath | None = None
     """Local model folder; referenced, not copied."""
-    gguf: Path | None = None
+    gguf: ExternalPath | None = None
     """Local GGUF file; converted to safetensors in float32."""
     trust_remote_code: bool = False
     """Run Python files that come with the model, in this and every later stage. Enable it only for sources that you trust."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from tuneline.errors import Problem
-from tuneline.kinds.fields import Path, Strict
+from tuneline.kinds.fields import ExternalPath, Strict
 
 
 class EveryReward(Strict):
@@ -96,7 +96,7 @@ class FunctionReward(EveryReward):
     """Reward returned by your own Python function. `type` may be omitted."""
 
     type: Literal["function"] = "function"
-    file: Path
+    file: ExternalPath
     """Python file that defines the function. Its content is in the cache key; modules that it imports are not."""
     function: str = Field(min_length=1)
     """Name of the function: it takes prompts and completions, and returns one number per completion."""

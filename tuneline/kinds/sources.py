@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tuneline.kinds.fields import Path, Repository, Revision, Strict
+from tuneline.kinds.fields import ExternalPath, Repository, Revision, Strict
 
 # File extensions of programming languages, from GitHub's linguist; used for sources without `include`.
 LANGUAGES = frozenset(
@@ -22,7 +22,7 @@ class FilesSource(Strict):
     """Read rows from local files: .jsonl, .json or .csv (each also as .gz), or .parquet."""
 
     type: Literal["files"]
-    path: Path
+    path: ExternalPath
     """File or glob, relative to pipelines.yaml; matching files are read in sorted order."""
     format: Format = "auto"
     """Format of the rows; `auto` detects it from the columns."""
@@ -68,7 +68,7 @@ class CodeSource(Strict):
     """Read chunks of source code from a source tree, as plain text for training code completion or fill-in-the-middle."""
 
     type: Literal["code"]
-    path: Path
+    path: ExternalPath
     """Folder of the source tree. Files ignored by its .gitignore files are skipped, and so are vendored and generated files."""
     include: tuple[str, ...] = ()
     """Globs of files to read, in .gitignore syntax: `["*.py", "/docs/**/*.md"]`. By default all programming languages are read."""
