@@ -72,7 +72,7 @@ def _words() -> frozenset[str]:
     from coolname.data import config
 
     lists = [each["words"] for each in config.values() if isinstance(each, dict) and each["type"] == "words"]
-    return frozenset(str(word) for words in lists for word in words)
+    return frozenset(str(word) for listed in lists for word in listed)
 
 
 def key_for(name: str) -> str:
