@@ -478,7 +478,7 @@ def test_a_run_goes_on_without_the_server_and_says_so(demo: Project, stand_in: C
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert "Prefect: warning: the Prefect server has ended; the stages continue without it" in err
-    assert "does not answer and has not heard how this run ended" in err
+    assert "does not answer, so it does not know how this run ended" in err
     assert "Traceback" not in err
     assert "Error logging to API" not in err
     shown = demo.json("show", "demo")
