@@ -14,10 +14,8 @@ from functools import lru_cache
 from typing import Any
 
 from tuneline.errors import StageFailed
-from tuneline.kinds.merge import MergeStage
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.stage import Stage
-from tuneline.kinds.training import Training
 from tuneline.paths import resolve_path
 from tuneline.planning.plan import PlanRow
 from tuneline.workspace.workspace import Workspace
@@ -154,10 +152,9 @@ def _targeted(layers: int, linear: tuple[str, ...], target_modules: tuple[str, .
 def architecture_of(workspace: Workspace, stages: Mapping[str, Stage], rows: Mapping[str, PlanRow], name: str) -> Architecture | str:
     """Return the architecture that the stage `name` uses, or a text why it is unknown. Reads no weights."""
     stage = stages[name]
-    while not isinstance(stage, ModelStage):  # a training or a merge changes weights, never the architecture
-        assert isinstance(stage, MergeStage | Training)  # no other kind outputs a trainable model
-        name = stage.adapters[0] if isinstance(stage, MergeStage) else stage.model
-        stage = stages[name]
+    while name_before := stage.made_from():  # they change weights, never the architecture
+        name, stage = name_before, stages[name_before]
+    assert isinstance(stage, ModelStage)  # all models come from one
     artifact = rows[name].artifact
     try:
         if stage.path is not None:

@@ -29,3 +29,6 @@ class MergeStage(ProgramStage):
 
     def output_type(self) -> ArtifactType:
         return "Model"
+
+    def made_from(self) -> str | None:
+        return self.adapters[0]

@@ -53,6 +53,9 @@ class QuantizeStage(ComputingStage):
     def packages(self) -> frozenset[str]:
         return super().packages() | {"gptqmodel"}
 
+    def made_from(self) -> str | None:
+        return self.model
+
     def held_out(self) -> Iterator[tuple[str, str, str]]:
         yield "calibration", self.calibration, "test"
 

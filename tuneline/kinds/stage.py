@@ -117,6 +117,10 @@ class Stage(Strict):
         """Yield settings that are valid but suspicious; shown by every validate, plan and run."""
         return iter(())
 
+    def made_from(self) -> str | None:
+        """Return the stage whose model this one changes: theirs have the same architecture."""
+        return None
+
     def held_out(self) -> Iterator[tuple[str, str, str]]:
         """Yield (field, dataset stage, split) for each held-out split that the stage reads."""
         return iter(())

@@ -83,6 +83,9 @@ class Training(ComputingStage):
     def output_type(self) -> ArtifactType:
         return "Adapter"
 
+    def made_from(self) -> str | None:
+        return self.model
+
     @abstractmethod
     def longest_sequence(self, row: int | None) -> int:
         """Return the maximum length of a sequence in tokens, including padding. `row`: max_length of the dataset stage."""
