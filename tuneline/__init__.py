@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,8 +9,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "RunFailed", "load", "plan", "run"]
 __version__ = "0.1.0"
-PACKAGES_ROOT = Path(__file__).resolve().parent.parent
-"""Folder with flows/, tasks/, tuneline/ and infra/: the clone, or `tuneline-packages` in site-packages. PYTHONPATH of programs."""
 
 
 def __getattr__(name: str) -> Any:

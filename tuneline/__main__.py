@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from tuneline import PACKAGES_ROOT
+from tuneline.paths import PACKAGES_ROOT
 
 
 def main() -> None:

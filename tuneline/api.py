@@ -25,11 +25,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tuneline import PACKAGES_ROOT
 from tuneline.config.load import Loaded
 from tuneline.config.load import load as load_file
 from tuneline.config.overrides import as_sets
 from tuneline.errors import ConfigError, Problem, TunelineError
+from tuneline.paths import PACKAGES_ROOT
 from tuneline.planning.plan import PlanRow, check_stages
 from tuneline.planning.plan import plan as plan_rows
 from tuneline.workspace.runs import RunRecord, StageRecord

@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from tuneline import PACKAGES_ROOT
+from tuneline.paths import PACKAGES_ROOT
 
 
 def __getattr__(name: str) -> Any:

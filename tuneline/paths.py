@@ -15,6 +15,9 @@ from tuneline.errors import ConfigError, Problem
 
 GLOB = frozenset("*?[")
 
+PACKAGES_ROOT = Path(__file__).resolve().parent.parent
+"""Folder with flows/, tasks/, tuneline/ and infra/: the clone, or `tuneline-packages` in site-packages. PYTHONPATH of programs."""
+
 
 def resolve_path(root: Path, named: str) -> Path:
     """Resolve a path named by a file in the folder `root`: `~` is the home folder, `..` is removed as text."""

@@ -156,7 +156,8 @@ def submit(name: str, file: Path, options: RunOptions, queue: str | None, watch:
 @json_option
 def doctor(file: Path, fix: bool, as_json: bool) -> None:
     """Find what would make runs fail or hang, and suggest fixes."""
-    from flows.doctor.machine import PROBLEM, examine
+    from flows.doctor.check import PROBLEM
+    from flows.doctor.machine import examine
 
     checks = examine(load(file), fix)
     problems = sum(check.status == PROBLEM for check in checks)

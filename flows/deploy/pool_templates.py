@@ -12,8 +12,8 @@ from typing import Any
 
 from prefect.workers.process import ProcessWorker
 
-from tuneline import PACKAGES_ROOT
 from tuneline.config.pools import AnyPool, DockerPool, KubernetesPool
+from tuneline.paths import PACKAGES_ROOT
 
 FOLDER = PACKAGES_ROOT / "infra" / "pools"
 

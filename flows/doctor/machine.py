@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from flows.doctor.check import OK, PROBLEM, WARNING, Check
 from flows.folders import home_of, server_in, work_in
 from flows.machine import gpus_asked, visible_gpus
 from flows.server import api, server_state
@@ -37,10 +36,6 @@ from tuneline.paths import resolve_path
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.store import Store
 
-Status = Literal["ok", "warning", "problem"]
-OK: Status = "ok"
-WARNING: Status = "warning"
-PROBLEM: Status = "problem"
 SCARCE = 5_000_000_000  # bytes, about a merged model of 1.5B parameters and its quantized copy
 PINNED = (
     ("prefect", "tuneline"),
@@ -49,15 +44,6 @@ PINNED = (
 )  # (library, the package whose requirement limits its version)
 NETWORK = {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "glusterfs", "beegfs", "9p", "virtiofs", "fuse.sshfs", "fuse.glusterfs"}
 TAKES_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-
-
-@dataclass(frozen=True)
-class Check:
-    check: str
-    status: Status
-    message: str
-    hint: str = ""
-    """A command, or what to do."""
 
 
 def examine(loaded: Loaded, fix: bool) -> list[Check]:

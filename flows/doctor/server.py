@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from flows.doctor.machine import OK, PROBLEM, WARNING, Check
+from flows.doctor.check import OK, PROBLEM, WARNING, Check
 from flows.folders import home_of, runs_in, server_in
 from flows.server import server_state
 from tuneline.config.load import Loaded

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from flows.doctor.machine import Check
+from flows.doctor.check import Check
 from flows.report.tables import print_table, table_of
 
 

@@ -21,8 +21,9 @@ from typing import IO, Literal
 
 from pydantic import ValidationError
 
-from tuneline import PACKAGES_ROOT, watchdog
+from tuneline import watchdog
 from tuneline.errors import StageFailed
+from tuneline.paths import PACKAGES_ROOT
 from tuneline.secrets import mask_file, masked
 from tuneline.workspace.protocol import Event
 

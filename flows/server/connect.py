@@ -22,10 +22,11 @@ from pathlib import Path
 
 from flows.folders import server_in
 from flows.server import api, migrated, server_state
-from tuneline import PACKAGES_ROOT, watchdog
+from tuneline import watchdog
 from tuneline.config.pools import interval
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.files import open_lock, try_lock
+from tuneline.paths import PACKAGES_ROOT
 
 STARTUP_SECONDS = 180  # the migrations of a new database took 22 s on two busy cores
 QUIET = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from flows.server import server_state, workers
 from flows.server.connect import answers
-from tuneline import PACKAGES_ROOT
 from tuneline.config.load import Loaded, load
 from tuneline.errors import ConfigError, StageFailed
+from tuneline.paths import PACKAGES_ROOT
 
 ROLE = "keeper"
 POLL_SECONDS = 2.0

@@ -21,8 +21,8 @@ from tuneline.kinds.stage import Resources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from trl import SFTTrainer
 
-    from tasks.training.sft_trainer import TokenWeightedTrainer
 
 SHARED = "shared_sequence"  # argument of the model's forward pass that reaches attention
 LEAVE_OUT = "remove it; `gradient_checkpointing: true` and `strategy: zero3` save memory, too"
@@ -97,7 +97,7 @@ class ForEachOfGroup(Sampler[int]):
         self.sampler.set_epoch(epoch)
 
 
-def check(trainer: TokenWeightedTrainer, resources: Resources) -> None:
+def check(trainer: SFTTrainer, resources: Resources) -> None:
     """Raises StageFailed(config) unless the longest rows get the same log-probabilities shared as whole."""
     size, number = resources.sequence_parallel_size, trainer.args.process_index % resources.sequence_parallel_size
     order = longest_first(range(len(trainer.train_dataset)), lengths(trainer.train_dataset))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from tuneline import PACKAGES_ROOT
 from tuneline.canonical import key_of
 from tuneline.config.load import Loaded
 from tuneline.config.order import in_order, with_ancestors
@@ -22,6 +21,7 @@ from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.kinds.training import Training
+from tuneline.paths import PACKAGES_ROOT
 from tuneline.planning.inputs import ResolvedInputs, benchmark_data, hub_inputs, resolve
 from tuneline.planning.keys import key_document
 from tuneline.wording import listed, nearest

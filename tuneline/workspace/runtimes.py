@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tuneline import PACKAGES_ROOT
 from tuneline.config.spec import Spec
 from tuneline.errors import ConfigError, Problem
-from tuneline.paths import resolve_path
+from tuneline.paths import PACKAGES_ROOT, resolve_path
 
 BUILT_IN_LOCKS = PACKAGES_ROOT / "infra" / "runtimes"
 MARKER = "tuneline-complete"
