@@ -103,3 +103,37 @@ def test_no_process_outlives_a_script_that_is_ended(
     assert end in err
     assert gone(mark)
     assert Run.last("demo").state == state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "")])
+def test_a_signal_ends_a_flow_with_its_subflow(here: Project, stand_in: Callable[..., None], number: signal.Signals, end: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    stand_in(one=["sleep"])
+    mark = f"{here.root.name}{os.getpid()}"
+    flow = """
+        from prefect import flow
+        import tuneline
+
+        @flow
+        def nightly():
+            tuneline.run("demo", check=False)
+            open("went-on", "w")
+
+        nightly()
+        """
+    process = script(here, flow, MARK=mark)
+    until(lambda: (here.root / "sleeping-one").exists(), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -number
+    assert end in err
+    assert gone(mark)
+    assert not (here.root / "went-on").exists()
+    record = Run.last("demo").record
+    assert record.state == "cancelled"
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_run(record.flow_run)
+        assert found.state.is_cancelled()
+        assert client.read_flow_run(client.read_task_run(found.parent_task_run_id).flow_run_id).state.is_crashed()
