@@ -8,6 +8,7 @@ started; whichever comes first.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -20,12 +21,14 @@ POLL_SECONDS = 3.0  # between two looks at a state on the server
 class Watch:
     """Looks at the state of a run on the server, and stops the programs of this process once it is cancelled there or deleted.
 
-    `of_parent`: the run is the one that this one belongs to, whose end, of whatever kind, is this one's too.
+    `of_parent`: the run is the one that this one belongs to, whose end, of whatever kind, is this one's too. If it is killed together with
+    its worker, the server hears of it minutes later, so `alive`, if given, is asked as well.
     """
 
-    def __init__(self, run: UUID, supervisor: Supervisor, of_parent: bool = False):
+    def __init__(self, run: UUID, supervisor: Supervisor, of_parent: bool = False, alive: Callable[[], bool] | None = None):
         self.why = ""
         self._run, self._supervisor, self._of_parent = run, supervisor, of_parent
+        self._alive = alive
         self._ended = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -38,11 +41,14 @@ class Watch:
         while not self._ended.is_set():
             with suppress(Exception), get_client(sync_client=True) as client:  # whatever an unreachable server raises
                 while not self._ended.wait(POLL_SECONDS):
-                    if why := self._over(client):
+                    if why := self._killed() or self._over(client):
                         self.why = why
                         self._supervisor.stop()
                         return
             self._ended.wait(POLL_SECONDS)
+
+    def _killed(self) -> str:
+        return "its process is gone" if self._alive is not None and not self._alive() else ""
 
     def _over(self, client: Any) -> str:
         from prefect.exceptions import ObjectNotFound
