@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefect.exceptions import ObjectNotFound
+
 from flows.pipeline import REPORTER, run_pipeline
 from flows.run.run_context import NoReporter
 
@@ -28,6 +30,9 @@ def run_as_subflow(pipeline: str, **parameters: Any) -> str:
     token = REPORTER.set(noting)
     try:
         state = run_pipeline.with_options(name=pipeline)(pipeline=pipeline, return_state=True, **parameters)
+    except ObjectNotFound:  # the run was deleted on the server, and so ended
+        if noting.run_id is None:
+            raise
     finally:
         REPORTER.reset(token)
     if noting.signal is not None:

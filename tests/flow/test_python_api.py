@@ -17,6 +17,18 @@ from project import ROOT, Project
 from tuneline import Run, RunFailed, load, plan, run
 from tuneline.errors import ConfigError
 
+NIGHTLY = """
+from prefect import flow
+import tuneline
+
+@flow
+def nightly():
+    tuneline.run("demo")
+    open("went-on", "w")
+
+nightly()
+"""
+
 
 @pytest.fixture
 def here(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Project:
@@ -112,18 +124,7 @@ def test_a_signal_ends_a_flow_with_its_subflow(here: Project, stand_in: Callable
 
     stand_in(one=["sleep"])
     mark = f"{here.root.name}{os.getpid()}"
-    flow = """
-        from prefect import flow
-        import tuneline
-
-        @flow
-        def nightly():
-            tuneline.run("demo", check=False)
-            open("went-on", "w")
-
-        nightly()
-        """
-    process = script(here, flow, MARK=mark)
+    process = script(here, NIGHTLY, MARK=mark)
     until(lambda: (here.root / "sleeping-one").exists(), process)
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE)
@@ -137,3 +138,19 @@ def test_a_signal_ends_a_flow_with_its_subflow(here: Project, stand_in: Callable
         found = client.read_flow_run(record.flow_run)
         assert found.state.is_cancelled()
         assert client.read_flow_run(client.read_task_run(found.parent_task_run_id).flow_run_id).state.is_crashed()
+
+
+@pytest.mark.slow
+def test_a_subflow_that_is_deleted_on_the_server_raises_run_failed(here: Project, stand_in: Callable[..., None]) -> None:
+    from prefect.client.orchestration import get_client
+
+    stand_in(one=["sleep"])
+    mark = f"{here.root.name}{os.getpid()}"
+    process = script(here, NIGHTLY, MARK=mark)
+    until(lambda: (here.root / "sleeping-one").exists(), process)
+    with get_client(sync_client=True) as client:
+        client.delete_flow_run(Run.last("demo").record.flow_run)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "RunFailed: demo cancelled" in err
+    assert gone(mark)
