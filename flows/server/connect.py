@@ -50,8 +50,11 @@ def find_server(home: Path) -> str | None:
     `.tuneline`."""
     if configured := api.setting(api.URL):
         return str(configured)
-    state = server_state.read(home / "server")
-    return state.address if state and state.server.alive and answers(state.address) else None
+    folder = (home / "server").resolve()
+    state = server_state.read(folder)
+    if state is None or not state.server.alive or server_state.origin_of(folder, state) != folder:  # the server of a project that was moved
+        return None  # writes where the project was
+    return state.address if answers(state.address) else None
 
 
 def connect(home: Path) -> str:
