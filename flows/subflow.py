@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 from prefect.exceptions import ObjectNotFound
 
 from flows.pipeline import REPORTER, run_pipeline
@@ -30,7 +31,7 @@ def run_as_subflow(pipeline: str, **parameters: Any) -> str:
     token = REPORTER.set(noting)
     try:
         state = run_pipeline.with_options(name=pipeline)(pipeline=pipeline, return_state=True, **parameters)
-    except ObjectNotFound:  # the run was deleted on the server, and so ended
+    except (ObjectNotFound, httpx.HTTPError):  # it was deleted on the server, and so ended; or the server has gone, and its record has all
         if noting.run_id is None:
             raise
     finally:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,24 @@ def test_a_subflow_that_is_deleted_on_the_server_raises_run_failed(here: Project
     assert process.returncode == 1
     assert "RunFailed: demo cancelled" in err
     assert gone(mark)
+
+
+def test_a_subflow_that_has_ended_counts_where_the_server_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    from flows import subflow
+    from flows.pipeline import REPORTER
+
+    def ends(began: bool) -> Any:
+        def flow(**_: Any) -> None:
+            if began:
+                REPORTER.get().began("the-run", None)
+            raise httpx.ConnectError("refused")
+
+        return SimpleNamespace(with_options=lambda name: flow)
+
+    monkeypatch.setattr(subflow, "run_pipeline", ends(began=True))
+    assert subflow.run_as_subflow("demo") == "the-run"
+    monkeypatch.setattr(subflow, "run_pipeline", ends(began=False))
+    with pytest.raises(httpx.ConnectError):
+        subflow.run_as_subflow("demo")
