@@ -17,9 +17,10 @@ from uuid import UUID
 
 import prefect.flow_engine
 from prefect import allow_failure, flow, get_run_logger
+from prefect._internal.control_listener import get_intent
 from prefect.client.schemas import State
 from prefect.concurrency._leases import maintain_concurrency_lease
-from prefect.exceptions import FailedRun
+from prefect.exceptions import FailedRun, TerminationSignal
 from prefect.futures import wait
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Failed
@@ -126,7 +127,10 @@ def run_pipeline(
     except BaseException as error:  # a signal reaches only this thread
         run.supervisor.stop()
         end("failed" if isinstance(error, Exception) else "cancelled")
-        raise
+        if not isinstance(error, KeyboardInterrupt | TerminationSignal) or get_intent():  # an intent: who sent the signal sets the state
+            raise
+        reporter.interrupted(error)
+        return Cancelled(message="it was stopped by a signal", data=record.run_id)  # Prefect would say Crashed, unlike the record
     if watch.why:
         end("cancelled")
         return Cancelled(message=watch.why, data=record.run_id)

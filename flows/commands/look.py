@@ -104,8 +104,11 @@ def status(file: Path, as_json: bool) -> None:
     from flows.server.table import status_tables
 
     status_tables(here, there)
-    if (state := server_state.read(server_state.folder_of(workspace.root))) and not state.server.alive:
+    folder = server_state.folder_of(workspace.root)
+    if (state := server_state.read(folder)) and not state.server.alive:
         warn("the server that `up` started has ended: `tuneline up` starts it again, with its history")
+    elif state and (origin := server_state.origin_of(folder, state)) != folder:
+        warn(f"the server that `up` started writes where this folder was ({origin.parent.parent}): `tuneline up` starts it again here")
     if not here and not there:
         click.echo("no run in progress" + (f", here or on {address}" if address else ""), err=True)
 

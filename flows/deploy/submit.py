@@ -26,6 +26,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, Log, State
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import LogSort
+from prefect.exceptions import ObjectNotFound
 from prefect.utilities.urls import url_for
 
 from flows.deploy.desired import TAG
@@ -104,6 +105,9 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                     if run.state.is_final():
                         return _outcome(run.state)
                     time.sleep(POLL_SECONDS)
+        except ObjectNotFound:
+            say(f"{datetime.datetime.now():%H:%M:%S} run deleted on the server, which ends it")
+            return "cancelled"
         except httpx.TransportError as error:  # the run continues without the server, so keep following
             say(f"the Prefect server does not answer: {error}")
             time.sleep(POLL_SECONDS)

@@ -199,7 +199,11 @@ def file_system(folder: Path) -> str:
 def _no_server(loaded: Loaded, home: Path, problem: Problem) -> Check:
     if api.setting(api.URL):
         return Check("server", PROBLEM, problem.message, problem.hint)
-    if server_state.read(server_in(home)):
+    folder = server_in(home)
+    if state := server_state.read(folder):
+        if (origin := server_state.origin_of(folder, state)) != folder.resolve():
+            message = f"`up` started it when this folder was {origin.parent.parent}: it writes there"
+            return Check("server", PROBLEM, message, "tuneline up, which ends it and starts another")
         return Check("server", PROBLEM, "the server that `up` started has ended", "tuneline up")
     if loaded.spec.pools:
         return Check(

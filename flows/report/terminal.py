@@ -93,6 +93,8 @@ class ConsoleReporter:
         message = f"\n{_indented(record.message)}" if "\n" in record.message else f" ({record.message})" if record.message else ""
         self._say(stage, f"{record.status}{took}{message}", STYLES[record.status])
 
+    def interrupted(self, error: BaseException) -> None: ...
+
     def _forget(self, stage: str) -> None:
         if self._bars and stage in self._tasks:
             self._bars.remove_task(self._tasks.pop(stage))

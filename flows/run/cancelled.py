@@ -7,6 +7,7 @@ the flow stops its programs and ends as cancelled. A worker also sends a signal 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -19,12 +20,14 @@ POLL_SECONDS = 3.0  # between two polls of the state on the server
 class Watch:
     """Poll the state of a run on the server, and stop the programs of this process once it is cancelled or deleted there.
 
-    `of_parent`: `run` is the parent of this run, which stops once the parent has ended in any state.
+    `of_parent`: `run` is the parent of this run, which stops once the parent has ended in any state. The server learns minutes later that a
+    parent was killed together with its worker, so `alive`, if given, is called as well.
     """
 
-    def __init__(self, run: UUID, supervisor: Supervisor, of_parent: bool = False):
+    def __init__(self, run: UUID, supervisor: Supervisor, of_parent: bool = False, alive: Callable[[], bool] | None = None):
         self.why = ""
         self._run, self._supervisor, self._of_parent = run, supervisor, of_parent
+        self._alive = alive
         self._ended = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -37,11 +40,14 @@ class Watch:
         while not self._ended.is_set():
             with suppress(Exception), get_client(sync_client=True) as client:  # whatever an unreachable server raises
                 while not self._ended.wait(POLL_SECONDS):
-                    if why := self._over(client):
+                    if why := self._killed() or self._over(client):
                         self.why = why
                         self._supervisor.stop()
                         return
             self._ended.wait(POLL_SECONDS)
+
+    def _killed(self) -> str:
+        return "its process is gone" if self._alive is not None and not self._alive() else ""
 
     def _over(self, client: Any) -> str:
         from prefect.exceptions import ObjectNotFound

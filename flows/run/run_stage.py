@@ -6,6 +6,7 @@ see the same project. It stops once its parent has ended on the server, whether 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -26,7 +27,7 @@ from flows.run.stage import stage_task
 from flows.run.supervisor import Supervisor
 from tuneline.config.load import load
 from tuneline.config.overrides import as_sets
-from tuneline.errors import StageFailed
+from tuneline.errors import ConfigError, StageFailed
 from tuneline.planning.plan import input_slots
 from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.runs import RunRecord, planned
@@ -58,7 +59,12 @@ def run_stage(
     end_with_parent()
     watches = [Watch(UUID(flow_run.id), supervisor)]
     if parent := flow_run.parent_flow_run_id:
-        watches.append(Watch(UUID(parent), supervisor, of_parent=True))
+
+        def alive() -> bool:
+            return workspace.runs.alive(workspace.runs.get(pipeline, run_id))
+
+        shared = _holds(alive)  # else locks of the parent's machine are not seen on this one, or the parent has just been killed
+        watches.append(Watch(UUID(parent), supervisor, of_parent=True, alive=alive if shared else None))
     try:
         wait([stage_task(run, stage).submit(needs)])
     except BaseException:  # a signal reaches only this thread
@@ -71,6 +77,13 @@ def run_stage(
     entry = record.stages[-1]
     outcome = {"done": Completed, "cached": Completed, "cancelled": Cancelled}.get(entry.status, Failed)
     return outcome(message=entry.message or f"{entry.kind}/{key[:12]}")
+
+
+def _holds(alive: Callable[[], bool]) -> bool:
+    try:
+        return alive()
+    except ConfigError:  # no such record
+        return False
 
 
 def _input(workspace: Workspace, name: str) -> Artifact:

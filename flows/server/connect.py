@@ -56,8 +56,11 @@ def find_server(home: Path) -> str | None:
     """
     if configured := api.setting(api.URL):
         return str(configured)
-    state = server_state.read(server_in(home))
-    return state.address if state and state.server.alive and answers(state.address) else None
+    folder = server_in(home).resolve()
+    state = server_state.read(folder)
+    if state is None or not state.server.alive or server_state.origin_of(folder, state) != folder:  # a moved project's server
+        return None  # writes to the old folder
+    return state.address if answers(state.address) else None
 
 
 def connect(home: Path) -> str:

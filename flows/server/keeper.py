@@ -1,4 +1,5 @@
-"""Keep the workers of `tuneline up` running: restart one that died, and start one for a pool that was added to the file.
+"""Keep the workers of `tuneline up` running: restart one that died, and start one for a pool that was added to the file. Report the end of
+runs that could not report it themselves.
 
 A separate process, which `up` starts and `down` ends. It ends no worker: a pool may leave the file for a moment while somebody edits it.
 """
@@ -12,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from flows.server import server_state, workers
-from flows.server.connect import answers
+from flows.server.connect import answers, loopback_without_proxy
+from flows.server.unreported import Unreported
 from tuneline.config.load import Loaded, load
 from tuneline.errors import ConfigError, StageFailed
 from tuneline.paths import PACKAGES_ROOT
+from tuneline.workspace.runs import Runs
 
 ROLE = "keeper"
 POLL_SECONDS = 2.0
@@ -29,11 +32,19 @@ def start(loaded: Loaded, folder: Path, state: server_state.State) -> server_sta
 
 
 def main() -> None:
+    from flows.server.up import end_all
+
     file, folder = Path(sys.argv[1]), Path(os.environ[server_state.UP])
-    loaded, seen = None, None
-    with server_state.alone(folder):
-        pass  # wait until `up` has written the keeper's process id
-    while _its_state(folder):
+    loaded, seen, unreported = None, None, Unreported(Runs(folder.parent / "runs"))
+    loopback_without_proxy()
+    if not _gone(folder):
+        with server_state.alone(folder):
+            pass  # wait until `up` has written the keeper's process id
+    last = server_state.read(Path())
+    while state := _its_state(folder):
+        last = state
+        os.environ |= server_state.password(folder)
+        unreported.look(state.address, _say)
         with suppress(OSError, ConfigError):  # moved, or being edited: keep the previous pools
             if (now := file.stat().st_mtime_ns) != seen:
                 seen = now
@@ -45,6 +56,14 @@ def main() -> None:
         except StageFailed as error:
             _say(str(error))
             time.sleep(AGAIN_SECONDS)
+    if last and _gone(folder):
+        _say(f"{folder} is gone: the project was moved or deleted; ending the server and the workers, which would write there")
+        end_all(folder, last, moved=True)
+
+
+def _gone(folder: Path) -> bool:
+    """Whether the folder was moved or deleted: this process works in it, wherever it is."""
+    return not folder.exists() or folder.stat().st_ino != Path().stat().st_ino
 
 
 def _tend(loaded: Loaded, folder: Path) -> None:
@@ -55,7 +74,6 @@ def _tend(loaded: Loaded, folder: Path) -> None:
     with server_state.alone(folder):  # `up` or `down` may have changed the state meanwhile
         state = _its_state(folder)
         if state and answers(state.address):
-            os.environ |= server_state.password(folder)
             workers.start(loaded, folder, state, _say)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.folders import home_of, server_in
-from flows.server.api import AUTH
+from flows.server.api import AUTH, URL
 from tuneline.files import hold_lock, write_atomically
 
 UP = "TUNELINE_UP"  # environment variable of all processes that `up` started: the folder of its state
@@ -67,6 +67,8 @@ class Ours:
     pid: int
     role: str
     flow_run: str | None
+    address: str | None
+    """Of the server for which it works; programs do not inherit it."""
 
 
 def folder_of(root: Path) -> Path:
@@ -75,10 +77,24 @@ def folder_of(root: Path) -> Path:
 
 
 def read(folder: Path) -> State | None:
-    """Return the state, or None if there is none or it cannot be read."""
+    """Return the state, or None if there is none, it cannot be read, or it is a copy of another project's state."""
+    state = _read(folder)
+    origin = origin_of(folder, state) if state else None
+    return None if origin and origin != folder.resolve() and _read(origin) == state else state
+
+
+def _read(folder: Path) -> State | None:
     with contextlib.suppress(OSError, ValidationError):
         return State.model_validate_json((folder / "state.json").read_bytes())
     return None
+
+
+def origin_of(folder: Path, state: State) -> Path:
+    """The folder for which the living processes of a state work: another one if the project was moved, or copied, since."""
+    for process in (state.server, *filter(None, [state.keeper]), *state.workers.values()):
+        if process.alive and (origin := _environment(process.pid).get(UP)):
+            return Path(origin)
+    return folder.resolve()
 
 
 def write(folder: Path, state: State) -> None:
@@ -120,11 +136,17 @@ def process(pid: int) -> Process:
 
 def ours(folder: Path) -> list[Ours]:
     """Return all processes that were started for the `up` of this folder."""
-    mark, found = os.fsencode(f"{UP}={folder}"), []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # gone, or another user's; a zombie has no environment
-            variables = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
-            if mark in variables:
-                values = dict(os.fsdecode(variable).partition("=")[::2] for variable in variables)
-                found.append(Ours(int(name), values.get(ROLE, ""), values.get(FLOW_RUN)))
+    mark, found = str(folder), []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        values = _environment(pid)
+        if values.get(UP) == mark:
+            found.append(Ours(pid, values.get(ROLE, ""), values.get(FLOW_RUN), values.get(URL)))
     return found
+
+
+def _environment(pid: int) -> dict[str, str]:
+    """Empty for a process that has ended, or is another user's."""
+    with contextlib.suppress(OSError):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return dict(os.fsdecode(variable).partition("=")[::2] for variable in variables)
+    return {}

@@ -50,6 +50,9 @@ def up(loaded: Loaded, port: int | None, database: str | None, auth: str | None,
     loopback_without_proxy()
     with server_state.alone(folder):
         state = server_state.read(folder)
+        if state and (origin := server_state.origin_of(folder, state)) != folder:
+            say(f"ending what `up` started before this folder was moved (it was {origin.parent.parent})")
+            end_all(origin, state, moved=True)
         port = port or (state.port if state else PORT)
         _refuse(folder, state, port, database, auth)
         if auth:
@@ -147,38 +150,51 @@ def down(root: Path) -> list[Ended]:
     if not folder.is_dir():
         return []
     with server_state.alone(folder):
-        state, found = server_state.read(folder), server_state.ours(folder)
-        working = {process.pid for process in state.workers.values() if process.alive} if state else set()
-        servers = {process.pid for process in found if process.role == "server"}
-        keepers = {process.pid for process in found if process.role == keeper.ROLE}
-        _signal(keepers, signal.SIGTERM)
-        flows = {process.pid for process in found if process.flow_run}
-        _signal(working, signal.SIGSTOP)  # on SIGTERM a worker kills its runs at once, and before that it would take new ones
-        _signal(flows, signal.SIGTERM)
-        _wait(lambda: not flows & _pids(folder), FLOW_SECONDS)
-        _signal(working, signal.SIGTERM)
-        _signal(working, signal.SIGCONT)
-        _wait(lambda: not _pids(folder) - servers, END_SECONDS)
-        _signal(servers, signal.SIGTERM)
-        _wait(lambda: not _pids(folder), END_SECONDS)
-        while left := _pids(folder):  # includes processes that started meanwhile
-            _signal({*left, *(child for pid in left for child in descendants(pid))}, signal.SIGKILL)
-            if not _wait(lambda: not _pids(folder), END_SECONDS):
-                raise StageFailed(
-                    "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "kill them, then run `tuneline down`"
-                )
+        state = server_state.read(folder)
+        origin = server_state.origin_of(folder, state) if state else folder
+        ended = end_all(origin, state, moved=origin != folder)
         for name in ("state.json", "auth"):
             (folder / name).unlink(missing_ok=True)
+    return ended
+
+
+def end_all(folder: Path, state: server_state.State | None, moved: bool) -> list[Ended]:
+    """End all processes of the `up` of a folder, except this one. `moved`: the folder may be another project's now, with its own `up` on
+    another port."""
+
+    def ours() -> list[server_state.Ours]:
+        found = [process for process in server_state.ours(folder) if process.pid != os.getpid()]
+        return [process for process in found if state and process.address == state.address] if moved else found
+
+    def pids() -> set[int]:
+        return {process.pid for process in ours()}
+
+    found = ours()
+    working = {process.pid for process in state.workers.values() if process.alive} if state else set()
+    servers = {process.pid for process in found if process.role == "server"}
+    keepers = {process.pid for process in found if process.role == keeper.ROLE}
+    _signal(keepers, signal.SIGTERM)
+    flows = {process.pid for process in found if process.flow_run}
+    _signal(working, signal.SIGSTOP)  # on SIGTERM a worker kills its runs at once, and before that it would take new ones
+    _signal(flows, signal.SIGTERM)
+    _wait(lambda: not flows & pids(), FLOW_SECONDS)
+    _signal(working, signal.SIGTERM)
+    _signal(working, signal.SIGCONT)
+    _wait(lambda: not pids() - servers, END_SECONDS)
+    _signal(servers, signal.SIGTERM)
+    _wait(lambda: not pids(), END_SECONDS)
+    while left := pids():  # includes processes that started meanwhile
+        _signal({*left, *(child for pid in left for child in descendants(pid))}, signal.SIGKILL)
+        if not _wait(lambda: not pids(), END_SECONDS):
+            raise StageFailed(
+                "bug", f"processes cannot be ended: {', '.join(map(str, sorted(left)))}", "kill them, then run `tuneline down`"
+            )
     return [Ended(process.role if not process.flow_run else "run", process.pid, process.flow_run) for process in _reported(found, working)]
 
 
 def _reported(found: list[server_state.Ours], working: set[int]) -> list[server_state.Ours]:
     """Return the servers, workers and runs, without the programs below them."""
     return [process for process in found if process.flow_run or process.role == "server" or process.pid in working]
-
-
-def _pids(folder: Path) -> set[int]:
-    return {process.pid for process in server_state.ours(folder)}
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,17 @@ def test_tuneline_cancel_ends_a_run_on_a_server(demo: Project, start: Callable[.
     assert on_server(run["flow_run"]).is_cancelled()
     again = demo.tuneline("cancel", run[by], status=2).stderr
     assert again.startswith(f"cancel {run[by]}: found run {run['run_id']} of demo, which has ended (cancelled), expected a run in progress")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_ends_is_cancelled_on_the_server_as_well(
+    demo: Project, start: Callable[..., Any], prefect_server: str, mark: str, number: signal.Signals
+) -> None:
+    process, run = start()
+    process.send_signal(number)
+    check_cancelled(demo, process, mark)
+    assert on_server(run["flow_run"]).is_cancelled()
 
 
 @pytest.mark.slow

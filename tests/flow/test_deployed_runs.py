@@ -261,6 +261,14 @@ def test_ctrl_c_leaves_a_watched_run_going_and_says_how_to_end_it(working: Proje
     assert state(run_id).is_cancelled()
 
 
+def test_who_watches_a_run_that_is_deleted_hears_so(prefect_server: str) -> None:
+    from flows.deploy.submit import follow
+
+    said: list[str] = []
+    assert follow(uuid4(), said.append) == "cancelled"
+    assert [line.partition(" ")[2] for line in said] == ["run deleted on the server, which ends it"]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_wrongly_marked_as_crashed_ends_as_it_does(working: Project) -> None:
     from prefect.states import Crashed

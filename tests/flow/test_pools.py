@@ -153,6 +153,10 @@ class Cluster:
     def worker_logs(self) -> str:
         return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in self.project.root.glob("worker-*.log"))
 
+    def process_of(self, flow_run: UUID) -> int:
+        variable = f"PREFECT__FLOW_RUN_ID={flow_run}".encode()
+        return next(pid for pid in self.processes("prefect.engine") if variable in Path(f"/proc/{pid}/environ").read_bytes())
+
     def sleeping(self, name: str) -> bool:
         return (self.project.root / f"sleeping-{name}").exists()
 
@@ -298,6 +302,26 @@ def test_a_killed_flow_process_leaves_no_program(cluster: Cluster) -> None:
     assert cluster.end(again).is_completed()
 
 
+def test_a_parent_that_is_killed_with_its_worker_ends_its_child(cluster: Cluster) -> None:
+    """Nobody reports the parent's end then: for three minutes it is Running on the server."""
+    cluster.fresh(two=["sleep"])
+    parent = cluster.submit("split")
+    cluster.wait_for(lambda: cluster.sleeping("two"))
+    (child,) = cluster.children(parent)
+    flow = cluster.process_of(parent)
+    cluster.workers["cpu"].kill()
+    os.kill(flow, signal.SIGKILL)
+    cluster.workers["cpu"].wait()
+    try:
+        cluster.wait_for(lambda: not cluster.processes("stand_in.py") and not cluster.processes("sleep 1000"))
+        assert cluster.state(parent).is_running()
+        assert cluster.end(child.id).is_cancelled()
+        assert cluster.record("split").state == "killed"
+    finally:
+        cluster.start_worker("cpu")
+    cluster.fresh()
+
+
 def test_a_killed_worker_leaves_no_orphan(cluster: Cluster) -> None:
     cluster.fresh(alone=["sleep"])
     flow_run = cluster.submit("single")
@@ -306,7 +330,7 @@ def test_a_killed_worker_leaves_no_orphan(cluster: Cluster) -> None:
     cluster.workers["cpu"].wait()
     try:
         cluster.wait_for(lambda: not cluster.processes("stand_in.py") and not cluster.processes("sleep 1000"))
-        assert cluster.end(flow_run).is_crashed()
+        assert cluster.end(flow_run).is_cancelled(), "as its record says: it has ended in order"
     finally:
         cluster.start_worker("cpu")
     again = cluster.submit("single")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,18 @@ from project import ROOT, Project
 
 from tuneline import Run, RunFailed, load, plan, run
 from tuneline.errors import ConfigError
+
+NIGHTLY = """
+from prefect import flow
+import tuneline
+
+@flow
+def nightly():
+    tuneline.run("demo")
+    open("went-on", "w")
+
+nightly()
+"""
 
 
 @pytest.fixture
@@ -103,3 +116,63 @@ def test_no_process_outlives_a_script_that_is_ended(
     assert end in err
     assert gone(mark)
     assert Run.last("demo").state == state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "")])
+def test_a_signal_ends_a_flow_with_its_subflow(here: Project, stand_in: Callable[..., None], number: signal.Signals, end: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    stand_in(one=["sleep"])
+    mark = f"{here.root.name}{os.getpid()}"
+    process = script(here, NIGHTLY, MARK=mark)
+    until(lambda: (here.root / "sleeping-one").exists(), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -number
+    assert end in err
+    assert gone(mark)
+    assert not (here.root / "went-on").exists()
+    record = Run.last("demo").record
+    assert record.state == "cancelled"
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_run(record.flow_run)
+        assert found.state.is_cancelled()
+        assert client.read_flow_run(client.read_task_run(found.parent_task_run_id).flow_run_id).state.is_crashed()
+
+
+@pytest.mark.slow
+def test_a_subflow_that_is_deleted_on_the_server_raises_run_failed(here: Project, stand_in: Callable[..., None]) -> None:
+    from prefect.client.orchestration import get_client
+
+    stand_in(one=["sleep"])
+    mark = f"{here.root.name}{os.getpid()}"
+    process = script(here, NIGHTLY, MARK=mark)
+    until(lambda: (here.root / "sleeping-one").exists(), process)
+    with get_client(sync_client=True) as client:
+        client.delete_flow_run(Run.last("demo").record.flow_run)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "RunFailed: demo cancelled" in err
+    assert gone(mark)
+
+
+def test_a_subflow_that_has_ended_counts_where_the_server_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    from flows import subflow
+    from flows.pipeline import REPORTER
+
+    def ends(began: bool) -> Any:
+        def flow(**_: Any) -> None:
+            if began:
+                REPORTER.get().began("the-run", None)
+            raise httpx.ConnectError("refused")
+
+        return SimpleNamespace(with_options=lambda name: flow)
+
+    monkeypatch.setattr(subflow, "run_pipeline", ends(began=True))
+    assert subflow.run_as_subflow("demo") == "the-run"
+    monkeypatch.setattr(subflow, "run_pipeline", ends(began=False))
+    with pytest.raises(httpx.ConnectError):
+        subflow.run_as_subflow("demo")

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def fresh(tmp_path: Path) -> Iterator[Lasting]:
 
 def problem(problems: dict[str, Any], check: str) -> tuple[str, str, str]:
     found = next(entry for entry in problems["checks"] if entry["check"].startswith(check))
-    return found["status"], found["message"], found["remedy"]
+    return found["status"], found["message"], found["hint"]
 
 
 def doctor(it: Lasting, *arguments: str) -> dict[str, Any]:
@@ -326,6 +327,10 @@ def test_a_run_goes_there_and_its_page_is_told(lasting_up: Lasting) -> None:
 
 @pytest.mark.slow
 def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lasting_up: Lasting) -> None:
+    state = server_state.read(lasting_up.folder)
+    assert state is not None
+    assert state.keeper is not None
+    os.kill(state.keeper.pid, signal.SIGSTOP)  # it would tell the server before the doctor does
     lasting_up.project.write("dead", "one.txt")
     lasting_up.script(one=["sleep"] * 9)
     process = lasting_up.project.start("run", "demo", MARK=lasting_up.mark)
@@ -341,6 +346,24 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     assert found[2] == "tuneline doctor --fix"
     assert problem(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
     assert lasting_up.ask(f"flow_runs/{identity}")["state"]["type"] == "CRASHED"
+    assert problem(doctor(lasting_up), "runs") == ("ok", "no run hangs", "")
+    os.kill(state.keeper.pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_the_keeper_reports_the_end_of_a_run_that_was_killed(lasting_up: Lasting) -> None:
+    lasting_up.project.write(f"one {os.urandom(4).hex()}", "one.txt")
+    (lasting_up.project.root / "sleeping-one").unlink(missing_ok=True)
+    (lasting_up.project.root / "calls-one").unlink(missing_ok=True)
+    lasting_up.script(one=["sleep"])
+    process = lasting_up.project.start("run", "demo")
+    until((lasting_up.project.root / "sleeping-one").exists, process)
+    flow_run = lasting_up.project.json("runs")[0]["flow_run"]
+    time.sleep(6)  # until the keeper has seen it alive, which nothing shows
+    process.kill()
+    process.communicate()
+    until(lambda: lasting_up.ask(f"flow_runs/{flow_run}")["state"]["name"] == "Crashed")
+    assert "its process is gone" in lasting_up.ask(f"flow_runs/{flow_run}")["state"]["message"]
     assert problem(doctor(lasting_up), "runs") == ("ok", "no run hangs", "")
 
 
@@ -408,7 +431,7 @@ def test_down_ends_a_run_in_order_and_leaves_nothing(lasting_up: Lasting) -> Non
     assert lasting_up.project.json("show", "demo")["state"] == "cancelled"
     assert lasting_up.project.tuneline("down").stderr == "nothing is up\n"
     lasting_up.up()
-    assert lasting_up.ask(f"flow_runs/{run}")["state"]["type"] in ("CRASHED", "CANCELLED")
+    assert lasting_up.ask(f"flow_runs/{run}")["state"]["type"] == "CANCELLED"
 
 
 # --- Postgres -------------------------------------------------------------------------------------------------------------
@@ -475,3 +498,49 @@ def test_history_lies_in_postgres_and_its_password_nowhere_else(fresh: Lasting, 
     assert gone(fresh.mark)
     for file in fresh.folder.rglob("*"):
         assert not file.is_file() or secret not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_project_that_is_moved_while_it_is_up_leaves_no_process_and_writes_nothing_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    it, new = Lasting(tmp_path / "old"), Lasting.__new__(Lasting)
+    new.__dict__ |= {**it.__dict__, "project": Project(tmp_path / "new"), "folder": server_state.folder_of(tmp_path / "new")}
+    try:
+        it.up()
+        shutil.copytree(it.project.root, tmp_path / "copy")
+        assert server_state.read(tmp_path / "copy" / ".tuneline" / "server") is None
+        assert Project(tmp_path / "copy").tuneline("down").stderr == "nothing is up\n"
+        assert server_state.read(it.folder)
+        it.project.root.rename(new.project.root)
+        assert gone(it.mark)
+        assert "is gone: the project was moved or deleted" in (new.folder / "keeper.log").read_text()
+        assert not it.project.root.exists()
+        assert problem(doctor(new), "server")[1:] == ("the server that `up` started has ended", "tuneline up")
+
+        # Without its keeper, nothing ends it but the next `up` or `down`.
+        new.up()
+        state = server_state.read(new.folder)
+        assert state is not None
+        assert state.keeper is not None
+        os.kill(state.keeper.pid, signal.SIGKILL)
+        new.project.root.rename(it.project.root)
+        assert problem(doctor(it), "server")[1:] == (
+            f"`up` started it when this folder was {new.project.root}: it writes there",
+            "tuneline up, which ends it and starts another",
+        )
+        assert find_server(it.project.root / ".tuneline") is None
+        assert f"writes where this folder was ({new.project.root})" in it.project.tuneline("status").stderr
+        assert it.up()["started"] == ["server", "worker here"]
+        assert not state.server.alive
+        state = server_state.read(it.folder)
+        assert state is not None
+        assert state.keeper is not None
+        os.kill(state.keeper.pid, signal.SIGKILL)
+        it.project.root.rename(new.project.root)
+        assert {process["role"] for process in new.project.json("down")["ended"]} == {"server", "worker here"}
+        assert gone(it.mark)
+        assert not it.project.root.exists()
+    finally:
+        for each in (it, new):
+            if each.project.root.exists():
+                each.end()
