@@ -234,4 +234,4 @@ class _Progress:
 def modules_of(adapter: Path) -> set[str]:
     """Return the last parts of layer names: `q_proj` for `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        return {name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")[2] for name in tensors}
+        return {name.partition(".lora_")[0].removesuffix(".weight").rpartition(".")[2] for name in tensors.keys()}  # noqa: SIM118  (it is no mapping)

@@ -295,7 +295,7 @@ def test_the_image_holds_the_packages_and_their_data(image: Image) -> None:
     def run(*command: str) -> str:
         return subprocess.run(command, env=env, cwd=folder / "setup", capture_output=True, text=True, check=True).stdout
 
-    assert "Declarative fine-tuning" in run("tuneline", "--help")
+    assert "Run cached fine-tuning pipelines" in run("tuneline", "--help")
     assert "pipelines.yaml is valid: first" in run("tuneline", "validate")
     program = "from flows.deploy.pool_templates import FOLDER; import prefect_docker, prefect_kubernetes; print(*sorted(p.name for p in FOLDER.iterdir()))"
     assert run("python", "-c", program) == "docker.json kubernetes.json\n"

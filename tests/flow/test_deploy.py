@@ -325,7 +325,7 @@ def test_a_wrong_submit_ends_with_2_and_what_waits_is_cancelled(pico: Project) -
         return pico.tuneline("submit", *arguments, status=2).stderr
 
     assert refusal("here").startswith(
-        "submit here: found no such deployment on the server, expected none (none is defined)\n\nhint: `tuneline deploy` makes one"
+        "submit here: found no such deployment on the server, expected none (none is defined)\n\nhint: `tuneline deploy` creates one"
     )
     pico.tuneline("deploy")
     known = "other/other, pico/pico, pico/pico-nightly, run-stage/run-stage-boxes"

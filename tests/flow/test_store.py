@@ -133,7 +133,7 @@ def test_a_full_store(p: Project, stand_in: Script, disk: Path, action: str, sai
     """`fill`: the program hits the full disk and cannot write its failure; `brim`: the flow hits it when it writes the artifact."""
     fill(disk / "somebody else's")
     refused = p.tuneline("run", "p", status=2)
-    assert refused.stderr.startswith(f"the disk of the store {disk} is full: 0 bytes are free\n\nhint: `tuneline gc` frees ")
+    assert refused.stderr.startswith(f"the disk of the store {disk} is full: 0 bytes are free\n\nhint: free space with `tuneline gc`")
     (disk / "somebody else's").unlink()
 
     stand_in(two=[action])
