@@ -37,7 +37,11 @@ def verify(file: Path) -> None:
 @click.option(
     "--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Number of runs to keep of each pipeline."
 )
-@click.option("--older-than", metavar="AGE", help="Remove only what no run of the last AGE needs, and also unfinished work older than AGE: 30d, 12h, 2w.")
+@click.option(
+    "--older-than",
+    metavar="AGE",
+    help="Remove only what no run of the last AGE needs, and also unfinished work older than AGE: 30d, 12h, 2w.",
+)
 @click.option("--all", "everything", is_flag=True, help="Also remove artifacts that no run of this workspace names.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed. Change nothing.")
 @json_option
