@@ -55,8 +55,9 @@ The same as a JSON Schema: `tuneline schema`.
 A file has `version: 1` and `pipelines:`; each pipeline has `stages:`, each stage a `kind`. A field that takes a *stage* holds
 the name of another stage of the same pipeline. `${name}` takes a value from `vars:`, a whole value keeps its type;
 `${env:NAME}` is allowed in `store`, `pools` and `runtimes` alone; `$${` is a plain `${`. Paths are relative to the file.
-Fields under *every stage* and under `resources` only change how a stage runs: they are not in its key, and changing them
-rebuilds nothing. Everything else is in the key, unless it has its default value.
+Fields under *every stage*, except `seed`, and under `resources` only change how a stage runs: they are not in its key, and
+changing them rebuilds nothing. (One effect: `resources.gpus` decides what `dtype: auto` means, which is in the key.) `seed` and
+everything else is in the key, unless it has its default value.
 """
 
 
@@ -71,7 +72,8 @@ TITLES: dict[type[BaseModel], str] = {
 
 def pipelines_page() -> str:
     parts = [HEAD, *(section(model, set()) for model in (spec.Spec, spec.Pipeline, spec.Runtime))]
-    of_all = "A gate, which has no program, has none of the last three fields."
+    absent = [f"`{name}`" for name in stages.ProgramStage.model_fields if name not in stages.Stage.model_fields]
+    of_all = f"A gate has no program, and so has no {', '.join(absent[:-1])} or {absent[-1]}."
     parts.append(section(stages.ProgramStage, {"kind"}, of_all, title="Every stage"))
     base = set(stages.ProgramStage.model_fields)
     for model in spec.STAGES.values():

@@ -13,7 +13,11 @@ from tuneline.errors import ConfigError, Problem
 
 @click.command()
 def init() -> None:
-    """Create a starter pipelines.yaml in the current folder."""
+    """Create a starter pipelines.yaml in the current folder.
+
+    It trains a small model on generated sums: dataset, training, evaluations, merge and gate. Also writes .tuneline/schema.json, for
+    editors, and a .gitignore if there is none.
+    """
     from flows.commands.starter import write_starter
 
     for path in write_starter(Path.cwd()):
@@ -57,7 +61,10 @@ def setup(names: tuple[str, ...], file: Path) -> None:
 @click.argument("path", type=click.Path(path_type=Path), required=False, metavar="[FILE]")
 @file_option
 def validate(path: Path | None, file: Path) -> None:
-    """Check a pipelines file and show every problem with its place."""
+    """Check a pipelines file and show every problem with its place.
+
+    Shows all problems of fields at once, and those between stages whose fields are right.
+    """
     from tuneline.config.schedules import check_schedules
 
     loaded = load(path or file)

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 @file_option
 @run_options
 @json_option
-@click.option("--online", is_flag=True, help="Ask the hub for current commits and for the models' config.json.")
+@click.option("--online", is_flag=True, help="Read commits and config.json from the hub, to estimate memory without downloading the model.")
 def plan(pipeline: str, file: Path, options: RunOptions, as_json: bool, online: bool) -> None:
-    """Show what a run would do, why, and what it will take.
+    """Show what a run would do, why, and what it needs.
 
     Estimates memory and disk of trainings and merges. Changes nothing.
     """
@@ -119,7 +119,7 @@ def run(pipeline: str, file: Path, options: RunOptions, as_json: bool, verbose: 
     required=True,
     envvar=["SLURM_PROCID", "JOB_COMPLETION_INDEX"],
     metavar="N",
-    help="Number of this machine, from 1; the run is machine 0. Read from the environment under Slurm and Kubernetes.",
+    help="Number of this machine, from 1; the run is machine 0. Required, except under Slurm and Kubernetes.",
 )
 def node(pipeline: str, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], rank: int) -> None:
     """Join a multi-node run of a pipeline as another machine.

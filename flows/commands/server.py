@@ -38,9 +38,9 @@ from tuneline.config.load import load
 @click.option("--auth", is_flag=True, help="Protect the server with a user and a password. Prompts for both.")
 @json_option
 def up(file: Path, port: int | None, database: str | None, auth: bool, as_json: bool) -> None:
-    """Start a lasting Prefect server with UI, and its workers.
+    """Start a persistent Prefect server with UI, and its workers.
 
-    Starts one worker for each pool of this machine. What is already running is left as it is.
+    Starts one worker for each process pool with `local: true`. Does not restart what is already running.
     """
     from flows.server.up import up as start
 
@@ -155,7 +155,7 @@ def submit(name: str, file: Path, options: RunOptions, queue: str | None, watch:
 @click.option("--fix", is_flag=True, help="Set the final state on the server of runs whose process is gone.")
 @json_option
 def doctor(file: Path, fix: bool, as_json: bool) -> None:
-    """Find what would make runs fail or hang, and suggest fixes."""
+    """Diagnose what makes runs fail or hang, and suggest fixes."""
     from flows.doctor.check import PROBLEM
     from flows.doctor.machine import examine
 

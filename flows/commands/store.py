@@ -37,14 +37,20 @@ def verify(file: Path) -> None:
 @click.option(
     "--keep-last", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Number of runs to keep of each pipeline."
 )
-@click.option("--older-than", metavar="AGE", help="Also keep what runs younger than AGE need: 30d, 12h, 2w.")
+@click.option(
+    "--older-than",
+    metavar="AGE",
+    help="Remove only what no run of the last AGE needs, and also unfinished work older than AGE: 30d, 12h, 2w.",
+)
 @click.option("--all", "everything", is_flag=True, help="Also remove artifacts that no run of this workspace names.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed. Change nothing.")
 @json_option
 def gc(file: Path, keep_last: int, older_than: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
     """Remove artifacts that no kept run needs from the store.
 
-    Also removes what killed runs left behind.
+    Keeps what the current file needs, and what these runs of each pipeline need: the last --keep-last, the last that completed, and
+    those that failed or were cancelled since. Also removes the quarantine, leftovers of killed runs, and records of runs that ended
+    before `history` (90 days).
     """
     from tuneline.planning import gc as collection
     from tuneline.planning.gc_runs import Policy

@@ -20,6 +20,7 @@ from typing import get_args
 import pytest
 from project import ROOT
 
+from tuneline.config.load import load
 from tuneline.errors import FailureClass
 
 DOCS = ROOT / "docs"
@@ -152,6 +153,13 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, pico_model: Path, progra
         ran += block.language == "console"
     assert ran >= 8
     reader.run("tuneline validate gpu/pipelines.yaml", "gpu/pipelines.yaml is valid: sums (7 stages)", reader.project)
+
+
+def test_the_example_for_users_of_other_tools_is_valid(tmp_path: Path) -> None:
+    (example,) = [block for block in blocks("coming-from.md") if block.file]
+    file = tmp_path / "pipelines.yaml"
+    file.write_text(example.text, encoding="utf-8")
+    assert [*load(file).spec.pipelines["chats"].stages] == ["base", "chats", "sft"]
 
 
 # --- troubleshooting ----------------------------------------------------------------------------------------------------
