@@ -2,7 +2,7 @@
 
 Prefect's own ephemeral server outlives a flow that is killed with -9, and two of them on one database can lock each other out.
 Ours is the same server as a child under our watchdog, so it ends with the run. Concurrent runs use separate databases:
-`.tuneline/prefect/0.db`, or the next one that is not locked. Only a lasting server has history and a UI.
+`.tuneline/prefect/0.db`, or the next one that is not locked. Only a persistent server has history and a UI.
 """
 
 from __future__ import annotations

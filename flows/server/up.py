@@ -1,4 +1,4 @@
-"""`tuneline up` and `down`: a lasting Prefect server on loopback, and a worker for each pool of this machine.
+"""`tuneline up` and `down`: a persistent Prefect server on loopback, and a worker for each pool of this machine.
 
 Each process has its own session, so it outlives `up` and its terminal. Every user who can log in on this machine can reach the server:
 without `--auth`, loopback is its only protection.
