@@ -96,7 +96,7 @@ def test_a_library_that_meets_a_full_disk_fails_with_class_disk(disk: Path, tmp_
     assert failure.failure_class == "disk", caught.value
     assert failure.message.startswith(f"the disk of {disk} is full: the program had written ")
     assert failure.message.endswith(" of 1.0 MB are free")
-    assert failure.hint.startswith("`tuneline gc` frees")
+    assert failure.hint.startswith("free space with `tuneline gc`")
     assert "Traceback" in failure.details
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ def borrowed_from(server: Engine, asked: Callable[..., None]) -> type:
     """A class in the place of Engine whose objects are the server: `asked` gets what each would have been started with."""
 
     class Borrowed:
-        def __init__(self, *arguments: Any):
-            asked(*arguments)
-            log: Path = arguments[6]
+        def __init__(self, *arguments: Any, **named: Any):
+            bound = inspect.signature(Engine).bind(*arguments, **named)
+            asked(*bound.args)
+            log: Path = bound.arguments["log"]
             log.write_text("")
 
         def __enter__(self) -> None: ...
