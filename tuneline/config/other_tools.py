@@ -6,7 +6,7 @@ OTHER_VALUES = {  # values that other tools allow, by field
     ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch; bnpo averages over a micro-batch, whose size"
     " must not change a result",
     **{("method", name): "write `full`" for name in ("fft", "full_parameter")},
-    **{("method", name): "write `lora` and `lora: {use_dora: true}`" for name in ("dora",)},
+    **{("method", name): "write `lora`, and `lora: {use_dora: true}`" for name in ("dora",)},
     **{("dtype", name): "write `bfloat16`" for name in ("bf16",)},
     **{("dtype", name): "write `float32`" for name in ("fp32", "float")},
     **{("dtype", name): "write `bfloat16`: float16 is not offered" for name in ("fp16", "float16", "half")},
@@ -85,7 +85,6 @@ EXAMPLES = {  # values for `add ...`, by field; those that name a stage take one
     "full_up_to": "100",
     "zero_from": "200",
     "image": "registry.example/tuneline:latest",
-    "volume_claim": "tuneline",
     "priority": "1",
     "key": "nvidia.com/gpu",
 }

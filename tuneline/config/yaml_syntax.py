@@ -47,6 +47,7 @@ _LATE = (
     "found unexpected end of stream",
 )  # PyYAML reports these far after the key or quote that caused them
 _UNCLOSED = re.compile(r"expected ',' or '(.)', but got '(.*)'")
+_QUOTED, _OPEN_QUOTE = re.compile(r"\"[^\"]*\"|'[^']*'"), re.compile(r"(?<=[\s\[{,])[\"']")
 _OPENERS = {"}": "{", "]": "["}
 _TOKENS = {"<stream end>": "the end of the text", "<scalar>": "text"}
 _KEY = re.compile(r"(?:- +)*([\w.-]+|'[^']*'|\"[^\"]*\") *")
@@ -101,6 +102,8 @@ def _not_closed(error: yaml.MarkedYAMLError, lines: list[str]) -> Syntax | None:
     if end is None:
         return None
     last = max(n for n in range(opened.line, end) if n == opened.line or _has_text(lines[n]))
+    if quote := _OPEN_QUOTE.search(_QUOTED.sub(lambda found: "_" * len(found[0]), lines[last])):
+        return Syntax(last + 1, quote.start() + 1, *_words("unexpected end of stream"))
     opener = f"`{_OPENERS[match[1]]}` in column {opened.column + 1}"
     of = f"its {opener}" if last == opened.line else f"the {opener} of line {opened.line + 1}"
     found = f"found no `{match[1]}` at the end of line {last + 1}, expected one for {of}"
