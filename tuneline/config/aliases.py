@@ -74,7 +74,7 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         )),
         **dict.fromkeys(("tokenizer", "tokenizer_type", "tokenizer_name"), "remove it: the model's own tokenizer is used"),
         **dict.fromkeys(("datasets", "data", "dataset_dir", "dataset_name", "data_path", "train_file", "train_dataset"), ROWS),
-        **dict.fromkeys(("dataset_text_field", "preprocessing_num_workers", "dataset_num_proc", "max_samples"), ROWS),
+        **dict.fromkeys(("dataset_text_field", "preprocessing_num_workers", "dataset_num_proc", "max_samples", "streaming"), ROWS),
         **dict.fromkeys(("bf16", "bfloat16", "pure_bf16"), "write `dtype: bfloat16`, the default on GPUs"),
         **dict.fromkeys(("fp16", "float16", "tf32", "torch_dtype"), (
             "write `dtype: bfloat16`, the default on GPUs, or float32: float16 is not offered"
@@ -83,11 +83,12 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
             FASTER
         )),
         **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger", "torch_compile", "use_unsloth"), FASTER),
-        **dict.fromkeys(("sample_packing", "pad_to_sequence_len", "eval_sample_packing", "multipack"), "write `packing: true`"),
-        **dict.fromkeys(("train_on_inputs", "train_on_prompt", "completion_only_loss"), "write `train_on: all`, or assistant, the default"),
-        **dict.fromkeys(("assistant_only_loss", "roles_to_train", "mask_history"), (
+        **dict.fromkeys(("sample_packing", "neat_packing", "pad_to_sequence_len", "eval_sample_packing", "multipack"), "write `packing: true`"),
+        **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "write `train_on: all`, or assistant, the default"),
+        **dict.fromkeys(("assistant_only_loss", "roles_to_train"), (
             "write `train_on: assistant`, the default, or completion"
         )),
+        **dict.fromkeys(("completion_only_loss", "mask_history"), "write `train_on: completion`: the last answer only"),
         **dict.fromkeys(("deepspeed", "ds_config", "zero_stage"), ZERO),
         **dict.fromkeys(("fsdp", "fsdp_config"), FSDP),
         **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size"), "write `resources: {sequence_parallel_size: ...}`"),
@@ -102,8 +103,15 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
             "remove it: trainings use AdamW with its defaults"
         )),
         **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "loraplus_lr_ratio", "pissa_init", "use_galore"), NONE),
-        **dict.fromkeys(("label_smoothing_factor", "group_by_length", "special_tokens", "freeze_trainable_layers"), NONE),
+        **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers", "modules_to_save", "additional_target"), NONE),
         "lora_modules_to_save": NONE,
+        "rope_scaling": "remove it: set it in the model's config.json",
+        **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
+        **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
+        "rlhf_type": "remove it: `kind: grpo` trains on rewards; tuneline has no preference tuning yet",
+        "load_best_model_at_end": "write `early_stopping: {patience: 3}`, which keeps the best adapter, with `eval_steps`",
+        "lm_eval_tasks": "add a stage of kind `evaluate` with `benchmarks: [arc_easy]`",
+        **dict.fromkeys(("hf_use_auth_token", "hub_token", "token"), "set HF_TOKEN in the environment"),
         "dataloader_num_workers": NONE,
     },
     "GrpoStage": {
