@@ -83,7 +83,7 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
             FASTER
         )),
         **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger", "torch_compile", "use_unsloth"), FASTER),
-        **dict.fromkeys(("sample_packing", "neat_packing", "pad_to_sequence_len", "eval_sample_packing", "multipack"), "write `packing: true`"),
+        **dict.fromkeys(("sample_packing", "neat_packing", "pad_to_sequence_len", "multipack"), "write `packing: true`"),
         **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "write `train_on: all`, or assistant, the default"),
         **dict.fromkeys(("assistant_only_loss", "roles_to_train"), (
             "write `train_on: assistant`, the default, or completion"
@@ -103,8 +103,8 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
             "remove it: trainings use AdamW with its defaults"
         )),
         **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "loraplus_lr_ratio", "pissa_init", "use_galore"), NONE),
-        **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers", "modules_to_save", "additional_target"), NONE),
-        "lora_modules_to_save": NONE,
+        **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers"), NONE),
+        **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), NONE),
         "rope_scaling": "remove it: set it in the model's config.json",
         **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
