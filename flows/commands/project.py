@@ -22,7 +22,7 @@ def init() -> None:
 
     for path in write_starter(Path.cwd()):
         click.echo(path)
-    click.echo("next: tuneline setup, then tuneline run first", err=True)
+    click.echo("next: `tuneline setup`, then `tuneline run first`", err=True)
 
 
 @click.command()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.commands.exits import EXIT, FAILED, INTERRUPTED
+from flows.commands.exits import EXIT, FAILED, INTERRUPTED, WRONG
 from flows.commands.names import pipelines_of, runs_of, stages_of
 from flows.commands.options import (
     RunOptions,
@@ -56,6 +56,9 @@ def plan(pipeline: str, file: Path, options: RunOptions, as_json: bool, online: 
     workspace = Workspace(load_with_warnings(file, pipeline, options), warn, Hub() if online else HubCache())
     workspace.memory.say = say
     rows = make_plan(workspace, pipeline, options.only, options.force)
+    problems = [problem for row in rows for problem in row.problems]
+    if problems and not as_json:
+        say(str(ConfigError(problems)))  # before the tables, which do not repeat them
     estimated = estimates(workspace, pipeline, rows)
     for warning in (
         *fits.warnings(workspace, pipeline, rows),
@@ -66,13 +69,26 @@ def plan(pipeline: str, file: Path, options: RunOptions, as_json: bool, online: 
     if as_json:
         stages = [_plan_json(row) | {"estimate": _estimate_json(estimated.get(row.stage))} for row in rows]
         print_json({"pipeline": pipeline, "stages": stages})
-    else:
-        from flows.report.tables import estimate_table, plan_table
+        if problems:
+            raise ConfigError(problems)  # as `run` would
+        return
+    from flows.report.tables import estimate_table, plan_table
 
-        plan_table(rows)
-        estimate_table(estimated)
-    if problems := [problem for row in rows for problem in row.problems]:
-        raise ConfigError(problems)  # as `run` would
+    plan_table(rows)
+    estimate_table({stage: each for stage, each in estimated.items() if not (problems and each.unknown)})
+    if problems:
+        sys.exit(WRONG)
+    if not online and _waits_for_hub(workspace, pipeline, rows):
+        say("unknown: `--online` asks the hub; otherwise decided when the run starts")
+
+
+def _waits_for_hub(workspace: Workspace, pipeline: str, rows: list[PlanRow]) -> bool:
+    """Return whether a stage is unknown because the commit of a repository is."""
+    from tuneline.planning.inputs import hub_inputs
+
+    stages = workspace.loaded.pipeline(pipeline).stages
+    unknown = [stages[row.stage] for row in rows if row.status == "unknown"]
+    return any(workspace.hub.commit(*wanted) is None for stage in unknown for _, *wanted in hub_inputs(workspace, stage))
 
 
 @click.command()

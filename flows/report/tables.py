@@ -82,7 +82,8 @@ def run_table(records: Sequence[StageRecord]) -> None:
 def plan_table(rows: Iterable[PlanRow]) -> None:
     table = table_of("stage", "kind", "status", "why")
     for row in rows:
-        why = "; ".join(f"{reason.code}: {reason.text}" for reason in row.reasons)
+        reasons = "; ".join(f"{reason.code}: {reason.text}" for reason in row.reasons)
+        why = "see the error above" if row.problems else reasons  # `plan` has printed it
         if row.checkpoint:
             why += f"; {'cannot resume' if row.refused else 'resumes'} from step {row.checkpoint.step}"
         table.add_row(

@@ -35,7 +35,7 @@ REFUSED = {
     "bits of lora": ("bits: 8", AFTER, "demo.sft.bits: found bits with `method: lora`, which quantizes nothing\n\nhint: remove it, or set `method: qlora`"),
     "bits of full": (f"{FULL}, bits: 4", AFTER, "demo.sft.bits: found bits with `method: full`, which quantizes nothing\n\nhint: remove it, or set `method: qlora`"),
     "2 bits": ("method: qlora, bits: 2", AFTER, "demo.sft.bits: found 2, expected 4, 8"),
-    "another method": ("method: dora", AFTER, "demo.sft.method: found 'dora', expected lora, qlora, full\n\nhint: did you mean `lora`?"),
+    "another method": ("method: dora", AFTER, "demo.sft.method: found 'dora', expected lora, qlora, full\n\nhint: write `lora`, and `lora: {use_dora: true}`"),
     "dora on 8 bits": ("method: qlora, bits: 8, lora: {use_dora: true}", AFTER, "demo.sft.lora.use_dora: found DoRA with `method: qlora` and 8 bits, expected 4 bits\n\nhint: remove use_dora, or bits"),
     "zero3": ("method: qlora, resources: {strategy: zero3}", AFTER, "demo.sft.resources.strategy: found zero3 with `method: qlora`, expected ddp, zero1, zero2 or device_map\n\nhint: set `strategy: zero2`: quantized weights cannot be sharded, but take little memory"),
     "fsdp": ("method: qlora, resources: {strategy: fsdp}", AFTER, "demo.sft.resources.strategy: found fsdp with `method: qlora`, expected ddp, zero1, zero2 or device_map\n\nhint: set `strategy: zero2`: quantized weights cannot be sharded, but take little memory"),

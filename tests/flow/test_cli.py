@@ -41,7 +41,7 @@ def test_the_list_of_commands_cuts_no_sentence_at_80_columns() -> None:
 
 @pytest.mark.process
 def test_init_writes_a_valid_file_and_never_overwrites(project: Project) -> None:
-    project.tuneline("init")
+    assert project.tuneline("init").stderr == "next: `tuneline setup`, then `tuneline run first`\n"
     assert project.tuneline("validate").stdout == "pipelines.yaml is valid: first (7 stages)\n"
     again = project.tuneline("init", status=2)
     assert "found a pipelines.yaml here already" in again.stderr
@@ -54,7 +54,7 @@ CALLS = [
     (['validate', 'folder/file/x'], 'folder/file/x: the file cannot be read: Not a directory\n\nhint: check its name and its permissions\n'),
     (['validate', '/proc/self/mem'], '/proc/self/mem: the file cannot be read: Input/output error\n\nhint: check its name and its permissions\n'),
     (['validate', 'empty.yaml'], 'empty.yaml:1:1: the file is empty\n\nhint: run `tuneline init` in an empty folder to create a file to start from\n'),
-    (['validate', 'other version.yaml'], 'other version.yaml:1:1: pipelines: found nothing, expected a value (Pipelines by name)\n\nhint: add `pipelines: ...`\n\nother version.yaml:1:10: version: found 2, expected 1\n\nhint: write `version: 1`\n'),
+    (['validate', 'other version.yaml'], 'other version.yaml:1:1: pipelines: found nothing, expected a value (Pipelines by name)\n\nhint: add `pipelines: {demo: {stages: {base: {kind: model, hub: owner/name}}}}`\n\nother version.yaml:1:10: version: found 2, expected 1\n\nhint: write `version: 1`\n'),
     (['validate', "n" * 300 + ".yaml"], 'nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn.yaml: the file cannot be read: File name too long\n\nhint: check its name and its permissions\n'),
     (['plan', 'first', '--file', 'nowhere.yaml'], 'nowhere.yaml: found no such file\n\nhint: create one with `tuneline init`, or name another with `--file`\n'),
     (['plan', 'frist'], 'pipelines.yaml: found no pipeline `frist`, expected first\n\nhint: did you mean `first`?\n'),
@@ -72,7 +72,7 @@ CALLS = [
     (['plan', 'first', '--set', 'sft.lora.q=1'], '--set sft.lora.q: first.sft.lora.q: found the unknown field `q`, expected r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora\n'),
     (['plan', 'first', '--set', 'eval-sft.datasets.1=data'], '--set eval-sft.datasets.1: found `1` as a list index, expected 0 to 0\n\nhint: to replace the whole list, write `=[a, b]`\n'),
     (['plan', 'first', '--set', 'sft.lora={'], '--set sft.lora: found the end of the text, expected a value\n\nhint: close the bracket, brace or quote that was opened\n'),
-    (['plan', 'first', '--set', 'base.hub=../..'], "--set base.hub: first.base.hub: found '../..', expected owner/name, as on the hub\n"),
+    (['plan', 'first', '--set', 'base.hub=../..'], "--set base.hub: first.base.hub: found '../..', expected owner/name, as on the hub\n\nhint: for a local folder, write `path: ../..`\n"),
     (['plan', 'first', '--set', 'data.sources.0={type: files, path: /etc/passwd}'], "--set data.sources.0: first.data.sources.0.path: found '/etc/passwd', expected a path inside the folder of the file\n\nhint: add `roots: [/etc]` at the top of the file\n"),
     (['plan', 'first', '--var', 'rank=8'], '--var rank: found an unknown variable, expected none (none is defined)\n'),
     (['plan', 'first', '--var', 'rank'], '--var rank: found no `=`, expected name=value\n'),
@@ -115,6 +115,29 @@ def test_a_missing_data_file_stops_a_run_before_it_starts(project: Project, comm
     project.write("version: 1\npipelines:\n  p:\n    stages:\n      d: {kind: dataset, sources: [{type: files, path: none.jsonl}]}\n")
     result = project.tuneline(command, "p", status=2)
     assert re.match(r"pipelines.yaml:5:\d+: p.d.sources.0.path: found no file at .*/none.jsonl\n\nhint: paths are relative", result.stderr)
+
+
+def test_plan_prints_errors_first_and_once_and_no_estimate_of_what_is_missing(project: Project) -> None:
+    stages = "{base: {kind: model, path: owner/name}, data: {kind: dataset, sources: [{type: files, path: none.jsonl}]}, sft: {kind: sft, model: base, dataset: data}}"
+    project.write(f"version: 1\npipelines: {{p: {{stages: {stages}}}}}\n")
+    result = CliRunner().invoke(cli, ["plan", "p", "--file", str(project.root / "pipelines.yaml")])
+    assert result.exit_code == 2
+    assert result.output.index("found no file at") < result.output.index("why")
+    assert [result.output.count(f"found no file at {project.root / name}") for name in ("owner/name", "none.jsonl")] == [1, 1]
+    assert "hint: paths are relative to pipelines.yaml; for a model on the hub, write `hub: owner/name`\n" in result.stderr
+    assert "see the error above" in result.stdout
+    assert not {"Errno", "No such file", "estimate"} & set(re.findall(r"Errno|No such file|estimate", result.output))
+    assert project.json("plan", "p", status=2)["stages"][0]["reasons"]
+
+
+def test_plan_says_what_unknown_means_if_the_hub_would_know(project: Project) -> None:
+    words = "unknown: `--online` asks the hub; otherwise decided when the run starts\n"
+    project.write("version: 1\npipelines: {p: {stages: {base: {kind: model, hub: owner/name}}}}\n")
+    assert project.tuneline("plan", "p").stderr == words
+    assert project.tuneline("plan", "p", "--json").stderr == ""
+    project.write("version: 1\npipelines: {p: {stages: {base: {kind: model, path: here}}}}\n")
+    project.write("x", "here/x")
+    assert project.tuneline("plan", "p").stderr == ""
 
 
 @pytest.mark.parametrize("arguments", [["validate"], ["plan", "demo"], ["schema"], ["--help"]])

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tuneline.config.deadlocks import deadlocks
+from tuneline.config.hints import in_place_of_stage
 from tuneline.config.order import cycles, depends_on
 from tuneline.config.spec import AnyStage, Runtime, Spec
 from tuneline.config.yaml_source import Keys
@@ -171,7 +172,9 @@ class Checks:
             self.problem(path, f"found the stage itself, expected {allowed}")
         elif given is None:
             only = f"write `{fitting[0]}`, the only such stage" if len(fitting) == 1 else ""
-            hint = nearest(target, fitting) or _same_words(target, fitting) or only
+            hint = (
+                in_place_of_stage(str(path[4]), reference.types, target) or nearest(target, fitting) or _same_words(target, fitting) or only
+            )
             self.problem(path, f"found the unknown stage `{target}`, expected {allowed}", hint)
         else:
             self.problem(path, f"found `{target}`, which gives {with_article(given)}, expected {allowed}")

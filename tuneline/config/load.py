@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tuneline.config.checks import BUILT_IN_RUNTIMES, Checks, keys_of
+from tuneline.config.hints import foreign
 from tuneline.config.messages import translate
 from tuneline.config.overrides import Overrides
 from tuneline.config.spec import Pipeline, Spec
@@ -89,6 +90,10 @@ def check(
         raise ConfigError(
             [Problem("", found, "run `tuneline init` in an empty folder to create a file to start from", place=source.place(()))]
         )
+    if other := foreign(source.tree):
+        found = f"found a configuration of {other}, expected a tuneline file with `pipelines:`"
+        hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
+        raise ConfigError([Problem("", found, hint, place=source.place(()))])
     overrides = Overrides(source, environment)
     tree = overrides.applied(pipeline, sets, variables)
     problems = overrides.problems

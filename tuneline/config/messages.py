@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from tuneline.config import hints
+from tuneline.config.other_tools import OTHER_VALUES
 from tuneline.config.pools import INTERVAL, POOLS, SIZE
 from tuneline.config.spec import STAGES, Spec
 from tuneline.config.yaml_source import Keys, yaml_value
@@ -30,23 +32,6 @@ FORMS = {  # by pattern; a test compares them with the types
 }
 UNITS = {SHARD: "GB", INTERVAL: "m", SIZE: "Gi"}  # unit to suggest for a number without a unit or with an unknown one
 UNQUOTED = "remove the quotes"
-FIELD_ALIASES = {  # names of training fields in TRL, LLaMA-Factory, ms-swift and axolotl
-    "lr": "write `learning_rate`",
-    **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), "write `max_length`"),
-    **dict.fromkeys(("lora_r", "lora_rank"), "write `lora: {r: ...}`"),
-    **dict.fromkeys(("lora_target", "lora_target_modules"), "write `lora: {target_modules: ...}`"),
-    "finetuning_type": "write `method`",
-    "train_type": "write `method`",
-    "gradient_accumulation_steps": "set `global_batch_size` (rows per step): accumulation follows from it and `resources.micro_batch_size`",
-    **dict.fromkeys(
-        ("batch_size", "per_device_train_batch_size"),
-        "write `global_batch_size` (rows per step over all devices) or `resources.micro_batch_size` (rows per device)",
-    ),
-}
-OTHER_VALUES = {  # values that other tools allow
-    ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch; bnpo averages over a micro-batch, whose size"
-    " must not change a result",
-}
 BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -58,11 +43,15 @@ BOUNDS = {
 def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, str, str]]:
     """Yield (path, whether the place is the key, message, hint). The failed branches of a union become one `a or b`."""
     by_path: dict[tuple[Keys, bool], tuple[str, list[str], str]] = {}
+    listed = set[Keys]()
     for detail in error.errors(include_url=False):
         path, node = _in_tree(detail, tree)
         if detail["type"] == "too_short" and node:
             continue  # its items are invalid and reported themselves
-        at_key, found, expected, hint = _words(detail, path, node, tree)
+        if detail["type"] == "extra_forbidden":
+            at_key, (found, expected, hint) = True, _unknown_field(path, tree, listed)
+        else:
+            at_key, found, expected, hint = _words(detail, path, node, tree)
         known = by_path.setdefault((path, at_key), (found, [], hint))
         if expected not in known[1]:
             known[1].append(expected)
@@ -112,19 +101,16 @@ def _discriminator(detail: ErrorDetails) -> str:
 def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool, str, str, str]:
     """Return (at key, found, expected, hint) of one pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        names = _fields_at(path[:-1], tree)
-        others = FIELD_ALIASES.get(str(path[-1]), "") if "learning_rate" in names else ""
-        hint = others or _elsewhere(str(path[-1]), path[:-1], tree) or nearest(path[-1], names)
-        return True, f"the unknown field `{short(str(path[-1]))}`", ", ".join(names), hint
     if kind == "missing":
-        return True, "nothing", _described(path, tree), "add `version: 1`" if path == ("version",) else f"add `{path[-1]}: ...`"
+        return True, "nothing", _described(path, tree), _add(path, tree)
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = _discriminator(detail)
-        names = list(STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path[4:] else SOURCES)
+        choices = STAGES if tag == "kind" else POOLS if path[0] == "pools" else REWARDS if "rewards" in path[4:] else SOURCES
+        names = list(choices)
         if kind == "union_tag_not_found":
-            return True, f"no `{tag}`", ", ".join(names), f"add `{tag}: ...`"
-        others = _kinds_called(str(node)) if tag == "kind" else ""
+            hint = "add " + " or ".join(f"`{tag}: {name}`" for name in hints.tags_of(node, choices))
+            return True, f"no `{tag}`", ", ".join(names), hint
+        others = _kinds_called(str(node)) if tag == "kind" else hints.source_type(str(node)) if choices is SOURCES else ""
         return False, shown(node), ", ".join(names), others or (nearest(node, names) if isinstance(node, str) else "")
     if "[key]" in detail["loc"]:
         return True, f"the name `{short(str(path[-1]))}`", FORMS[NAME], _slug(str(path[-1]))
@@ -141,7 +127,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         meant = f"{str(node).rstrip('GiB ')}{UNITS[pattern]}"
         return False, shown(node), FORMS[pattern], f"write `{meant}`" if re.match(pattern, meant) else ""
     if kind == "string_pattern_mismatch":
-        return False, shown(node), FORMS[pattern], ""
+        return False, shown(node), FORMS[pattern], hints.elsewhere_than_hub(str(path[-1]), node) if pattern == REPOSITORY else ""
     if kind in ("too_short", "too_long"):
         found = f"{shown(node)} of {len(node)}" if node else shown(node).replace("a ", "an empty ")
         return False, found, f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}", ""
@@ -149,12 +135,42 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
     name = "dict" if name == "model" else name
     if name == "dict" and _is_stage(path) and (node is None or node in list(STAGES)):
         return False, shown(node), TYPES[name], f"write `kind: {node or '...'}` and the stage's other fields below its name, indented"
-    return False, shown(node), TYPES.get(name, detail["msg"]), _as_meant(node, name)
+    shape = hints.as_mapping(path, node) if name == "dict" else hints.as_list(path, node) if name == "tuple" else ""
+    return False, shown(node), TYPES.get(name, detail["msg"]), shape or _as_meant(node, name)
+
+
+def _unknown_field(path: Keys, tree: Any, listed: set[Keys]) -> tuple[str, str, str]:
+    """Return (found, expected, hint). The fields of a place are listed once, for the first name there that nothing else explains."""
+    name, here = str(path[-1]), path[:-1]
+    model = _model_at(here, tree)
+    hint = hints.alias(name, model) or _elsewhere(name, here, tree)
+    names = list(model.model_fields) if model else []
+    if (hint or here in listed) and names:
+        return f"the unknown field `{short(name)}`", f"a field of {_owner(here, tree)}", hint or nearest(name, names)
+    listed.add(here)
+    return f"the unknown field `{short(name)}`", ", ".join(names), nearest(name, names)
+
+
+def _owner(path: Keys, tree: Any) -> str:
+    """Return the name of the mapping at `path` for a sentence."""
+    if not path:
+        return "the file"
+    if _is_stage(path):
+        return str(tree["pipelines"][path[1]]["stages"][path[3]]["kind"])
+    return f"`{next(part for part in reversed(path) if isinstance(part, str))}`"
+
+
+def _add(path: Keys, tree: Any) -> str:
+    """Return a hint to add the missing field at `path`."""
+    value = "1" if path == ("version",) else hints.example(str(path[-1]), path, tree)
+    return f"add `{path[-1]}: {value}`"
 
 
 def _kinds_called(name: str) -> str:
-    """Return a hint with the kinds that other tools call `name`, and what each does, or nothing."""
-    called = name.lower().replace("-", "")
+    """Return a hint with the kinds that other tools call `name`, and what each does, or that there is none, or nothing."""
+    if absent := hints.absent_kind(name):
+        return absent
+    called = re.sub(r"[-_ ]", "", name.lower())
     found = {kind: stage for kind, stage in STAGES.items() if called in stage.also_called}
     return "write " + " or ".join(f"`{kind}` ({_purpose(stage)})" for kind, stage in found.items()) if found else ""
 
@@ -171,8 +187,6 @@ def _as_meant(node: Any, wanted: str) -> str:
         return "write its content below it, indented, or remove it"
     if wanted == "string" and isinstance(node, int | float):
         return "put quotes around it"
-    if wanted == "tuple" and isinstance(node, str | int | float):
-        return f"write `[{short(str(node))}]`"
     if wanted == "bool" and str(node).lower() in ("yes", "on", "no", "off"):
         return f"write `{'true' if str(node).lower() in ('yes', 'on') else 'false'}`"
     value = yaml_value(node) if isinstance(node, str) else node
@@ -230,11 +244,6 @@ def _pattern_at(path: Keys, tree: Any) -> str:
     info = model.model_fields.get(str(path[-1])) if model else None
     places = [info, *(item for item in _inside(info.annotation) if isinstance(item, FieldInfo))] if info else []
     return next((str(item.pattern) for place in places for item in place.metadata if hasattr(item, "pattern")), "")
-
-
-def _fields_at(path: Keys, tree: Any) -> list[str]:
-    model = _model_at(path, tree)
-    return list(model.model_fields) if model else []
 
 
 def _elsewhere(name: str, path: Keys, tree: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tuneline.config.yaml_syntax import syntax
 from tuneline.errors import ConfigError, Problem
 from tuneline.wording import short
 
@@ -42,37 +43,6 @@ _PLAIN = {
 # The first that matches wins: an int also looks like a float.
 for _name, _first in (("bool", "tTfF"), ("int", "-+0123456789"), ("float", "-+.0123456789"), ("null", "nN~"), ("merge", "<")):
     _Loader.add_implicit_resolver(_TAG + _name, _PLAIN[_name], list(_first) + ([""] if _name == "null" else []))
-
-# Replacements for PyYAML's messages, which address its own developers: (part of its message, our message, hint).
-_SYNTAX = (
-    ("\\t", "found a tab, expected spaces", "indent with spaces, not tabs"),
-    ("another document", "found a second document after `---`, expected one", "write every pipeline under one `pipelines:`"),
-    ("second occurrence", "found an anchor (`&name`) twice", "give each anchor its own name"),
-    (
-        "mapping values are not allowed",
-        "found a `:` that does not end a key",
-        "put quotes around text that contains `: `; check the indentation",
-    ),
-    ("could not find expected ':'", "found a key without `:`", "write `key: value`; check quotes and indentation near this line"),
-    ("unexpected end of stream", "found a quote that is never closed", "close it; inside single quotes, write a single quote twice"),
-    ("expected <block end>", "found text that does not fit the block around it", "start all fields of a mapping in the same column"),
-    ("'<stream end>'", "found the end of the text, expected a value", "close the bracket, brace or quote that was opened"),
-    ("expected the node content", "found a comma, bracket or brace, expected a value", "write the value, or put quotes around it"),
-    ("'<document start>'", "found text after the end of the document", "check brackets, quotes and indentation in and above this line"),
-    ("unknown escape character", "found an invalid backslash escape", "use single quotes, in which a backslash is a plain character"),
-    ("cannot start any token", "found a character that cannot start a YAML value", "put quotes around text that starts with @, ` or %"),
-    (
-        "found undefined alias",
-        "found an alias (`*name`) without its anchor",
-        "define `&name` before it, or put quotes around text with a `*`",
-    ),
-)
-_LATE = (
-    "could not find expected ':'",
-    "found unexpected end of stream",
-)  # PyYAML reports these far after the key or quote that caused them
-_UNCLOSED = re.compile(r"expected ',' or '(.)', but got '(.*)'")
-_TOKENS = {"<stream end>": "the end of the text", "<scalar>": "text"}
 
 
 @dataclass
@@ -136,11 +106,8 @@ def parse(text: str, name: str) -> YamlDocument:
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        if str(error.problem).startswith(_LATE):
-            mark = error.context_mark or mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else f"{name}:1:1"
-        raise ConfigError([Problem("", *_syntax(error), place=place)]) from None
+        line, column, message, hint = syntax(error, text)
+        raise ConfigError([Problem("", message, hint, place=f"{name}:{line}:{column}")]) from None
     except yaml.reader.ReaderError as error:
         start = text.rfind("\n", 0, error.position)
         place = f"{name}:{text.count(chr(10), 0, error.position) + 1}:{error.position - start}"
@@ -154,19 +121,6 @@ def parse(text: str, name: str) -> YamlDocument:
     if problems:
         raise ConfigError(problems)
     return source
-
-
-def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, str]:
-    """Return (message, hint) for people who write YAML."""
-    unclosed = _UNCLOSED.match(str(error.problem))
-    if unclosed and error.context_mark:
-        where = f"in the {'list' if unclosed[1] == ']' else 'mapping'} that begins in line {error.context_mark.line + 1}"
-        found = f"found {_TOKENS.get(unclosed[2], f'`{unclosed[2]}`')}, expected `,` or `{unclosed[1]}` {where}"
-        return found, "check brackets, commas and quotes from there on"
-    for part, message, hint in _SYNTAX:
-        if part in str(error.problem):
-            return message, hint
-    return f"this is not YAML: {error.problem}", "check brackets, quotes and indentation near this line"
 
 
 def _control_character(place: str, path: str, character: str) -> Problem:

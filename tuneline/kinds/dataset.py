@@ -27,6 +27,7 @@ class DatasetStage(ProgramStage):
     """Build a dataset from one or more sources: clean, deduplicate and split the rows by group, and write a report."""
 
     kind: Literal["dataset"]
+    also_called: ClassVar = ("prepare", "preprocess", "tokenize", "rows", "files")
     program: ClassVar = "tasks.data.dataset"
     libraries: ClassVar = ("transformers", "tokenizers", "datasets", "pyarrow", "reasoning-gym", "tree-sitter", *GRAMMARS)
     figures: ClassVar = ("rows_train", "rows_validation", "rows_test")

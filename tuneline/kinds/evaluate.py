@@ -31,6 +31,7 @@ class EvaluateStage(ComputingStage):
     """Evaluate a model or an adapter on lm-eval benchmarks and on the test splits of datasets."""
 
     kind: Literal["evaluate"]
+    also_called: ClassVar = ("test", "benchmark", "bench", "lmeval", "score")
     program: ClassVar = "tasks.evaluation.evaluate"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
     batches: ClassVar = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -48,6 +48,7 @@ class GateStage(Stage):
     """Fail the pipeline unless every requirement holds. Never cached."""
 
     kind: Literal["gate"]
+    also_called: ClassVar = ("check", "assert", "threshold", "condition", "approve")
     require: tuple[Requirement, ...] = Field(min_length=1)
     """Requirements that must all hold."""
 

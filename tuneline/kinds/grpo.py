@@ -30,6 +30,7 @@ class GrpoStage(Training):
     """
 
     kind: Literal["grpo"]
+    also_called: ClassVar = (*Training.also_called, "rl", "rlvr", "rft", "gspo", "dapo", "drgrpo")
     program: ClassVar = "tasks.training.grpo"
     libraries: ClassVar = (
         "torch",

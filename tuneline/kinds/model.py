@@ -14,6 +14,7 @@ class ModelStage(ProgramStage):
     """Fetch a base model, pin its version and check it."""
 
     kind: Literal["model"]
+    also_called: ClassVar = ("base", "hub", "download", "fetch", "llm", "checkpoint")
     program: ClassVar = "tasks.models.fetch"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub")
     figures: ClassVar = ("parameters",)

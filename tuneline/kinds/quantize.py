@@ -26,7 +26,7 @@ class QuantizeStage(ComputingStage):
     method: Literal["gptq"] = "gptq"
     """Quantization method."""
     role: ClassVar = "quantized"
-    also_called: ClassVar = ("gptq", "awq", "gguf")
+    also_called: ClassVar = ("gptq", "awq", "gguf", "int4", "int8", "autogptq", "compress")
     quantized: ClassVar = True
     model: FullPrecisionRef
     """Model to quantize, in full precision."""

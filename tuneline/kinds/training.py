@@ -46,10 +46,7 @@ class Training(ComputingStage):
     trains: ClassVar = True
     batches: ClassVar = True
     role: ClassVar = "fine-tuned"  # tables call an adapter `adapter`
-    also_called: ClassVar = (
-        *("dpo", "orpo", "kto", "ppo", "rlhf", "rl", "reward"),
-        *("pretrain", "train", "finetune", "lora", "qlora"),
-    )
+    also_called: ClassVar[tuple[str, ...]] = ("train", "training", "finetune", "finetuning", "tune", "lora", "adapter")
     model: FullPrecisionRef
     """Model to train."""
     dataset: DatasetRef

@@ -14,6 +14,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from tuneline.config.hints import missing_path
 from tuneline.errors import ConfigError, Problem
 from tuneline.files import sha256
 from tuneline.kinds.evaluate import HUMAN_EVAL, EvaluateStage
@@ -84,7 +85,8 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
                 resolved.files[path] = read
             resolved.digests[path], resolved.facts[path] = digests, [look.facts(file) for file in read]
         except FileNotFoundError as error:
-            problems.append(Problem(path, f"found no file at {error}", "paths are relative to pipelines.yaml"))
+            hints = ("paths are relative to pipelines.yaml", missing_path(path, stage.kind, named))
+            problems.append(Problem(path, f"found no file at {error}", "; ".join(filter(None, hints))))
         except ConfigError as error:  # a link that leads out of the allowed folders
             problems += [replace(problem, field=path) for problem in error.problems]
         except OSError as error:

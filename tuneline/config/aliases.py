@@ -1,0 +1,261 @@
+"""Fields of LLaMA-Factory, axolotl, ms-swift, TRL and others, and what to write instead. Only data: `hints.py` reads it.
+
+Names are lower-case, with underscores. A test compares them with the fields that exist.
+"""
+
+from __future__ import annotations
+
+STORED = "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders"
+EVERY_STEP = "remove it: every step is logged"
+REPORTS = "remove it: `tuneline show --open` shows the curves; nothing is sent elsewhere"
+NONE = "remove it: tuneline has no such setting"
+TEMPLATE = "remove it: the model's own chat template is used"
+ROWS = "rows come from a stage of kind `dataset`: name it in `dataset:`"
+BASE = "write `model:` with the name of a stage of kind `model`, which has `hub:` or `path:`"
+HELD_OUT = "write `split: {validation: 0.1}` in the stage of kind `dataset`"
+QLORA = "write `method: qlora` and `bits: {}`"
+ZERO = "write `resources: {strategy: zero3}` (or zero1, zero2); tuneline writes DeepSpeed's configuration"
+FSDP = "write `resources: {strategy: fsdp}`"
+FASTER = "remove it: transformers chooses the kernels of attention and layers"
+REWARDED = "write `rewards: [{type: exact_match}]`, or `{file: rewards.py, function: NAME}` for your own"
+ATTEMPTS = "remove it: an interrupted training resumes from its newest checkpoint when it is run again"
+
+FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that of a subclass comes first
+    "Stage": {
+        **dict.fromkeys(("depends_on", "after", "dependencies", "deps"), "write `needs: [STAGE]`"),
+        **dict.fromkeys(("name", "id"), "remove it: the name of a stage is the key above its fields"),
+        **dict.fromkeys(("output", "outputs", "output_dir", "output_path", "save_path"), STORED),
+        **dict.fromkeys(("num_gpus", "n_gpus", "n_gpu", "gpu"), "write `resources: {gpus: 1}`"),
+        "type": "write `kind`",
+        "stage": "write `kind`",
+    },
+    "Training": {
+        **dict.fromkeys(("lr", "peak_lr"), "write `learning_rate`"),
+        **dict.fromkeys(("scheduler", "lr_scheduler"), "write `lr_scheduler_type`"),
+        **dict.fromkeys(("warmup_ratio", "warmup"), "write `warmup_steps: 0.1`: a value below 1 is a share of all steps"),
+        **dict.fromkeys(("epochs", "num_epochs"), "write `num_train_epochs`"),
+        **dict.fromkeys(("max_grad_clip", "gradient_clipping", "grad_clip"), "write `max_grad_norm`"),
+        **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length", "max_seq_len", "model_max_length"), "write `max_length`"),
+        **dict.fromkeys(("lora_r", "lora_rank", "rank"), "write `lora: {r: ...}`"),
+        **dict.fromkeys(("lora_target", "lora_target_modules", "lora_target_linear"), "write `lora: {target_modules: ...}`"),
+        "alpha": "write `lora: {lora_alpha: ...}`",
+        "peft_use_dora": "write `lora: {use_dora: true}`",
+        "peft_use_rslora": "write `lora: {use_rslora: true}`",
+        **dict.fromkeys(("finetuning_type", "train_type", "tuner_type", "use_peft"), "write `method: lora`, qlora or full"),
+        **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits", "bnb_4bit_quant_type"), QLORA.format(4)),
+        "load_in_8bit": QLORA.format(8),
+        **dict.fromkeys(("gradient_accumulation_steps", "gradient_accumulation"), (
+            "set `global_batch_size` (rows per step): accumulation follows from it and `resources.micro_batch_size`"
+        )),
+        **dict.fromkeys(("batch_size", "per_device_train_batch_size", "train_batch_size"), (
+            "write `global_batch_size` (rows per step over all devices) or `resources.micro_batch_size` (rows per device)"
+        )),
+        **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), (
+            "remove it: validation uses `resources: {micro_batch_size: ...}`"
+        )),
+        **dict.fromkeys(("val_size", "val_set_size", "split_dataset_ratio", "eval_dataset", "val_dataset", "test_datasets"), HELD_OUT),
+        **dict.fromkeys(("eval_strategy", "evaluation_strategy", "evals_per_epoch", "do_eval"), (
+            "write `eval_steps: 50` to evaluate on the validation split every 50 steps"
+        )),
+        "early_stopping_patience": "write `early_stopping: {patience: 3}`, with `eval_steps`",
+        **dict.fromkeys(("save_steps", "save_strategy", "saves_per_epoch"), (
+            "write `resources: {checkpoint_steps: 50}`: a checkpoint every 50 steps"
+        )),
+        "save_total_limit": "write `resources: {checkpoints_kept: 2}`",
+        **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints", "overwrite_output_dir", "overwrite_cache"), ATTEMPTS),
+        **dict.fromkeys(("logging_steps", "logging_strategy", "logging_first_step", "plot_loss", "disable_tqdm"), EVERY_STEP),
+        **dict.fromkeys(("logging_dir", "save_only_model", "save_safetensors", "dataset_prepared_path"), STORED),
+        **dict.fromkeys(("report_to", "run_name", "wandb_project", "wandb_entity", "wandb_run_id", "mlflow_tracking_uri"), REPORTS),
+        **dict.fromkeys(("push_to_hub", "hub_model_id"), "remove it: tuneline uploads nothing"),
+        **dict.fromkeys(("template", "chat_template", "chat_template_jinja", "conversation_template"), TEMPLATE),
+        **dict.fromkeys(("model_name_or_path", "model_name", "base_model", "model_path", "model_id", "pretrained"), BASE),
+        **dict.fromkeys(("adapter_name_or_path", "lora_model_dir", "adapters"), (
+            "write `adapter:` with the name of a training stage, to train its adapter further"
+        )),
+        **dict.fromkeys(("tokenizer", "tokenizer_type", "tokenizer_name"), "remove it: the model's own tokenizer is used"),
+        **dict.fromkeys(("datasets", "data", "dataset_dir", "dataset_name", "data_path", "train_file", "train_dataset"), ROWS),
+        **dict.fromkeys(("dataset_text_field", "preprocessing_num_workers", "dataset_num_proc", "max_samples", "streaming"), ROWS),
+        **dict.fromkeys(("bf16", "bfloat16", "pure_bf16"), "write `dtype: bfloat16`, the default on GPUs"),
+        **dict.fromkeys(("fp16", "float16", "tf32", "torch_dtype"), (
+            "write `dtype: bfloat16`, the default on GPUs, or float32: float16 is not offered"
+        )),
+        **dict.fromkeys(("flash_attn", "flash_attention", "attn_implementation", "attn_impl", "sdp_attention", "xformers_attention"), (
+            FASTER
+        )),
+        **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger", "torch_compile", "use_unsloth"), FASTER),
+        **dict.fromkeys(("sample_packing", "neat_packing", "pad_to_sequence_len", "multipack"), "write `packing: true`"),
+        **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "write `train_on: all`, or assistant, the default"),
+        **dict.fromkeys(("assistant_only_loss", "roles_to_train"), (
+            "write `train_on: assistant`, the default, or completion"
+        )),
+        **dict.fromkeys(("completion_only_loss", "mask_history"), "write `train_on: completion`: the last answer only"),
+        **dict.fromkeys(("deepspeed", "ds_config", "zero_stage"), ZERO),
+        **dict.fromkeys(("fsdp", "fsdp_config"), FSDP),
+        **dict.fromkeys(("sequence_parallel_degree", "context_parallel_size"), "write `resources: {sequence_parallel_size: ...}`"),
+        **dict.fromkeys(("use_gradient_checkpointing", "gradient_checkpointing_kwargs"), (
+            "write `resources: {gradient_checkpointing: true}`"
+        )),
+        "ddp_timeout": "write `resources: {collective_timeout: 1800}`, in seconds",
+        "trust_remote_code": "write it in the stage of kind `model`",
+        **dict.fromkeys(("do_train", "do_predict"), "remove it: a training stage trains"),
+        "rl": "remove it: tuneline has no preference tuning yet; a stage of kind `grpo` trains on rewards",
+        **dict.fromkeys(("optim", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), (
+            "remove it: trainings use AdamW with its defaults"
+        )),
+        **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "loraplus_lr_ratio", "pissa_init", "use_galore"), NONE),
+        **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers"), NONE),
+        **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), NONE),
+        "rope_scaling": "remove it: set it in the model's config.json",
+        **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
+        **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
+        "rlhf_type": "remove it: `kind: grpo` trains on rewards; tuneline has no preference tuning yet",
+        "load_best_model_at_end": "write `early_stopping: {patience: 3}`, which keeps the best adapter, with `eval_steps`",
+        "lm_eval_tasks": "add a stage of kind `evaluate` with `benchmarks: [arc_easy]`",
+        **dict.fromkeys(("hf_use_auth_token", "hub_token", "token"), "set HF_TOKEN in the environment"),
+        "dataloader_num_workers": NONE,
+    },
+    "GrpoStage": {
+        **dict.fromkeys(("reward_funcs", "reward_functions", "reward", "reward_model"), REWARDED),
+        "reward_weights": "write `weight:` in each of `rewards:`",
+        **dict.fromkeys(("max_length", "max_new_tokens", "cutoff_len", "sequence_len", "max_seq_length"), "write `max_completion_length`"),
+        "max_prompt_length": "set `max_length` in the dataset stage",
+        **dict.fromkeys(("method", "bits", "load_in_4bit", "load_in_8bit", "finetuning_type"), "remove it: grpo trains a LoRA adapter"),
+        **dict.fromkeys(("use_vllm", "vllm_mode"), "write `rollouts: {engine: vllm}`"),
+        "kl_coef": "write `beta`",
+    },
+    "Resources": {
+        **dict.fromkeys(("deepspeed", "zero", "zero_stage"), "write `strategy: zero3` (or zero1, zero2)"),
+        "fsdp": "write `strategy: fsdp`",
+        **dict.fromkeys(("gpu", "num_gpus", "n_gpus", "gpu_count"), "write `gpus`"),
+        **dict.fromkeys(("num_nodes", "nnodes", "machines"), "write `nodes`"),
+        **dict.fromkeys(("nproc_per_node", "num_processes", "workers"), (
+            "write `processes`, on a machine without GPUs; with GPUs it is `gpus`"
+        )),
+        **dict.fromkeys(("batch_size", "per_device_train_batch_size", "per_device_batch_size"), "write `micro_batch_size`"),
+        **dict.fromkeys(("gradient_accumulation_steps", "global_batch_size"), (
+            "set `global_batch_size` in the stage: it does not only change speed"
+        )),
+        **dict.fromkeys(("cpu_offload", "offload_optimizer"), "write `offload: optimizer`"),
+        "save_steps": "write `checkpoint_steps`",
+        "save_total_limit": "write `checkpoints_kept`",
+        **dict.fromkeys(("cuda_visible_devices", "gpu_ids"), "write `devices: [0]`"),
+        **dict.fromkeys(("memory", "cpus", "cpu"), "remove it: tuneline reserves GPUs only"),
+    },
+    "Lora": {
+        **dict.fromkeys(("rank", "lora_r", "lora_rank"), "write `r`"),
+        "alpha": "write `lora_alpha`",
+        "dropout": "write `lora_dropout`",
+        **dict.fromkeys(("lora_target", "target", "targets", "lora_target_modules"), "write `target_modules`"),
+        "dora": "write `use_dora`",
+        "rslora": "write `use_rslora`",
+        "bias": NONE,
+        "task_type": "remove it: every model is a causal language model",
+    },
+    "ModelStage": {
+        **dict.fromkeys(("model", "repo", "repo_id", "hub_id", "name", "base_model", "model_name_or_path", "model_id"), (
+            "write `hub: owner/name`, or `path:` for a folder"
+        )),
+        **dict.fromkeys(("model_path", "folder", "dir"), "write `path`"),
+        **dict.fromkeys(("dtype", "torch_dtype"), "write `dtype` in the stages that compute with the model"),
+        **dict.fromkeys(("template", "chat_template"), TEMPLATE),
+        **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "write `method: qlora` in the training"),
+        "token": "set HF_TOKEN in the environment",
+    },
+    "DatasetStage": {
+        **dict.fromkeys(("path", "paths", "file_name", "file", "files", "data_files", "data_path"), (
+            "write `sources: [{type: files, path: rows.jsonl}]`"
+        )),
+        **dict.fromkeys(("hf_hub_url", "repo", "hub", "dataset_name"), "write `sources: [{type: hub, repo: owner/name}]`"),
+        **dict.fromkeys(("dataset_info", "dataset_dir", "datasets", "source", "dataset"), (
+            "write `sources: [{type: files, path: rows.jsonl}]`; each source has its own format and columns"
+        )),
+        **dict.fromkeys(("format", "formatting", "columns", "tags"), "write `format` and `columns` in each of `sources:`"),
+        **dict.fromkeys(("val_size", "val_set_size", "validation", "validation_split"), "write `split: {validation: 0.1}`"),
+        **dict.fromkeys(("test_size", "test", "test_split"), "write `split: {test: 0.1}`"),
+        **dict.fromkeys(("cutoff_len", "sequence_len", "max_seq_length"), (
+            "write `max_length`, with `model:`, whose tokenizer counts tokens"
+        )),
+        **dict.fromkeys(("system_prompt", "default_system"), "write `system`"),
+        **dict.fromkeys(("template", "chat_template", "tokenizer"), "write `model:`: its chat template and tokenizer are used"),
+        **dict.fromkeys(("dedupe", "deduplicate"), "write `dedup: content`, prompt or none"),
+        **dict.fromkeys(("num_workers", "preprocessing_num_workers", "streaming", "shuffle"), NONE),
+    },
+    "FilesSource": {
+        **dict.fromkeys(("file_name", "file", "files", "data_files", "paths"), "write `path`"),
+        **dict.fromkeys(("ds_type", "formatting", "chat_template"), "write `format`"),
+        **dict.fromkeys(("mapping", "field_messages", "message_property_mappings", "column_mapping", "tags"), (
+            "write `columns: {prompt: question, completion: solution}`"
+        )),
+        **dict.fromkeys(("split", "ratio", "weight"), "write `split:` in the stage: it holds rows out after reading all sources"),
+    },
+    "HubSource": {
+        **dict.fromkeys(("path", "name", "dataset", "hf_hub_url", "repo_id"), "write `repo: owner/name`"),
+        **dict.fromkeys(("config", "config_name", "dataset_config_name"), "write `subset`"),
+        **dict.fromkeys(("formatting", "chat_template"), "write `format`"),
+        **dict.fromkeys(("mapping", "field_messages", "message_property_mappings", "column_mapping"), (
+            "write `columns: {prompt: question, completion: solution}`"
+        )),
+    },
+    "ReasoningGymSource": {
+        "name": "write `task`",
+        **dict.fromkeys(("count", "rows", "n"), "write `size`"),
+        "seed": "write `seed` in the stage",
+    },
+    "CodeSource": {"format": "remove it: source code is plain text", "columns": "remove it: source code has no columns"},
+    "EvaluateStage": {
+        **dict.fromkeys(("batch_size", "per_device_eval_batch_size"), "write `resources: {micro_batch_size: 16}`"),
+        **dict.fromkeys(("tasks", "task", "benchmark", "evals"), "write `benchmarks: [arc_easy]`: names of lm-eval tasks"),
+        **dict.fromkeys(("dataset", "data", "eval_dataset", "test_dataset"), "write `datasets: [data]`: names of dataset stages"),
+        **dict.fromkeys(("n_shot", "num_shots", "fewshot", "few_shot", "nshot"), "write `num_fewshot`"),
+        **dict.fromkeys(("max_samples", "num_samples"), "write `limit`"),
+        **dict.fromkeys(("max_length", "max_gen_toks", "max_tokens", "max_completion_length"), "write `max_new_tokens`"),
+        **dict.fromkeys(("model_args", "model_name_or_path", "adapter", "pretrained", "model_path"), (
+            "write `model:` with the name of a stage that gives a model or an adapter"
+        )),
+        **dict.fromkeys(("infer_backend", "engine"), "write `backend: vllm`"),
+        **dict.fromkeys(("metric", "metrics"), "remove it: all metrics are computed; a stage of kind `gate` sets conditions on them"),
+        **dict.fromkeys(("temperature", "do_sample", "top_p"), "remove it: answers to datasets are greedy"),
+    },
+    "GateStage": {
+        **dict.fromkeys(("metric", "metrics", "threshold", "min", "max", "conditions", "requires", "of", "at_least", "at_most"), (
+            "write `require: [{metric: data/exact_match, of: eval, at_least: 0.5}]`"
+        )),
+    },
+    "Requirement": {
+        **dict.fromkeys(("min", "minimum", "above", "gte", "ge", "threshold", "at_last"), (
+            "write `at_least: 0.5`, or `at_most` for a maximum"
+        )),
+        **dict.fromkeys(("max", "maximum", "below", "lte", "le"), "write `at_most: 0.5`"),
+        **dict.fromkeys(("stage", "model", "eval", "evaluation", "from"), "write `of:` with the name of the evaluation"),
+        **dict.fromkeys(("baseline", "better_than", "compare_to"), "write `improves_on:` with the name of the other evaluation"),
+        **dict.fromkeys(("accuracy", "acc", "exact_match"), "write `metric: data/exact_match` and `at_least: 0.5`"),
+        **dict.fromkeys(("name", "value"), "write `metric: data/exact_match` and `at_least: 0.5`"),
+    },
+    "MergeStage": {
+        **dict.fromkeys(("adapter", "adapter_name_or_path", "lora_model_dir"), "write `adapters: [sft]`"),
+        **dict.fromkeys(("model", "base_model", "model_name_or_path"), "remove it: the adapter's base model is found automatically"),
+        "export_size": "write `max_shard_size: 5GB`",
+        "export_dir": STORED,
+    },
+    "QuantizeStage": {
+        **dict.fromkeys(("dataset", "export_quantization_dataset", "calibration_dataset", "calibration_data"), "write `calibration`"),
+        **dict.fromkeys(("export_quantization_bit", "quantization_bit", "wbits", "w_bit"), "write `bits`"),
+        **dict.fromkeys(("groupsize", "q_group_size"), "write `group_size`"),
+        **dict.fromkeys(("num_samples", "nsamples", "max_samples"), "write `samples`"),
+    },
+    "Split": {
+        **dict.fromkeys(("val", "valid", "dev", "eval", "val_size"), "write `validation`"),
+        "test_size": "write `test`",
+        "train": "remove it: the rest is for training",
+    },
+    "Pipeline": {
+        **dict.fromkeys(("steps", "tasks", "jobs"), "write `stages`"),
+        **dict.fromkeys(("name", "id"), "remove it: the name of a pipeline is the key above its fields"),
+        **dict.fromkeys(("schedule", "cron"), "write `schedules: {nightly: {cron: 0 2 * * *}}`"),
+    },
+    "Spec": {
+        **dict.fromkeys(("pipeline", "stages", "steps", "tasks"), "write it under `pipelines: {NAME: {stages: ...}}`"),
+        **dict.fromkeys(("variables", "params", "env"), "write `vars`"),
+        **dict.fromkeys(("output_dir", "outputs", "cache", "cache_dir"), "write `store`: the folder of all artifacts"),
+    },
+}  # fmt: skip
