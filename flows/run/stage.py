@@ -155,7 +155,14 @@ def _build_elsewhere(run: RunContext, job: Job) -> Artifact:
     wanted["commits"] = [[*known, run.commit(*known)] for _, *known in hub_inputs(run.workspace, stage)]
     run.reporter.started(name, f"{stage.kind} in pool {stage.pool}")
     with run.attempt(name, key):
-        build_in_pool(name, stage, job.inputs, wanted, run.supervisor)
+        try:
+            build_in_pool(name, stage, job.inputs, wanted, run.supervisor)
+        except StageStopped:
+            raise
+        except StageFailed as error:
+            # A child that ends while the server is away cannot report how, and counts as crashed there. The store knows.
+            if error.failure_class != "transient" or name in run.forced or run.workspace.store.find(stage.kind, key) is None:
+                raise
     with run.workspace.store.shared_lock():
         artifact = run.workspace.store.find(stage.kind, key)
         if artifact is None:

@@ -50,12 +50,14 @@ class Unreported:
 
 def _report(address: str, record: RunRecord, say: Callable[[str], object]) -> None:
     """Raises OSError, ValueError where the server does not answer."""
-    unended = {"id": {"any_": [record.flow_run]}, "state": {"type": {"any_": ["RUNNING", "CANCELLING"]}}}
+    # A worker reports a run as crashed whose process could not report its end.
+    types = ["RUNNING", "CANCELLING", *([] if record.state == "killed" else ["CRASHED"])]
+    unended = {"id": {"any_": [record.flow_run]}, "state": {"type": {"any_": types}}}
     runs = api.ask(f"{address}/flow_runs/filter", {"flow_runs": unended})
     if not runs or runs[0]["run_count"] > 1:
         return  # the server knows its end, it was deleted there, or Prefect tries it again
     name = "Refused" if record.state == "refused" else STATES[record.state].capitalize()
-    message = f"its process is gone; its record {record.run_id} says {record.state}"
+    message = f"its process is gone; its record {record.run_id} has the state {record.state}"
     state = {"type": STATES[record.state], "name": name, "message": message}
     api.ask(f"{address}/flow_runs/{record.flow_run}/set_state", {"state": state, "force": True})
     say(f"run {record.run_id} had not reported its end; it is {name} on the server now")

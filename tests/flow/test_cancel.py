@@ -14,6 +14,8 @@ import pytest
 from processes import PATIENCE, gone, until
 from project import Project
 
+from tuneline.workspace.runs import Runs, RunState
+
 
 @pytest.fixture
 def mark(demo: Project) -> str:
@@ -128,3 +130,35 @@ def test_status_and_logs_of_a_run_in_progress(demo: Project, start: Callable[...
     assert err == f"demo cancelled (run {run['run_id']})\n"
     check_cancelled(demo, process, mark)
     assert json.loads(demo.tuneline("status", "--json").stdout)["working"] == []
+
+
+def test_a_run_that_its_worker_calls_crashed_gets_the_end_that_its_record_has(
+    demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process could not report: the server was away. A killed run is left as the worker says."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Crashed, Running
+
+    from flows.pipeline import run_pipeline
+    from flows.server import unreported
+
+    monkeypatch.setattr(unreported, "SETTLED", -1.0)
+    monkeypatch.setattr(unreported, "KILLED", -1.0)
+    runs = Runs(demo.root / ".tuneline" / "runs")
+    watch, said = unreported.Unreported(runs), list[object]()
+    with get_client(sync_client=True) as client:
+        ends: dict[RunState, str] = {"completed": "Completed", "refused": "Refused", "killed": "Crashed"}
+        for state, shown in ends.items():
+            flow_run = client.create_flow_run(run_pipeline, parameters={"pipeline": "demo"}, state=Running())
+            record = runs.begin("demo", ())
+            record.flow_run = str(flow_run.id)
+            runs.save(record)
+            watch.look(prefect_server, said.append)  # sees it alive
+            runs.finish(record, state)
+            client.set_flow_run_state(flow_run.id, Crashed(), force=True)
+            for _ in range(2):
+                watch.look(prefect_server, said.append)
+            found = client.read_flow_run(flow_run.id).state
+            assert found is not None
+            assert found.name == shown
+    assert len(said) == 2

@@ -573,3 +573,41 @@ def test_the_log_of_a_stage_says_now_and_then_how_far_it_is(
             return [log.message for log in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[states["id"]])))]
 
     until(lambda: "one: step 1 of 2, half" in said())  # logs are sent in batches
+
+
+def test_a_stage_that_another_pool_has_built_counts_though_its_run_crashed_there(
+    demo: Project, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that ends while the server is away cannot report how."""
+    from types import SimpleNamespace
+
+    import flows.run.stage
+    from flows.run.run_context import NoReporter
+    from tuneline.config.load import load
+    from tuneline.errors import StageFailed
+    from tuneline.workspace.workspace import Workspace
+
+    def crashes(*_: Any) -> None:
+        raise StageFailed("transient", "its run in another pool ended Crashed", final=True)
+
+    monkeypatch.setattr(flows.run.stage, "build_in_pool", crashes)
+    record, _ = run()
+    workspace, noted = Workspace(load(demo.root / "pipelines.yaml")), list[Any]()
+    context: Any = SimpleNamespace(
+        workspace=workspace, parameters={}, record=record, forced=frozenset(), reporter=NoReporter(), supervisor=None,
+        attempt=lambda *_: contextlib.nullcontext(), note=lambda *entry: noted.append(entry[:2]),
+    )  # fmt: skip
+    stage = workspace.loaded.spec.pipelines["demo"].stages["one"]
+    job: Any = SimpleNamespace(name="one", stage=stage, key=record.stages[0].key, inputs={})
+    assert flows.run.stage._build_elsewhere(context, job).key == job.key
+    assert noted == [("one", "done")]
+    for change in (
+        {"forced": frozenset({"one"})},
+        {
+            "workspace": Workspace(
+                load(demo.write("version: 1\nstore: other\npipelines: {p: {stages: {one: {kind: model, hub: a/b}}}}\n", "other.yaml"))
+            )
+        },
+    ):
+        with pytest.raises(StageFailed, match="ended Crashed"):
+            flows.run.stage._build_elsewhere(SimpleNamespace(**{**vars(context), **change}), job)
