@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from pathlib import Path
 
 import pytest
 from load_tools import GOOD, load_text
@@ -244,3 +245,12 @@ def test_every_indentation_of_every_line_is_answered() -> None:
             messages += [problem.message for problem in problems(text)]
     assert [message for message in messages if not message.startswith("found")] == []
     assert len([message for message in messages if "indented by" in message]) > 50
+
+
+def test_the_page_for_people_from_other_tools_names_no_field_that_messages_do_not_know() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    theirs = {name for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE) for name in re.findall(r"`([a-z][a-z_0-9]*)`", row)}
+    ours = {field for model in (*STAGES.values(), Lora, Resources) for field in model.model_fields}
+    columns = {"completion", "field_instruction"}  # a format and a column
+    assert len(theirs) > 90
+    assert theirs - ours - {name for table in FIELD_ALIASES.values() for name in table} - columns == set()
