@@ -163,7 +163,7 @@ def doctor(file: Path, fix: bool, as_json: bool) -> None:
     problems = sum(check.status == PROBLEM for check in checks)
     if as_json:
         rows = [{"check": each.check, "status": each.status, "message": each.message, "remedy": each.hint} for each in checks]
-        print_json({"problems": problems, "checks": rows})
+        print_json({"problems": problems, "findings": rows})
     else:
         from flows.doctor.table import doctor_table
 

@@ -169,7 +169,7 @@ def test_a_run_that_does_not_start_says_why(working: Project) -> None:
         assert reason() == paused
         out, err = working.start("doctor", "--json").communicate(timeout=PATIENCE)
         assert out, err
-        problems = json.loads(out)["checks"]
+        problems = json.loads(out)["findings"]
         (found,) = [problem for problem in problems if str(run.id) in problem["check"]]
         assert (found["status"], found["message"].split(": ", 1)[1]) == ("warning", paused)
         client.request("PATCH", "/work_pools/local/queues/interactive", json={"is_paused": True})

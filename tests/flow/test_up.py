@@ -60,7 +60,7 @@ def fresh(tmp_path: Path) -> Iterator[Lasting]:
 
 
 def problem(problems: dict[str, Any], check: str) -> tuple[str, str, str]:
-    found = next(entry for entry in problems["checks"] if entry["check"].startswith(check))
+    found = next(entry for entry in problems["findings"] if entry["check"].startswith(check))
     return found["status"], found["message"], found["hint"]
 
 
@@ -337,7 +337,7 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     until(lambda: (lasting_up.project.root / "sleeping-one").exists())
     page = next(line for line in iter(process.stderr.readline, "") if line.startswith("page: ")).strip()  # type: ignore[union-attr]
     identity = page.rpartition("/")[2]
-    assert not any(identity in entry["check"] for entry in doctor(lasting_up)["checks"])
+    assert not any(identity in entry["check"] for entry in doctor(lasting_up)["findings"])
     process.kill()
     process.communicate(timeout=PATIENCE)
     found = problem(doctor(lasting_up), "run demo")
