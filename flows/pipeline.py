@@ -111,7 +111,7 @@ def run_pipeline(
 
     def end(outcome: RunState) -> None:
         watch.close()
-        workspace.runs.finish(record, outcome)
+        run.finish(outcome)
         about = spec.description or f"run {record.run_id} of {pipeline}"
         publisher.markdown(f"run-{pipeline}", lambda: _report(workspace.runs, record), about)
         publisher.close()

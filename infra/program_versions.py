@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # import the `tuneline` of this clone, even if another one is installed
 
 from tuneline.config.spec import PROGRAM_STAGES  # noqa: E402
-from tuneline.planning.keys import NOT_IN_KEY, PINNED_BY_COMMIT  # noqa: E402
+from tuneline.kinds.fields import PinnedByCommit  # noqa: E402
+from tuneline.planning.keys import NOT_IN_KEY  # noqa: E402
 
 VERSIONS = ROOT / "tasks" / "versions.json"
 Defaults = dict[str, Any]
@@ -69,7 +70,7 @@ def defaults_of(model: type[BaseModel], leave_out: frozenset[str] = frozenset(),
     """
     found: Defaults = {}
     for name, field in model.model_fields.items():
-        if name in leave_out or name == PINNED_BY_COMMIT:
+        if name in leave_out or any(isinstance(mark, PinnedByCommit) for mark in field.metadata):
             continue
         path = f"{prefix}{name}"
         if not field.is_required():

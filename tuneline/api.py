@@ -199,7 +199,10 @@ def _run_as_process(pipeline: str, file: Path, arguments: dict[str, Any]) -> str
             raise KeyboardInterrupt
         answer.seek(0)
         try:
-            return str(json.load(answer)["run_id"])
+            run_id = json.load(answer)["run_id"]
         except (ValueError, KeyError, TypeError):
+            run_id = None
+        if run_id is None:  # the run never began
             place = "run" if child.returncode == ARGUMENTS_WRONG else f"tuneline run (exit status {child.returncode})"
-            raise ConfigError([Problem("", "".join(said[-20:]).strip() or "ended without a message", place=place)]) from None
+            raise ConfigError([Problem("", "".join(said[-20:]).strip() or "ended without a message", place=place)])
+        return str(run_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ def write_atomically(path: Path, content: str | bytes, synced: bool = False) -> 
 
     With `synced` the content is on disk before the rename.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         if synced:

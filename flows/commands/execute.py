@@ -97,6 +97,13 @@ def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: 
     """Judge the gates, and skip the stages behind one that refuses, as the flow does."""
     with contextlib.suppress(StoreError):  # a read-only store is enough
         workspace.prepare_store()
+    with workspace.store.shared_lock():  # until the record names the artifacts, `gc` must not remove them
+        if gone := [row.stage for row in rows if row.artifact and not (row.artifact.path / "manifest.json").exists()]:
+            raise StageFailed("transient", f"the artifact of {gone[0]} was removed from the store meanwhile", "run again")
+        return _recorded(workspace, pipeline, rows, only, reporter)
+
+
+def _recorded(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: str | None, reporter: ConsoleReporter) -> RunRecord:
     record = workspace.runs.begin(pipeline, workspace.loaded.overrides)
     record.planned, record.only = planned(workspace.loaded.pipeline(pipeline), only), only
     stages = workspace.loaded.spec.pipelines[pipeline].stages

@@ -44,7 +44,7 @@ def main() -> None:
     except TunelineError as error:
         _fail(str(error), WRONG if isinstance(error, ConfigError | StoreError) else FAILED)
     except OSError as error:
-        _fail(f"{error.filename or 'the system'}: {error.strerror}", FAILED)
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", FAILED)
     except (KeyboardInterrupt, click.Abort):
         _fail(INTERRUPTED, EXIT["cancelled"])
 

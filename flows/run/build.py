@@ -87,6 +87,7 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
         try:
             if as_in_key(run, stage, resolved).facts != resolved.facts:
                 raise StageFailed("transient", TOUCHED_WHILE_READ, "the stage is retried automatically, as it may have read other content")
+            _require_same_inputs(run, job)
             artifact = _publish(run, job, request, attempts, began)
         except OSError as error:
             if error.errno in disk.NUMBERS:
@@ -171,6 +172,15 @@ def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Ta
         return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)
     finally:
         progress.close()
+
+
+def _require_same_inputs(run: RunContext, job: Job) -> None:
+    """Raises StageFailed(transient) if `--force` of another run has replaced an input while the program read it."""
+    for slot, artifact in job.inputs.items():
+        _, now = run.workspace.store.inspect(artifact.path)
+        if now is None or now.digest != artifact.digest:
+            message = f"{slot}: another run replaced {artifact.manifest.kind}/{artifact.key[:12]} while the stage read it"
+            raise StageFailed("transient", message, "run again")
 
 
 def _publish(run: RunContext, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:

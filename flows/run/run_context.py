@@ -22,7 +22,7 @@ from tuneline.planning.inputs import ResolvedInputs, resolve
 from tuneline.planning.verdict import shown_metrics
 from tuneline.workspace.artifact import Artifact, Manifest
 from tuneline.workspace.protocol import Event
-from tuneline.workspace.runs import RunRecord, StageRecord, StageStatus
+from tuneline.workspace.runs import RunRecord, RunState, StageRecord, StageStatus
 from tuneline.workspace.workspace import Workspace
 
 
@@ -117,6 +117,11 @@ class RunContext:
             self.record.stages = [other for other in self.record.stages if other.stage != record.stage] + [record]
             if self.child_of is None:
                 self.workspace.runs.save(self.record)
+
+    def finish(self, state: RunState) -> None:
+        """Record the end of the run. Stages that end at the same moment save the record as well."""
+        with self._lock:
+            self.workspace.runs.finish(self.record, state)
 
     def warn(self, name: str, message: str) -> None:
         get_run_logger().warning(message)

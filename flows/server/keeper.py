@@ -43,17 +43,17 @@ def main() -> None:
     last = server_state.read(Path())
     while state := _its_state(folder):
         last = state
-        os.environ |= server_state.password(folder)
-        unreported.look(state.address, _say)
         with suppress(OSError, ConfigError):  # moved, or being edited: keep the previous pools
             if (now := file.stat().st_mtime_ns) != seen:
                 seen = now
                 loaded = load(file)
         try:
+            os.environ |= server_state.password(folder)
+            unreported.look(state.address, _say)
             if loaded is not None:
                 _tend(loaded, folder)
             time.sleep(POLL_SECONDS)
-        except StageFailed as error:
+        except (StageFailed, OSError) as error:  # such as a full disk: the keeper must outlive it
             _say(str(error))
             time.sleep(AGAIN_SECONDS)
     if last and _gone(folder):
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _gone(folder: Path) -> bool:
-    """Whether the folder was moved or deleted: this process works in it, wherever it is."""
+    """Return whether the folder was moved or deleted. The working directory of this process follows a move."""
     return not folder.exists() or folder.stat().st_ino != Path().stat().st_ino
 
 

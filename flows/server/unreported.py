@@ -41,8 +41,13 @@ class Unreported:
                 self._ended[run_id] = now
             elif now - since > (KILLED if record.state == "killed" else SETTLED):
                 with suppress(OSError, ValueError):
-                    _report(address, record, say)
+                    if not self._retried(record):
+                        _report(address, record, say)
                     del self._ended[run_id]
+
+    def _retried(self, record: RunRecord) -> bool:
+        """Return whether Prefect runs the same flow run again: then the server has its state."""
+        return any(other.flow_run == record.flow_run and other.started > record.started for other in self._runs.newest_first())
 
     def _record(self, run_id: str) -> RunRecord | None:
         return next((record for record in self._runs.newest_first() if record.run_id == run_id), None)
@@ -54,8 +59,8 @@ def _report(address: str, record: RunRecord, say: Callable[[str], object]) -> No
     types = ["RUNNING", "CANCELLING", *([] if record.state == "killed" else ["CRASHED"])]
     unended = {"id": {"any_": [record.flow_run]}, "state": {"type": {"any_": types}}}
     runs = api.ask(f"{address}/flow_runs/filter", {"flow_runs": unended})
-    if not runs or runs[0]["run_count"] > 1:
-        return  # the server knows its end, it was deleted there, or Prefect tries it again
+    if not runs:
+        return  # the server knows its end, or the run was deleted there
     name = "Refused" if record.state == "refused" else STATES[record.state].capitalize()
     message = f"its process is gone; its record {record.run_id} has the state {record.state}"
     state = {"type": STATES[record.state], "name": name, "message": message}

@@ -169,17 +169,18 @@ def end_all(folder: Path, state: server_state.State | None, moved: bool) -> list
     def pids() -> set[int]:
         return {process.pid for process in ours()}
 
-    found = ours()
     working = {process.pid for process in state.workers.values() if process.alive} if state else set()
-    servers = {process.pid for process in found if process.role == "server"}
-    keepers = {process.pid for process in found if process.role == keeper.ROLE}
-    _signal(keepers, signal.SIGTERM)
-    flows = {process.pid for process in found if process.flow_run}
+    _signal({process.pid for process in ours() if process.role == keeper.ROLE}, signal.SIGTERM)
     _signal(working, signal.SIGSTOP)  # on SIGTERM a worker kills its runs at once, and before that it would take new ones
-    _signal(flows, signal.SIGTERM)
-    _wait(lambda: not flows & pids(), FLOW_SECONDS)
-    _signal(working, signal.SIGTERM)
-    _signal(working, signal.SIGCONT)
+    found = ours()  # once no worker starts another run
+    servers = {process.pid for process in found if process.role == "server"}
+    flows = {process.pid for process in found if process.flow_run}
+    try:
+        _signal(flows, signal.SIGTERM)
+        _wait(lambda: not flows & pids(), FLOW_SECONDS)
+    finally:  # also on Ctrl-C: a stopped worker would look alive forever
+        _signal(working, signal.SIGTERM)
+        _signal(working, signal.SIGCONT)
     _wait(lambda: not pids() - servers, END_SECONDS)
     _signal(servers, signal.SIGTERM)
     _wait(lambda: not pids(), END_SECONDS)

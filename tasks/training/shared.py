@@ -194,10 +194,14 @@ class Report(TrainerCallback):
         )
         self.seconds, self.tokens = 0.0, 0.0  # of training steps in this process, without evaluations and checkpoints
         self._since = 0.0
+        self._counted = 0.0  # tokens in the log so far; GRPO counts on from its checkpoint
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._counted = float(state.num_input_tokens_seen)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._since = time.perf_counter()
@@ -213,8 +217,9 @@ class Report(TrainerCallback):
                     if state.global_step > 1
                     else "this was the first step: check the base model's weights, the dtype and the rows",
                 )
-        seconds, tokens = time.perf_counter() - self._since, logs.get("num_tokens", 0.0) - self.tokens
+        seconds, counted = time.perf_counter() - self._since, logs.get("num_tokens", self._counted)  # GRPO counts only when it samples
         if "loss" in logs:
+            tokens, self._counted = counted - self._counted, counted
             self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
         if not state.is_world_process_zero:
             return
@@ -222,7 +227,8 @@ class Report(TrainerCallback):
             if logs.get(logged) is not None:
                 self.events.metric(name, logs[logged], state.global_step)
         if "loss" in logs:
-            self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
+            if "num_tokens" in logs:
+                self.events.metric("tokens_per_second", tokens / seconds, state.global_step)
             figure = next(
                 entry[self.progress_metric] for entry in reversed(state.log_history) if self.progress_metric in entry
             )  # GRPO may log it less often than every step

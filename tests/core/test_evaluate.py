@@ -129,3 +129,9 @@ def test_one_process_asks_vllm_whatever_its_gpus() -> None:
     assert given.micro_batch_size() is None
     assert stage().runtimes() == ["torch"]
     assert stage(resources={"gpus": 2}).world_size() == 2  # the loader rejects it
+
+
+def test_vllm_on_two_machines_is_refused() -> None:
+    """Its server runs on one; the other machine would join and idle."""
+    problems = stage(backend="vllm", resources={"nodes": 2}).common_problems()
+    assert [(problem.field, problem.message) for problem in problems] == [("resources.nodes", "found 2 for evaluate, expected 1")]

@@ -78,6 +78,7 @@ BAD = {
     "file without function": ("{file: a.py}", "p.yaml:15:9: demo.grpo.rewards.0.function: found nothing, expected a value (Name of the function: it takes prompts and completions, and returns one number per completion)\n\nhint: add `function: my_reward`"),
     "function of a number": ("{file: a.py, function: 3}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 3, expected text\n\nhint: put quotes around it"),
     "function in a file": ("{file: a.py, function: a.score}", "p.yaml:15:32: demo.grpo.rewards.0.function: found 'a.score', expected the name of a function\n\nhint: write only the name here, and the file under `file:`"),
+    "empty pattern": ("{type: format, pattern: ''}", "p.yaml:15:33: demo.grpo.rewards.0.pattern: found '', expected text that is not empty"),
     "file outside": ("{file: ../a.py, function: score}", "p.yaml:15:16: demo.grpo.rewards.0.file: found '../a.py', expected a path inside the folder of the file\n\nhint: add `roots: [..]` at the top of the file"),
     "weight nought": ("{type: exact_match, weight: 0}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found 0, expected a number other than 0\n\nhint: remove the reward if it should not count"),
     "weight infinite": ("{type: exact_match, weight: .inf}", "p.yaml:15:37: demo.grpo.rewards.0.weight: found .inf, expected finite numbers\n\nhint: put quotes around it if it is text"),

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from tuneline.config.load import load
 from tuneline.config.order import in_order
+from tuneline.kinds.dataset import DatasetStage
 from tuneline.planning import keys
 from tuneline.planning.plan import input_slots
 from tuneline.workspace import protocol, runs, store
@@ -76,3 +77,16 @@ def test_the_shipped_pipelines_hang_together_as_they_did() -> None:
     assert slots["merged"] == {"adapters.0": "sft"}
     assert slots["gptq"] == {"model": "merged", "calibration": "bookings"}
     assert slots["eval-gptq"] == {"model": "gptq", "datasets.0": "bookings"}
+
+
+def test_of_revisions_only_those_of_the_hub_are_left_out_of_the_key() -> None:
+    """The commit that they resolve to is in it. A reasoning-gym task may have a setting of that name."""
+
+    def config(source: dict[str, object]) -> object:
+        stage = DatasetStage.model_validate_json(json.dumps({"kind": "dataset", "sources": [source]}))
+        return keys.key_document(stage, 1, {}, {}, {}, {}, "")["config"]["sources"]
+
+    hub = {"type": "hub", "repo": "owner/rows", "revision": "v2"}
+    assert config(hub) == config(hub | {"revision": "v3"}) == [{"type": "hub", "repo": "owner/rows"}]
+    task = {"type": "reasoning_gym", "dataset": "leg_counting", "size": 3, "config": {"revision": 1}}
+    assert config(task) != config(task | {"config": {"revision": 2}})

@@ -71,6 +71,7 @@ def test_a_manifest_that_was_edited_is_found(store: Store, forged: dict[str, obj
     content = json.loads((path / "manifest.json").read_bytes())
     (path / "manifest.json").write_text(json.dumps(content | forged))
     assert store.verify(path) == said
+    assert not path.exists(), "no later run may take it"
 
 
 def truncate(artifact: Artifact) -> None:

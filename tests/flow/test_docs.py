@@ -82,7 +82,7 @@ def agree(found: str, expected: str) -> bool:
 
 def plain(line: str) -> str:
     line = re.sub(r"(/\S+)?/\.tuneline/", ".tuneline/", line)
-    line = re.sub(r"\d{8}T\d{6}Z?-\w+", "RUN", line)
+    line = re.sub(r"\d{8}T\d{6,9}Z?-\w+", "RUN", line)
     line = re.sub(r"\b[0-9a-f]{2}/[0-9a-f]{64}\b", "KEY", line)
     line = re.sub(r"\b[0-9a-f]{12,64}\b", "KEY", line)
     line = re.sub(r"-?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( min \d\d)?\b", "N", line)

@@ -225,3 +225,25 @@ def test_a_reward_of_ones_own_that_breaks_shows_the_sample(tmp_path: Path, base:
     assert caught.value.failure_class == "data"
     assert "mine.py:2" in str(caught.value) + caught.value.details
     assert "assistant" in str(caught.value) + caught.value.details
+
+
+def test_throughput_after_a_resume_and_of_steps_that_sample_nothing(tmp_path: Path) -> None:
+    """TRL counts tokens from the checkpoint's number on, and only in steps that sample (num_iterations above 1)."""
+    from types import SimpleNamespace
+
+    from tasks.training.shared import Report
+
+    said: list[tuple[str, float]] = []
+    events: Any = SimpleNamespace(metric=lambda name, value, step=None: said.append((name, value)), progress=lambda *_: None)
+    report, arguments = Report(events, list), SimpleNamespace(learning_rate=1e-3, world_size=1)
+    state: Any = SimpleNamespace(
+        num_input_tokens_seen=1000, global_step=5, max_steps=9, is_world_process_zero=True, log_history=[{"loss": 1.0}]
+    )
+    report.on_train_begin(arguments, state, None)  # type: ignore[arg-type]
+    for logs in ({"loss": 1.0, "num_tokens": 1300.0}, {"loss": 1.0}, {"loss": 1.0, "num_tokens": 1500.0}):
+        report.on_step_begin(arguments, state, None)  # type: ignore[arg-type]
+        report.on_log(arguments, state, None, logs)  # type: ignore[arg-type]
+    speeds = [value for name, value in said if name == "tokens_per_second"]
+    assert report.tokens == 500
+    assert len(speeds) == 2
+    assert min(speeds) > 0

@@ -128,6 +128,9 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
         return False, shown(node), FORMS[pattern], f"write `{meant}`" if re.match(pattern, meant) else ""
     if kind == "string_pattern_mismatch":
         return False, shown(node), FORMS[pattern], hints.elsewhere_than_hub(str(path[-1]), node) if pattern == REPOSITORY else ""
+    if kind in ("string_too_short", "string_too_long"):
+        least, most = context.get("min_length"), context.get("max_length")
+        return False, shown(node), "text that is not empty" if least == 1 else f"at most {most} characters", ""
     if kind in ("too_short", "too_long"):
         found = f"{shown(node)} of {len(node)}" if node else shown(node).replace("a ", "an empty ")
         return False, found, f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}", ""

@@ -70,8 +70,9 @@ class EvaluateStage(ComputingStage):
         return self.include_path is not None
 
     def world_size(self) -> int:
-        """Return 1 with vLLM, whose server uses all GPUs."""
-        return self.resources.processes or 1 if self.uses_engine() else self.resources.world_size
+        """Return the processes that evaluate. With vLLM the GPUs belong to its server, whatever their number."""
+        resources = self.resources
+        return resources.nodes * (resources.processes or 1) if self.uses_engine() else resources.world_size
 
     def micro_batch_size(self) -> int | None:
         """Return None with vLLM, which forms its own batches."""

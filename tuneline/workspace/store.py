@@ -146,7 +146,7 @@ class Store:
         problem, _ = self.inspect(folder, full=True)
         if problem:
             try:
-                self._quarantine(folder, problem)
+                self._quarantine(folder, problem, full=True)
             except StoreError as error:  # a read-only store
                 self.warn(f"{folder} stays where it is: {error.message}")
         return problem
@@ -234,12 +234,12 @@ class Store:
         sync(target.parent)
         return Artifact(target, document)
 
-    def _quarantine(self, folder: Path, problem: str) -> None:
+    def _quarantine(self, folder: Path, problem: str, full: bool = False) -> None:
         with self.try_lock(folder.name) as free:
             if not free:
                 return  # another run is rebuilding it
-            problem_now, _ = self.inspect(folder)
-            if folder.is_dir() and (problem_now or problem.endswith(CHANGED)):
+            problem_now, _ = self.inspect(folder, full)
+            if folder.is_dir() and problem_now:
                 self._move_away(folder, problem)
 
     def move_to_trash(self, folder: Path) -> Path:
