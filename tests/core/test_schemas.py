@@ -88,5 +88,5 @@ def test_of_revisions_only_those_of_the_hub_are_left_out_of_the_key() -> None:
 
     hub = {"type": "hub", "repo": "owner/rows", "revision": "v2"}
     assert config(hub) == config(hub | {"revision": "v3"}) == [{"type": "hub", "repo": "owner/rows"}]
-    task = {"type": "reasoning_gym", "dataset": "leg_counting", "size": 3, "config": {"revision": 1}}
+    task = {"type": "reasoning_gym", "task": "leg_counting", "size": 3, "config": {"revision": 1}}
     assert config(task) != config(task | {"config": {"revision": 2}})
