@@ -93,7 +93,7 @@ class Run:
 
 
 class RunFailed(TunelineError):
-    """A run ended in another state than `completed`; `run` has it."""
+    """Raised by `run` for a run that did not complete. `run` holds it."""
 
     def __init__(self, run: Run):
         reasons = [f"{name}: {stage.message}" for name, stage in run.stages.items() if stage.status in ("failed", "refused")]
@@ -156,7 +156,7 @@ def run(
 
 
 def _in_flow() -> bool:
-    """Return whether a flow of Prefect calls; then Prefect is imported."""
+    """Return whether the caller is inside a Prefect flow or task. Prefect is already imported if so."""
     context = sys.modules.get("prefect.context")
     return context is not None and bool(context.FlowRunContext.get() or context.TaskRunContext.get())
 

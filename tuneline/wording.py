@@ -22,7 +22,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def short(name: str) -> str:
-    """Return a name from the file for a message: one line, cut after 60 characters."""
+    """Return a name from the file for a message: one line; names above 70 characters are cut after 60."""
     name = name if name.isprintable() else repr(name)[1:-1]
     return name if len(name) <= 70 else f"{name[:60]}... ({len(name)} characters)"
 

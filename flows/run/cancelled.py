@@ -1,7 +1,8 @@
 """End a run that is cancelled on the server.
 
 Each flow polls its own state on the server. If the run is cancelled there (by `prefect flow-run cancel` or in the UI) or deleted,
-the flow stops its programs and ends as cancelled. A worker also sends a signal to the runs that it started; the first one counts.
+the flow stops its programs and ends as cancelled. A worker also sends a signal to the runs that it started. Whichever arrives first,
+the poll or the signal, ends the run.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class RunContext:
     manifests: dict[str, Manifest] = field(default_factory=dict)
     """Manifests of the stages with an artifact, which gates read."""
     attempts: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of each attempt at a stage that has ended."""
+    """Durations of the ended attempts of each stage, in seconds."""
     keys: dict[str, str] = field(default_factory=dict)
     """Keys of the stages that have one, which also name their work folders."""
     _commits: dict[tuple[str, str, str], str] = field(default_factory=dict)

@@ -90,7 +90,7 @@ def _read(folder: Path) -> State | None:
 
 
 def origin_of(folder: Path, state: State) -> Path:
-    """The folder for which the living processes of a state work: another one if the project was moved, or copied, since."""
+    """Return the folder that the live processes of a state use. It differs if the project was moved or copied."""
     for process in (state.server, *filter(None, [state.keeper]), *state.workers.values()):
         if process.alive and (origin := _environment(process.pid).get(UP)):
             return Path(origin)
@@ -145,7 +145,7 @@ def ours(folder: Path) -> list[Ours]:
 
 
 def _environment(pid: int) -> dict[str, str]:
-    """Empty for a process that has ended, or is another user's."""
+    """Return the environment of a process; empty if it has ended or belongs to another user."""
     with contextlib.suppress(OSError):
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         return dict(os.fsdecode(variable).partition("=")[::2] for variable in variables)

@@ -166,7 +166,8 @@ def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
 
 
 def split_devices(stage: GrpoStage) -> list[str] | None:
-    """Return the engine's devices, None without an engine. Hides them from this process; must run before torch initializes CUDA."""
+    """Return the GPUs of the engine: its own, else the first one, which it shares; None on a CPU. Hides its own
+    from this process. Must run before torch initializes CUDA."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if not stage.resources.gpus:
         return None

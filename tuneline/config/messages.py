@@ -143,7 +143,7 @@ def _words(detail: ErrorDetails, path: Keys, node: Any, tree: Any) -> tuple[bool
 
 
 def _unknown_field(path: Keys, tree: Any, listed: set[Keys]) -> tuple[str, str, str]:
-    """Return (found, expected, hint). The fields of a place are listed once, for the first name there that nothing else explains."""
+    """Return (found, expected, hint). All fields of a mapping are listed once, at its first unknown field without a hint."""
     name, here = str(path[-1]), path[:-1]
     model = _model_at(here, tree)
     hint = hints.alias(name, model) or _elsewhere(name, here, tree)
@@ -170,7 +170,8 @@ def _add(path: Keys, tree: Any) -> str:
 
 
 def _kinds_called(name: str) -> str:
-    """Return a hint with the kinds that other tools call `name`, and what each does, or that there is none, or nothing."""
+    """Return a hint with the kinds that other tools call `name` and their purposes, or that tuneline has no such kind.
+    Empty for other names."""
     if absent := hints.absent_kind(name):
         return absent
     called = re.sub(r"[-_ ]", "", name.lower())
@@ -250,7 +251,7 @@ def _pattern_at(path: Keys, tree: Any) -> str:
 
 
 def _elsewhere(name: str, path: Keys, tree: Any) -> str:
-    """Return a hint where a field belongs that the model at `path` does not have: deeper in it, or in another kind."""
+    """Return a hint for a field that is unknown at `path`: the nested mapping or the other kinds that have it."""
     model = _model_at(path, tree)
     fields = model.model_fields if model else {}
     for outer, info in fields.items():

@@ -91,7 +91,8 @@ def _unclosed(error: yaml.MarkedYAMLError, line: int, column: int) -> Syntax | N
 
 
 def _not_closed(error: yaml.MarkedYAMLError, lines: list[str]) -> Syntax | None:
-    """Return the line that lacks a bracket: the last before one that is indented no deeper than the line with the opening bracket."""
+    """Return the last line of the bracket's block, where the closing bracket is missing. The block ends before the first line that is
+    indented no deeper than the bracket's own line."""
     match, opened, at = _UNCLOSED.match(str(error.problem)), error.context_mark, error.problem_mark
     if not match or not opened or not at:
         return None

@@ -118,7 +118,7 @@ class Stage(Strict):
         return iter(())
 
     def made_from(self) -> str | None:
-        """Return the stage whose model this one changes: theirs have the same architecture."""
+        """Return the stage whose model this stage modifies. Both models have the same architecture."""
         return None
 
     def held_out(self) -> Iterator[tuple[str, str, str]]:

@@ -219,8 +219,8 @@ class Runs:
         raise ConfigError([Problem("", f"found no {what}", f"start one with `tuneline run {pipeline}`", place=where)])
 
     def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
-        """Return the id of a run that has already rebuilt the stage's key by `--force`, if this run repeats its request: every run
-        since then was killed or cancelled, or Prefect retries the same run, `flow_run`."""
+        """Return the id of the run whose `--force` has rebuilt this key already, or None. Counts only if every later run was
+        stopped, or if Prefect retries that run (`flow_run`)."""
         stopped = True  # all newer runs were stopped
         for record in self.newest_first(pipeline):
             same = flow_run is not None and record.flow_run == flow_run
