@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -59,9 +60,18 @@ def fresh(tmp_path: Path) -> Iterator[Lasting]:
     it.end()
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def problem(problems: dict[str, Any], check: str) -> tuple[str, str, str]:
     found = next(entry for entry in problems["findings"] if entry["check"].startswith(check))
-    return found["status"], found["message"], found["hint"]
+    return found["status"], found["message"], found["remedy"]
 
 
 def doctor(it: Lasting, *arguments: str) -> dict[str, Any]:
@@ -330,24 +340,23 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
     state = server_state.read(lasting_up.folder)
     assert state is not None
     assert state.keeper is not None
-    os.kill(state.keeper.pid, signal.SIGSTOP)  # it would tell the server before the doctor does
-    lasting_up.project.write("dead", "one.txt")
-    lasting_up.script(one=["sleep"] * 9)
-    process = lasting_up.project.start("run", "demo", MARK=lasting_up.mark)
-    until(lambda: (lasting_up.project.root / "sleeping-one").exists())
-    page = next(line for line in iter(process.stderr.readline, "") if line.startswith("page: ")).strip()  # type: ignore[union-attr]
-    identity = page.rpartition("/")[2]
-    assert not any(identity in entry["check"] for entry in doctor(lasting_up)["findings"])
-    process.kill()
-    process.communicate(timeout=PATIENCE)
-    found = problem(doctor(lasting_up), "run demo")
-    assert found[0] == "problem"
-    assert found[1].startswith("Running on the server, but its process is gone")
-    assert found[2] == "tuneline doctor --fix"
-    assert problem(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
-    assert lasting_up.ask(f"flow_runs/{identity}")["state"]["type"] == "CRASHED"
-    assert problem(doctor(lasting_up), "runs") == ("ok", "no run hangs", "")
-    os.kill(state.keeper.pid, signal.SIGCONT)
+    with stopped(state.keeper.pid):  # it would report the end before the doctor does
+        lasting_up.project.write("dead", "one.txt")
+        lasting_up.script(one=["sleep"] * 9)
+        process = lasting_up.project.start("run", "demo", MARK=lasting_up.mark)
+        until(lambda: (lasting_up.project.root / "sleeping-one").exists())
+        page = next(line for line in iter(process.stderr.readline, "") if line.startswith("page: ")).strip()  # type: ignore[union-attr]
+        identity = page.rpartition("/")[2]
+        assert not any(identity in entry["check"] for entry in doctor(lasting_up)["findings"])
+        process.kill()
+        process.communicate(timeout=PATIENCE)
+        found = problem(doctor(lasting_up), "run demo")
+        assert found[0] == "problem"
+        assert found[1].startswith("Running on the server, but its process is gone")
+        assert found[2] == "tuneline doctor --fix"
+        assert problem(doctor(lasting_up, "--fix"), "run demo")[1].endswith("now Crashed there")
+        assert lasting_up.ask(f"flow_runs/{identity}")["state"]["type"] == "CRASHED"
+        assert problem(doctor(lasting_up), "runs") == ("ok", "no run hangs", "")
 
 
 @pytest.mark.slow
