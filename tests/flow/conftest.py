@@ -102,6 +102,9 @@ def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(flows.run.stage, "RETRY_DELAYS", [0.1])
 
+    def ended(tasks: list[Any], number: int) -> bool:
+        return len(tasks) == number and all(task.state is not None and task.state.is_final() for task in tasks)
+
     def go(*sets: str, **options: Any) -> tuple[RunRecord, Any]:
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
@@ -114,6 +117,8 @@ def run(demo: Project, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> 
         record = Workspace(load(demo.root / "pipelines.yaml")).runs.get("demo", None)
         with get_client(sync_client=True) as client:
             runs = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+            # Prefect records task runs from events, some time later if a run was deleted before.
+            until(lambda: ended(client.read_task_runs(flow_run_filter=runs), len(record.stages)))
             tasks = client.read_task_runs(flow_run_filter=runs)
         return record, {
             "flow": state.name,

@@ -141,6 +141,7 @@ def test_a_signal_ends_a_flow_with_its_subflow(here: Project, stand_in: Callable
         assert client.read_flow_run(client.read_task_run(found.parent_task_run_id).flow_run_id).state.is_crashed()
 
 
+@pytest.mark.full  # for two minutes afterwards, the server that all tests share records no task runs
 @pytest.mark.slow
 def test_a_subflow_that_is_deleted_on_the_server_raises_run_failed(here: Project, stand_in: Callable[..., None]) -> None:
     from prefect.client.orchestration import get_client

@@ -125,7 +125,7 @@ def test_damage_is_found_at_the_next_hit_or_by_verify_and_built_again(project: P
 @pytest.mark.parametrize(
     ("action", "said"),
     [
-        ("fill", r"disk: the disk of .* is full: the program had written 4\.\d MB there and needs more; without them 4\.\d MB of 4\.2 MB are free"),
+        ("fill", r"disk: the disk of .* is full: the program had written 4\.\d MB there and needs more space; without them 4\.\d MB of 4\.2 MB are free"),
         ("brim", r"disk: .*\.building.*: No space left on device; 0 bytes of 4\.2 MB are free"),
     ],
 )  # fmt: skip
