@@ -154,7 +154,7 @@ def test_a_disk_that_is_full_ends_all_processes_and_once_there_is_room_it_goes_o
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - 300_000)
         _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 1, err
-        room = r"is full: the program had written .* there and needs more; without them .* are free\n"
+        room = r"is full: the program had written .* there and needs more space; without them .* are free\n"
         assert re.search(rf"sft: failed\n    disk: the disk of {disk}/\w+ {room}", err), err
         assert "tried again" not in err
         assert "Traceback" not in err
