@@ -20,10 +20,10 @@ class _Noting(NoReporter):
     signal: BaseException | None = None
 
     def began(self, run_id: str, page: str | None) -> None:
-        object.__setattr__(self, "run_id", run_id)
+        self.run_id = run_id
 
     def interrupted(self, error: BaseException) -> None:
-        object.__setattr__(self, "signal", error)
+        self.signal = error
 
 
 def run_as_subflow(pipeline: str, **parameters: Any) -> str:

@@ -38,7 +38,6 @@ class Reporter(Protocol):
     def interrupted(self, error: BaseException) -> None: ...
 
 
-@dataclass(frozen=True)
 class NoReporter:
     """Ignores all events: under a worker there is no terminal, and Prefect has the log."""
 

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -140,3 +142,21 @@ def test_of_a_killed_stage_the_last_step_is_told(tmp_path: Path) -> None:
     with (work / "events.jsonl").open("a") as file:
         file.write(last + f'{{"t": {now - 190}, "type": "metric", "name": "loss", "value": 1.0}}\n{{"t": {now - 180}, "ty')
     assert last_message() == "reached step 12 of 40"
+
+
+def test_runs_of_one_second_are_in_the_order_of_their_starts(tmp_path: Path) -> None:
+    runs, began = Runs(tmp_path), []
+    for _ in range(5):
+        began.append(runs.begin("demo", ()).run_id)
+        time.sleep(0.002)  # ids tell milliseconds apart
+    assert [record.run_id for record in runs.newest_first()] == began[::-1]
+
+
+def test_threads_that_save_a_record_at_the_same_moment_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """The stages of a run, and its end."""
+    runs = Runs(tmp_path)
+    record = runs.begin("demo", ())
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(lambda: [runs.save(record) for _ in range(20)]) for _ in range(8)]:
+            done.result()
+    assert [path.name for path in tmp_path.glob("*.json")] == [f"{record.run_id}.json"]

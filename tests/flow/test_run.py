@@ -611,3 +611,44 @@ def test_a_stage_that_another_pool_has_built_counts_though_its_run_crashed_there
     ):
         with pytest.raises(StageFailed, match="ended Crashed"):
             flows.run.stage._build_elsewhere(SimpleNamespace(**{**vars(context), **change}), job)
+
+
+def test_an_input_that_another_run_replaced_while_it_was_read_is_noticed(demo: Project, run: Callable[..., Any]) -> None:
+    """`--force` of another run publishes under the same key, perhaps with another result."""
+    from types import SimpleNamespace
+
+    from flows.run.build import _require_same_inputs
+    from tuneline.config.load import load
+    from tuneline.errors import StageFailed
+    from tuneline.workspace.workspace import Workspace
+
+    record, _ = run()
+    store = Workspace(load(demo.root / "pipelines.yaml")).store
+    artifact = store.find("dataset", record.stages[0].key)
+    assert artifact is not None
+    context: Any = SimpleNamespace(workspace=SimpleNamespace(store=store))
+    job: Any = SimpleNamespace(inputs={"dataset": artifact})
+    _require_same_inputs(context, job)
+    manifest = artifact.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(artifact.digest, "0" * 64))
+    with pytest.raises(StageFailed, match="another run replaced dataset/") as caught:
+        _require_same_inputs(context, job)
+    assert caught.value.retryable
+
+
+def test_a_run_from_cache_alone_holds_what_gc_may_not_remove(demo: Project, run: Callable[..., Any]) -> None:
+    from flows.commands.execute import _all_cached
+    from flows.report.terminal import ConsoleReporter
+    from tuneline.config.load import load
+    from tuneline.errors import StageFailed
+    from tuneline.planning.plan import plan
+    from tuneline.workspace.workspace import Workspace
+
+    run()
+    workspace = Workspace(load(demo.root / "pipelines.yaml"))
+    rows = plan(workspace, "demo")
+    assert _all_cached(workspace, "demo", rows, None, ConsoleReporter(False)).state == "completed"
+    assert rows[0].artifact is not None
+    workspace.store.move_to_trash(rows[0].artifact.path)  # by `gc`, between the plan and the run
+    with pytest.raises(StageFailed, match="the artifact of one was removed from the store meanwhile"):
+        _all_cached(workspace, "demo", rows, None, ConsoleReporter(False))
