@@ -1,6 +1,6 @@
 """The command line `tuneline`: the group of its commands, and the handling of errors.
 
-Each subject has a file: `project.py` (init, setup, validate, schema), `runs.py` (plan, run, node, show), `look.py` (list, runs, status,
+Each subject has a file: `project.py` (init, setup, validate, schema), `importing.py` (import), `runs.py` (plan, run, node, show), `look.py` (list, runs, status,
 logs, cancel, completion), `server.py` (up, down, worker, deploy, submit, doctor), `store.py` (verify, gc).
 
 stdout is data (tables, or JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify` found damage or
@@ -18,6 +18,7 @@ import click
 
 from flows.commands import meant
 from flows.commands.exits import EXIT, FAILED, INTERRUPTED, WRONG
+from flows.commands.importing import import_command
 from flows.commands.look import cancel, completion, list_command, logs, runs, status
 from flows.commands.project import init, schema, setup, validate
 from flows.commands.runs import node, plan, run, show
@@ -60,7 +61,23 @@ def cli() -> None:
     """Run cached fine-tuning pipelines that a pipelines.yaml declares."""
 
 
-for _command in (init, setup, validate, schema, plan, run, node, show, list_command, runs, status, logs, cancel, completion):
+for _command in (
+    init,
+    import_command,
+    setup,
+    validate,
+    schema,
+    plan,
+    run,
+    node,
+    show,
+    list_command,
+    runs,
+    status,
+    logs,
+    cancel,
+    completion,
+):
     cli.add_command(_command)
 for _command in (up, down, worker, deploy, submit, doctor, verify, gc):
     cli.add_command(_command)
