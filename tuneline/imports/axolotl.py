@@ -14,6 +14,7 @@ from tuneline.imports.stages import (
     continue_adapter,
     finish_adapter,
     without_dropout,
+    write_evaluation,
     write_model,
     write_schedule,
     write_seed,
@@ -55,6 +56,9 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
         for entry in entries if isinstance(entries, list) else [entries]:
             translation.parts["data"]["sources"].append(_source(translation, entry, key))
         translation.use(key)
+    held_out = translation.value("test_datasets", default=[])
+    if isinstance(held_out, list) and held_out:
+        write_evaluation(translation, [_source(translation, entry, "test_datasets") for entry in held_out], "test_datasets")
     if not translation.parts["data"]["sources"]:
         raise job.wrong("datasets", "found no datasets, expected `datasets:`", "name the datasets in the source")
     finish_adapter(translation)
@@ -108,10 +112,10 @@ def _source(translation: Translation, entry: Any, key: str) -> dict[str, Any]:
     flat = _flat(entry)
     line = translation.job.given[key].line
     for name, value in flat.items():
-        fate: Fate = fate_of(f"{key}[].{name}", TABLE)
+        fate: Fate = fate_of(f"datasets[].{name}", TABLE)
         if isinstance(fate, Without | Refused):
             translation.notes.append(Note(f"{key}.{name}", Given(value, line), fate))
-    path, form = str(flat.get("path", "")), flat.get("type", "chat_template" if key == "datasets" else "completion")
+    path, form = str(flat.get("path", "")), flat.get("type", "completion" if key == "pretraining_dataset" else "chat_template")
     if path in ("json", "csv", "parquet", "text") and flat.get("data_files"):
         path = str(names(flat["data_files"])[0])
     hub = None if exists(translation.job.path(path)) else repository(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuneline.config.aliases import TEMPLATE
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
-from tuneline.imports.huggingface import KEPT, LOGS, LORA, MULTIMODAL, NO_FIELD, OTHER_OPTIMIZER, SPEED, TRAINING, UPLOADS, held_out
+from tuneline.imports.huggingface import KEPT, LOGS, LORA, MULTIMODAL, NO_FIELD, OTHER_OPTIMIZER, SPEED, TRAINING, UPLOADS
 from tuneline.imports.rl import SEPARATE
 from tuneline.imports.values import if_on, kernels, modules, names, number, true, whole
 
@@ -139,7 +139,7 @@ TABLE: Table = {
            " eaft_k simpo_gamma curriculum_sampling", Refused("what trains is `sft`, `dpo`, `kto` and `grpo`")),
     **each("cosine_constant_lr_ratio eta_min lr_quadratic_warmup", Refused("write `lr_scheduler_kwargs:` of one of our schedules")),
     **each("processor_type freeze_mm_modules image_size image_resize_algorithm", MULTIMODAL),
-    "test_datasets": held_out("files for validation"),
+    "test_datasets": Joined("evaluate.datasets"),
     "hf_use_auth_token": Without("HF_TOKEN comes from the environment"),
     "hub_model_id": UPLOADS,
     **each("output_dir", KEPT),

@@ -7,7 +7,7 @@ with what to do instead. A table of a tool is a dict from key to fate; a key tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,11 @@ Table = Mapping[str, Fate]
 
 def to(*paths: str, by: Callable[[Any], Any] = lambda value: value) -> Written:
     return Written(paths, by)
+
+
+def same_if(values: Collection[Any], why: str, otherwise: Refused) -> Written:
+    """Return the fate of a key that has no effect here with some values, and is refused with all others."""
+    return Written((), lambda value: Without(why) if value in values else otherwise)
 
 
 def each(keys: str, fate: Fate) -> dict[str, Fate]:

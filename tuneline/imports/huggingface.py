@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuneline.config.aliases import ATTEMPTS, EVERY_STEP, HELD_OUT, STORED
+from tuneline.config.aliases import ATTEMPTS, EVERY_STEP, STORED
 from tuneline.imports.fates import REMOVE, Fate, Joined, Refused, Without, each, to
 from tuneline.imports.values import (
     above,
@@ -99,7 +99,3 @@ LORA: dict[str, Fate] = {
     "use_rslora": to("train.lora.use_rslora", by=true),
     "use_dora": to("train.lora.use_dora", by=true),
 }
-
-
-def held_out(file: str) -> Refused:
-    return Refused(f"{file} of their own are not read: {HELD_OUT}")

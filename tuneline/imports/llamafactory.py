@@ -14,6 +14,7 @@ from tuneline.imports.stages import (
     finish_adapter,
     is_true,
     without_dropout,
+    write_evaluation,
     write_merge,
     write_model,
     write_schedule,
@@ -46,6 +47,8 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
     if not translation.parts["data"]["sources"]:
         raise job.wrong("dataset", "found no dataset, expected `dataset: NAME`", "name the datasets in the source")
     translation.use("dataset", "dataset_dir", "max_samples")
+    if held_out := names(translation.value("eval_dataset", default="")):
+        write_evaluation(translation, [source_of(translation, named) for named in held_out], "eval_dataset")
     finish_adapter(translation)
     without_dropout(translation)
     return translation

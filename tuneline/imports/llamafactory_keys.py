@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuneline.config.aliases import TEMPLATE
-from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
+from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
 from tuneline.imports.huggingface import (
     FITS,
     KEPT,
@@ -16,7 +16,6 @@ from tuneline.imports.huggingface import (
     SPEED,
     TRAINING,
     UPLOADS,
-    held_out,
 )
 from tuneline.imports.values import above, attention, if_on, kernels, names, number, size, true, whole
 
@@ -25,7 +24,7 @@ KINDS = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto"}
 LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 REASONING = to("base.chat_template_kwargs.enable_thinking", by=true)
 TOKENS = Refused("add the tokens to the model's tokenizer first, and name the folder under `path:`")
-GENERATED = Refused("add a stage `{kind: evaluate, model: sft, datasets: [data]}`, with `split: {test: 0.1}` in the dataset")
+GENERATED = Without("a stage of kind `evaluate` generates answers: `eval_dataset` makes one")
 TABLE: Table = {
     **TRAINING,
     **LORA,
@@ -50,7 +49,7 @@ TABLE: Table = {
     "enable_liger_kernel": to("train.resources.kernels", by=kernels),
     "disable_gradient_checkpointing": to("train.resources.gradient_checkpointing", by=lambda value: not true(value)),
     "double_quantization": Without("4 bits always use double quantization") ,
-    "quantization_type": to("train.method", by=lambda value: "qlora" if value == "nf4" else Refused("4 bits are always NF4 here")),
+    "quantization_type": same_if(("nf4",), "4 bits are always NF4", Refused("4 bits are always NF4")),
     "early_stopping_steps": to("train.early_stopping.patience", by=whole),
     "pref_beta": to("train.beta", by=number),
     "pref_loss": to("train.loss_type", by=lambda value: LOSSES.get(value, NO_FIELD)),
@@ -80,9 +79,10 @@ TABLE: Table = {
     "disable_shuffling": Refused("rows are always shuffled, by the stage's `seed`"),
     "mix_strategy": Refused("sources are concatenated: set `weight` or `repeat` of a source"),
     "interleave_probs": Refused("write `weight:` in each of `sources:`"),
-    "eval_dataset": held_out("files for evaluation"),
+    "eval_dataset": Joined("evaluate.datasets"),
+    "max_new_tokens": to("evaluate.max_new_tokens", by=whole),
     "eval_on_each_dataset": Without("each dataset of an evaluation has its own metrics"),
-    **each("do_predict predict_with_generate compute_accuracy eval_num_beams max_new_tokens top_p temperature", GENERATED),
+    **each("do_predict predict_with_generate compute_accuracy eval_num_beams top_p temperature", GENERATED),
     "enable_thinking": REASONING,
     "preserve_thinking": Refused("a row's reasoning is rendered as the model's own template does"),
     "tool_format": Without("tools are rendered by the model's own chat template"),

@@ -165,7 +165,8 @@ def _named_file(words: Sequence[Word], common: dict[str, Any], suffixes: tuple[s
             f"found no file `{words[at].text}`",
             "run the import in the folder where the command runs",
         )
-    sets = [word for word in words[at + 1 :] if "=" in word.text]
+    after = words[at + 1 :]
+    sets = [word for word in after if "=" in word.text]
     (job,) = _file(file, common["target"], sets)
     job.launch, job.environment = common["launch"], common["environment"]
     yield job
@@ -189,10 +190,10 @@ def flags(words: Sequence[Word]) -> dict[str, Given]:
 def overrides(words: Sequence[Word]) -> dict[str, Given]:
     """Return Hydra's overrides `a.b=c`, `+a.b=c`, `~a.b` as keys."""
     given: dict[str, Given] = {}
-    for word in words:
-        key, equals, value = word.text.lstrip("+~").partition("=")
+    for item in words:
+        key, equals, value = item.text.lstrip("+~").partition("=")
         if equals and re.fullmatch(r"[\w.@/]+", key):
-            given[key] = Given(plain(value), word.line)
+            given[key] = Given(plain(value), item.line)
     return given
 
 

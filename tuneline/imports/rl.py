@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tuneline.imports.fates import Refused
+from tuneline.imports.fates import Without
 from tuneline.imports.translation import Translation
 from tuneline.imports.values import names, number
 
@@ -70,4 +70,4 @@ def fit_to_engine(translation: Translation) -> None:
             resources["offload"] = "optimizer"
 
 
-SEPARATE = Refused("vLLM takes the stage's last GPUs, `resources: {engine: {gpus: 1}}`, or shares the first one")
+SEPARATE = Without("tuneline starts vLLM itself, on the GPUs of `resources: {engine: {gpus: N}}` or the first one")

@@ -10,7 +10,7 @@ from tuneline.imports.huggingface import MEGATRON, NO_FIELD
 from tuneline.imports.launch import drop_unused_warmup, place_on_devices, write_batch
 from tuneline.imports.rl import OWN, REWARDS, whole_groups
 from tuneline.imports.roll_keys import DEFAULTS, INFER, TABLE, TRAIN
-from tuneline.imports.stages import begin_training, is_true, without_dropout, write_model, write_seed
+from tuneline.imports.stages import begin_training, is_true, without_dropout, write_evaluation, write_model, write_seed
 from tuneline.imports.translation import Given, Job, Launch, Translation
 from tuneline.imports.values import names, number
 
@@ -134,17 +134,22 @@ def _rewards(translation: Translation) -> None:
 
 def _sources(translation: Translation) -> None:
     prefix = f"{TRAIN}data_args."
-    folder = str(translation.value(f"{prefix}dataset_dir", default="."))
     messages = translation.value(f"{prefix}messages")
-    columns = {"columns": {"prompt": messages}} if isinstance(messages, str) and messages else {}
-    found = []
-    for file in names(translation.value(f"{prefix}file_name", default=[])):
-        path = file if "/" in file or folder == "." else f"{folder}/{file}"
-        found.append({"type": "files", "path": translation.local(path), "format": "prompt", **columns})
+    columns = {"prompt": messages} if isinstance(messages, str) and messages else {}
+    if {"type": "math_equal"} in translation.parts["train"]["rewards"]:
+        columns["answer"] = "ground_truth"
+    more = {"format": "prompt", **({"columns": columns} if columns else {})}
+    found = _files(translation, prefix, more)
     if not found:
         raise translation.job.wrong(f"{prefix}file_name", "found no files of rows, expected one or more", "name them in the source")
     translation.write("data.sources", found, key=f"{prefix}file_name")
     translation.use(*(f"{prefix}{name}" for name in ("file_name", "dataset_dir", "messages", "prompt")))
-    translation.remarks.append(
-        "ROLL's rows name the answer in `ground_truth`: write `answer: ground_truth` under `columns:`, if they have it"
-    )
+    if held_out := _files(translation, "validation.data_args.", more):
+        write_evaluation(translation, held_out, "validation.data_args.file_name")
+
+
+def _files(translation: Translation, prefix: str, more: dict[str, Any]) -> list[dict[str, Any]]:
+    folder = str(translation.value(f"{prefix}dataset_dir", default="."))
+    files = names(translation.value(f"{prefix}file_name", default=[]))
+    paths = [file if "/" in file or folder == "." else f"{folder}/{file}" for file in files]
+    return [{"type": "files", "path": translation.local(path), **more} for path in paths]

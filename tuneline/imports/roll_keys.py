@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from tuneline.config.aliases import TEMPLATE
-from tuneline.imports.fates import REMOVE, Fate, Joined, Refused, Table, Without, each, to
+from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
 from tuneline.imports.huggingface import KEPT, LOGS, RESUMES, SPEED, TRAINING
 from tuneline.imports.launch import FOR_RUN
-from tuneline.imports.values import IS_OFF, above, attention, dtype, kernels, modules, names, number, true, warmup, whole
+from tuneline.imports.values import above, attention, dtype, kernels, modules, names, number, true, warmup, whole
 
 TRAIN, INFER = "actor_train.", "actor_infer."
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -18,15 +17,10 @@ ESTIMATORS = ("grpo", "reinforce")
 
 TRAIN, INFER = "actor_train.", "actor_infer."
 MODEL = Without("vLLM samples with the adapter of the model in training")
-VALIDATES = Refused("add a stage `{kind: evaluate, model: grpo, datasets: [data]}`, with `split: {test: 0.1}` in the dataset")
+VALIDATES = Without("a stage of kind `evaluate` scores the finished model, greedily, on the files of `validation`")
 REWARD = Without("a reward is a function here, without a model, a template or workers")
 OTHER_RL = Refused("`grpo` has `loss_type`, `scale_rewards`, `importance_sampling_level`, `epsilon_high` and `beta`")
 AGENTIC = Refused("a completion is one answer: environments of several turns are not offered")
-
-
-def _off(fate: Fate) -> Any:
-    """Return a fate for switches: without effect if they are off."""
-    return to("train.beta", by=lambda value: fate if value not in (False, 0) else Without(IS_OFF))
 
 
 TABLE: Table = {
@@ -45,18 +39,18 @@ TABLE: Table = {
     "pg_clip_high": to("train.epsilon_high", by=number),
     **each("use_kl_loss kl_loss_coef", Joined("train.beta")),
     **each("init_kl_coef kl_penalty kl_horizon target_kl lambd gamma", Without("it has no effect with grpo and without KL in the reward")),
-    "add_token_level_kl": _off(Refused("the KL divergence is a loss here: `beta`")),
+    "add_token_level_kl": Refused("the KL divergence is a loss here: `beta`"),
     "max_len_mask": to("train.mask_truncated_completions", by=true),
     "norm_std_type": to("train.scale_rewards", by=lambda value: value if value in ("group", "batch") else "none"),
-    "norm_mean_type": to("train.scale_rewards", by=lambda value: Without(
-        "advantages are relative to their group") if value == "group" else OTHER_RL),
+    "norm_mean_type": same_if(("group",), "advantages are relative to their group", OTHER_RL),
     "loss_agg_mode": to("train.loss_type", by=lambda value: {"token-mean": "dapo", "seq-mean-token-mean": "grpo"}.get(value, OTHER_RL)),
     **each("whiten_advantages difficulty_mask difficulty_loss_weight length_loss_weight error_max_len_clip dual_clip_loss advantage_clip"
-           " reward_clip entropy_loss_coef whiten_rewards use_reward_scaling add_len_reward", _off(OTHER_RL)),
+           " reward_clip entropy_loss_coef whiten_rewards use_reward_scaling add_len_reward", OTHER_RL),
     **each("difficulty_low_threshold difficulty_high_threshold value_clip critic_warmup query_filter_config", Without(
         "grpo has neither a critic nor masks by difficulty")),
     **each("lora_target lora_rank lora_alpha defaults global_template", Without("other keys refer to it")),
     **each("eval_steps val_batch_size sequence_length", VALIDATES),
+    "validation.data_args.file_name": Joined("evaluate.datasets"),
     "validation.*": VALIDATES,
     **each("exp_name logging_steps track_with render_save_dir", LOGS),
     **each("output_dir logging_dir", KEPT),
@@ -98,8 +92,7 @@ TABLE: Table = {
     f"{TRAIN}use_liger_kernel": to("train.resources.kernels", by=kernels),
     f"{INFER}generating_args.temperature": to("train.temperature", by=number),
     f"{INFER}generating_args.top_p": to("train.top_p", by=number),
-    f"{INFER}generating_args.top_k": to("train.top_p", by=lambda value: Without(IS_OFF) if number(value) <= 0 else
-                                        Refused("sampling takes `temperature` and `top_p`: all tokens are candidates")),
+    f"{INFER}generating_args.top_k": Refused("sampling takes `temperature` and `top_p`: all tokens are candidates"),
     f"{INFER}generating_args.max_new_tokens": to("train.max_completion_length", by=whole),
     f"{INFER}generating_args.num_return_sequences": Joined("train.num_generations"),
     f"{INFER}generating_args.num_beams": Without("completions are sampled"),

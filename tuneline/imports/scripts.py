@@ -7,9 +7,17 @@ from typing import Any
 from tuneline.config.aliases import TEMPLATE
 from tuneline.config.hints import repository
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
-from tuneline.imports.huggingface import KEPT, LORA, NO_FIELD, SPEED, TRAINING, held_out
+from tuneline.imports.huggingface import KEPT, LORA, NO_FIELD, SPEED, TRAINING
 from tuneline.imports.launch import drop_unused_warmup, note_environment, place_on_devices, write_batch, write_deepspeed
-from tuneline.imports.stages import begin_training, finish_adapter, without_dropout, write_model, write_schedule, write_validation
+from tuneline.imports.stages import (
+    begin_training,
+    finish_adapter,
+    without_dropout,
+    write_evaluation,
+    write_model,
+    write_schedule,
+    write_validation,
+)
 from tuneline.imports.translation import Job, Translation, exists
 from tuneline.imports.values import brain_float, names, number, true, whole
 
@@ -17,6 +25,7 @@ MODELS = ("model_path", "model_name_or_path", "base_model", "model_name", "model
 FILES = ("data_path", "dataset_path", "train_file", "train_data", "data_file", "dataset_name", "dataset", "data", "train_path")
 MICRO = ("per_device_train_batch_size", "per_device_batch_size", "micro_batch_size", "batch_size", "train_batch_size")
 STEPS = ("gradient_accumulation_steps", "grad_accum_steps", "gradient_accumulation", "grad_accum", "accumulation_steps")
+HELD_OUT = ("eval_file", "val_file", "validation_file", "test_file", "eval_dataset", "eval_data_path", "val_data_path")
 SHARES = ("val_size", "val_set_size", "validation_split", "val_ratio", "eval_ratio", "val_split")
 GPUS = ("num_gpus", "n_gpus", "gpus", "nproc_per_node", "num_processes", "cuda_visible_devices", "nnodes")
 TABLE: Table = {
@@ -41,7 +50,7 @@ TABLE: Table = {
     "system_prompt": to("data.system", by=str),
     "trust_remote_code": to("base.trust_remote_code", by=true),
     "chat_template": Without(TEMPLATE.removeprefix(REMOVE)),
-    **each("eval_file val_file validation_file test_file eval_dataset dataset_test_split", held_out("files for validation")),
+    **each(" ".join(HELD_OUT), Joined("evaluate.datasets")),
     **each("output_path save_dir log_dir logs_dir log_file work_dir", KEPT),
     **each("num_workers preprocessing_num_workers dataset_num_proc device device_map master_port", Without(SPEED)),
     **each("bias task_type", Without("an adapter of a causal language model, without biases, is what trains")),
@@ -100,6 +109,9 @@ def _sources(translation: Translation) -> None:
         known = ", ".join(name.upper() for name in FILES[:3])
         raise translation.job.wrong(key, f"found no data, expected a variable such as {known}", "name the file of the rows in the source")
     translation.write("data.sources", found, key=key)
+    held_out = next((name for name in HELD_OUT if translation.value(name)), "")
+    if files := names(translation.value(held_out, default=[])):
+        write_evaluation(translation, [{"type": "files", "path": translation.local(file)} for file in files], held_out)
     for other in (*MODELS, *FILES):
         if other in translation.job.given and other not in translation.used:
             translation.note(other, Refused("another key names it already"))

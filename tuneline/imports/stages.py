@@ -102,6 +102,23 @@ def _write_eval_steps(translation: Translation, held_out: bool) -> None:
         translation.use(*keys)
 
 
+def write_evaluation(translation: Translation, sources: list[dict[str, Any]], key: str) -> None:
+    """Write an evaluation of the trained model on files of their own. `key`: the key that names them."""
+    train = translation.parts["train"]
+    translation.begin("held-out", "dataset")
+    translation.write("held-out.model", Ref("base"))
+    translation.write("held-out.sources", sources, key=key)
+    translation.write("held-out.dedup", "none")
+    translation.write("held-out.split.test", 0.99, "nearly all rows: a dataset always keeps some for training")
+    translation.begin("evaluate", "evaluate")
+    translation.write("evaluate.model", Ref("train"))
+    translation.write("evaluate.datasets", [Ref("held-out")])
+    if "max_completion_length" in train:
+        translation.write("evaluate.max_new_tokens", train["max_completion_length"])
+    if train.get("resources", {}).get("gpus"):
+        translation.write("evaluate.resources.gpus", 1)
+
+
 def write_schedule(translation: Translation) -> None:
     """Write the arguments of a learning rate schedule, under our names."""
     given, key = translation.value("lr_scheduler_kwargs"), "lr_scheduler_kwargs"

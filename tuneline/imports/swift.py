@@ -15,6 +15,7 @@ from tuneline.imports.stages import (
     finish_adapter,
     is_true,
     without_dropout,
+    write_evaluation,
     write_merge,
     write_model,
     write_schedule,
@@ -58,6 +59,8 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
     if not translation.parts["data"]["sources"]:
         raise job.wrong("dataset", "found no dataset, expected `--dataset`", "name the datasets in the source")
     translation.use("dataset", "columns")
+    if held_out := translation.value("val_dataset"):
+        write_evaluation(translation, [source for named in _list(held_out) for source in _sources(translation, str(named))], "val_dataset")
     finish_adapter(translation)
     without_dropout(translation)
     note_environment(translation)

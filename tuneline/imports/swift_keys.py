@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuneline.config.aliases import TEMPLATE
-from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
+from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
 from tuneline.imports.huggingface import (
     KEPT,
     LOGS,
@@ -16,10 +16,9 @@ from tuneline.imports.huggingface import (
     SPEED,
     TRAINING,
     UPLOADS,
-    held_out,
 )
 from tuneline.imports.rl import SEPARATE
-from tuneline.imports.values import IS_OFF, attention, dtype, if_on, names, number, size, true, whole
+from tuneline.imports.values import attention, dtype, names, number, size, true, whole
 
 METHODS = {"lora": "lora", "full": "full"}
 
@@ -40,8 +39,8 @@ TABLE: Table = {
     "loss_scale": Joined("train.train_on"),
     "model_revision": to("base.revision", by=str),
     "max_length": to("train.max_length", "data.max_length", by=whole),
-    "truncation_strategy": to("data.over_long", by=lambda value: Without("longer rows are dropped and counted") if value == "delete"
-                              else Refused("a conversation is never truncated: longer rows are dropped and counted")),
+    "truncation_strategy": same_if(("delete",), "longer rows are dropped and counted", Refused(
+        "a conversation is never truncated: longer rows are dropped and counted")),
     "system": to("data.system", by=str),
     "packing": to("train.packing", by=true),
     "padding_free": Without("it only changes speed"),
@@ -49,14 +48,14 @@ TABLE: Table = {
     "sequence_parallel_size": to("train.resources.sequence_parallel_size", by=whole),
     "modules_to_save": to("train.lora.modules_to_save", by=names),
     "target_regex": to("train.lora.target_modules", by=str),
-    "lora_bias": to("train.lora.r", by=lambda value: Without("biases are not trained") if value == "none" else NO_FIELD),
+    "lora_bias": same_if(("none",), "biases are not trained", NO_FIELD),
     "lora_dtype": Without("an adapter trains in float32"),
     "lorap_lr_ratio": to("train.lora.lora_plus_ratio", by=number),
     "init_weights": to("train.lora.init_lora_weights", by=lambda value: Without("it is the default") if value in (True, "true")
                        else value if value != "lora-ga" else Refused("LoRA-GA is not offered: `pissa` and `eva` are near")),
     "early_stop_interval": to("train.early_stopping.patience", by=whole),
     "max_epochs": to("train.num_train_epochs", by=number),
-    "stop_words": Refused("write `stop:` in a stage of kind `evaluate`"),
+    "stop_words": Without("`stop:` of a stage of kind `evaluate` ends answers; a training ends them as the template does"),
     "beta": to("train.beta", by=number),
     "rpo_alpha": to("train.rpo_alpha", by=number),
     "label_smoothing": to("train.label_smoothing", by=number),
@@ -68,8 +67,7 @@ TABLE: Table = {
     **each("max_completion_length response_length", to("train.max_completion_length", by=whole)),
     "temperature": to("train.temperature", by=number),
     "top_p": to("train.top_p", by=number),
-    "top_k": to("train.top_p", by=lambda value: Without(IS_OFF) if number(value) <= 0 else
-                Refused("sampling takes `temperature` and `top_p`: all tokens are candidates")),
+    "top_k": Refused("sampling takes `temperature` and `top_p`: all tokens are candidates"),
     "num_iterations": to("train.num_iterations", by=whole),
     "epsilon": to("train.epsilon", by=number),
     "epsilon_high": to("train.epsilon_high", by=number),
@@ -77,8 +75,8 @@ TABLE: Table = {
     "scale_rewards": to("train.scale_rewards", by=lambda value: value if isinstance(value, str) else "group" if value else "none"),
     "overlong_filter": to("train.mask_truncated_completions", by=true),
     **each("steps_per_generation generation_batch_size", Without("each step trains on the completions that it samples")),
-    "advantage_estimator": to("train.scale_rewards", by=lambda value: Without("grpo is what trains") if value == "grpo" else OTHER_RL),
-    "kl_in_reward": to("train.beta", by=if_on(OTHER_RL)),
+    "advantage_estimator": same_if(("grpo",), "grpo is what trains", OTHER_RL),
+    "kl_in_reward": OTHER_RL,
     **each("log_completions log_entropy log_rollout_offpolicy_metrics", LOGS),
     **each("sleep_level offload_model offload_optimizer move_model_batches gc_collect_after_offload vllm_enable_prefix_caching"
            " vllm_enable_lora vllm_max_lora_rank vllm_enforce_eager vllm_max_num_seqs ds3_gather_for_generation",
@@ -101,7 +99,7 @@ TABLE: Table = {
     **each("add_non_thinking_prefix response_prefix preserve_thinking", Refused(
         "answers are trained on as the model's template renders them")),
     **each("model_author model_name", IDENTITY),
-    "val_dataset": held_out("files for validation"),
+    "val_dataset": Joined("evaluate.datasets"),
     **each("cached_dataset cached_val_dataset", Refused("import the files themselves: a dataset stage is cached in the store")),
     "columns": Joined("data.sources"),
     "new_special_tokens": Refused("add the tokens to the model's tokenizer first, and name the folder under `path:`"),
@@ -113,20 +111,18 @@ TABLE: Table = {
     **each("use_logits_to_keep experts_impl tuner_backend check_model add_version create_checkpoint_symlink load_args load_data_args"
            " acc_strategy device_map max_memory zero_hpz_partition_size ignore_args_error packing_length", Without(SPEED)),
     **each("bnb_4bit_compute_dtype", to("train.dtype", by=dtype)),
-    "bnb_4bit_quant_type": to("train.method", by=lambda value: (
-        Without if value == "nf4" else Refused)("4 bits are always NF4")),
+    "bnb_4bit_quant_type": same_if(("nf4",), "4 bits are always NF4", Refused("4 bits are always NF4")),
     "bnb_4bit_use_double_quant": Without("4 bits always use double quantization"),
     "bnb_4bit_quant_storage": Without("quantized weights are not sharded"),
     "max_model_len": Without("`max_length` limits the rows"),
     "rope_scaling": Refused("set it in the model's config.json"),
-    "router_aux_loss_coef": to("train.router_aux_loss_coef", by=lambda value: number(value) or Without(IS_OFF)),
+    "router_aux_loss_coef": NO_FIELD,
     "merge_lora": Joined("merge.adapters"),
     "max_shard_size": to("merge.max_shard_size", by=size),
     "quant_n_samples": to("quantize.samples", by=whole),
     "quant_batch_size": Without(SPEED),
     "group_size": to("quantize.group_size", by=whole),
-    "predict_with_generate": Refused(
-        "add a stage `{kind: evaluate, model: sft, datasets: [data]}`, with `split: {test: 0.1}` in the dataset"),
+    "predict_with_generate": Without("a stage of kind `evaluate` generates answers: `val_dataset` makes one"),
     **each("optimizer optim_args use_galore galore_rank galore_target_modules galore_quantization galore_optim_per_parameter galore_scale"
            " galore_update_proj_gap lisa_activated_layers lisa_step_interval", OTHER_OPTIMIZER),
     **each("lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale lora_ga_stable_gamma"

@@ -18,7 +18,7 @@ from tuneline.paths import folder_to_allow, outside, resolve_path
 from tuneline.wording import short, shown
 
 UNRESOLVED = re.compile(r"\$[\w({@*]")  # a shell variable that the script does not set, or an interpolation without a value
-OFF: tuple[Any, ...] = (None, False, "", "none", "None", [], {}, "[]", "{}")
+OFF: tuple[Any, ...] = (None, False, -1, "", "none", "None", [], {}, "[]", "{}")
 SECRET = re.compile(r"(token|key|secret|password)$", re.IGNORECASE)  # keys whose values are never shown
 
 

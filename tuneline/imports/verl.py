@@ -8,8 +8,8 @@ from tuneline.config.hints import repository
 from tuneline.imports.huggingface import MEGATRON
 from tuneline.imports.launch import drop_unused_warmup, note_environment, place_on_devices
 from tuneline.imports.rl import SIGNATURE
-from tuneline.imports.stages import begin_training, continue_adapter, write_model, write_seed
-from tuneline.imports.translation import Job, Launch, Translation
+from tuneline.imports.stages import begin_training, continue_adapter, write_evaluation, write_model, write_seed
+from tuneline.imports.translation import Job, Launch, Translation, exists
 from tuneline.imports.values import names, number
 from tuneline.imports.verl_keys import ESTIMATORS, RL, RL_DEFAULTS, SFT, SFT_DEFAULTS, TRAINER, A, F, M, R
 
@@ -126,8 +126,12 @@ def _sources(translation: Translation, columns: dict[str, str], form: str) -> No
     translation.use("data.train_files", "data.prompt_key", "data.response_key", "data.train_max_samples")
     if not files:
         raise translation.job.wrong("data.train_files", "found no data.train_files, expected one or more files", "name them in the source")
-    found = []
-    for file in files:
-        hub = repository(file)
-        found.append({"type": "hub", "repo": hub, **more} if hub else {"type": "files", "path": translation.local(file), **more})
-    translation.write("data.sources", found, key="data.train_files")
+    translation.write("data.sources", [_source(translation, file, more) for file in files], key="data.train_files")
+    more.pop("max_rows", None)
+    if held_out := names(translation.value("data.val_files", default=[])):
+        write_evaluation(translation, [_source(translation, file, more) for file in held_out], "data.val_files")
+
+
+def _source(translation: Translation, file: str, more: dict[str, Any]) -> dict[str, Any]:
+    hub = None if exists(translation.job.path(file)) else repository(file)
+    return {"type": "hub", "repo": hub, **more} if hub else {"type": "files", "path": translation.local(file), **more}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from tuneline.config.aliases import TEMPLATE
-from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
-from tuneline.imports.huggingface import KEPT, LOGS, MEGATRON, NO_FIELD, RESUMES, SAVES, SPEED, TRAINING
+from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
+from tuneline.imports.huggingface import KEPT, LOGS, MEGATRON, OTHER_CHIPS, RESUMES, SAVES, SPEED, TRAINING
 from tuneline.imports.rl import SEPARATE
-from tuneline.imports.values import IS_OFF, above, if_on, kernels, modules, names, number, true, warmup, whole
+from tuneline.imports.values import above, kernels, modules, names, number, true, warmup, whole
 
 A, R = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
 M, F = "actor_rollout_ref.model.", "actor_rollout_ref.actor.fsdp_config."
 LOSSES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum-norm": "dr_grpo"}
 ESTIMATORS = ("grpo", "grpo_vectorized", "dr_grpo")
-SPLIT = Refused("add a stage `{kind: evaluate, model: grpo, datasets: [data]}`, with `split: {test: 0.1}` in the dataset")
+EVALUATES = Without("a stage of kind `evaluate` scores the finished model on `data.val_files`")
 SERVER = Without("vLLM is a server of its own: `resources: {engine: ...}` has its settings")
-ENTROPY = to("train.beta", by=lambda value: Refused("grpo has no entropy bonus") if number(value) else Without(IS_OFF))
+ENTROPY = Refused("grpo has no entropy bonus")
 
 
 def _prefixed(prefix: str, table: Table) -> Table:
@@ -23,12 +23,12 @@ def _prefixed(prefix: str, table: Table) -> Table:
 
 RL: Table = {
     "algorithm.adv_estimator": Joined("train.kind"),
-    "algorithm.use_kl_in_reward": to("train.beta", by=if_on(Refused("the KL divergence is a loss here: `beta`"))),
+    "algorithm.use_kl_in_reward": Refused("the KL divergence is a loss here: `beta`"),
     **each("algorithm.kl_ctrl.kl_coef algorithm.kl_ctrl.type algorithm.gamma algorithm.lam algorithm.kl_penalty", Without(
         "it has no effect with grpo and without KL in the reward")),
     "algorithm.norm_adv_by_std_in_grpo": to("train.scale_rewards", by=lambda value: "group" if true(value) else "none"),
     **each("data.train_files data.prompt_key", Joined("data.sources")),
-    "data.val_files": SPLIT,
+    "data.val_files": Joined("evaluate.datasets"),
     **each(f"data.train_batch_size {A}ppo_mini_batch_size {R}n", Joined("train.global_batch_size")),
     **each(f"{A}ppo_micro_batch_size_per_gpu {A}ppo_micro_batch_size", Joined("train.resources.micro_batch_size")),
     "data.max_prompt_length": to("data.max_length", by=whole),
@@ -36,10 +36,10 @@ RL: Table = {
     "data.filter_overlong_prompts": Without("prompts longer than max_length are dropped and counted"),
     "data.truncation": Without("prompts longer than max_length are dropped and counted, never truncated"),
     "data.seed": to("data.seed", by=whole),
-    "data.shuffle": to("train.seed", by=lambda value: Without("rows are shuffled by the seed") if true(value)
-                       else Refused("rows are always shuffled, by the stage's `seed`", even_off=True)),
+    "data.shuffle": same_if((True,), "rows are shuffled by the seed", Refused(
+        "rows are always shuffled, by the stage's `seed`", even_off=True)),
     "data.train_max_samples": Joined("data.sources"),
-    **each("data.val_batch_size data.val_max_samples trainer.test_freq trainer.val_before_train", SPLIT),
+    **each("data.val_batch_size data.val_max_samples trainer.test_freq trainer.val_before_train", EVALUATES),
     **_prefixed(M, {
         "path": Joined("base.hub"),
         "lora_rank": to("train.lora.r", by=lambda value: whole(value) or Refused(
@@ -64,8 +64,8 @@ RL: Table = {
         **each("grad_clip optim.clip_grad", to("train.max_grad_norm", by=number)),
         "use_kl_loss": Joined("train.beta"),
         "kl_loss_coef": Joined("train.beta"),
-        "kl_loss_type": to("train.beta", by=lambda value: Without("the low-variance estimate (k3) is what is computed") if value in (
-            "low_var_kl", "k3") else Refused("the KL divergence is always estimated by k3 (low_var_kl)")),
+        "kl_loss_type": same_if(("low_var_kl", "k3"), "the low-variance estimate (k3) is what is computed", Refused(
+            "the KL divergence is always estimated by k3 (low_var_kl)")),
         "entropy_coeff": ENTROPY,
         **each("clip_ratio clip_ratio_low", to("train.epsilon", by=number)),
         "clip_ratio_high": to("train.epsilon_high", by=number),
@@ -85,7 +85,7 @@ RL: Table = {
             value, Refused("write `rollouts: {engine: vllm}`, or transformers"))),
         "temperature": to("train.temperature", by=number),
         "top_p": to("train.top_p", by=number),
-        "top_k": to("train.top_p", by=lambda value: Without(IS_OFF) if number(value) <= 0 else NO_FIELD),
+        "top_k": Refused("sampling takes `temperature` and `top_p`: all tokens are candidates"),
         "gpu_memory_utilization": to("train.resources.engine.gpu_memory_utilization", by=number),
         "max_model_len": to("train.resources.engine.max_model_len", by=whole),
         "max_num_seqs": to("train.resources.engine.max_num_seqs", by=whole),
@@ -99,14 +99,14 @@ RL: Table = {
            " actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu actor_rollout_ref.ref.log_prob_use_dynamic_bsz"
            " actor_rollout_ref.hybrid_engine", Without("the reference is the model with its adapter disabled")),
     **each("custom_reward_function.path custom_reward_function.name reward_model.reward_manager", Joined("train.rewards")),
-    "reward_model.enable": to("train.rewards", by=if_on(Refused("rewards are functions: docs/rewards.md"))),
+    "reward_model.enable": Refused("rewards are functions: docs/rewards.md"),
     "trainer.critic_warmup": Without("grpo has no critic"),
 }  # fmt: skip
 SFT: Table = {
     "model.partial_pretrain": Joined("base.hub"),
     **each("data.train_files data.prompt_key data.response_key data.multiturn.enable", Joined("data.sources")),
     **each("data.prompt_dict_keys data.response_dict_keys", Refused("name a column with the text itself in `columns:`")),
-    "data.val_files": SPLIT,
+    "data.val_files": Joined("evaluate.datasets"),
     **each("data.train_batch_size", to("train.global_batch_size", by=whole)),
     **each("data.micro_batch_size_per_gpu data.micro_batch_size", to("train.resources.micro_batch_size", by=whole)),
     "data.max_length": to("train.max_length", "data.max_length", by=whole),
@@ -139,9 +139,8 @@ TRAINER: Table = {
     **each("trainer.default_local_dir trainer.default_hdfs_dir trainer.rollout_data_dir trainer.validation_data_dir", KEPT),
     **each("trainer.resume_mode trainer.resume_from_path", RESUMES),
     **each("trainer.balance_batch trainer.ray_wait_register_center_timeout trainer.use_legacy_worker_impl", Without(SPEED)),
-    "trainer.device": to("train.seed", by=lambda value: Without("`resources: {gpus: 1}` decides it") if value in ("cuda", "cpu")
-                         else Refused("tuneline trains on CPUs and on GPUs that torch calls cuda")),
-    "trainer.test_freq": SPLIT,
+    "trainer.device": same_if(("cuda", "cpu"), "`resources: {gpus: 1}` decides it", OTHER_CHIPS),
+    **each("trainer.test_freq trainer.val_before_train", EVALUATES),
 }  # fmt: skip
 TABLE: Table = {**SFT, **RL, **TRAINER}
 RL_DEFAULTS = {
