@@ -31,8 +31,8 @@ def import_command(sources: tuple[str, ...], into: Path | None, name: str) -> No
     else:
         click.echo(whole_file(draft), nl=False)
     refused = {note.key for note in draft.notes if isinstance(note.fate, Refused)}
-    without = {note.key for note in draft.notes} - refused
-    counts = f"{draft.used} keys became fields, {len(without)} have no effect here, {len(refused)} have no counterpart"
+    without = {note.key for note in draft.notes} - refused - draft.used
+    counts = f"{len(draft.used)} keys became fields, {len(without)} have no effect here, {len(refused)} have no counterpart"
     click.echo(f"{counts}: the comments name each" if refused or without else counts, err=True)
     for path in dict.fromkeys(draft.missing):
         click.echo(f"warning: `{path}` does not exist", err=True)

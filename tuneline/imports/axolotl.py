@@ -56,6 +56,8 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
         for entry in entries if isinstance(entries, list) else [entries]:
             translation.parts["data"]["sources"].append(_source(translation, entry, key))
         translation.use(key)
+        if entries:
+            translation.origins["data", "sources"] = key
     held_out = translation.value("test_datasets", default=[])
     if isinstance(held_out, list) and held_out:
         write_evaluation(translation, [_source(translation, entry, "test_datasets") for entry in held_out], "test_datasets")

@@ -42,8 +42,8 @@ class Draft:
     missing: list[str] = field(default_factory=list)
     roots: list[str] = field(default_factory=list)
     """Folders that paths lead into, besides that of the result."""
-    used: int = 0
-    """Number of the sources' keys that became fields."""
+    used: set[str] = field(default_factory=set)
+    """Keys of the sources that became fields."""
     outputs: dict[str, str] = field(default_factory=dict)
     """Training stages by the output folder of their source."""
 
@@ -68,7 +68,7 @@ class Draft:
         self.remarks += [remark for remark in translation.remarks if remark not in self.remarks]
         self.missing += translation.missing
         self.roots += [folder for folder in translation.roots if folder not in self.roots]
-        self.used += len(translation.used)
+        self.used |= translation.used
         if "train" in names:
             self.outputs[str(translation.value("output_dir", default="")).rstrip("/")] = names["train"]
 

@@ -80,6 +80,11 @@ def fate_of(key: str, table: Table, model: type[BaseModel] | None = None) -> Fat
     return Refused(hint or "tuneline has no such setting")
 
 
+def kind_of(fate: Fate) -> str:
+    """Return what a fate is called in tables."""
+    return {Without: "no effect", Refused: "refused"}.get(type(fate), "translated")
+
+
 def field_of(fate: Written | Joined) -> str:
     """Return the field that a key is written to, for a message."""
     return f"`{(fate.paths[0] if isinstance(fate, Written) else fate.field).partition('.')[2]}`"

@@ -36,6 +36,7 @@ TOOLS: dict[str, Callable[[Job, dict[str, str]], Translation]] = {
     "ROLL": roll.translate,
     "axolotl": axolotl.translate,
     "TRL": scripts.translate,
+    "the script": scripts.translate,
 }
 TABLES: dict[str, Table] = {
     "LLaMA-Factory": llamafactory_keys.TABLE,

@@ -98,7 +98,7 @@ def _script(script: Script, name: str, folders: tuple[Path, ...], target: Path) 
     if not found and (given := _of_own_script(script)):
         starts = [command for command in script.commands if any(text.endswith(".py") for text in command.texts)]
         launch = launch_of(starts[-1] if starts else Command((), {key: words[0] for key, words in script.variables.items() if words}))
-        yield Job("TRL", "train", given, name, folders, target, launch)
+        yield Job("the script", "train", given, name, folders, target, launch)
 
 
 def _command(command: Command, name: str, folders: tuple[Path, ...], target: Path) -> Iterator[Job]:

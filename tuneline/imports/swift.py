@@ -58,6 +58,7 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
         translation.parts["data"]["sources"] += _sources(translation, str(named))
     if not translation.parts["data"]["sources"]:
         raise job.wrong("dataset", "found no dataset, expected `--dataset`", "name the datasets in the source")
+    translation.origins["data", "sources"] = "dataset"
     translation.use("dataset", "columns")
     if held_out := translation.value("val_dataset"):
         write_evaluation(translation, [source for named in _list(held_out) for source in _sources(translation, str(named))], "val_dataset")

@@ -145,10 +145,13 @@ class Translation:
     def local(self, named: str) -> str:
         """Return a local path for the result: relative below its folder, else absolute. One that does not exist stays as it is."""
         path, target = self.job.path(named), Path(os.path.abspath(self.job.target))
-        if exists(path if not re.search(r"[*?]", path.name) else path.parent):
-            absolute = Path(os.path.abspath(path))
-            named = str(absolute.relative_to(target) if absolute.is_relative_to(target) else absolute)
-        else:
+        found = exists(path if not re.search(r"[*?]", path.name) else path.parent)
+        absolute = Path(os.path.abspath(path))
+        if absolute.is_relative_to(target):
+            named = str(absolute.relative_to(target))
+        elif found:
+            named = str(absolute)
+        if not found:
             self.missing.append(named)
         if outside(resolve_path(target, named), (target,)):
             self.roots.append(folder_to_allow(named))
