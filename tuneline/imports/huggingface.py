@@ -74,7 +74,7 @@ TRAINING: dict[str, Fate] = {
     **each("save_strategy save_only_model save_safetensors safe_serialization save_on_each_node", SAVES),
     **each("output_dir logging_dir cache_dir", KEPT),
     **each("logging_steps logging_strategy logging_first_step plot_loss disable_tqdm log_level", LOGS),
-    **each("overwrite_output_dir resume_from_checkpoint overwrite_cache resume_only_model ignore_data_skip", RESUMES),
+    **each("overwrite_output_dir resume_from_checkpoint resume_only_model ignore_data_skip", RESUMES),
     "run_name": Without("runs have their own names and ids"),
     **each("push_to_hub hub_model_id hub_token hub_private_repo hub_strategy commit_message", UPLOADS),
     **each("dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor", Without(SPEED)),

@@ -135,9 +135,11 @@ def _zero(value: Any, file: Path | None) -> tuple[int | None, str]:
     return (int(match[1]) if match else None), "all" if "offload" in str(value).lower() else ""
 
 
-def drop_unused_warmup(translation: Translation) -> None:
-    """Drop a warm-up that a constant schedule ignores in the source as well."""
+def drop_unused(translation: Translation) -> None:
+    """Drop default epochs beside a number of steps, and a warm-up that a constant schedule ignores in the source as well."""
     train = translation.parts["train"]
+    if "max_steps" in train and ("train", "num_train_epochs") not in translation.origins:
+        train.pop("num_train_epochs", None)
     if train.get("lr_scheduler_type") == "constant" and train.pop("warmup_steps", 0):
         translation.remarks.append("the source names a warm-up, which a constant learning rate ignores")
 

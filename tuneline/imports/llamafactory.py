@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tuneline.imports.fates import Joined, Refused, Without, each
-from tuneline.imports.launch import drop_unused_warmup, note_environment, place_on_devices, write_batch, write_deepspeed
+from tuneline.imports.launch import drop_unused, note_environment, place_on_devices, write_batch, write_deepspeed
 from tuneline.imports.llamafactory_data import file_or_hub, source_of
 from tuneline.imports.llamafactory_keys import DEFAULTS, EXPORT_DEFAULTS, TABLE
 from tuneline.imports.stages import (
@@ -90,7 +90,7 @@ def _batch_and_rest(translation: Translation) -> None:
         translation.use("fsdp")
     write_validation(translation, "val_size")
     write_seed(translation, 42)
-    drop_unused_warmup(translation)
+    drop_unused(translation)
     write_schedule(translation)
     packs = translation.value("packing", "neat_packing", default=translation.value("stage") == "pt")
     if is_true(packs) or translation.on("neat_packing"):

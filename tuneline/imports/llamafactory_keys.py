@@ -74,7 +74,7 @@ TABLE: Table = {
            " ray_storage_path ray_run_name resources_per_worker placement_strategy use_v1_kernels", Without(SPEED)),
     "use_unsloth": Without("TRL already computes the loss without all logits"),
     "ignore_pad_token_for_loss": Without("padding is never trained on"),
-    "streaming": Without("the dataset is an artifact in the store"),
+    **each("streaming overwrite_cache", Without("the dataset is an artifact in the store")),
     "upcast_layernorm": Without("norms compute in float32 in autocast"),
     "disable_shuffling": Refused("rows are always shuffled, by the stage's `seed`"),
     "mix_strategy": Refused("sources are concatenated: set `weight` or `repeat` of a source"),

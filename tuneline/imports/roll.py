@@ -7,7 +7,7 @@ from typing import Any
 
 from tuneline.imports.fates import Without
 from tuneline.imports.huggingface import MEGATRON, NO_FIELD
-from tuneline.imports.launch import drop_unused_warmup, place_on_devices, write_batch
+from tuneline.imports.launch import drop_unused, place_on_devices, write_batch
 from tuneline.imports.rl import OWN, REWARDS, whole_groups
 from tuneline.imports.roll_keys import DEFAULTS, INFER, TABLE, TRAIN
 from tuneline.imports.stages import begin_training, is_true, without_dropout, write_evaluation, write_model, write_seed
@@ -45,7 +45,7 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
     _rewards(translation)
     _sources(translation)
     write_seed(translation, 42)
-    drop_unused_warmup(translation)
+    drop_unused(translation)
     return translation
 
 

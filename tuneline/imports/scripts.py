@@ -8,7 +8,7 @@ from tuneline.config.aliases import TEMPLATE
 from tuneline.config.hints import repository
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
 from tuneline.imports.huggingface import KEPT, LORA, NO_FIELD, SPEED, TRAINING
-from tuneline.imports.launch import drop_unused_warmup, note_environment, place_on_devices, write_batch, write_deepspeed
+from tuneline.imports.launch import drop_unused, note_environment, place_on_devices, write_batch, write_deepspeed
 from tuneline.imports.stages import (
     begin_training,
     finish_adapter,
@@ -94,7 +94,7 @@ def _batch(translation: Translation) -> None:
     if translation.value("fsdp"):
         translation.write("train.resources.strategy", "fsdp", key="fsdp")
     write_validation(translation, next((key for key in SHARES if key in translation.job.given), SHARES[0]))
-    drop_unused_warmup(translation)
+    drop_unused(translation)
     write_schedule(translation)
     note_environment(translation)
 

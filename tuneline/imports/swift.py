@@ -7,7 +7,7 @@ from typing import Any
 
 from tuneline.config.hints import is_path, repository
 from tuneline.imports.fates import Refused, each, to
-from tuneline.imports.launch import drop_unused_warmup, note_environment, place_on_devices, write_batch, write_deepspeed
+from tuneline.imports.launch import drop_unused, note_environment, place_on_devices, write_batch, write_deepspeed
 from tuneline.imports.rl import fit_to_engine, whole_groups, write_engine, write_rewards
 from tuneline.imports.stages import (
     begin_training,
@@ -157,7 +157,7 @@ def _batch(translation: Translation, kind: str) -> None:
     whole_groups(translation)
     write_validation(translation, "split_dataset_ratio")
     write_seed(translation, 42)
-    drop_unused_warmup(translation)
+    drop_unused(translation)
     write_schedule(translation)
 
 

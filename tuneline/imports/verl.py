@@ -6,7 +6,7 @@ from typing import Any
 
 from tuneline.config.hints import repository
 from tuneline.imports.huggingface import MEGATRON
-from tuneline.imports.launch import drop_unused_warmup, note_environment, place_on_devices
+from tuneline.imports.launch import drop_unused, note_environment, place_on_devices
 from tuneline.imports.rl import SIGNATURE
 from tuneline.imports.stages import begin_training, continue_adapter, write_evaluation, write_model, write_seed
 from tuneline.imports.translation import Job, Launch, Translation, exists
@@ -78,7 +78,7 @@ def _devices(translation: Translation) -> None:
             translation.note(f"{A}strategy", MEGATRON)
     if translation.job.action == "sft":
         write_seed(translation, 1)
-    drop_unused_warmup(translation)
+    drop_unused(translation)
     note_environment(translation)
 
 
