@@ -23,7 +23,6 @@ PLAIN = re.compile(r"[A-Za-z_./~][\w./~@+-]*")
 ROLES = ("base", "data", "train", "merge", "quantize", "held-out", "evaluate")
 NAMES = {"merge": "merged", "quantize": "quantized", "evaluate": "evaluated"}
 REQUIRED = ("kind", "model", "dataset", "type", "path", "repo", "hub", "gguf", "sources", "rewards", "adapters", "calibration")
-ROUNDS = 30  # each removes one field or more; an import writes far fewer
 WIDTH = 120
 
 
@@ -91,7 +90,7 @@ def _resolved(value: Any, names: dict[str, str]) -> Any:
 
 def settle(draft: Draft, target: Path) -> None:
     """Move every field that pipelines.yaml refuses into the comments, with the reason. Raises ConfigError if what is left is invalid."""
-    for _ in range(ROUNDS):
+    while True:  # each round removes a field or more
         try:
             check(parse(whole_file(draft), "the result"), target / "pipelines.yaml")
         except ConfigError as error:

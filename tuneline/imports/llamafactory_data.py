@@ -8,7 +8,7 @@ from typing import Any
 from tuneline.config.hints import repository
 from tuneline.imports.translation import Translation, exists
 
-COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations", "kto_tag": "label"}
 """Columns of LLaMA-Factory's formats, under the names of ours."""
 ROLES = {
     "role_tag": ("from", "role"),

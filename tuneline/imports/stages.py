@@ -44,6 +44,7 @@ def begin_training(translation: Translation, kind: str, key: str) -> None:
         hint = ABSENT_KINDS.get(re.sub(r"[-_ ]", "", kind), "what trains is `sft`, on given answers, and `grpo`, on rewards")
         raise translation.job.wrong(key, f"found a training by `{kind}`, expected one of {', '.join(trainings())}", hint)
     translation.use(key)
+    translation.parts["pipeline"] = {}
     translation.begin("data", "dataset")
     translation.begin("train", kind)
     translation.write("data.model", Ref("base"))
