@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from flows.report.figures import Chart, chart, graph
 from flows.report.format import duration, number, utc_time
 from flows.report.headline import facts, headline, trainings, verdicts
+from flows.report.line_chart import svg
 from flows.report.models import columns, metric_rows, role_of, samples
 from flows.report.stage import Stage, between, stages_of
 from tuneline import __version__
@@ -53,6 +55,7 @@ def render(record: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "size": human, "clock": utc_time, "json": as_json, "verdicts": verdicts}
+    environment.filters["svg"] = lambda drawn, label: Markup(svg(drawn, label))  # noqa: S704  (svg escapes)
     stages = stages_of(record)
     compared = columns(stages)
     return environment.get_template("report.html.j2").render(

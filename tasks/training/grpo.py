@@ -128,7 +128,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     check_signal(history)
     after = training.adapter_tensors(trainer.model)
     if arguments.process_index == 0:
-        training.save_history(history, request.meta, ("reward", *(f"rewards/{reward.label}/mean" for reward in stage.rewards)))
+        training.save_history(history, request.meta)
         shutil.copy(request.work / "rollouts.jsonl", request.meta / "rollouts.jsonl")
         training.save_adapter(trainer.model, after, request.payload, base)
         training.check_adapter(request.payload, stage.lora, found, before, events)
