@@ -26,6 +26,7 @@ from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.plan import PlanRow
 from tuneline.planning.verdict import judge, shown_metrics
 from tuneline.workspace.artifact import Manifest
+from tuneline.workspace.file_names import MANIFEST
 from tuneline.workspace.runs import RunRecord, StageRecord, planned
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.workspace import Workspace
@@ -98,7 +99,7 @@ def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: 
     with contextlib.suppress(StoreError):  # a read-only store is enough
         workspace.prepare_store()
     with workspace.store.shared_lock():  # until the record names the artifacts, `gc` must not remove them
-        if gone := [row.stage for row in rows if row.artifact and not (row.artifact.path / "manifest.json").exists()]:
+        if gone := [row.stage for row in rows if row.artifact and not (row.artifact.path / MANIFEST).exists()]:
             raise StageFailed("transient", f"the artifact of {gone[0]} was removed from the store meanwhile", "run again")
         return _recorded(workspace, pipeline, rows, only, reporter)
 

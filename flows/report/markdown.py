@@ -22,6 +22,7 @@ from flows.report.tables import figures
 from tuneline.disk import human
 from tuneline.secrets import masked
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database
@@ -48,7 +49,7 @@ def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
         yield _picture(stage, name, drawn)
     if messages := warnings(stage):
         yield "### Warnings\n\n" + "\n".join(f"- {_code(message)}" for message in messages)
-    if report := stage.text("report.md"):
+    if report := stage.text(REPORT_TEXT):
         yield f"### Report of {_code(stage.kind)}\n\n{_cut(report, LONGEST_REPORT)}"
 
 

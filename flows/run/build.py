@@ -27,6 +27,7 @@ from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.inputs import ResolvedInputs
 from tuneline.workspace.artifact import Artifact, Base, File, Manifest
 from tuneline.workspace.checkpoints import newest
+from tuneline.workspace.file_names import ATTEMPTS, EVENTS, FAILURE, LOG, REQUEST, RESULT
 from tuneline.workspace.protocol import Event, Input, Request, Result
 from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
 from tuneline.workspace.workspace import Workspace
@@ -51,10 +52,10 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     """Run the program and publish its output. The caller holds the key's lock."""
     work, store = run.workspace.work(job.key), run.workspace.store
     if job.name in run.forced:
-        forced.begin(work, run.record, tried=bool(Attempts(work / "attempts.json").of_run(run.record.run_id)))
-    attempts = Attempts(work / "attempts.json")
+        forced.begin(work, run.record, tried=bool(Attempts(work / ATTEMPTS).of_run(run.record.run_id)))
+    attempts = Attempts(work / ATTEMPTS)
     work.mkdir(parents=True, exist_ok=True)
-    for stale in ("result.json", "failure.json"):
+    for stale in (RESULT, FAILURE):
         (work / stale).unlink(missing_ok=True)
     stage, micro_batch = job.stage, attempts.micro_batch(job.stage)
     resolved = as_in_key(run, stage, job.resolved)
@@ -74,7 +75,7 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
         engine=_runtime(run, engine).python if (engine := stage.engine_runtime()) else None,
         join=node.command(run.pipeline, run.workspace.loaded.file, run.workspace.loaded.overrides),
     )
-    request.write(work / "request.json")
+    request.write(work / REQUEST)
     checkpoint = newest(work, job.key)
     if checkpoint and (refused := checkpoint.refused(stage.resources)):
         raise StageFailed("config", *refused)
@@ -83,7 +84,7 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     run.reporter.started(job.name, ", ".join([stage.kind, *details]))
     began = datetime.now(UTC)
     outcome = _supervise(run, job, request, held, taken)
-    if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
+    if outcome.stopped is None and outcome.status == 0 and (work / RESULT).exists():
         try:
             if as_in_key(run, stage, resolved).facts != resolved.facts:
                 raise StageFailed("transient", TOUCHED_WHILE_READ, "the stage is retried automatically, as it may have read other content")
@@ -100,11 +101,11 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     # A full disk can keep a program from writing its failure. Checked before the program's files are deleted.
     unreported = disk.full(request.out, work) if disk.is_full(request.out, work) else None
     shutil.rmtree(request.out, ignore_errors=True)
-    if unreported and not outcome.stopped and not (work / "failure.json").exists():
+    if unreported and not outcome.stopped and not (work / FAILURE).exists():
         raise unreported
     if outcome.stopped != "cancelled":
         forced.failed(work)
-        run.warn(job.name, f"its log is {work / 'log.txt'}")
+        run.warn(job.name, f"its log is {work / LOG}")
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
@@ -166,7 +167,7 @@ def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Ta
             run.reporter.progress(name, event)
 
     # The loader allows several processes only for trainings.
-    command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / "request.json")]
+    command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / REQUEST)]
     try:
         environment, locks = program_environment(request.work, taken.gpus), (held, *taken.descriptors)
         return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)
@@ -184,8 +185,8 @@ def _require_same_inputs(run: RunContext, job: Job) -> None:
 
 
 def _publish(run: RunContext, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:
-    result: Result = Result.read(request.work / "result.json")
-    for name in ("log.txt", "events.jsonl"):
+    result: Result = Result.read(request.work / RESULT)
+    for name in (LOG, EVENTS):
         shutil.copy(request.work / name, request.meta / name)
     host = {
         "machine": platform.machine(),

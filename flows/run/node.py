@@ -27,6 +27,7 @@ from tuneline.config.overrides import as_flags, as_overrides
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.files import try_lock
 from tuneline.kinds.stage import ProgramStage, Resources
+from tuneline.workspace.file_names import FAILURE, LOG, RENDEZVOUS, REQUEST
 from tuneline.workspace.protocol import Failure, Request
 from tuneline.workspace.runs import RunRecord
 from tuneline.workspace.runtimes import find_runtime
@@ -123,7 +124,7 @@ def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
     Skips those older than the run: another run that was killed left them.
     """
     began = datetime.fromisoformat(record.started).timestamp()
-    for file in folder.glob("*/rendezvous.json"):
+    for file in folder.glob(f"*/{RENDEZVOUS}"):
         try:
             meeting = json.loads(file.read_bytes())["id"]
         except (OSError, ValueError):  # gone since
@@ -137,7 +138,7 @@ def _join(
 ) -> None:
     """Take part in one attempt until it ends here, or its first machine has left it."""
     try:
-        request: Request = Request.read(work / "request.json")
+        request: Request = Request.read(work / REQUEST)
     except FileNotFoundError:
         return
     resources = Resources.model_validate(request.resources)
@@ -151,8 +152,8 @@ def _join(
         )
     folder = workspace.home / "nodes" / f"{rank}-{request.key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failure.json").unlink(missing_ok=True)
-    arguments = [str(runtime.python), "-m", "tasks.launch", str(work / "request.json"), str(rank)]
+    (folder / FAILURE).unlink(missing_ok=True)
+    arguments = [str(runtime.python), "-m", "tasks.launch", str(work / REQUEST), str(rank)]
     ended = threading.Event()
 
     def leave_with_the_first() -> None:
@@ -173,7 +174,7 @@ def _join(
             ended.set()
             watching.join()
         how = f"status {outcome.status}"
-        if (folder / "failure.json").exists():
-            failure: Failure = Failure.read(folder / "failure.json")
+        if (folder / FAILURE).exists():
+            failure: Failure = Failure.read(folder / FAILURE)
             how = f"{failure.failure_class}: {failure.message}"
-        say(f"{request.kind} {request.key[:12]} ended here, {how}" + (f"; its log is {folder / 'log.txt'}" if outcome.status else ""))
+        say(f"{request.kind} {request.key[:12]} ended here, {how}" + (f"; its log is {folder / LOG}" if outcome.status else ""))

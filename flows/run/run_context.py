@@ -21,6 +21,7 @@ from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.planning.inputs import ResolvedInputs, resolve
 from tuneline.planning.verdict import shown_metrics
 from tuneline.workspace.artifact import Artifact, Manifest
+from tuneline.workspace.file_names import LOG
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import RunRecord, RunState, StageRecord, StageStatus
 from tuneline.workspace.workspace import Workspace
@@ -140,6 +141,6 @@ class RunContext:
         self.reporter.finished(name, record)
         if status != "skipped":
             planned = next(plan for plan in self.record.planned if plan.stage == name)
-            log = self.workspace.work(self.keys[name]) / "log.txt" if status == "failed" and name in self.keys else None
+            log = self.workspace.work(self.keys[name]) / LOG if status == "failed" and name in self.keys else None
             about = stage.description or f"{name}, {stage.kind} of {self.pipeline}: {status}"
             self.publisher.markdown(f"stage-{self.pipeline}-{name}", lambda: stage_report(planned, record, log), about)

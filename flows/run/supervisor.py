@@ -25,6 +25,7 @@ from tuneline import watchdog
 from tuneline.errors import StageFailed
 from tuneline.paths import PACKAGES_ROOT
 from tuneline.secrets import mask_file, masked
+from tuneline.workspace.file_names import EVENTS, FAILURE, LOG, RESULT
 from tuneline.workspace.protocol import Event
 
 WATCHDOG = Path(watchdog.__file__)
@@ -89,7 +90,7 @@ class Supervisor:
         """
         end_strays(folder)
         oom_kills = _oom_kills()
-        events = _EventTail(folder / "events.jsonl")
+        events = _EventTail(folder / EVENTS)
         with self._lock:
             if self.stopping:
                 return Outcome(143, "cancelled", False)
@@ -105,7 +106,7 @@ class Supervisor:
             )
             self._live.add(process)
         assert process.stdout is not None
-        reader = threading.Thread(target=_pump, args=(process.stdout, folder / "log.txt", on_line), daemon=True)
+        reader = threading.Thread(target=_pump, args=(process.stdout, folder / LOG, on_line), daemon=True)
         reader.start()
         deadline = time.monotonic() + timeout if timeout else None
         stopped: Literal["timeout", "cancelled"] | None = None
@@ -128,7 +129,7 @@ class Supervisor:
         reader.join(5)  # a process that escaped could hold the pipe open
         for event in events.new():
             on_event(event)
-        for name in ("events.jsonl", "result.json", "failure.json"):
+        for name in (EVENTS, RESULT, FAILURE):
             mask_file(folder / name)
         if self.stopping:
             stopped = "cancelled"

@@ -15,6 +15,7 @@ from tasks.data.sources import AnySource, Counts, Item
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_DATA, REPORT_TEXT
 from tuneline.workspace.protocol import Events
 
 if TYPE_CHECKING:
@@ -62,14 +63,14 @@ def write_report(
         text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
         events.sample(text, {"id": row.id, "source": row.source})
         parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
-    (meta / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    (meta / REPORT_TEXT).write_text("\n".join(parts), encoding="utf-8")
     document = {
         "sources": list(by_source(stage, splits, counts)),
         "lengths": bins(lengths) if lengths else [],
         "ignored": counts.ignored,
         "left_out": counts.left_out,
     }
-    (meta / "report.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    (meta / REPORT_DATA).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return figures
 
 

@@ -27,6 +27,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.patches import patch
+from tuneline.workspace.file_names import ENGINE_LOG
 from tuneline.workspace.protocol import Events, Input, Request
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -73,7 +74,7 @@ class EngineModel(LanguageModel):
             if OUTPUT in modules:
                 raise StageFailed("config", f"the adapter changes {OUTPUT}, with which vLLM cannot score", FALLBACK_HINT)
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if stage.resources.gpus else None
-        log = request.work / "engine.log"
+        log = request.work / ENGINE_LOG
         engine = Engine(
             request.engine,
             model_folder(self.base.path),
@@ -95,7 +96,7 @@ class EngineModel(LanguageModel):
                 self.engine = engine
                 yield
         finally:
-            shutil.copy(log, request.meta / "engine.log")
+            shutil.copy(log, request.meta / ENGINE_LOG)
 
     def check(self, prompt: list[int]) -> None:
         """Raises StageFailed(bug) if, on a real prompt, log-probabilities are not finite, or the adapter changes none."""

@@ -28,6 +28,7 @@ from tasks.training.head_checks import check_log_probs
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.grpo import GrpoStage
+from tuneline.workspace.file_names import ROLLOUTS
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             rollout_func=rollouts,
             prompts=prompts,
             rows=dict(zip(prompts, rows, strict=True)),
-            samples=request.work / "rollouts.jsonl",
+            samples=request.work / ROLLOUTS,
             events=events,
         )
         trainer.remove_callback(PrinterCallback)  # events hold the same
@@ -129,7 +130,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     after = training.adapter_tensors(trainer.model)
     if arguments.process_index == 0:
         training.save_history(history, request.meta)
-        shutil.copy(request.work / "rollouts.jsonl", request.meta / "rollouts.jsonl")
+        shutil.copy(request.work / ROLLOUTS, request.meta / ROLLOUTS)
         training.save_adapter(trainer.model, after, request.payload, base)
         training.check_adapter(request.payload, stage.lora, found, before, events)
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}

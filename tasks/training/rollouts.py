@@ -31,6 +31,7 @@ from tuneline.errors import StageFailed
 from tuneline.files import hold_lock, try_lock
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.grpo import GrpoStage
+from tuneline.workspace.file_names import ENGINE_LOG
 from tuneline.workspace.protocol import Events, Request
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -69,7 +70,7 @@ def start(
     modules = {layer.rsplit(".", 1)[-1] for layer in found.layers}
     first = arguments.process_index == 0
     with folder_in_memory(request.key) as folder:
-        log = request.work / "engine.log"
+        log = request.work / ENGINE_LOG
         engine = Engine(
             request.engine,
             model,
@@ -95,7 +96,7 @@ def start(
             yield Rollouts(request, stage, engine, folder, dtype, events)
         finally:
             if first:
-                shutil.copy(log, request.meta / "engine.log")
+                shutil.copy(log, request.meta / ENGINE_LOG)
                 engine.__exit__(None, None, None)
 
 

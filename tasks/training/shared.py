@@ -25,6 +25,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.training import Lora, Training
 from tuneline.patches import patch
 from tuneline.workspace.checkpoints import FOLDER
+from tuneline.workspace.file_names import HISTORY
 from tuneline.workspace.protocol import Events, Input, Request
 
 SHOWN_ROWS = 16  # in a message about a failed step
@@ -253,4 +254,4 @@ def mean_of_last(history: list[dict[str, float]], name: str) -> float:
 def save_history(history: list[dict[str, float]], meta: Path) -> None:
     """Write meta/history.jsonl, an object per log entry. Reports draw its curves."""
     lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
-    (meta / "history.jsonl").write_text("".join(lines), encoding="utf-8")
+    (meta / HISTORY).write_text("".join(lines), encoding="utf-8")

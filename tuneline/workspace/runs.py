@@ -24,6 +24,7 @@ from tuneline.config.spec import Pipeline
 from tuneline.errors import ConfigError, Problem, StoreError
 from tuneline.files import open_lock, try_lock, write_atomically
 from tuneline.kinds.fields import Reference, annotated_values
+from tuneline.workspace.file_names import EVENTS
 from tuneline.workspace.protocol import Event
 
 SCHEMA = 5  # 2: planned stages; 3: run in Prefect; 4: running stages, attempts; 5: cancelled stages. Older schemas can be read.
@@ -255,7 +256,7 @@ def _last_written(folder: Path) -> datetime:
 def _reached(folder: Path, since: float) -> str:
     """Return the last step of a program's last attempt as text, or nothing."""
     with contextlib.suppress(OSError):
-        for line in reversed((folder / "events.jsonl").read_bytes().splitlines()):
+        for line in reversed((folder / EVENTS).read_bytes().splitlines()):
             with contextlib.suppress(ValidationError):  # a line cut off by a kill
                 event = Event.model_validate_json(line)
                 if event.t < since:
