@@ -20,7 +20,7 @@ from flows.run import forced, node
 from flows.run.attempts import Attempts
 from flows.run.run_context import RunContext
 from flows.run.slots import Taken
-from flows.run.supervisor import Outcome, program_environment
+from flows.run.supervisor import Outcome, Program, program_environment
 from tuneline import disk
 from tuneline.errors import ConfigError, StageFailed
 from tuneline.kinds.stage import ProgramStage
@@ -170,7 +170,7 @@ def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Ta
     command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / REQUEST)]
     try:
         environment, locks = program_environment(request.work, taken.gpus), (held, *taken.descriptors)
-        return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)
+        return run.supervisor.run(Program(command, environment, request.work, stage.timeout, locks), on_line, on_event)
     finally:
         progress.close()
 

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from flows.folders import work_in
 from flows.machine import visible_gpus
 from flows.run.slots import Slots
-from flows.run.supervisor import Supervisor, program_environment
+from flows.run.supervisor import Program, Supervisor, program_environment
 from tuneline.config.overrides import as_flags, as_overrides
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.files import try_lock
@@ -34,6 +35,17 @@ from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.workspace import Workspace
 
 POLL = 0.5  # seconds between polls of the shared folder
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine, as it takes part in a run."""
+
+    workspace: Workspace
+    record: RunRecord
+    rank: int
+    supervisor: Supervisor
+    say: Callable[[str], None]
 
 
 def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
@@ -93,10 +105,11 @@ def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], N
         say(f"machine {rank} of run {record.run_id}")
         done: set[str] = set()
         while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
+            machine = Machine(workspace, record, rank, supervisor, say)
             for work, meeting in _meetings(work_in(workspace.home), record):
                 if meeting not in done:
                     done.add(meeting)
-                    _join(workspace, record, work, meeting, rank, supervisor, say)
+                    _join(machine, work, meeting)
             time.sleep(POLL)
         return record
     finally:
@@ -133,10 +146,9 @@ def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
             yield file.parent, meeting
 
 
-def _join(
-    workspace: Workspace, record: RunRecord, work: Path, meeting: str, rank: int, supervisor: Supervisor, say: Callable[[str], None]
-) -> None:
+def _join(machine: Machine, work: Path, meeting: str) -> None:
     """Take part in one attempt until it ends here, or its first machine has left it."""
+    workspace, rank, say = machine.workspace, machine.rank, machine.say
     try:
         request: Request = Request.read(work / REQUEST)
     except FileNotFoundError:
@@ -158,10 +170,10 @@ def _join(
 
     def leave_with_the_first() -> None:
         while not ended.wait(POLL):
-            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(
+            if meeting not in (name for _, name in _meetings(work.parent, machine.record)) and not ended.wait(
                 10
             ):  # the programs may end on their own
-                supervisor.end_all()
+                machine.supervisor.end_all()
 
     watching = threading.Thread(target=leave_with_the_first, daemon=True)
     with Slots(None, visible_gpus()).taken(resources.gpus, resources.devices, {"stage": request.kind}, say) as taken:
@@ -169,7 +181,7 @@ def _join(
         watching.start()
         try:
             environment = program_environment(folder, taken.gpus)
-            outcome = supervisor.run(arguments, environment, folder, None, taken.descriptors, lambda line: None, lambda event: None)
+            outcome = machine.supervisor.run(Program(arguments, environment, folder, locks=taken.descriptors))
         finally:
             ended.set()
             watching.join()

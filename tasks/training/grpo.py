@@ -92,7 +92,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             from tasks.training.rollouts import start
 
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that `rollout_func` may change, but the lock pins TRL
-            rollouts = stack.enter_context(start(request, stage, found, longest, gpus, arguments, events))
+            rollouts = stack.enter_context(start(request, stage, found, longest, gpus, events))
         report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
         trainer = AdapterTrainer(
             model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier else model,

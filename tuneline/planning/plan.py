@@ -23,7 +23,7 @@ from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.kinds.training import Training
 from tuneline.paths import PACKAGES_ROOT
 from tuneline.planning.inputs import ResolvedInputs, benchmark_data, hub_inputs, resolve
-from tuneline.planning.keys import key_document
+from tuneline.planning.keys import Outside, key_document
 from tuneline.wording import listed, nearest
 from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.benchmarks import NOT_SET_UP
@@ -162,8 +162,8 @@ def input_slots(stage: Stage) -> dict[str, str]:
 
 def document_of(stage: ProgramStage, inputs: Mapping[str, Artifact], resolved: ResolvedInputs, salt: str) -> dict[str, Any]:
     """Return the key document of a stage."""
-    version = program_version(stage.kind)
-    return key_document(stage, version, inputs, resolved.digests, resolved.commits, resolved.libraries, salt)
+    outside = Outside(resolved.digests, resolved.commits, resolved.libraries)
+    return key_document(stage, program_version(stage.kind), inputs, outside, salt)
 
 
 def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
