@@ -48,7 +48,7 @@ def main() -> int:
     try:
         check_inputs(request)
         hide(request)
-        program = import_program(request.kind, PROGRAM_STAGES[request.kind].program)
+        program = import_program(PROGRAM_STAGES[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():
             result.model_copy(update={"info": {**result.info, **computed_on()}}).write(folder / RESULT)

@@ -107,10 +107,14 @@ class RunContext:
         record = StageRecord(stage=name, kind=self.stages[name].kind, status="running", key=key, started=datetime.now(UTC).isoformat())
         record.attempts, record.seconds = len(earlier) + 1, round(sum(earlier), 1)
         self._keep(record)
+        failed = True
         try:
             yield
+            failed = False
         finally:
             earlier.append(time.monotonic() - began)
+            if failed:  # the stage waits for a retry, which is no running time, or its end is recorded next
+                self._keep(record.model_copy(update={"started": None, "seconds": round(sum(earlier), 1)}))
 
     def _keep(self, record: StageRecord) -> None:
         with self._lock:
@@ -133,10 +137,8 @@ class RunContext:
         record = StageRecord(stage=name, kind=stage.kind, status=status, key=self.keys.get(name), message=message)
         record.attempts, record.seconds = len(attempts), round(sum(attempts), 1)
         if artifact:
-            manifest = artifact.manifest
-            record.key, record.digest, record.document = manifest.key, manifest.digest, manifest.document
-            record.artifact, record.metrics = str(artifact.path), shown_metrics(stage, manifest.metrics)
-            self.manifests[name] = manifest
+            record.name_artifact(artifact, shown_metrics(stage, artifact.manifest.metrics))
+            self.manifests[name] = artifact.manifest
         self._keep(record)
         self.reporter.finished(name, record)
         if status != "skipped":

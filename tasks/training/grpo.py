@@ -115,15 +115,9 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         before = training.adapter_tensors(trainer.model)
         training.check_before(trainer.model, stage.lora, found, before)
         trainable, parameters = trainer.model.get_nb_trainable_parameters()
-        checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
-        state = checkpoints.ended_at(checkpoint) if checkpoint else None
-        if checkpoint and state:
-            checkpoints.load_adapter(trainer.model, checkpoint)
-        else:
-            if checkpoint:
-                print(f"resuming from {checkpoint.name}", flush=True)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            state = trainer.state
+        state, ended = checkpoints.train_to_end(trainer, request, stage.resources, events)
+        if ended:
+            checkpoints.load_adapter(trainer.model, ended)
 
     history = state.log_history
     check_signal(history)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from tuneline.canonical import key_of
 from tuneline.config.load import Loaded
 from tuneline.config.order import in_order, with_ancestors
-from tuneline.config.yaml_source import dotted
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.kinds.stage import ProgramStage, Stage
@@ -111,7 +110,7 @@ def _row(
         except ConfigError as error:
             code, problems = "file", error.problems
     if problems:
-        row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in problems]
+        row.problems = [workspace.loaded.placed(problem, pipeline_name, name) for problem in problems]
         row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.field) for problem in row.problems]
         return row
     document = document_of(stage, known, resolved, pipeline.salt)
@@ -152,7 +151,7 @@ def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Ite
     """Yield a problem for each unfinished training that cannot resume with its current resources."""
     for row in rows:
         if row.refused:
-            yield _placed(Problem("resources", *row.refused), loaded, pipeline_name, row.stage)
+            yield loaded.placed(Problem("resources", *row.refused), pipeline_name, row.stage)
 
 
 def input_slots(stage: Stage) -> dict[str, str]:
@@ -173,7 +172,7 @@ def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         for path, data in benchmark_data(workspace, stages[row.stage]) if row.artifact is None else ():
             if data.unknown and data != NOT_SET_UP:
                 message = f"its data is not in the cache key and may change: {data.unknown}"
-                yield _placed(Problem(path, message, ""), workspace.loaded, pipeline, row.stage)
+                yield workspace.loaded.placed(Problem(path, message, ""), pipeline, row.stage)
 
 
 @lru_cache
@@ -239,9 +238,3 @@ def _unanswered(workspace: Workspace, stage: Stage) -> Iterator[Problem]:
             workspace.hub.commit(*wanted)
         except StageFailed as error:
             yield Problem(path, error.message, error.hint)
-
-
-def _placed(problem: Problem, loaded: Loaded, pipeline: str, stage: str) -> Problem:
-    keys = tuple(int(part) if part.isdigit() else part for part in problem.field.split("."))
-    path = ("pipelines", pipeline, "stages", stage, *keys)
-    return Problem(dotted(path), problem.message, problem.hint, place=loaded.source.place(path))
