@@ -58,7 +58,7 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     for stale in (RESULT, FAILURE):
         (work / stale).unlink(missing_ok=True)
     stage, micro_batch = job.stage, attempts.micro_batch(job.stage)
-    resolved = as_in_key(run, stage, job.resolved)
+    resolved = require_key_content(run, stage, job.resolved)
     request = Request(
         kind=stage.kind,
         key=job.key,
@@ -86,7 +86,7 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     outcome = _supervise(run, job, request, held, taken)
     if outcome.stopped is None and outcome.status == 0 and (work / RESULT).exists():
         try:
-            if as_in_key(run, stage, resolved).facts != resolved.facts:
+            if require_key_content(run, stage, resolved).facts != resolved.facts:
                 raise StageFailed("transient", TOUCHED_WHILE_READ, "the stage is retried automatically, as it may have read other content")
             _require_same_inputs(run, job)
             artifact = _publish(run, job, request, attempts, began)
@@ -109,7 +109,7 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
 
 
-def as_in_key(run: RunContext, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
+def require_key_content(run: RunContext, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
     """Return the current outside files. Raises StageFailed(data) if their content differs from what the key was computed from.
 
     A program reads files long after they were hashed for the key, at times that we do not know. So this is called before the program

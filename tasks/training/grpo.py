@@ -95,7 +95,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             rollouts = stack.enter_context(start(request, stage, found, longest, gpus, events))
         report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
         trainer = AdapterTrainer(
-            model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier else model,
+            model=training.continued_adapter(model, earlier, base, stage.lora, found) if earlier else model,
             args=arguments,
             reward_funcs=rewards,
             train_dataset=as_dataset(rows, prompts),

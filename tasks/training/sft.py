@@ -159,7 +159,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        model=training.continued_adapter(start.model, earlier, base, stage.lora, start.targets)
         if earlier and start.targets
         else start.model,
         args=arguments,

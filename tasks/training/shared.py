@@ -69,7 +69,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lora: Lora, found: Targets) -> PeftModel:
+def continued_adapter(model: PreTrainedModel, source: Input, base: Input, lora: Lora, found: Targets) -> PeftModel:
     """Put the earlier adapter, trainable, on the model; only its dropout may change.
 
     Raises StageFailed(config) if it belongs to another base, or has another form than the stage configures.

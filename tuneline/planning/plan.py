@@ -115,7 +115,7 @@ def _row(
         return row
     document = document_of(stage, known, resolved, pipeline.salt)
     waiting = [slot for slot in slots if slot not in known]
-    if forced and not waiting and (paid := workspace.runs.paid(pipeline_name, name, key_of(document))):
+    if forced and not waiting and (paid := workspace.runs.run_that_forced(pipeline_name, name, key_of(document))):
         row.reasons.append(Reason("forced", f"already rebuilt by run {paid}, which was stopped later"))
         forced = False
     if forced:

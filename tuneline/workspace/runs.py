@@ -236,7 +236,7 @@ class Runs:
         where, what = ("--run", f"run {run_id} of {pipeline}") if run_id else (pipeline, "run of it yet")
         raise ConfigError([Problem("", f"found no {what}", f"start one with `tuneline run {pipeline}`", place=where)])
 
-    def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
+    def run_that_forced(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
         """Return the id of the run whose `--force` has rebuilt this key already, or None. Counts only if every later run was
         stopped, or if Prefect retries that run (`flow_run`)."""
         stopped = True  # all newer runs were stopped
