@@ -22,7 +22,7 @@ from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.report.tables import figures
-from flows.run.build import Job, require_key_content, build
+from flows.run.build import Job, build, require_key_content
 from flows.run.child import build_in_pool
 from flows.run.run_context import RunContext
 from flows.run.slots import Taken

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 
-# Metrics of TRL's log that are emitted as events, by their name in events.
+# Metrics of TRL's log, by their name in events; `shown_metrics` adds those of each reward.
 SHOWN = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -69,10 +69,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     if arguments.process_index == 0:  # no training changes it, so check it first
         save_tokenizer(tokenizer, request.payload)
         saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
-    rows = read_split(request.inputs["dataset"].path, "train")
-    special_tokens.refuse(rows, tokenizer)
-    check_end(rows, tokenizer, stage.no_end)
-    rows = [with_reference(row, tokenizer) for row in complete(rows, tokenizer, stage.on_unrendered, events, lost_in_asking)]
+    rows = readable_rows(request, stage, tokenizer, events)
     check_rows(rewards, rows)
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
@@ -84,8 +81,6 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     if arguments.process_index == 0:
         for warning in targets.warnings(model, found, stage.lora):
             events.warning(warning)
-    shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
-    shown |= {f"rewards/{reward.label}/std": f"reward_std/{reward.label}" for reward in stage.rewards}
     with ExitStack() as stack:
         rollouts = None
         if stage.uses_engine():
@@ -93,7 +88,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
 
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that `rollout_func` may change, but the lock pins TRL
             rollouts = stack.enter_context(start(request, stage, found, longest, gpus, events))
-        report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
+        report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown_metrics(stage), "reward")
         trainer = AdapterTrainer(
             model=training.continued_adapter(model, earlier, base, stage.lora, found) if earlier else model,
             args=arguments,
@@ -130,6 +125,12 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     metrics = figures(history, stage) | {"trainable_parameters": trainable, "all_parameters": parameters}
     return Result(metrics=metrics, info=info | (rollouts.facts() if rollouts else {}))
+
+
+def shown_metrics(stage: GrpoStage) -> dict[str, str]:
+    """Return the metrics of TRL's log that are emitted as events, by their name in events."""
+    means = {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
+    return SHOWN | means | {f"rewards/{reward.label}/std": f"reward_std/{reward.label}" for reward in stage.rewards}
 
 
 def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
@@ -170,6 +171,14 @@ def split_devices(stage: GrpoStage) -> list[str] | None:
         return devices[:1]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:-own])
     return devices[-own:]
+
+
+def readable_rows(request: Request, stage: GrpoStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> list[Row]:
+    """Return the train split with its references. Raises StageFailed for rows that the chat template does not render whole."""
+    rows = read_split(request.inputs["dataset"].path, "train")
+    special_tokens.refuse(rows, tokenizer)
+    check_end(rows, tokenizer, stage.no_end)
+    return [with_reference(row, tokenizer) for row in complete(rows, tokenizer, stage.on_unrendered, events, lost_in_asking)]
 
 
 def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, events: Events) -> tuple[list[Row], dict[str, list[int]]]:

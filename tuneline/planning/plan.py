@@ -115,8 +115,8 @@ def _row(
         return row
     document = document_of(stage, known, resolved, pipeline.salt)
     waiting = [slot for slot in slots if slot not in known]
-    if forced and not waiting and (paid := workspace.runs.run_that_forced(pipeline_name, name, key_of(document))):
-        row.reasons.append(Reason("forced", f"already rebuilt by run {paid}, which was stopped later"))
+    if forced and not waiting and (other := workspace.runs.run_that_forced(pipeline_name, name, key_of(document))):
+        row.reasons.append(Reason("forced", f"already rebuilt by run {other}, which was stopped later"))
         forced = False
     if forced:
         row.reasons.append(Reason("forced", "requested by --force"))
@@ -129,22 +129,28 @@ def _row(
         row.reasons += list(_compared(earlier, document, slots, set(waiting))) if earlier else [NEVER]
         return row
     row.key, row.document = key_of(document), document
-    if forced:
-        return row
+    if not forced:
+        row.reasons += _look_up(workspace, stage, row, earlier)
+    return row
+
+
+def _look_up(workspace: Workspace, stage: ProgramStage, row: PlanRow, earlier: StageRecord | None) -> list[Reason]:
+    """Look up the row's key in the store. Return why there is no artifact, and note the checkpoint that the stage resumes from."""
+    assert row.key
+    assert row.document
     folder = workspace.store.folder(stage.kind, row.key)
     problem, row.artifact = workspace.store.inspect(folder) if folder.is_dir() else (None, None)
     if row.artifact:
         row.status = "cached"
-    elif problem:
-        row.reasons.append(Reason("corrupt", f"its artifact is broken: {problem}"))
-    elif earlier and earlier.key == row.key:
-        row.reasons.append(Reason("missing", "its artifact is no longer in the store"))
-    else:
-        row.reasons += list(_compared(earlier, document, slots, set())) if earlier else [NEVER]
-    if row.status == "run" and isinstance(stage, Training):
+        return []
+    if isinstance(stage, Training):
         row.checkpoint = newest(workspace.work(row.key), row.key)
         row.refused = row.checkpoint.refused(stage.resources) if row.checkpoint else None
-    return row
+    if problem:
+        return [Reason("corrupt", f"its artifact is broken: {problem}")]
+    if earlier and earlier.key == row.key:
+        return [Reason("missing", "its artifact is no longer in the store")]
+    return list(_compared(earlier, row.document, input_slots(stage), set())) if earlier else [NEVER]
 
 
 def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
