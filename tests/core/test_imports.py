@@ -173,21 +173,39 @@ def test_datasets_of_llama_factory_are_looked_up() -> None:
     Path("data").mkdir()
     Path("data/rows.json").write_text("[]")
     chats = {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "talk", "tools": "tools"}}
+    turns = {
+        "file_name": "rows.json",
+        "formatting": "openai",
+        "columns": {"messages": "talk"},
+        "tags": {"role_tag": "role", "user_tag": "me"},
+    }
     info = {
+        "turns": turns,
         "chats": chats,
         "hub": {"hf_hub_url": "a/b", "subset": "en", "split": "test"},
         "seen": {"file_name": "x.json", "columns": {"images": "i"}},
     }
     Path("data/dataset_info.json").write_text(json.dumps(info))
-    draft = imported("model_name_or_path: a/b\nstage: sft\ndataset: chats,hub,seen,gone\nfinetuning_type: lora\n", "lf.yaml")
+    draft = imported("model_name_or_path: a/b\nstage: sft\ndataset: chats,turns,hub,seen,gone\nfinetuning_type: lora\n", "lf.yaml")
     assert stages(draft)["data"]["sources"] == [
         {"type": "files", "path": "data/rows.json", "format": "sharegpt", "columns": {"conversations": "talk"}},
+        {"type": "files", "path": "data/rows.json", "format": "messages", "columns": {"messages": "talk"}},
         {"type": "hub", "repo": "a/b", "subset": "en", "split": "test"},
         {"type": "files", "path": "data/x.json"},
         {"type": "files", "path": "data/gone.json"},
     ]
     assert draft.missing == ["data/x.json", "data/gone.json"]
+    assert "`turns` has names of roles that tuneline does not know (user_tag: me): rename them in the file" in draft.remarks
     assert "`seen` has images: tuneline trains text models only" in draft.remarks
+
+
+def test_trackers_are_fields_of_the_pipeline() -> None:
+    draft = imported("model_name_or_path: a/b\nstage: sft\ndataset: c/d\nreport_to: [wandb, tensorboard]\n", "lf.yaml")
+    text = whole_file(draft)
+    if "track" in Pipeline.model_fields:
+        assert "    track: {wandb: {}, tensorboard: {}}\n    stages:" in text
+    else:
+        assert "report_to: wandb, tensorboard (line 4): tuneline has no field `track`" in text
 
 
 def test_a_training_and_its_exports_are_one_pipeline() -> None:
