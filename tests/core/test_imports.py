@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -423,3 +424,14 @@ def test_no_configuration_of_another_tool_ends_in_a_traceback(data: st.DataObjec
 def test_no_script_ends_in_a_traceback(text: str) -> None:
     Path("x.sh").write_text(text, encoding="utf-8")
     ends_well("x.sh")
+
+
+def test_the_examples_of_the_docs_become_what_the_page_shows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "importing.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^```\w+ importing/(\S+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    Path("data").mkdir()
+    for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "data/bookings.jsonl", "data/held_out.jsonl"):
+        Path(name).touch()
+    for source, result in (("train.yaml", "llamafactory.yaml"), ("train.sh", "swift.yaml")):
+        Path("data/dataset_info.json").write_text(blocks["data/dataset_info.json"], encoding="utf-8")
+        assert whole_file(imported(blocks[source], source)) == blocks[result]
