@@ -1,4 +1,4 @@
-"""Chooses the weights of a model that get an adapter, and writes PEFT's configuration for them.
+"""Chooses the weights of a model that get an adapter.
 
 `all-linear` means every linear layer except the head, plus the experts of a mixture. transformers 5 holds a layer's experts in one
 tensor, which is no layer: there PEFT adapts the tensor (`target_parameters`). PEFT's own `all-linear` (0.21.2,
@@ -12,11 +12,11 @@ Left out: routers, and layers whose weight a kernel reads without calling the la
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -26,10 +26,12 @@ from transformers.pytorch_utils import Conv1D
 
 from tasks.models.experts import expert_tensors, shape_of
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import Lora
+from tuneline.kinds.adapters import ALL, PRESETS, Lora, Places, at_end, matches
 
-ALL = "all-linear"
 WORTH_A_WARNING = 0.01  # share of the weights beside embeddings and head: below it, no warning that `all-linear` leaves some out
+ATTENTION = re.compile(r"\w*Attention\w{0,2}")
+FEED_FORWARD = re.compile(r"\w*(MLP|Mlp|FeedForward|FFN|Experts|Mo[eE]|Mo[eE]Block)")
+FEED_FORWARD_LAYERS = ("fc1", "fc2", "ffn.0", "ffn.2")  # OPT, BioGPT and XGLM have them without a module around them, CTRL in a list
 READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")  # of Mamba: transformers/models/mamba/modeling_mamba.py
 
 
@@ -48,21 +50,23 @@ class Targets:
 
 
 def adapted(model: PreTrainedModel, lora: Lora, quantized: bool = False) -> Targets:
-    """Resolve `lora.target_modules` in this model: names are matched by their ends, as in PEFT.
+    """Resolve `lora.target_modules` and the fields that narrow it in this model.
 
     The head is never a target: TRL computes the loss directly from its weight, so an adapter on it would not be trained. Raises
-    StageFailed(config) for names that the model does not have, and for settings that PEFT does not support for tensors.
+    StageFailed(config) for settings that match nothing, and for those that PEFT does not support for tensors.
     """
     head, experts = model.get_output_embeddings(), expert_tensors(model)
     linear = {name for name, module in model.named_modules() if is_linear(module) and module is not head}
     alone = {name for name in linear if left_alone(model, name)}
-    chosen = named((linear - alone) | experts.keys(), lora.target_modules)
+    chosen = selected(model, (linear - alone) | experts.keys(), lora)
     mistaken = tuple(name for name in leaves(chosen & linear) if experts and taken_for_experts(model, name))
     as_tensors = {f"{name}.weight": 1 for name in sorted(matching(chosen & linear, mistaken))}
     parameters = as_tensors | {name: experts[name] for name in sorted(chosen & experts.keys())}
     layers = frozenset(name for name in chosen & linear if f"{name}.weight" not in parameters)
-    found = Targets(layers, parameters, exact=bool(parameters) or bool(matching(alone, lora.target_modules)))
+    names = not lora.by_name() or bool(matching(alone, lora.target_modules))
+    found = Targets(layers, parameters, exact=bool(parameters) or names)
     check_settings(found, lora, quantized)
+    check_patterns(found, lora)
     if quantized and (read := sorted(name for name in alone if name.endswith(READ_BY_KERNELS))):
         message = f"method: found qlora for a model whose kernels read weights directly, which bitsandbytes would pack: {read[0]}"
         raise StageFailed("config", message, "set `method: lora`")
@@ -71,7 +75,7 @@ def adapted(model: PreTrainedModel, lora: Lora, quantized: bool = False) -> Targ
 
 def warnings(model: PreTrainedModel, found: Targets, lora: Lora, quantized: bool = False) -> Iterator[str]:
     """Yield warnings about settings that work, but not as a user may expect."""
-    if lora.target_modules == ALL and (missing := left_out(model, found)):
+    if lora.target_modules == ALL and lora.by_name() and (missing := left_out(model, found)):
         yield missing
     if quantized and (experts := expert_tensors(model)):
         yield f"bitsandbytes packs linear layers only: {min(experts)} and the other experts stay unpacked"
@@ -100,20 +104,43 @@ def taken_for_experts(model: PreTrainedModel, name: str) -> bool:
     return name not in config.target_modules
 
 
-def named(known: set[str], target_modules: tuple[str, ...] | str) -> set[str]:
-    if unknown := [target for target in target_modules if target_modules != ALL and not matching(known, (target,))]:
-        names = leaves(known)
-        near = [match for target in unknown for match in difflib.get_close_matches(target, names, 1)]
-        raise StageFailed(
-            "config",
-            f"lora.target_modules: found {', '.join(unknown)}, expected {ALL} or some of {', '.join(names)}",
-            f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, except its head",
-        )
-    return matching(known, target_modules)
+def selected(model: PreTrainedModel, known: set[str], places: Places) -> set[str]:
+    """Return those of the known names that the fields select. Raises StageFailed(config) for a field that matches nothing."""
+    named = places.target_modules if isinstance(places.target_modules, tuple) else ()
+    excluded = places.exclude_modules if isinstance(places.exclude_modules, tuple) else ()
+    for field, names in (("target_modules", named), ("exclude_modules", excluded)):
+        if unknown := [name for name in names if not matching(known, (name,))]:
+            there = leaves(known)
+            near = [match for name in unknown for match in difflib.get_close_matches(name, there, 1)]
+            raise StageFailed(
+                "config",
+                f"lora.{field}: found {', '.join(unknown)}, expected {f'{ALL} or ' if field == 'target_modules' else ''}"
+                f"some of {', '.join(there)}",
+                f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, except its head",
+            )
+    layers = {int(number[1]) for name in known if (number := re.search(r"\.(\d+)\.", name))}
+    if beyond := sorted(set(places.layers_to_transform or ()) - layers):
+        message = f"lora.layers_to_transform: found {', '.join(map(str, beyond))}, expected numbers from {min(layers)} to {max(layers)}"
+        raise StageFailed("config", message, "layers are counted from 0")
+    found = {name for name in known if places.selects(name, part_of(model, name))}
+    if not found:
+        given = {name: getattr(places, name) for name in Places.model_fields if name in places.model_fields_set}
+        matched = " with ".join(f"{name}: {value}" for name, value in given.items())
+        hint = f"the layers are {', '.join(leaves(known))}; a full name is, for example, {min(known)}"
+        raise StageFailed("config", f"lora: found {matched}, which matches no layer of this base model", hint)
+    return found
+
+
+def part_of(model: PreTrainedModel, name: str) -> str:
+    """Return the part of a decoder layer that a layer or tensor belongs to, by the class of the module around it."""
+    around = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    if ATTENTION.fullmatch(around):
+        return "attention"
+    return "mlp" if FEED_FORWARD.fullmatch(around) or name.endswith(FEED_FORWARD_LAYERS) else ""
 
 
 def matching(known: set[str], target_modules: tuple[str, ...] | str) -> set[str]:
-    return {name for name in known if target_modules == ALL or any(f".{name}".endswith(f".{target}") for target in target_modules)}
+    return {name for name in known if target_modules == ALL or target_modules in PRESETS or matches(name, target_modules)}
 
 
 def leaves(names: set[str] | frozenset[str]) -> list[str]:
@@ -134,6 +161,21 @@ def check_settings(found: Targets, lora: Lora, quantized: bool) -> None:
             raise StageFailed("config", message, remedy + rest)
 
 
+def check_patterns(found: Targets, lora: Lora) -> None:
+    """Raises StageFailed(config) for a key of rank_pattern or alpha_pattern that matches no adapted layer, and for tensors, whose layers
+    PEFT does not match (peft/utils/transformers_weight_conversion.py doubles their ranks by own patterns)."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(lora, field)
+        if keys and found.parameters:
+            first = min(found.parameters)
+            others = ", ".join(found.others())
+            message = f"lora.{field}: found {', '.join(keys)}, expected none with experts in one tensor, such as {first}"
+            raise StageFailed("config", message, f"remove it, or adapt only the other layers: `target_modules: [{others}]`")
+        if unknown := [key for key in keys if not any(at_end(key, name) for name in found.layers)]:
+            message = f"lora.{field}: found {', '.join(unknown)}, which matches no layer with an adapter"
+            raise StageFailed("config", message, f"these layers have one: {', '.join(leaves(found.layers))}")
+
+
 def left_out(model: PreTrainedModel, found: Targets) -> str:
     """Return a warning about weights that `all-linear` leaves without an adapter; empty if they are a negligible share."""
     apart = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
@@ -152,58 +194,3 @@ def left_out(model: PreTrainedModel, found: Targets) -> str:
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     share = missing.total() / sum(sizes.values())
     return f"all-linear leaves {share:.0%} of the layers' weights without an adapter ({first}{more}); `method: full` trains all"
-
-
-# --- PEFT -------------------------------------------------------------------------------------------------------------
-
-
-def lora_config(lora: Lora, found: Targets) -> LoraConfig:
-    modules: Any = lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules))
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=_plain(lora.lora_alpha),
-        lora_dropout=float(lora.lora_dropout),
-        target_modules=sorted(found.layers) if found.exact else modules,
-        target_parameters=sorted(found.parameters) or None,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
-
-
-def _plain(number: float) -> int | float:
-    """Return 32 for 32.0, so that equal configurations are written as equal bytes."""
-    return int(number) if float(number).is_integer() else number
-
-
-def meant_by(config: LoraConfig, model: PreTrainedModel) -> set[str]:
-    """Return the layers and tensors of a model that a saved adapter's configuration matches."""
-    linear = {name for name, module in model.named_modules() if is_linear(module)}
-    tensors = {name for name, _ in model.named_parameters()}
-    return matching(linear, tuple(config.target_modules)) | matching(tensors, tuple(config.target_parameters or ()))
-
-
-def check_form(config: dict[str, Any], tensors: dict[str, torch.Tensor], lora: Lora, found: Targets) -> None:
-    """Raises StageFailed(bug) unless an adapter has the configured settings, number of tensors and ranks."""
-    wanted = lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora"}) | {"rank_pattern": {}, "alpha_pattern": {}}
-    for name, value in wanted.items():
-        if config[name] != value:
-            raise StageFailed("bug", f"the adapter has {name} {config[name]}, expected {value}")
-    expected = len(found.layers) * (3 if lora.use_dora else 2) + len(found.parameters) * 2
-    if len(tensors) != expected:
-        places = len(found.layers) + len(found.parameters)
-        raise StageFailed("bug", f"the adapter has {len(tensors)} tensors, expected {expected} for {places} layers")
-    left = {part: Counter(ranks(lora, found)) for part in ("lora_A", "lora_B")}
-    for name, tensor in tensors.items():
-        part = name.split(".")[-2]
-        if part in left:
-            rank = tensor.shape[0 if part == "lora_A" else 1]
-            if not left[part][rank]:
-                raise StageFailed("bug", f"{name} of the adapter has rank {rank}, expected {lora.r}")
-            left[part][rank] -= 1
-
-
-def ranks(lora: Lora, found: Targets) -> Iterator[int]:
-    """Yield the rank at each place: PEFT joins the ranks of a tensor's matrices."""
-    yield from (lora.r for _ in found.layers)
-    yield from (lora.r * matrices for matrices in found.parameters.values())

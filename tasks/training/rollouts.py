@@ -75,7 +75,7 @@ def start(
             model,
             settings,
             stage.dtype,
-            lora_rank=stage.lora.r,
+            lora_rank=stage.lora.highest_rank(),
             max_model_len=longest,
             log=log,
             gpus=gpus,
@@ -183,7 +183,7 @@ class Rollouts:
         if accelerator.is_main_process:
             place = self.folder / self.name
             place.mkdir()
-            save_adapter(model, self.weights, place, self.request.inputs["model"])
+            save_adapter(model, self.weights, place, self.request.inputs["model"], self.stage.lora)
             self.engine.load(self.name, place)
             if before:
                 self.engine.unload(before)

@@ -60,6 +60,7 @@ class Start:
 def run(request: Request, stage: Supervised, events: Events, loss_type: str = "nll") -> Result:
     """Train. `loss_type` is one of TRL's SFTConfig."""
     from tasks.models import targets
+    from tasks.training import initial
     from tasks.training import shared as training
 
     check_device(stage)
@@ -80,8 +81,10 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
     trainer = make_trainer(request, stage, arguments, Start(model, tokenizer, found, train, validation), report)
-    before = training.adapter_tensors(trainer.model) if found else {}
+    before: dict[str, torch.Tensor] = {}
     if found:
+        initial.initialize(trainer, stage.lora, found, train, request.work)
+        before = training.adapter_tensors(trainer.model)
         training.check_before(trainer.model, stage.lora, found, before)
     trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(model),) * 2
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
@@ -96,8 +99,9 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     if arguments.process_index == 0:
         training.save_history(state.log_history, request.meta)
         if found:
-            training.save_adapter(trainer.model, after, request.payload, base)
-            training.check_adapter(request.payload, stage.lora, found, before, events)
+            before, after = (initial.as_saved(tensors, stage.lora, request.work) for tensors in (before, after))
+            training.save_adapter(trainer.model, after, request.payload, base, stage.lora)
+            training.check_adapter(request.payload, stage.lora.as_saved(), found, before, events)
         else:
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
@@ -149,7 +153,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     """Build the trainer with all rows. Its checks run on the loaded rows now, and on the wrapped model before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from tasks.models import targets
+    from tasks.models import adapters
     from tasks.training import checkpoints, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
@@ -168,7 +172,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
         eval_dataset=start.validation,
         processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
+        peft_config=adapters.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         resources=stage.resources,
     )

@@ -18,11 +18,13 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tasks.models.adapters import check_form, lora_config, meant_by, saved_config
 from tasks.models.loading import check_loaded, compute_type
-from tasks.models.targets import Targets, check_form, lora_config, meant_by
+from tasks.models.targets import Targets
 from tasks.training import strategies
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import Lora, Training
+from tuneline.kinds.adapters import Lora
+from tuneline.kinds.training import Training
 from tuneline.patches import patch
 from tuneline.workspace.checkpoints import FOLDER
 from tuneline.workspace.protocol import Events, Input, Request
@@ -79,7 +81,7 @@ def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lo
     wanted = lora_config(lora, found)
     differences = [
         f"{name} {getattr(config, name)} instead of {getattr(wanted, name)}"
-        for name in ("r", "lora_alpha", "use_rslora", "use_dora")
+        for name in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         if getattr(config, name) != getattr(wanted, name)
     ]
     has, wants = meant_by(config, model), found.layers | found.parameters.keys()
@@ -109,12 +111,12 @@ def config_of(model: PeftModel) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
-def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input) -> None:
+def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input, lora: Lora) -> None:
     """Write the adapter in the same way everywhere: sorted lists, and the base's digest instead of its path.
 
     PEFT's own `save_pretrained` writes sets in hash order, the base's path, and a README.
     """
-    config = config_of(model) | {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
+    config = saved_config(config_of(model), lora) | {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (payload / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     save_file(tensors, payload / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -61,8 +61,7 @@ class Job:
     def trainable(self) -> int:
         if self.method == "full":
             return self.architecture.parameters
-        lora = self.stage.lora
-        return self.architecture.lora_parameters(lora.r, lora.target_modules, lora.use_dora)
+        return self.architecture.lora_parameters(self.stage.lora)
 
     @property
     def on_gpu(self) -> bool:
@@ -186,10 +185,10 @@ class Job:
         """Return the bytes of the inputs of A and B of each adapter. Parallel layers share them, unless cast or dropped out for each."""
         a, lora, compute = self.architecture, self.stage.lora, self.compute
         own, shared = 0.0, dict[str, float]()
-        for name, layers in a.targeted(lora.target_modules).items():
+        for name, layers in a.targeted(lora).items():
             inputs, outputs = a.linear[name]
-            share = layers / a.num_hidden_layers
-            own += share * compute * lora.r
+            share = len(layers) / a.num_hidden_layers
+            own += compute * sum(lora.rank_of(layer) for layer in layers) / a.num_hidden_layers
             if self.mixed or lora.lora_dropout:
                 own += share * compute * inputs
             elif name != "self_attn.o_proj":  # attention keeps its input anyway

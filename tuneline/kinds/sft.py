@@ -120,3 +120,4 @@ class SftStage(Supervised):
     kind: Literal["sft"]
     also_called: ClassVar = (*Supervised.also_called, "qlora", "full", "fullfinetune", "pretrain", "pt", "cpt", "instruct", "supervised")
     program: ClassVar = "tasks.training.sft"
+    every_adapter: ClassVar = True

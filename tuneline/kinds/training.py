@@ -4,40 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
-from tuneline.kinds.engine import MAX_LORA_RANK
-from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered, Strict
+from tuneline.kinds.adapters import Lora
+from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered
 from tuneline.kinds.stage import ComputingStage, Stage
 from tuneline.kinds.strategy import strategy_problems
 
 Method = Literal["lora", "qlora", "full"]
-
-
-class Lora(Strict):
-    """Low-rank adapter (LoRA), under PEFT's names."""
-
-    r: int = Field(16, ge=1, le=1024)
-    """Rank; a higher rank has more capacity and needs more memory."""
-    lora_alpha: float = Field(32, gt=0)
-    """Scaling numerator: the update is multiplied by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability of the adapter's inputs during training."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Modules that get an adapter: names of linear layers and expert tensors, or `all-linear` for all of them except the output head."""
-    use_rslora: bool = False
-    """Use rank-stabilized scaling (rsLoRA, arXiv:2312.03732)."""
-    use_dora: bool = False
-    """Use weight-decomposed adapters (DoRA, arXiv:2402.09353): often more accurate, but slower."""
-
-    def unserved(self) -> str | None:
-        """Return what vLLM cannot serve, or None: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
-        if self.use_dora:
-            return "DoRA, which vLLM does not serve"
-        return f"rank {self.r}, but vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
 
 
 class Training(ComputingStage):
@@ -47,6 +25,8 @@ class Training(ComputingStage):
     batches: ClassVar = True
     role: ClassVar = "fine-tuned"  # tables call an adapter `adapter`
     also_called: ClassVar[tuple[str, ...]] = ("train", "training", "finetune", "finetuning", "tune", "lora", "adapter")
+    every_adapter: ClassVar[bool] = False
+    """Whether the program also trains adapters that are not LoRA, or that change the base's weights."""
     model: FullPrecisionRef
     """Model to train."""
     dataset: DatasetRef
@@ -139,6 +119,8 @@ class Training(ComputingStage):
 
     def problems(self) -> Iterator[Problem]:
         yield from strategy_problems(self.resources, self.lora.use_dora)
+        yield from (replace(problem, field=f"lora.{problem.field}") for problem in self.lora.problems())
+        yield from self._init_problems()
         at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
         if self.global_batch_size % (micro * at_once):
             alone = self.global_batch_size % at_once  # no micro-batch size would fit
@@ -159,3 +141,22 @@ class Training(ComputingStage):
                 "found constant with warmup_steps, which it ignores",
                 "set `lr_scheduler_type: constant_with_warmup`",
             )
+
+    def _init_problems(self) -> Iterator[Problem]:
+        init, field = self.lora.init_lora_weights, "lora.init_lora_weights"
+        if init is True:
+            return
+        if self.adapter is not None:
+            yield Problem(field, f"found {init} with `adapter`, whose weights are trained further", "remove it")
+        if init == "gaussian":
+            return
+        if not self.every_adapter:
+            # The reference model and the sampled one are the base with its adapter off or on: a changed base would be neither.
+            yield Problem(field, f"found {init}, expected true or gaussian for {self.kind}", "remove it, or train with sft first")
+        if self.lora.changes_base() and self.training_method() == "qlora":
+            # peft/tuners/lora/layer.py: pissa_init needs floating-point weights; olora_init quantizes again, so no adapter fits the base.
+            yield Problem(field, f"found {init} with `method: qlora`, which cannot subtract from quantized weights", "set `method: lora`")
+        if self.resources.strategy in ("zero3", "fsdp") or (init == "eva" and self.resources.strategy == "device_map"):
+            # peft/tuners/lora/eva.py and layer.py compute on one process's whole model, before it is sharded.
+            found = f"found {self.resources.strategy} with lora.init_lora_weights: {init}, which needs the whole model in one place"
+            yield Problem("resources.strategy", found, "set `strategy: zero2`")

@@ -1,0 +1,73 @@
+"""Every kind of adapter and of first weights: trained, resumed, read by PEFT on the untouched base, merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from process_tools import losses
+from program_tools import make_request, payload_digest, run_program, run_until
+from sft_tools import request_for
+from transformers import AutoModelForCausalLM
+
+from tasks.training import sft
+from tuneline.workspace.protocol import Input
+
+LORA = {"r": 4, "lora_alpha": 8}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"lora": LORA},
+    "attention": {"lora": {**LORA, "target_modules": "attention", "layers_to_transform": [1]}},
+    "expression": {"lora": {**LORA, "target_modules": r".*\.(q|v)_proj", "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"0.self_attn.v_proj": 4}}},
+    "gaussian": {"lora": {**LORA, "init_lora_weights": "gaussian", "exclude_modules": ["down_proj"]}},
+    "pissa": {"lora": {**LORA, "init_lora_weights": "pissa", "lora_dropout": 0.1}},
+    "pissa_niter_4": {"lora": {**LORA, "init_lora_weights": "pissa_niter_4", "rank_pattern": {"down_proj": 8}}},
+    "olora": {"lora": {**LORA, "init_lora_weights": "olora", "use_rslora": True}},
+    "eva": {"lora": {**LORA, "init_lora_weights": "eva", "lora_dropout": 0.1}},
+}  # fmt: skip
+IN_CI = {"expression", "pissa"}
+CASES = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.full) for name in VARIANTS]
+IDS = torch.arange(5, 60)[None]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_variant_is_trained_resumed_read_by_peft_and_merged(
+    name: str, base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[torch.Tensor] = []
+    monkeypatch.setattr(sft, "end_of_training", keeping_logits(sft.end_of_training, trained))
+    whole, killed = (
+        request_for(tmp_path / each, base, **VARIANTS[name], resources={"checkpoint_steps": 2}) for each in ("whole", "killed")
+    )
+    run_program(whole)
+    run_until(killed, 1)  # before a checkpoint
+    run_until(killed, 5)
+    run_program(killed)
+    assert payload_digest(killed) == payload_digest(whole)
+    assert losses(whole)[-1] < losses(whole)[0]
+
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base.path)
+        before = plain(IDS).logits
+        after = PeftModel.from_pretrained(plain, whole.payload)(IDS).logits
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, trained[0], atol=1e-4, rtol=1e-4)
+
+    adapter = Input(path=whole.payload, digest="a" * 64, type="Adapter", base=base)
+    request = make_request(tmp_path / "merge", {"kind": "merge", "adapters": ["sft"]}, {"adapters.0": adapter})
+    run_program(request)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(request.payload)(IDS).logits
+    torch.testing.assert_close(merged, after, atol=1e-4, rtol=1e-4)
+
+
+def keeping_logits(real: Any, kept: list[torch.Tensor]) -> Any:
+    def end(trainer: Any, *args: Any) -> Any:
+        found = real(trainer, *args)
+        with torch.no_grad():
+            kept.append(trainer.model.eval()(IDS).logits)
+        return found
+
+    return end
