@@ -14,8 +14,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -25,8 +25,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tasks.models.experts import expert_tensors, shape_of
+from tasks.models.whole import leaves, saved_modules
 from tuneline.errors import StageFailed
-from tuneline.kinds.adapters import ALL, PRESETS, Lora, Places, at_end, matches
+from tuneline.kinds.adapters import ALL, PRESETS, Lora, Oft, Places, at_end, matches
 
 WORTH_A_WARNING = 0.01  # share of the weights beside embeddings and head: below it, no warning that `all-linear` leaves some out
 ATTENTION = re.compile(r"\w*Attention\w{0,2}")
@@ -43,14 +44,20 @@ class Targets:
     """Tensors that are adapted without their layer, and how many matrices each holds."""
     exact: bool
     """Whether PEFT needs the full names, because the stage's names would match more."""
+    modules: tuple[str, ...] = ()
+    """Modules that are trained whole, by their full names."""
+    tied: str = ""
+    """The head, if it is tied to an embedding among them."""
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Numbers of added tokens, by the embedding or head of which their rows are trained."""
 
     def others(self) -> list[str]:
         """Return the names of layers of which no tensor is adapted."""
         return [name for name in leaves(self.layers) if not matching(set(self.parameters), (name,))]
 
 
-def adapted(model: PreTrainedModel, lora: Lora, quantized: bool = False) -> Targets:
-    """Resolve `lora.target_modules` and the fields that narrow it in this model.
+def adapted(model: PreTrainedModel, settings: Places, quantized: bool = False) -> Targets:
+    """Resolve `target_modules` and the fields that narrow it in this model.
 
     The head is never a target: TRL computes the loss directly from its weight, so an adapter on it would not be trained. Raises
     StageFailed(config) for settings that match nothing, and for those that PEFT does not support for tensors.
@@ -58,24 +65,27 @@ def adapted(model: PreTrainedModel, lora: Lora, quantized: bool = False) -> Targ
     head, experts = model.get_output_embeddings(), expert_tensors(model)
     linear = {name for name, module in model.named_modules() if is_linear(module) and module is not head}
     alone = {name for name in linear if left_alone(model, name)}
-    chosen = selected(model, (linear - alone) | experts.keys(), lora)
+    chosen = selected(model, (linear - alone) | experts.keys(), settings)
     mistaken = tuple(name for name in leaves(chosen & linear) if experts and taken_for_experts(model, name))
     as_tensors = {f"{name}.weight": 1 for name in sorted(matching(chosen & linear, mistaken))}
     parameters = as_tensors | {name: experts[name] for name in sorted(chosen & experts.keys())}
     layers = frozenset(name for name in chosen & linear if f"{name}.weight" not in parameters)
-    names = not lora.by_name() or bool(matching(alone, lora.target_modules))
-    found = Targets(layers, parameters, exact=bool(parameters) or names)
-    check_settings(found, lora, quantized)
-    check_patterns(found, lora)
+    names = not settings.by_name() or bool(matching(alone, settings.target_modules))
+    whole, tied = saved_modules(model, chosen, settings)
+    found = Targets(layers, parameters, bool(parameters) or names, whole, tied)
+    check_settings(found, settings, quantized)
+    check_sizes(model, found, settings)
+    if isinstance(settings, Lora):
+        check_patterns(found, settings)
     if quantized and (read := sorted(name for name in alone if name.endswith(READ_BY_KERNELS))):
         message = f"method: found qlora for a model whose kernels read weights directly, which bitsandbytes would pack: {read[0]}"
         raise StageFailed("config", message, "set `method: lora`")
     return found
 
 
-def warnings(model: PreTrainedModel, found: Targets, lora: Lora, quantized: bool = False) -> Iterator[str]:
+def warnings(model: PreTrainedModel, found: Targets, settings: Places, quantized: bool = False) -> Iterator[str]:
     """Yield warnings about settings that work, but not as a user may expect."""
-    if lora.target_modules == ALL and lora.by_name() and (missing := left_out(model, found)):
+    if settings.target_modules == ALL and settings.by_name() and (missing := left_out(model, found)):
         yield missing
     if quantized and (experts := expert_tensors(model)):
         yield f"bitsandbytes packs linear layers only: {min(experts)} and the other experts stay unpacked"
@@ -108,26 +118,28 @@ def selected(model: PreTrainedModel, known: set[str], places: Places) -> set[str
     """Return those of the known names that the fields select. Raises StageFailed(config) for a field that matches nothing."""
     named = places.target_modules if isinstance(places.target_modules, tuple) else ()
     excluded = places.exclude_modules if isinstance(places.exclude_modules, tuple) else ()
-    for field, names in (("target_modules", named), ("exclude_modules", excluded)):
+    for where, names in (("target_modules", named), ("exclude_modules", excluded)):
         if unknown := [name for name in names if not matching(known, (name,))]:
             there = leaves(known)
             near = [match for name in unknown for match in difflib.get_close_matches(name, there, 1)]
             raise StageFailed(
                 "config",
-                f"lora.{field}: found {', '.join(unknown)}, expected {f'{ALL} or ' if field == 'target_modules' else ''}"
+                f"{places.kind}.{where}: found {', '.join(unknown)}, expected {f'{ALL} or ' if where == 'target_modules' else ''}"
                 f"some of {', '.join(there)}",
                 f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, except its head",
             )
     layers = {int(number[1]) for name in known if (number := re.search(r"\.(\d+)\.", name))}
     if beyond := sorted(set(places.layers_to_transform or ()) - layers):
-        message = f"lora.layers_to_transform: found {', '.join(map(str, beyond))}, expected numbers from {min(layers)} to {max(layers)}"
+        message = (
+            f"{places.kind}.layers_to_transform: found {', '.join(map(str, beyond))}, expected numbers from {min(layers)} to {max(layers)}"
+        )
         raise StageFailed("config", message, "layers are counted from 0")
     found = {name for name in known if places.selects(name, part_of(model, name))}
     if not found:
         given = {name: getattr(places, name) for name in Places.model_fields if name in places.model_fields_set}
         matched = " with ".join(f"{name}: {value}" for name, value in given.items())
         hint = f"the layers are {', '.join(leaves(known))}; a full name is, for example, {min(known)}"
-        raise StageFailed("config", f"lora: found {matched}, which matches no layer of this base model", hint)
+        raise StageFailed("config", f"{places.kind}: found {matched}, which matches no layer of this base model", hint)
     return found
 
 
@@ -143,16 +155,15 @@ def matching(known: set[str], target_modules: tuple[str, ...] | str) -> set[str]
     return {name for name in known if target_modules == ALL or target_modules in PRESETS or matches(name, target_modules)}
 
 
-def leaves(names: set[str] | frozenset[str]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
-
-
-def check_settings(found: Targets, lora: Lora, quantized: bool) -> None:
-    unsuited = [
-        ("lora.use_dora: found DoRA", "remove it", lora.use_dora),
-        (f"lora.lora_dropout: found {lora.lora_dropout:g}", "remove it", lora.lora_dropout > 0),
-        ("method: found qlora", "set `method: lora`", quantized),
-    ]
+def check_settings(found: Targets, settings: Places, quantized: bool) -> None:
+    if isinstance(settings, Lora):
+        unsuited = [
+            ("lora.use_dora: found DoRA", "remove it", settings.use_dora),
+            (f"lora.lora_dropout: found {settings.lora_dropout:g}", "remove it", settings.lora_dropout > 0),
+            ("method: found qlora", "set `method: lora`", quantized),
+        ]
+    else:
+        unsuited = [(f"{settings.kind}: found {settings.kind}", "train with `lora:`", True)]
     for problem, remedy, given in unsuited:
         if given and found.parameters:
             first = max(found.parameters, key=lambda name: found.parameters[name])
@@ -161,18 +172,36 @@ def check_settings(found: Targets, lora: Lora, quantized: bool) -> None:
             raise StageFailed("config", message, remedy + rest)
 
 
+def check_sizes(model: PreTrainedModel, found: Targets, settings: Places) -> None:
+    """Raises StageFailed(config) for layers that OFT cannot split into blocks, and for GPT-2's, of which the other kinds misread the
+    sides: PEFT would change the block size, and takes the inputs of a Conv1D for its outputs."""
+    if found.tied and not isinstance(settings, Lora):
+        message = f"{settings.kind}.modules_to_save: found embeddings that the head is tied to, which PEFT keeps tied only with LoRA"
+        raise StageFailed("config", message, "remove them, or train with `lora:`")
+    for name in () if isinstance(settings, Lora) else sorted(found.layers):
+        layer = model.get_submodule(name)
+        if isinstance(layer, Conv1D):
+            message = f"{settings.kind}: found Conv1D layers such as {name}, expected linear layers"
+            raise StageFailed("config", message, "train with `lora:`")
+        if isinstance(settings, Oft) and layer.in_features % settings.oft_block_size:
+            message = (
+                f"oft.oft_block_size: found {settings.oft_block_size}, which does not divide {layer.in_features}, the inputs of {name}"
+            )
+            raise StageFailed("config", message, f"set a divisor, or leave the layer out: `exclude_modules: [{name.rpartition('.')[2]}]`")
+
+
 def check_patterns(found: Targets, lora: Lora) -> None:
     """Raises StageFailed(config) for a key of rank_pattern or alpha_pattern that matches no adapted layer, and for tensors, whose layers
     PEFT does not match (peft/utils/transformers_weight_conversion.py doubles their ranks by own patterns)."""
-    for field in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(lora, field)
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(lora, pattern)
         if keys and found.parameters:
             first = min(found.parameters)
             others = ", ".join(found.others())
-            message = f"lora.{field}: found {', '.join(keys)}, expected none with experts in one tensor, such as {first}"
+            message = f"lora.{pattern}: found {', '.join(keys)}, expected none with experts in one tensor, such as {first}"
             raise StageFailed("config", message, f"remove it, or adapt only the other layers: `target_modules: [{others}]`")
         if unknown := [key for key in keys if not any(at_end(key, name) for name in found.layers)]:
-            message = f"lora.{field}: found {', '.join(unknown)}, which matches no layer with an adapter"
+            message = f"lora.{pattern}: found {', '.join(unknown)}, which matches no layer with an adapter"
             raise StageFailed("config", message, f"these layers have one: {', '.join(leaves(found.layers))}")
 
 

@@ -99,7 +99,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             reward_funcs=rewards,
             train_dataset=as_dataset(rows, prompts),
             processing_class=tokenizer,
-            peft_config=None if earlier else adapters.lora_config(stage.lora, found),  # TRL sets the seed before it initializes the adapter
+            peft_config=None if earlier else adapters.configuration(stage.lora, found),  # TRL sets the seed before it draws the adapter
             callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
             prompts=prompts,

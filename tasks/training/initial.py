@@ -18,11 +18,11 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from tasks.models.adapters import lora_config
+from tasks.models.adapters import configuration
 from tasks.models.targets import Targets
 from tuneline.errors import StageFailed
 from tuneline.files import sync
-from tuneline.kinds.adapters import Lora
+from tuneline.kinds.adapters import Lora, Places
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,13 +33,14 @@ BATCH_TOKENS = 2048  # at least, for EVA; independent of micro-batches, as the r
 PASSES = 20  # over the rows, after which EVA is given up
 
 
-def initialize(trainer: Trainer, lora: Lora, found: Targets, rows: Dataset, folder: Path) -> None:
+def initialize(trainer: Trainer, settings: Places, found: Targets, rows: Dataset, folder: Path) -> None:
     """Give the adapter its first weights, and take PiSSA's and OLoRA's from the base. `folder` keeps them between attempts.
 
     Raises StageFailed(config) where PEFT cannot do it.
     """
-    if lora.init_lora_weights in (True, "gaussian"):
+    if not isinstance(settings, Lora) or settings.init_lora_weights in (True, "gaussian"):
         return
+    lora = settings
     file, model = folder / NAME, trainer.model
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     check(lora, found, layers)
@@ -95,7 +96,7 @@ def of_weights(lora: Lora, layers: dict[str, LoraLayer]) -> dict[str, torch.Tens
 
 def of_data(model: PeftModel, lora: Lora, found: Targets, rows: Dataset, seed: int) -> dict[str, torch.Tensor]:
     """Return A of each layer by EVA: the directions of its inputs with the most variance. Ranks stay as configured (`rho` of 1)."""
-    config = lora_config(lora, found)
+    config: Any = configuration(lora, found)
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
     batches = Batches(rows, max(BATCH_TOKENS, 4 * lora.highest_rank()), seed)
     directions = get_eva_state_dict(model, batches, config, gather_distributed_inputs=False, show_progress_bar=False)
@@ -140,14 +141,17 @@ class Batches:
         raise StageFailed("data", message, "lower `r`, or add rows: EVA needs more trained tokens than ranks")
 
 
-def as_saved(tensors: dict[str, torch.Tensor], lora: Lora, folder: Path) -> dict[str, torch.Tensor]:
+def as_saved(tensors: dict[str, torch.Tensor], settings: Places, folder: Path) -> dict[str, torch.Tensor]:
     """Return the adapter for the unchanged base: A over A0 and B beside -B0, whose product is BA - B0 A0 (`subtract_mutated_init` of
     peft/tuners/lora/model.py)."""
-    if not lora.changes_base():
+    if not isinstance(settings, Lora) or not settings.changes_base():
         return tensors
     first = load_file(folder / NAME)
     saved = {}
     for name, tensor in tensors.items():
+        if ".lora_" not in name:
+            saved[name] = tensor
+            continue
         module, _, part = name.removesuffix(".weight").rpartition(".lora_")
         start = first[f"{module}.{part}"]
         saved[name] = torch.cat([tensor, start], 0) if part == "A" else torch.cat([tensor, -start], 1)

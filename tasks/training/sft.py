@@ -11,7 +11,7 @@ beyond a step (`tasks.training.batches` says why).
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from tasks.data.masks import sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
+from tasks.models import added_tokens
 from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tasks.training.head_checks import check_loss
@@ -60,6 +61,7 @@ class Start:
 def run(request: Request, stage: Supervised, events: Events, loss_type: str = "nll") -> Result:
     """Train. `loss_type` is one of TRL's SFTConfig."""
     from tasks.models import targets
+    from tasks.models.whole import token_rows
     from tasks.training import initial
     from tasks.training import shared as training
 
@@ -67,6 +69,7 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     arguments = trainer_arguments(request, stage, loss_type)  # first: with several GPUs this selects the process's own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
+    added = added_tokens.add(tokenizer, stage.add_tokens, known=earlier is not None)
     if arguments.process_index == 0:
         save_unchanged(request, stage, tokenizer, events)
     train, ids = tokenized(request, stage, tokenizer, "train", events)
@@ -76,16 +79,20 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
 
     model = methods.load_base(base, stage)
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
-    found = None if stage.method == "full" else targets.adapted(model, stage.lora, stage.method == "qlora")
-    warnings = list(targets.warnings(model, found, stage.lora, stage.method == "qlora")) if found else []
+    settings = stage.adapter_settings()
+    found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
+    if found and added:
+        added_tokens.enlarge(model, len(tokenizer), request.seed)
+        found = replace(found, tokens=token_rows(model, found.modules, added))
+    warnings = list(targets.warnings(model, found, settings, stage.method == "qlora")) if found else []
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
     trainer = make_trainer(request, stage, arguments, Start(model, tokenizer, found, train, validation), report)
     before: dict[str, torch.Tensor] = {}
     if found:
-        initial.initialize(trainer, stage.lora, found, train, request.work)
+        initial.initialize(trainer, settings, found, train, request.work)
         before = training.adapter_tensors(trainer.model)
-        training.check_before(trainer.model, stage.lora, found, before)
+        training.check_before(trainer.model, settings, found, before)
     trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(model),) * 2
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
     if arguments.process_index == 0:
@@ -99,9 +106,9 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     if arguments.process_index == 0:
         training.save_history(state.log_history, request.meta)
         if found:
-            before, after = (initial.as_saved(tensors, stage.lora, request.work) for tensors in (before, after))
-            training.save_adapter(trainer.model, after, request.payload, base, stage.lora)
-            training.check_adapter(request.payload, stage.lora.as_saved(), found, before, events)
+            before, after = (initial.as_saved(tensors, settings, request.work) for tensors in (before, after))
+            training.save_adapter(trainer.model, after, request.payload, base, settings)
+            training.check_adapter(request.payload, settings.as_saved(), found, before, events)
         else:
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
@@ -164,7 +171,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.adapter_settings(), start.targets)
         if earlier and start.targets
         else start.model,
         args=arguments,
@@ -172,13 +179,16 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
         eval_dataset=start.validation,
         processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=adapters.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
+        peft_config=adapters.configuration(stage.adapter_settings(), start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         resources=stage.resources,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
-    if stage.method == "qlora":
+    trainer.lora_plus_ratio = stage.lora.lora_plus_ratio
+    if stage.method == "qlora" or stage.adapter_settings().modules_to_save:
         methods.adapter_in_float32(trainer.model, earlier)
+    if stage.add_tokens:
+        added_tokens.show_bias(trainer.model)
     check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)
     if start.validation:
         check_nothing_lost(start.validation, trainer.eval_dataset, trainer.data_collator)

@@ -85,7 +85,7 @@ def test_parameters_are_the_published_ones(name: str, models: dict[str, Architec
     ],
 )
 def test_an_adapters_parameters_are_counted_by_layer(name: str, r: int, targets: Any, count: int, models: dict[str, Architecture]) -> None:
-    assert models[name].lora_parameters(Lora(r=r, target_modules=targets)) == count
+    assert models[name].adapter_parameters(Lora(r=r, target_modules=targets)) == count
 
 
 @pytest.mark.parametrize(

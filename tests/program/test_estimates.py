@@ -54,7 +54,7 @@ def test_an_adapters_parameters_are_those_of_peft(targets: Any, use_dora: bool, 
     model, architecture = small_model("qwen2", tmp_path)
     wanted = targets if isinstance(targets, str) else list(targets)
     trainable, _ = get_peft_model(model, LoraConfig(r=8, target_modules=wanted, use_dora=use_dora)).get_nb_trainable_parameters()
-    assert architecture.lora_parameters(Lora(r=8, target_modules=targets, use_dora=use_dora)) == trainable
+    assert architecture.adapter_parameters(Lora(r=8, target_modules=targets, use_dora=use_dora)) == trainable
 
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [

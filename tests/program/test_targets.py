@@ -132,8 +132,8 @@ def test_what_the_hint_says_works(mixture: Trial) -> None:
 
 
 def test_the_adapters_form_is_looked_at_before_the_first_step(mixture: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = adapters.lora_config
-    monkeypatch.setattr(adapters, "lora_config", lambda lora, found: real(lora.model_copy(update={"r": 2}), found))
+    real = adapters.configuration
+    monkeypatch.setattr(adapters, "configuration", lambda lora, found: real(lora.model_copy(update={"r": 2}), found))
     made = request(mixture, "other-rank")
     with pytest.raises(StageFailed, match="the adapter has r 2, expected 4"):
         run_program(made)
@@ -203,6 +203,6 @@ def test_settings_that_match_nothing_are_refused(fields: dict[str, Any], message
 def test_older_settings_give_the_configuration_that_they_gave(modules: Any) -> None:
     made = model("llama", **COMMON | TYPES["llama"])
     lora = Lora(r=8, target_modules=modules, use_dora=True)
-    written = adapters.saved_config(adapters.lora_config(lora, targets.adapted(made, lora)).to_dict(), lora)
+    written = adapters.saved_config(adapters.configuration(lora, targets.adapted(made, lora)).to_dict(), lora)
     wanted = modules if isinstance(modules, str) else list(modules)
     assert written == LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=wanted, use_dora=True).to_dict()

@@ -127,18 +127,15 @@ class Architecture:
         """Return the full names of the layers that get an adapter, by their name in a decoder layer, as in `tasks.models.targets`."""
         return _targeted(self.num_hidden_layers, tuple(self.linear), places.model_dump_json(include=set(Places.model_fields)))
 
-    def lora_parameters(self, lora: Lora) -> int:
-        """Return the parameters of an adapter: A is (r, in), B is (out, r); DoRA adds a magnitude per output."""
-        count = 0
-        for name, layers in self.targeted(lora).items():
-            inputs, outputs = self.linear[name]
-            count += sum(lora.rank_of(layer) for layer in layers) * (inputs + outputs) + len(layers) * (outputs if lora.use_dora else 0)
-        return count
+    def adapter_parameters(self, settings: Places) -> int:
+        """Return the trained parameters of an adapter."""
+        found = ((layer, self.linear[name]) for name, layers in self.targeted(settings).items() for layer in layers)
+        return sum(settings.parameters(layer, *sizes) for layer, sizes in found)
 
 
 @lru_cache
 def _targeted(layers: int, linear: tuple[str, ...], places: str) -> dict[str, list[str]]:
-    wanted, found = Places.model_validate_json(places), {}
+    wanted, found = Lora.model_validate_json(places), {}  # any kind: they select layers alike
     for name in linear:
         part = "attention" if name.startswith("self_attn") else "mlp"
         full = (f"model.layers.{i}.{name}" for i in range(layers))

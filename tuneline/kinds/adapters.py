@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
@@ -22,8 +23,10 @@ Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Places(Strict):
-    """Which layers of a model get an adapter."""
+    """Which layers of a model get an adapter, of any kind."""
 
+    kind: ClassVar[str]
+    """The field of a stage that configures this kind."""
     target_modules: Names | str = ALL
     """Modules that get an adapter: names of linear layers and expert tensors; `all-linear` for all of them except the output head; the
     presets `attention`, `mlp` or `attention+mlp`; or a regular expression that matches full names."""
@@ -31,6 +34,29 @@ class Places(Strict):
     """Modules that get none, although target_modules selects them: names, or a regular expression that matches full names."""
     layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """Numbers of the decoder layers that get an adapter, counted from 0; all by default."""
+
+    modules_to_save: Names | None = None
+    """Other modules that are trained whole and saved with the adapter, such as `[embed_tokens, lm_head]`: names as in target_modules. Where
+    embeddings and head are one tied weight, it stays one."""
+
+    @abstractmethod
+    def parameters(self, name: str, inputs: int, outputs: int) -> int:
+        """Return the trained parameters at a linear layer."""
+
+    def inner_size(self, name: str) -> int:
+        """Return the numbers per token that the adapter of a layer keeps beside its input."""
+        return 0
+
+    def dropout(self) -> float:
+        return 0.0
+
+    def as_saved(self) -> Self:
+        """Return the settings of the saved adapter, which fits the unchanged base."""
+        return self
+
+    def unserved(self) -> str | None:
+        """Return what vLLM cannot serve, or None: vllm/lora/peft_helper.py, vllm/config/lora.py (ranks)."""
+        return f"{self.kind}, but vLLM serves only LoRA"
 
     def problems(self) -> Iterator[Problem]:
         """Yield problems of these fields, named relative to this model."""
@@ -68,6 +94,7 @@ class Places(Strict):
 class Lora(Places):
     """Low-rank adapter (LoRA), under PEFT's names."""
 
+    kind: ClassVar = "lora"
     r: int = Field(16, ge=1, le=1024)
     """Rank; a higher rank has more capacity and needs more memory."""
     lora_alpha: float = Field(32, gt=0)
@@ -84,6 +111,8 @@ class Lora(Places):
     (arXiv:2406.01775), the principal part of the base's weights, `pissa_niter_N` by a fast approximation of N iterations; `eva`
     (arXiv:2410.07170), A from activations on the train split. The saved adapter fits the unchanged base; that of pissa and olora has
     twice the rank."""
+    lora_plus_ratio: float = Field(1.0, ge=1)
+    """Learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); the authors use 16, and a lower learning_rate."""
     use_rslora: bool = False
     """Use rank-stabilized scaling (rsLoRA, arXiv:2312.03732)."""
     use_dora: bool = False
@@ -118,9 +147,9 @@ class Lora(Places):
         """Return whether the adapter starts with a part of the base's weights, which the base then lacks in training."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
-    def as_saved(self) -> Lora:
-        """Return the settings of the saved adapter, which fits the unchanged base: beside the trained rank it subtracts the initial one,
-        as PEFT's `path_initial_model_for_weight_conversion` does."""
+    def as_saved(self) -> Self:
+        """Double the ranks if the base has changed: beside the trained part, the saved adapter subtracts the initial one, as by PEFT's
+        `path_initial_model_for_weight_conversion`."""
         if not self.changes_base():
             return self
         doubled = {
@@ -138,12 +167,94 @@ class Lora(Places):
     def highest_rank(self) -> int:
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
 
+    def parameters(self, name: str, inputs: int, outputs: int) -> int:
+        return self.rank_of(name) * (inputs + outputs) + (outputs if self.use_dora else 0)
+
+    def inner_size(self, name: str) -> int:
+        return self.rank_of(name)
+
+    def dropout(self) -> float:
+        return self.lora_dropout
+
     def unserved(self) -> str | None:
-        """Return what vLLM cannot serve, or None: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
         if self.use_dora:
             return "DoRA, which vLLM does not serve"
+        if self.modules_to_save:
+            return "modules_to_save, which vLLM does not serve"
         highest = self.as_saved().highest_rank()
         return f"rank {highest}, but vLLM serves at most {MAX_LORA_RANK}" if highest > MAX_LORA_RANK else None
+
+
+class Vera(Places):
+    """Adapter of vectors between random matrices that all layers share (VeRA, arXiv:2310.11454), under PEFT's names."""
+
+    kind: ClassVar = "vera"
+    r: int = Field(256, ge=1, le=8192)
+    """Rank of the shared matrices; as only vectors are trained, it is higher than LoRA's."""
+    vera_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of the adapter's inputs during training."""
+    d_initial: float = Field(0.1, gt=0)
+    """First value of the vector between the matrices."""
+    projection_prng_key: int = Field(0, ge=0)
+    """Seed of the shared matrices."""
+    save_projection: bool = True
+    """Save the shared matrices with the adapter. Otherwise they are drawn again by projection_prng_key, which may differ elsewhere."""
+
+    def parameters(self, name: str, inputs: int, outputs: int) -> int:
+        return self.r + outputs
+
+    def inner_size(self, name: str) -> int:
+        return self.r
+
+    def dropout(self) -> float:
+        return self.vera_dropout
+
+
+class Oft(Places):
+    """Adapter that rotates blocks of each layer's input (OFT, arXiv:2306.07280), under PEFT's names."""
+
+    kind: ClassVar = "oft"
+    oft_block_size: int = Field(32, ge=2)
+    """Size of a rotated block; it divides the layers' input sizes. Larger blocks have more parameters."""
+    module_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a block is left unrotated during training."""
+    coft: bool = False
+    """Constrain the rotation to a distance of eps."""
+    eps: float = Field(6e-5, gt=0)
+    """Largest rotation with coft."""
+    use_cayley_neumann: bool = True
+    """Compute rotations by a series, which is faster but approximate, instead of by an inverse."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if "eps" in self.model_fields_set and not self.coft:
+            yield Problem("eps", f"found {self.eps:g} without coft, which alone uses it", "remove it, or set `coft: true`")
+
+    def parameters(self, name: str, inputs: int, outputs: int) -> int:
+        return inputs * (self.oft_block_size - 1) // 2
+
+    def dropout(self) -> float:
+        return self.module_dropout
+
+
+class Ia3(Places):
+    """Adapter that scales outputs of attention and inputs of feed-forward layers by vectors ((IA)^3, arXiv:2205.05638), by PEFT."""
+
+    kind: ClassVar = "ia3"
+    target_modules: Names | str = ("k_proj", "v_proj", "down_proj")
+    """Modules that get a vector, like those of `lora`; by default those of the paper by Llama's names."""
+    feedforward_modules: tuple[str, ...] = ("down_proj",)
+    """Those of target_modules of which the input is scaled instead of the output."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        targets = self.target_modules
+        strange = [name for name in self.feedforward_modules if not isinstance(targets, str) and name not in targets]
+        if strange and "feedforward_modules" in self.model_fields_set:
+            yield Problem("feedforward_modules", f"found {', '.join(strange)}, expected some of target_modules: {', '.join(targets)}")
+
+    def parameters(self, name: str, inputs: int, outputs: int) -> int:
+        return inputs if matches(name, self.feedforward_modules) else outputs
 
 
 def matches(name: str, targets: tuple[str, ...] | str) -> bool:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tuneline.errors import Problem
-from tuneline.kinds.adapters import Lora
+from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
 from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered
 from tuneline.kinds.stage import ComputingStage, Stage
 from tuneline.kinds.strategy import strategy_problems
@@ -98,10 +98,28 @@ class Training(ComputingStage):
         return super().packages() | ({"bitsandbytes"} if self.training_method() == "qlora" else frozenset())
 
     def unserved(self, by: ComputingStage) -> str | None:
-        return self.lora.unserved() if self.output_type() == "Adapter" else None
+        if self.output_type() != "Adapter":
+            return None
+        return "new tokens, which vLLM does not serve" if self.added_tokens() else self.adapter_settings().unserved()
+
+    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
+        """Return the settings of the adapter, of whichever kind it is."""
+        return self.lora
+
+    def added_tokens(self) -> tuple[str, ...]:
+        return ()
 
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         other = stages.get(self.adapter or "")
+        if isinstance(other, Training) and (theirs := other.adapter_settings().kind) != (ours := self.adapter_settings().kind):
+            yield Problem(
+                "adapter", f"found `{self.adapter}`, which trains `{theirs}`, expected `{ours}`", f"configure `{theirs}` here too"
+            )
+        if isinstance(other, Training) and other.added_tokens() != self.added_tokens():
+            found = f"found `{self.adapter}`, which adds the tokens {', '.join(other.added_tokens()) or 'none'}"
+            yield Problem(
+                "adapter", f"{found}, expected the same as this stage", "write the same `add_tokens` in both, or merge the adapter first"
+            )
         if isinstance(other, Training) and other.model != self.model:
             yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected an adapter of `{self.model}`")
 
@@ -118,9 +136,13 @@ class Training(ComputingStage):
         return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
     def problems(self) -> Iterator[Problem]:
+        settings = self.adapter_settings()
         yield from strategy_problems(self.resources, self.lora.use_dora)
-        yield from (replace(problem, field=f"lora.{problem.field}") for problem in self.lora.problems())
+        yield from (replace(problem, field=f"{settings.kind}.{problem.field}") for problem in settings.problems())
         yield from self._init_problems()
+        yield from self._whole_problems()
+        if self.lora.lora_plus_ratio != 1 and not self.every_adapter:
+            yield Problem("lora.lora_plus_ratio", f"found {self.lora.lora_plus_ratio:g} for {self.kind}, expected 1", "remove it")
         at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
         if self.global_batch_size % (micro * at_once):
             alone = self.global_batch_size % at_once  # no micro-batch size would fit
@@ -160,3 +182,18 @@ class Training(ComputingStage):
             # peft/tuners/lora/eva.py and layer.py compute on one process's whole model, before it is sharded.
             found = f"found {self.resources.strategy} with lora.init_lora_weights: {init}, which needs the whole model in one place"
             yield Problem("resources.strategy", found, "set `strategy: zero2`")
+
+    def _whole_problems(self) -> Iterator[Problem]:
+        """Yield problems of modules and tokens that are trained whole."""
+        settings = self.adapter_settings()
+        fields = [(f"{settings.kind}.modules_to_save", settings.modules_to_save), ("add_tokens", self.added_tokens())]
+        for field in (name for name, given in fields if given):
+            if not self.every_adapter:
+                yield Problem(
+                    field, f"found {field.rpartition('.')[2]} for {self.kind}, which hands over only LoRA's matrices", "remove it"
+                )
+            elif self.resources.strategy in ("zero3", "fsdp"):
+                # peft/utils/other.py: TrainableTokensWrapper.update "does not support deepspeed/fsdp"; a module's copy is made before
+                # FSDP shards the original.
+                found = f"found {self.resources.strategy} with {field}, which PEFT copies from unsharded weights"
+                yield Problem("resources.strategy", found, "set `strategy: zero2`")
