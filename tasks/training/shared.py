@@ -149,9 +149,10 @@ def check_adapter(payload: Path, settings: Places, found: Targets, before: dict[
     parts = [name for name in tensors if not any(part in name for part in UNCHECKED)]
     if same := [name for name in parts if torch.equal(tensors[name], before[name])]:
         if len(same) == len(parts):
+            trained = "lora_B" if settings.kind == "lora" else "tensor"
             raise StageFailed(
                 "data",
-                "the training changed nothing: every trained tensor of the adapter has its initial value",
+                f"the training changed nothing: every {trained} of the adapter has its initial value",
                 "raise learning_rate, or train for more steps",
             )
         events.warning(f"{len(same)} of {len(parts)} adapted layers did not change in the training, the first {same[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from peft import PeftModel
 from pico import save_pico
-from process_tools import losses
+from process_tools import finish, losses
 from program_tools import make_request, payload_digest, run_program, run_until
-from sft_tools import request_for
+from sft_tools import furthest, request_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.training import sft
+from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input
 
 LORA = {"r": 4, "lora_alpha": 8}
@@ -75,6 +77,38 @@ def test_a_variant_is_trained_resumed_read_by_peft_and_merged(
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(request.payload)(IDS).logits
     torch.testing.assert_close(merged, after, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("pissa", "ddp"), ("olora", "zero2"), ("eva", "ddp"), ("tokens", "zero2"), ("modules", "ddp"), ("lora+", "zero3"), ("vera", "zero2"),
+        ("oft", "ddp"), ("ia3", "zero1"),
+    ],
+)  # fmt: skip
+def test_two_processes_train_the_same(name: str, strategy: str, base: Input, tmp_path: Path) -> None:
+    fields = {key: {field: value for field, value in given.items() if "dropout" not in field} if isinstance(given, dict) else given
+              for key, given in VARIANTS[name].items()}  # fmt: skip
+    one, two = (request_for(tmp_path / each, base, **fields, resources=resources)
+                for each, resources in (("one", {}), ("two", {"processes": 2, "strategy": strategy})))  # fmt: skip
+    run_program(one)
+    finish(two, 2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    assert furthest(one, two) < 2e-3
+
+
+@pytest.mark.full
+def test_an_adapter_of_a_changed_base_is_trained_further_at_its_saved_rank(base: Input, tmp_path: Path) -> None:
+    first = request_for(tmp_path / "first", base, **VARIANTS["pissa"])
+    run_program(first)
+    adapter = Input(path=first.payload, digest="a" * 64, type="Adapter", base=base)
+    for name, lora in (("same", LORA), ("saved", {"r": 8, "lora_alpha": 16})):
+        more = request_for(tmp_path / name, base, adapter="first", inputs={"adapter": adapter}, lora=lora)
+        with pytest.raises(StageFailed, match="found r 8 instead of 4") if name == "same" else nullcontext():
+            run_program(more)
+    assert losses(more)[1] < losses(first)[1]
 
 
 def keeping_logits(real: Any, kept: list[torch.Tensor]) -> Any:
