@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tuneline.errors import StageFailed
@@ -9,6 +10,8 @@ from tuneline.errors import StageFailed
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tasks.models.targets import Targets
 
 
 def add(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...], known: bool) -> list[int]:
@@ -27,14 +30,26 @@ def add(tokenizer: PreTrainedTokenizerBase, tokens: tuple[str, ...], known: bool
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens]
 
 
-def enlarge(model: PreTrainedModel, size: int, seed: int) -> None:
-    """Give the model at least `size` tokens. transformers draws new rows around the mean of the others; the seed decides."""
+def make_room(model: PreTrainedModel, found: Targets, numbers: list[int], seed: int) -> Targets:
+    """Give the model rows for added tokens, and return targets that train them, and the head's too unless it is tied, which PEFT sees.
+
+    transformers draws new rows around the mean of the others; the seed decides. Raises StageFailed(config) if an embedding is also
+    trained whole.
+    """
     import torch
 
-    if size > model.get_input_embeddings().num_embeddings:
+    names = {id(module): name for name, module in model.named_modules()}
+    places = [names[id(model.get_input_embeddings())]]
+    if not model.config.get_text_config().tie_word_embeddings:
+        places.append(names[id(model.get_output_embeddings())])
+    if both := sorted(set(places) & set(found.modules)):
+        message = f"add_tokens: found modules_to_save with {both[0]}, whose rows for these tokens would be trained twice"
+        raise StageFailed("config", message, "remove it from modules_to_save")
+    if max(numbers) >= model.get_input_embeddings().num_embeddings:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model.resize_token_embeddings(size)
+            model.resize_token_embeddings(max(numbers) + 1)
+    return replace(found, tokens={place: tuple(numbers) for place in places})
 
 
 def show_bias(model: PeftModel) -> None:

@@ -1,4 +1,4 @@
-"""Finds what is trained whole beside an adapter: modules, and rows of embeddings for added tokens."""
+"""Finds modules that are trained whole beside an adapter."""
 
 from __future__ import annotations
 
@@ -39,19 +39,6 @@ def saved_modules(model: PreTrainedModel, adapted: set[str], places: Places) -> 
             message = f"{places.kind}.modules_to_save: found {name}, of which {inside[0]} also gets an adapter"
             raise StageFailed("config", message, f"set `exclude_modules: [{', '.join(leaves(set(inside)))}]`")
     return tuple(sorted(found)), head or "" if tied and embedding in found else ""
-
-
-def token_rows(model: PreTrainedModel, modules: tuple[str, ...], numbers: list[int]) -> dict[str, tuple[int, ...]]:
-    """Return the numbers of added tokens by the embedding or head of which their rows are trained; PEFT adapts a tied head together with
-    the embedding. `modules` are trained whole."""
-    names = {id(module): name for name, module in model.named_modules()}
-    places = [names[id(model.get_input_embeddings())]]
-    if not model.config.get_text_config().tie_word_embeddings:
-        places.append(names[id(model.get_output_embeddings())])
-    if both := sorted(set(places) & set(modules)):
-        message = f"add_tokens: found modules_to_save with {both[0]}, whose rows for these tokens would be trained twice"
-        raise StageFailed("config", message, "remove it from modules_to_save")
-    return {place: tuple(numbers) for place in places}
 
 
 def leaves(names: set[str] | frozenset[str]) -> list[str]:

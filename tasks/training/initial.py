@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks.models.adapters import configuration
 from tasks.models.targets import Targets
+from tasks.training.shared import adapter_tensors, check_before
 from tuneline.errors import StageFailed
 from tuneline.files import sync
 from tuneline.kinds.adapters import Lora, Places
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 NAME = "initial_adapter.safetensors"
 BATCH_TOKENS = 2048  # at least, for EVA; independent of micro-batches, as the result must be
 PASSES = 20  # over the rows, after which EVA is given up
+
+
+def begin(trainer: Trainer, settings: Places, found: Targets, rows: Dataset, folder: Path) -> dict[str, torch.Tensor]:
+    """Initialize the adapter, run the hand-over's checks of its form, and return its first weights."""
+    initialize(trainer, settings, found, rows, folder)
+    before = adapter_tensors(trainer.model)
+    check_before(trainer.model, settings, found, before)
+    return before
 
 
 def initialize(trainer: Trainer, settings: Places, found: Targets, rows: Dataset, folder: Path) -> None:

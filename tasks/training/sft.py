@@ -4,14 +4,14 @@ Rows are tokenized and masked by `tasks.data.masks`, not by TRL; a check ensures
 training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot attend to one another: their position ids
 start at 0, and transformers derives the mask from them (torch's sdpa is enough); each training checks this on its model.
 
-`tasks.training.methods` holds the differences between methods. Left out: adapters on the head or the embeddings, grouping by length
-beyond a step (`tasks.training.batches` says why).
+`tasks.training.methods` holds the differences between methods. Left out: low-rank adapters on the head or the embeddings, grouping by
+length beyond a step (`tasks.training.batches` says why).
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +61,6 @@ class Start:
 def run(request: Request, stage: Supervised, events: Events, loss_type: str = "nll") -> Result:
     """Train. `loss_type` is one of TRL's SFTConfig."""
     from tasks.models import targets
-    from tasks.models.whole import token_rows
     from tasks.training import initial
     from tasks.training import shared as training
 
@@ -82,17 +81,12 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     settings = stage.adapter_settings()
     found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
     if found and added:
-        added_tokens.enlarge(model, len(tokenizer), request.seed)
-        found = replace(found, tokens=token_rows(model, found.modules, added))
+        found = added_tokens.make_room(model, found, added, request.seed)
     warnings = list(targets.warnings(model, found, settings, stage.method == "qlora")) if found else []
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
     trainer = make_trainer(request, stage, arguments, Start(model, tokenizer, found, train, validation), report)
-    before: dict[str, torch.Tensor] = {}
-    if found:
-        initial.initialize(trainer, settings, found, train, request.work)
-        before = training.adapter_tensors(trainer.model)
-        training.check_before(trainer.model, settings, found, before)
+    before = initial.begin(trainer, settings, found, train, request.work) if found else {}
     trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(model),) * 2
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
     if arguments.process_index == 0:
