@@ -16,6 +16,7 @@ from tuneline.errors import StageFailed
 from tuneline.files import sha256
 from tuneline.kinds.stage import ComputingStage
 from tuneline.workspace.artifact import digest
+from tuneline.workspace.file_names import MANIFEST
 from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import REFERENCE
 from tuneline.workspace.reference import folder_of as model_folder
@@ -48,7 +49,7 @@ def check_inputs(request: Request) -> None:
     """
     for slot, source in request.inputs.items():
         for name, given in ((slot, source), (f"{slot}'s base", source.base)):
-            if given is not None and (given.path.parent / "manifest.json").exists() and (problem := _problem(given)):
+            if given is not None and (given.path.parent / MANIFEST).exists() and (problem := _problem(given)):
                 raise StageFailed("data", f"{name}: {given.path}: {problem}", REBUILD)
 
 
@@ -57,7 +58,7 @@ def _problem(given: Input) -> str | None:
     problem, artifact = Store(folder).inspect(folder)
     if artifact is None:
         return problem
-    manifest, written = artifact.manifest, (folder / "manifest.json").stat().st_mtime_ns
+    manifest, written = artifact.manifest, (folder / MANIFEST).stat().st_mtime_ns
     if manifest.digest != given.digest:
         return f"found the artifact with digest {manifest.digest[:12]}, expected {given.digest[:12]}"
     if digest(manifest.files) != manifest.digest or manifest.template != given.template:

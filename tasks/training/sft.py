@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
@@ -95,7 +94,7 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
         for warning in warnings:
             events.warning(warning)
 
-    state, after = end_of_training(trainer, request, stage, events)
+    state, after = trained_weights(trainer, request, stage, events)
     check_every_row_trained(train, state)
     if arguments.process_index == 0:
         training.save_history(state.log_history, request.meta)
@@ -165,7 +164,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.adapter_settings(), start.targets)
+        model=training.continued_adapter(start.model, earlier, base, stage.adapter_settings(), start.targets)
         if earlier and start.targets
         else start.model,
         args=arguments,
@@ -196,22 +195,14 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     return trainer
 
 
-def end_of_training(
+def trained_weights(
     trainer: TokenWeightedTrainer, request: Request, stage: Supervised, events: Events
 ) -> tuple[TrainerState, dict[str, torch.Tensor]]:
-    """Train, and return the final state and the trained weights, whole and by their saved names. If a killed process had finished the
-    training, they come from its last checkpoint."""
+    """Train, and return the final state and the trained weights, whole and by their saved names."""
     from tasks.training import checkpoints
     from tasks.training import shared as training
 
-    checkpoint = checkpoints.newest_checkpoint(trainer.args, request, stage.resources, events)
-    state = checkpoints.ended_at(checkpoint) if checkpoint else None
-    ended = Path(state.best_model_checkpoint or checkpoint) if checkpoint and state else None
-    if state is None:
-        if checkpoint:
-            print(f"resuming from {checkpoint.name}", flush=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state = trainer.state
+    state, ended = checkpoints.train_to_end(trainer, request, stage.resources, events)
     if stage.method == "full":
         keep = trainer.args.process_index == 0
         return state, methods.weights_in(ended, trainer.model) if ended else methods.weights(trainer.model, keep)
@@ -258,16 +249,16 @@ def tokenized(
         longest = max(length for _, length in long)
         raise StageFailed(
             "data",
-            f"{len(long)} of {len(found)} {split} rows are longer than max_length {stage.max_length}: "
+            f"{len(dict(long))} of {len(rows)} {split} rows are longer than max_length {stage.max_length}: "
             f"row {long[0][0]} has {long[0][1]} tokens, the longest {longest}",
             f"set `max_length: {longest}` here, or `max_length: {stage.max_length}` in the dataset stage, which drops or cuts them",
         )
     # The first token of a row is never predicted, so a row that trains only that token counts for nothing.
-    masked = [row for row, tokens in found if not any(tokens.trained[1:])]
+    masked = list(dict.fromkeys(row for row, tokens in found if not any(tokens.trained[1:])))  # a row may be several sequences
     if masked:
         raise StageFailed(
             "data",
-            f"{len(masked)} of {len(found)} {split} rows, such as {masked[0]}, have no token to train on with `train_on: {stage.train_on}`",
+            f"{len(masked)} of {len(rows)} {split} rows, such as {masked[0]}, have no token to train on with `train_on: {stage.train_on}`",
             "remove rows without an answer from the dataset, or set `train_on: all`",
         )
     columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}

@@ -27,6 +27,7 @@ from tuneline.kinds.adapters import Places
 from tuneline.kinds.training import Training
 from tuneline.patches import patch
 from tuneline.workspace.checkpoints import FOLDER
+from tuneline.workspace.file_names import HISTORY
 from tuneline.workspace.protocol import Events, Input, Request
 
 UNCHECKED = (".lora_A.", ".lora_magnitude", "base_model.vera_")  # parts of an adapter that need not change
@@ -71,7 +72,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, settings: Places, found: Targets) -> PeftModel:
+def continued_adapter(model: PreTrainedModel, source: Input, base: Input, settings: Places, found: Targets) -> PeftModel:
     """Put the earlier adapter, trainable, on the model; only its dropout may change.
 
     Raises StageFailed(config) if it belongs to another base, or has another form than the stage configures.
@@ -257,19 +258,7 @@ def mean_of_last(history: list[dict[str, float]], name: str) -> float:
     return sum(values) / len(values)
 
 
-def save_history(history: list[dict[str, float]], meta: Path, drawn: tuple[str, ...] = ("loss", "eval_loss")) -> None:
-    """Write meta/history.jsonl, an object per log entry, and a plot of `drawn`, named after the first: meta/loss.png."""
+def save_history(history: list[dict[str, float]], meta: Path) -> None:
+    """Write meta/history.jsonl, an object per log entry. Reports draw its curves."""
     lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
-    (meta / "history.jsonl").write_text("".join(lines), encoding="utf-8")
-
-    from matplotlib.figure import Figure  # not pyplot, which would need a display
-
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for name in drawn:
-        style = "o-" if name.startswith("eval_") else "-"
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-    axes.set(xlabel="step", ylabel=drawn[0])
-    axes.legend()
-    figure.savefig(meta / f"{drawn[0]}.png", dpi=120)
+    (meta / HISTORY).write_text("".join(lines), encoding="utf-8")

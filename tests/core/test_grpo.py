@@ -96,7 +96,7 @@ def stage(**fields: Any) -> GrpoStage:
 
 
 def config_in_key(given: ProgramStage) -> Any:
-    return key_document(given, 1, {}, {}, {}, {}, "")["config"]
+    return key_document(given, 1, {})["config"]
 
 
 def test_the_engine_is_in_the_key_and_how_it_runs_is_not() -> None:

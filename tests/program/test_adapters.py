@@ -51,7 +51,7 @@ def test_a_variant_is_trained_resumed_read_by_peft_and_merged(
     if "untied" in name:
         base = Input(path=save_pico(tmp_path / "untied", tied=False), digest="b" * 64, type="Model")
     trained: list[torch.Tensor] = []
-    monkeypatch.setattr(sft, "end_of_training", keeping_logits(sft.end_of_training, trained))
+    monkeypatch.setattr(sft, "trained_weights", keeping_logits(sft.trained_weights, trained))
     whole, killed = (
         request_for(tmp_path / each, base, **VARIANTS[name], resources={"checkpoint_steps": 2}) for each in ("whole", "killed")
     )

@@ -219,7 +219,7 @@ def room(tmp_path: Path) -> Iterator[None]:
 def test_a_server_that_dies_at_work_is_a_passing_failure(server: Engine) -> None:
     assert server._server.process is not None
     family = family_of(server._server.process.pid)
-    server.generate(PROMPTS, model=BASE, **GREEDY)
+    server.generate(PROMPTS, GREEDY, model=BASE)
     worker = next(process for process, name in family.items() if "Worker" in name)
 
     def kill(*_: int) -> None:
@@ -227,7 +227,7 @@ def test_a_server_that_dies_at_work_is_a_passing_failure(server: Engine) -> None
             os.kill(worker, signal.SIGKILL)
 
     with pytest.raises(StageFailed, match="engine.log:\n") as failed:
-        server.generate([[5]] * 500, model=BASE, **SAMPLED, done=kill)
+        server.generate([[5]] * 500, SAMPLED, model=BASE, done=kill)
     server.__exit__(None, None, None)
     assert failed.value.failure_class == "transient"
     assert not alive(family)

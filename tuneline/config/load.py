@@ -50,14 +50,17 @@ class Loaded:
             raise ConfigError([Problem("", found, nearest(name, known), place=self.source.name)])
         return self.spec.pipelines[name]
 
+    def placed(self, problem: Problem, pipeline: str, stage: str) -> Problem:
+        """Return a problem of a stage with the whole name of its field, and its place in the file."""
+        path = ("pipelines", pipeline, "stages", stage, *keys_of(problem.field))
+        return Problem(dotted(path), problem.message, problem.hint, place=self.source.place(path))
+
     def warnings(self, pipeline: str | None = None) -> list[Problem]:
         """Return settings that are valid but suspicious, of one pipeline or of all."""
         found = []
         for name, stages in ((name, each.stages) for name, each in self.spec.pipelines.items() if pipeline in (None, name)):
             for stage_name, stage in stages.items():
-                for problem in stage.warnings():
-                    path = ("pipelines", name, "stages", stage_name, *keys_of(problem.field))
-                    found.append(Problem(dotted(path), problem.message, problem.hint, place=self.source.place(path)))
+                found += [self.placed(problem, name, stage_name) for problem in stage.warnings()]
         return found
 
 

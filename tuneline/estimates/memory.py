@@ -75,7 +75,7 @@ class Job:
 
     @property
     def deepspeed(self) -> bool:
-        return self.stage.resources.strategy.startswith("zero")
+        return self.stage.resources.uses_deepspeed
 
     @property
     def mixed(self) -> bool:
@@ -123,7 +123,7 @@ class Job:
             spread = max(1, resources.gpus)
             return Memory(-(-weights // spread), -(-gradients // spread), -(-optimizer // spread), -(-activations // spread), context)
 
-        world, sharded = resources.world_size, strategy in ("zero3", "fsdp")
+        world, sharded = resources.world_size, resources.shards_weights
         shard = -(-weights // world) if sharded else weights
         gradients_here = -(-gradients // world) if strategy in ("zero2", "zero3", "fsdp") else gradients
         states = -(-optimizer // world) if strategy != "ddp" else optimizer

@@ -32,6 +32,7 @@ class GrpoStage(Training):
     kind: Literal["grpo"]
     also_called: ClassVar = (*Training.also_called, "rl", "rlvr", "rft", "gspo", "dapo", "drgrpo")
     program: ClassVar = "tasks.training.grpo"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.grpo_trainer")
     libraries: ClassVar = (
         "torch",
         "transformers",

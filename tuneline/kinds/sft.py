@@ -118,7 +118,7 @@ class Supervised(Training):
             yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected 4 bits", "remove use_dora, or bits")
         # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: 4-bit weights can be sharded only if
         # they are stored as floating-point numbers (bnb_4bit_quant_storage), which we do not support; 8-bit weights never.
-        if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
+        if self.method == "qlora" and self.resources.shards_weights:
             found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
             yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
         # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.
@@ -161,4 +161,5 @@ class SftStage(Supervised):
     kind: Literal["sft"]
     also_called: ClassVar = (*Supervised.also_called, "qlora", "full", "fullfinetune", "pretrain", "pt", "cpt", "instruct", "supervised")
     program: ClassVar = "tasks.training.sft"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.sft_trainer")
     every_adapter: ClassVar = True
