@@ -57,7 +57,9 @@ FILES = {
 def test_a_file_of_another_tool_is_one_problem(tool: str) -> None:
     text, keys = FILES[tool]
     found = f"found a configuration of {tool} ({keys}), expected a tuneline file with `pipelines:`"
-    hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
+    hint = "`tuneline import p.yaml` translates it"
+    if tool == "mergekit":
+        hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
     assert problems(text) == (Problem("", found, hint, place="p.yaml:1:1"),)
 
 
