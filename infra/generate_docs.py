@@ -20,11 +20,10 @@ from tuneline.config import pools, spec
 from tuneline.config.json_schema import json_schema
 from tuneline.imports.fates import fate_of, kind_of
 from tuneline.imports.importing import TABLES
-from tuneline.kinds import dataset, fields, gate, grpo, rewards, sft
+from tuneline.kinds import adapters, dataset, fields, gate, grpo, rewards, sft
 from tuneline.kinds import engine as engines
 from tuneline.kinds import sources as data_sources
 from tuneline.kinds import stage as stages
-from tuneline.kinds import training as trainings
 
 MARK = "<!-- coverage -->"
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +35,10 @@ PARTS = (
     data_sources.ReasoningGymSource,
     data_sources.CodeSource,
     dataset.Split,
-    trainings.Lora,
+    adapters.Lora,
+    adapters.Vera,
+    adapters.Oft,
+    adapters.Ia3,
     sft.EarlyStopping,
     grpo.Rollouts,
     *rewards.REWARDS.values(),

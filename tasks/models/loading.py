@@ -205,9 +205,18 @@ def load_model(
     if source.type == "Adapter":
         from peft import PeftModel
 
+        fit_vocabulary(model, source.path)
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
     return (model if place == "balanced" else model.to(place or device())).eval()
+
+
+def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
+    """Enlarge the model's vocabulary for the tokens that an adapter adds; the adapter holds their weights."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    added = [number for numbers in (config.get("trainable_token_indices") or {}).values() for number in numbers]
+    if added and max(added) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
 
 
 def without_weights(folder: Path) -> PreTrainedModel:

@@ -55,7 +55,7 @@ SHOWN = {
 def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     from transformers import PrinterCallback
 
-    from tasks.models import targets
+    from tasks.models import adapters, targets
     from tasks.training import checkpoints, strategies
     from tasks.training import shared as training
     from tasks.training.grpo_trainer import AdapterTrainer
@@ -95,7 +95,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             reward_funcs=rewards,
             train_dataset=as_dataset(rows, prompts),
             processing_class=tokenizer,
-            peft_config=None if earlier else targets.lora_config(stage.lora, found),  # TRL sets the seed before it initializes the adapter
+            peft_config=None if earlier else adapters.configuration(stage.lora, found),  # TRL sets the seed before it draws the adapter
             callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
             prompts=prompts,
@@ -120,7 +120,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     if arguments.process_index == 0:
         training.save_history(history, request.meta)
         shutil.copy(request.work / ROLLOUTS, request.meta / ROLLOUTS)
-        training.save_adapter(trainer.model, after, request.payload, base)
+        training.save_adapter(trainer.model, after, request.payload, base, stage.lora)
         training.check_adapter(request.payload, stage.lora, found, before, events)
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     metrics = figures(history, stage) | {"trainable_parameters": trainable, "all_parameters": parameters}

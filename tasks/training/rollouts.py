@@ -67,7 +67,7 @@ def start(request: Request, stage: GrpoStage, found: Targets, longest: int, gpus
         message = f"rollouts.engine: found vllm for an adapter of experts, which vLLM reads under other names: {experts[0]}"
         others = ", ".join(found.others())
         raise StageFailed("config", message, f"set `rollouts: {{engine: transformers}}`, or `target_modules: [{others}]` in `lora:`")
-    adapters = Adapters(stage.lora.r, {layer.rsplit(".", 1)[-1] for layer in found.layers})
+    adapters = Adapters(stage.lora.highest_rank(), {layer.rsplit(".", 1)[-1] for layer in found.layers})
     first = PartialState().is_main_process
     with folder_in_memory(request.key) as folder:
         log = request.work / ENGINE_LOG
@@ -165,7 +165,7 @@ class Rollouts:
         if accelerator.is_main_process:
             place = self.folder / self.name
             place.mkdir()
-            save_adapter(model, self.weights, place, self.request.inputs["model"])
+            save_adapter(model, self.weights, place, self.request.inputs["model"], self.stage.lora)
             self.engine.load(self.name, place)
             if before:
                 self.engine.unload(before)

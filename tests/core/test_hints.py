@@ -14,11 +14,11 @@ from tuneline.config.aliases import FIELD_ALIASES
 from tuneline.config.other_tools import ABSENT_KINDS, FOREIGN, OTHER_VALUES
 from tuneline.config.spec import STAGES, Pipeline, Spec
 from tuneline.errors import ConfigError, Problem
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.dataset import Split
 from tuneline.kinds.gate import Requirement
 from tuneline.kinds.sources import SOURCES
 from tuneline.kinds.stage import Resources
-from tuneline.kinds.training import Lora
 
 BLOCK = """\
 version: 1

@@ -25,7 +25,7 @@ from tasks.training import sft
 from tasks.training import shared as training
 from tasks.training.checkpoints import MARKER
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import Lora
+from tuneline.kinds.adapters import Lora
 from tuneline.workspace.protocol import Events, Input, Request
 
 

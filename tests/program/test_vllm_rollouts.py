@@ -27,6 +27,7 @@ from tasks.engine.client import BASE, Engine
 from tasks.training import grpo, rollouts
 from tasks.training.rollouts import MEMORY, folder_in_memory
 from tuneline.errors import StageFailed
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Input, Request
 
@@ -75,8 +76,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[list[Weights]], Weig
     seen: list[Weights] = []
     save = rollouts.save_adapter
 
-    def save_another(model: Any, tensors: Weights, place: Path, source: Input) -> None:
-        save(model, tensors, place, source)
+    def save_another(model: Any, tensors: Weights, place: Path, source: Input, lora: Lora) -> None:
+        save(model, tensors, place, source, lora)
         seen.append(load_file(place / "adapter_model.safetensors"))
         if len(seen) >= sync:
             save_file(wrong(seen), place / "adapter_model.safetensors", metadata={"format": "pt"})
