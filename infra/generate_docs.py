@@ -35,6 +35,7 @@ PARTS = (
     dataset.Split,
     trainings.Lora,
     sft.EarlyStopping,
+    sft.LastAnswers,
     grpo.Rollouts,
     *rewards.REWARDS.values(),
     gate.Requirement,
