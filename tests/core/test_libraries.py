@@ -27,7 +27,7 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
     "httpx2": (("grpo", "evaluate"), "carries requests to vLLM on the same machine"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
-    "jinja2": (tuple(kind for kind in ALL if kind != "model"), "the name of its error alone; transformers renders"),
+    "jinja2": (ALL, "names arguments and errors of a template; transformers renders"),
     "logbar": (("quantize",), "kept quiet"),
     "matplotlib": (("dataset", "sft", "grpo"), "draws pictures for people into meta/"),
     "numpy": (ALL, "takes the bits of GPTQ weights apart, exactly"),

@@ -41,6 +41,11 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
         {"base": ", chat_template_kwargs: {'a-b': 1}"},
         "demo.base.chat_template_kwargs.a-b: found `a-b`, expected the name of an argument: letters, digits and underscores",
     ),
+    "false as text": (
+        {"base": ", chat_template_kwargs: {enable_thinking: 'false'}"},
+        "demo.base.chat_template_kwargs.enable_thinking: found the text 'false', which templates take for true, expected true or false\n\n"
+        "hint: remove the quotes",
+    ),
     "arguments as text": (
         {"base": ", chat_template_kwargs: enable_thinking"},
         "demo.base.chat_template_kwargs: found 'enable_thinking', expected a mapping\n\nhint: write `{enable_thinking: false}`",

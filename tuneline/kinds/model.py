@@ -55,12 +55,15 @@ class ModelStage(ProgramStage):
         if self.trust_remote_code and self.gguf is not None:
             yield Problem("trust_remote_code", "found trust_remote_code with gguf, which holds no code", "remove it")
 
-        for name in self.chat_template_kwargs:
+        for name, value in self.chat_template_kwargs.items():
             place = f"chat_template_kwargs.{name}"
             if not name.isidentifier() or not name.isascii():
                 yield Problem(place, f"found `{name}`, expected the name of an argument: letters, digits and underscores")
             elif name in (*RENDERED, *SPECIAL):
                 yield Problem(place, f"found `{name}`, which every rendering sets itself", "remove it")
+            elif value in ("true", "false"):
+                found = f"found the text '{value}', which templates take for true, expected true or false"
+                yield Problem(place, found, "remove the quotes")
 
     def warnings(self) -> Iterator[Problem]:
         if self.trust_remote_code:
