@@ -29,6 +29,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.model import ModelStage
 from tuneline.patches import patch
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT
 from tuneline.workspace.protocol import Events, Request, Result
 from tuneline.workspace.reference import REFERENCE, point
 
@@ -79,7 +80,7 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
         write_reference(folder, request.payload, stage.trust_remote_code)
     if facts.changed:
         save_template(facts.template, request.payload)
-    (request.meta / "report.md").write_text(report(source, facts), encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text(report(source, facts), encoding="utf-8")
     events.progress(2, 2, "checked")
     metrics = {"parameters": float(facts.weights.parameters), "bytes": float(facts.weights.bytes)}
     return Result(metrics=metrics, info={"template": facts.template_hash, "architecture": facts.architecture, "source": source})
