@@ -30,7 +30,7 @@ from flows.machine import visible_gpus
 from flows.report.artifacts import Publisher
 from flows.report.html import report_of
 from flows.report.markdown import run_report
-from flows.run.cancelled import Watch
+from flows.run.cancelled import Watch, callers
 from flows.run.missed import SKIPPED, missed
 from flows.run.parent_watch import end_with_parent
 from flows.run.run_context import NoReporter, Reporter, RunContext
@@ -107,10 +107,12 @@ def run_pipeline(
         workspace, pipeline, record, Supervisor(), slots, reporter, publisher, frozenset(force), parameters if in_pool else None
     )
 
-    watch = Watch(UUID(flow_run.id), run.supervisor)
+    watches = [Watch(UUID(flow_run.id), run.supervisor)]
+    watches += [Watch(caller, run.supervisor, whose="a flow that calls it") for caller in callers()]
 
     def end(outcome: RunState) -> None:
-        watch.close()
+        for watch in watches:
+            watch.close()
         run.finish(outcome)
         about = spec.description or f"run {record.run_id} of {pipeline}"
         publisher.markdown(f"run-{pipeline}", lambda: _report(workspace.runs, record), about)
@@ -131,9 +133,9 @@ def run_pipeline(
             raise
         reporter.interrupted(error)
         return Cancelled(message="it was stopped by a signal", data=record.run_id)  # Prefect would say Crashed, unlike the record
-    if watch.why:
+    if why := next((watch.why for watch in watches if watch.why), ""):
         end("cancelled")
-        return Cancelled(message=watch.why, data=record.run_id)
+        return Cancelled(message=why, data=record.run_id)
     record.stages.sort(key=lambda stage: list(futures).index(stage.stage))
     state = _state({name: future.state for name, future in futures.items()}, record.run_id)
     outcome: dict[str, RunState] = {"Completed": "completed", "Refused": "refused"}

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from tuneline.config import pools, spec
 from tuneline.config.json_schema import json_schema
-from tuneline.kinds import dataset, fields, gate, grpo, rewards, sft
+from tuneline.kinds import dataset, fields, gate, grpo, rewards, sft, trackers
 from tuneline.kinds import engine as engines
 from tuneline.kinds import sources as data_sources
 from tuneline.kinds import stage as stages
@@ -38,6 +38,11 @@ PARTS = (
     grpo.Rollouts,
     *rewards.REWARDS.values(),
     gate.Requirement,
+    trackers.Track,
+    trackers.Tensorboard,
+    trackers.Wandb,
+    trackers.Mlflow,
+    trackers.Trackio,
     pools.Schedule,
     pools.ProcessPool,
     pools.DockerPool,

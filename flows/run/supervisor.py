@@ -26,6 +26,7 @@ from tuneline.errors import StageFailed
 from tuneline.paths import PACKAGES_ROOT
 from tuneline.secrets import mask_file, masked
 from tuneline.workspace.protocol import Event
+from tuneline.workspace.tracked import FILE
 
 WATCHDOG = Path(watchdog.__file__)
 POLL = 0.2  # seconds between polls of events and the clock
@@ -128,7 +129,7 @@ class Supervisor:
         reader.join(5)  # a process that escaped could hold the pipe open
         for event in events.new():
             on_event(event)
-        for name in ("events.jsonl", "result.json", "failure.json"):
+        for name in ("events.jsonl", "result.json", "failure.json", FILE):
             mask_file(folder / name)
         if self.stopping:
             stopped = "cancelled"

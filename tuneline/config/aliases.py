@@ -7,7 +7,7 @@ from __future__ import annotations
 
 STORED = "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders"
 EVERY_STEP = "remove it: every step is logged"
-REPORTS = "remove it: `tuneline show --open` shows the curves; nothing is sent elsewhere"
+REPORTS = "write `track: {tensorboard: {}}` or `track: {wandb: {}}` under the pipeline: docs/trackers.md"
 NONE = "remove it: tuneline has no such setting"
 TEMPLATE = "remove it: the model's own chat template is used"
 ROWS = "rows come from a stage of kind `dataset`: name it in `dataset:`"
