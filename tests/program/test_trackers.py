@@ -130,8 +130,9 @@ def warnings(request: Request) -> list[str]:
     return [event["message"] for event in map(json.loads, lines) if event["type"] == "warning"]
 
 
-def asked(server: str, path: str, body: dict[str, Any]) -> Any:
-    call = urllib.request.Request(f"{server}/api/2.0/mlflow/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+def asked(server: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    call = urllib.request.Request(f"{server}/api/2.0/mlflow/{path}", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(call) as answer:
         return json.load(answer)
 
@@ -155,7 +156,7 @@ def test_a_killed_training_continues_its_run_in_mlflow_and_wandb_keeps_its_run_o
     assert (run["info"]["run_name"], run["info"]["status"]) == (NAME, "FINISHED")
     assert {"key": "who", "value": "me"} in run["data"]["tags"]
     assert tracked(work).links["mlflow"] == f"{mlflow_server}/#/experiments/{experiment}/runs/{run['info']['run_id']}"
-    history = asked(mlflow_server, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=loss", {})["metrics"]
+    history = asked(mlflow_server, f"metrics/get-history?run_id={run['info']['run_id']}&metric_key=loss")["metrics"]
     assert {point["step"] for point in history} == {1, 2, 3, 4, 5, 6}
     assert len({(point["step"], point["value"]) for point in history}) == 6
     kept = list((tmp_path / ".tuneline" / "wandb").glob("offline-run-*"))
