@@ -21,7 +21,7 @@ from tuneline.files import write_atomically
 from tuneline.kinds.stage import ProgramStage
 from tuneline.kinds.trackers import Track
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 class Message(BaseModel):
