@@ -116,6 +116,7 @@ def test_the_report_holds_the_figures_of_the_manifests(killed: Project) -> None:
     for heading in (
         "gate done figure required met words/bits_per_byte of eval",
         "Training of sft",
+        "tensorboard tensorboard --logdir /",
         "adapter sft",
         "quantized gptq",
         "words.jsonl 60",
