@@ -8,7 +8,7 @@ the poll or the signal, ends the run. Prefect passes the cancelling of a flow to
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -22,14 +22,20 @@ class Watch:
     """Poll the state of a run on the server, and stop the programs of this process once it is cancelled or deleted there.
 
     `of_parent`: `run` is the parent of this run, which stops once the parent has ended in any state. The server learns minutes later that a
-    parent was killed together with its worker, so `alive`, if given, is called as well. `whose`: the run, in messages.
+    parent was killed together with its worker, so `alive`, if given, is called as well. `callers`: flows that call this run.
     """
 
     def __init__(
-        self, run: UUID, supervisor: Supervisor, of_parent: bool = False, alive: Callable[[], bool] | None = None, whose: str = "it"
+        self,
+        run: UUID,
+        supervisor: Supervisor,
+        of_parent: bool = False,
+        alive: Callable[[], bool] | None = None,
+        callers: Sequence[UUID] = (),
     ):
-        self.why, self._whose = "", whose
-        self._run, self._supervisor, self._of_parent = run, supervisor, of_parent
+        self.why = ""
+        self._runs = {run: "it"} | dict.fromkeys(callers, "a flow that calls it")
+        self._supervisor, self._of_parent = supervisor, of_parent
         self._alive = alive
         self._ended = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
@@ -43,7 +49,7 @@ class Watch:
         while not self._ended.is_set():
             with suppress(Exception), get_client(sync_client=True) as client:  # whatever an unreachable server raises
                 while not self._ended.wait(POLL_SECONDS):
-                    if why := self._killed() or self._over(client):
+                    if why := self._killed() or next(filter(None, (self._over(client, *run) for run in self._runs.items())), ""):
                         self.why = why
                         self._supervisor.stop()
                         return
@@ -52,17 +58,17 @@ class Watch:
     def _killed(self) -> str:
         return "its process is gone" if self._alive is not None and not self._alive() else ""
 
-    def _over(self, client: Any) -> str:
+    def _over(self, client: Any, run: UUID, name: str) -> str:
         from prefect.exceptions import ObjectNotFound
 
         try:
-            state = client.read_flow_run(self._run).state
+            state = client.read_flow_run(run).state
         except ObjectNotFound:
-            return f"{self._whose} was deleted on the server"
+            return f"{name} was deleted on the server"
         if state is None:
             return ""
         over = state.is_cancelling() or state.is_cancelled() or (self._of_parent and state.is_final())
-        return (state.message or f"{self._whose} was cancelled on the server") if over else ""
+        return (state.message or f"{name} was cancelled on the server") if over else ""
 
 
 def callers() -> list[UUID]:

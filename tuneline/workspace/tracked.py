@@ -7,8 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tuneline.files import write_atomically
-
-FILE = "trackers.json"
+from tuneline.workspace.file_names import TRACKERS
 
 
 class Tracked(BaseModel):
@@ -20,12 +19,12 @@ class Tracked(BaseModel):
     """Ids that servers have given it, by tracker."""
 
     def write(self, work: Path) -> None:
-        write_atomically(work / FILE, self.model_dump_json(indent=1))
+        write_atomically(work / TRACKERS, self.model_dump_json(indent=1))
 
 
 def tracked(work: Path, name: str = "") -> Tracked:
     """Return what is known; `name` is the name of a training that begins."""
     try:
-        return Tracked.model_validate_json((work / FILE).read_bytes())
+        return Tracked.model_validate_json((work / TRACKERS).read_bytes())
     except FileNotFoundError:
         return Tracked(name=name)
