@@ -157,10 +157,11 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from tasks.training import checkpoints, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
+    from tasks.training.trackers import Trackers
 
     training.score_only_trained_tokens()
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
-    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
+    callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(

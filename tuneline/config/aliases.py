@@ -7,7 +7,7 @@ from __future__ import annotations
 
 STORED = "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders"
 EVERY_STEP = "remove it: every step is logged"
-REPORTS = "remove it: `tuneline show --open` shows the curves; nothing is sent elsewhere"
+REPORTS = "write `track: {tensorboard: {}}` or `track: {wandb: {}}` under the pipeline: docs/trackers.md"
 NONE = "remove it: tuneline has no such setting"
 TEMPLATE = "remove it: the model's own chat template is used; another one is a file, `chat_template:` in the stage of kind `model`"
 TEMPLATE_FILE = "write `chat_template: FILE`, a Jinja template, or remove it: the model's own is used"
