@@ -481,3 +481,25 @@ def test_the_memory_of_the_cpu_is_told_where_weights_wait_there(models: dict[str
 )  # fmt: skip
 def test_a_plan_does_not_warn_without_need(sets: list[str], folder: Path) -> None:
     assert warnings_of(folder, *sets) == []
+
+
+def test_states_take_what_the_optimizer_keeps(models: dict[str, Architecture]) -> None:
+    """Of all weights trained; paged ones are in CPU memory when the GPU's is short."""
+    architecture = models["Llama-3-8B"]
+
+    def states(optim: str) -> tuple[int, int]:
+        memory = job(architecture, method="full", optim=optim).memory()
+        return memory.optimizer, memory.offloaded
+
+    adamw, _ = states("adamw")
+    assert adamw == 8 * architecture.parameters
+    assert states("adamw_8bit")[0] == pytest.approx(adamw / 4, rel=0.02)
+    assert states("lion")[0] == adamw / 2
+    assert states("adafactor")[0] < adamw / 100
+    assert adamw / 2 < states("muon")[0] < 0.6 * adamw  # a bit more for the embeddings and the head
+    assert states("paged_adamw_32bit") == (0, adamw)
+
+
+def test_smoothed_labels_need_all_logits(models: dict[str, Architecture]) -> None:
+    smooth, plain = (job(models["Qwen2.5-0.5B"], label_smoothing=share).memory().activations for share in (0.1, 0.0))
+    assert smooth - plain > 4 * 1024 * 151936

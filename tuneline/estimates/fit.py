@@ -3,7 +3,7 @@ that makes it fit.
 
 Changes are tried in the order of their cost: none but another batch shape (micro-batch), a third more time (gradient
 checkpointing), more communication or more GPUs (sharding, then sequence parallelism), transfers to CPU memory (offload), and
-last a change of the result (QLoRA).
+last a change of the result (fewer adapted layers, QLoRA).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tuneline.workspace.workspace import Workspace
 Change = dict[str, Any]  # dotted field of a stage to value
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 MOST_GPUS = 8  # per machine, if the pool does not say
+FEWER = ("q_proj", "v_proj")  # what guides adapt when memory is short
 SAFE = 0.9  # share of a GPU's memory: estimates of LoRA are off by up to 10%, others by more (docs/estimates.md)
 
 
@@ -98,7 +99,7 @@ def remedy(job: Job, room: int, gpus: int, name: str) -> str:
         changed = applied(job, change)
         allowed = not [*changed.stage.problems(), *changed.stage.common_problems()]
         if allowed and (needed := changed.memory().total) <= room:
-            flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
+            flags = " ".join(f"--set {name}.{field}={written(value)}" for field, value in new(job.stage, change).items())
             away = changed.memory().offloaded
             beside = f", and {gib(away)} of CPU memory per process" if away else ""
             return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
@@ -125,8 +126,16 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
 
     yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
     yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))
+    fewer: Change = {"lora.target_modules": FEWER} if job.method != "full" and job.architecture.targeted(FEWER) else {}
+    if fewer:
+        yield least | fewer
     if job.method == "lora" and "method" in type(stage).model_fields:
-        yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least))
+        yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least, least | fewer))
+
+
+def written(value: Any) -> str:
+    """Return a value as `--set` takes it."""
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value).lower()
 
 
 def new(stage: Training, change: Change) -> Change:
@@ -142,6 +151,8 @@ def smaller(stage: Training) -> Iterator[int]:
 
 def applied(job: Job, change: Change) -> Job:
     fields = {field: value for field, value in change.items() if "." not in field}
-    resources = {field.partition(".")[2]: value for field, value in change.items() if "." in field}
-    stage = job.stage.model_copy(update=fields | {"resources": job.stage.resources.model_copy(update=resources)})
+    for part in ("resources", "lora"):
+        inner = {field.partition(".")[2]: value for field, value in change.items() if field.startswith(f"{part}.")}
+        fields[part] = getattr(job.stage, part).model_copy(update=inner)
+    stage = job.stage.model_copy(update=fields)
     return replace(job, stage=stage, method=change.get("method", job.method))
