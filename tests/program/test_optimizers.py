@@ -18,7 +18,8 @@ from transformers.optimization import get_scheduler
 
 from tasks.data.masks import sequences
 from tasks.data.rows import Row
-from tasks.models.loading import load_model, load_tokenizer, set_attention
+from tasks.models.loading import check_device, load_model, load_tokenizer, set_attention
+from tasks.training import sft
 from tasks.training.noise import add_noise, lengths
 from tasks.training.optimizers import MuonWithAdamW, muon, schedule
 from tuneline.errors import StageFailed
@@ -306,6 +307,20 @@ def test_flash_attention_is_chosen_where_it_is_and_refused_where_it_is_not(monke
     model.config.head_dim = 512
     set_attention(model, gpu)
     assert not chosen
+
+
+def test_what_changes_only_speed_reaches_the_trainer(tmp_path: Path, base: Input) -> None:
+    fast = {"gpus": 1, "kernels": "liger", "compile": True, "activation_offloading": True}
+    request = request_for(tmp_path, base, dtype="float32", resources=fast)
+    arguments = sft.trainer_arguments(request, request.stage())
+    assert (arguments.use_liger_kernel, arguments.torch_compile, arguments.activation_offloading) == (True, True, True)
+
+
+def test_kernels_that_the_runtime_lacks_are_named(tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    request = request_for(tmp_path, base, dtype="float32", resources={"gpus": 1, "kernels": "liger"})
+    with pytest.raises(StageFailed, match="found liger, which this runtime lacks"):
+        check_device(request.stage())
 
 
 @pytest.mark.full
