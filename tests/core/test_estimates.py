@@ -347,6 +347,19 @@ def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: st
     assert advice in hint
 
 
+def test_adapters_on_fewer_layers_are_advised_where_memory_is_short(models: dict[str, Architecture]) -> None:
+    fewer = "--set sft.lora.target_modules=[q_proj,v_proj]`, about 23.7 GiB"
+    long = job(models["Qwen2.5-7B"], 16384, lora={"r": 64})
+    found = [fits.remedy(long, room * GIB, 1, "sft") for room in (26, 24, 20)]
+    assert [fewer in hint for hint in found] == [True, True, False]
+    assert (
+        "`--set sft.resources.gradient_checkpointing=true --set sft.resources.strategy=zero2 --set sft.resources.offload=optimizer`"
+        in found[0]
+    )
+    whole = job(models["Qwen2.5-0.5B"], 16384, method="full")
+    assert "q_proj" not in fits.remedy(whole, 9 * GIB, 1, "sft")
+
+
 def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Architecture]) -> None:
     """A global batch of 3 cannot be split over 2 processes unless they share each row; with one device there are no 2 GPUs."""
     of_three: dict[str, Any] = {"global_batch_size": 3, "resources": {"micro_batch_size": 3}}

@@ -96,14 +96,21 @@ def gpus_of(pool: Pool) -> int:
 
 def remedy(job: Job, room: int, gpus: int, name: str) -> str:
     for change in changes(job, gpus):
-        changed = applied(job, change)
-        allowed = not [*changed.stage.problems(), *changed.stage.common_problems()]
-        if allowed and (needed := changed.memory().total) <= room:
-            flags = " ".join(f"--set {name}.{field}={written(value)}" for field, value in new(job.stage, change).items())
-            away = changed.memory().offloaded
-            beside = f", and {gib(away)} of CPU memory per process" if away else ""
-            return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
+        if found := suggestion(job, change, room, name):
+            slow = "resources.offload" in change or "method" in change
+            fewer = suggestion(job, fewer_layers(job), room, name) if slow and "lora.target_modules" not in change else ""
+            return f"the cheapest change that fits: {found}{f'; or, with adapters on fewer layers: {fewer}' if fewer else ''}"
     return "no change of resources fits with 10% to spare: use larger GPUs, a smaller model or shorter sequences"
+
+
+def suggestion(job: Job, change: Change, room: int, name: str) -> str:
+    """Return the flags of a change and the memory that it needs, or nothing if it is not allowed or does not fit."""
+    changed = applied(job, change)
+    if not change or [*changed.stage.problems(), *changed.stage.common_problems()] or (needed := changed.memory().total) > room:
+        return ""
+    flags = " ".join(f"--set {name}.{field}={written(value)}" for field, value in new(job.stage, change).items())
+    away = changed.memory().offloaded
+    return f"`{flags}`, about {gib(needed)}{f', and {gib(away)} of CPU memory per process' if away else ''}"
 
 
 def changes(job: Job, gpus: int) -> Iterator[Change]:
@@ -126,9 +133,8 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
 
     yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
     yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))
-    fewer: Change = {"lora.target_modules": FEWER} if job.method != "full" and job.architecture.targeted(FEWER) else {}
-    if fewer:
-        yield least | fewer
+    fewer = fewer_layers(job)
+    yield fewer
     if job.method == "lora" and "method" in type(stage).model_fields:
         yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least, least | fewer))
 
@@ -136,6 +142,16 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
 def written(value: Any) -> str:
     """Return a value as `--set` takes it."""
     return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value).lower()
+
+
+def fewer_layers(job: Job) -> Change:
+    """Return the change to adapters on the layers that guides choose when memory is short, with the smallest batches; empty if the model
+    has no such layers, or all its weights are trained."""
+    if job.method == "full" or not job.architecture.targeted(FEWER):
+        return {}
+    sizes = list(smaller(job.stage))
+    smallest: Change = {"resources.micro_batch_size": sizes[-1]} if sizes else {}
+    return {"resources.gradient_checkpointing": True, "lora.target_modules": FEWER} | smallest
 
 
 def new(stage: Training, change: Change) -> Change:
