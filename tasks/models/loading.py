@@ -17,6 +17,7 @@ from tuneline.errors import StageFailed
 from tuneline.files import sha256
 from tuneline.kinds.stage import ComputingStage
 from tuneline.workspace.artifact import digest
+from tuneline.workspace.file_names import MANIFEST
 from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import REFERENCE
 from tuneline.workspace.reference import folder_of as model_folder
@@ -32,7 +33,6 @@ CODE = ".py"
 CPU_INFO = Path("/proc/cpuinfo")
 CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM
 LEAST_CAPABILITY = (8, 0)  # of GPUs with bfloat16
-WIDEST_FLASH_HEAD = 256  # github.com/Dao-AILab/flash-attention, README
 CLOCK = "strftime_now"  # the only function by which a template can ask transformers for the date
 DATE = datetime(2024, 7, 26)  # Llama 3's templates use this date if there is no clock
 CODES = "dbBmYyAajHMSp"
@@ -50,7 +50,7 @@ def check_inputs(request: Request) -> None:
     """
     for slot, source in request.inputs.items():
         for name, given in ((slot, source), (f"{slot}'s base", source.base)):
-            if given is not None and (given.path.parent / "manifest.json").exists() and (problem := _problem(given)):
+            if given is not None and (given.path.parent / MANIFEST).exists() and (problem := _problem(given)):
                 raise StageFailed("data", f"{name}: {given.path}: {problem}", REBUILD)
 
 
@@ -59,7 +59,7 @@ def _problem(given: Input) -> str | None:
     problem, artifact = Store(folder).inspect(folder)
     if artifact is None:
         return problem
-    manifest, written = artifact.manifest, (folder / "manifest.json").stat().st_mtime_ns
+    manifest, written = artifact.manifest, (folder / MANIFEST).stat().st_mtime_ns
     if manifest.digest != given.digest:
         return f"found the artifact with digest {manifest.digest[:12]}, expected {given.digest[:12]}"
     if digest(manifest.files) != manifest.digest or manifest.template != given.template:
@@ -209,36 +209,18 @@ def load_model(
     if source.type == "Adapter":
         from peft import PeftModel
 
+        fit_vocabulary(model, source.path)
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
     return (model if place == "balanced" else model.to(place or device())).eval()
 
 
-def set_attention(model: PreTrainedModel, stage: ComputingStage) -> None:
-    """Give the model the stage's attention. `auto` prefers flash attention where package, GPU, dtype and model suit, and else keeps
-    transformers' choice. Raises StageFailed(config) if the stage names one that the runtime or the model lacks."""
-    import torch
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    flash = {  # the latter is written for Hopper
-        "flash_attention_3": is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == 9,
-        "flash_attention_2": is_flash_attn_2_available(),
-    }
-    named: str = stage.resources.attn_implementation
-    if named == "auto":
-        width = getattr(model.config.get_text_config(), "head_dim", None) or 0
-        suits = stage.resources.gpus and stage.dtype == "bfloat16" and model._supports_flash_attn and width <= WIDEST_FLASH_HEAD
-        named = next((name for name, usable in flash.items() if usable), named) if suits else named
-    elif not flash.get(named, True):
-        found = f"resources.attn_implementation: found {named}, which this runtime or GPU lacks"
-        raise StageFailed("config", found, "add the package to the runtime's lock, or set `attn_implementation: auto`")
-    if named == "auto":
-        return
-    try:
-        model.set_attn_implementation(named)
-    except (ImportError, ValueError) as error:
-        message = f"resources.attn_implementation: {model.config.model_type} cannot use {named}: {error}"
-        raise StageFailed("config", message, "set `attn_implementation: auto`") from error
+def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
+    """Enlarge the model's vocabulary for the tokens that an adapter adds; the adapter holds their weights."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    added = [number for numbers in (config.get("trainable_token_indices") or {}).values() for number in numbers]
+    if added and max(added) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
 
 
 def without_weights(folder: Path) -> PreTrainedModel:

@@ -17,6 +17,7 @@ import torch
 from trl import SFTTrainer
 
 from tasks.training.batches import LongestFirst, lengths, longest_first
+from tasks.training.loraplus import LoraPlus
 from tasks.training.optimizers import OptimizedByStage
 from tasks.training.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
@@ -24,7 +25,7 @@ from tuneline.kinds.sft import Supervised
 from tuneline.patches import patch
 
 
-class TokenWeightedTrainer(OptimizedByStage, SFTTrainer):
+class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
     data_collator: Any
     label_smoother: Any
     step_tokens = 0

@@ -10,7 +10,7 @@ import pytest
 from tuneline.config.load import load
 from tuneline.config.spec import STAGES
 from tuneline.kinds.sft import SftStage
-from tuneline.planning.keys import key_document
+from tuneline.planning.keys import Outside, key_document
 
 SFT: dict[str, Any] = {"kind": "sft", "model": "base", "dataset": "data", "global_batch_size": 16}
 GRPO: dict[str, Any] = SFT | {"kind": "grpo", "rewards": [{"type": "exact_match"}]}
@@ -22,6 +22,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
     "epsilon of lion": (SFT | {"optim": "lion", "adam_epsilon": 1e-6}, {}, "adam_epsilon", "found adam_epsilon with `optim: lion`", "remove it"),
     "paged without GPUs": (SFT | {"optim": "paged_adamw_8bit"}, {}, "optim", "found paged_adamw_8bit without GPUs", "set `optim: adamw_8bit`"),
     "paged 32 bits": (GRPO | {"optim": "paged_adamw_32bit"}, {}, "optim", "found paged_adamw_32bit without GPUs", "set `optim: adamw`"),
+    "muon and LoRA+": (SFT | {"optim": "muon", "lora": {"lora_plus_ratio": 16}}, {}, "lora.lora_plus_ratio", "found 16 with `optim: muon`", "another optimizer"),
     "muon and DeepSpeed": (SFT | {"optim": "muon"}, {"gpus": 2, "strategy": "zero2"}, "optim", "found muon with zero2, expected adamw", "sharded"),
     "8 bits and FSDP": (SFT | {"optim": "adamw_8bit"}, {"gpus": 2, "strategy": "fsdp"}, "optim", "found adamw_8bit with fsdp, expected adamw", "sharded"),
     "a warm-up of constant": (SFT | {"lr_scheduler_type": "constant", "warmup_steps": 2}, {}, "lr_scheduler_type", "found constant with warmup_steps", "constant_with_warmup"),
@@ -87,7 +88,7 @@ def test_our_own_pipelines_follow_the_advice() -> None:
 def test_what_changes_only_speed_is_in_no_key_and_what_changes_the_result_is() -> None:
     def key(**fields: Any) -> Any:
         stage = SftStage.model_validate(SFT | {"resources": GPU} | fields)
-        return key_document(stage, 1, {}, {}, {}, dict.fromkeys(stage.libraries_in_key(), "1"), "")
+        return key_document(stage, 1, {}, Outside(libraries=dict.fromkeys(stage.libraries_in_key(), "1")))
 
     fast = {"attn_implementation": "flash_attention_2", "kernels": "liger", "compile": True, "activation_offloading": True}
     assert key(resources=GPU | fast) == key()

@@ -18,7 +18,8 @@ from transformers.optimization import get_scheduler
 
 from tasks.data.masks import sequences
 from tasks.data.rows import Row
-from tasks.models.loading import check_device, load_model, load_tokenizer, set_attention
+from tasks.models.attention import set_attention
+from tasks.models.loading import check_device, load_model, load_tokenizer
 from tasks.training import sft
 from tasks.training.noise import add_noise, lengths
 from tasks.training.optimizers import MuonWithAdamW, muon, schedule

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from tuneline.errors import Problem
+from tuneline.kinds.adapters import Lora
 from tuneline.wording import listed
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def optimization_problems(stage: Training) -> Iterator[Problem]:
         # bitsandbytes/optim/optimizer.py, get_state_buffer: on CPUs it falls back to states that are not paged.
         hint = f"set `optim: {stage.optim.removeprefix('paged_').removesuffix('_32bit')}`"
         yield Problem("optim", f"found {stage.optim} without GPUs, from whose memory alone it moves states", hint)
+    if stage.optim == "muon" and stage.lora.lora_plus_ratio != 1:
+        found = f"found {stage.lora.lora_plus_ratio:g} with `optim: muon`, whose steps all have one size"
+        yield Problem("lora.lora_plus_ratio", found, "remove it, or choose another optimizer")
     if stage.optim != "adamw" and stage.resources.strategy not in ("ddp", "device_map"):
         # DeepSpeed joins weights into one vector (runtime/zero/stage_1_and_2.py), which Muon and Adafactor cannot train, and converts only
         # Adam's states between layouts (checkpoint/ds_to_universal.py). bitsandbytes' kernels do not know FSDP2's DTensor.
@@ -68,9 +72,10 @@ def _schedule_problems(stage: Training) -> Iterator[Problem]:
 
 def scaling_advice(stage: Training) -> Iterator[Problem]:
     """Yield a warning about a lora_alpha far from those of published guides; nothing is changed."""
-    lora = stage.lora
-    ratio = lora.lora_alpha / lora.r
-    if stage.training_method() != "full" and not lora.use_rslora and not 0.5 <= ratio <= 16:
+    lora = stage.adapter_settings()
+    if stage.training_method() == "full" or not isinstance(lora, Lora) or lora.use_rslora:
+        return
+    if not 0.5 <= (ratio := lora.lora_alpha / lora.r) <= 16:
         # r to 8 r in the guides of ROLL, verl, LLaMA-Factory (2 r) and ms-swift (4 r to 8 r)
         message = f"{lora.lora_alpha:g} is {ratio:g} times r, which scales every update by that"
         yield Problem("lora.lora_alpha", message, f"most guides use 1 to 8 times r, for example `lora_alpha: {2 * lora.r}`")
