@@ -59,6 +59,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     from tasks.training import checkpoints, strategies
     from tasks.training import shared as training
     from tasks.training.grpo_trainer import AdapterTrainer
+    from tasks.training.trackers import Trackers
 
     rewards = reward_functions(stage.rewards, request.files)  # first: an error in a user's file should show at once
     gpus = split_devices(stage)
@@ -96,7 +97,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             train_dataset=as_dataset(rows, prompts),
             processing_class=tokenizer,
             peft_config=None if earlier else adapters.configuration(stage.lora, found),  # TRL sets the seed before it draws the adapter
-            callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
+            callbacks=[report, Trackers(request, events), checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
             stage=stage,
             prompts=prompts,

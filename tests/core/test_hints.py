@@ -101,7 +101,7 @@ TRAINING = {
     "warmup_ratio": "write `warmup_steps: 0.1`: a value below 1 is a share of all steps",
     "warmup-ratio": "write `warmup_steps: 0.1`: a value below 1 is a share of all steps",
     "output_dir": "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders",
-    "template": "remove it: the model's own chat template is used",
+    "template": "remove it: the model's own chat template is used; another one is a file, `chat_template:` in the stage of kind `model`",
     "model_name_or_path": "write `model:` with the name of a stage of kind `model`, which has `hub:` or `path:`",
     "bf16": "write `dtype: bfloat16`, the default on GPUs",
     "load_in_4bit": "write `method: qlora` and `bits: 4`",

@@ -34,7 +34,6 @@ class Places(Strict):
     """Modules that get none, although target_modules selects them: names, or a regular expression that matches full names."""
     layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """Numbers of the decoder layers that get an adapter, counted from 0; all by default."""
-
     modules_to_save: Names | None = None
     """Other modules that are trained whole and saved with the adapter, such as `[embed_tokens, lm_head]`: names as in target_modules. Where
     embeddings and head are one tied weight, it stays one."""

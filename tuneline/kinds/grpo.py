@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
+from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import MAX_LORA_RANK
 from tuneline.kinds.fields import Strict
 from tuneline.kinds.rewards import FunctionReward, Reward, reward_problems
+from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
 
 PROMPT = 512  # assumed prompt length in tokens, if the dataset stage sets no max_length
@@ -96,6 +98,13 @@ class GrpoStage(Training):
 
     def sampled_tokens(self) -> int:
         return 0 if self.uses_engine() else self.max_completion_length
+
+    def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        yield from super().upstream_problems(stages)
+        dataset = stages.get(self.dataset)
+        if isinstance(dataset, DatasetStage) and dataset.repeats():
+            found = f"found `{self.dataset}`, whose sources have repeat or weight, but grpo asks each prompt once per epoch"
+            yield Problem("dataset", found, "use `max_rows` in its sources")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

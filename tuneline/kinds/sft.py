@@ -15,6 +15,11 @@ from tuneline.kinds.training import Method, Training
 LOW_FOR_ADAPTERS = 2e-5  # a fifth of the lowest that guides use for LoRA
 
 
+class LastAnswers(Strict):
+    last: int = Field(ge=2)
+    """Number of answers at the end of a conversation that count in the loss; `completion` trains only the last one."""
+
+
 class EarlyStopping(Strict):
     patience: int = Field(3, ge=1)
     """Stop after this many evaluations without a better validation loss; the best adapter is kept."""
@@ -38,8 +43,9 @@ class Supervised(Training):
     """Train an OFT adapter instead of LoRA."""
     ia3: Ia3 | None = None
     """Train an (IA)^3 adapter instead of LoRA."""
-    train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens that count in the loss: the last answer, every assistant turn, or all tokens. Plain text always trains on all tokens."""
+    train_on: Literal["completion", "assistant", "all"] | LastAnswers = "assistant"
+    """Tokens that count in the loss: the last answer, every assistant turn, all tokens, or, with `{last: 2}`, the last two answers. Plain
+    text always trains on all tokens."""
     max_length: int = Field(1024, ge=8)
     """Maximum length of a sequence, in tokens, and the length of packed sequences. A longer row is an error: truncate or drop it in the
     dataset stage."""

@@ -202,6 +202,7 @@ class Training(ComputingStage):
             yield Problem("resources.checkpoint_steps", found, "remove one of them")
 
     def _init_problems(self) -> Iterator[Problem]:
+        """Yield problems of LoRA's first weights with other fields."""
         init, field = self.lora.init_lora_weights, "lora.init_lora_weights"
         if init is True:
             return
