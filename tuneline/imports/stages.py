@@ -111,7 +111,7 @@ def write_evaluation(translation: Translation, sources: list[dict[str, Any]], ke
     translation.write("held-out.model", Ref("base"))
     translation.write("held-out.sources", sources, key=key)
     translation.write("held-out.dedup", "none")
-    translation.write("held-out.split.test", 0.99, "nearly all rows: a dataset always keeps some for training")
+    translation.write("held-out.split.test", 0.9, "most rows: a dataset always keeps some for training")
     translation.begin("evaluate", "evaluate")
     translation.write("evaluate.model", Ref("train"))
     translation.write("evaluate.datasets", [Ref("held-out")])
