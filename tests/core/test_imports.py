@@ -237,6 +237,16 @@ def test_rewards_and_engines_of_reinforcement_learning() -> None:
     assert grpo["resources"]["engine"] == {"gpu_memory_utilization": 0.4}
 
 
+@pytest.mark.skipif("dpo" not in STAGES, reason="preference training is not there")
+def test_preference_trainings_have_no_dropout_and_their_own_settings() -> None:
+    dpo = stages(imported("swift rlhf --rlhf_type dpo --model a/b --dataset c/d --beta 0.2 --rpo_alpha 0.1 --loss_type ipo"))["dpo"]
+    assert (dpo["beta"], dpo["rpo_alpha"], dpo["loss_type"], "lora_dropout" in dpo["lora"]) == (0.2, 0.1, "ipo", False)
+    kto = stages(imported("stage: kto\nmodel_name_or_path: a/b\ndataset: c/d\npref_beta: 0.3\nkto_rejected_weight: 0.5\n", "lf.yaml"))[
+        "kto"
+    ]
+    assert (kto["beta"], kto["undesirable_weight"]) == (0.3, 0.5)
+
+
 def test_weights_and_numbers_of_rows_belong_to_sources() -> None:
     draft = imported(
         "model_name_or_path: a/b\nstage: sft\ndataset: c/d,e/f\nmax_samples: 9\nmix_strategy: interleave_over\ninterleave_probs: 0.7,0.3\n",
