@@ -30,7 +30,7 @@ from tasks.data.rows import SPLITS, content_hash, read_rows
 from tasks.evaluation import evaluate as evaluation
 from tasks.evaluation.harness import LanguageModel
 from tasks.evaluation.harness_vllm import EngineModel
-from tasks.models import loading
+from tasks.models import adapters, loading
 from tasks.training import sft
 from tasks.training import shared as training
 from tasks.training.grpo_trainer import AdapterTrainer, EpochSampler
