@@ -57,7 +57,9 @@ FILES = {
 def test_a_file_of_another_tool_is_one_problem(tool: str) -> None:
     text, keys = FILES[tool]
     found = f"found a configuration of {tool} ({keys}), expected a tuneline file with `pipelines:`"
-    hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
+    hint = "`tuneline import p.yaml` translates it"
+    if tool == "mergekit":
+        hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
     assert problems(text) == (Problem("", found, hint, place="p.yaml:1:1"),)
 
 
@@ -99,7 +101,7 @@ TRAINING = {
     "warmup_ratio": "write `warmup_steps: 0.1`: a value below 1 is a share of all steps",
     "warmup-ratio": "write `warmup_steps: 0.1`: a value below 1 is a share of all steps",
     "output_dir": "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders",
-    "template": "remove it: the model's own chat template is used",
+    "template": "remove it: the model's own chat template is used; another one is a file, `chat_template:` in the stage of kind `model`",
     "model_name_or_path": "write `model:` with the name of a stage of kind `model`, which has `hub:` or `path:`",
     "bf16": "write `dtype: bfloat16`, the default on GPUs",
     "load_in_4bit": "write `method: qlora` and `bits: 4`",
@@ -110,7 +112,11 @@ TRAINING = {
     "save_total_limit": "write `resources: {checkpoints_kept: 2}`",
     "lora_alpha": "write it under `lora:`",
     "use_dora": "write it under `lora:`",
-    "neftune_noise_alpha": "remove it: tuneline has no such setting",
+    "neftune_alpha": "write `neftune_noise_alpha: 5`",
+    "enable_liger_kernel": "write `resources: {kernels: liger}`",
+    "attn_implementation": "write it under `resources:`",
+    "optimizer": "write `optim: adamw`, or adamw_8bit, adafactor, lion, muon",
+    "load_best_model_at_end": "write `save_best: true` with `eval_steps`; `early_stopping: {patience: 3}` keeps the best as well, and stops",
     "datasets": "rows come from a stage of kind `dataset`: name it in `dataset:`",
     "Lr": "write `learning_rate`",
 }

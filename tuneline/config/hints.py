@@ -23,13 +23,17 @@ ROWS = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt", ".arrow")
 LOCAL = ("model", "models", "checkpoint", "checkpoints", "data", "dataset", "datasets", "output", "outputs", "saves", "results", "runs")
 
 
-def foreign(tree: Mapping[str, Any]) -> str:
-    """Return what a file without `pipelines` is, if it has two or more keys of another tool: `LLaMA-Factory (cutoff_len, stage)`."""
-    if "pipelines" in tree:
-        return ""
+def tool_of(tree: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the tool of a file without `pipelines`, and its keys that say so, if it has two or more; else nothing."""
     found = {tool: [key for key in keys if key in tree] for tool, keys in FOREIGN.items()}
     tool = max(found, key=lambda name: len(found[name]))
-    return f"{tool} ({', '.join(found[tool][:2])})" if len(found[tool]) >= 2 else ""
+    return (tool, found[tool]) if len(found[tool]) >= 2 and "pipelines" not in tree else ("", [])
+
+
+def foreign(tree: Mapping[str, Any]) -> str:
+    """Return what a file without `pipelines` is, if it has two or more keys of another tool: `LLaMA-Factory (cutoff_len, stage)`."""
+    tool, keys = tool_of(tree)
+    return f"{tool} ({', '.join(keys[:2])})" if tool else ""
 
 
 def alias(name: str, model: type[BaseModel] | None) -> str:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from tuneline.config.checks import BUILT_IN_RUNTIMES, Checks, keys_of
 from tuneline.config.hints import foreign
 from tuneline.config.messages import translate
+from tuneline.config.other_tools import IMPORTED
 from tuneline.config.overrides import Overrides
 from tuneline.config.spec import Pipeline, Spec
 from tuneline.config.yaml_source import Keys, YamlDocument, dotted, read
@@ -96,6 +97,8 @@ def check(
     if other := foreign(source.tree):
         found = f"found a configuration of {other}, expected a tuneline file with `pipelines:`"
         hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
+        if other.partition(" (")[0] in IMPORTED:
+            hint = f"`tuneline import {source.name}` translates it"
         raise ConfigError([Problem("", found, hint, place=source.place(()))])
     overrides = Overrides(source, environment)
     tree = overrides.applied(pipeline, sets, variables)
