@@ -1,8 +1,8 @@
 """Fine-tunes a LoRA adapter, or every weight, on a Dataset's train split, by TRL and PEFT.
 
 Rows are tokenized and masked by `tasks.data.masks`, not by TRL; a check ensures that TRL drops and truncates nothing. A killed
-training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot attend to one another: their position ids
-start at 0, and transformers derives the mask from them (torch's sdpa is enough); each training checks this on its model.
+training resumes from its last complete checkpoint, on a CPU bit for bit. Micro-batches are flattened, not padded, and rows cannot see
+one another, packed or not: each training checks this on its model (`tasks.training.flattening`).
 
 `tasks.training.methods` holds the differences between methods. Left out: adapters on the head or the embeddings, grouping by length
 beyond a step (`tasks.training.batches` says why).
@@ -24,7 +24,7 @@ from tasks.data.unrendered import complete, lost_in_training
 from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tasks.training.head_checks import check_loss
-from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions, check_rows_apart
+from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.sft import Supervised
@@ -102,7 +102,7 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
-    return Result(metrics=figures(state, stage, sizes), info=info)
+    return Result(metrics=figures(state, stage, sizes), info=info | trainer.info)
 
 
 def save_unchanged(request: Request, stage: Supervised, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
@@ -150,7 +150,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from tasks.models import targets
-    from tasks.training import checkpoints, sequences, strategies
+    from tasks.training import checkpoints, flattening, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
 
@@ -182,8 +182,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     if stage.resources.sequence_parallel_size > 1:
         sequences.share(start.model, stage.resources, stage.micro_batch_size())
         checks.append(lambda: sequences.check(trainer, stage.resources))
-    if stage.packing:
-        checks.append(lambda: check_rows_apart(trainer))
+    checks.append(lambda: flattening.lay_out(trainer, stage))
     trainer.add_callback(training.RunOnTrainBegin(*checks))
     return trainer
 
