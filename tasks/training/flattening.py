@@ -32,8 +32,8 @@ FAILURES = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeErr
 
 def lay_out(trainer: TokenWeightedTrainer, stage: Supervised) -> None:
     """Choose how rows share a micro-batch, and note it for the manifest."""
-    trainer.info["rows"] = layout(trainer, stage)
-    print(f"rows: {trainer.info['rows']}", flush=True)
+    trainer.info["micro_batches"] = layout(trainer, stage)
+    print(f"micro-batches: {trainer.info['micro_batches']}", flush=True)
 
 
 def layout(trainer: TokenWeightedTrainer, stage: Supervised) -> str:

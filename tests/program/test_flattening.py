@@ -69,7 +69,7 @@ def test_a_row_gets_the_states_and_gradients_that_it_gets_alone(model_type: str,
 )
 def test_what_reaches_over_the_border_is_padded(tmp_path: Path, model_type: str, found: str) -> None:
     result, _ = run_program(Trial(tmp_path, model_type).request("lora"))
-    assert result.info["rows"].startswith(found)
+    assert result.info["micro_batches"].startswith(found)
 
 
 def attend_to_all(*given: Any, **named: Any) -> Any:
@@ -83,7 +83,7 @@ def test_attention_that_ignores_the_border_is_found_out(tmp_path: Path, base: In
         if name.startswith("padded"):
             monkeypatch.setattr(rows_attention, "attend_by_rows", attend_to_all)
         result, events = run_program(request_for(tmp_path / name[:4], base, max_steps=2))
-        assert result.info["rows"] == name
+        assert result.info["micro_batches"] == name
         losses.append([event["value"] for event in events if event.get("name") == "loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

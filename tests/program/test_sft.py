@@ -185,7 +185,7 @@ def test_nothing_is_padded_and_the_loss_is_that_of_any_layout_and_order(
             monkeypatch.setattr(sft_trainer, "longest_first", lambda rows, lengths: list(rows))
         batches.clear()
         result, events = run_program(request_for(tmp_path / name, base, rows, **fields))
-        assert result.info["rows"] == ("flattened, attention by_rows" if name == "flattened" else "padded: it is a test")
+        assert result.info["micro_batches"] == ("flattened, attention by_rows" if name == "flattened" else "padded: it is a test")
         curves = [[e["value"] for e in events if e.get("name") == curve] for curve in ("loss", "eval_loss")]
         training, validation = (torch.cat([mask.flatten() for trained, mask in batches if trained == which]) for which in (True, False))
         real = [int(mask.sum()) for mask in (training, validation)]
