@@ -56,8 +56,9 @@ test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready .cache/older-transfo
 test-core: $(VENV)/dev-ready
 	$(BIN)/pytest tests/core $(SELECT)
 
+# Two workers, because flows wait more than they compute.
 test-flows: test-ready
-	$(BIN)/pytest tests/flow $(SELECT)
+	$(BIN)/pytest tests/flow -n 2 --dist loadfile $(SELECT)
 
 # `nice`: programs compute, while flows wait for servers and processes. In parallel, programs get the CPU time that is left.
 test-programs: test-ready

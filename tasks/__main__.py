@@ -20,6 +20,7 @@ from tasks.packages import hidden, hide, import_program
 from tuneline import disk
 from tuneline.config.spec import PROGRAM_STAGES
 from tuneline.errors import StageFailed
+from tuneline.workspace.file_names import EVENTS, FAILURE, RESULT
 from tuneline.workspace.protocol import Events, Failure, Request
 
 NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError")
@@ -33,7 +34,7 @@ def main() -> int:
     request_file = Path(sys.argv[1])
     request = Request.read(request_file)
     folder = request_file.parent
-    failure_file = folder / "failure.json"
+    failure_file = folder / FAILURE
     if (rank := os.environ.get("RANK")) is not None:  # one of several processes: `tasks.launch` reports the failure
         failure_file = folder / RANKS / f"{rank}{FAILURE_SUFFIX}"
         if rank != "0":
@@ -41,16 +42,16 @@ def main() -> int:
             os.dup2(log, 1)
             os.dup2(log, 2)
     silence()
-    events = Events(folder / "events.jsonl")
+    events = Events(folder / EVENTS)
     for path in (request.payload, request.meta):
         path.mkdir(parents=True, exist_ok=True)
     try:
         check_inputs(request)
         hide(request)
-        program = import_program(request.kind, PROGRAM_STAGES[request.kind].program)
+        program = import_program(PROGRAM_STAGES[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():
-            result.model_copy(update={"info": {**result.info, **computed_on()}}).write(folder / "result.json")
+            result.model_copy(update={"info": {**result.info, **computed_on()}}).write(folder / RESULT)
         return 0
     except BaseException as error:
         failure = classify(error, request)

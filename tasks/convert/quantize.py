@@ -43,6 +43,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.patches import patch
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -113,7 +114,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
         "perplexity": {"split": split, "rows": len(measured), "tokens": sum(len(ids) - 1 for ids in measured)},
         "rounded_to_nearest": len(rounded),
     }
-    (request.meta / "report.md").write_text(report(stage, metrics, info, losses, rounded), encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text(report(stage, metrics, info, losses, rounded), encoding="utf-8")
     return Result(metrics=metrics, info=info)
 
 

@@ -63,7 +63,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
         events.warning(f"{kept} of {counts.read.total()} rows are kept although the chat template leaves out part of them")
     for message in warnings(items, splits, stage, counts):
         events.warning(message)
-    figures = write_report(request.meta, request.payload, stage, splits, counts, tokenizer, events)
+    figures = write_report(request, stage, splits, counts, tokenizer, events)
     events.progress(steps, steps, f"wrote {len(items):,} rows")
     return Result(
         metrics={

@@ -15,7 +15,8 @@ from tasks.data.sources import AnySource, Counts, Item
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.wording import markdown_table
-from tuneline.workspace.protocol import Events
+from tuneline.workspace.file_names import REPORT_DATA, REPORT_TEXT
+from tuneline.workspace.protocol import Events, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +27,7 @@ BAR = 40  # characters of the longest bar
 
 
 def write_report(
-    meta: Path,
-    payload: Path,
+    request: Request,
     stage: DatasetStage,
     splits: dict[str, list[Item]],
     counts: Counts,
@@ -53,23 +53,23 @@ def write_report(
         listed = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in figures.items())
         bars = "\n".join(histogram(lengths))
         parts.append(f"## Tokens\n\nPer row; train: of the whole split. {listed}\n\n```\n{bars}\n```\n")
-        plot(lengths, stage.max_length, meta / "lengths.png")
+        plot(lengths, stage.max_length, request.meta / "lengths.png")
     trained = "Text between ⟦ and ⟧ is trained on (`train_on: assistant`)."
     parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not rendered as a model sees them.'}\n")
     last = len(splits["train"]) - 1
-    for row in read_rows(payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back, to show the stored rows
+    for row in read_rows(request.payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back, to show the stored rows
         text = rendered(row, tokenizer) if tokenizer is not None else plain(row)
         text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
         events.sample(text, {"id": row.id, "source": row.source})
         parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
-    (meta / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text("\n".join(parts), encoding="utf-8")
     document = {
         "sources": list(by_source(stage, splits, counts)),
         "lengths": bins(lengths) if lengths else [],
         "ignored": counts.ignored,
         "left_out": counts.left_out,
     }
-    (meta / "report.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    (request.meta / REPORT_DATA).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return figures
 
 

@@ -32,6 +32,7 @@ from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_matc
 from tuneline.errors import StageFailed
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT, SAMPLES
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def completion(row: Row) -> str | None:
 def write(request: Request, report: Report) -> None:
     document = json.dumps({"metrics": report.metrics, "rows": report.rows}, sort_keys=True, indent=1, allow_nan=False)
     (request.payload / "results.json").write_text(document + "\n", encoding="utf-8")
-    with (request.meta / "samples.jsonl").open("w", encoding="utf-8") as file:
+    with (request.meta / SAMPLES).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False, default=str) + "\n" for sample in report.samples)
     lines = []
     for name, value in sorted(report.metrics.items()):
@@ -269,4 +270,4 @@ def write(request: Request, report: Report) -> None:
             error = report.metrics.get(f"{name}_stderr")
             rows = report.rows.get(name.split("/")[0], "")
             lines.append((name, f"{value:.4f}{'' if error is None else f' ± {error:.4f}'}", rows))
-    (request.meta / "report.md").write_text(markdown_table(("metric", "value", "rows"), lines, right=True) + "\n", encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text(markdown_table(("metric", "value", "rows"), lines, right=True) + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.model import ModelStage
 from tuneline.patches import patch
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT
 from tuneline.workspace.protocol import Events, Request, Result
 from tuneline.workspace.reference import REFERENCE, point
 
@@ -75,7 +76,7 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
     facts = check(folder, source, stage.trust_remote_code, events)
     if stage.path is not None:
         write_reference(folder, request.payload, stage.trust_remote_code)
-    (request.meta / "report.md").write_text(report(source, facts), encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text(report(source, facts), encoding="utf-8")
     events.progress(2, 2, "checked")
     metrics = {"parameters": float(facts.weights.parameters), "bytes": float(facts.weights.bytes)}
     return Result(metrics=metrics, info={"template": facts.template, "architecture": facts.architecture, "source": source})

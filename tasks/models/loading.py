@@ -16,6 +16,7 @@ from tuneline.errors import StageFailed
 from tuneline.files import sha256
 from tuneline.kinds.stage import ComputingStage
 from tuneline.workspace.artifact import digest
+from tuneline.workspace.file_names import MANIFEST
 from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import REFERENCE
 from tuneline.workspace.reference import folder_of as model_folder
@@ -48,7 +49,7 @@ def check_inputs(request: Request) -> None:
     """
     for slot, source in request.inputs.items():
         for name, given in ((slot, source), (f"{slot}'s base", source.base)):
-            if given is not None and (given.path.parent / "manifest.json").exists() and (problem := _problem(given)):
+            if given is not None and (given.path.parent / MANIFEST).exists() and (problem := _problem(given)):
                 raise StageFailed("data", f"{name}: {given.path}: {problem}", REBUILD)
 
 
@@ -57,7 +58,7 @@ def _problem(given: Input) -> str | None:
     problem, artifact = Store(folder).inspect(folder)
     if artifact is None:
         return problem
-    manifest, written = artifact.manifest, (folder / "manifest.json").stat().st_mtime_ns
+    manifest, written = artifact.manifest, (folder / MANIFEST).stat().st_mtime_ns
     if manifest.digest != given.digest:
         return f"found the artifact with digest {manifest.digest[:12]}, expected {given.digest[:12]}"
     if digest(manifest.files) != manifest.digest or manifest.template != given.template:
@@ -204,9 +205,18 @@ def load_model(
     if source.type == "Adapter":
         from peft import PeftModel
 
+        fit_vocabulary(model, source.path)
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
     return (model if place == "balanced" else model.to(place or device())).eval()
+
+
+def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
+    """Enlarge the model's vocabulary for the tokens that an adapter adds; the adapter holds their weights."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    added = [number for numbers in (config.get("trainable_token_indices") or {}).values() for number in numbers]
+    if added and max(added) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
 
 
 def without_weights(folder: Path) -> PreTrainedModel:

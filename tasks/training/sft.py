@@ -4,15 +4,14 @@ Rows are tokenized and masked by `tasks.data.masks`, not by TRL; a check ensures
 training resumes from its last complete checkpoint, on a CPU bit for bit. Micro-batches are flattened, not padded, and rows cannot see
 one another, packed or not: each training checks this on its model (`tasks.training.flattening`).
 
-`tasks.training.methods` holds the differences between methods. Left out: adapters on the head or the embeddings, grouping by length
-beyond a step (`tasks.training.batches` says why).
+`tasks.training.methods` holds the differences between methods. Left out: low-rank adapters on the head or the embeddings, grouping by
+length beyond a step (`tasks.training.batches` says why).
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
@@ -21,6 +20,7 @@ from tasks.data.masks import sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
+from tasks.models import added_tokens
 from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tasks.training.head_checks import check_loss
@@ -60,12 +60,14 @@ class Start:
 def run(request: Request, stage: Supervised, events: Events, loss_type: str = "nll") -> Result:
     """Train. `loss_type` is one of TRL's SFTConfig."""
     from tasks.models import targets
+    from tasks.training import initial
     from tasks.training import shared as training
 
     check_device(stage)
     arguments = trainer_arguments(request, stage, loss_type)  # first: with several GPUs this selects the process's own
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     tokenizer = load_tokenizer(earlier or base)
+    added = added_tokens.add(tokenizer, stage.add_tokens, known=earlier is not None)
     if arguments.process_index == 0:
         save_unchanged(request, stage, tokenizer, events)
     train, ids = tokenized(request, stage, tokenizer, "train", events)
@@ -75,14 +77,15 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
 
     model = methods.load_base(base, stage)
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
-    found = None if stage.method == "full" else targets.adapted(model, stage.lora, stage.method == "qlora")
-    warnings = list(targets.warnings(model, found, stage.lora, stage.method == "qlora")) if found else []
+    settings = stage.adapter_settings()
+    found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
+    if found and added:
+        found = added_tokens.make_room(model, found, added, request.seed)
+    warnings = list(targets.warnings(model, found, settings, stage.method == "qlora")) if found else []
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
     trainer = make_trainer(request, stage, arguments, Start(model, tokenizer, found, train, validation), report)
-    before = training.adapter_tensors(trainer.model) if found else {}
-    if found:
-        training.check_before(trainer.model, stage.lora, found, before)
+    before = initial.begin(trainer, settings, found, train, request.work) if found else {}
     trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(model),) * 2
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
     if arguments.process_index == 0:
@@ -91,13 +94,14 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
         for warning in warnings:
             events.warning(warning)
 
-    state, after = end_of_training(trainer, request, stage, events)
+    state, after = trained_weights(trainer, request, stage, events)
     check_every_row_trained(train, state)
     if arguments.process_index == 0:
         training.save_history(state.log_history, request.meta)
         if found:
-            training.save_adapter(trainer.model, after, request.payload, base)
-            training.check_adapter(request.payload, stage.lora, found, before, events)
+            before, after = (initial.as_saved(tensors, settings, request.work) for tensors in (before, after))
+            training.save_adapter(trainer.model, after, request.payload, base, settings)
+            training.check_adapter(request.payload, settings.as_saved(), found, before, events)
         else:
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
@@ -149,7 +153,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     """Build the trainer with all rows. Its checks run on the loaded rows now, and on the wrapped model before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from tasks.models import targets
+    from tasks.models import adapters
     from tasks.training import checkpoints, flattening, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
@@ -160,7 +164,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        model=training.continued_adapter(start.model, earlier, base, stage.adapter_settings(), start.targets)
         if earlier and start.targets
         else start.model,
         args=arguments,
@@ -168,13 +172,16 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
         eval_dataset=start.validation,
         processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
+        peft_config=adapters.configuration(stage.adapter_settings(), start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         resources=stage.resources,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
-    if stage.method == "qlora":
+    trainer.lora_plus_ratio = stage.lora.lora_plus_ratio
+    if stage.method == "qlora" or stage.adapter_settings().modules_to_save:
         methods.adapter_in_float32(trainer.model, earlier)
+    if stage.add_tokens:
+        added_tokens.show_bias(trainer.model)
     check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)
     if start.validation:
         check_nothing_lost(start.validation, trainer.eval_dataset, trainer.data_collator)
@@ -187,22 +194,14 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     return trainer
 
 
-def end_of_training(
+def trained_weights(
     trainer: TokenWeightedTrainer, request: Request, stage: Supervised, events: Events
 ) -> tuple[TrainerState, dict[str, torch.Tensor]]:
-    """Train, and return the final state and the trained weights, whole and by their saved names. If a killed process had finished the
-    training, they come from its last checkpoint."""
+    """Train, and return the final state and the trained weights, whole and by their saved names."""
     from tasks.training import checkpoints
     from tasks.training import shared as training
 
-    checkpoint = checkpoints.newest_checkpoint(trainer.args, request, stage.resources, events)
-    state = checkpoints.ended_at(checkpoint) if checkpoint else None
-    ended = Path(state.best_model_checkpoint or checkpoint) if checkpoint and state else None
-    if state is None:
-        if checkpoint:
-            print(f"resuming from {checkpoint.name}", flush=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state = trainer.state
+    state, ended = checkpoints.train_to_end(trainer, request, stage.resources, events)
     if stage.method == "full":
         keep = trainer.args.process_index == 0
         return state, methods.weights_in(ended, trainer.model) if ended else methods.weights(trainer.model, keep)
@@ -249,16 +248,16 @@ def tokenized(
         longest = max(length for _, length in long)
         raise StageFailed(
             "data",
-            f"{len(long)} of {len(found)} {split} rows are longer than max_length {stage.max_length}: "
+            f"{len(dict(long))} of {len(rows)} {split} rows are longer than max_length {stage.max_length}: "
             f"row {long[0][0]} has {long[0][1]} tokens, the longest {longest}",
             f"set `max_length: {longest}` here, or `max_length: {stage.max_length}` in the dataset stage, which drops or cuts them",
         )
     # The first token of a row is never predicted, so a row that trains only that token counts for nothing.
-    masked = [row for row, tokens in found if not any(tokens.trained[1:])]
+    masked = list(dict.fromkeys(row for row, tokens in found if not any(tokens.trained[1:])))  # a row may be several sequences
     if masked:
         raise StageFailed(
             "data",
-            f"{len(masked)} of {len(found)} {split} rows, such as {masked[0]}, have no token to train on with `train_on: {stage.train_on}`",
+            f"{len(masked)} of {len(rows)} {split} rows, such as {masked[0]}, have no token to train on with `train_on: {stage.train_on}`",
             "remove rows without an answer from the dataset, or set `train_on: all`",
         )
     columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}

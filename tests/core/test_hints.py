@@ -14,11 +14,11 @@ from tuneline.config.aliases import FIELD_ALIASES
 from tuneline.config.other_tools import ABSENT_KINDS, FOREIGN, OTHER_VALUES
 from tuneline.config.spec import STAGES, Pipeline, Spec
 from tuneline.errors import ConfigError, Problem
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.dataset import Split
 from tuneline.kinds.gate import Requirement
 from tuneline.kinds.sources import SOURCES
 from tuneline.kinds.stage import Resources
-from tuneline.kinds.training import Lora
 
 BLOCK = """\
 version: 1
@@ -57,7 +57,9 @@ FILES = {
 def test_a_file_of_another_tool_is_one_problem(tool: str) -> None:
     text, keys = FILES[tool]
     found = f"found a configuration of {tool} ({keys}), expected a tuneline file with `pipelines:`"
-    hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
+    hint = "`tuneline import p.yaml` translates it"
+    if tool == "mergekit":
+        hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
     assert problems(text) == (Problem("", found, hint, place="p.yaml:1:1"),)
 
 

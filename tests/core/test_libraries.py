@@ -29,7 +29,7 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
     "jinja2": (tuple(kind for kind in ALL if kind != "model"), "the name of its error alone; transformers renders"),
     "logbar": (("quantize",), "kept quiet"),
-    "matplotlib": (("dataset", "sft", "grpo"), "draws pictures for people into meta/"),
+    "matplotlib": (("dataset",), "draws pictures for people into meta/"),
     "numpy": (ALL, "takes the bits of GPTQ weights apart, exactly"),
     "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
     "pyarrow": (("sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),

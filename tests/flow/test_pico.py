@@ -35,7 +35,7 @@ STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
 UNUSED = {
     "model": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval matplotlib",
     "dataset": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval torch accelerate scipy",
-    "sft": "bitsandbytes deepspeed gptqmodel torchao lm_eval",
+    "sft": "bitsandbytes deepspeed gptqmodel torchao lm_eval matplotlib",
     "merge": "bitsandbytes deepspeed gptqmodel torchao trl datasets lm_eval matplotlib",
     "evaluate": "bitsandbytes deepspeed gptqmodel torchao trl datasets matplotlib",
     "quantize": "bitsandbytes deepspeed torchao peft trl lm_eval matplotlib",

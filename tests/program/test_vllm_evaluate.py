@@ -23,7 +23,7 @@ from vllm_tools import ROOM, borrowed_from
 
 from tasks.data.masks import prompt_ids
 from tasks.data.rows import Row
-from tasks.engine.client import Engine
+from tasks.engine.client import Engine, Sampling
 from tasks.evaluation import harness_vllm
 from tuneline.workspace.protocol import Input, Request
 
@@ -117,8 +117,9 @@ def test_figures_are_those_of_transformers(tmp_path: Path, base: Input, adapter:
     assert any(cut)
     assert not any("e" in text or "a" in text for text in cut)
     (started,) = borrowed
-    assert started[4:6] == ((None if what == "base" else 4), max(len(prompt_ids(rows[6], tokenizer())) + 12, started[5]))
-    assert started[5] < ROOM
+    longest, adapters = started[4:]
+    assert (adapters.rank if adapters else None) == (None if what == "base" else 4)
+    assert len(prompt_ids(rows[6], tokenizer())) + 12 <= longest < ROOM
 
 
 @pytest.mark.slow
@@ -126,7 +127,7 @@ def test_answers_end_with_the_text_that_they_are_cut_at(server: Engine, adapter:
     read = tokenizer()
     server.load("talkative", adapter.path)
     prompts = [read(f"What is {i}?")["input_ids"] for i in range(8)]
-    for completion in server.generate(prompts, model="talkative", max_tokens=64, temperature=0.0, stop=["e", "a"]):
+    for completion in server.generate(prompts, Sampling(max_tokens=64, temperature=0.0, stop=["e", "a"]), model="talkative"):
         assert len(completion.ids) == len(completion.logprobs) < 64
         assert any(end in read.decode(completion.ids) for end in "ea")
         assert not any(end in read.decode(completion.ids[:-1]) for end in "ea")

@@ -102,9 +102,26 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("optim", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), (
             "remove it: trainings use AdamW with its defaults"
         )),
-        **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "loraplus_lr_ratio", "pissa_init", "use_galore"), NONE),
+        **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "use_galore"), NONE),
+        **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio", "lora_plus_lr_ratio"), "write `lora: {lora_plus_ratio: 16}`"),
+        **dict.fromkeys(("pissa_init", "pissa_iter", "pissa_convert"), (
+            "write `lora: {init_lora_weights: pissa}`, or pissa_niter_16, which is faster: the adapter fits the unchanged base"
+        )),
+        **dict.fromkeys(("init_weights", "init_lora_weights", "peft_init_lora_weights"), "write `lora: {init_lora_weights: ...}`"),
+        **dict.fromkeys(("lora_exclude_modules", "exclude_modules", "target_regex"), (
+            "write `lora: {exclude_modules: [...]}`, or an expression as target_modules"
+        )),
+        **dict.fromkeys(("peft_layers_to_transform", "layers_to_transform"), "write `lora: {layers_to_transform: [0, 1]}`"),
+        **dict.fromkeys(("new_special_tokens", "add_special_tokens", "new_special_tokens_config"), "write `add_tokens: [...]`"),
+        **dict.fromkeys(("vera_rank", "vera_d_initial", "vera_dropout", "vera_projection_prng_key"), "write `vera: {r: 256}`"),
+        **dict.fromkeys(("oft_block_size", "oft_rank", "oft_target", "oft_eps", "oft_coft"), "write `oft: {oft_block_size: 32}`"),
+        "loftq_config": "remove it: PEFT computes LoftQ on GPUs only",
+        "resize_vocab": "write `add_tokens: [...]`",
+        **dict.fromkeys(("adalora", "adalora_target_r", "adalora_init_r"), (
+            "remove it: PEFT cannot resume AdaLoRA exactly; `lora: {rank_pattern: {...}}` gives layers different ranks"
+        )),
         **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers"), NONE),
-        **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), NONE),
+        **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), "write `lora: {modules_to_save: [...]}`"),
         "rope_scaling": "remove it: set it in the model's config.json",
         **dict.fromkeys(("group_by_length", "length_column_name", "padding_free"), "remove it: micro-batches are not padded anyway"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
@@ -148,6 +165,12 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("lora_target", "target", "targets", "lora_target_modules"), "write `target_modules`"),
         "dora": "write `use_dora`",
         "rslora": "write `use_rslora`",
+        **dict.fromkeys(("init_weights", "pissa_init"), "write `init_lora_weights: pissa`"),
+        **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio"), "write `lora_plus_ratio`"),
+        **dict.fromkeys(("additional_target", "lora_modules_to_save"), "write `modules_to_save`"),
+        **dict.fromkeys(("target_regex", "lora_target_regex"), "write the expression as `target_modules`"),
+        "trainable_token_indices": "write `add_tokens: [...]` in the stage",
+        **dict.fromkeys(("target_parameters", "lora_target_parameters"), "write the names of the experts' tensors in `target_modules`"),
         "bias": NONE,
         "task_type": "remove it: every model is a causal language model",
     },

@@ -50,11 +50,16 @@ FOREIGN = {  # top-level keys of the configurations of other tools, the clearest
         "dataset_name", "use_peft", "model_name_or_path", "lora_target_modules", "dataset_text_field", "max_seq_length", "reward_funcs",
         "per_device_train_batch_size", "dataset_config", "attn_implementation",
     ),
+    "ROLL": (
+        "actor_train", "actor_infer", "rollout_batch_size", "pretrain", "num_return_sequences_in_group", "reward_pretrain", "adv_estimator",
+        "ppo_epochs", "track_with", "exp_name", "whiten_advantages",
+    ),
     "torchtune": ("tokenizer", "checkpointer", "metric_logger", "profiler", "model", "dataset", "optimizer", "loss"),
     "mergekit": ("merge_method", "slices", "models", "base_model", "tokenizer_source", "parameters"),
     "DVC": ("stages", "params", "metrics", "plots", "artifacts"),
 }  # fmt: skip
 
+IMPORTED = ("LLaMA-Factory", "axolotl", "ms-swift", "TRL", "ROLL")  # whose files `tuneline import` reads
 METHODS = ("lora", "qlora", "dora", "full", "none", "")
 BENCHMARKS = ("mmlu", "gsm8k", "hellaswag", "winogrande", "piqa", "ifeval", "bbh", "boolq", "triviaqa", "humaneval", "mbpp", "openbookqa")
 SOURCE_TYPES = {  # what other tools write as the type of a dataset

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tuneline.errors import Problem
 from tuneline.kinds.fields import ArtifactType, ModelRef, OnUnrendered, Strict
-from tuneline.kinds.sources import CodeSource, DataSource
+from tuneline.kinds.sources import CodeSource, DataSource, FilesSource, HubSource
 from tuneline.kinds.stage import ProgramStage
 
 GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))
@@ -55,6 +55,17 @@ class DatasetStage(ProgramStage):
 
     def output_type(self) -> ArtifactType:
         return "Dataset"
+
+    def repositories(self) -> Iterator[tuple[str, str, str, str]]:
+        for i, source in enumerate(self.sources):
+            if isinstance(source, HubSource):
+                yield f"sources.{i}.repo", "dataset", source.repo, source.revision
+
+    def source_trees(self) -> dict[str, CodeSource]:
+        return {f"sources.{i}.path": source for i, source in enumerate(self.sources) if isinstance(source, CodeSource)}
+
+    def row_files(self) -> frozenset[str]:
+        return frozenset(f"sources.{i}.path" for i, source in enumerate(self.sources) if isinstance(source, FilesSource))
 
     def packages(self) -> frozenset[str]:
         return frozenset()  # a tokenizer does not need torch

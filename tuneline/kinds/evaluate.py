@@ -34,7 +34,9 @@ class EvaluateStage(ComputingStage):
     also_called: ClassVar = ("test", "benchmark", "bench", "lmeval", "score")
     program: ClassVar = "tasks.evaluation.evaluate"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
+    imports: ClassVar = ("tasks.evaluation.harness", "transformers.modeling_layers")
     batches: ClassVar = True
+    hidden_files_in: ClassVar = frozenset({"include_path"})
     model: ModelOrAdapterRef
     """Model or adapter to evaluate."""
     datasets: tuple[DatasetRef, ...] = ()
@@ -62,6 +64,12 @@ class EvaluateStage(ComputingStage):
 
     def output_type(self) -> ArtifactType:
         return "Report"
+
+    def lm_eval_tasks(self) -> Iterator[tuple[str, str]]:
+        yield from ((f"benchmarks.{i}", name) for i, name in enumerate(self.benchmarks) if name != HUMAN_EVAL)
+
+    def own_lm_eval_tasks(self) -> str | None:
+        return self.include_path
 
     def uses_engine(self) -> bool:
         return self.backend == "vllm"

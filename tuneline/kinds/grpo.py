@@ -32,6 +32,7 @@ class GrpoStage(Training):
     kind: Literal["grpo"]
     also_called: ClassVar = (*Training.also_called, "rl", "rlvr", "rft", "gspo", "dapo", "drgrpo")
     program: ClassVar = "tasks.training.grpo"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.grpo_trainer")
     libraries: ClassVar = (
         "torch",
         "transformers",
@@ -130,9 +131,11 @@ class GrpoStage(Training):
         # Limits of vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
         if self.lora.use_dora:
             yield Problem("lora.use_dora", "found DoRA, which vLLM does not serve", "remove it, or set `rollouts: {engine: transformers}`")
-        if self.lora.r > MAX_LORA_RANK:
-            found = f"found {self.lora.r}, expected at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
-            yield Problem("lora.r", found, "lower it, or set `rollouts: {engine: transformers}`")
+        if (highest := self.lora.highest_rank()) > MAX_LORA_RANK:
+            found = f"found {highest}, expected at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
+            yield Problem(
+                "lora.r" if highest == self.lora.r else "lora.rank_pattern", found, "lower it, or set `rollouts: {engine: transformers}`"
+            )
         engine = self.resources.engine
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
             found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"

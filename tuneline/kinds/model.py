@@ -17,6 +17,7 @@ class ModelStage(ProgramStage):
     also_called: ClassVar = ("base", "hub", "download", "fetch", "llm", "checkpoint")
     program: ClassVar = "tasks.models.fetch"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "huggingface-hub")
+    imports: ClassVar = ("transformers.modeling_layers",)  # imports what all models need
     figures: ClassVar = ("parameters",)
     role: ClassVar = "base"
     hub: Repository | None = None
@@ -32,6 +33,10 @@ class ModelStage(ProgramStage):
 
     def output_type(self) -> ArtifactType:
         return "Model"
+
+    def repositories(self) -> Iterator[tuple[str, str, str, str]]:
+        if self.hub:
+            yield "hub", "model", self.hub, self.revision
 
     def runs_user_code(self) -> bool:
         return self.trust_remote_code

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
+from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
 from tuneline.kinds.fields import ArtifactType, Strict
 from tuneline.kinds.training import Method, Training
 
@@ -31,6 +32,12 @@ class Supervised(Training):
     (arXiv:2305.14314); `full`, all weights, which gives a Model."""
     bits: Literal[4, 8] = 4
     """Bits per base weight with qlora: 4 (NF4 with double quantization) or 8 (LLM.int8(), arXiv:2208.07339)."""
+    vera: Vera | None = None
+    """Train a VeRA adapter instead of LoRA."""
+    oft: Oft | None = None
+    """Train an OFT adapter instead of LoRA."""
+    ia3: Ia3 | None = None
+    """Train an (IA)^3 adapter instead of LoRA."""
     train_on: Literal["completion", "assistant", "all"] = "assistant"
     """Tokens that count in the loss: the last answer, every assistant turn, or all tokens. Plain text always trains on all tokens."""
     max_length: int = Field(1024, ge=8)
@@ -38,6 +45,9 @@ class Supervised(Training):
     dataset stage."""
     packing: bool = False
     """Pack several rows into each sequence, for fewer steps. Unpacked rows are not padded either."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tokens to add to the tokenizer, such as `["<tool>"]`. Only their embeddings are trained beside the adapter; the head's too, where it
+    is not tied to them. The tokenizer is saved with the adapter, and a merge gives a model with the larger vocabulary."""
     eval_steps: int | None = Field(None, ge=1)
     """Evaluate on the validation split every N steps."""
     early_stopping: EarlyStopping | None = None
@@ -45,6 +55,12 @@ class Supervised(Training):
 
     def training_method(self) -> Method:
         return self.method
+
+    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
+        return self.vera or self.oft or self.ia3 or self.lora
+
+    def added_tokens(self) -> tuple[str, ...]:
+        return self.add_tokens
 
     def base_bits(self) -> int:
         return self.bits
@@ -83,12 +99,17 @@ class Supervised(Training):
             found = "found checkpoint_steps with early_stopping, which saves at each evaluation"
             hint = "remove it; set `checkpoint_minutes` to save in between as well"
             yield Problem("resources.checkpoint_steps", found, hint)
+        yield from self._kind_problems()
         if self.method == "full":
             found = "with `method: full`, which trains the model's own weights"
             if "lora" in self.model_fields_set:
                 yield Problem("lora", f"found lora {found}", "remove it, or set `method: lora`")
+            if self.add_tokens:
+                yield Problem("add_tokens", f"found add_tokens {found}", "remove it, or set `method: lora`")
             if self.adapter is not None:
                 yield Problem("adapter", f"found an adapter {found}", "merge the adapter, and name the merge stage under `model:`")
+        if twice := sorted({token for token in self.add_tokens if self.add_tokens.count(token) > 1}):
+            yield Problem("add_tokens", f"found {', '.join(twice)} twice", "remove one of them")
         if self.method != "qlora" and "bits" in self.model_fields_set:
             found = f"found bits with `method: {self.method}`, which quantizes nothing"
             yield Problem("bits", found, "remove it, or set `method: qlora`")
@@ -97,13 +118,33 @@ class Supervised(Training):
             yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected 4 bits", "remove use_dora, or bits")
         # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: 4-bit weights can be sharded only if
         # they are stored as floating-point numbers (bnb_4bit_quant_storage), which we do not support; 8-bit weights never.
-        if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
+        if self.method == "qlora" and self.resources.shards_weights:
             found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
             yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
         # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.
         if self.packing and self.resources.sequence_parallel_size > 1:
             found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
             yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")
+
+    def _kind_problems(self) -> Iterator[Problem]:
+        """Yield problems of other adapters than LoRA."""
+        others = [name for name in ("vera", "oft", "ia3") if getattr(self, name) is not None]
+        given = [*(["lora"] if "lora" in self.model_fields_set else []), *others]
+        for name in others:
+            if given[0] != name:
+                yield Problem(name, f"found {name} beside {given[0]}, expected one kind of adapter", "remove one of them")
+            if not self.every_adapter:
+                yield Problem(name, f"found {name} for {self.kind}, expected lora", "remove it")
+            if self.method != "lora":
+                yield Problem(name, f"found {name} with `method: {self.method}`, expected lora", "remove it, or set `method: lora`")
+            if self.resources.strategy in ("zero3", "fsdp"):
+                # PEFT gathers sharded weights for LoRA only: gather_params_ctx in peft/tuners/lora.
+                found = f"found {self.resources.strategy} with {name}, which PEFT computes from unsharded weights"
+                yield Problem("resources.strategy", found, "set `strategy: zero2`")
+            if self.add_tokens:
+                yield Problem(
+                    "add_tokens", f"found add_tokens with {name}, expected lora: PEFT trains tokens only beside LoRA", "remove it"
+                )
 
     def warnings(self) -> Iterator[Problem]:
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
@@ -120,3 +161,5 @@ class SftStage(Supervised):
     kind: Literal["sft"]
     also_called: ClassVar = (*Supervised.also_called, "qlora", "full", "fullfinetune", "pretrain", "pt", "cpt", "instruct", "supervised")
     program: ClassVar = "tasks.training.sft"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.sft_trainer")
+    every_adapter: ClassVar = True

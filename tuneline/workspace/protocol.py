@@ -19,6 +19,7 @@ from tuneline.config.spec import STAGES
 from tuneline.errors import FailureClass
 from tuneline.files import write_atomically
 from tuneline.kinds.stage import ProgramStage
+from tuneline.workspace.file_names import META, PAYLOAD
 
 SCHEMA = 4
 
@@ -85,11 +86,11 @@ class Request(Message):
 
     @property
     def payload(self) -> Path:
-        return self.out / "payload"
+        return self.out / PAYLOAD
 
     @property
     def meta(self) -> Path:
-        return self.out / "meta"
+        return self.out / META
 
     def stage(self) -> ProgramStage:
         stage = STAGES[self.kind].model_validate({**self.config, "resources": self.resources})
