@@ -100,3 +100,18 @@ def test_micro_batches_hold_each_row_once_and_about_as_many_tokens(of_rows: list
 def test_rows_are_spread_evenly() -> None:
     drawn = balanced(range(8), [24, 120, 60, 40, 100, 30, 80, 50], 4)
     assert [sum([24, 120, 60, 40, 100, 30, 80, 50][row] for row in drawn[start : start + 4]) for start in (0, 4)] == [254, 250]
+
+
+def test_trl_computes_the_head_by_the_tiles_that_are_set(base: Input, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices a TRL that no longer reads the width that training.score_only_trained_tokens sets."""
+    from trl.trainer import utils
+
+    widths = []
+    real = utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", lambda *given: widths.append(given[5]) or real(*given))
+    monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    utils.add_fused_lm_head(model)
+    ids = torch.tensor([[5, 6, 7]])
+    model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert widths == [64]
