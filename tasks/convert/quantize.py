@@ -24,6 +24,7 @@ from tasks.convert.quantizable import Quantizable, block_count, headers, quantiz
 from tasks.data import special_tokens
 from tasks.data.masks import tokenize
 from tasks.data.rows import Row, read_split
+from tasks.models.chat_template import save_template, saved_template
 from tasks.models.fetch import kept_files
 from tasks.models.gptq import cosines, quantization
 from tasks.models.loading import (
@@ -81,6 +82,8 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
             target = payload / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+    if source.path != folder and (template := saved_template(source.path)) is not None:
+        save_template(template, payload)
     make_tokenizer_readable(payload)  # except where only transformers 5 could read them
     rounded = quantizer.rounded(losses)
     if rounded:

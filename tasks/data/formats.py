@@ -24,7 +24,7 @@ from typing import Any
 
 from tasks.data.messages import content, message_list
 from tasks.data.rows import Row
-from tasks.data.values import BadRow, Number, blank, describe, parsed, refuse_unstorable, text, unpacked
+from tasks.data.values import BadRow, blank, describe, numeral, parsed, refuse_unstorable, text, unpacked
 
 FOR_REWARDS = ("answer", "tests", "extra")
 AROUND = ("system", "history")  # columns whose messages come before a conversation
@@ -76,7 +76,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
         ignored.update(record.keys() - {*needed, *read})
         record = {column: value for column, value in record.items() if column in needed or not blank(value)}
     if name == "text":
-        return Row(source, text=text(record["text"], "text"))
+        return Row(source, text=text(numeral(record["text"]), "text"))
     row = Row(source, answer=answer(record), extra=extra(record))
     if name == "messages":
         messages = message_list(record["messages"], "messages", ignored)
@@ -85,7 +85,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
     elif name == "alpaca":
         messages = alpaca(record)
     else:
-        given = [(column, unpacked(record[column], column)) for column in needed]
+        given = [(column, numeral(unpacked(record[column], column))) for column in needed]
         if all(isinstance(value, str) for _, value in given):
             refuse_around(record)
             texts: dict[str, Any] = {column: text(value, column) for column, value in given}
@@ -147,8 +147,8 @@ def history(value: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f"{where}: found {describe(pair)}, expected [question, answer]")
         messages += [
-            {"role": "user", "content": text(pair[0], f"{where}[0]")},
-            {"role": "assistant", "content": text(pair[1], f"{where}[1]")},
+            {"role": "user", "content": text(numeral(pair[0]), f"{where}[0]")},
+            {"role": "assistant", "content": text(numeral(pair[1]), f"{where}[1]")},
         ]
     return messages
 
@@ -164,8 +164,8 @@ def refuse_around(record: dict[str, Any]) -> None:
 def alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Build the question from the instruction and, on a new line, `input`; one of the two may be empty."""
     asked = [name for name in ("instruction", "input") if not blank(record.get(name))] or ["instruction"]
-    question = "\n".join(text(record[name], name) for name in asked)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": text(record["output"], "output")}]
+    question = "\n".join(text(numeral(record[name]), name) for name in asked)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": text(numeral(record["output"]), "output")}]
 
 
 # --- other columns ----------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def answer(record: dict[str, Any]) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise BadRow(f"answer: found {value}, expected text or a number")
-        return value.text if isinstance(value, Number) else str(value)
+        return str(numeral(value))
     return None if value is None else text(value, "answer")
 
 

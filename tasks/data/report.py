@@ -78,23 +78,29 @@ def ignored(counts: Counts) -> str:
 
 
 def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> Iterator[dict[str, Any]]:
-    """Yield each source's entry in report.json: rows read, rows of each fate, and rows in each split."""
-    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    """Yield each source's entry in report.json: rows read, rows of each fate, and rows in each split. Where rows are repeated, `shown` is
+    the number of rows in train.parquet, and `train` that of different ones."""
     for index, source in enumerate(stage.sources):
         name = f"sources.{index}"
+        own = {split: [item for item in splits[split] if item.row.source == name] for split in SPLITS}
+        rows = {split: len(set(map(id, items))) for split, items in own.items()}
+        if stage.repeats():
+            rows["shown"] = len(own["train"])
         fates = {fate: count for (fate, of), count in sorted(counts.fates.items()) if of == name}
-        yield {"source": title(source), "read": counts.read[name], "fates": fates, "splits": {split: kept[split, name] for split in SPLITS}}
+        yield {"source": title(source), "read": counts.read[name], "fates": fates, "splits": rows}
 
 
 def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
-    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    entries = list(by_source(stage, splits, counts))
+    drawn = ["not_drawn"] if any("not_drawn" in entry["fates"] for entry in entries) else []
+    fates = ["bad_rows", "over_long", *(["unrendered"] if counts.total("unrendered") else []), "duplicates", *drawn]
+    names = list(entries[0]["splits"])
     lines = []
-    for index, source in enumerate(stage.sources):
-        name = f"sources.{index}"
-        figures = [counts.read[name], *(counts.fates[fate, name] for fate in ("bad_rows", "over_long", "duplicates"))]
-        figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
-        lines.append([title(source), *(f"{figure:,}" for figure in figures)])
-    return markdown_table(("source", "read", "bad rows", "over long", "duplicates", *SPLITS, "truncated"), lines, right=True) + "\n"
+    for entry in entries:
+        figures = [entry["read"], *(entry["fates"].get(fate, 0) for fate in fates), *(entry["splits"][name] for name in names)]
+        lines.append([entry["source"], *(f"{figure:,}" for figure in (*figures, entry["fates"].get("truncated", 0)))])
+    head = ("source", "read", *(fate.replace("_", " ") for fate in fates), *names, "truncated")
+    return markdown_table(head, lines, right=True) + "\n"
 
 
 def title(source: AnySource) -> str:

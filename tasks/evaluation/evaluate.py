@@ -141,7 +141,7 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     samples = [Sample(name, row.id, prompt[-TAIL:], "", row.answer or row.text or "") for row, prompt in zip(rows, prompts, strict=True)]
     asked = [i for i, row in enumerate(rows) if row.answer is not None]
     lm.phase = f"{name}: answers"
-    given, stopped = answers([rows[i] for i in asked], stage.max_new_tokens, lm)
+    given, stopped = answers([rows[i] for i in asked], stage, lm)
     for i, answer in zip(asked, given, strict=True):
         right, final = samples[i].reference, said(answer, prompts[i], lm.tokenizer)
         if rows[i].calls():
@@ -170,8 +170,8 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     report.samples += scored
 
 
-def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tuple[list[str], int]:
-    """Return greedy answers as in `tasks.data.thoughts.written`, in order, and how many ended with an end token. Raises
+def answers(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> tuple[list[str], int]:
+    """Return greedy answers as in `tasks.data.thoughts.written`, in order, and how many ended with an end token or a stop text. Raises
     StageFailed(bug) if lm-eval tokenizes a prompt differently than training did."""
     from lm_eval.api.instance import Instance
 
@@ -187,8 +187,8 @@ def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tupl
                 raise StageFailed(
                     "bug", f"the prompt of row {rows[i].id} is not tokenized as in training", "please report this, with the template"
                 )
-            check_length(rows[i], len(ids) + max_new_tokens, lm, "shorten the dataset's max_length, or max_new_tokens")
-        options = {"do_sample": False, "max_gen_toks": max_new_tokens}
+            check_length(rows[i], len(ids) + stage.max_new_tokens, lm, "shorten the dataset's max_length, or max_new_tokens")
+        options = {"do_sample": False, "max_gen_toks": stage.max_new_tokens, "until": list(stage.stop)}
         requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
         if requests:
             found |= dict(zip(chosen, lm.write(requests), strict=True))

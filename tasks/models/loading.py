@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.chat_template import fix_clock, saved_template
 from tasks.models.gptq import is_gptq, load_dense
 from tasks.models.older_readers import make_tokenizer_readable, readable_config
 from tuneline.errors import StageFailed
@@ -32,11 +32,6 @@ CODE = ".py"
 CPU_INFO = Path("/proc/cpuinfo")
 CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM
 LEAST_CAPABILITY = (8, 0)  # of GPUs with bfloat16
-CLOCK = "strftime_now"  # the only function by which a template can ask transformers for the date
-DATE = datetime(2024, 7, 26)  # Llama 3's templates use this date if there is no clock
-CODES = "dbBmYyAajHMSp"
-MORE_CODES = "IeklcxXDFTRrhCgGuUVwWZz"  # the other codes of C's strftime; templates without them keep the shorter macro, and their hash
-UNPADDED = "dmHIMSjyUVWCgu"  # codes that can have a `-`, which removes leading zeros
 REBUILD = "run `tuneline verify`, which moves damaged artifacts away, and run again: they are rebuilt"
 
 
@@ -84,7 +79,7 @@ def compute_type(stage: ComputingStage) -> torch.dtype:
 
 
 def check_device(stage: ComputingStage) -> None:
-    """Raises StageFailed(config) if the stage's GPUs are not visible, or bfloat16 would be emulated.
+    """Raises StageFailed(config) if the stage's GPUs are not visible, the runtime lacks its kernels, or bfloat16 would be emulated.
 
     Torch initializes CUDA here and cannot see other GPUs afterwards.
     """
@@ -95,6 +90,9 @@ def check_device(stage: ComputingStage) -> None:
         raise StageFailed(
             "config", found, "check the driver, and that the runtime is one for GPUs; `gpus: 0` runs on the CPU, under another key"
         )
+    if stage.resources.kernels == "liger" and find_spec("liger_kernel") is None:
+        hint = "add liger-kernel to a lock of your own, under `runtimes:`, or remove `kernels`"
+        raise StageFailed("config", "resources.kernels: found liger, which this runtime lacks", hint)
     if stage.dtype != "bfloat16":
         return
     if stage.resources.gpus:
@@ -133,6 +131,8 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_no_end(tokenizer)
+    if folder != source.path and (own := saved_template(source.path)) is not None:  # of a model that is kept by reference
+        tokenizer.chat_template = own
     read = template_hash(tokenizer)
     fix_clock(tokenizer)
     if source.template is not None and source.template not in (read, template_hash(tokenizer)):
@@ -143,26 +143,6 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
             REBUILD,
         )
     return tokenizer
-
-
-def fix_clock(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace the clock of templates that write today's date into the system prompt, which would make runs differ from day to day.
-    The replacement is a macro in the template, so it is saved with the template and part of its hash."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        tokenizer.chat_template = {name: with_fixed_clock(one) for name, one in template.items()}
-    elif template is not None:
-        tokenizer.chat_template = with_fixed_clock(template)
-
-
-def with_fixed_clock(template: str) -> str:
-    if CLOCK not in template or f"macro {CLOCK}(" in template:
-        return template
-    codes = [f"%{code}" for code in CODES]
-    if not set(re.findall(r"(?<!\{)%-?[a-zA-Z]", template)) <= set(codes):
-        codes = [*(f"%-{code}" for code in UNPADDED), *codes, *(f"%{code}" for code in MORE_CODES)]
-    steps = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
-    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}{template}"
 
 
 def add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:

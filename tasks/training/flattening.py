@@ -71,6 +71,8 @@ def unsuited(model: PreTrainedModel, trainer: TokenWeightedTrainer, stage: Super
     usual, sharded = model.config._attn_implementation, stage.resources.strategy in ("zero3", "fsdp")
     if stage.resources.sequence_parallel_size > 1:
         return "processes share sequences"
+    if stage.resources.compile:  # attention by rows would break the graph in each layer
+        return "the model is compiled"
     if usual == "sdpa" and trainer.args.device.type == "cuda" and not (trainer.args.bf16 or model.dtype.itemsize == 2):
         return "found float32 on a GPU"
     if usual != "sdpa" and not usual.startswith("flash_attention"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
 from tasks.data.endings import check_ends, save_configs
-from tasks.data.masks import sequences
+from tasks.data.masks import answers, answers_to_learn, sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
@@ -24,10 +24,11 @@ from tasks.models import added_tokens
 from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tasks.training.head_checks import check_loss
+from tasks.training.noise import add_noise
 from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
-from tuneline.kinds.sft import Supervised
+from tuneline.kinds.sft import LastAnswers, SftStage, Supervised
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -76,6 +77,7 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
         events.warning(f"{rows} rows are trained as {len(train)} sequences: {APART}")
 
     model = methods.load_base(base, stage)
+    attention = model.config._attn_implementation  # flattened rows may get their own
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
     settings = stage.adapter_settings()
     found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
@@ -105,8 +107,9 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
         else:
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
-    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
-    return Result(metrics=figures(state, stage, sizes), info=info | trainer.info)
+    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "attention": attention}
+    speed = {"tokens_per_second": round(report.tokens_per_second, 1)}
+    return Result(metrics=figures(state, stage, sizes), info=info | trainer.info | speed)
 
 
 def save_unchanged(request: Request, stage: Supervised, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
@@ -139,11 +142,13 @@ def trainer_arguments(request: Request, stage: Supervised, loss_type: str = "nll
         eval_packing=False,
         eval_strategy="steps" if stage.eval_steps else "no",
         eval_steps=stage.eval_steps,
-        # With early stopping every evaluation writes a checkpoint: the best adapter must not depend on resources.
-        save_steps=stage.eval_steps if stage.early_stopping else checkpoint_steps(stage.resources),
-        load_best_model_at_end=stage.early_stopping is not None,
-        metric_for_best_model="eval_loss" if stage.early_stopping else None,
-        greater_is_better=False if stage.early_stopping else None,
+        # To keep the best, every evaluation writes a checkpoint: the best adapter must not depend on resources.
+        save_steps=stage.eval_steps if stage.keeps_best() else checkpoint_steps(stage.resources),
+        load_best_model_at_end=stage.keeps_best(),
+        metric_for_best_model="eval_loss" if stage.keeps_best() else None,
+        greater_is_better=False if stage.keeps_best() else None,
+        label_smoothing_factor=stage.label_smoothing if isinstance(stage, SftStage) else 0.0,
+        activation_offloading=stage.resources.activation_offloading,
     )
     sum_in_float32(arguments)
     return arguments
@@ -157,10 +162,13 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from tasks.training import checkpoints, flattening, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
+    from tasks.training.trackers import Trackers
 
     training.score_only_trained_tokens()
+    if stage.neftune_noise_alpha:
+        add_noise(start.model, stage.neftune_noise_alpha)
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
-    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
+    callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
@@ -174,7 +182,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
         # TRL sets the seed before it initializes the adapter.
         peft_config=adapters.configuration(stage.adapter_settings(), start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
-        resources=stage.resources,
+        stage=stage,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
     trainer.lora_plus_ratio = stage.lora.lora_plus_ratio
@@ -222,7 +230,7 @@ def figures(state: TrainerState, stage: Supervised, sizes: dict[str, int]) -> di
         **sizes,
     }
     evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    if stage.early_stopping:
+    if stage.keeps_best():
         return found | {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
     return found | ({"eval_loss": evaluated[max(evaluated)]} if evaluated else {})
 
@@ -240,8 +248,8 @@ def tokenized(
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
     rows = complete(rows, tokenizer, stage.on_unrendered, events, lost_in_training)
-    if stage.train_on == "completion":
-        rows = taught(rows, split, events)
+    if stage.train_on not in ("assistant", "all"):
+        rows = taught(rows, stage.train_on, split, events)
     found = [(row.id, tokens) for row in rows for tokens in sequences(row, tokenizer, stage.train_on)]
     long = [(row, len(tokens.input_ids)) for row, tokens in found if len(tokens.input_ids) > stage.max_length]
     if long:
@@ -257,26 +265,30 @@ def tokenized(
     if masked:
         raise StageFailed(
             "data",
-            f"{len(masked)} of {len(rows)} {split} rows, such as {masked[0]}, have no token to train on with `train_on: {stage.train_on}`",
+            f"{len(masked)} of {len(rows)} {split} rows, such as {masked[0]}, have no token to train on "
+            f"with `train_on: {shown(stage.train_on)}`",
             "remove rows without an answer from the dataset, or set `train_on: all`",
         )
     columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}
     return Dataset.from_dict(columns), [row for row, _ in found]
 
 
-def taught(rows: list[Row], split: str, events: Events) -> list[Row]:
-    """Return the rows whose last answer, the only one that `train_on: completion` trains, does not have weight 0."""
-    silent = [row for row in rows if row.messages is not None and row.messages[-1].get("weight") == 0]
+def taught(rows: list[Row], train_on: str | LastAnswers, split: str, events: Events) -> list[Row]:
+    """Return the rows with an answer to train on: those in which not all of the last ones that `train_on` wants have weight 0."""
+    silent = [row for row in rows if row.messages is not None and answers(row) and not answers_to_learn(row, train_on)]
     if not silent:
         return rows
-    what = f"{len(silent)} of {len(rows)} {split} rows end with an answer of weight 0, for example row {silent[0].id}"
+    setting, ends = f"`train_on: {shown(train_on)}`", "an answer" if train_on == "completion" else "answers"
+    what = f"{len(silent)} of {len(rows)} {split} rows end with {ends} of weight 0, for example row {silent[0].id}"
     if len(silent) == len(rows):
-        raise StageFailed(
-            "data", f"{what}: with `train_on: completion` no row is left", "set `train_on: assistant`: it trains earlier answers"
-        )
-    events.warning(f"{what}: with `train_on: completion` they are left out")
+        raise StageFailed("data", f"{what}: with {setting} no row is left", "set `train_on: assistant`: it trains earlier answers")
+    events.warning(f"{what}: with {setting} they are left out")
     left_out = {row.id for row in silent}
     return [row for row in rows if row.id not in left_out]
+
+
+def shown(train_on: str | LastAnswers) -> str:
+    return f"{{last: {train_on.last}}}" if isinstance(train_on, LastAnswers) else train_on
 
 
 def packed(dataset: Dataset, length: int) -> Dataset:

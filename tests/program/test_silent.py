@@ -46,16 +46,12 @@ OWN = {  # of our subclasses of library classes: what is theirs alone, and repla
     AdapterTrainer: {"step_rows", "_keep"},
     EpochSampler: {"set_epoch"},
     TokenWeightedTrainer: {
-        "step_tokens",
-        "step_rows",
-        "flattened",
-        "flat_collator",
-        "flatten",
-        "_collate_and_remember",
-        "_without_repeats",
+        *("step_tokens", "step_rows", "flattened", "flat_collator", "flatten", "_collate_and_remember", "_without_repeats"),
     },
-    LanguageModel: {"write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy"},
-    EngineModel: {"serve", "check"},
+    LanguageModel: {
+        *("write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy", "_generate", "_cut", "_has_stop"),
+    },
+    EngineModel: {"serve", "check", "_broken_off"},
 }
 
 

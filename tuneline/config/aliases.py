@@ -7,16 +7,20 @@ from __future__ import annotations
 
 STORED = "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders"
 EVERY_STEP = "remove it: every step is logged"
-REPORTS = "remove it: `tuneline show --open` shows the curves; nothing is sent elsewhere"
+REPORTS = "write `track: {tensorboard: {}}` or `track: {wandb: {}}` under the pipeline: docs/trackers.md"
 NONE = "remove it: tuneline has no such setting"
-TEMPLATE = "remove it: the model's own chat template is used"
+TEMPLATE = "remove it: the model's own chat template is used; another one is a file, `chat_template:` in the stage of kind `model`"
+TEMPLATE_FILE = "write `chat_template: FILE`, a Jinja template, or remove it: the model's own is used"
+THINKING = "write `chat_template_kwargs: {enable_thinking: false}` in the stage of kind `model`"
+MOST_ROWS = "write `max_rows` in a source of the stage of kind `dataset`"
 ROWS = "rows come from a stage of kind `dataset`: name it in `dataset:`"
 BASE = "write `model:` with the name of a stage of kind `model`, which has `hub:` or `path:`"
 HELD_OUT = "write `split: {validation: 0.1}` in the stage of kind `dataset`"
 QLORA = "write `method: qlora` and `bits: {}`"
 ZERO = "write `resources: {strategy: zero3}` (or zero1, zero2); tuneline writes DeepSpeed's configuration"
 FSDP = "write `resources: {strategy: fsdp}`"
-FASTER = "remove it: transformers chooses the kernels of attention and layers"
+FASTER = "remove it: `resources:` has `attn_implementation`, `kernels` and `compile`"
+ATTENTION = "write `resources: {attn_implementation: flash_attention_2}`, or leave it out: `auto` prefers flash attention on GPUs"
 REWARDED = "write `rewards: [{type: exact_match}]`, or `{file: rewards.py, function: NAME}` for your own"
 ATTEMPTS = "remove it: an interrupted training resumes from its newest checkpoint when it is run again"
 
@@ -68,26 +72,31 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("report_to", "run_name", "wandb_project", "wandb_entity", "wandb_run_id", "mlflow_tracking_uri"), REPORTS),
         **dict.fromkeys(("push_to_hub", "hub_model_id"), "remove it: tuneline uploads nothing"),
         **dict.fromkeys(("template", "chat_template", "chat_template_jinja", "conversation_template"), TEMPLATE),
+        **dict.fromkeys(("enable_thinking", "chat_template_kwargs", "chat_template_args", "reasoning_effort"), THINKING),
+        **dict.fromkeys(("default_system", "system", "system_prompt"), "write `system` in the stage of kind `dataset`, or in a source"),
+        **dict.fromkeys(("interleave_probs", "mix_strategy", "dataset_mixer"), "write `weight` in each of `sources:` of the dataset"),
         **dict.fromkeys(("model_name_or_path", "model_name", "base_model", "model_path", "model_id", "pretrained"), BASE),
         **dict.fromkeys(("adapter_name_or_path", "lora_model_dir", "adapters"), (
             "write `adapter:` with the name of a training stage, to train its adapter further"
         )),
         **dict.fromkeys(("tokenizer", "tokenizer_type", "tokenizer_name"), "remove it: the model's own tokenizer is used"),
         **dict.fromkeys(("datasets", "data", "dataset_dir", "dataset_name", "data_path", "train_file", "train_dataset"), ROWS),
-        **dict.fromkeys(("dataset_text_field", "preprocessing_num_workers", "dataset_num_proc", "max_samples", "streaming"), ROWS),
+        **dict.fromkeys(("dataset_text_field", "preprocessing_num_workers", "dataset_num_proc", "streaming"), ROWS),
+        **dict.fromkeys(("max_samples", "max_train_samples"), MOST_ROWS),
         **dict.fromkeys(("bf16", "bfloat16", "pure_bf16"), "write `dtype: bfloat16`, the default on GPUs"),
         **dict.fromkeys(("fp16", "float16", "tf32", "torch_dtype"), (
             "write `dtype: bfloat16`, the default on GPUs, or float32: float16 is not offered"
         )),
-        **dict.fromkeys(("flash_attn", "flash_attention", "attn_implementation", "attn_impl", "sdp_attention", "xformers_attention"), (
-            FASTER
-        )),
-        **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger", "torch_compile", "use_unsloth"), FASTER),
+        **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl", "sdp_attention", "eager_attention"), ATTENTION),
+        **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "use_liger"), "write `resources: {kernels: liger}`"),
+        "torch_compile": "write `resources: {compile: true}`",
+        **dict.fromkeys(("xformers_attention", "use_unsloth"), FASTER),
         **dict.fromkeys(("sample_packing", "neat_packing", "pad_to_sequence_len", "multipack"), "write `packing: true`"),
         **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "write `train_on: all`, or assistant, the default"),
         **dict.fromkeys(("assistant_only_loss", "roles_to_train"), (
-            "write `train_on: assistant`, the default, or completion"
+            "write `train_on: assistant`, the default, completion, or `{last: 2}`"
         )),
+        "loss_scale": "write `train_on: completion` for the last answer (last_round), or assistant, the default",
         **dict.fromkeys(("completion_only_loss", "mask_history"), "write `train_on: completion`: the last answer only"),
         **dict.fromkeys(("deepspeed", "ds_config", "zero_stage"), ZERO),
         **dict.fromkeys(("fsdp", "fsdp_config"), FSDP),
@@ -99,10 +108,15 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         "trust_remote_code": "write it in the stage of kind `model`",
         **dict.fromkeys(("do_train", "do_predict"), "remove it: a training stage trains"),
         "rl": "remove it: tuneline has no preference tuning yet; a stage of kind `grpo` trains on rewards",
-        **dict.fromkeys(("optim", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), (
-            "remove it: trainings use AdamW with its defaults"
+        **dict.fromkeys(("optimizer", "optim_type"), "write `optim: adamw`, or adamw_8bit, adafactor, lion, muon"),
+        "use_muon": "write `optim: muon`",
+        **dict.fromkeys(("lr_scheduler_kwargs", "min_lr", "min_lr_rate", "cosine_min_lr_ratio"), (
+            "write `min_lr_ratio: 0.1`, a share of learning_rate; `lr_decay_steps` and `lr_power` are fields as well"
         )),
-        **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "use_galore"), NONE),
+        "num_decay_steps": "write `lr_decay_steps`",
+        **dict.fromkeys(("neftune_alpha", "noisy_embedding_alpha"), "write `neftune_noise_alpha: 5`"),
+        "label_smoothing_factor": "write `label_smoothing: 0.1`",
+        **dict.fromkeys(("use_galore", "optim_args", "optim_target_modules"), NONE),
         **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio", "lora_plus_lr_ratio"), "write `lora: {lora_plus_ratio: 16}`"),
         **dict.fromkeys(("pissa_init", "pissa_iter", "pissa_convert"), (
             "write `lora: {init_lora_weights: pissa}`, or pissa_niter_16, which is faster: the adapter fits the unchanged base"
@@ -120,13 +134,15 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("adalora", "adalora_target_r", "adalora_init_r"), (
             "remove it: PEFT cannot resume AdaLoRA exactly; `lora: {rank_pattern: {...}}` gives layers different ranks"
         )),
-        **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers"), NONE),
+        **dict.fromkeys(("special_tokens", "freeze_trainable_layers"), NONE),
         **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), "write `lora: {modules_to_save: [...]}`"),
         "rope_scaling": "remove it: set it in the model's config.json",
         **dict.fromkeys(("group_by_length", "length_column_name", "padding_free"), "remove it: micro-batches are not padded anyway"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
         "rlhf_type": "remove it: `kind: grpo` trains on rewards; tuneline has no preference tuning yet",
-        "load_best_model_at_end": "write `early_stopping: {patience: 3}`, which keeps the best adapter, with `eval_steps`",
+        **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), (
+            "write `save_best: true` with `eval_steps`; `early_stopping: {patience: 3}` keeps the best as well, and stops"
+        )),
         "lm_eval_tasks": "add a stage of kind `evaluate` with `benchmarks: [arc_easy]`",
         **dict.fromkeys(("hf_use_auth_token", "hub_token", "token"), "set HF_TOKEN in the environment"),
         "dataloader_num_workers": NONE,
@@ -154,6 +170,9 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         )),
         **dict.fromkeys(("cpu_offload", "offload_optimizer"), "write `offload: optimizer`"),
         "save_steps": "write `checkpoint_steps`",
+        **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl", "attention"), "write `attn_implementation: flash_attention_2`"),
+        **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger"), "write `kernels: liger`"),
+        "torch_compile": "write `compile: true`",
         "save_total_limit": "write `checkpoints_kept`",
         **dict.fromkeys(("cuda_visible_devices", "gpu_ids"), "write `devices: [0]`"),
         **dict.fromkeys(("memory", "cpus", "cpu"), "remove it: tuneline reserves GPUs only"),
@@ -180,7 +199,10 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         )),
         **dict.fromkeys(("model_path", "folder", "dir"), "write `path`"),
         **dict.fromkeys(("dtype", "torch_dtype"), "write `dtype` in the stages that compute with the model"),
-        **dict.fromkeys(("template", "chat_template"), TEMPLATE),
+        **dict.fromkeys(("template", "chat_template_jinja", "chat_template_path"), TEMPLATE_FILE),
+        **dict.fromkeys(("enable_thinking", "template_kwargs", "chat_template_args"), (
+            "write `chat_template_kwargs: {enable_thinking: false}`"
+        )),
         **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "write `method: qlora` in the training"),
         "token": "set HF_TOKEN in the environment",
     },
@@ -199,6 +221,9 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
             "write `max_length`, with `model:`, whose tokenizer counts tokens"
         )),
         **dict.fromkeys(("system_prompt", "default_system"), "write `system`"),
+        **dict.fromkeys(("max_samples", "max_rows", "num_samples"), "write `max_rows` in each of `sources:`"),
+        **dict.fromkeys(("interleave_probs", "mix_strategy", "weight", "weights"), "write `weight` in each of `sources:`"),
+        "repeat": "write it in a source",
         **dict.fromkeys(("template", "chat_template", "tokenizer"), "write `model:`: its chat template and tokenizer are used"),
         **dict.fromkeys(("dedupe", "deduplicate"), "write `dedup: content`, prompt or none"),
         **dict.fromkeys(("num_workers", "preprocessing_num_workers", "streaming", "shuffle"), NONE),
@@ -209,7 +234,13 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("mapping", "field_messages", "message_property_mappings", "column_mapping", "tags"), (
             "write `columns: {prompt: question, completion: solution}`"
         )),
-        **dict.fromkeys(("split", "ratio", "weight"), "write `split:` in the stage: it holds rows out after reading all sources"),
+        **dict.fromkeys(("split", "ratio"), "write `split:` in the stage: it holds rows out after reading all sources"),
+    },
+    "Source": {
+        **dict.fromkeys(("max_samples", "num_samples", "limit", "sample", "samples", "head"), "write `max_rows`"),
+        **dict.fromkeys(("system_prompt", "default_system"), "write `system`"),
+        **dict.fromkeys(("repeats", "upsample", "oversample", "times", "epochs"), "write `repeat`"),
+        **dict.fromkeys(("probability", "prob", "proportion", "sampling_weight", "weights"), "write `weight`"),
     },
     "HubSource": {
         **dict.fromkeys(("path", "name", "dataset", "hf_hub_url", "repo_id"), "write `repo: owner/name`"),
@@ -224,7 +255,11 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("count", "rows", "n"), "write `size`"),
         "seed": "write `seed` in the stage",
     },
-    "CodeSource": {"format": "remove it: source code is plain text", "columns": "remove it: source code has no columns"},
+    "CodeSource": {
+        "system": "remove it: source code has no conversations",
+        "format": "remove it: source code is plain text",
+        "columns": "remove it: source code has no columns",
+    },
     "EvaluateStage": {
         **dict.fromkeys(("batch_size", "per_device_eval_batch_size"), "write `resources: {micro_batch_size: 16}`"),
         **dict.fromkeys(("tasks", "task", "benchmark", "evals"), "write `benchmarks: [arc_easy]`: names of lm-eval tasks"),
@@ -238,6 +273,10 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("infer_backend", "engine"), "write `backend: vllm`"),
         **dict.fromkeys(("metric", "metrics"), "remove it: all metrics are computed; a stage of kind `gate` sets conditions on them"),
         **dict.fromkeys(("temperature", "do_sample", "top_p"), "remove it: answers to datasets are greedy"),
+        **dict.fromkeys(("stop_words", "stop_strings", "stop_sequences", "until", "stopping_strings"), "write `stop`"),
+        **dict.fromkeys(("enable_thinking", "chat_template_kwargs", "think_end_token"), (
+            THINKING + "; thoughts are recognized automatically"
+        )),
     },
     "GateStage": {
         **dict.fromkeys(("metric", "metrics", "threshold", "min", "max", "conditions", "requires", "of", "at_least", "at_most"), (

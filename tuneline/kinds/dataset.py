@@ -97,5 +97,23 @@ class DatasetStage(ProgramStage):
             if isinstance(source, CodeSource) and self.max_length is not None and source.chunk_length > self.max_length:
                 message = f"found {source.chunk_length}, expected at most max_length, {self.max_length}"
                 yield Problem(f"sources.{i}.chunk_length", message, "lower it, or raise max_length: longer chunks would be over-long rows")
+        yield from self._mixing_problems()
         if self.split.validation + self.split.test >= 1:
             yield Problem("split", f"found {self.split.validation} + {self.split.test}, expected a sum below 1")
+
+    def _mixing_problems(self) -> Iterator[Problem]:
+        weighed = [source.weight is not None for source in self.sources]
+        if weighed == [True]:
+            yield Problem("sources.0.weight", "found a weight of the only source: it has no effect", "remove it")
+        elif any(weighed):
+            for i, source in enumerate(self.sources):
+                if source.weight is None:
+                    found = "found no weight, expected one: other sources have weights"
+                    yield Problem(f"sources.{i}", found, "add `weight: 1.0`, or remove the others")
+                if source.repeat > 1:
+                    found = "found repeat in a stage whose sources have weights, which already say how often rows are repeated"
+                    yield Problem(f"sources.{i}.repeat", found, "remove it, or the weights")
+
+    def repeats(self) -> bool:
+        """Return whether rows may be in the train split several times."""
+        return any(source.repeat > 1 or source.weight is not None for source in self.sources)

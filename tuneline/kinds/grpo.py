@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
+from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import MAX_LORA_RANK
 from tuneline.kinds.fields import Strict
 from tuneline.kinds.rewards import FunctionReward, Reward, reward_problems
+from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
 
 PROMPT = 512  # assumed prompt length in tokens, if the dataset stage sets no max_length
+RL_RANK = 32
 
 
 class Rollouts(Strict):
@@ -96,6 +99,13 @@ class GrpoStage(Training):
     def sampled_tokens(self) -> int:
         return 0 if self.uses_engine() else self.max_completion_length
 
+    def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        yield from super().upstream_problems(stages)
+        dataset = stages.get(self.dataset)
+        if isinstance(dataset, DatasetStage) and dataset.repeats():
+            found = f"found `{self.dataset}`, whose sources have repeat or weight, but grpo asks each prompt once per epoch"
+            yield Problem("dataset", found, "use `max_rows` in its sources")
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from reward_problems(self.rewards)
@@ -112,6 +122,9 @@ class GrpoStage(Training):
             # trl/trainer/grpo_trainer.py does not implement it.
             found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL supports sequence parallelism only for sft"
             yield Problem("resources.sequence_parallel_size", found, "remove it")
+        if self.resources.activation_offloading:
+            # trl/trainer/grpo_config.py has no such field.
+            yield Problem("resources.activation_offloading", "found activation_offloading for grpo, for which TRL has none", "remove it")
         if self.resources.strategy == "fsdp":
             # trl/models/utils.py, unwrap_model_for_generation, gathers the shards of ZeRO-3, but not those of FSDP2.
             yield Problem(
@@ -140,3 +153,10 @@ class GrpoStage(Training):
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
             found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"
             yield Problem("resources.engine.gpus", found, "leave a GPU for the training, or set `gpus: 0` to share the first one")
+
+    def warnings(self) -> Iterator[Problem]:
+        yield from super().warnings()
+        if self.lora.r < RL_RANK and self.adapter is None:  # an earlier adapter's rank is what it is
+            # verl's guide: smaller ranks converge more slowly and end lower; 32 came close to full training at 0.5B, 128 at 32B.
+            message = f"{self.lora.r} may learn slowly: verl's guide advises {RL_RANK} or more for reinforcement learning"
+            yield Problem("lora.r", message, f"set `lora: {{r: {RL_RANK}, lora_alpha: {2 * RL_RANK}}}`")
