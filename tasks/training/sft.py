@@ -1,8 +1,8 @@
 """Fine-tunes a LoRA adapter, or every weight, on a Dataset's train split, by TRL and PEFT.
 
 Rows are tokenized and masked by `tasks.data.masks`, not by TRL; a check ensures that TRL drops and truncates nothing. A killed
-training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot attend to one another: their position ids
-start at 0, and transformers derives the mask from them (torch's sdpa is enough); each training checks this on its model.
+training resumes from its last complete checkpoint, on a CPU bit for bit. Micro-batches are flattened, not padded, and rows cannot see
+one another, packed or not: each training checks this on its model (`tasks.training.flattening`).
 
 `tasks.training.methods` holds the differences between methods. Left out: low-rank adapters on the head or the embeddings, grouping by
 length beyond a step (`tasks.training.batches` says why).
@@ -25,7 +25,7 @@ from tasks.models.loading import check_device, code_files, load_tokenizer, save_
 from tasks.training import methods
 from tasks.training.head_checks import check_loss
 from tasks.training.noise import add_noise
-from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions, check_rows_apart
+from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.sft import LastAnswers, SftStage, Supervised
@@ -77,6 +77,7 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
         events.warning(f"{rows} rows are trained as {len(train)} sequences: {APART}")
 
     model = methods.load_base(base, stage)
+    attention = model.config._attn_implementation  # flattened rows may get their own
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
     settings = stage.adapter_settings()
     found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
@@ -106,9 +107,9 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
         else:
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
-    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "attention": model.config._attn_implementation}
+    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "attention": attention}
     speed = {"tokens_per_second": round(report.tokens_per_second, 1)}
-    return Result(metrics=figures(state, stage, sizes), info=info | speed)
+    return Result(metrics=figures(state, stage, sizes), info=info | trainer.info | speed)
 
 
 def save_unchanged(request: Request, stage: Supervised, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
@@ -158,7 +159,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from tasks.models import adapters
-    from tasks.training import checkpoints, sequences, strategies
+    from tasks.training import checkpoints, flattening, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
     from tasks.training.trackers import Trackers
@@ -196,8 +197,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     if stage.resources.sequence_parallel_size > 1:
         sequences.share(start.model, stage.resources, stage.micro_batch_size())
         checks.append(lambda: sequences.check(trainer, stage.resources))
-    if stage.packing:
-        checks.append(lambda: check_rows_apart(trainer))
+    checks.append(lambda: flattening.lay_out(trainer, stage))
     trainer.add_callback(training.RunOnTrainBegin(*checks))
     return trainer
 

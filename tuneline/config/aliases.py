@@ -137,7 +137,7 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("special_tokens", "freeze_trainable_layers"), NONE),
         **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), "write `lora: {modules_to_save: [...]}`"),
         "rope_scaling": "remove it: set it in the model's config.json",
-        **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
+        **dict.fromkeys(("group_by_length", "length_column_name", "padding_free"), "remove it: micro-batches are not padded anyway"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
         "rlhf_type": "remove it: `kind: grpo` trains on rewards; tuneline has no preference tuning yet",
         **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), (
