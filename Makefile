@@ -19,12 +19,14 @@ python_of = $$($(BIN)/tuneline setup $(1) 2>/dev/null | cut -d' ' -f3)
 # time. All other packages come from the runtime.
 OLDER := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 peft==0.18.1
 # `full` marks variants that CI leaves out.
+TRACKERS := mlflow-skinny==3.17.2 wandb==0.31.0
+TRACKER_SERVER := mlflow==3.17.2
 SELECT := -m "not full"
 ROWS := .cache/bench-rows.jsonl
 
 BENCHMARKS := bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training
 
-.PHONY: help setup demo test test-full test-fast test-ready test-core test-flows test-programs test-python torture lint format docs locks audit $(BENCHMARKS) clean
+.PHONY: help setup demo test test-full test-fast test-ready test-core test-flows test-programs test-python gpu-check torture lint format docs locks audit $(BENCHMARKS) clean
 
 # Not set for `demo`: the server that it starts also serves other pipelines, which may need the hub.
 test-core test-flows test-programs test-python torture $(BENCHMARKS): export HF_HUB_OFFLINE := 1
@@ -45,7 +47,7 @@ test: test-core test-flows test-programs  ## run the tests that CI runs; `make -
 test-full: export WARM := 0
 test-full: export TORTURE_KILLS := 16
 test-full: SELECT :=
-test-full: test  ## run every variant, with real processes and more kills: more than an hour
+test-full: .cache/trackers/ready test  ## run every variant, with real processes and more kills: more than an hour
 
 test-fast: test-ready  ## run the fast tests in parallel: three to four minutes on two CPU cores
 	$(MAKE) --no-print-directory -j2 -O test-core test-flows test-programs SELECT='-m "not slow and not full"'
@@ -71,6 +73,9 @@ test-python: $(GGUF)  ## run the core's tests and a pico pipeline with another P
 	$(MAKE) VENV=$(OTHER) $(OTHER)/dev-ready
 	$(OTHER)/bin/pytest tests/core $(SELECT)
 	export TUNELINE_RUNTIMES=$(CURDIR)/$(OTHER)/runtimes; $(OTHER)/bin/tuneline setup && $(OTHER)/bin/pytest tests/flow/test_pico.py $(SELECT)
+
+gpu-check: setup  ## check a GPU with trainings, GPTQ and vLLM on random weights: ten minutes, no hub; SIZE=tiny runs anywhere
+	$(BIN)/tuneline doctor --gpu --size $(or $(SIZE),full)
 
 torture: export WARM := 0
 torture: setup $(VENV)/dev-ready  ## kill runs at random times: make torture KILLS=500 SEED=7
@@ -161,6 +166,15 @@ $(VENV)/dev-ready: $(VENV)/ready infra/runtimes/dev.txt
 .cache/test-tools/ready: infra/runtimes/test.txt $(VENV)/ready
 	rm -rf .cache/test-tools
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --target .cache/test-tools -r infra/runtimes/test.txt
+	touch $@
+
+# For the tests of trackers: clients that fit the runtime, and in `server` the whole of MLflow, which does not.
+.cache/trackers/ready: Makefile $(VENV)/ready infra/runtimes/torch.txt
+	rm -rf $(@D)
+	sed 's/ .*//; /^ *#/d' infra/runtimes/torch.txt > .cache/torch-pins.txt
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) -c .cache/torch-pins.txt $(TRACKERS)
+	$(BIN)/uv venv --quiet --python $(PYTHON) $(@D)/server
+	$(BIN)/uv pip install --quiet --python $(@D)/server/bin/python $(TRACKER_SERVER)
 	touch $@
 
 # Without --compile-bytecode: only a few of its 3,000 modules are imported.

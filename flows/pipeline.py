@@ -30,7 +30,7 @@ from flows.machine import visible_gpus
 from flows.report.artifacts import Publisher
 from flows.report.html import report_of
 from flows.report.markdown import run_report
-from flows.run.cancelled import Watch
+from flows.run.cancelled import Watch, callers
 from flows.run.missed import SKIPPED, missed
 from flows.run.parent_watch import end_with_parent
 from flows.run.run_context import NoReporter, Reporter, RunContext
@@ -87,7 +87,7 @@ def run_pipeline(
     record = workspace.runs.begin(pipeline, loaded.overrides)
     record.only, record.force, record.flow_run = only, tuple(force), flow_run.id
     run = _begun(workspace, record, {"pipeline": pipeline, "file": str(loaded.file), "overrides": overrides, "variables": variables})
-    watch = Watch(UUID(flow_run.id), run.supervisor)
+    watch = Watch(UUID(flow_run.id), run.supervisor, callers=callers())
     futures: dict[str, Any] = {}
     try:
         for plan in record.planned:

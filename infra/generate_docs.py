@@ -20,7 +20,7 @@ from tuneline.config import pools, spec
 from tuneline.config.json_schema import json_schema
 from tuneline.imports.fates import fate_of, kind_of
 from tuneline.imports.importing import TABLES
-from tuneline.kinds import adapters, dataset, fields, gate, grpo, rewards, sft
+from tuneline.kinds import adapters, dataset, fields, gate, grpo, rewards, sft, trackers
 from tuneline.kinds import engine as engines
 from tuneline.kinds import sources as data_sources
 from tuneline.kinds import stage as stages
@@ -44,6 +44,11 @@ PARTS = (
     grpo.Rollouts,
     *rewards.REWARDS.values(),
     gate.Requirement,
+    trackers.Track,
+    trackers.Tensorboard,
+    trackers.Wandb,
+    trackers.Mlflow,
+    trackers.Trackio,
     pools.Schedule,
     pools.ProcessPool,
     pools.DockerPool,

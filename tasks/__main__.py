@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tasks.log_filters import silence
 from tasks.models.hardware import computed_on
 from tasks.models.loading import check_inputs
 from tasks.packages import hidden, hide, import_program
+from tasks.training import TRACKER
 from tuneline import disk
 from tuneline.config.spec import PROGRAM_STAGES
 from tuneline.errors import StageFailed
@@ -93,7 +95,8 @@ def classify(error: BaseException, request: Request) -> Failure:
 
 if __name__ == "__main__":
     status = main()
-    if "RANK" in os.environ:  # threads of gloo and DeepSpeed sometimes abort the interpreter's exit; all results are written
+    left = any(thread.name.startswith(TRACKER) for thread in threading.enumerate())  # would wait for its server as long as that takes
+    if "RANK" in os.environ or left:  # threads of gloo and DeepSpeed sometimes abort the interpreter's exit; all results are written
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -109,6 +109,7 @@ def facts(stage: Stage) -> list[tuple[str, str]]:
         ("computed on", f"{info['devices']} x {info['device']}, {machine}" if "device" in info else machine),
         ("speed", f"{info['tokens_per_second']:,.0f} tokens/s" if info.get("tokens_per_second") else ""),
         ("peak memory", ", ".join(_memory(info))),
+        *info.get("trackers", {}).items(),
     ]
     return [(name, value) for name, value in found if value]
 

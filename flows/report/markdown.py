@@ -63,6 +63,8 @@ def _facts(stage: Stage) -> Iterator[list[str]]:
         yield ["digest", _code(stage.entry.digest or "")]
     if stage.manifest:
         yield ["payload", f"{len(stage.manifest.files)} files, {human(stage.manifest.size)}"]
+        for tracker, link in stage.manifest.info.get("trackers", {}).items():
+            yield [tracker, link if link.startswith(("http://", "https://")) else _code(link)]
     for field, other in stage.plan.names.items():
         yield [field.partition(".")[0], _made_from(stage, field, other)]
     for field, commit in stage.document.get("commits", {}).items():

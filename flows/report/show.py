@@ -50,5 +50,7 @@ def _facts(stage: Stage) -> Iterator[tuple[str, str]]:
         yield "payload", f"{payload}  ({stage.gone or human(stage.size)})"
         if stage.manifest:
             yield "log", log
+    for tracker, link in (stage.manifest.info.get("trackers", {}) if stage.manifest else {}).items():
+        yield "trackers", f"{tracker}: {link}"
     for message in warnings(stage):
         yield "warnings", message

@@ -24,12 +24,15 @@ from flows.run.supervisor import Outcome, Program, program_environment
 from tuneline import disk
 from tuneline.errors import ConfigError, StageFailed
 from tuneline.kinds.stage import ProgramStage
+from tuneline.kinds.trackers import Track
+from tuneline.paths import resolve_path
 from tuneline.planning.inputs import ResolvedInputs
 from tuneline.workspace.artifact import Artifact, Base, File, Manifest
 from tuneline.workspace.checkpoints import newest
 from tuneline.workspace.file_names import ATTEMPTS, EVENTS, FAILURE, LOG, REQUEST, RESULT
 from tuneline.workspace.protocol import Event, Input, Request, Result
 from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
+from tuneline.workspace.tracked import tracked
 from tuneline.workspace.workspace import Workspace
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
@@ -106,6 +109,8 @@ def _request(run: RunContext, job: Job, resolved: ResolvedInputs, attempts: Atte
         attempt=len(attempts.all) + 1,
         resources=stage.resources.model_copy(update={"micro_batch_size": attempts.micro_batch(stage)}).model_dump(mode="json"),
         engine=_runtime(run, engine).python if (engine := stage.engine_runtime()) else None,
+        name=f"{run.pipeline}/{job.name}/{run.record.run_id}",
+        track=_track(run) if stage.trains else None,
         join=node.command(run.pipeline, run.workspace.loaded.file, run.workspace.loaded.overrides),
     )
 
@@ -122,6 +127,15 @@ def _failure(run: RunContext, job: Job, request: Request, attempts: Attempts, ou
         forced.failed(work)
         run.warn(job.name, f"its log is {work / LOG}")
     return attempts.failed(run.record.run_id, job.stage, micro_batch, outcome, work)
+
+
+def _track(run: RunContext) -> Track | None:
+    """Return the pipeline's trackers, with absolute folders."""
+    track = run.workspace.loaded.pipeline(run.pipeline).track
+    if track is None or track.tensorboard is None:
+        return track
+    folder = str(resolve_path(run.workspace.root, track.tensorboard.log_dir))
+    return track.model_copy(update={"tensorboard": track.tensorboard.model_copy(update={"log_dir": folder})})
 
 
 def require_key_content(run: RunContext, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
@@ -201,6 +215,7 @@ def _require_same_inputs(run: RunContext, job: Job) -> None:
 
 def _publish(run: RunContext, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:
     result: Result = Result.read(request.work / RESULT)
+    links = tracked(request.work).links
     for name in (LOG, EVENTS):
         shutil.copy(request.work / name, request.meta / name)
     host = {
@@ -226,7 +241,7 @@ def _publish(run: RunContext, job: Job, request: Request, attempts: Attempts, be
             base=_base(job.stage, job.inputs),
             template=result.info.get("template"),
             metrics=result.metrics,
-            info=result.info,
+            info=result.info | ({"trackers": links} if links else {}),
             host=host,
         )
 

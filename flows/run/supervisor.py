@@ -25,7 +25,7 @@ from tuneline import watchdog
 from tuneline.errors import StageFailed
 from tuneline.paths import PACKAGES_ROOT
 from tuneline.secrets import mask_file, masked
-from tuneline.workspace.file_names import EVENTS, FAILURE, LOG, RESULT
+from tuneline.workspace.file_names import EVENTS, FAILURE, LOG, RESULT, TRACKERS
 from tuneline.workspace.protocol import Event
 
 WATCHDOG = Path(watchdog.__file__)
@@ -133,7 +133,7 @@ class Supervisor:
         reader.join(5)  # a process that escaped could hold the pipe open
         for event in events.new():
             on_event(event)
-        for name in (EVENTS, RESULT, FAILURE):
+        for name in (EVENTS, RESULT, FAILURE, TRACKERS):
             mask_file(folder / name)
         if self.stopping:
             stopped = "cancelled"

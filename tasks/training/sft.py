@@ -24,10 +24,11 @@ from tasks.models import added_tokens
 from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tasks.training.head_checks import check_loss
+from tasks.training.noise import add_noise
 from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions, check_rows_apart
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
-from tuneline.kinds.sft import LastAnswers, Supervised
+from tuneline.kinds.sft import LastAnswers, SftStage, Supervised
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -105,8 +106,9 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
         else:
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
-    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
-    return Result(metrics=figures(state, stage, sizes), info=info)
+    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "attention": model.config._attn_implementation}
+    speed = {"tokens_per_second": round(report.tokens_per_second, 1)}
+    return Result(metrics=figures(state, stage, sizes), info=info | speed)
 
 
 def save_unchanged(request: Request, stage: Supervised, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
@@ -139,11 +141,13 @@ def trainer_arguments(request: Request, stage: Supervised, loss_type: str = "nll
         eval_packing=False,
         eval_strategy="steps" if stage.eval_steps else "no",
         eval_steps=stage.eval_steps,
-        # With early stopping every evaluation writes a checkpoint: the best adapter must not depend on resources.
-        save_steps=stage.eval_steps if stage.early_stopping else checkpoint_steps(stage.resources),
-        load_best_model_at_end=stage.early_stopping is not None,
-        metric_for_best_model="eval_loss" if stage.early_stopping else None,
-        greater_is_better=False if stage.early_stopping else None,
+        # To keep the best, every evaluation writes a checkpoint: the best adapter must not depend on resources.
+        save_steps=stage.eval_steps if stage.keeps_best() else checkpoint_steps(stage.resources),
+        load_best_model_at_end=stage.keeps_best(),
+        metric_for_best_model="eval_loss" if stage.keeps_best() else None,
+        greater_is_better=False if stage.keeps_best() else None,
+        label_smoothing_factor=stage.label_smoothing if isinstance(stage, SftStage) else 0.0,
+        activation_offloading=stage.resources.activation_offloading,
     )
     sum_in_float32(arguments)
     return arguments
@@ -157,10 +161,13 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from tasks.training import checkpoints, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
+    from tasks.training.trackers import Trackers
 
     training.score_only_trained_tokens()
+    if stage.neftune_noise_alpha:
+        add_noise(start.model, stage.neftune_noise_alpha)
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
-    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
+    callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
@@ -174,7 +181,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
         # TRL sets the seed before it initializes the adapter.
         peft_config=adapters.configuration(stage.adapter_settings(), start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
-        resources=stage.resources,
+        stage=stage,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
     trainer.lora_plus_ratio = stage.lora.lora_plus_ratio
@@ -223,7 +230,7 @@ def figures(state: TrainerState, stage: Supervised, sizes: dict[str, int]) -> di
         **sizes,
     }
     evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    if stage.early_stopping:
+    if stage.keeps_best():
         return found | {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
     return found | ({"eval_loss": evaluated[max(evaluated)]} if evaluated else {})
 

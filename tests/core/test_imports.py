@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -173,21 +174,39 @@ def test_datasets_of_llama_factory_are_looked_up() -> None:
     Path("data").mkdir()
     Path("data/rows.json").write_text("[]")
     chats = {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "talk", "tools": "tools"}}
+    turns = {
+        "file_name": "rows.json",
+        "formatting": "openai",
+        "columns": {"messages": "talk"},
+        "tags": {"role_tag": "role", "user_tag": "me"},
+    }
     info = {
+        "turns": turns,
         "chats": chats,
         "hub": {"hf_hub_url": "a/b", "subset": "en", "split": "test"},
         "seen": {"file_name": "x.json", "columns": {"images": "i"}},
     }
     Path("data/dataset_info.json").write_text(json.dumps(info))
-    draft = imported("model_name_or_path: a/b\nstage: sft\ndataset: chats,hub,seen,gone\nfinetuning_type: lora\n", "lf.yaml")
+    draft = imported("model_name_or_path: a/b\nstage: sft\ndataset: chats,turns,hub,seen,gone\nfinetuning_type: lora\n", "lf.yaml")
     assert stages(draft)["data"]["sources"] == [
         {"type": "files", "path": "data/rows.json", "format": "sharegpt", "columns": {"conversations": "talk"}},
+        {"type": "files", "path": "data/rows.json", "format": "messages", "columns": {"messages": "talk"}},
         {"type": "hub", "repo": "a/b", "subset": "en", "split": "test"},
         {"type": "files", "path": "data/x.json"},
         {"type": "files", "path": "data/gone.json"},
     ]
     assert draft.missing == ["data/x.json", "data/gone.json"]
+    assert "`turns` has names of roles that tuneline does not know (user_tag: me): rename them in the file" in draft.remarks
     assert "`seen` has images: tuneline trains text models only" in draft.remarks
+
+
+def test_trackers_are_fields_of_the_pipeline() -> None:
+    draft = imported("model_name_or_path: a/b\nstage: sft\ndataset: c/d\nreport_to: [wandb, tensorboard]\n", "lf.yaml")
+    text = whole_file(draft)
+    if "track" in Pipeline.model_fields:
+        assert "    track: {wandb: {}, tensorboard: {}}\n    stages:" in text
+    else:
+        assert "report_to: wandb, tensorboard (line 4): tuneline has no field `track`" in text
 
 
 def test_a_training_and_its_exports_are_one_pipeline() -> None:
@@ -405,3 +424,14 @@ def test_no_configuration_of_another_tool_ends_in_a_traceback(data: st.DataObjec
 def test_no_script_ends_in_a_traceback(text: str) -> None:
     Path("x.sh").write_text(text, encoding="utf-8")
     ends_well("x.sh")
+
+
+def test_the_examples_of_the_docs_become_what_the_page_shows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "importing.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"^```\w+ importing/(\S+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    Path("data").mkdir()
+    for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "data/bookings.jsonl", "data/held_out.jsonl"):
+        Path(name).touch()
+    for source, result in (("train.yaml", "llamafactory.yaml"), ("train.sh", "swift.yaml")):
+        Path("data/dataset_info.json").write_text(blocks["data/dataset_info.json"], encoding="utf-8")
+        assert whole_file(imported(blocks[source], source)) == blocks[result]

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.config.spec import PROGRAM_STAGES
-from tuneline.kinds.sft import QLORA_LIBRARIES
+from tuneline.kinds.training import BITSANDBYTES_LIBRARIES
 from tuneline.workspace.runtimes import _locked
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = "".join((ROOT / "infra" / "runtimes" / f"{name}.txt").read_text() for name in ("torch", "quantize"))
 PINS = set(re.findall(r"^([a-z0-9-]+)==", LOCKS, re.MULTILINE))
-NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"}
+TRACKERS = {"mlflow", "trackio", "wandb"}  # in no lock, and without effect on a result
+NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"} | TRACKERS
 LIBRARIES = {kind: stage.libraries for kind, stage in PROGRAM_STAGES.items()}
 ALL = tuple(LIBRARIES)
 # Imported libraries whose version cannot affect the output: library -> kinds and the reason.
 CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "charset-normalizer": (("dataset",), "names the encoding of a file in the hint of an error"),
     "deepspeed": (("sft", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
-    "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
+    "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora uses it; its optimizers put it into the key"),
     "httpx2": (("grpo", "evaluate"), "carries requests to vLLM on the same machine"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
     "jinja2": (ALL, "names arguments and errors of a template; transformers renders"),
@@ -34,6 +35,7 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
     "pyarrow": (("sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
     "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
+    "tensorboardx": (("sft", "grpo"), "writes event files beside the artifact"),
     "torch": (("dataset",), "loads weights, of which a dataset needs none"),
 }
 
@@ -68,7 +70,7 @@ def libraries_of(module: Path) -> set[str]:
     if "import_module" in {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}:
         texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         names |= {text for text in texts if text.isidentifier() and text.replace("_", "-") in PINS}
-    return {top.replace("_", "-") for name in names if (top := name.partition(".")[0]) not in NOT_OF_A_PROGRAM}
+    return {top.replace("_", "-").lower() for name in names if (top := name.partition(".")[0]) not in NOT_OF_A_PROGRAM}
 
 
 def unnamed(named: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:
@@ -84,7 +86,7 @@ def unnamed(named: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:
 
 
 def test_what_programs_import_is_in_their_keys() -> None:
-    named = LIBRARIES | {"sft": LIBRARIES["sft"] + QLORA_LIBRARIES}
+    named = LIBRARIES | {"sft": LIBRARIES["sft"] + BITSANDBYTES_LIBRARIES}
     assert unnamed(named) == {}
     forgotten = {"merge": "huggingface-hub", "dataset": "tree-sitter-go", "grpo": "math-verify"}
     without = {kind: tuple(library for library in libraries if library != forgotten.get(kind)) for kind, libraries in named.items()}

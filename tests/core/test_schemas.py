@@ -33,9 +33,9 @@ def print_of(model: type[BaseModel]) -> str:
 SHAPES = [
     (store.Manifest, store.SCHEMA, (1, "c85a7ee3")),
     (runs.RunRecord, runs.SCHEMA, (5, "554da8c8")),
-    (protocol.Request, protocol.SCHEMA, (4, "8d12e26f")),
-    (protocol.Result, protocol.SCHEMA, (4, "2ed34e80")),
-    (protocol.Failure, protocol.SCHEMA, (4, "1869b96c")),
+    (protocol.Request, protocol.SCHEMA, (5, "7a1024f5")),
+    (protocol.Result, protocol.SCHEMA, (5, "f90e8c7b")),
+    (protocol.Failure, protocol.SCHEMA, (5, "4bdde661")),
 ]
 
 

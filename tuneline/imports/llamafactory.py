@@ -35,7 +35,9 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
     stage, method = translation.value("stage", default="sft"), translation.value("finetuning_type", default="lora")
     write_model(translation, "model_name_or_path")
     begin_training(translation, KINDS.get(stage, str(stage)), "stage")
-    if method not in ("lora", "full"):
+    if method == "oft":
+        translation.write("train.oft", {}, key="finetuning_type")
+    elif method not in ("lora", "full"):
         translation.note("finetuning_type", Refused("write `method: lora`, qlora or full"))
     translation.use("finetuning_type")
     translation.apply(TABLE, {**DEFAULTS, **({"pref_beta": 0.1} if stage in ("dpo", "kto") else {})})

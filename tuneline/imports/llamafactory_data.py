@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from tuneline.config.hints import repository
@@ -61,12 +62,16 @@ def _from_info(translation: Translation, info: dict[str, Any], folder: str, name
     else:
         name = str(info.get("file_name") or f"{named}.json")
         path = translation.job.path(f"{folder}/{name}")
-        source = {"type": "files", "path": translation.local(f"{path}/*" if path.is_dir() else str(path))}
-    formatting = info.get("formatting", "alpaca")
-    if formatting != "alpaca":
-        source["format"] = "sharegpt" if "messages" not in columns.values() and formatting == "sharegpt" else "messages"
+        source = {"type": "files", "path": translation.local(f"{path}/*" if os.path.isdir(path) else str(path))}
+    given = info.get("tags")
+    tags = given if isinstance(given, dict) else {}
+    by_role = tags.get("role_tag") == "role"
+    if info.get("ranking") is True:
+        source["format"] = "preference"
+    elif info.get("formatting", "alpaca") != "alpaca":
+        source["format"] = "messages" if by_role else "sharegpt"
     ours = {COLUMNS.get(theirs, theirs): column for theirs, column in columns.items() if isinstance(column, str)}
-    if source.get("format") == "messages":
+    if by_role:
         ours = {"messages" if name == "conversations" else name: column for name, column in ours.items()}
     if multimodal := [name for name in ("images", "videos", "audios") if ours.pop(name, None)]:
         translation.remarks.append(f"`{named}` has {' and '.join(multimodal)}: tuneline trains text models only")
@@ -75,8 +80,6 @@ def _from_info(translation: Translation, info: dict[str, Any], folder: str, name
         renamed = {"text": columns["prompt"]} if columns.get("prompt", "text") != "text" else {}
     if renamed:
         source["columns"] = renamed
-    given = info.get("tags")
-    tags = given if isinstance(given, dict) else {}
     if unknown := [f"{tag}: {tags[tag]}" for tag, known in ROLES.items() if tag in tags and tags[tag] not in known]:
         translation.remarks.append(
             f"`{named}` has names of roles that tuneline does not know ({', '.join(unknown)}): rename them in the file"

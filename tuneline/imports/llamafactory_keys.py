@@ -17,13 +17,13 @@ from tuneline.imports.huggingface import (
     TRAINING,
     UPLOADS,
 )
-from tuneline.imports.values import above, attention, if_on, kernels, names, number, size, true, whole
+from tuneline.imports.values import above, attention, if_on, kernels, modules, names, number, size, true, whole
 
 KINDS = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto"}
 
 LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 REASONING = to("base.chat_template_kwargs.enable_thinking", by=true)
-TOKENS = Refused("add the tokens to the model's tokenizer first, and name the folder under `path:`")
+TOKENS = Refused("write `add_tokens: [...]`: the embeddings of new tokens are trained")
 GENERATED = Without("a stage of kind `evaluate` generates answers: `eval_dataset` makes one")
 TABLE: Table = {
     **TRAINING,
@@ -87,7 +87,7 @@ TABLE: Table = {
     "preserve_thinking": Refused("a row's reasoning is rendered as the model's own template does"),
     "tool_format": Without("tools are rendered by the model's own chat template"),
     "group_by_length": Without(FITS),
-    **each("resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens split_special_tokens", TOKENS),
+    **each("new_special_tokens_config init_special_tokens split_special_tokens", TOKENS),
     "rope_scaling": Refused("set it in the model's config.json"),
     **each("image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen image_do_pan_and_scan media_dir"
            " crop_to_patches use_audio_in_video audio_sampling_rate freeze_vision_tower freeze_multi_modal_projector"
@@ -100,7 +100,12 @@ TABLE: Table = {
     **each("freeze_trainable_layers freeze_trainable_modules freeze_extra_modules use_llama_pro mixture_of_depths shift_attn", Refused(
         "what trains is an adapter or all weights: `lora: {layers_to_transform: [...]}` chooses layers"
     )),
-    **each("oft_block_size oft_target oft_rank module_dropout", Refused("orthogonal fine-tuning is not offered: write `lora:`")),
+    "oft_block_size": to("train.oft.oft_block_size", by=whole),
+    "oft_target": to("train.oft.target_modules", by=modules),
+    "module_dropout": to("train.oft.module_dropout", by=number),
+    "oft_rank": Refused("write `oft: {oft_block_size: 32}`"),
+    **each("add_tokens add_special_tokens", to("train.add_tokens", by=names)),
+    "resize_vocab": Without("`add_tokens` extends the vocabulary"),
     **each("fp8 fp8_backend fp8_enable_fsdp_float8_all_gather", Refused("tuneline computes in bfloat16 or float32")),
     **each("use_mca use_megatron_bridge megatron_bridge_args", MEGATRON),
     **each("use_kt kt_weight_path kt_use_lora_experts kt_cpu_activation use_hyper_parallel", OTHER_CHIPS),

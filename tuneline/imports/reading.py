@@ -187,10 +187,10 @@ def flags(words: Sequence[Word]) -> dict[str, Given]:
     return given
 
 
-def overrides(words: Sequence[Word]) -> dict[str, Given]:
+def overrides(given_words: Sequence[Word]) -> dict[str, Given]:
     """Return Hydra's overrides `a.b=c`, `+a.b=c`, `~a.b` as keys."""
     given: dict[str, Given] = {}
-    for item in words:
+    for item in given_words:
         key, equals, value = item.text.lstrip("+~").partition("=")
         if equals and re.fullmatch(r"[\w.@/]+", key):
             given[key] = Given(plain(value), item.line)

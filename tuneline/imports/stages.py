@@ -13,6 +13,7 @@ from tuneline.imports.launch import share
 from tuneline.imports.translation import Ref, Translation, exists
 from tuneline.imports.values import number, true, whole
 
+OTHER_ADAPTERS = {"vera", "oft", "ia3"}
 SCHEDULE = {"min_lr_rate": "min_lr_ratio", "num_decay_steps": "lr_decay_steps", "power": "lr_power"}
 ALONE = "import its training with it: `tuneline import TRAINING EXPORT`, or name a training stage of yours in `adapters:`"
 EPOCHS = "write `eval_steps:` with a number of steps; an epoch has (rows of the train split) / global_batch_size steps"
@@ -141,11 +142,11 @@ def without_dropout(translation: Translation, key: str = "lora_dropout") -> None
 
 
 def finish_adapter(translation: Translation) -> None:
-    """Drop what has no effect with full training."""
+    """Drop LoRA's settings from a training of all weights, and from one of another adapter."""
     train = translation.parts["train"]
-    if train.get("method") == "full" and train.pop("lora", None):
+    if (train.get("method") == "full" or OTHER_ADAPTERS & train.keys()) and train.pop("lora", None):
         for key in [key for (role, field), key in translation.origins.items() if (role, field) == ("train", "lora")]:
-            translation.note(key, Without("a training of all weights has no adapter"))
+            translation.note(key, Without("it has no effect with what is trained here"))
 
 
 def trained_by(translation: Translation, earlier: dict[str, str], path: Any) -> str | None:

@@ -10,6 +10,7 @@ from tuneline.imports.fates import Refused, each, to
 from tuneline.imports.launch import drop_unused, note_environment, place_on_devices, write_batch, write_deepspeed
 from tuneline.imports.rl import fit_to_engine, whole_groups, write_engine, write_rewards
 from tuneline.imports.stages import (
+    OTHER_ADAPTERS,
     begin_training,
     continue_adapter,
     finish_adapter,
@@ -52,7 +53,7 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
     else:
         _supervised(translation)
     _batch(translation, kind)
-    _system(translation)
+    _from_files(translation)
     continue_adapter(translation, earlier, "adapters")
     for named in _list(translation.value("dataset", default=[])):
         translation.parts["data"]["sources"] += _sources(translation, str(named))
@@ -68,8 +69,8 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
     return translation
 
 
-def _system(translation: Translation) -> None:
-    """Replace a system prompt that names a file by the file's text, as ms-swift does."""
+def _from_files(translation: Translation) -> None:
+    """Replace a system prompt, or a list of tokens, that names a file by the file's text, as ms-swift does."""
     named = translation.parts["data"].get("system")
     if isinstance(named, str) and len(named) < 300 and named.endswith((".txt", ".md")):
         file = translation.job.path(named)
@@ -77,6 +78,11 @@ def _system(translation: Translation) -> None:
             translation.write("data.system", read_text(file).strip())
         else:
             translation.missing.append(named)
+    tokens = translation.parts["train"].get("add_tokens", [])
+    files = [name for name in tokens if name.endswith(".txt") and exists(translation.job.path(name))]
+    if files:
+        read = [token for name in files for token in read_text(translation.job.path(name)).split()]
+        translation.write("train.add_tokens", [*(token for token in tokens if token not in files), *read])
 
 
 def _list(value: Any) -> list[Any]:
@@ -86,7 +92,10 @@ def _list(value: Any) -> list[Any]:
 def _method(translation: Translation, method: str) -> None:
     keys = ("tuner_type", "train_type", "sft_type")
     bits, by = translation.value("quant_bits"), translation.value("quant_method", default="bnb")
-    if method not in METHODS:
+    if method in OTHER_ADAPTERS:
+        translation.write(f"train.{method}", {})
+        translation.use(*keys)
+    elif method not in METHODS:
         for key in keys:
             if key in translation.job.given:
                 translation.note(key, OTHER_TUNER)

@@ -102,7 +102,11 @@ TABLE: Table = {
     "val_dataset": Joined("evaluate.datasets"),
     **each("cached_dataset cached_val_dataset", Refused("import the files themselves: a dataset stage is cached in the store")),
     "columns": Joined("data.sources"),
-    "new_special_tokens": Refused("add the tokens to the model's tokenizer first, and name the folder under `path:`"),
+    "new_special_tokens": to("train.add_tokens", by=names),
+    "vera_rank": to("train.vera.r", by=whole),
+    "vera_dropout": to("train.vera.vera_dropout", by=number),
+    "vera_d_initial": to("train.vera.d_initial", by=number),
+    "vera_projection_prng_key": to("train.vera.projection_prng_key", by=whole),
     "use_hf": Without("models and data come from the Hugging Face hub"),
     **each("dataset_num_proc load_from_cache_file lazy_tokenize streaming shuffle_buffer_size packing_num_proc packing_strategy"
            " download_mode strict interleave_prob_seed dataset_shuffle val_dataset_shuffle train_dataloader_shuffle to_cached_dataset"
@@ -127,7 +131,7 @@ TABLE: Table = {
            " galore_update_proj_gap lisa_activated_layers lisa_step_interval", OTHER_OPTIMIZER),
     **each("lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale lora_ga_stable_gamma"
            " llamapro_num_new_blocks llamapro_num_groups reft_intervention_type reft_layers reft_rank boft_block_size boft_block_num"
-           " vera_rank adalora_target_r adalora_init_r fourier_n_frequency adapter_act adapter_length freeze_parameters"
+           " adalora_target_r adalora_init_r fourier_n_frequency adapter_act adapter_length freeze_parameters"
            " freeze_parameters_ratio freeze_parameters_regex trainable_parameters trainable_parameters_regex", OTHER_TUNER),
     **each("task_type num_labels problem_type", Refused("tuneline trains only causal language models")),
     **each("to_ollama to_mcore to_hf to_peft_format", Refused("an artifact is a folder that vLLM and transformers load")),

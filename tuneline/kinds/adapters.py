@@ -34,7 +34,6 @@ class Places(Strict):
     """Modules that get none, although target_modules selects them: names, or a regular expression that matches full names."""
     layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """Numbers of the decoder layers that get an adapter, counted from 0; all by default."""
-
     modules_to_save: Names | None = None
     """Other modules that are trained whole and saved with the adapter, such as `[embed_tokens, lm_head]`: names as in target_modules. Where
     embeddings and head are one tied weight, it stays one."""
@@ -162,7 +161,7 @@ class Lora(Places):
 
     def rank_of(self, name: str) -> int:
         """Return the rank at a layer, by its full name."""
-        return next((rank for key, rank in self.rank_pattern.items() if at_end(key, name)), self.r)
+        return next((rank for key, rank in self.rank_pattern.items() if at_end(key, name)), self.r) if self.rank_pattern else self.r
 
     def highest_rank(self) -> int:
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r

@@ -30,7 +30,7 @@ from tuneline.workspace.checkpoints import Checkpoint, newest
 from tuneline.workspace.runs import StageRecord
 from tuneline.workspace.workspace import Workspace
 
-Status = Literal["cached", "run", "unknown"]
+Status = Literal["cached", "run", "run or cached", "unknown"]
 ReasonCode = Literal["config", "input", "code", "library", "file", "missing", "corrupt", "forced", "never_ran"]
 
 
@@ -51,6 +51,7 @@ class PlanRow:
     stage: str
     kind: str
     status: Status
+    """`run or cached`: only an input is built first. If it gets the digest that it had, the stage is cached."""
     reasons: list[Reason] = field(default_factory=list)
     key: str | None = None
     document: dict[str, Any] | None = None
@@ -123,10 +124,14 @@ def _row(
     row.reasons += [Reason("input", f"{slots[slot]} is built first", slot) for slot in waiting]
     if waiting or resolved.unresolved:
         what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(resolved.unresolved)
-        row.status = "unknown" if what_is_unknown else "run"
         looked_up = "is looked up on the hub when a run starts"
         row.reasons += [Reason("input", f"{repository} {looked_up}", path) for path, repository in resolved.unresolved.items()]
-        row.reasons += list(_compared(earlier, document, slots, set(waiting))) if earlier else [NEVER]
+        others = list(_compared(earlier, document, slots, set(waiting))) if earlier else [NEVER]
+        row.reasons += others
+        if what_is_unknown:
+            row.status = "unknown"
+        elif not others and not forced:
+            row.status = "run or cached"
         return row
     row.key, row.document = key_of(document), document
     if not forced:

@@ -14,6 +14,8 @@ ENGINE_LOG = "engine.log"
 """Output of vLLM."""
 ATTEMPTS = "attempts.json"
 """Failed attempts at the key (`flows/run/attempts.py`)."""
+TRACKERS = "trackers.json"
+"""The training's name, ids and links in trackers (`tracked.py`)."""
 RENDEZVOUS = "rendezvous.json"
 """Where the first machine of a training waits for the others (`tasks/launch.py`)."""
 
