@@ -1,7 +1,9 @@
-"""Extends lm-eval's Hugging Face model: it reports progress, limits memory, and stops where answers end.
+"""Extends lm-eval's Hugging Face model: it reports progress, limits memory, stops where answers end, and shares batches among processes.
 
 Imported only by programs that score a model: torch and lm-eval take seconds to import. lm-eval's own tasks and ours call the same two
-methods, `generate_until` and `_loglikelihood_tokens`; both sort requests by length, longest first, and batch them.
+methods, `generate_until` and `_loglikelihood_tokens`. Both sort requests by length, longest first, and batch them; each batch is then
+one call of lm-eval's method, in any of the processes (`tasks.evaluation.sharing`; lm-eval's own way needs accelerate, and gives each
+process other batches).
 
 Greedy generation is implemented here: transformers computes rows that have ended until the last row of a batch ends; here a row
 leaves the batch with its end token or stop text. Sampling is left to transformers. Stop texts are searched only after an answer's
@@ -21,6 +23,7 @@ from transformers import GenerationConfig
 
 from tasks.data.rendering import ends
 from tasks.data.thoughts import cut, marks, spoken, until, written
+from tasks.evaluation.sharing import Batch, Share, batches_to_score, batches_to_write
 from tasks.models.padding import padding_matters, takes_cache
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events
@@ -36,9 +39,12 @@ class LanguageModel(HFLM):
     one_by_one = False
     """Whether answers are generated one row at a time."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, events: Events):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, events: Events, share: Share
+    ):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.events, self.largest_batch, self.phase = events, batch_size, ""
+        self.share, self.seed, self.batch = share, seed, 0
         self.done = self.total = self.stopped = 0
         self.with_special = False
         self.thinks = bool(marks(tokenizer).start)
@@ -69,13 +75,19 @@ class LanguageModel(HFLM):
 
     def _generate(self, requests: list[Any]) -> list[str]:
         self._begin(len(requests))
-        self.stopped = 0
-        self.batch_size_per_gpu = 1 if self.one_by_one else self.largest_batch
+        size = 1 if self.one_by_one else self.largest_batch
         asked = [(request.args[0], stops_apart(request.args[1])) for request in requests]
-        instances = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt, options in asked]
-        answers: list[str] = super().generate_until(instances, disable_tqdm=True)
-        self.batch_size_per_gpu = self.largest_batch
-        return [self._cut(answer, options[STOPS], prompt) for answer, (prompt, options) in zip(answers, asked, strict=True)]
+
+        def write(number: int, batch: Batch) -> list[tuple[str, int]]:
+            self.stopped, self.batch = 0, number
+            instances = [Instance("generate_until", {}, (asked[i][0], dict(asked[i][1])), 0) for i in batch]
+            answers: list[str] = super(LanguageModel, self).generate_until(instances, disable_tqdm=True)
+            return [(answer, 0 if place else self.stopped) for place, answer in enumerate(answers)]
+
+        found = self.share.compute(batches_to_write(asked, [len(self.tok_encode(prompt)) for prompt, _ in asked], size), write)
+        self._end()
+        self.stopped = sum(stopped for _, stopped in found)
+        return [self._cut(answer, options[STOPS], prompt) for (answer, _), (prompt, options) in zip(found, asked, strict=True)]
 
     def _cut(self, answer: str, stops: Iterable[str], prompt: str) -> str:
         return until(answer, stops, prompt, self.tokenizer) if self.with_special else cut(answer, stops)
@@ -105,14 +117,25 @@ class LanguageModel(HFLM):
         self._begin(len(requests))
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         fitting = LOGITS_BYTES // (2 * 4 * longest * self.model.config.vocab_size)
-        self.batch_size_per_gpu = max(1, min(self.largest_batch, fitting))
-        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-        self.batch_size_per_gpu = self.largest_batch
-        self._advance(self.total - self.done)  # requests that share a context are scored together
-        return scores
+        size = max(1, min(self.largest_batch, fitting))
+
+        def score(number: int, batch: Batch) -> list[tuple[float, bool]]:
+            scores: list[tuple[float, bool]] = super(LanguageModel, self)._loglikelihood_tokens([requests[i] for i in batch], True)
+            self._advance(len(batch))
+            return scores
+
+        found = self.share.compute(batches_to_score(requests, size), score)
+        self._end()
+        return [(log_probability, greedy) for log_probability, greedy in found]
 
     def _begin(self, total: int) -> None:
+        self.share.begin()
         self.done, self.total = 0, total
+
+    def _end(self) -> None:
+        """Report the rows that other processes have computed in the meantime."""
+        if self.done < self.total:
+            self.events.progress(self.total, self.total, self.phase)
 
     def _count_stopped(self, context: torch.Tensor, answers: torch.Tensor, stops: Sequence[str]) -> None:
         """Count the rows that contain an end token, with which shorter ones are padded, or a stop text."""
@@ -129,13 +152,8 @@ class LanguageModel(HFLM):
 
     def _advance(self, rows: int) -> None:
         if rows:
-            self.done += rows
+            self.done = self.share.add(rows)
             self.events.progress(self.done, self.total, self.phase)
-
-    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        logits: torch.Tensor = super()._model_call(inps, attn_mask, labels)
-        self._advance(len(inps))
-        return logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """Return token ids of contexts and answers, shape [batch, up to max_length]. `stop` is only the end token's text."""
@@ -144,6 +162,7 @@ class LanguageModel(HFLM):
         tokens = self._greedy(context, mask, max_length - context.shape[1], stops) if plain and takes_cache(self.model) else None
         if tokens is None:
             stop = stop if self.with_special else [*stops, *stop]  # lm-eval would also stop within thoughts
+            torch.manual_seed(self.seed + self.batch)  # samples must not depend on the batches that this process had before
             tokens = super()._model_generate(context, max_length, stop, **options)
         self._count_stopped(context, tokens[:, context.shape[1] :], stops)
         self._advance(len(context))
