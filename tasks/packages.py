@@ -23,6 +23,7 @@ LAYERS = "transformers.modeling_layers"  # imports what all models need
 IMPORTS = {  # kind -> modules that import nearly everything that the program needs in any case
     "model": (LAYERS,),
     "sft": ("tasks.training.checkpoints", "tasks.training.sft_trainer"),
+    "dpo": ("tasks.training.checkpoints", "tasks.training.dpo_trainer"),
     "grpo": ("tasks.training.checkpoints", "tasks.training.grpo_trainer"),
     "evaluate": ("tasks.evaluation.harness", LAYERS),
     "merge": ("peft",),

@@ -53,7 +53,18 @@ def complete(
 
 
 def lost_in_training(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return unrendered(row, conversation(row, tokenizer), tokenizer)
+    chosen, *rejected = row.alternatives()
+    return [
+        *unrendered(chosen, conversation(chosen, tokenizer), tokenizer),
+        *(field for each in rejected for field in lost_in_rejected(each, conversation(each, tokenizer), tokenizer)),
+    ]
+
+
+def lost_in_rejected(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what is left out of the last answer of a row, the rejected one, under that name."""
+    assert row.messages is not None
+    last = f"messages[{len(row.messages) - 1}]."
+    return [f"rejected.{field.removeprefix(last)}" for field in unrendered(row, text, tokenizer) if field.startswith(last)]
 
 
 def lost_in_asking(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:

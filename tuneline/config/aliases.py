@@ -98,7 +98,7 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         "ddp_timeout": "write `resources: {collective_timeout: 1800}`, in seconds",
         "trust_remote_code": "write it in the stage of kind `model`",
         **dict.fromkeys(("do_train", "do_predict"), "remove it: a training stage trains"),
-        "rl": "remove it: tuneline has no preference tuning yet; a stage of kind `grpo` trains on rewards",
+        "rl": "remove it: the stage's kind says how it trains, such as `kind: dpo` or `kind: grpo`",
         **dict.fromkeys(("optim", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), (
             "remove it: trainings use AdamW with its defaults"
         )),
@@ -108,11 +108,28 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         "rope_scaling": "remove it: set it in the model's config.json",
         **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
-        "rlhf_type": "remove it: `kind: grpo` trains on rewards; tuneline has no preference tuning yet",
+        "rlhf_type": "write it as the kind of the stage, such as `kind: dpo` or `kind: grpo`",
         "load_best_model_at_end": "write `early_stopping: {patience: 3}`, which keeps the best adapter, with `eval_steps`",
         "lm_eval_tasks": "add a stage of kind `evaluate` with `benchmarks: [arc_easy]`",
         **dict.fromkeys(("hf_use_auth_token", "hub_token", "token"), "set HF_TOKEN in the environment"),
         "dataloader_num_workers": NONE,
+    },
+    "PreferenceTraining": {
+        **dict.fromkeys(("packing", "sample_packing", "neat_packing", "multipack"), "remove it: only `sft` packs rows"),
+        **dict.fromkeys(("train_on", "train_on_inputs", "train_on_prompt", "completion_only_loss", "mask_history", "assistant_only_loss"), (
+            "remove it: the last answer of each row counts"
+        )),
+        **dict.fromkeys(("pref_beta", "dpo_beta"), "write `beta`"),
+        **dict.fromkeys(("pref_ftx", "dpo_ftx", "sft_alpha", "rl_alpha"), "write `rpo_alpha`"),
+        **dict.fromkeys(("pref_loss", "dpo_loss", "kto_loss"), "write `loss_type`"),
+        **dict.fromkeys(("dpo_label_smoothing", "label_smoothing_factor"), "write `label_smoothing`, with `loss_type: robust`"),
+        **dict.fromkeys(("ref_model", "ref_model_adapters", "reference_model", "ref_adapters"), (
+            "remove it: the reference is the model before the training, with `adapter:` if one is continued"
+        )),
+        **dict.fromkeys(("max_prompt_length", "max_completion_length", "truncation_mode"), (
+            "remove it: rows longer than `max_length` are refused; the dataset stage drops them"
+        )),
+        **dict.fromkeys(("precompute_ref_log_probs", "sync_ref_model", "disable_dropout"), NONE),
     },
     "GrpoStage": {
         **dict.fromkeys(("reward_funcs", "reward_functions", "reward", "reward_model"), REWARDED),

@@ -24,7 +24,7 @@ KINDS_FOR = {
     "model": ("model", "merge"),
     "dataset": ("dataset",),
     "calibration": ("dataset",),
-    "adapters": ("sft", "grpo"),
+    "adapters": ("sft", "dpo", "grpo"),
     "of": ("evaluate",),
 }
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from tuneline.config.pools import INTERVAL, AnyPool, Schedule
 from tuneline.kinds.dataset import DatasetStage
+from tuneline.kinds.dpo import DpoStage
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.fields import ExternalPath, Name, Strict
 from tuneline.kinds.gate import GateStage
@@ -25,7 +26,8 @@ from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import ProgramStage, Stage
 
 AnyStage = Annotated[
-    ModelStage | DatasetStage | SftStage | GrpoStage | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
+    ModelStage | DatasetStage | SftStage | DpoStage | GrpoStage | EvaluateStage | MergeStage | QuantizeStage | GateStage,
+    Field(discriminator="kind"),
 ]
 STAGES: dict[str, type[Stage]] = {get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])}
 PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(stage, ProgramStage)}

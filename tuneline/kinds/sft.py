@@ -21,23 +21,20 @@ class EarlyStopping(Strict):
     """Minimum decrease of the validation loss that counts as an improvement."""
 
 
-class Supervised(Training):
-    """Fields and rules of a training on given answers, whatever its loss."""
+class AnswerTraining(Training):
+    """Fields and rules of a training on answers of a dataset: one to a prompt, or several that are compared."""
 
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "trl", "peft", "accelerate", "datasets")
-    figures: ClassVar = ("loss", "eval_loss")
+    figures: ClassVar[tuple[str, ...]] = ("loss", "eval_loss")
+    full_rate: ClassVar = "1e-5"
+    """A usual learning rate for `method: full`."""
     method: Method = "lora"
     """What to train: `lora`, an adapter; `qlora`, an adapter on a base model that bitsandbytes quantizes during training
     (arXiv:2305.14314); `full`, all weights, which gives a Model."""
     bits: Literal[4, 8] = 4
     """Bits per base weight with qlora: 4 (NF4 with double quantization) or 8 (LLM.int8(), arXiv:2208.07339)."""
-    train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens that count in the loss: the last answer, every assistant turn, or all tokens. Plain text always trains on all tokens."""
     max_length: int = Field(1024, ge=8)
-    """Maximum length of a sequence, in tokens, and the length of packed sequences. A longer row is an error: truncate or drop it in the
-    dataset stage."""
-    packing: bool = False
-    """Pack several rows into each sequence, for fewer steps with less padding."""
+    """Maximum length of a sequence, in tokens. A longer row is an error: truncate or drop it in the dataset stage."""
     eval_steps: int | None = Field(None, ge=1)
     """Evaluate on the validation split every N steps."""
     early_stopping: EarlyStopping | None = None
@@ -49,14 +46,8 @@ class Supervised(Training):
     def base_bits(self) -> int:
         return self.bits
 
-    def packs(self) -> bool:
-        return self.packing
-
-    def shares_sequences(self) -> bool:
-        return not self.packing
-
     def longest_sequence(self, row: int | None) -> int:
-        return self.max_length if self.packing else min(self.max_length, row or self.max_length)
+        return min(self.max_length, row or self.max_length)
 
     def positions(self, row: int | None) -> tuple[str, int]:
         return "max_length", min(self.max_length, row or self.max_length)  # positions of packed rows also start at 0
@@ -70,10 +61,6 @@ class Supervised(Training):
 
     def output_type(self) -> ArtifactType:
         return "Model" if self.method == "full" else "Adapter"
-
-    def micro_batch_size(self) -> int:
-        """Default to 1 with packing: packed sequences are full, and a batch of them would be joined at quadratic attention cost."""
-        return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -100,15 +87,43 @@ class Supervised(Training):
         if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
             found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
             yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
-        # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.
-        if self.packing and self.resources.sequence_parallel_size > 1:
-            found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
-            yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")
 
     def warnings(self) -> Iterator[Problem]:
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
             message = f"{self.learning_rate:g}, the default, suits adapters but is too high for training all weights"
-            yield Problem("learning_rate", message, "set a lower one, for example `learning_rate: 1e-5`")
+            yield Problem("learning_rate", message, f"set a lower one, for example `learning_rate: {self.full_rate}`")
+
+
+class Supervised(AnswerTraining):
+    """Fields and rules of a training on one answer to each prompt, whatever its loss."""
+
+    train_on: Literal["completion", "assistant", "all"] = "assistant"
+    """Tokens that count in the loss: the last answer, every assistant turn, or all tokens. Plain text always trains on all tokens."""
+    max_length: int = Field(1024, ge=8)
+    """Maximum length of a sequence, in tokens, and the length of packed sequences. A longer row is an error: truncate or drop it in the
+    dataset stage."""
+    packing: bool = False
+    """Pack several rows into each sequence, for fewer steps with less padding."""
+
+    def packs(self) -> bool:
+        return self.packing
+
+    def shares_sequences(self) -> bool:
+        return not self.packing
+
+    def longest_sequence(self, row: int | None) -> int:
+        return self.max_length if self.packing else super().longest_sequence(row)
+
+    def micro_batch_size(self) -> int:
+        """Default to 1 with packing: packed sequences are full, and a batch of them would be joined at quadratic attention cost."""
+        return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.
+        if self.packing and self.resources.sequence_parallel_size > 1:
+            found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
+            yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")
 
 
 class SftStage(Supervised):
