@@ -24,6 +24,7 @@ IMPORTS = {  # kind -> modules that import nearly everything that the program ne
     "model": (LAYERS,),
     "sft": ("tasks.training.checkpoints", "tasks.training.sft_trainer"),
     "dpo": ("tasks.training.checkpoints", "tasks.training.dpo_trainer"),
+    "kto": ("tasks.training.checkpoints", "tasks.training.kto_trainer"),
     "grpo": ("tasks.training.checkpoints", "tasks.training.grpo_trainer"),
     "evaluate": ("tasks.evaluation.harness", LAYERS),
     "merge": ("peft",),

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tasks.data.masks import prompt_and_answer
+from tasks.data.rows import Row
 from tasks.models.loading import check_device, load_tokenizer
-from tasks.training import methods
-from tasks.training.answers import Start, evaluated, evaluation_arguments, info, load, save_unchanged, train_and_save
-from tasks.training.head_checks import check_loss
-from tasks.training.pairs import check_moved, check_nothing_lost, check_reference, rows_of, tokenized
+from tasks.training.answers import evaluated, evaluation_arguments, info, load, save_unchanged, train_and_save
+from tasks.training.preferences import check_every_row_trained, check_lengths, check_moved, make_trainer, rows_of
 from tuneline.errors import StageFailed
 from tuneline.kinds.dpo import DpoStage
 from tuneline.workspace.protocol import Events, Request, Result
 
 if TYPE_CHECKING:
-    from transformers import TrainerState
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, TrainerState
     from trl import DPOConfig
-
-    from tasks.training.dpo_trainer import PairTrainer
-    from tasks.training.shared import Report
 
 # Figures of TRL's log that are emitted as events, by their name in events and metrics.
 SHOWN = {
@@ -38,6 +36,7 @@ SHOWN = {
 
 def run(request: Request, stage: DpoStage, events: Events) -> Result:
     from tasks.training import shared as training
+    from tasks.training.dpo_trainer import PairTrainer
 
     check_device(stage)
     arguments = trainer_arguments(request, stage)  # first: with several GPUs this selects the process's own
@@ -56,9 +55,9 @@ def run(request: Request, stage: DpoStage, events: Events) -> Result:
         for answer in answers
     }
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()], SHOWN)
-    trainer = make_trainer(request, stage, arguments, start, report)
+    trainer = make_trainer(PairTrainer, request, stage, arguments, start, report)
     state, sizes = train_and_save(trainer, request, stage, start, events)
-    check_every_pair_trained(len(train), state)
+    check_every_row_trained(len(train), state)
     check_moved(state.log_history, events)
     return Result(metrics=figures(state, stage) | sizes, info=info(start, report))
 
@@ -84,56 +83,27 @@ def trainer_arguments(request: Request, stage: DpoStage) -> DPOConfig:
     return arguments
 
 
-def make_trainer(request: Request, stage: DpoStage, arguments: DPOConfig, start: Start, report: Report) -> PairTrainer:
-    """Build the trainer with all rows. Its checks run on the rows now, and on the wrapped model before the first step."""
-    from transformers import EarlyStoppingCallback, PrinterCallback
+def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str) -> Dataset:
+    """Return the rows as TRL's columns of token ids: prompt_ids, chosen_ids, rejected_ids."""
+    from datasets import Dataset
 
-    from tasks.models import targets
-    from tasks.training import checkpoints, strategies
-    from tasks.training import shared as training
-    from tasks.training.dpo_trainer import PairTrainer
-
-    training.score_only_trained_tokens()
-    base, earlier = request.inputs["model"], request.inputs.get("adapter")
-    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
-    if stage.early_stopping:
-        callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
-    trainer = PairTrainer(
-        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
-        if earlier and start.targets
-        else start.model,
-        ref_model=methods.load_base(base, stage) if stage.copies_base() else None,
-        args=arguments,
-        train_dataset=start.train,
-        eval_dataset=start.validation,
-        processing_class=start.tokenizer,
-        # TRL sets the seed before it initializes the adapter.
-        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
-        callbacks=callbacks,
-        resources=stage.resources,
-    )
-    trainer.remove_callback(PrinterCallback)  # events hold the same
-    if stage.method == "qlora":
-        methods.adapter_in_float32(trainer.model, earlier)
-    for given, used in ((start.train, trainer.train_dataset), (start.validation, trainer.eval_dataset)):
-        if given:
-            check_nothing_lost(given, used, trainer.data_collator)
-    trainer.add_callback(
-        training.RunOnTrainBegin(
-            lambda: strategies.verify_strategy(trainer, stage.resources),
-            lambda: check_loss(trainer, start.train[0]["prompt_ids"] + start.train[0]["chosen_ids"]),
-            lambda: check_reference(trainer),
-        )
-    )
-    return trainer
-
-
-def check_every_pair_trained(pairs: int, state: TrainerState) -> None:
-    """Raises StageFailed(bug) unless each full epoch trained on every pair."""
-    wanted = int(state.epoch + 1e-6) * pairs
-    trained = sum(entry.get("pairs", 0) for entry in state.log_history)
-    if trained < wanted:
-        raise StageFailed("bug", f"{state.epoch:.2f} epochs: found {trained:,} trained pairs, expected {wanted:,} or more")
+    single = [row for row in rows if row.rejected is None]
+    if single:
+        message = f"{len(single)} of {len(rows)} {split} rows have no rejected answer, first row {single[0].id} of {single[0].source}"
+        raise StageFailed("data", message, "`kind: kto` trains on single answers with a label, `kind: sft` on answers alone")
+    columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for row in rows:
+        (prompt, chosen), (other_prompt, rejected) = (prompt_and_answer(each, tokenizer) for each in row.alternatives())
+        if prompt != other_prompt:
+            message = f"row {row.id}: the tokens of the prompt depend on the answer after it"
+            raise StageFailed("data", message, "remove the row: its two answers cannot be compared")
+        if chosen == rejected:
+            message = f"row {row.id}: the two answers have the same tokens, because the chat template renders them alike"
+            raise StageFailed("data", message, "remove the row")
+        for name, ids in zip(columns, (prompt, chosen, rejected), strict=True):
+            columns[name].append(ids)
+    check_lengths(rows, columns, max_length, split)
+    return Dataset.from_dict(columns)
 
 
 def figures(state: TrainerState, stage: DpoStage) -> dict[str, float]:
@@ -146,7 +116,7 @@ def figures(state: TrainerState, stage: DpoStage) -> dict[str, float]:
         "reward_margin": mean_of_last(history, "rewards/margins"),
         "reward_accuracy": mean_of_last(history, "rewards/accuracies"),
         "steps": state.global_step,
-        "trained_pairs": sum(entry.get("pairs", 0) for entry in history),
+        "trained_pairs": sum(entry.get("rows", 0) for entry in history),
     }
     names = {"eval_loss": "eval_loss"} | {name: shown for name, shown in SHOWN.items() if name.startswith("eval_")}
     return found | {names.get(name, name): value for name, value in evaluated(state, stage, tuple(names)).items()}

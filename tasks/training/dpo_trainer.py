@@ -43,9 +43,3 @@ class PairTrainer(RowWeighted, DPOTrainer):
             self.loss_types = [kind, *added] if tokens else [kind]
             self.loss_weights: list[float] = [1.0, weight] if tokens else [1.0]
         return super().compute_loss(model, inputs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's pairs, so that a resumed training can sum them over its restored history."""
-        if "loss" in logs:
-            logs["pairs"] = int(self._totals[0])
-        super().log(logs, start_time)

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from tasks.training.answers import lengths
 from tasks.training.batches import LongestFirst, longest_first
-from tuneline.kinds.stage import Resources
+from tuneline.kinds.preferences import PreferenceTraining
 
 MASK = "completion_mask"
 
@@ -26,12 +26,13 @@ class RowWeighted(Trainer):
     """Comes before a trainer of TRL in the bases of a class, which says how many `halves` of a batch hold answers to the same rows."""
 
     halves = 1
+    masks: tuple[str, ...] = (MASK,)
     per_row: tuple[str, ...] = ()
     """Figures of TRL that are means over the rows of a batch."""
 
-    def __init__(self, *args: Any, resources: Resources, **kwargs: Any):
+    def __init__(self, *args: Any, stage: PreferenceTraining, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._resources = resources
+        self.stage = stage
         self._step: list[Any] = []
         self._totals = torch.zeros(0)
 
@@ -43,7 +44,7 @@ class RowWeighted(Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._resources.data_parallel_size
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.stage.resources.data_parallel_size
         loader.set_sampler(LongestFirst(loader.get_sampler(), lengths(self.train_dataset), step))
         return loader
 
@@ -63,7 +64,7 @@ class RowWeighted(Trainer):
             at_once = self.args.per_device_train_batch_size * self.args.world_size
             new = len(dataset) % at_once or at_once
             mine = min(max(0, new - rows * self.args.process_index), rows)
-            for half in batch[MASK].chunk(self.halves):
+            for half in (half for name in self.masks if name in batch for half in batch[name].chunk(self.halves)):
                 half[mine:] = 0
         return batch
 
@@ -116,6 +117,12 @@ class RowWeighted(Trainer):
     def totals_of(self, dataset: Any) -> torch.Tensor:
         """Return `counts` of all rows of a dataset."""
         return torch.tensor([len(dataset)])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the step's rows, so that a resumed training can sum them over its restored history."""
+        if "loss" in logs:
+            logs["rows"] = int(self._totals[0])
+        super().log(logs, start_time)
 
     # --- files --------------------------------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ HINTS: dict[str, tuple[str, str, str]] = {
     "adapter qlora": ("global_batch_size: 8", "adapter: qlora", "write `method: qlora`; `adapter` names a stage whose adapter is trained further"),
     "adapter path": ("global_batch_size: 8", "adapter: ./out", "name a training stage of this pipeline: tuneline reads no adapters from elsewhere"),
     "ipo": ("kind: sft", "kind: ipo", "write `dpo` (train on pairs of a chosen and a rejected answer)"),
-    "simpo": ("kind: sft", "kind: SimPO", "tuneline has no preference training without a reference model; `dpo` trains on pairs of a chosen and a rejected answer"),
+    "simpo": ("kind: sft", "kind: SimPO", "tuneline has no preference training without a reference model; `dpo` trains on pairs of answers, `kto` on labeled ones"),
     "reward": ("kind: sft", "kind: reward_model", "tuneline trains no reward models yet; `grpo` takes reward functions under `rewards:`"),
     "ppo": ("kind: sft", "kind: ppo", "tuneline has none yet; its reinforcement learning is `grpo`, on reward functions instead of a reward model"),
     "finetune": ("kind: sft", "kind: fine-tune", "write `sft` (fine-tune a LoRA adapter or all weights on the dataset's answers) or `grpo` (train a LoRA adapter by reinforcement learning with verifiable rewards)"),

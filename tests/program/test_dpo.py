@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from evaluate_tools import request_for as evaluation
 from pico import tokenizer
-from preference_tools import OTHER_PAIRS, PAIRS, SMALL, pair, request_for
+from preference_tools import OTHER_PAIRS, PAIRS, SMALL, curve, pair, request_for
 from process_tools import finish, kill_at
 from program_tools import payload_digest, run_program, run_until
 from safetensors.torch import load_file
@@ -24,15 +23,7 @@ from tasks.models.loading import template_hash
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Request
 
-STEP = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "pairs")
-
-
-def history(request: Request) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (request.meta / "history.jsonl").read_text().splitlines()]
-
-
-def curve(request: Request, name: str) -> list[float]:
-    return [entry[name] for entry in history(request) if name in entry]
+STEP = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "rows")
 
 
 def adapter_of(request: Request, base: Input) -> Input:
@@ -79,7 +70,7 @@ def test_no_micro_batch_changes_losses_or_figures_and_they_are_those_of_the_defi
         run_program(request)
     for name in (*STEP, *(f"eval_{name}" for name in STEP[:-1])):
         assert curve(runs[1], name) == pytest.approx(curve(runs[4], name), rel=1e-3, abs=1e-4)
-    assert curve(runs[1], "pairs") == [4, 4, 3, 4]
+    assert curve(runs[1], "rows") == [4, 4, 3, 4]
 
     one = request_for(tmp_path / "one", base, PAIRS[:3], global_batch_size=3, max_steps=1, rpo_alpha=0.5)
     run_program(one)

@@ -23,6 +23,7 @@ import torch
 from program_tools import emulates_bfloat16
 from safetensors.torch import load_file
 from silent_tools import CONFIGS, World, edit_weights, refused
+from trl import DPOTrainer, KTOTrainer
 
 from tasks.convert import merge
 from tasks.data import dataset
@@ -33,7 +34,10 @@ from tasks.evaluation.harness_vllm import EngineModel
 from tasks.models import loading, targets
 from tasks.training import sft
 from tasks.training import shared as training
+from tasks.training.dpo_trainer import PairTrainer
 from tasks.training.grpo_trainer import AdapterTrainer, EpochSampler
+from tasks.training.kto_trainer import LabelTrainer
+from tasks.training.row_weighted import RowWeighted
 from tasks.training.sft_trainer import TokenWeightedTrainer
 from tuneline.errors import StageFailed
 from tuneline.kinds.evaluate import EvaluateStage
@@ -46,6 +50,20 @@ OWN = {  # of our subclasses of library classes: what is theirs alone, and repla
     AdapterTrainer: {"step_rows", "_keep"},
     EpochSampler: {"set_epoch"},
     TokenWeightedTrainer: {"step_tokens", "step_rows", "_collate_and_remember", "_without_repeats"},
+    RowWeighted: {
+        "halves",
+        "masks",
+        "per_row",
+        "step_rows",
+        "counts",
+        "over_processes",
+        "loss_of_masked",
+        "totals_of",
+        "_without_repeats",
+        "_prepare_dataset",
+    },  # the last one replaces that of the trainers beside it
+    PairTrainer: {"halves", "per_row", "counts", "loss_of_masked", "totals_of"},
+    LabelTrainer: {"masks", "counts", "loss_of_masked", "totals_of", "_divergence"},
     LanguageModel: {"write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy"},
     EngineModel: {"serve", "check"},
 }
@@ -57,6 +75,7 @@ def test_overridden_methods_exist_upstream(ours: type) -> None:
     theirs = {name for base in ours.__mro__ if not base.__module__.startswith("tasks.") for name in vars(base)}
     defined = {name for name in vars(ours) if not name.startswith("__")}
     assert defined - theirs == OWN[ours]
+    assert ours is not RowWeighted or all(hasattr(trainer, "_prepare_dataset") for trainer in (DPOTrainer, KTOTrainer))
 
 
 def test_nothing_planted_nothing_stopped(world: World, tmp_path: Path) -> None:

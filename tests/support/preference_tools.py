@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,17 @@ def request_for(
 ) -> Request:
     inputs = {"model": base, "dataset": dataset(folder / "data", rows, validation)} | ({"adapter": adapter} if adapter else {})
     return make_request(folder, SMALL | fields | ({"adapter": "earlier"} if adapter else {}), inputs)
+
+
+def labeled(i: int) -> Row:
+    """The chosen answer of an even question, the rejected one of an odd one."""
+    chosen, rejected = pair(i).alternatives()
+    return replace(rejected if i % 2 else chosen, label=not i % 2)
+
+
+LABELED = [labeled(i) for i in range(11)]
+
+
+def curve(request: Request, name: str) -> list[float]:
+    history = map(json.loads, (request.meta / "history.jsonl").read_text(encoding="utf-8").splitlines())
+    return [entry[name] for entry in history if name in entry]

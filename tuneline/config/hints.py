@@ -24,7 +24,7 @@ KINDS_FOR = {
     "model": ("model", "merge"),
     "dataset": ("dataset",),
     "calibration": ("dataset",),
-    "adapters": ("sft", "dpo", "grpo"),
+    "adapters": ("sft", "dpo", "kto", "grpo"),
     "of": ("evaluate",),
 }
 

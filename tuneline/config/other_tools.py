@@ -19,8 +19,8 @@ OTHER_VALUES = {  # values that other tools allow, by field
 }
 
 ABSENT_KINDS = {  # what other tools train or do, and tuneline does not
-    **dict.fromkeys(("orpo", "kto", "simpo", "cpo"), (
-        "tuneline has no preference training without a reference model; `dpo` trains on pairs of a chosen and a rejected answer"
+    **dict.fromkeys(("orpo", "simpo", "cpo"), (
+        "tuneline has no preference training without a reference model; `dpo` trains on pairs of answers, `kto` on labeled ones"
     )),
     **dict.fromkeys(("reward", "rewardmodel", "rewardmodeling", "rm", "prm"), (
         "tuneline trains no reward models yet; `grpo` takes reward functions under `rewards:`"

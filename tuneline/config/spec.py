@@ -19,15 +19,16 @@ from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.fields import ExternalPath, Name, Strict
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.grpo import GrpoStage
+from tuneline.kinds.kto import KtoStage
 from tuneline.kinds.merge import MergeStage
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import ProgramStage, Stage
 
+AnyTraining = SftStage | DpoStage | KtoStage | GrpoStage
 AnyStage = Annotated[
-    ModelStage | DatasetStage | SftStage | DpoStage | GrpoStage | EvaluateStage | MergeStage | QuantizeStage | GateStage,
-    Field(discriminator="kind"),
+    ModelStage | DatasetStage | AnyTraining | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
 ]
 STAGES: dict[str, type[Stage]] = {get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])}
 PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(stage, ProgramStage)}

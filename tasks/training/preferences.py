@@ -1,21 +1,28 @@
-"""Turns rows with two answers into tokens, and checks that a training on them compares what it should."""
+"""What trainings on preferences share: their rows, a trainer with a reference, and the checks that it compares what it should."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.data import special_tokens
-from tasks.data.masks import prompt_and_answer
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
+from tasks.training import methods
+from tasks.training.answers import ANSWERS, Start
+from tasks.training.head_checks import check_loss
 from tuneline.errors import StageFailed
 from tuneline.kinds.preferences import PreferenceTraining
 from tuneline.workspace.protocol import Events, Request
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerState
+
+    from tasks.training.row_weighted import RowWeighted
+    from tasks.training.shared import Report
+
+AnyTrainer = TypeVar("AnyTrainer", bound="RowWeighted")
 
 
 def rows_of(request: Request, stage: PreferenceTraining, tokenizer: PreTrainedTokenizerBase, split: str, events: Events) -> list[Row]:
@@ -27,29 +34,6 @@ def rows_of(request: Request, stage: PreferenceTraining, tokenizer: PreTrainedTo
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
     return complete(rows, tokenizer, stage.on_unrendered, events, lost_in_training)
-
-
-def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str) -> Dataset:
-    """Return the rows as TRL's columns of token ids: prompt_ids, chosen_ids, rejected_ids."""
-    from datasets import Dataset
-
-    single = [row for row in rows if row.rejected is None]
-    if single:
-        message = f"{len(single)} of {len(rows)} {split} rows have no rejected answer, first row {single[0].id} of {single[0].source}"
-        raise StageFailed("data", message, "`kind: kto` trains on single answers with a label, `kind: sft` on answers alone")
-    columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
-    for row in rows:
-        (prompt, chosen), (other_prompt, rejected) = (prompt_and_answer(each, tokenizer) for each in row.alternatives())
-        if prompt != other_prompt:
-            message = f"row {row.id}: the tokens of the prompt depend on the answer after it"
-            raise StageFailed("data", message, "remove the row: its two answers cannot be compared")
-        if chosen == rejected:
-            message = f"row {row.id}: the two answers have the same tokens, because the chat template renders them alike"
-            raise StageFailed("data", message, "remove the row")
-        for name, ids in zip(columns, (prompt, chosen, rejected), strict=True):
-            columns[name].append(ids)
-    check_lengths(rows, columns, max_length, split)
-    return Dataset.from_dict(columns)
 
 
 def check_lengths(rows: list[Row], columns: dict[str, list[list[int]]], max_length: int, split: str) -> None:
@@ -67,6 +51,55 @@ def check_lengths(rows: list[Row], columns: dict[str, list[list[int]]], max_leng
         )
 
 
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(
+    trainer_class: type[AnyTrainer], request: Request, stage: PreferenceTraining, arguments: Any, start: Start, report: Report
+) -> AnyTrainer:
+    """Build the trainer with all rows. Its checks run on the rows now, and on the wrapped model before the first step."""
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    from tasks.models import targets
+    from tasks.training import checkpoints, strategies
+    from tasks.training import shared as training
+
+    training.score_only_trained_tokens()
+    base, earlier = request.inputs["model"], request.inputs.get("adapter")
+    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
+    if stage.early_stopping:
+        callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
+    trainer = trainer_class(
+        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        if earlier and start.targets
+        else start.model,
+        ref_model=methods.load_base(base, stage) if stage.copies_base() else None,
+        args=arguments,
+        train_dataset=start.train,
+        eval_dataset=start.validation,
+        processing_class=start.tokenizer,
+        # TRL sets the seed before it initializes the adapter.
+        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
+        callbacks=callbacks,
+        stage=stage,
+    )
+    trainer.remove_callback(PrinterCallback)  # events hold the same
+    if stage.method == "qlora":
+        methods.adapter_in_float32(trainer.model, earlier)
+    for given, used in ((start.train, trainer.train_dataset), (start.validation, trainer.eval_dataset)):
+        if given:
+            check_nothing_lost(given, used, trainer.data_collator)
+    answer = next(name for name in ANSWERS if name in start.train.column_names)
+    trainer.add_callback(
+        training.RunOnTrainBegin(
+            lambda: strategies.verify_strategy(trainer, stage.resources),
+            lambda: check_loss(trainer, start.train[0]["prompt_ids"] + start.train[0][answer]),
+            lambda: check_reference(trainer),
+        )
+    )
+    return trainer
+
+
 # --- checks of the trainer --------------------------------------------------------------------------------------------
 
 
@@ -76,7 +109,7 @@ def check_nothing_lost(given: Dataset, used: Any, collator: Any) -> None:
         raise StageFailed("bug", "the trainer has other rows or tokens than it was given", "please report this")
     rows = [used[i] for i in range(min(len(used), 4))]
     batch = collator(rows)
-    answers = [name for name in given.column_names if name in ("chosen_ids", "rejected_ids", "completion_ids")]
+    answers = [name for name in ANSWERS if name in given.column_names]
     expected = [row["prompt_ids"] + row[name] for name in answers for row in rows]
     found = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     trained = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
@@ -96,17 +129,26 @@ def check_reference(trainer: Any) -> None:
     model = trainer.model_wrapped
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        reference = torch.cat(tuple(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)))
+        found = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
         own = model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(1)
+        reference = torch.cat([each for each in found if each is not None])[: len(own)]  # KTO's also has answers of other prompts
     if not reference.isfinite().all():
         raise StageFailed("data", "the reference's log-probabilities are not finite", "check the base model's weights, and the dtype")
     rounding = 0.02 if trainer.args.bf16 else 1e-4
     allowed = rounding * reference.abs() + 1e-3
     if trainer.state.global_step == 0 and ((own - reference).abs() > allowed).any():
-        found = f"found log-probabilities of {reference.mean():.4f} in the reference, expected the model's own, {own.mean():.4f}"
+        message = f"found log-probabilities of {reference.mean():.4f} in the reference, expected the model's own, {own.mean():.4f}"
         raise StageFailed(
-            "bug", f"the reference is not the model before the training: {found}", "please report this, with the `lora:` fields"
+            "bug", f"the reference is not the model before the training: {message}", "please report this, with the `lora:` fields"
         )
+
+
+def check_every_row_trained(rows: int, state: TrainerState) -> None:
+    """Raises StageFailed(bug) unless each full epoch trained on every row."""
+    wanted = int(state.epoch + 1e-6) * rows
+    trained = sum(entry.get("rows", 0) for entry in state.log_history)
+    if trained < wanted:
+        raise StageFailed("bug", f"{state.epoch:.2f} epochs: found {trained:,} trained rows, expected {wanted:,} or more")
 
 
 def check_moved(history: list[dict[str, float]], events: Events) -> None:
