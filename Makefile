@@ -19,6 +19,8 @@ python_of = $$($(BIN)/tuneline setup $(1) 2>/dev/null | cut -d' ' -f3)
 # time. All other packages come from the runtime.
 OLDER := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 peft==0.18.1
 # `full` marks variants that CI leaves out.
+TRACKERS := mlflow-skinny==3.17.2 wandb==0.31.0
+TRACKER_SERVER := mlflow==3.17.2
 SELECT := -m "not full"
 ROWS := .cache/bench-rows.jsonl
 
@@ -45,7 +47,7 @@ test: test-core test-flows test-programs  ## run the tests that CI runs; `make -
 test-full: export WARM := 0
 test-full: export TORTURE_KILLS := 16
 test-full: SELECT :=
-test-full: test  ## run every variant, with real processes and more kills: more than an hour
+test-full: .cache/trackers/ready test  ## run every variant, with real processes and more kills: more than an hour
 
 test-fast: test-ready  ## run the fast tests in parallel: three to four minutes on two CPU cores
 	$(MAKE) --no-print-directory -j2 -O test-core test-flows test-programs SELECT='-m "not slow and not full"'
@@ -56,8 +58,9 @@ test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready .cache/older-transfo
 test-core: $(VENV)/dev-ready
 	$(BIN)/pytest tests/core $(SELECT)
 
+# Two workers, because flows wait more than they compute.
 test-flows: test-ready
-	$(BIN)/pytest tests/flow $(SELECT)
+	$(BIN)/pytest tests/flow -n 2 --dist loadfile $(SELECT)
 
 # `nice`: programs compute, while flows wait for servers and processes. In parallel, programs get the CPU time that is left.
 test-programs: test-ready
@@ -160,6 +163,15 @@ $(VENV)/dev-ready: $(VENV)/ready infra/runtimes/dev.txt
 .cache/test-tools/ready: infra/runtimes/test.txt $(VENV)/ready
 	rm -rf .cache/test-tools
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --target .cache/test-tools -r infra/runtimes/test.txt
+	touch $@
+
+# For the tests of trackers: clients that fit the runtime, and in `server` the whole of MLflow, which does not.
+.cache/trackers/ready: Makefile $(VENV)/ready infra/runtimes/torch.txt
+	rm -rf $(@D)
+	sed 's/ .*//; /^ *#/d' infra/runtimes/torch.txt > .cache/torch-pins.txt
+	UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --python $(BIN)/python --target $(@D) -c .cache/torch-pins.txt $(TRACKERS)
+	$(BIN)/uv venv --quiet --python $(PYTHON) $(@D)/server
+	$(BIN)/uv pip install --quiet --python $(@D)/server/bin/python $(TRACKER_SERVER)
 	touch $@
 
 # Without --compile-bytecode: only a few of its 3,000 modules are imported.

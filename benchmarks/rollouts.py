@@ -40,7 +40,8 @@ def main() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tasks.engine.client import Engine
+    from tasks.engine.client import Adapters, Engine, Sampling
+    from tasks.engine.server import Place
     from tasks.training.shared import adapter_tensors, save_adapter
     from tuneline.kinds.engine import EngineSettings
     from tuneline.workspace.protocol import Input
@@ -75,7 +76,8 @@ def main() -> None:
     layers = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
     longest = max(map(len, prompts)) + given.tokens
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        engine = Engine(given.engine, given.model, EngineSettings(), "float32", 16, longest, Path(folder) / "engine.log", None, layers)
+        place = Place(given.engine, Path(folder) / "engine.log")
+        engine = Engine(place, given.model, EngineSettings(), "float32", longest, Adapters(16, layers))
         began = time.perf_counter()
         with engine:
             print(f"vLLM came up in {time.perf_counter() - began:.0f} s", flush=True)
@@ -93,7 +95,7 @@ def main() -> None:
 
             def with_vllm(number: int) -> float:
                 began = time.perf_counter()
-                found = engine.generate(prompts, model=f"adapter-{number}", max_tokens=given.tokens, temperature=1.0, seed=number)
+                found = engine.generate(prompts, Sampling(given.tokens, temperature=1.0), model=f"adapter-{number}", seed=number)
                 return sum(len(completion.ids) for completion in found) / (time.perf_counter() - began)
 
             sync(0)

@@ -53,7 +53,7 @@ AS_IT_IS = ["-m", "tasks"]
 ALL_IMPORTED = """\
 import importlib, sys
 from tasks import __main__ as program
-program.hide, program.import_program = lambda request: None, lambda kind, name: importlib.import_module(name)
+program.hide, program.import_program = lambda request: None, lambda stage: importlib.import_module(stage.program)
 sys.exit(program.main())
 """
 

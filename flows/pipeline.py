@@ -30,7 +30,7 @@ from flows.machine import visible_gpus
 from flows.report.artifacts import Publisher
 from flows.report.html import report_of
 from flows.report.markdown import run_report
-from flows.run.cancelled import Watch
+from flows.run.cancelled import Watch, callers
 from flows.run.missed import SKIPPED, missed
 from flows.run.parent_watch import end_with_parent
 from flows.run.run_context import NoReporter, Reporter, RunContext
@@ -39,8 +39,8 @@ from flows.run.slots import Slots
 from flows.run.stage import FAILED, stage_task
 from flows.run.supervisor import Supervisor
 from tuneline import __version__
-from tuneline.config.load import load
-from tuneline.config.order import depends_on, in_order, with_ancestors
+from tuneline.config.load import Loaded, load
+from tuneline.config.order import depends_on
 from tuneline.config.overrides import as_sets
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError, TunelineError
 from tuneline.kinds.fields import NAME
@@ -81,7 +81,39 @@ def run_pipeline(
         raise ConfigError([Problem("", found, f"`tuneline run {pipeline}`, or `tuneline submit {pipeline}`", place="pipeline")])
     loaded = load(Path(file), pipeline, as_sets(overrides), as_sets(variables))
     check_stages(loaded, pipeline, only, force)
-    reporter = REPORTER.get()
+    workspace = _opened(loaded)
+    if deployment.id is not None and (why := missed(UUID(flow_run.id), loaded.pipeline(pipeline))):
+        return Completed(name=SKIPPED, message=why)
+    record = workspace.runs.begin(pipeline, loaded.overrides)
+    record.only, record.force, record.flow_run = only, tuple(force), flow_run.id
+    run = _begun(workspace, record, {"pipeline": pipeline, "file": str(loaded.file), "overrides": overrides, "variables": variables})
+    watch = Watch(UUID(flow_run.id), run.supervisor, callers=callers())
+    futures: dict[str, Any] = {}
+    try:
+        for plan in record.planned:
+            needs = {need: allow_failure(futures[need]) for need in depends_on(run.stages[plan.stage])}
+            futures[plan.stage] = stage_task(run, plan.stage).submit(needs)
+        wait(list(futures.values()))
+    except BaseException as error:  # a signal reaches only this thread
+        run.supervisor.stop()
+        _end(run, watch, "failed" if isinstance(error, Exception) else "cancelled")
+        if not isinstance(error, KeyboardInterrupt | TerminationSignal) or get_intent():  # an intent: who sent the signal sets the state
+            raise
+        run.reporter.interrupted(error)
+        return Cancelled(message="it was stopped by a signal", data=record.run_id)  # Prefect would say Crashed, unlike the record
+    if watch.why:
+        _end(run, watch, "cancelled")
+        return Cancelled(message=watch.why, data=record.run_id)
+    record.stages.sort(key=lambda stage: list(futures).index(stage.stage))
+    state = _state({name: future.state for name, future in futures.items()}, record.run_id)
+    outcome: dict[str, RunState] = {"Completed": "completed", "Refused": "refused"}
+    _end(run, watch, outcome.get(state.name or "", "failed"))
+    return state
+
+
+def _opened(loaded: Loaded) -> Workspace:
+    """Return the workspace with its store. What it warns about goes to the server's log and to the terminal."""
+    logger, reporter = get_run_logger(), REPORTER.get()
 
     def warn(message: str) -> None:
         logger.warning(message)
@@ -90,55 +122,31 @@ def run_pipeline(
     workspace = Workspace(loaded, warn)
     with suppress(StoreError):  # a read-only store is enough for cached stages; a stage to build meets the same error
         workspace.prepare_store()
-    spec = loaded.pipeline(pipeline)
-    if deployment.id is not None and (why := missed(UUID(flow_run.id), spec)):
-        return Completed(name=SKIPPED, message=why)
-    record = workspace.runs.begin(pipeline, loaded.overrides)
-    record.planned, record.only, record.force, record.flow_run = planned(spec, only), only, tuple(force), flow_run.id
+    return workspace
+
+
+def _begun(workspace: Workspace, record: RunRecord, parameters: dict[str, Any]) -> RunContext:
+    """Save the record with its plan, announce the run, and return what its stages share. `parameters`: the flow's, for child runs."""
+    pipeline, reporter, publisher = record.pipeline, REPORTER.get(), Publisher()
+    spec = workspace.loaded.pipeline(pipeline)
+    record.planned = planned(spec, record.only)
     workspace.runs.save(record)
     reporter.began(record.run_id, url_for("flow-run", obj_id=flow_run.id))
-    publisher = Publisher()
     publisher.name_run(f"{pipeline}-{record.run_id.rpartition('-')[2]}", ["tuneline", pipeline, *spec.tags])
-    parameters = {"pipeline": pipeline, "file": str(loaded.file), "overrides": overrides, "variables": variables}
     slots, in_pool = Slots(spec.parallel, visible_gpus()), deployment.id is not None
     if in_pool:
         end_with_parent()
-    run = RunContext(
-        workspace, pipeline, record, Supervisor(), slots, reporter, publisher, frozenset(force), parameters if in_pool else None
-    )
+    forced = frozenset(record.force)
+    return RunContext(workspace, pipeline, record, Supervisor(), slots, reporter, publisher, forced, parameters if in_pool else None)
 
-    watch = Watch(UUID(flow_run.id), run.supervisor)
 
-    def end(outcome: RunState) -> None:
-        watch.close()
-        run.finish(outcome)
-        about = spec.description or f"run {record.run_id} of {pipeline}"
-        publisher.markdown(f"run-{pipeline}", lambda: _report(workspace.runs, record), about)
-        publisher.close()
-
-    wanted = with_ancestors(spec, only) if only else set(spec.stages)
-    futures: dict[str, Any] = {}
-    try:
-        for name in in_order(spec):
-            if name in wanted:
-                needs = {need: allow_failure(futures[need]) for need in depends_on(spec.stages[name])}
-                futures[name] = stage_task(run, name).submit(needs)
-        wait(list(futures.values()))
-    except BaseException as error:  # a signal reaches only this thread
-        run.supervisor.stop()
-        end("failed" if isinstance(error, Exception) else "cancelled")
-        if not isinstance(error, KeyboardInterrupt | TerminationSignal) or get_intent():  # an intent: who sent the signal sets the state
-            raise
-        reporter.interrupted(error)
-        return Cancelled(message="it was stopped by a signal", data=record.run_id)  # Prefect would say Crashed, unlike the record
-    if watch.why:
-        end("cancelled")
-        return Cancelled(message=watch.why, data=record.run_id)
-    record.stages.sort(key=lambda stage: list(futures).index(stage.stage))
-    state = _state({name: future.state for name, future in futures.items()}, record.run_id)
-    outcome: dict[str, RunState] = {"Completed": "completed", "Refused": "refused"}
-    end(outcome.get(state.name or "", "failed"))
-    return state
+def _end(run: RunContext, watch: Watch, outcome: RunState) -> None:
+    """Record the end of the run, and publish its report."""
+    watch.close()
+    run.finish(outcome)
+    about = run.workspace.loaded.pipeline(run.pipeline).description or f"run {run.record.run_id} of {run.pipeline}"
+    run.publisher.markdown(f"run-{run.pipeline}", lambda: _report(run.workspace.runs, run.record), about)
+    run.publisher.close()
 
 
 def __getattr__(name: str) -> Any:

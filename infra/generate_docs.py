@@ -1,4 +1,4 @@
-"""Generate docs/pipelines.md, docs/pipelines.schema.json and the yaml in the README from the code.
+"""Generate docs/pipelines.md, docs/pipelines.schema.json, the yaml in the README and the table in docs/importing.md from the code.
 
 python infra/generate_docs.py            write them
 python infra/generate_docs.py --check    exit with 1 if a file is out of date (make lint)
@@ -18,12 +18,14 @@ from pydantic_core import PydanticUndefined
 
 from tuneline.config import pools, spec
 from tuneline.config.json_schema import json_schema
-from tuneline.kinds import dataset, fields, gate, grpo, rewards, sft
+from tuneline.imports.fates import fate_of, kind_of
+from tuneline.imports.importing import TABLES
+from tuneline.kinds import adapters, dataset, fields, gate, grpo, rewards, sft, trackers
 from tuneline.kinds import engine as engines
 from tuneline.kinds import sources as data_sources
 from tuneline.kinds import stage as stages
-from tuneline.kinds import training as trainings
 
+MARK = "<!-- coverage -->"
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
     stages.Resources,
@@ -33,11 +35,20 @@ PARTS = (
     data_sources.ReasoningGymSource,
     data_sources.CodeSource,
     dataset.Split,
-    trainings.Lora,
+    adapters.Lora,
+    adapters.Vera,
+    adapters.Oft,
+    adapters.Ia3,
     sft.EarlyStopping,
+    sft.LastAnswers,
     grpo.Rollouts,
     *rewards.REWARDS.values(),
     gate.Requirement,
+    trackers.Track,
+    trackers.Tensorboard,
+    trackers.Wandb,
+    trackers.Mlflow,
+    trackers.Trackio,
     pools.Schedule,
     pools.ProcessPool,
     pools.DockerPool,
@@ -153,9 +164,28 @@ def readme() -> str:
     return re.sub(r"```yaml\npipelines:\n.*?```", lambda _: block, text, count=1, flags=re.DOTALL)
 
 
+def importing() -> str:
+    """Return docs/importing.md with the table of keys of public examples, and those that have no counterpart."""
+    keys = json.loads((ROOT / "tests" / "core" / "foreign_keys.json").read_text(encoding="utf-8"))
+    rows = ["| tool | keys | uses | translated | no effect | no counterpart |", "|---|--:|--:|--:|--:|--:|"]
+    refused = []
+    for tool, counts in keys.items():
+        fates = {key: kind_of(fate_of(key, TABLES[tool])) for key in counts}
+        uses = {kind: sum(count for key, (count, _) in counts.items() if fates[key] == kind) for kind in set(fates.values())}
+        total = sum(uses.values())
+        shares = [f"{100 * uses.get(kind, 0) / total:.1f} %" for kind in ("translated", "no effect", "refused")]
+        rows.append(f"| {tool} | {len(counts)} | {total:,} | {' | '.join(shares)} |")
+        names = sorted({key.partition(".")[0] + (".*" if "." in key else "") for key, kind in fates.items() if kind == "refused"})
+        refused.append(f"- **{tool}**: {', '.join(f'`{name}`' for name in names)}")
+    block = "\n".join([MARK, "", *rows, "", "Keys without a counterpart:", "", *refused, "", MARK])
+    text = (ROOT / "docs" / "importing.md").read_text(encoding="utf-8")
+    return re.sub(f"{MARK}.*{MARK}", lambda _: block, text, count=1, flags=re.DOTALL)
+
+
 def main() -> int:
     schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
     files = {"docs/pipelines.md": pipelines_page(), "docs/pipelines.schema.json": schema, "README.md": readme()}
+    files["docs/importing.md"] = importing()
     stale = [name for name, text in files.items() if not (ROOT / name).exists() or (ROOT / name).read_text(encoding="utf-8") != text]
     if sys.argv[1:] == ["--check"]:
         for name in stale:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from tasks.log_filters import silence
 from tasks.models.hardware import computed_on
 from tasks.models.loading import check_inputs
 from tasks.packages import hidden, hide, import_program
+from tasks.training import TRACKER
 from tuneline import disk
 from tuneline.config.spec import PROGRAM_STAGES
 from tuneline.errors import StageFailed
+from tuneline.workspace.file_names import EVENTS, FAILURE, RESULT
 from tuneline.workspace.protocol import Events, Failure, Request
 
 NETWORK = ("ConnectionError", "ConnectTimeout", "ReadTimeout", "RemoteProtocolError", "LocalEntryNotFoundError")
@@ -33,7 +36,7 @@ def main() -> int:
     request_file = Path(sys.argv[1])
     request = Request.read(request_file)
     folder = request_file.parent
-    failure_file = folder / "failure.json"
+    failure_file = folder / FAILURE
     if (rank := os.environ.get("RANK")) is not None:  # one of several processes: `tasks.launch` reports the failure
         failure_file = folder / RANKS / f"{rank}{FAILURE_SUFFIX}"
         if rank != "0":
@@ -41,16 +44,16 @@ def main() -> int:
             os.dup2(log, 1)
             os.dup2(log, 2)
     silence()
-    events = Events(folder / "events.jsonl")
+    events = Events(folder / EVENTS)
     for path in (request.payload, request.meta):
         path.mkdir(parents=True, exist_ok=True)
     try:
         check_inputs(request)
         hide(request)
-        program = import_program(request.kind, PROGRAM_STAGES[request.kind].program)
+        program = import_program(PROGRAM_STAGES[request.kind])
         result = program.run(request, request.stage(), events)
         if is_first_process():
-            result.model_copy(update={"info": {**result.info, **computed_on()}}).write(folder / "result.json")
+            result.model_copy(update={"info": {**result.info, **computed_on()}}).write(folder / RESULT)
         return 0
     except BaseException as error:
         failure = classify(error, request)
@@ -92,7 +95,8 @@ def classify(error: BaseException, request: Request) -> Failure:
 
 if __name__ == "__main__":
     status = main()
-    if "RANK" in os.environ:  # threads of gloo and DeepSpeed sometimes abort the interpreter's exit; all results are written
+    left = any(thread.name.startswith(TRACKER) for thread in threading.enumerate())  # would wait for its server as long as that takes
+    if "RANK" in os.environ or left:  # threads of gloo and DeepSpeed sometimes abort the interpreter's exit; all results are written
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

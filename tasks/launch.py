@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from tuneline.files import open_lock, try_lock, write_atomically
 from tuneline.kinds.stage import Resources
+from tuneline.workspace.file_names import EVENTS, FAILURE, LOG, RENDEZVOUS
 from tuneline.workspace.protocol import Events, Failure, Request
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first,
 FAILURE_SUFFIX = ".failure.json"
 HEARTBEAT_SUFFIX = ".here"  # file of a machine that still answers after a failure
 LOST_PEER = "another process of the training ended or hangs: the stage is tried again"
-RENDEZVOUS = "rendezvous.json"
 SECONDS_OF_OTHERS = 5.0  # until an event on one machine is visible on another
 HUNG = 15  # seconds after another process's failure; torchrun waits 30 for a process that ignores SIGTERM
 LOG_TAIL = 30  # lines
@@ -80,7 +80,7 @@ def main() -> int:
         finally:
             ended.set()
     except ChildFailedError as error:
-        status = note_deaths(error.failures, ranks, work / "log.txt")
+        status = note_deaths(error.failures, ranks, work / LOG)
         failure = first_said(ranks, patience=SECONDS_OF_OTHERS if resources.nodes > 1 else 0)
     except SignalException as error:
         failure, status = first_said(ranks), 128 + error.sigval
@@ -96,7 +96,7 @@ def main() -> int:
         failure = machine_lost(request, silent, failure)
     if failure is not None:
         print(failure.details or failure.message, file=sys.stderr, flush=True)
-        failure.write((work if node == 0 else Path.cwd()) / "failure.json")
+        failure.write((work if node == 0 else Path.cwd()) / FAILURE)
     return status
 
 
@@ -125,7 +125,7 @@ def announced(request: Request, nodes: int) -> dict[str, str]:
         where = {"endpoint": f"{address}:{probe.getsockname()[1]}", "id": f"{request.key[:16]}-{request.attempt}-{time.time_ns()}"}
     write_atomically(request.work / RENDEZVOUS, json.dumps(where))
     message = f"waits at {where['endpoint']} for {nodes - 1} more: run {joining(request, nodes)} there"
-    Events(request.work / "events.jsonl").progress(0, 1, message)
+    Events(request.work / EVENTS).progress(0, 1, message)
     return where
 
 

@@ -15,21 +15,11 @@ from types import ModuleType
 
 from tasks.models.gptq import quantization
 from tasks.models.loading import needs_remote_code
+from tuneline.kinds.stage import ProgramStage
 from tuneline.workspace.protocol import Request
 from tuneline.workspace.reference import folder_of as model_folder
 
 LARGE = ("bitsandbytes", "deepspeed", "gptqmodel", "torch", "torchao")
-LAYERS = "transformers.modeling_layers"  # imports what all models need
-IMPORTS = {  # kind -> modules that import nearly everything that the program needs in any case
-    "model": (LAYERS,),
-    "sft": ("tasks.training.checkpoints", "tasks.training.sft_trainer"),
-    "dpo": ("tasks.training.checkpoints", "tasks.training.dpo_trainer"),
-    "kto": ("tasks.training.checkpoints", "tasks.training.kto_trainer"),
-    "grpo": ("tasks.training.checkpoints", "tasks.training.grpo_trainer"),
-    "evaluate": ("tasks.evaluation.harness", LAYERS),
-    "merge": ("peft",),
-    "quantize": (LAYERS,),
-}
 
 
 def hide(request: Request) -> None:
@@ -52,12 +42,12 @@ def needed(request: Request) -> set[str]:
     return set(stage.packages())
 
 
-def import_program(kind: str, name: str) -> ModuleType:
-    """Import the module `name` with the libraries of its kind. Pauses the garbage collector and freezes the imported objects: it would
+def import_program(stage: type[ProgramStage]) -> ModuleType:
+    """Import the program of a kind, and the modules that it names. Pauses the garbage collector and freezes the imported objects: it would
     traverse half a million permanent objects again and again, for a sixth of the program's CPU time."""
     gc.disable()
-    for module in (name, *IMPORTS.get(kind, ())):
+    for module in (stage.program, *stage.imports):
         importlib.import_module(module)
     gc.freeze()
     gc.enable()
-    return sys.modules[name]
+    return sys.modules[stage.program]

@@ -19,13 +19,13 @@ from flows.run.parent_watch import end_with_parent
 from flows.server.connect import connect, embedded_server, find_server
 from tuneline.api import WITH_PARENT
 from tuneline.config.order import depends_on
-from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import ConfigError, Problem, StageFailed, StoreError
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.plan import PlanRow
 from tuneline.planning.verdict import judge, shown_metrics
 from tuneline.workspace.artifact import Manifest
+from tuneline.workspace.file_names import MANIFEST
 from tuneline.workspace.runs import RunRecord, StageRecord, planned
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.workspace import Workspace
@@ -98,7 +98,7 @@ def _all_cached(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: 
     with contextlib.suppress(StoreError):  # a read-only store is enough
         workspace.prepare_store()
     with workspace.store.shared_lock():  # until the record names the artifacts, `gc` must not remove them
-        if gone := [row.stage for row in rows if row.artifact and not (row.artifact.path / "manifest.json").exists()]:
+        if gone := [row.stage for row in rows if row.artifact and not (row.artifact.path / MANIFEST).exists()]:
             raise StageFailed("transient", f"the artifact of {gone[0]} was removed from the store meanwhile", "run again")
         return _recorded(workspace, pipeline, rows, only, reporter)
 
@@ -117,9 +117,8 @@ def _recorded(workspace: Workspace, pipeline: str, rows: list[PlanRow], only: st
             passed, lines = judge(stage, stages, manifests)
             entry.status, entry.message = "done" if passed else "refused", "\n".join(lines)
         elif row.artifact:
-            manifest = manifests[row.stage] = row.artifact.manifest
-            entry.metrics = shown_metrics(stage, manifest.metrics)
-            entry.key, entry.digest, entry.document, entry.artifact = row.key, manifest.digest, row.document, str(row.artifact.path)
+            manifests[row.stage] = row.artifact.manifest
+            entry.name_artifact(row.artifact, shown_metrics(stage, row.artifact.manifest.metrics))
         if entry.status in ("skipped", "refused"):
             stopped.add(row.stage)
         record.stages.append(entry)
@@ -141,18 +140,13 @@ def _require_machine(workspace: Workspace, pipeline: str, stages: dict[str, Prog
     for name, stage in stages.items():
         absent = [str(device) for device in stage.resources.devices or () if str(device) not in visible]
         if absent:
-            path: Keys = ("pipelines", pipeline, "stages", name, "resources", "devices")
             found = f"found {', '.join(absent)}, but this machine shows {', '.join(visible) or 'none'}"
-            problems.append(
-                Problem(
-                    dotted(path), found, "name other devices, or remove `devices` to use any", place=workspace.loaded.source.place(path)
-                )
-            )
+            problem = Problem("resources.devices", found, "name other devices, or remove `devices` to use any")
+            problems.append(workspace.loaded.placed(problem, pipeline, name))
         elif stage.resources.gpus > there:
-            path = ("pipelines", pipeline, "stages", name, "resources", "gpus")
             found = f"found {stage.resources.gpus}, but this machine shows {there}"
             hint = f"`--set {name}.resources.gpus=0` runs it on the CPU, slowly"
-            problems.append(Problem(dotted(path), found, hint, place=workspace.loaded.source.place(path)))
+            problems.append(workspace.loaded.placed(Problem("resources.gpus", found, hint), pipeline, name))
     if problems:
         raise ConfigError(problems)
 

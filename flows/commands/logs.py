@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from tuneline.errors import ConfigError, Problem
 from tuneline.wording import nearest
+from tuneline.workspace.file_names import LOG, META
 from tuneline.workspace.runs import RunRecord, StageRecord
 from tuneline.workspace.workspace import Workspace
 
@@ -95,8 +96,8 @@ def log_of(workspace: Workspace, entry: StageRecord) -> Path | None:
     """Return the stage's log file, or None for a gate, a skipped stage, or one whose files are gone."""
     if entry.key is None:
         return None
-    folders = [workspace.store.folder(entry.kind, entry.key) / "meta", workspace.work(entry.key)]
-    files = [folder / "log.txt" for folder in (folders if entry.status in ("done", "cached") else reversed(folders))]
+    folders = [workspace.store.folder(entry.kind, entry.key) / META, workspace.work(entry.key)]
+    files = [folder / LOG for folder in (folders if entry.status in ("done", "cached") else reversed(folders))]
     return next((file for file in files if file.is_file()), None)
 
 

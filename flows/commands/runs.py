@@ -27,6 +27,7 @@ from flows.commands.options import (
     warn,
 )
 from tuneline.errors import ConfigError, Problem
+from tuneline.workspace.file_names import LOG, MANIFEST
 from tuneline.workspace.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -169,9 +170,7 @@ def show(what: str, file: Path, run_id: str | None, in_browser: bool, as_json: b
     for entry in record.stages:  # the project or its store may have been moved
         if entry.artifact and entry.key and not Path(entry.artifact).exists():
             entry.artifact = str(workspace.store.folder(entry.kind, entry.key))
-        if (
-            entry.key and not entry.artifact and (log := workspace.work(entry.key) / "log.txt").exists()
-        ):  # until a run publishes the artifact
+        if entry.key and not entry.artifact and (log := workspace.work(entry.key) / LOG).exists():  # until a run publishes the artifact
             entry.message = "; ".join(filter(None, (entry.message, f"its log is {log}")))
     records = [entry for entry in record.stages if stage in ("", entry.stage)]
     if stage and not records:
@@ -250,5 +249,5 @@ def _report(workspace: Workspace, record: RunRecord, in_browser: bool = False) -
 
 
 def _manifest(artifact: str | None) -> dict[str, Any] | None:
-    path = Path(artifact, "manifest.json") if artifact else None
+    path = Path(artifact, MANIFEST) if artifact else None
     return dict(json.loads(path.read_bytes())) if path and path.is_file() else None

@@ -17,6 +17,7 @@ pipelines:
   first:
     description: Train a small model on sums; change the model and the data to yours.
     stages:
+      # To use a model on this machine: {kind: model, path: FOLDER}, or {kind: model, gguf: FILE}.
       base:      {kind: model, hub: HuggingFaceTB/SmolLM2-135M-Instruct}
       # To use your own rows: {type: files, path: data/*.jsonl}, one {"messages": [...]} per line.
       data:      {kind: dataset, model: base, sources: [{type: reasoning_gym, task: chain_sum, size: 600}], split: {test: 0.2}}

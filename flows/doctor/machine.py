@@ -28,10 +28,7 @@ from tuneline import disk
 from tuneline.config.load import Loaded
 from tuneline.config.pools import KubernetesPool, ProcessPool
 from tuneline.errors import ConfigError, Problem, StoreError
-from tuneline.kinds.dataset import DatasetStage
-from tuneline.kinds.model import ModelStage
-from tuneline.kinds.sources import HubSource
-from tuneline.kinds.stage import ProgramStage, Stage
+from tuneline.kinds.stage import ProgramStage
 from tuneline.paths import resolve_path
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.store import Store
@@ -136,15 +133,9 @@ def _gpus(loaded: Loaded) -> Check:
 def _token(loaded: Loaded) -> Check:
     if os.environ.get("HF_TOKEN"):
         return Check("HF_TOKEN", OK, "it is set")
-    if any(_of_hub(stage) for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()):
+    if any(list(stage.repositories()) for pipeline in loaded.spec.pipelines.values() for stage in pipeline.stages.values()):
         return Check("HF_TOKEN", WARNING, "it is not set: only public repositories of the hub can be read", "export HF_TOKEN=...")
     return Check("HF_TOKEN", OK, "it is not set, and nothing comes from the hub")
-
-
-def _of_hub(stage: Stage) -> bool:
-    if isinstance(stage, ModelStage):
-        return stage.hub is not None
-    return isinstance(stage, DatasetStage) and any(isinstance(source, HubSource) for source in stage.sources)
 
 
 def _shared(loaded: Loaded, locks: bool) -> Iterator[Check]:

@@ -88,7 +88,8 @@ def _runs(client: Any, home: Path, fix: bool) -> Iterator[Check]:
     due = FlowRunFilterExpectedStartTime(before_=datetime.now(UTC))  # schedules plan a hundred runs ahead
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=wanted), expected_start_time=due)
     try:
-        records = {record.flow_run: record for record in Runs(runs_in(home)).every() if record.flow_run}
+        # The newest of a run that Prefect has run again, by Retry: it has the state that counts.
+        records = {record.flow_run: record for record in reversed(Runs(runs_in(home)).every()) if record.flow_run}
     except StoreError as error:
         yield Check("runs", PROBLEM, error.message, error.hint)
         return

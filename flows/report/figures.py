@@ -1,4 +1,4 @@
-"""Compute the layout of the report's pictures: the graph of stages, and line charts. The template draws them as SVG."""
+"""Compute the layout of the report's pictures: the graph of stages, which the template draws, and line charts (`line_chart.py`)."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from flows.report.models import LOWER_IS_BETTER, RIGHT, Cell, Column, metric_row
 from flows.report.stage import Stage
 from tuneline.config.spec import STAGES
 from tuneline.kinds.training import Training
+from tuneline.workspace.file_names import HISTORY
 
 SHOWN = 3  # trainings that get a sentence
 SETTINGS = 12  # settings shown of a training; the lineage has all
@@ -45,7 +46,7 @@ def _of_training(stage: Stage, stages: Mapping[str, Stage], compared: list[Colum
     if stage.status not in ("done", "cached"):
         yield f"{stage.name}, {what}{of}{data}, {ENDED.get(stage.status, f'is {stage.status}')}."
         return
-    steps = max((entry["step"] for entry in stage.lines("history.jsonl") if isinstance(entry.get("step"), int)), default=0)
+    steps = max((entry["step"] for entry in stage.lines(HISTORY) if isinstance(entry.get("step"), int)), default=0)
     yield f"{stage.name} trained {what}{of}{data}{f' for {steps:,} steps' if steps else ''}."
     tested = next((column for column in compared if stage.name in (column.model, *_made_of(column.model, stages))), None)
     if tested and (text := _scored(tested, compared)):
@@ -108,6 +109,7 @@ def facts(stage: Stage) -> list[tuple[str, str]]:
         ("computed on", f"{info['devices']} x {info['device']}, {machine}" if "device" in info else machine),
         ("speed", f"{info['tokens_per_second']:,.0f} tokens/s" if info.get("tokens_per_second") else ""),
         ("peak memory", ", ".join(_memory(info))),
+        *info.get("trackers", {}).items(),
     ]
     return [(name, value) for name, value in found if value]
 

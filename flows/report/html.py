@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from flows.report.figures import Chart, chart, graph
 from flows.report.format import duration, number, utc_time
 from flows.report.headline import facts, headline, trainings, verdicts
+from flows.report.line_chart import svg
 from flows.report.models import columns, metric_rows, role_of, samples
 from flows.report.stage import Stage, between, stages_of
 from tuneline import __version__
 from tuneline.config.overrides import as_flags
 from tuneline.disk import human
 from tuneline.files import write_atomically
+from tuneline.workspace.file_names import EVENTS, HISTORY, REPORT_DATA, ROLLOUTS
 from tuneline.workspace.runs import RunRecord, Runs
 
 REWARD_CURVES = {
@@ -53,6 +56,7 @@ def render(record: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "size": human, "clock": utc_time, "json": as_json, "verdicts": verdicts}
+    environment.filters["svg"] = lambda drawn, label: Markup(svg(drawn, label))
     stages = stages_of(record)
     compared = columns(stages)
     return environment.get_template("report.html.j2").render(
@@ -80,7 +84,7 @@ def command(record: RunRecord) -> str:
 
 
 def warnings(stage: Stage) -> list[str]:
-    messages = (event.get("message") for event in stage.lines("events.jsonl") if event.get("type") == "warning")
+    messages = (event.get("message") for event in stage.lines(EVENTS) if event.get("type") == "warning")
     return list(dict.fromkeys(str(message) for message in messages if message))
 
 
@@ -90,7 +94,7 @@ def warnings(stage: Stage) -> list[str]:
 def curves(stage: Stage) -> dict[str, Chart]:
     """Return the charts of a training over its steps: rewards and their metrics, or the loss and the margin of preferences; then the
     learning rate."""
-    history = [entry for entry in stage.lines("history.jsonl") if isinstance(entry.get("step"), int)]
+    history = [entry for entry in stage.lines(HISTORY) if isinstance(entry.get("step"), int)]
     rewards = sorted({name for entry in history for name in entry if name.startswith("rewards/") and name.endswith("/mean")})
     figures = {"reward": ["reward"]} | ({name.split("/")[1]: [name] for name in rewards} if len(rewards) > 1 else {})
     figures |= {title: [name] for name, title in REWARD_CURVES.items()}
@@ -112,7 +116,7 @@ def _is_number(value: Any) -> bool:
 
 def rollouts(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return completions of a grpo training at its first and its last step: the best and the worst of each."""
-    kept = [line for line in stage.lines("rollouts.jsonl") if _is_number(line.get("reward")) and _is_number(line.get("step"))]
+    kept = [line for line in stage.lines(ROLLOUTS) if _is_number(line.get("reward")) and _is_number(line.get("step"))]
     if not kept:
         return []
     ends = dict.fromkeys([min(line["step"] for line in kept), max(line["step"] for line in kept)])
@@ -126,7 +130,7 @@ def rollouts(stage: Stage) -> list[tuple[str, list[dict[str, Any]]]]:
 def data_report(stage: Stage) -> dict[str, Any]:
     """Return meta/report.json of a Dataset with its totals; empty if the artifact is gone."""
     try:
-        found = json.loads(stage.text("report.json"))
+        found = json.loads(stage.text(REPORT_DATA))
     except ValueError:
         return {}
     fates = sorted({fate for source in found["sources"] for fate in source["fates"]})

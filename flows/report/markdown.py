@@ -15,18 +15,19 @@ from flows.report.figures import Chart
 from flows.report.format import duration
 from flows.report.headline import headline
 from flows.report.html import command, curves, warnings
+from flows.report.line_chart import svg
 from flows.report.models import Cell, columns, metric_rows
 from flows.report.stage import Stage, between, stages_of
 from flows.report.tables import figures
 from tuneline.disk import human
 from tuneline.secrets import masked
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 LONGEST = 200_000  # characters of an artifact; Prefect keeps every version of it in its database
 LONGEST_REPORT = 50_000  # characters of the report by the stage's program
 LOG_TAIL, LONGEST_LINE = 40, 400  # lines of a failed stage's log, characters of a line
-STROKE, OTHER_STROKE = "#2563eb", "#ea580c"
 
 
 def stage_report(plan: PlannedStage, entry: StageRecord, log: Path | None) -> str:
@@ -48,7 +49,7 @@ def _stage_parts(stage: Stage, log: Path | None) -> Iterator[str]:
         yield _picture(stage, name, drawn)
     if messages := warnings(stage):
         yield "### Warnings\n\n" + "\n".join(f"- {_code(message)}" for message in messages)
-    if report := stage.text("report.md"):
+    if report := stage.text(REPORT_TEXT):
         yield f"### Report of {_code(stage.kind)}\n\n{_cut(report, LONGEST_REPORT)}"
 
 
@@ -62,6 +63,8 @@ def _facts(stage: Stage) -> Iterator[list[str]]:
         yield ["digest", _code(stage.entry.digest or "")]
     if stage.manifest:
         yield ["payload", f"{len(stage.manifest.files)} files, {human(stage.manifest.size)}"]
+        for tracker, link in stage.manifest.info.get("trackers", {}).items():
+            yield [tracker, link if link.startswith(("http://", "https://")) else _code(link)]
     for field, other in stage.plan.names.items():
         yield [field.partition(".")[0], _made_from(stage, field, other)]
     for field, commit in stage.document.get("commits", {}).items():
@@ -173,29 +176,8 @@ def _verdicts(stage: Stage) -> str:
 
 def _picture(stage: Stage, name: str, drawn: Chart) -> str:
     legend = " (blue: train, orange: validation)" if "eval_loss" in drawn.lines else ""
-    picture = base64.b64encode(_svg(drawn).encode()).decode()
+    picture = base64.b64encode(svg(drawn, f"{name} of {stage.name}").encode()).decode()
     return f"### {name} of {stage.name} by step{legend}\n\n![{name} by step](data:image/svg+xml;base64,{picture})"
-
-
-def _svg(drawn: Chart) -> str:
-    """Return the chart as SVG, on white because the UI may be dark."""
-    left, top, width, height = -56, -12, drawn.width + 76, drawn.height + 40
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}"'
-        ' font-family="sans-serif" font-size="11" fill="#475569">',
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
-    for y, text in drawn.up:
-        parts.append(f'<path d="M0 {y}H{drawn.width}" stroke="#e2e8f0"/><text x="-7" y="{y + 4}" text-anchor="end">{text}</text>')
-    for x, text in drawn.across:
-        parts.append(f'<text x="{x}" y="{drawn.height + 18}" text-anchor="middle">{text}</text>')
-    for name, points in drawn.lines.items():
-        stroke = OTHER_STROKE if name == "eval_loss" else STROKE
-        line = " ".join(f"{x},{y}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-width="2"/>')
-        if name == "eval_loss":
-            parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{stroke}"/>' for x, y in points]
-    return "".join([*parts, "</svg>"])
 
 
 # --- markdown -------------------------------------------------------------------------------------------------------------

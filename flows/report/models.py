@@ -10,12 +10,13 @@ from typing import Any
 from flows.report.format import number, with_error
 from flows.report.stage import Stage
 from tuneline.config.spec import STAGES
+from tuneline.workspace.file_names import SAMPLES
 
 ROLES = ("base", "adapter", "fine-tuned", "merged", "quantized")  # order of columns; others come last
 LOWER_IS_BETTER = {"bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity", "brier_score", "ter"}
 RIGHT = ("score", "exact_match", "acc", "acc_norm", "pass@1")  # the first of these scores that a sample has marks it right or wrong
 CERTAIN = 1.96  # standard errors of a difference for a confidence of 95%
-SAMPLES = 6  # samples shown of each dataset or benchmark
+SHOWN_SAMPLES = 6  # samples shown of each dataset or benchmark
 LONGEST_ANSWER = 1200  # characters
 
 
@@ -117,7 +118,7 @@ def samples(compared: list[Column]) -> Iterator[tuple[str, list[str], list[Sampl
     by_question: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for column in compared:
         for stage in column.evaluations:
-            for line in stage.lines("samples.jsonl"):
+            for line in stage.lines(SAMPLES):
                 of = str(line.get("of", ""))
                 of = stage.plan.names.get(of.replace("dataset", "datasets."), of)
                 by_question.setdefault(of, {}).setdefault(str(line.get("id")), {}).setdefault(column.model, line)
@@ -125,8 +126,8 @@ def samples(compared: list[Column]) -> Iterator[tuple[str, list[str], list[Sampl
         models = list(dict.fromkeys(model for lines in questions.values() for model in lines))
         found = [_sample(lines, models) for lines in questions.values() if len(lines) == len(models)]
         kinds = [[sample for sample in found if sample.change == change] for change in (1, -1, 0)]
-        turns = sorted((i, kind, sample.prompt) for kind, of_kind in enumerate(kinds) for i, sample in enumerate(of_kind[:SAMPLES]))
-        yield of, models, found, [kinds[kind][i] for i, kind, _ in turns[:SAMPLES]]
+        turns = sorted((i, kind, sample.prompt) for kind, of_kind in enumerate(kinds) for i, sample in enumerate(of_kind[:SHOWN_SAMPLES]))
+        yield of, models, found, [kinds[kind][i] for i, kind, _ in turns[:SHOWN_SAMPLES]]
 
 
 def _sample(lines: Mapping[str, dict[str, Any]], models: list[str]) -> Sample:

@@ -10,6 +10,7 @@ from flows.report.format import duration, number, utc_time, with_error
 from flows.report.html import warnings
 from flows.report.stage import Stage
 from tuneline.disk import human
+from tuneline.workspace.file_names import LOG, META, PAYLOAD, REPORT_TEXT
 
 
 def print_stage(stage: Stage) -> None:
@@ -20,7 +21,7 @@ def print_stage(stage: Stage) -> None:
     for name, value in facts:
         print(f"{name if name != before else '':<{width}}  {value}".rstrip())
         before = name
-    if report := stage.text("report.md"):
+    if report := stage.text(REPORT_TEXT):
         print(f"\n{report}")
 
 
@@ -45,9 +46,11 @@ def _facts(stage: Stage) -> Iterator[tuple[str, str]]:
             error = stage.metrics.get(f"{name}_stderr")
             yield "metrics", with_error(f"{name} {number(value)}", error)
     if stage.entry and stage.entry.artifact:
-        payload, log = (os.path.relpath(Path(stage.entry.artifact, name)) for name in ("payload", "meta/log.txt"))
+        payload, log = (os.path.relpath(Path(stage.entry.artifact, name)) for name in (PAYLOAD, f"{META}/{LOG}"))
         yield "payload", f"{payload}  ({stage.gone or human(stage.size)})"
         if stage.manifest:
             yield "log", log
+    for tracker, link in (stage.manifest.info.get("trackers", {}) if stage.manifest else {}).items():
+        yield "trackers", f"{tracker}: {link}"
     for message in warnings(stage):
         yield "warnings", message

@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from tuneline.workspace.artifact import Manifest
+from tuneline.workspace.file_names import MANIFEST, META
+from tuneline.workspace.reference import REFERENCE
 from tuneline.workspace.runs import PlannedStage, RunRecord, StageRecord
 
 
@@ -27,7 +29,7 @@ class Stage:
     def __post_init__(self) -> None:
         if self.entry and self.entry.artifact:
             try:
-                manifest = Manifest.model_validate_json(Path(self.entry.artifact, "manifest.json").read_bytes())
+                manifest = Manifest.model_validate_json(Path(self.entry.artifact, MANIFEST).read_bytes())
             except (OSError, ValidationError):
                 self.gone = "its artifact is no longer in the store"
                 return
@@ -80,7 +82,7 @@ class Stage:
     @property
     def size(self) -> float:
         """Return the bytes of the artifact; for a model by reference, those of the folder that it points to."""
-        by_reference = self.kind == "model" and self.manifest and any(file.path == "reference.json" for file in self.manifest.files)
+        by_reference = self.kind == "model" and self.manifest and any(file.path == REFERENCE for file in self.manifest.files)
         return self.metrics.get("bytes", 0.0) if by_reference else float(self.manifest.size) if self.manifest else 0.0
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -97,7 +99,7 @@ class Stage:
         if not (self.manifest and self.entry and self.entry.artifact):
             return ""
         try:
-            return Path(self.entry.artifact, "meta", name).read_text(encoding="utf-8", errors="replace")
+            return Path(self.entry.artifact, META, name).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
 

@@ -32,6 +32,7 @@ STYLES = {
     "killed": "bold red",
     "running": "yellow",
     "run": "yellow",
+    "run or cached": "yellow",
     "unknown": "magenta",
     "create": "green",
     "change": "yellow",

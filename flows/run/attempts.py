@@ -16,6 +16,7 @@ from flows.run.supervisor import Outcome
 from tuneline.errors import StageFailed, StageStopped
 from tuneline.files import write_atomically
 from tuneline.kinds.stage import ProgramStage
+from tuneline.workspace.file_names import FAILURE, LOG
 from tuneline.workspace.protocol import Failure
 
 LOG_TAIL = 30  # lines of the log shown with an unexplained death
@@ -44,7 +45,7 @@ class Attempts:
         """Record the attempt and return its failure."""
         unexplained = any(attempt["unexplained"] for attempt in self.of_run(run_id))
         failure = _failure(stage, micro_batch, outcome, work, unexplained)
-        explained = (work / "failure.json").exists() or _killed_for_memory(outcome) or outcome.stopped
+        explained = (work / FAILURE).exists() or _killed_for_memory(outcome) or outcome.stopped
         what = "cancelled" if isinstance(failure, StageStopped) else failure.failure_class
         entry = {"run_id": run_id, "class": what, "micro_batch_size": micro_batch, "unexplained": not explained}
         self.all.append(entry)
@@ -66,7 +67,7 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
     if outcome.stopped == "timeout":
         hint = "raise `timeout`, then run again: it resumes from its last checkpoint"
         return StageFailed("config", f"ended after its timeout of {stage.timeout} s", hint)
-    known: Failure | None = Failure.read(work / "failure.json") if (work / "failure.json").exists() else None
+    known: Failure | None = Failure.read(work / FAILURE) if (work / FAILURE).exists() else None
     killed = _killed_for_memory(outcome)
     if killed or (known and known.failure_class == "oom"):
         what = known.message if known and not killed else "the kernel killed it because memory ran out"
@@ -79,11 +80,11 @@ def _failure(stage: ProgramStage, micro_batch: int | None, outcome: Outcome, wor
         return StageFailed("oom", what, hint, known.details if known else "", final=smaller is None)
     if known:
         return StageFailed(known.failure_class, known.message, known.hint, known.details)
-    tail = "\n".join((work / "log.txt").read_text(errors="replace").splitlines()[-LOG_TAIL:])
+    tail = "\n".join((work / LOG).read_text(errors="replace").splitlines()[-LOG_TAIL:])
     how = f"by signal {outcome.status - 128}" if outcome.status > 128 else f"with status {outcome.status}"
     message = f"the program ended {how} without saying why"
     if outcome.status < 0:
         message = f"the program's watchdog was ended by signal {-outcome.status}"
     if unexplained_before:
-        return StageFailed("bug", f"{message}, twice; the end of its log:\n{tail}", f"the whole log: {work / 'log.txt'}", details=tail)
+        return StageFailed("bug", f"{message}, twice; the end of its log:\n{tail}", f"the whole log: {work / LOG}", details=tail)
     return StageFailed("transient", message, "it is retried once, within `retries`", details=tail)

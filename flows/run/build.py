@@ -20,15 +20,19 @@ from flows.run import forced, node
 from flows.run.attempts import Attempts
 from flows.run.run_context import RunContext
 from flows.run.slots import Taken
-from flows.run.supervisor import Outcome, program_environment
+from flows.run.supervisor import Outcome, Program, program_environment
 from tuneline import disk
 from tuneline.errors import ConfigError, StageFailed
 from tuneline.kinds.stage import ProgramStage
+from tuneline.kinds.trackers import Track
+from tuneline.paths import resolve_path
 from tuneline.planning.inputs import ResolvedInputs
 from tuneline.workspace.artifact import Artifact, Base, File, Manifest
 from tuneline.workspace.checkpoints import newest
+from tuneline.workspace.file_names import ATTEMPTS, EVENTS, FAILURE, LOG, REQUEST, RESULT
 from tuneline.workspace.protocol import Event, Input, Request, Result
 from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
+from tuneline.workspace.tracked import tracked
 from tuneline.workspace.workspace import Workspace
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
@@ -49,16 +53,49 @@ class Job:
 
 def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
     """Run the program and publish its output. The caller holds the key's lock."""
-    work, store = run.workspace.work(job.key), run.workspace.store
+    attempts = _prepare(run, job)
+    resolved = require_key_content(run, job.stage, job.resolved)
+    request = _request(run, job, resolved, attempts)
+    request.write(request.work / REQUEST)
+    checkpoint = newest(request.work, job.key)
+    if checkpoint and (refused := checkpoint.refused(job.stage.resources)):
+        raise StageFailed("config", *refused)
+    details = [f"attempt {request.attempt}"] if attempts.of_run(run.record.run_id) else []
+    details += [f"resumes from step {checkpoint.step}"] if checkpoint else []
+    run.reporter.started(job.name, ", ".join([job.stage.kind, *details]))
+    began = datetime.now(UTC)
+    outcome = _supervise(run, job, request, held, taken)
+    if outcome.stopped is not None or outcome.status != 0 or not (request.work / RESULT).exists():
+        raise _failure(run, job, request, attempts, outcome)
+    try:
+        if require_key_content(run, job.stage, resolved).facts != resolved.facts:
+            raise StageFailed("transient", TOUCHED_WHILE_READ, "the stage is retried automatically, as it may have read other content")
+        _require_same_inputs(run, job)
+        artifact = _publish(run, job, request, attempts, began)
+    except OSError as error:
+        if error.errno in disk.NUMBERS:
+            raise disk.of_flow(error, request.out) from error  # reads the free space before `out` is deleted
+        raise
+    finally:
+        shutil.rmtree(request.out, ignore_errors=True)
+    shutil.rmtree(request.work, ignore_errors=True)
+    return artifact
+
+
+def _prepare(run: RunContext, job: Job) -> Attempts:
+    """Make the work folder ready for an attempt. Return the earlier ones."""
+    work = run.workspace.work(job.key)
     if job.name in run.forced:
-        forced.begin(work, run.record, tried=bool(Attempts(work / "attempts.json").of_run(run.record.run_id)))
-    attempts = Attempts(work / "attempts.json")
+        forced.begin(work, run.record, tried=bool(Attempts(work / ATTEMPTS).of_run(run.record.run_id)))
     work.mkdir(parents=True, exist_ok=True)
-    for stale in ("result.json", "failure.json"):
+    for stale in (RESULT, FAILURE):
         (work / stale).unlink(missing_ok=True)
-    stage, micro_batch = job.stage, attempts.micro_batch(job.stage)
-    resolved = as_in_key(run, stage, job.resolved)
-    request = Request(
+    return Attempts(work / ATTEMPTS)
+
+
+def _request(run: RunContext, job: Job, resolved: ResolvedInputs, attempts: Attempts) -> Request:
+    stage = job.stage
+    return Request(
         kind=stage.kind,
         key=job.key,
         config=stage.model_dump(mode="json") | stage.decided(),
@@ -67,48 +104,41 @@ def build(run: RunContext, job: Job, held: int, taken: Taken) -> Artifact:
         files=resolved.files,
         trees=resolved.trees,
         commits=resolved.commits,
-        out=store.staging_dir(job.key),
-        work=work,
+        out=run.workspace.store.staging_dir(job.key),
+        work=run.workspace.work(job.key),
         attempt=len(attempts.all) + 1,
-        resources=stage.resources.model_copy(update={"micro_batch_size": micro_batch}).model_dump(mode="json"),
+        resources=stage.resources.model_copy(update={"micro_batch_size": attempts.micro_batch(stage)}).model_dump(mode="json"),
         engine=_runtime(run, engine).python if (engine := stage.engine_runtime()) else None,
+        name=f"{run.pipeline}/{job.name}/{run.record.run_id}",
+        track=_track(run) if stage.trains else None,
         join=node.command(run.pipeline, run.workspace.loaded.file, run.workspace.loaded.overrides),
     )
-    request.write(work / "request.json")
-    checkpoint = newest(work, job.key)
-    if checkpoint and (refused := checkpoint.refused(stage.resources)):
-        raise StageFailed("config", *refused)
-    details = [f"attempt {request.attempt}"] if attempts.of_run(run.record.run_id) else []
-    details += [f"resumes from step {checkpoint.step}"] if checkpoint else []
-    run.reporter.started(job.name, ", ".join([stage.kind, *details]))
-    began = datetime.now(UTC)
-    outcome = _supervise(run, job, request, held, taken)
-    if outcome.stopped is None and outcome.status == 0 and (work / "result.json").exists():
-        try:
-            if as_in_key(run, stage, resolved).facts != resolved.facts:
-                raise StageFailed("transient", TOUCHED_WHILE_READ, "the stage is retried automatically, as it may have read other content")
-            _require_same_inputs(run, job)
-            artifact = _publish(run, job, request, attempts, began)
-        except OSError as error:
-            if error.errno in disk.NUMBERS:
-                raise disk.of_flow(error, request.out) from error  # reads the free space before `out` is deleted
-            raise
-        finally:
-            shutil.rmtree(request.out, ignore_errors=True)
-        shutil.rmtree(work, ignore_errors=True)
-        return artifact
+
+
+def _failure(run: RunContext, job: Job, request: Request, attempts: Attempts, outcome: Outcome) -> StageFailed:
+    """Record the failed attempt and return its failure. Deletes the unfinished output."""
+    work, micro_batch = request.work, request.resources["micro_batch_size"]
     # A full disk can keep a program from writing its failure. Checked before the program's files are deleted.
     unreported = disk.full(request.out, work) if disk.is_full(request.out, work) else None
     shutil.rmtree(request.out, ignore_errors=True)
-    if unreported and not outcome.stopped and not (work / "failure.json").exists():
-        raise unreported
+    if unreported and not outcome.stopped and not (work / FAILURE).exists():
+        return unreported
     if outcome.stopped != "cancelled":
         forced.failed(work)
-        run.warn(job.name, f"its log is {work / 'log.txt'}")
-    raise attempts.failed(run.record.run_id, stage, micro_batch, outcome, work)
+        run.warn(job.name, f"its log is {work / LOG}")
+    return attempts.failed(run.record.run_id, job.stage, micro_batch, outcome, work)
 
 
-def as_in_key(run: RunContext, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
+def _track(run: RunContext) -> Track | None:
+    """Return the pipeline's trackers, with absolute folders."""
+    track = run.workspace.loaded.pipeline(run.pipeline).track
+    if track is None or track.tensorboard is None:
+        return track
+    folder = str(resolve_path(run.workspace.root, track.tensorboard.log_dir))
+    return track.model_copy(update={"tensorboard": track.tensorboard.model_copy(update={"log_dir": folder})})
+
+
+def require_key_content(run: RunContext, stage: ProgramStage, resolved: ResolvedInputs) -> ResolvedInputs:
     """Return the current outside files. Raises StageFailed(data) if their content differs from what the key was computed from.
 
     A program reads files long after they were hashed for the key, at times that we do not know. So this is called before the program
@@ -166,10 +196,10 @@ def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Ta
             run.reporter.progress(name, event)
 
     # The loader allows several processes only for trainings.
-    command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / "request.json")]
+    command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / REQUEST)]
     try:
         environment, locks = program_environment(request.work, taken.gpus), (held, *taken.descriptors)
-        return run.supervisor.run(command, environment, request.work, stage.timeout, locks, on_line, on_event)
+        return run.supervisor.run(Program(command, environment, request.work, stage.timeout, locks), on_line, on_event)
     finally:
         progress.close()
 
@@ -184,8 +214,9 @@ def _require_same_inputs(run: RunContext, job: Job) -> None:
 
 
 def _publish(run: RunContext, job: Job, request: Request, attempts: Attempts, began: datetime) -> Artifact:
-    result: Result = Result.read(request.work / "result.json")
-    for name in ("log.txt", "events.jsonl"):
+    result: Result = Result.read(request.work / RESULT)
+    links = tracked(request.work).links
+    for name in (LOG, EVENTS):
         shutil.copy(request.work / name, request.meta / name)
     host = {
         "machine": platform.machine(),
@@ -210,7 +241,7 @@ def _publish(run: RunContext, job: Job, request: Request, attempts: Attempts, be
             base=_base(job.stage, job.inputs),
             template=result.info.get("template"),
             metrics=result.metrics,
-            info=result.info,
+            info=result.info | ({"trackers": links} if links else {}),
             host=host,
         )
 

@@ -3,7 +3,7 @@
     <work>/forced.json   the Prefect run that began, and whether it has failed since; removed with the folder at publication
 
 A run that was killed or cancelled and is called again, or that Prefect retries, is the same force: it resumes. A run that failed and is
-called again is a new force: it starts at step 0. `tuneline.workspace.runs.Runs.paid` finds what a force has built already.
+called again is a new force: it starts at step 0. `tuneline.workspace.runs.Runs.run_that_forced` finds what a force has built already.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _answered(what: str, ask: Callable[[], T]) -> T:
             raise StageFailed("config", f"the hub has no {what}", "check both names") from None
         raise StageFailed("transient", f"the hub answers HTTP {status} for {what}", "a run retries the stage automatically") from None
     except (OSError, TransportError, LocalEntryNotFoundError) as error:
-        hint = "check the network; or write a full commit as `revision:`, or set HF_HUB_OFFLINE=1 to use what was downloaded before"
+        hint = "check the network, or use a folder (`path:`); earlier downloads are used with HF_HUB_OFFLINE=1 or a full commit"
         reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         raise StageFailed("transient", f"the hub cannot be reached for {what}: {reason}", hint) from None
     except (ValueError, KeyError, TypeError):

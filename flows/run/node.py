@@ -16,23 +16,36 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from flows.folders import work_in
 from flows.machine import visible_gpus
 from flows.run.slots import Slots
-from flows.run.supervisor import Supervisor, program_environment
+from flows.run.supervisor import Program, Supervisor, program_environment
 from tuneline.config.overrides import as_flags, as_overrides
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.files import try_lock
 from tuneline.kinds.stage import ProgramStage, Resources
+from tuneline.workspace.file_names import FAILURE, LOG, RENDEZVOUS, REQUEST
 from tuneline.workspace.protocol import Failure, Request
 from tuneline.workspace.runs import RunRecord
 from tuneline.workspace.runtimes import find_runtime
 from tuneline.workspace.workspace import Workspace
 
 POLL = 0.5  # seconds between polls of the shared folder
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine, as it takes part in a run."""
+
+    workspace: Workspace
+    record: RunRecord
+    rank: int
+    supervisor: Supervisor
+    say: Callable[[str], None]
 
 
 def check_rank(workspace: Workspace, pipeline: str, rank: int) -> None:
@@ -92,10 +105,11 @@ def serve(workspace: Workspace, pipeline: str, rank: int, say: Callable[[str], N
         say(f"machine {rank} of run {record.run_id}")
         done: set[str] = set()
         while (record := workspace.runs.get(pipeline, record.run_id)).state == "running":
+            machine = Machine(workspace, record, rank, supervisor, say)
             for work, meeting in _meetings(work_in(workspace.home), record):
                 if meeting not in done:
                     done.add(meeting)
-                    _join(workspace, record, work, meeting, rank, supervisor, say)
+                    _join(machine, work, meeting)
             time.sleep(POLL)
         return record
     finally:
@@ -123,7 +137,7 @@ def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
     Skips those older than the run: another run that was killed left them.
     """
     began = datetime.fromisoformat(record.started).timestamp()
-    for file in folder.glob("*/rendezvous.json"):
+    for file in folder.glob(f"*/{RENDEZVOUS}"):
         try:
             meeting = json.loads(file.read_bytes())["id"]
         except (OSError, ValueError):  # gone since
@@ -132,12 +146,11 @@ def _meetings(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str]]:
             yield file.parent, meeting
 
 
-def _join(
-    workspace: Workspace, record: RunRecord, work: Path, meeting: str, rank: int, supervisor: Supervisor, say: Callable[[str], None]
-) -> None:
+def _join(machine: Machine, work: Path, meeting: str) -> None:
     """Take part in one attempt until it ends here, or its first machine has left it."""
+    workspace, rank, say = machine.workspace, machine.rank, machine.say
     try:
-        request: Request = Request.read(work / "request.json")
+        request: Request = Request.read(work / REQUEST)
     except FileNotFoundError:
         return
     resources = Resources.model_validate(request.resources)
@@ -151,16 +164,16 @@ def _join(
         )
     folder = workspace.home / "nodes" / f"{rank}-{request.key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failure.json").unlink(missing_ok=True)
-    arguments = [str(runtime.python), "-m", "tasks.launch", str(work / "request.json"), str(rank)]
+    (folder / FAILURE).unlink(missing_ok=True)
+    arguments = [str(runtime.python), "-m", "tasks.launch", str(work / REQUEST), str(rank)]
     ended = threading.Event()
 
     def leave_with_the_first() -> None:
         while not ended.wait(POLL):
-            if meeting not in (name for _, name in _meetings(work.parent, record)) and not ended.wait(
+            if meeting not in (name for _, name in _meetings(work.parent, machine.record)) and not ended.wait(
                 10
             ):  # the programs may end on their own
-                supervisor.end_all()
+                machine.supervisor.end_all()
 
     watching = threading.Thread(target=leave_with_the_first, daemon=True)
     with Slots(None, visible_gpus()).taken(resources.gpus, resources.devices, {"stage": request.kind}, say) as taken:
@@ -168,12 +181,12 @@ def _join(
         watching.start()
         try:
             environment = program_environment(folder, taken.gpus)
-            outcome = supervisor.run(arguments, environment, folder, None, taken.descriptors, lambda line: None, lambda event: None)
+            outcome = machine.supervisor.run(Program(arguments, environment, folder, locks=taken.descriptors))
         finally:
             ended.set()
             watching.join()
         how = f"status {outcome.status}"
-        if (folder / "failure.json").exists():
-            failure: Failure = Failure.read(folder / "failure.json")
+        if (folder / FAILURE).exists():
+            failure: Failure = Failure.read(folder / FAILURE)
             how = f"{failure.failure_class}: {failure.message}"
-        say(f"{request.kind} {request.key[:12]} ended here, {how}" + (f"; its log is {folder / 'log.txt'}" if outcome.status else ""))
+        say(f"{request.kind} {request.key[:12]} ended here, {how}" + (f"; its log is {folder / LOG}" if outcome.status else ""))

@@ -21,6 +21,7 @@ from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.planning.inputs import ResolvedInputs, resolve
 from tuneline.planning.verdict import shown_metrics
 from tuneline.workspace.artifact import Artifact, Manifest
+from tuneline.workspace.file_names import LOG
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import RunRecord, RunState, StageRecord, StageStatus
 from tuneline.workspace.workspace import Workspace
@@ -106,10 +107,14 @@ class RunContext:
         record = StageRecord(stage=name, kind=self.stages[name].kind, status="running", key=key, started=datetime.now(UTC).isoformat())
         record.attempts, record.seconds = len(earlier) + 1, round(sum(earlier), 1)
         self._keep(record)
+        failed = True
         try:
             yield
+            failed = False
         finally:
             earlier.append(time.monotonic() - began)
+            if failed:  # the stage waits for a retry, which is no running time, or its end is recorded next
+                self._keep(record.model_copy(update={"started": None, "seconds": round(sum(earlier), 1)}))
 
     def _keep(self, record: StageRecord) -> None:
         with self._lock:
@@ -132,14 +137,12 @@ class RunContext:
         record = StageRecord(stage=name, kind=stage.kind, status=status, key=self.keys.get(name), message=message)
         record.attempts, record.seconds = len(attempts), round(sum(attempts), 1)
         if artifact:
-            manifest = artifact.manifest
-            record.key, record.digest, record.document = manifest.key, manifest.digest, manifest.document
-            record.artifact, record.metrics = str(artifact.path), shown_metrics(stage, manifest.metrics)
-            self.manifests[name] = manifest
+            record.name_artifact(artifact, shown_metrics(stage, artifact.manifest.metrics))
+            self.manifests[name] = artifact.manifest
         self._keep(record)
         self.reporter.finished(name, record)
         if status != "skipped":
             planned = next(plan for plan in self.record.planned if plan.stage == name)
-            log = self.workspace.work(self.keys[name]) / "log.txt" if status == "failed" and name in self.keys else None
+            log = self.workspace.work(self.keys[name]) / LOG if status == "failed" and name in self.keys else None
             about = stage.description or f"{name}, {stage.kind} of {self.pipeline}: {status}"
             self.publisher.markdown(f"stage-{self.pipeline}-{name}", lambda: stage_report(planned, record, log), about)

@@ -47,7 +47,8 @@ def run_stage(
     commits: list[list[str]] = [],  # noqa: B006
     forced: bool = False,
 ) -> Any:
-    """Build one stage for a run in another pool, which passes all parameters."""
+    """Build one stage for a run in another pool, which passes all parameters. They are not grouped, because they
+    are the deployment's schema, which Prefect shows."""
     workspace = Workspace(load(Path(file), pipeline, as_sets(overrides), as_sets(variables)), get_run_logger().warning)
     spec = workspace.loaded.pipeline(pipeline)
     record = RunRecord(run_id=run_id, pipeline=pipeline, started="", planned=planned(spec, None), flow_run=flow_run.parent_flow_run_id)

@@ -22,7 +22,7 @@ from prefect.runtime import task_run
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.report.tables import figures
-from flows.run.build import Job, as_in_key, build
+from flows.run.build import Job, build, require_key_content
 from flows.run.child import build_in_pool
 from flows.run.run_context import RunContext
 from flows.run.slots import Taken
@@ -47,7 +47,7 @@ def stage_task(run: RunContext, name: str) -> Task[[dict[str, Any]], Any]:
     """Return the Prefect task of one stage. Its parameter: the results of its upstream stages by name."""
     stage = run.stages[name]
 
-    def stopped_or_final(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    def may_retry(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
         return not run.supervisor.stopping and _retryable(state)
 
     @task(
@@ -58,7 +58,7 @@ def stage_task(run: RunContext, name: str) -> Task[[dict[str, Any]], Any]:
         persist_result=False,
         retries=stage.retries,
         retry_delay_seconds=0,  # `supervise` waits itself, so that a stop ends the wait
-        retry_condition_fn=stopped_or_final,
+        retry_condition_fn=may_retry,
     )
     def supervise(needs: dict[str, Any]) -> Any:
         # Sent with the final state. A tag from the start would be a concurrency limit that Prefect asks the server about, and a stage
@@ -178,16 +178,16 @@ def _cached(run: RunContext, job: Job) -> Artifact | None:
     Writes it into the run's record under the store's shared lock, so that `tuneline gc` sees it as used.
     """
     if job.name in run.forced:
-        paid = run.workspace.runs.paid(run.pipeline, job.name, job.key, run.record.flow_run)
-        if paid is None:
+        earlier = run.workspace.runs.run_that_forced(run.pipeline, job.name, job.key, run.record.flow_run)
+        if earlier is None:
             return None
-        get_run_logger().info(f"`--force`: run {paid}, which was stopped later, has rebuilt it already")
+        get_run_logger().info(f"`--force`: run {earlier}, which was stopped later, has rebuilt it already")
     with run.workspace.store.shared_lock():
         artifact = run.workspace.store.find(job.stage.kind, job.key)
         if artifact is not None:
             if (artifact.payload / REFERENCE).exists() and isinstance(job.stage, ModelStage) and job.stage.path:
                 point(artifact.path, Path(job.resolved.files["path"][0]))
-                as_in_key(run, job.stage, job.resolved)  # the files may have changed since the key was computed
+                require_key_content(run, job.stage, job.resolved)  # the files may have changed since the key was computed
             run.note(job.name, "cached", artifact)
     return artifact
 

@@ -25,6 +25,7 @@ from tuneline import watchdog
 from tuneline.errors import StageFailed
 from tuneline.paths import PACKAGES_ROOT
 from tuneline.secrets import mask_file, masked
+from tuneline.workspace.file_names import EVENTS, FAILURE, LOG, RESULT, TRACKERS
 from tuneline.workspace.protocol import Event
 
 WATCHDOG = Path(watchdog.__file__)
@@ -40,6 +41,20 @@ class Outcome:
     status: int
     stopped: Literal["timeout", "cancelled"] | None
     oom_killed: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to run."""
+
+    command: list[str]
+    environment: Mapping[str, str]
+    folder: Path
+    """Its current folder, which gets log.txt."""
+    timeout: float | None = None
+    """Seconds until it is stopped."""
+    locks: tuple[int, ...] = ()
+    """Descriptors (of the key and the GPUs) that its watchdog inherits, so they are released only when the last process is gone."""
 
 
 class Supervisor:
@@ -73,41 +88,31 @@ class Supervisor:
             process.wait()
 
     def run(
-        self,
-        command: list[str],
-        environment: Mapping[str, str],
-        folder: Path,
-        timeout: float | None,
-        locks: tuple[int, ...],
-        on_line: Callable[[str], None],
-        on_event: Callable[[Event], None],
+        self, program: Program, on_line: Callable[[str], None] = lambda line: None, on_event: Callable[[Event], None] = lambda event: None
     ) -> Outcome:
-        """Run `command` in `folder` until it ends.
-
-        The watchdog inherits the descriptors `locks` (of the key and the GPUs), so they are released only when the last process is gone.
-        Lines of stdout and stderr go to `on_line` and to folder/log.txt.
-        """
+        """Run the program until it ends. Lines of stdout and stderr go to `on_line` and to its log.txt."""
+        folder = program.folder
         end_strays(folder)
         oom_kills = _oom_kills()
-        events = _EventTail(folder / "events.jsonl")
+        events = _EventTail(folder / EVENTS)
         with self._lock:
             if self.stopping:
                 return Outcome(143, "cancelled", False)
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(WATCHDOG), *command],
+                [sys.executable, "-I", "-S", str(WATCHDOG), *program.command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={**environment, WORK: str(folder)},
+                env={**program.environment, WORK: str(folder)},
                 start_new_session=True,
-                pass_fds=locks,
+                pass_fds=program.locks,
             )
             self._live.add(process)
         assert process.stdout is not None
-        reader = threading.Thread(target=_pump, args=(process.stdout, folder / "log.txt", on_line), daemon=True)
+        reader = threading.Thread(target=_pump, args=(process.stdout, folder / LOG, on_line), daemon=True)
         reader.start()
-        deadline = time.monotonic() + timeout if timeout else None
+        deadline = time.monotonic() + program.timeout if program.timeout else None
         stopped: Literal["timeout", "cancelled"] | None = None
         try:
             while process.poll() is None:
@@ -128,7 +133,7 @@ class Supervisor:
         reader.join(5)  # a process that escaped could hold the pipe open
         for event in events.new():
             on_event(event)
-        for name in ("events.jsonl", "result.json", "failure.json"):
+        for name in (EVENTS, RESULT, FAILURE, TRACKERS):
             mask_file(folder / name)
         if self.stopping:
             stopped = "cancelled"

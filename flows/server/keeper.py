@@ -84,4 +84,5 @@ def _its_state(folder: Path) -> server_state.State | None:
 
 
 def _say(message: str) -> None:
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), message, flush=True)
+    with suppress(OSError):  # the log's disk may be the full one; what could not be written is written with the next line
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), message, flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flows.report.eta import Eta
+from tuneline.workspace.file_names import EVENTS
 from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import RunRecord, StageRecord
 from tuneline.workspace.workspace import Workspace
@@ -67,7 +68,7 @@ def _elapsed(record: RunRecord) -> float:
 def _progress(work: Path, stage: str) -> str:
     eta = Eta(stage)
     with contextlib.suppress(OSError):  # no file before the program's first event
-        for line in (work / "events.jsonl").read_bytes().splitlines():
+        for line in (work / EVENTS).read_bytes().splitlines():
             with contextlib.suppress(ValidationError):  # cut short by a kill
                 eta.take(Event.model_validate_json(line))
     return eta.latest[1].removeprefix(f"{stage}: ") if eta.latest else ""

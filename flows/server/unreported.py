@@ -50,7 +50,7 @@ class Unreported:
         return any(other.flow_run == record.flow_run and other.started > record.started for other in self._runs.newest_first())
 
     def _record(self, run_id: str) -> RunRecord | None:
-        return next((record for record in self._runs.newest_first() if record.run_id == run_id), None)
+        return self._runs.read(run_id)
 
 
 def _report(address: str, record: RunRecord, say: Callable[[str], object]) -> None:

@@ -78,6 +78,11 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
         for file in (base / "config.json", base / "generation_config.json"):  # not those that transformers 5 has rewritten
             if file.exists():
                 shutil.copyfile(file, payload / file.name)
+        if tokens := tokens_of(config):
+            document = json.loads((payload / "config.json").read_text(encoding="utf-8"))
+            text = document if "vocab_size" in document else document["text_config"]
+            text["vocab_size"] = max(tokens, text["vocab_size"])
+            write_json(payload / "config.json", document)
     else:
         merge_streamed(config, parts, weights, payload, stage, events)
         merged = len(parts)
@@ -95,7 +100,7 @@ def run(request: Request, stage: MergeStage, events: Events) -> Result:
     check_ends(payload, tokenizer)
 
     written = stored_tensors(payload)
-    check_tensors(weights, written)
+    check_tensors(weights, written, tokens_of(config))
     difference = check_logits(adapter, model, tokenizer, main_dtype(written))
     metrics = {
         "bytes": sum(tensor.size for tensor in written.values()),
@@ -139,11 +144,17 @@ def refuse(adapter: Input, config: Any, names: list[str]) -> None:
     model = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=needs_remote_code(adapter))
     if "quantization_config" in json.loads((base / "config.json").read_text(encoding="utf-8")):
         raise StageFailed("config", "the adapter's base is quantized", "train on the full-precision model, merge, then quantize")
-    tied = model.get_text_config().tie_word_embeddings and not config.ensure_weight_tying
+    tied = model.get_text_config().tie_word_embeddings and not (getattr(config, "ensure_weight_tying", False) or tokens_of(config))
     touched = sorted({part for name in names for part in name.split(".")} & set(EMBEDDING_LAYER_NAMES))
     if tied and touched:
         message = f"the adapter changes {' and '.join(touched)}, but the base's embeddings and head are one tied weight"
         raise StageFailed("config", message, "train without it: remove it from target_modules")
+
+
+def tokens_of(config: Any) -> int:
+    """Return the number of tokens that a model needs for those that the adapter adds; 0 if it adds none."""
+    added = getattr(config, "trainable_token_indices", None) or {}
+    return max((number + 1 for numbers in added.values() for number in numbers), default=0)
 
 
 def why_not_streamed(config: Any, parts: dict[str, dict[str, Stored]], others: list[str], weights: dict[str, Stored]) -> str:

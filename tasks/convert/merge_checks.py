@@ -25,12 +25,17 @@ PROMPTS = (
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def check_tensors(base: dict[str, Stored], merged: dict[str, Stored]) -> None:
-    """Raises StageFailed(bug) if a tensor has another shape, or was added, such as a tied head. PEFT may rename tensors."""
-    if wrong := sorted(name for name in merged.keys() & base.keys() if merged[name].shape != base[name].shape):
+def check_tensors(base: dict[str, Stored], merged: dict[str, Stored], vocabulary: int = 0) -> None:
+    """Raises StageFailed(bug) if a tensor has another shape, or was added, such as a tied head. PEFT may rename tensors. An adapter with
+    new tokens may enlarge the embeddings and the head to `vocabulary` rows."""
+    differ = {name for name in merged.keys() & base.keys() if merged[name].shape != base[name].shape}
+    larger = {name for name in differ if [*merged[name].shape] == [vocabulary, *base[name].shape[1:]] and base[name].shape[0] < vocabulary}
+    if wrong := sorted(differ - larger):
         message = f"{wrong[0]} of the merged model: found {merged[wrong[0]].shape}, expected the base's {base[wrong[0]].shape}"
         raise StageFailed("bug", message)
-    size, most = (sum(math.prod(tensor.shape) for tensor in tensors.values()) for tensors in (merged, base))
+    size, most = (
+        sum(math.prod(tensor.shape) for tensor in tensors.values()) for tensors in (merged, base | {name: merged[name] for name in larger})
+    )
     if size > most:
         extra = ", ".join(sorted(merged.keys() - base.keys()))
         message = f"the merged model: found {size:,} parameters, expected at most the base's {most:,}: {extra} was added, perhaps untied"

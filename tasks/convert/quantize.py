@@ -24,6 +24,7 @@ from tasks.convert.quantizable import Quantizable, block_count, headers, quantiz
 from tasks.data import special_tokens
 from tasks.data.masks import tokenize
 from tasks.data.rows import Row, read_split
+from tasks.models.chat_template import save_template, saved_template
 from tasks.models.fetch import kept_files
 from tasks.models.gptq import cosines, quantization
 from tasks.models.loading import (
@@ -43,6 +44,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.patches import patch
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT
 from tuneline.workspace.protocol import Events, Input, Request, Result
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -80,6 +82,8 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
             target = payload / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+    if source.path != folder and (template := saved_template(source.path)) is not None:
+        save_template(template, payload)
     make_tokenizer_readable(payload)  # except where only transformers 5 could read them
     rounded = quantizer.rounded(losses)
     if rounded:
@@ -113,7 +117,7 @@ def run(request: Request, stage: QuantizeStage, events: Events) -> Result:
         "perplexity": {"split": split, "rows": len(measured), "tokens": sum(len(ids) - 1 for ids in measured)},
         "rounded_to_nearest": len(rounded),
     }
-    (request.meta / "report.md").write_text(report(stage, metrics, info, losses, rounded), encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text(report(stage, metrics, info, losses, rounded), encoding="utf-8")
     return Result(metrics=metrics, info=info)
 
 

@@ -5,7 +5,6 @@
 A chunk is cut where the outermost node begins: between definitions first, then between statements, and inside a statement only if
 nothing else fits. Lines directly above a node (comments, attributes) stay with it. Files without an installed grammar are cut at
 empty lines, then at any line. `tuneline.trees.select` chooses the files.
-installed for are cut at empty lines, then at any line. Which files are read is not decided here (`tuneline.trees.select`).
 
 Left out on purpose: overlapping chunks (they would put held-out lines into training), the suffix-prefix-middle order, and
 chunks that contain special tokens of the model as text, because a tokenizer would read them as the real tokens.
@@ -18,6 +17,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from tasks.data import special_tokens
 from tasks.data.rows import Row, content_hash
 from tuneline.errors import StageFailed
 from tuneline.kinds.sources import CodeSource
-from tuneline.workspace.protocol import Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,13 +55,23 @@ FILL_IN_THE_MIDDLE = (
 FRAME = 8  # tokens that a chunk may grow by when its middle is moved: three frame tokens, and words cut in two places
 
 
-def code_rows(
-    name: str, source: CodeSource, tree: Tree, files: list[Path], tokenizer: PreTrainedTokenizerBase, seed: int, left_out: Counter[str]
-) -> Iterator[tuple[str, Row]]:
+@dataclass(frozen=True)
+class Selected:
+    """A `code` source and the files that were selected from its tree."""
+
+    name: str
+    """Field of the stage: `sources.0`."""
+    source: CodeSource
+    folder: Path
+    files: list[Path]
+
+
+def code_rows(tree: Selected, tokenizer: PreTrainedTokenizerBase, seed: int, left_out: Counter[str]) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) of each chunk, file by file; a file is a group. Counts unused chunks in `left_out`, by reason."""
+    name, source = tree.name, tree.source
     frame = fill_in_the_middle_tokens(name, tokenizer) if source.fim_rate else None
     special = special_tokens.pattern(tokenizer)
-    for file in files:
+    for file in tree.files:
         relative = file.relative_to(tree.folder).as_posix()
         lines = [f"{line}\n" for line in file.read_text(encoding="utf-8-sig").split("\n")]  # splitlines would cut at more characters
         for start, end in chunks(lines, depths(file, lines), tokenizer, source.chunk_length - (FRAME if frame else 0)):

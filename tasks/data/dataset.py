@@ -1,6 +1,7 @@
 """Builds a Dataset: reads every source, drops rows that are too long or duplicates, splits by group, and writes a report.
 
-    read -> measure (drop, truncate or refuse rows over max_length) -> deduplicate -> split -> check -> write -> report
+    read -> measure (drop, truncate or refuse rows over max_length) -> deduplicate -> max_rows -> split -> check -> repeat or weight ->
+    write -> report
 
 A row's *group* decides its split: the bucket of hash(seed, group), so adding rows never moves a group, and rows with the same
 prompt are never in two splits. Left out on purpose: fuzzy deduplication, and shuffling (the trainer's sampler shuffles); rows keep
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
 from tasks.data.measuring import BATCH, identified, measured, opening
+from tasks.data.mixing import limited, mixed
 from tasks.data.report import ignored, write_report
 from tasks.data.rows import SPLITS, Row, row_count, seldom_collected, tidy, write_rows
-from tasks.data.sources import Counts, Item, drop, read_source
+from tasks.data.sources import AnySource, Counts, Item, drop, read_source
 from tasks.data.values import BadRow
 from tasks.models.loading import load_tokenizer
 from tuneline.errors import StageFailed
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 WORDS = {
     "bad_rows": "could not be read", "duplicates": "are duplicates", "over_long": "are over max_length",
-    "unrendered": "are not rendered completely",
+    "unrendered": "are not rendered completely", "not_drawn": "are not drawn",
 }  # fmt: skip
 DROPPED = tuple(WORDS)
 MIN_ROWS = 10  # of 9 rows, a share of right answers has a standard error of up to 0.17
@@ -50,9 +52,11 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
     if tokenizer is not None:
         items = list(measured(items, stage, tokenizer, counts, events))
     events.progress(steps - 2, steps, "splitting")
-    items = list(deduplicated(items, stage.dedup, counts))
+    items = limited(list(deduplicated(items, stage.dedup, counts)), stage.sources, request.seed, counts)
     splits = split(items, stage.split, request.seed)
     check(splits, stage.split, counts)
+    splits["train"] = mixed(splits["train"], stage.sources, request.seed, counts)
+    check_mixed(splits["train"], stage)
     events.progress(steps - 1, steps, "writing")
     for name in SPLITS:
         file = request.payload / f"{name}.parquet"
@@ -63,7 +67,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
         events.warning(f"{kept} of {counts.read.total()} rows are kept although the chat template leaves out part of them")
     for message in warnings(items, splits, stage, counts):
         events.warning(message)
-    figures = write_report(request.meta, request.payload, stage, splits, counts, tokenizer, events)
+    figures = write_report(request, stage, splits, counts, tokenizer, events)
     events.progress(steps, steps, f"wrote {len(items):,} rows")
     return Result(
         metrics={
@@ -87,7 +91,7 @@ def read(
         events.progress(index, len(stage.sources) + 3, f"reading sources.{index}")
         for number, item in enumerate(read_source(request, index, source, tokenizer, counts, events), 1):
             try:
-                row = with_system(item.row, stage.system)
+                row = with_system(item.row, system_of(source, stage))
                 if special is not None and not isinstance(source, CodeSource):  # code sources leave them out themselves
                     row = special_tokens.treated(row, special, stage.special_tokens)
                 yield Item(item.place, identified(row))
@@ -95,6 +99,12 @@ def read(
                 drop(error, item.place, item.row.source, source, counts, events)
             if number % (10 * BATCH) == 0:
                 events.progress(index, len(stage.sources) + 3, f"read {number:,} rows of sources.{index}")
+
+
+def system_of(source: AnySource, stage: DatasetStage) -> str | None:
+    """Return the system prompt of a source: its own, or the stage's. An empty one of its own is none."""
+    own = None if isinstance(source, CodeSource) else source.system
+    return stage.system if own is None else own or None
 
 
 def with_system(row: Row, system: str | None) -> Row:
@@ -155,6 +165,15 @@ def check(splits: dict[str, list[Item]], shares: Split, counts: Counts) -> None:
             raise StageFailed("data", message, hint)
 
 
+def check_mixed(train: list[Item], stage: DatasetStage) -> None:
+    """Raises StageFailed if a source with a weight has no row in the train split."""
+    used = {item.row.source for item in train}
+    for index, source in enumerate(stage.sources):
+        if source.weight and f"sources.{index}" not in used:
+            message = f"sources.{index}: found a weight of {source.weight:g}, but no row of it in the train split"
+            raise StageFailed("data", message, "raise the weight, add rows, or remove the source")
+
+
 def unclear(items: list[Item]) -> Iterator[str]:
     """Warn of prompts with differing answers. Looks at all rows, also those that are dropped later."""
     answers: dict[str, set[str | None]] = defaultdict(set)
@@ -181,10 +200,10 @@ def warnings(items: list[Item], splits: dict[str, list[Item]], stage: DatasetSta
     if len(items) > 1 and len(different) == 1 and not different <= {None, ""}:  # empty for answers that only call tools
         yield f"all {len(items)} rows have the same answer: {str(different.pop())[:80]!r}"
     for fate in DROPPED:
-        if 2 * counts.total(fate) > counts.read.total():
+        if fate != "not_drawn" and 2 * counts.total(fate) > counts.read.total():
             yield f"more than half of the rows were dropped ({fate}): {counts.total(fate)} of {counts.read.total()}"
-    others = sum(item.row.messages is None for item in items)
-    if stage.system is not None and others:
+    with_prompt = {f"sources.{i}" for i, source in enumerate(stage.sources) if system_of(source, stage) is not None}
+    if others := sum(item.row.messages is None and item.row.source in with_prompt for item in items):
         yield f"the system prompt is only for conversations: {others} rows of other formats do not get it"
     if counts.ignored:
         yield f"columns and parts of messages are not read: {ignored(counts)}"

@@ -26,7 +26,7 @@ from typing import Any
 from tasks.data.messages import content, message_list, question
 from tasks.data.preferences import LABELS, OTHER_ANSWERS, PROMPTS, label, other_answer, two_answers
 from tasks.data.rows import Row
-from tasks.data.values import BadRow, Number, blank, describe, parsed, refuse_unstorable, text, unpacked
+from tasks.data.values import BadRow, blank, describe, numeral, parsed, refuse_unstorable, text, unpacked
 
 FOR_REWARDS = ("answer", "tests", "extra")
 AROUND = ("system", "history")  # columns whose messages come before a conversation
@@ -79,7 +79,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
         ignored.update(record.keys() - {*needed, *read})
         record = {column: value for column, value in record.items() if column in (*needed, *OTHER_ANSWERS) or not blank(value)}
     if name == "text":
-        return Row(source, text=text(record["text"], "text"))
+        return Row(source, text=text(numeral(record["text"]), "text"))
     row = Row(source, answer=answer(record), extra=extra(record), label=label(record, ignored) if LABELS[0] in read else None)
     if name == "preference":
         asked, chosen, rejected = two_answers(record, ignored)
@@ -96,7 +96,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
     elif name == "alpaca":
         messages = alpaca(record)
     else:
-        given = [(column, unpacked(record[column], column)) for column in needed]
+        given = [(column, numeral(unpacked(record[column], column))) for column in needed]
         if all(isinstance(value, str) for _, value in given):
             refuse_around(record)
             texts: dict[str, Any] = {column: text(value, column) for column, value in given}
@@ -160,8 +160,8 @@ def history(value: Any, ignored: Counter[str]) -> list[dict[str, Any]]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f"{where}: found {describe(pair)}, expected [question, answer]")
         messages += [
-            {"role": "user", "content": text(pair[0], f"{where}[0]")},
-            {"role": "assistant", "content": text(pair[1], f"{where}[1]")},
+            {"role": "user", "content": text(numeral(pair[0]), f"{where}[0]")},
+            {"role": "assistant", "content": text(numeral(pair[1]), f"{where}[1]")},
         ]
     return messages
 
@@ -175,7 +175,7 @@ def refuse_around(record: dict[str, Any]) -> None:
 
 
 def alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [question(record), {"role": "assistant", "content": text(record["output"], "output")}]
+    return [question(record), {"role": "assistant", "content": text(numeral(record["output"]), "output")}]
 
 
 # --- other columns ----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def answer(record: dict[str, Any]) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise BadRow(f"answer: found {value}, expected text or a number")
-        return value.text if isinstance(value, Number) else str(value)
+        return str(numeral(value))
     return None if value is None else text(value, "answer")
 
 

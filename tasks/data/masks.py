@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice, permutations, product
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tasks.data.rendering import Turn, called, conversation, ends, render_text, 
 from tasks.data.rows import Row
 from tasks.data.thoughts import said, written
 from tuneline.errors import StageFailed
+from tuneline.kinds.sft import LastAnswers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,15 +42,16 @@ class Tokens:
         return [token if trained else IGNORE_INDEX for token, trained in zip(self.input_ids, self.trained, strict=True)]
 
 
-def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> Tokens:
+def tokenize(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str | LastAnswers = "assistant") -> Tokens:
     """Return the last of a row's sequences, which ends with its last answer; see `sequences`."""
     return sequences(row, tokenizer, train_on)[-1]
 
 
-def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "assistant") -> list[Tokens]:
+def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str | LastAnswers = "assistant") -> list[Tokens]:
     """Return the sequences to train on: one, or one per answer if no single text holds every answer as it was asked for.
 
-    `train_on` is `completion` (the last answer), `assistant` (every assistant turn) or `all`; plain text is always `all`.
+    `train_on` is `completion` (the last answer), `assistant` (every assistant turn), `LastAnswers`, or `all`; plain text is
+    always `all`.
     A turn of weight 0 is never trained on.
     Raises StageFailed(data) if the answer cannot be located in the rendered text.
     """
@@ -62,11 +65,11 @@ def sequences(row: Row, tokenizer: PreTrainedTokenizerBase, train_on: str = "ass
         completion = with_eos(tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer)
         return [Tokens(prompt + completion, [train_on == "all"] * len(prompt) + [True] * len(completion))]
 
-    every, learnt = answers(row), answers_to_learn(row)
     if train_on == "all":
-        positions = [position for position in every if position not in learnt]
+        learnt = answers_to_learn(row)
+        positions = [position for position in answers(row) if position not in learnt]
     else:
-        positions = [position for position in learnt if train_on == "assistant" or position == every[-1]]
+        positions = answers_to_learn(row, train_on)
     turns = [turn(row, position, tokenizer) for position in positions]
     text = turns[-1].text if positions and positions[-1] == len(row.messages) - 1 else conversation(row, tokenizer)
     whole = at_once(text, turns, tokenizer) if all(text.startswith(each.text) for each in turns) else None
@@ -85,10 +88,12 @@ def answers(row: Row) -> list[int]:
     return [position for position, role in enumerate(roles) if role == "assistant" and set(roles[:position]) - {"assistant"}]
 
 
-def answers_to_learn(row: Row) -> list[int]:
-    """Return the positions of the answers that are trained on: those whose weight is not 0."""
+def answers_to_learn(row: Row, train_on: str | LastAnswers = "assistant") -> list[int]:
+    """Return the positions of the answers that are trained on: those of the wanted ones whose weight is not 0."""
     assert row.messages is not None
-    return [position for position in answers(row) if row.messages[position].get("weight") != 0]
+    every = answers(row)
+    wanted = every[-train_on.last :] if isinstance(train_on, LastAnswers) else every[-1:] if train_on == "completion" else every
+    return [position for position in wanted if row.messages[position].get("weight") != 0]
 
 
 def at_once(text: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
@@ -103,15 +108,30 @@ def at_once(text: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def cut(text: str, borders: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int] | None]:
-    """Tokenize a text and count the tokens before each border; None in place of the counts if a token spans a border."""
+    """Tokenize a text and count the tokens before each border: the begin and end of each answer. None in place of the counts if a token
+    spans a border, or a prompt alone has other tokens: some tokenizers join the line ends at the end of a text only."""
     if not tokenizer.is_fast:  # slow tokenizers return no offsets
         ids, before = token_ids(text, tokenizer), [token_ids(text[:border], tokenizer) for border in borders]
         return ids, [len(each) for each in before] if all(ids[: len(each)] == each for each in before) else None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
     starts, ends = ([offset[side] for offset in encoded["offset_mapping"]] for side in (0, 1))
     places = [bisect_left(starts, border) for border in borders]
-    across = any(ends[place - 1] > border for place, border in zip(places, borders, strict=True) if place)
-    return list(encoded["input_ids"]), None if across else places
+    if any(ends[place - 1] > border for place, border in zip(places, borders, strict=True) if place):
+        return ids, None
+    special = _special(tokenizer, len(tokenizer))
+    for place, border in zip(places[::2], borders[::2], strict=True):
+        # A special token splits a text, so what follows the last one shows how the prompt ends.
+        last = next((i for i in range(place - 1, -1, -1) if ids[i] in special), -1)
+        tail = text[ends[last] if last >= 0 else 0 : border]
+        if token_ids(tail, tokenizer) != ids[last + 1 : place] and token_ids(text[:border], tokenizer) != ids[:place]:
+            return ids, None
+    return ids, places
+
+
+@lru_cache(maxsize=8)
+def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    return frozenset({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})
 
 
 def apart(one: Turn, tokenizer: PreTrainedTokenizerBase) -> Tokens:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
 from tasks.data.rows import THOUGHTS
-from tasks.data.values import BadRow, blank, describe, parsed, text
+from tasks.data.values import BadRow, blank, describe, numeral, parsed, refuse_unstorable, text
 
 CALLING = ("function_call", "tool_call")  # roles whose content is a call
 # Role in files (`role` or `from`) -> the role that templates know.
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
-    **{"developer": "system", "human": "user", "gpt": "assistant"},
+    **{"developer": "system", "human": "user"},
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant"),
     **dict.fromkeys(CALLING, "assistant"),
     **dict.fromkeys(("function", "observation", "ipython", "tool_response"), "tool"),
 }
@@ -34,10 +36,11 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
         hint = "for turns with role and content: `columns: {messages: conversations}`" if role_name == "from" else ""
         raise BadRow(f"{where}: found {describe(item)}, expected an object with {role_name} and {content_name}", hint)
     given = item.get(role_name)
+    given = given.lower() if isinstance(given, str) and given not in ROLES else given
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
         hint = "for turns with from and value: `columns: {conversations: messages}`" if role_name == "role" and "from" in item else ""
-        raise BadRow(f"{where}.{role_name}: found {describe(given)}, expected {', '.join(ROLES)}", hint)
+        raise BadRow(f"{where}.{role_name}: found {describe(item.get(role_name))}, expected {', '.join(ROLES)}", hint)
     said, where_said = item.get(content_name), f"{where}.{content_name}"
     if len(item) == 2 and given not in CALLING and isinstance(said, str) and content_name in item and said.strip():
         return {"role": role, "content": text(said, where_said)}  # most messages have no other fields
@@ -59,7 +62,10 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
         read |= {"tool_calls", "function_call"}
     if role == "system" and blank(said):
         return None
-    found: dict[str, Any] = {"role": role, "content": content(said, where_said) if not (calls and blank(said)) else ""}
+    if role == "tool":
+        said = result(said, where_said)
+    empty = blank(said) and bool(calls or (role == "tool" and content_name in item))
+    found: dict[str, Any] = {"role": role, "content": "" if empty else content(said, where_said)}
     if calls:
         found["tool_calls"] = calls
     for name in ("name", "tool_call_id", *(THOUGHTS if role == "assistant" else ())):
@@ -74,7 +80,7 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
 def question(record: dict[str, Any]) -> dict[str, Any]:
     """Return Alpaca's question: the instruction and, on a new line, `input`; one of the two may be empty."""
     asked = [name for name in ("instruction", "input") if not blank(record.get(name))] or ["instruction"]
-    return {"role": "user", "content": "\n".join(text(record[name], name) for name in asked)}
+    return {"role": "user", "content": "\n".join(text(numeral(record[name]), name) for name in asked)}
 
 
 def weighed(item: dict[str, Any], found: dict[str, Any], where: str) -> set[str]:
@@ -93,10 +99,20 @@ def weighed(item: dict[str, Any], found: dict[str, Any], where: str) -> set[str]
     return read
 
 
+def result(value: Any, where: str) -> Any:
+    """Return what a tool gives back: a content, or any other value as JSON."""
+    if value is None or (isinstance(value, str | int | float) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, str) or (isinstance(part, dict) and "text" in part) for part in value):
+        return value
+    refuse_unstorable(value, where)
+    return json.dumps(value, ensure_ascii=False)
+
+
 def content(value: Any, where: str) -> str:
-    """Return the text of a content, which may be a list of parts."""
+    """Return the text of a content, which may be a number or a list of parts."""
     if not isinstance(value, list):
-        return text(value, where)
+        return text(numeral(value), where)
     parts = []
     for position, part in enumerate(value):
         said = part.get("text") if isinstance(part, dict) and part.get("type") in (None, "text", "input_text", "output_text") else part

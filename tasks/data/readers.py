@@ -119,7 +119,9 @@ def json_records(file: Path, content: IO[bytes]) -> Records:
     text = content.read().decode("utf-8-sig")
     position, line, counted, number, of_line = skip_space(text, 0), 1, 0, 0, 0
     if text[position : position + 1] != "[":
-        raise StageFailed("data", f"{file}:1: found no list, expected a list of objects", "one object a line? name the file .jsonl")
+        lines = text[position : position + 1] == "{" and "}\n{" in text.replace("\r", "")
+        hint = "one object a line: name the file .jsonl" if lines else "write its list of rows alone, without the object around it"
+        raise StageFailed("data", f"{file}:1: found no list, expected a list of objects", hint)
     position, first = skip_space(text, position + 1), True
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
@@ -162,6 +164,9 @@ def csv_records(file: Path, content: IO[bytes]) -> Records:
                 message = f"{file}:1: found one column, {header[0]!r}, expected columns separated by commas"
                 raise StageFailed("data", message, f"convert it, for example by csvkit's `csvformat -d {mark!r}`, or save it with commas")
             refuse_twice(f"{file}:1", header)
+            if spaced := [name for name in header if name != name.strip()]:
+                hint = "remove the spaces after its commas: they would be part of names and values"
+                raise StageFailed("data", f"{file}:1: found the column {spaced[0]!r}, expected names without space around them", hint)
             for cells in filter(None, reader):
                 place = f"{file}:{reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
                 if len(cells) == len(header):

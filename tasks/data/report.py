@@ -15,7 +15,8 @@ from tasks.data.sources import AnySource, Counts, Item
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
 from tuneline.wording import markdown_table
-from tuneline.workspace.protocol import Events
+from tuneline.workspace.file_names import REPORT_DATA, REPORT_TEXT
+from tuneline.workspace.protocol import Events, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +27,7 @@ BAR = 40  # characters of the longest bar
 
 
 def write_report(
-    meta: Path,
-    payload: Path,
+    request: Request,
     stage: DatasetStage,
     splits: dict[str, list[Item]],
     counts: Counts,
@@ -57,23 +57,23 @@ def write_report(
         listed = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in counted.items())
         bars = "\n".join(histogram(lengths))
         parts.append(f"## Tokens\n\nPer row; train: of the whole split. {listed}\n\n```\n{bars}\n```\n")
-        plot(lengths, stage.max_length, meta / "lengths.png")
+        plot(lengths, stage.max_length, request.meta / "lengths.png")
     trained = "Text between ⟦ and ⟧ is trained on (`train_on: assistant`)."
     parts.append(f"## Samples\n\n{trained if tokenizer else 'Without `model`, not rendered as a model sees them.'}\n")
     last = len(splits["train"]) - 1
-    for row in read_rows(payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back, to show the stored rows
+    for row in read_rows(request.payload / "train.parquet", sorted({0, (last + 1) // 2, last})):  # read back, to show the stored rows
         text = rendered(row, tokenizer) if tokenizer is not None else plain(row)
         text = text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " ..."
         events.sample(text, {"id": row.id, "source": row.source})
         parts.append(f"Row {row.id} of {row.source}:\n\n{fenced(text)}\n")
-    (meta / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text("\n".join(parts), encoding="utf-8")
     document = {
         "sources": list(by_source(stage, splits, counts)),
         "lengths": bins(lengths) if lengths else [],
         "ignored": counts.ignored,
         "left_out": counts.left_out,
     }
-    (meta / "report.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    (request.meta / REPORT_DATA).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return figures
 
 
@@ -89,23 +89,29 @@ def ignored(counts: Counts) -> str:
 
 
 def by_source(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> Iterator[dict[str, Any]]:
-    """Yield each source's entry in report.json: rows read, rows of each fate, and rows in each split."""
-    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    """Yield each source's entry in report.json: rows read, rows of each fate, and rows in each split. Where rows are repeated, `shown` is
+    the number of rows in train.parquet, and `train` that of different ones."""
     for index, source in enumerate(stage.sources):
         name = f"sources.{index}"
+        own = {split: [item for item in splits[split] if item.row.source == name] for split in SPLITS}
+        rows = {split: len(set(map(id, items))) for split, items in own.items()}
+        if stage.repeats():
+            rows["shown"] = len(own["train"])
         fates = {fate: count for (fate, of), count in sorted(counts.fates.items()) if of == name}
-        yield {"source": title(source), "read": counts.read[name], "fates": fates, "splits": {split: kept[split, name] for split in SPLITS}}
+        yield {"source": title(source), "read": counts.read[name], "fates": fates, "splits": rows}
 
 
 def source_table(stage: DatasetStage, splits: dict[str, list[Item]], counts: Counts) -> str:
-    kept = Counter((name, item.row.source) for name in SPLITS for item in splits[name])
+    entries = list(by_source(stage, splits, counts))
+    drawn = ["not_drawn"] if any("not_drawn" in entry["fates"] for entry in entries) else []
+    fates = ["bad_rows", "over_long", *(["unrendered"] if counts.total("unrendered") else []), "duplicates", *drawn]
+    names = list(entries[0]["splits"])
     lines = []
-    for index, source in enumerate(stage.sources):
-        name = f"sources.{index}"
-        figures = [counts.read[name], *(counts.fates[fate, name] for fate in ("bad_rows", "over_long", "duplicates"))]
-        figures += [*(kept[split, name] for split in SPLITS), counts.fates["truncated", name]]
-        lines.append([title(source), *(f"{figure:,}" for figure in figures)])
-    return markdown_table(("source", "read", "bad rows", "over long", "duplicates", *SPLITS, "truncated"), lines, right=True) + "\n"
+    for entry in entries:
+        figures = [entry["read"], *(entry["fates"].get(fate, 0) for fate in fates), *(entry["splits"][name] for name in names)]
+        lines.append([entry["source"], *(f"{figure:,}" for figure in (*figures, entry["fates"].get("truncated", 0)))])
+    head = ("source", "read", *(fate.replace("_", " ") for fate in fates), *names, "truncated")
+    return markdown_table(head, lines, right=True) + "\n"
 
 
 def title(source: AnySource) -> str:

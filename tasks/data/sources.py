@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tasks.data.code import code_rows
+from tasks.data.code import Selected, code_rows
 from tasks.data.formats import KNOWN, detect, to_row
 from tasks.data.readers import Records, file_records, plain
 from tasks.data.rows import Row
@@ -80,7 +80,7 @@ def items_of(
         assert tokenizer is not None  # the stage names a model
         tree, files = request.trees[f"{name}.path"], request.files[f"{name}.path"]
         counts.left_out.update(tree.left_out)
-        for place, row in code_rows(name, source, tree, files, tokenizer, request.seed, counts.left_out):
+        for place, row in code_rows(Selected(name, source, tree.folder, files), tokenizer, request.seed, counts.left_out):
             yield Item(place, row)
         return
     unknown = sorted(source.columns.keys() - KNOWN)

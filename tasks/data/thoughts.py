@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
+from tasks.data.marks import END, START
 from tasks.data.marks import said as said_plainly
 from tasks.data.rendering import ANSWER, QUESTION, TOOLS, made_up_calls, turn
 from tasks.data.rows import Row
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THOUGHT = "Zthought"
+ENDED, BEGUN = re.compile(END), re.compile(rf"\s*(?:{START})")
 LAST_MARK = re.compile(r"[<\[][^<>\[\]]*[>\]]\s*\Z")
 
 
@@ -46,14 +48,46 @@ def written(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, ends: Contai
 def said(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what the model said in an answer (`written` after its prompt): without thoughts, special tokens and surrounding space.
     Empty if it was cut off within its thoughts."""
+    answer = said_plainly(after_thoughts(answer, prompt, tokenizer))  # before special tokens are removed: they may mark thoughts, too
+    return without_special(answer, tokenizer).strip()
+
+
+def spoken(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return an answer as lm-eval's tasks compare it: without special tokens and thoughts, and else unchanged, with leading space."""
+    rest = after_thoughts(answer, prompt, tokenizer)
+    return without_special(rest if rest == answer else rest.lstrip(), tokenizer)
+
+
+def until(answer: str, stops: Iterable[str], prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Cut an answer at stop texts, which do not end thoughts: what precedes the answer's first words is searched only if the model does
+    not think."""
+    rest = after_thoughts(answer, prompt, tokenizer)
+    if rest != answer or marks(tokenizer).start:
+        rest = rest.lstrip()
+    return answer[: len(answer) - len(rest)] + cut(rest, stops)
+
+
+def after_thoughts(answer: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the end of an answer that follows its thoughts: all of it if it has none, nothing if they have not ended."""
     found = marks(tokenizer)
     if found.opened and prompt.rstrip().endswith(found.start):
         answer = found.start + answer
     while mark := next((mark for mark in (found.start, *found.leads) if mark and answer.lstrip().startswith(mark)), None):
         answer = answer.partition(found.end if mark == found.start else mark)[2]
+    *_, answer = ENDED.split(answer)
+    return "" if BEGUN.match(answer) else answer
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """Cut a text at each of the stop texts in turn, as lm-eval does."""
+    for stop in stops:
+        text = text.partition(stop)[0] if stop else text
+    return text
+
+
+def without_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     special = _special(tokenizer)
-    answer = said_plainly(answer)  # before special tokens are removed: they may mark thoughts, too
-    return (special.sub("", answer) if special else answer).strip()
+    return special.sub("", text) if special else text
 
 
 def marks(tokenizer: PreTrainedTokenizerBase) -> Marks:

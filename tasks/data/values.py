@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -74,6 +75,13 @@ def text(value: Any, where: str) -> str:
     except UnicodeEncodeError as error:
         raise BadRow(f"{where}: {half_a_pair(error)}") from error
     return value
+
+
+def numeral(value: Any) -> Any:
+    """Return a number as the file writes it, as text; other values unchanged."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    return value.text if isinstance(value, Number) else str(value)
 
 
 def half_a_pair(error: UnicodeEncodeError) -> str:

@@ -1,8 +1,8 @@
 """Runs vLLM as a program's engine: it samples and scores token ids, with a base model and adapters that are loaded and unloaded.
 
-    with Engine(request.engine, model, settings, "float32", lora_rank=16, max_model_len=512, log=work / "engine.log") as engine:
+    with Engine(Place(request.engine, work / "engine.log"), model, settings, "float32", 512, Adapters(rank=16)) as engine:
         engine.load("step-1", adapter)
-        completions = engine.generate(prompts, model="step-1", max_tokens=64, temperature=1.0, top_p=1.0, seed=0)
+        completions = engine.generate(prompts, Sampling(max_tokens=64, temperature=1.0), model="step-1", seed=0)
 
 Ids go in and ids come out: no text is tokenized again, which would give other ids. Log-probabilities are those of the model's own
 distribution, before temperature and top_p. Of the model's generation_config.json only the end tokens are used: its penalties
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 
-from tasks.engine.server import Server
+from tasks.engine.server import Place, Server
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 
@@ -34,6 +34,36 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's kernels support (`
 OUTPUT = "lm_head"
 CPU_BATCH = 2048  # prompt tokens that are computed together
 TOKENS_A_CHUNK = 16  # between two progress reports: each costs a message
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters that an engine has room for."""
+
+    rank: int
+    """The largest of their ranks."""
+    modules: Collection[str] | None = None
+    """Last parts of the names of the adapted layers, by default all that vLLM supports: an unadapted layer costs time and memory, too."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled, under vLLM's names (`SamplingParams`). Temperature 0 is greedy.
+
+    A completion ends at the model's own end tokens, at `stop_token_ids`, and with the token that completes one of the texts in `stop`.
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    stop_token_ids: Sequence[int] = ()
+    stop: Sequence[str] = ()
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a request. An empty `stop` is left out."""
+        given: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        given["stop_token_ids"] = list(self.stop_token_ids)
+        return given | ({"stop": list(self.stop)} if self.stop else {})
 
 
 @dataclass
@@ -59,42 +89,37 @@ class Score:
 class Engine:
     """Starts a vLLM server and asks it for completions and scores.
 
-    `python` is the interpreter of the runtime that holds vLLM. `lora_rank` is the largest rank of the adapters, None for no
-    adapters. `gpus` are the devices, as in CUDA_VISIBLE_DEVICES, None on a CPU. `max_model_len` counts a prompt and its completion,
-    or a scored sequence plus one token. `lora_modules` are the last parts of the names of the adapted layers, by default all that
-    vLLM supports: an unadapted layer costs time and memory, too. `memory` is a folder that is removed with the server, however the
-    program ends.
+    `max_model_len` counts a prompt and its completion, or a scored sequence plus one token.
     """
 
     def __init__(
-        self, python: Path, model: Path, settings: EngineSettings, dtype: str, lora_rank: int | None, max_model_len: int, log: Path,
-        gpus: Sequence[int | str] | None = None, lora_modules: Collection[str] | None = None, memory: Path | None = None,
-    ):  # fmt: skip
+        self, place: Place, model: Path, settings: EngineSettings, dtype: str, max_model_len: int, adapters: Adapters | None = None
+    ):
         self.max_model_len = settings.max_model_len or max_model_len
         arguments = {
             "model": model, "served-model-name": BASE, "dtype": dtype, "max-model-len": self.max_model_len,
             "max-num-seqs": settings.max_num_seqs, "generation-config": "vllm", "logprobs-mode": "raw_logprobs",
             "block-size": settings.block_size,
         }  # fmt: skip
-        if gpus is None:
+        if place.gpus is None:
             arguments["kv-cache-memory-bytes"] = int(settings.cpu_memory * 2**30)
             arguments["max-num-batched-tokens"] = max(self.max_model_len, CPU_BATCH)
         else:
-            arguments |= {"gpu-memory-utilization": settings.gpu_memory_utilization, "tensor-parallel-size": len(gpus)}
+            arguments |= {"gpu-memory-utilization": settings.gpu_memory_utilization, "tensor-parallel-size": len(place.gpus)}
         switches = ["disable-uvicorn-access-log", "disable-log-stats", "disable-fastapi-docs"]
-        if gpus is None:  # vLLM 0.32 ends on a CPU if a prompt with its own seed is split ("Generator does not use offset")
+        if place.gpus is None:  # vLLM 0.32 ends on a CPU if a prompt with its own seed is split ("Generator does not use offset")
             switches.append("no-enable-chunked-prefill")
         if settings.enforce_eager:
             switches.append("enforce-eager")
-        if lora_rank is not None:
-            arguments |= {"max-lora-rank": next(rank for rank in RANKS if rank >= lora_rank), "max-loras": ADAPTERS}
+        if adapters is not None:
+            arguments |= {"max-lora-rank": next(rank for rank in RANKS if rank >= adapters.rank), "max-loras": ADAPTERS}
             switches.append("enable-lora")
         flags = [f"--{name}={value}" for name, value in arguments.items() if value is not None] + [f"--{name}" for name in switches]
-        if lora_rank is not None and lora_modules is not None:
-            flags += ["--lora-target-modules", *sorted(lora_modules)]
-        self._modules = None if lora_modules is None else set(lora_modules)
-        self._scores = lora_rank is None or (self._modules is not None and OUTPUT not in self._modules)
-        self._server = Server(python, flags, log, gpus, settings.start_timeout, memory)
+        self._modules = None if adapters is None or adapters.modules is None else set(adapters.modules)
+        if self._modules is not None:
+            flags += ["--lora-target-modules", *sorted(self._modules)]
+        self._scores = adapters is None or (self._modules is not None and OUTPUT not in self._modules)
+        self._server = Server(place, flags, settings.start_timeout)
         self._requests = settings.max_num_seqs
         self._names: set[str] = {BASE}  # every name that was ever used
         self._loaded: set[str] = set()
@@ -135,42 +160,27 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
         model: str,
-        max_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
-        stop_token_ids: Sequence[int] = (),
-        stop: Sequence[str] = (),
         done: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """Return one completion for each prompt, in order.
 
         A single `seed` is the first prompt's; each further prompt's is one more, so the same prompt twice gets two answers.
-        Temperature 0 is greedy. A completion ends at the model's own end tokens, at `stop_token_ids`, and with the token that
-        completes one of the texts in `stop`.
-
         `done` is called with the number of finished completions and of tokens, by one thread at a time. The same seeds give the
         same tokens as long as the batches are the same: which prompts are computed together changes the last bits of the logits.
         """
         seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
-        options: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "stop_token_ids": list(stop_token_ids),
-        }
-        if stop:
-            options["stop"] = list(stop)
-        progress = _Progress(done)
-        if (longest := max(map(len, prompts), default=0) + max_tokens) > self.max_model_len:  # vLLM would silently give fewer tokens
-            message = f"found a prompt that takes {longest} tokens with its {max_tokens} new ones, expected at most {self.max_model_len}"
+        progress, new = _Progress(done), sampling.max_tokens
+        if (longest := max(map(len, prompts), default=0) + new) > self.max_model_len:  # vLLM would silently give fewer tokens
+            message = f"found a prompt that takes {longest} tokens with its {new} new ones, expected at most {self.max_model_len}"
             raise StageFailed("config", message, "raise `max_model_len` of `resources: {engine: ...}`, or remove it")
 
         def one(prompt: Sequence[int], own_seed: int) -> Completion:
             completion = Completion()
-            for choice in self._choices({"model": model, "prompt": list(prompt), "seed": own_seed, **options}):
+            for choice in self._choices({"model": model, "prompt": list(prompt), "seed": own_seed, **sampling.fields()}):
                 completion.model = choice["model"]
                 completion.ids += choice["token_ids"]
                 completion.logprobs += choice["logprobs"]["token_logprobs"]
@@ -186,11 +196,11 @@ class Engine:
     def score(self, sequences: Sequence[Sequence[int]], model: str) -> list[Score]:
         """Score each token of the sequences, in order. `max_model_len` must be one more than the longest sequence.
 
-        With adapters, `lora_modules` must be given without the output layer: vLLM 0.32 ends on a CPU when it scores a prompt
+        With adapters, their `modules` must be given without the output layer: vLLM 0.32 ends on a CPU when it scores a prompt
         under an adapter that may change that layer (it counts the sampled rows, not those of the prompt).
         """
         if not self._scores:
-            raise StageFailed("bug", f"an engine whose adapters may change {OUTPUT} cannot score", "name their `lora_modules`")
+            raise StageFailed("bug", f"an engine whose adapters may change {OUTPUT} cannot score", "name their `modules`")
 
         def one(sequence: Sequence[int]) -> Score:
             body = {"model": model, "prompt": list(sequence), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,40 +46,44 @@ OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "can't allocate memory", "
 _ERROR = re.compile(r" ERROR |^[A-Za-z_.]*(Error|Exception)\b")
 
 
-class Server:
-    """Runs one server. `arguments` are those of vLLM's server except where it listens; `log` gets all its output; `gpus` are the
-    visible devices, as in CUDA_VISIBLE_DEVICES; `memory` is a folder that is removed with it, however the program ends."""
+@dataclass(frozen=True)
+class Place:
+    """Where a server runs."""
 
-    def __init__(
-        self,
-        python: Path,
-        arguments: Sequence[str],
-        log: Path,
-        gpus: Sequence[int | str] | None,
-        timeout: float,
-        memory: Path | None = None,
-    ):
-        self.python, self.arguments, self.log, self.gpus, self.timeout = python, arguments, log, gpus, timeout
-        self.memory = memory
+    python: Path
+    """Interpreter of the runtime that holds vLLM."""
+    log: Path
+    """File that gets all its output."""
+    gpus: Sequence[int | str] | None = None
+    """Visible devices, as in CUDA_VISIBLE_DEVICES; None on a CPU."""
+    memory: Path | None = None
+    """Folder that is removed with the server, however the program ends."""
+
+
+class Server:
+    """Runs one server. `arguments` are those of vLLM's server except where it listens; `timeout`: seconds until it must be ready."""
+
+    def __init__(self, place: Place, arguments: Sequence[str], timeout: float):
+        self.place, self.arguments, self.timeout = place, arguments, timeout
         self.process: subprocess.Popen[bytes] | None = None
         self.port, self.key = 0, secrets.token_hex(16)
 
     def start(self) -> None:
         """Return once the server answers. Raises StageFailed with the end of its log if it does not start."""
         self.port = _free_port()
-        command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", *self.arguments]
+        command = [str(self.place.python), "-m", "vllm.entrypoints.openai.api_server", *self.arguments]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | {"VLLM_API_KEY": self.key}
-        if self.memory is not None:
-            environment["TUNELINE_LEFT_TO_WATCHDOG"] = str(self.memory)
-        if self.gpus is None:  # use all cores: by default vLLM reserves one for its other processes, which only wait
+        if self.place.memory is not None:
+            environment["TUNELINE_LEFT_TO_WATCHDOG"] = str(self.place.memory)
+        if self.place.gpus is None:  # use all cores: by default vLLM reserves one for its other processes, which only wait
             environment.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        if self.gpus is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
-        with self.log.open("wb") as log:
+        if self.place.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.place.gpus))
+        with self.place.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", watchdog.__file__, *command],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.log.parent,
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=self.place.log.parent,
                 start_new_session=True, bufsize=0,
             )  # fmt: skip
         try:
@@ -100,7 +105,7 @@ class Server:
                 return
             except (OSError, TransportError):
                 time.sleep(POLL)
-        message = f"vLLM was not ready after {self.timeout:.0f} s; the end of {self.log.name}:\n{self.tail()}"
+        message = f"vLLM was not ready after {self.timeout:.0f} s; the end of {self.place.log.name}:\n{self.tail()}"
         raise StageFailed("transient", message, "allow more time with `resources: {engine: {start_timeout: ...}}`")
 
     def stop(self) -> None:
@@ -170,7 +175,7 @@ class Server:
         if response.status_code >= 500 and self.client.get("/health").status_code != 200:
             raise ConnectionError(words)
         request = f"{response.request.method} {response.request.url.path}"
-        raise StageFailed("bug", f"vLLM answers {request} with {response.status_code}: {words}", f"see {self.log}")
+        raise StageFailed("bug", f"vLLM answers {request} with {response.status_code}: {words}", f"see {self.place.log}")
 
     def _broken(self, error: Exception) -> StageFailed:
         if self.process is not None:
@@ -179,14 +184,14 @@ class Server:
                 return self.ended("while it was working")
             except subprocess.TimeoutExpired:
                 pass
-        message = f"vLLM did not complete an answer ({error}); the end of {self.log.name}:\n{self.tail()}"
+        message = f"vLLM did not complete an answer ({error}); the end of {self.place.log.name}:\n{self.tail()}"
         return StageFailed("transient", message, "the stage is tried again")
 
     def ended(self, when: str) -> StageFailed:
         """Return the failure, with the cause that its log shows."""
         assert self.process is not None
-        status, said = self.process.returncode, self.log.read_text(encoding="utf-8", errors="replace")
-        message = f"vLLM ended with status {status} {when}; the end of {self.log.name}:\n{self.tail()}"
+        status, said = self.process.returncode, self.place.log.read_text(encoding="utf-8", errors="replace")
+        message = f"vLLM ended with status {status} {when}; the end of {self.place.log.name}:\n{self.tail()}"
         settings = "`resources: {engine: ...}`"
         if any(words in said for words in OUT_OF_MEMORY) or status == 128 + signal.SIGKILL:
             hint = f"lower `gpu_memory_utilization` (`cpu_memory` without a GPU) or `max_num_seqs` of {settings}"
@@ -200,7 +205,7 @@ class Server:
 
     def tail(self) -> str:
         """Return the end of its log, up to the last error and its message: what libraries print while they end is useless."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.place.log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [i for i, line in enumerate(lines) if _ERROR.search(line)]
         end = errors[-1] + ERROR_LINES if errors else len(lines)
         return "\n".join(line[:LINE_WIDTH] for line in lines[:end][-LAST_LINES:])

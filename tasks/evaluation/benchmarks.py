@@ -136,6 +136,7 @@ def run_benchmarks(loaded: Any, stage: EvaluateStage, seed: int, lm: LanguageMod
 
     set_seed(seed)
     lm.phase, lm.add_bos_token = "benchmarks", False if stage.apply_chat_template else None
+    lm.thinks = lm.thinks and stage.apply_chat_template
     results = evaluate(
         lm,
         loaded,

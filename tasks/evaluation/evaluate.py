@@ -32,6 +32,7 @@ from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_matc
 from tuneline.errors import StageFailed
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT, SAMPLES
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     samples = [Sample(name, row.id, prompt[-TAIL:], "", row.answer or row.text or "") for row, prompt in zip(rows, prompts, strict=True)]
     asked = [i for i, row in enumerate(rows) if row.answer is not None]
     lm.phase = f"{name}: answers"
-    given, stopped = answers([rows[i] for i in asked], stage.max_new_tokens, lm)
+    given, stopped = answers([rows[i] for i in asked], stage, lm)
     for i, answer in zip(asked, given, strict=True):
         right, final = samples[i].reference, said(answer, prompts[i], lm.tokenizer)
         if rows[i].calls():
@@ -172,8 +173,8 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     report.samples += scored
 
 
-def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tuple[list[str], int]:
-    """Return greedy answers as in `tasks.data.thoughts.written`, in order, and how many ended with an end token. Raises
+def answers(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> tuple[list[str], int]:
+    """Return greedy answers as in `tasks.data.thoughts.written`, in order, and how many ended with an end token or a stop text. Raises
     StageFailed(bug) if lm-eval tokenizes a prompt differently than training did."""
     from lm_eval.api.instance import Instance
 
@@ -189,8 +190,8 @@ def answers(rows: Sequence[Row], max_new_tokens: int, lm: LanguageModel) -> tupl
                 raise StageFailed(
                     "bug", f"the prompt of row {rows[i].id} is not tokenized as in training", "please report this, with the template"
                 )
-            check_length(rows[i], len(ids) + max_new_tokens, lm, "shorten the dataset's max_length, or max_new_tokens")
-        options = {"do_sample": False, "max_gen_toks": max_new_tokens}
+            check_length(rows[i], len(ids) + stage.max_new_tokens, lm, "shorten the dataset's max_length, or max_new_tokens")
+        options = {"do_sample": False, "max_gen_toks": stage.max_new_tokens, "until": list(stage.stop)}
         requests = [Instance("generate_until", {}, (text, dict(options)), 0) for text in texts]
         if requests:
             found |= dict(zip(chosen, lm.write(requests), strict=True))
@@ -211,7 +212,7 @@ def longest_request(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel
 def write(request: Request, report: Report) -> None:
     document = json.dumps({"metrics": report.metrics, "rows": report.rows}, sort_keys=True, indent=1, allow_nan=False)
     (request.payload / "results.json").write_text(document + "\n", encoding="utf-8")
-    with (request.meta / "samples.jsonl").open("w", encoding="utf-8") as file:
+    with (request.meta / SAMPLES).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(sample), ensure_ascii=False, default=str) + "\n" for sample in report.samples)
     lines = []
     for name, value in sorted(report.metrics.items()):
@@ -219,4 +220,4 @@ def write(request: Request, report: Report) -> None:
             error = report.metrics.get(f"{name}_stderr")
             rows = report.rows.get(name.split("/")[0], "")
             lines.append((name, f"{value:.4f}{'' if error is None else f' ± {error:.4f}'}", rows))
-    (request.meta / "report.md").write_text(markdown_table(("metric", "value", "rows"), lines, right=True) + "\n", encoding="utf-8")
+    (request.meta / REPORT_TEXT).write_text(markdown_table(("metric", "value", "rows"), lines, right=True) + "\n", encoding="utf-8")

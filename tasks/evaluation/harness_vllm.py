@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from tasks.engine.client import BASE, OUTPUT, Engine, modules_of
-from tasks.evaluation.harness import LanguageModel
+from tasks.engine.client import BASE, OUTPUT, Adapters, Completion, Engine, Sampling, modules_of
+from tasks.engine.server import Place
+from tasks.evaluation.harness import STOPS, LanguageModel
 from tasks.models.loading import needs_remote_code, without_weights
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.patches import patch
+from tuneline.workspace.file_names import ENGINE_LOG
 from tuneline.workspace.protocol import Events, Input, Request
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_SIZE = 1024  # requests sent together: vLLM makes its own batches
-STOPS = 4  # stop texts that are sent to the server; lm-eval truncates at all of them afterwards
+SENT_STOPS = 4  # stop texts that are sent to the server; answers are cut at all of them afterwards
 NOT_FINITE = "Out of range float values"  # vLLM's message about values that are not finite
 SUPPORTED_OPTIONS = {"attention_mask", "do_sample", "temperature", "top_p"}
 FALLBACK_HINT = "set `backend: transformers`"
@@ -62,29 +64,19 @@ class EngineModel(LanguageModel):
         if settings.max_model_len is not None and settings.max_model_len < longest:
             message = f"resources.engine.max_model_len: found {settings.max_model_len}, expected {longest}, as in the longest request"
             raise StageFailed("config", message, "raise it, or remove it")
-        rank, modules = None, None
+        adapters = None
         if self.source.type == "Adapter":
             config = json.loads((self.source.path / "adapter_config.json").read_bytes())
             if experts := [name for name in config.get("target_parameters") or () if not name.endswith(".weight")]:
                 message = f"the adapter changes experts, which vLLM reads under other names: {experts[0]}"
                 raise StageFailed("config", message, f"merge it and evaluate the model, or {FALLBACK_HINT}")
-            rank = config["r"]
             modules = modules_of(self.source.path)
+            adapters = Adapters(config["r"], sorted(modules) or None)
             if OUTPUT in modules:
                 raise StageFailed("config", f"the adapter changes {OUTPUT}, with which vLLM cannot score", FALLBACK_HINT)
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if stage.resources.gpus else None
-        log = request.work / "engine.log"
-        engine = Engine(
-            request.engine,
-            model_folder(self.base.path),
-            settings,
-            stage.dtype,
-            lora_rank=rank,
-            max_model_len=longest,
-            log=log,
-            gpus=gpus,
-            lora_modules=sorted(modules or ()) or None,
-        )
+        log = request.work / ENGINE_LOG
+        engine = Engine(Place(request.engine, log, gpus), model_folder(self.base.path), settings, stage.dtype, longest, adapters)
         began = time.monotonic()
         print(f"starting vLLM: its log is {log}", flush=True)
         try:
@@ -95,7 +87,7 @@ class EngineModel(LanguageModel):
                 self.engine = engine
                 yield
         finally:
-            shutil.copy(log, request.meta / "engine.log")
+            shutil.copy(log, request.meta / ENGINE_LOG)
 
     def check(self, prompt: list[int]) -> None:
         """Raises StageFailed(bug) if, on a real prompt, log-probabilities are not finite, or the adapter changes none."""
@@ -127,28 +119,47 @@ class EngineModel(LanguageModel):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """Return token ids of contexts and answers, [batch, max_length]; contexts padded on the left, answers with the end token."""
+        stops = options.pop(STOPS)
         if more := sorted(options.keys() - SUPPORTED_OPTIONS):
             raise StageFailed(
                 "config", f"a benchmark generates with {', '.join(more)}, which tuneline does not pass to vLLM", FALLBACK_HINT
             )
-        before, end = self.done, self.tok_decode([self.eot_token_id], skip_special_tokens=False)
-        completions = self.engine.generate(
-            [row[kept.bool()].tolist() for row, kept in zip(context, options["attention_mask"], strict=True)],
-            model=self.name,
-            max_tokens=max_length - context.shape[1],
-            temperature=options.get("temperature", 0.0),  # lm-eval's default, also for `do_sample: false`
-            top_p=options.get("top_p", 1.0),
-            seed=self.seed + before,
-            stop_token_ids=sorted(self.ends),
-            stop=[text for text in stop if text != end][:STOPS],
-            done=lambda finished, _: self._advance(before + finished - self.done),
-        )
-        answers = context.new_full((len(context), max_length - context.shape[1]), self.eot_token_id)
+        before, length = self.done, max_length - context.shape[1]
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(context, options["attention_mask"], strict=True)]
+        seeds = range(self.seed + before, self.seed + before + len(prompts))
+
+        def generate(wanted: list[int], stop: list[str]) -> list[Completion]:
+            sampling = Sampling(
+                max_tokens=length,
+                temperature=options.get("temperature", 0.0),  # lm-eval's default, also for `do_sample: false`
+                top_p=options.get("top_p", 1.0),
+                stop_token_ids=sorted(self.ends),
+                stop=stop,
+            )
+            return self.engine.generate(
+                [prompts[i] for i in wanted],
+                sampling,
+                model=self.name,
+                seed=[seeds[i] for i in wanted],
+                done=lambda finished, _: self._advance(max(0, before + finished - self.done)),
+            )
+
+        completions = generate(list(range(len(prompts))), stops[:SENT_STOPS])
+        # The server also stops within thoughts: such answers are written again, to their end.
+        again = [i for i, completion in enumerate(completions) if self._broken_off(context[i], completion.ids, length, stops)]
+        for i, completion in zip(again, generate(again, []) if again else [], strict=True):
+            completions[i] = completion
+        answers = context.new_full((len(context), length), self.eot_token_id)
         for row, completion in zip(answers, completions, strict=True):
             ids = [token for token in completion.ids if token not in self.ends]  # an end token can only be the last
             row[: len(ids)] = torch.tensor(ids)
-        self._count_stopped(answers)
+        self._count_stopped(context, answers, stops)
         return torch.cat([context, answers], dim=1)
+
+    def _broken_off(self, prompt: torch.Tensor, ids: list[int], length: int, stops: list[str]) -> bool:
+        """Return whether an answer ends neither with an end token, nor at its maximum length, nor at a stop text after its thoughts."""
+        ended = len(ids) == length or (ids and ids[-1] in self.ends)
+        return not ended and bool(stops) and not self._has_stop(prompt, torch.tensor(ids), stops)
 
 
 def configured(folder: Path) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.chat_template import FOLDER, Template, save_template, set_template
 from tasks.models.loading import CODE, save_tokenizer, template_hash, write_json
 from tasks.models.older_readers import readable_config
 from tasks.models.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
@@ -28,6 +29,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.model import ModelStage
 from tuneline.patches import patch
 from tuneline.wording import markdown_table
+from tuneline.workspace.file_names import REPORT_TEXT
 from tuneline.workspace.protocol import Events, Request, Result
 from tuneline.workspace.reference import REFERENCE, point
 
@@ -39,7 +41,6 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
-TEMPLATES = "additional_chat_templates"  # a folder of named templates, beside the default one
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class Facts:
     vocabulary: int
     context: int | None
     eos_token: str
-    template: str | None
-    template_text: str
+    template: Template
+    template_hash: str | None
+    changed: bool
+    """Whether the stage sets the template or its arguments."""
 
 
 def run(request: Request, stage: ModelStage, events: Events) -> Result:
@@ -72,13 +75,15 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
         folder = request.files["path"][0]
         source = f"folder {folder.name}, by reference"
     events.progress(1, 2, "checking")
-    facts = check(folder, source, stage.trust_remote_code, events)
+    facts = check(folder, source, request, stage, events)
     if stage.path is not None:
         write_reference(folder, request.payload, stage.trust_remote_code)
-    (request.meta / "report.md").write_text(report(source, facts), encoding="utf-8")
+    if facts.changed:
+        save_template(facts.template, request.payload)
+    (request.meta / REPORT_TEXT).write_text(report(source, facts), encoding="utf-8")
     events.progress(2, 2, "checked")
     metrics = {"parameters": float(facts.weights.parameters), "bytes": float(facts.weights.bytes)}
-    return Result(metrics=metrics, info={"template": facts.template, "architecture": facts.architecture, "source": source})
+    return Result(metrics=metrics, info={"template": facts.template_hash, "architecture": facts.architecture, "source": source})
 
 
 # --- the three sources ------------------------------------------------------------------------------------------------
@@ -87,7 +92,7 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
 def from_hub(repository: str, commit: str, payload: Path, code: bool) -> None:
     from huggingface_hub import snapshot_download
 
-    allowed, others = [*patterns(code), f"{TEMPLATES}/*.jinja"], ["*/*.safetensors", f"*/*{CODE}", "*/*/*"]
+    allowed, others = [*patterns(code), f"{FOLDER}/*.jinja"], ["*/*.safetensors", f"*/*{CODE}", "*/*/*"]
     snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=allowed, ignore_patterns=others))
     for file in kept_files(snapshot, code):
         target = payload / file.relative_to(snapshot)
@@ -129,7 +134,7 @@ def write_reference(folder: Path, payload: Path, code: bool) -> None:
 
 def kept_files(folder: Path, code: bool = False) -> list[Path]:
     files = (file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns(code)))
-    return sorted([*files, *(folder / TEMPLATES).glob("*.jinja")])
+    return sorted([*files, *(folder / FOLDER).glob("*.jinja")])
 
 
 def patterns(code: bool) -> list[str]:
@@ -139,8 +144,9 @@ def patterns(code: bool) -> list[str]:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
-    """Check everything that would make a training fail. Raises StageFailed(data) for the first problem."""
+def check(folder: Path, source: str, request: Request, stage: ModelStage, events: Events) -> Facts:
+    """Check everything that would make a training fail. Raises StageFailed for the first problem."""
+    code = stage.trust_remote_code
     if not (folder / "config.json").is_file():
         hint = "this is an adapter: name the model that it was trained on" if (folder / "adapter_config.json").is_file() else ""
         raise StageFailed("data", f"{source} has no config.json", hint or "a model folder holds config.json, weights and tokenizer")
@@ -165,6 +171,7 @@ def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
             "tokenizer and weights are of different models, or tokens were added without resizing the embedding",
         )
     check_names(folder, source, config, code)
+    changed = set_template(tokenizer, stage, next(iter(request.files.get("chat_template", [])), None))
     for warning in warnings(folder, tokenizer):
         events.warning(warning)
     return Facts(
@@ -173,12 +180,13 @@ def check(folder: Path, source: str, code: bool, events: Events) -> Facts:
         vocabulary=vocabulary,
         context=config.get_text_config().to_dict().get("max_position_embeddings"),
         eos_token=str(tokenizer.eos_token),
-        template=template_hash(tokenizer),
-        template_text=text_of(tokenizer.chat_template),
+        template=tokenizer.chat_template,
+        template_hash=template_hash(tokenizer),
+        changed=changed,
     )
 
 
-def text_of(template: str | dict[str, str] | None) -> str:
+def text_of(template: Template) -> str:
     """Return the text of a template, or of all named templates."""
     if isinstance(template, dict):
         return "\n\n".join(f"{{#- {name} #}}\n{text}" for name, text in sorted(template.items()))
@@ -280,7 +288,7 @@ def report(source: str, facts: Facts) -> str:
         "vocabulary": f"{facts.vocabulary:,}",
         "context": f"{facts.context:,} tokens" if facts.context else "not given",
         "eos token": f"`{facts.eos_token}`",
-        "chat template": f"sha256 {facts.template}" if facts.template else "none",
+        "chat template": f"sha256 {facts.template_hash}" if facts.template_hash else "none",
     }
-    template = f"\n## Chat template\n\n```jinja\n{facts.template_text}\n```\n" if facts.template else ""
+    template = f"\n## Chat template\n\n```jinja\n{text_of(facts.template)}\n```\n" if facts.template else ""
     return f"# Model\n\n{markdown_table(('', ''), rows.items())}\n{template}"

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.models.chat_template import fix_clock, saved_template
 from tasks.models.gptq import is_gptq, load_dense
 from tasks.models.older_readers import make_tokenizer_readable, readable_config
 from tuneline.errors import StageFailed
 from tuneline.files import sha256
 from tuneline.kinds.stage import ComputingStage
 from tuneline.workspace.artifact import digest
+from tuneline.workspace.file_names import MANIFEST
 from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.reference import REFERENCE
 from tuneline.workspace.reference import folder_of as model_folder
@@ -31,11 +31,6 @@ CODE = ".py"
 CPU_INFO = Path("/proc/cpuinfo")
 CPUS_WITH_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM
 LEAST_CAPABILITY = (8, 0)  # of GPUs with bfloat16
-CLOCK = "strftime_now"  # the only function by which a template can ask transformers for the date
-DATE = datetime(2024, 7, 26)  # Llama 3's templates use this date if there is no clock
-CODES = "dbBmYyAajHMSp"
-MORE_CODES = "IeklcxXDFTRrhCgGuUVwWZz"  # the other codes of C's strftime; templates without them keep the shorter macro, and their hash
-UNPADDED = "dmHIMSjyUVWCgu"  # codes that can have a `-`, which removes leading zeros
 REBUILD = "run `tuneline verify`, which moves damaged artifacts away, and run again: they are rebuilt"
 
 
@@ -48,7 +43,7 @@ def check_inputs(request: Request) -> None:
     """
     for slot, source in request.inputs.items():
         for name, given in ((slot, source), (f"{slot}'s base", source.base)):
-            if given is not None and (given.path.parent / "manifest.json").exists() and (problem := _problem(given)):
+            if given is not None and (given.path.parent / MANIFEST).exists() and (problem := _problem(given)):
                 raise StageFailed("data", f"{name}: {given.path}: {problem}", REBUILD)
 
 
@@ -57,7 +52,7 @@ def _problem(given: Input) -> str | None:
     problem, artifact = Store(folder).inspect(folder)
     if artifact is None:
         return problem
-    manifest, written = artifact.manifest, (folder / "manifest.json").stat().st_mtime_ns
+    manifest, written = artifact.manifest, (folder / MANIFEST).stat().st_mtime_ns
     if manifest.digest != given.digest:
         return f"found the artifact with digest {manifest.digest[:12]}, expected {given.digest[:12]}"
     if digest(manifest.files) != manifest.digest or manifest.template != given.template:
@@ -132,6 +127,8 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     add_no_end(tokenizer)
+    if folder != source.path and (own := saved_template(source.path)) is not None:  # of a model that is kept by reference
+        tokenizer.chat_template = own
     read = template_hash(tokenizer)
     fix_clock(tokenizer)
     if source.template is not None and source.template not in (read, template_hash(tokenizer)):
@@ -142,26 +139,6 @@ def load_tokenizer(source: Input) -> PreTrainedTokenizerBase:
             REBUILD,
         )
     return tokenizer
-
-
-def fix_clock(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace the clock of templates that write today's date into the system prompt, which would make runs differ from day to day.
-    The replacement is a macro in the template, so it is saved with the template and part of its hash."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        tokenizer.chat_template = {name: with_fixed_clock(one) for name, one in template.items()}
-    elif template is not None:
-        tokenizer.chat_template = with_fixed_clock(template)
-
-
-def with_fixed_clock(template: str) -> str:
-    if CLOCK not in template or f"macro {CLOCK}(" in template:
-        return template
-    codes = [f"%{code}" for code in CODES]
-    if not set(re.findall(r"(?<!\{)%-?[a-zA-Z]", template)) <= set(codes):
-        codes = [*(f"%-{code}" for code in UNPADDED), *codes, *(f"%{code}" for code in MORE_CODES)]
-    steps = "".join(f" | replace('{code}', '{DATE.strftime(code)}')" for code in codes)
-    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}{template}"
 
 
 def add_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -204,9 +181,18 @@ def load_model(
     if source.type == "Adapter":
         from peft import PeftModel
 
+        fit_vocabulary(model, source.path)
         model = PeftModel.from_pretrained(model, source.path)
         check_loaded(model, source.path)
     return (model if place == "balanced" else model.to(place or device())).eval()
+
+
+def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
+    """Enlarge the model's vocabulary for the tokens that an adapter adds; the adapter holds their weights."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    added = [number for numbers in (config.get("trainable_token_indices") or {}).values() for number in numbers]
+    if added and max(added) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
 
 
 def without_weights(folder: Path) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Chooses the weights of a model that get an adapter, and writes PEFT's configuration for them.
+"""Chooses the weights of a model that get an adapter.
 
 `all-linear` means every linear layer except the head, plus the experts of a mixture. transformers 5 holds a layer's experts in one
 tensor, which is no layer: there PEFT adapts the tensor (`target_parameters`). PEFT's own `all-linear` (0.21.2,
@@ -12,11 +12,11 @@ Left out: routers, and layers whose weight a kernel reads without calling the la
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -25,11 +25,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tasks.models.experts import expert_tensors, shape_of
+from tasks.models.whole import leaves, saved_modules
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import Lora
+from tuneline.kinds.adapters import ALL, PRESETS, Lora, Oft, Places, at_end, matches
 
-ALL = "all-linear"
 WORTH_A_WARNING = 0.01  # share of the weights beside embeddings and head: below it, no warning that `all-linear` leaves some out
+ATTENTION = re.compile(r"\w*Attention\w{0,2}")
+FEED_FORWARD = re.compile(r"\w*(MLP|Mlp|FeedForward|FFN|Experts|Mo[eE]|Mo[eE]Block)")
+FEED_FORWARD_LAYERS = ("fc1", "fc2", "ffn.0", "ffn.2")  # OPT, BioGPT and XGLM have them without a module around them, CTRL in a list
 READ_BY_KERNELS = ("out_proj", "x_proj", "dt_proj")  # of Mamba: transformers/models/mamba/modeling_mamba.py
 
 
@@ -41,37 +44,48 @@ class Targets:
     """Tensors that are adapted without their layer, and how many matrices each holds."""
     exact: bool
     """Whether PEFT needs the full names, because the stage's names would match more."""
+    modules: tuple[str, ...] = ()
+    """Modules that are trained whole, by their full names."""
+    tied: str = ""
+    """The head, if it is tied to an embedding among them."""
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Numbers of added tokens, by the embedding or head of which their rows are trained."""
 
     def others(self) -> list[str]:
         """Return the names of layers of which no tensor is adapted."""
         return [name for name in leaves(self.layers) if not matching(set(self.parameters), (name,))]
 
 
-def adapted(model: PreTrainedModel, lora: Lora, quantized: bool = False) -> Targets:
-    """Resolve `lora.target_modules` in this model: names are matched by their ends, as in PEFT.
+def adapted(model: PreTrainedModel, settings: Places, quantized: bool = False) -> Targets:
+    """Resolve `target_modules` and the fields that narrow it in this model.
 
     The head is never a target: TRL computes the loss directly from its weight, so an adapter on it would not be trained. Raises
-    StageFailed(config) for names that the model does not have, and for settings that PEFT does not support for tensors.
+    StageFailed(config) for settings that match nothing, and for those that PEFT does not support for tensors.
     """
     head, experts = model.get_output_embeddings(), expert_tensors(model)
     linear = {name for name, module in model.named_modules() if is_linear(module) and module is not head}
     alone = {name for name in linear if left_alone(model, name)}
-    chosen = named((linear - alone) | experts.keys(), lora.target_modules)
+    chosen = selected(model, (linear - alone) | experts.keys(), settings)
     mistaken = tuple(name for name in leaves(chosen & linear) if experts and taken_for_experts(model, name))
     as_tensors = {f"{name}.weight": 1 for name in sorted(matching(chosen & linear, mistaken))}
     parameters = as_tensors | {name: experts[name] for name in sorted(chosen & experts.keys())}
     layers = frozenset(name for name in chosen & linear if f"{name}.weight" not in parameters)
-    found = Targets(layers, parameters, exact=bool(parameters) or bool(matching(alone, lora.target_modules)))
-    check_settings(found, lora, quantized)
+    names = not settings.by_name() or bool(matching(alone, settings.target_modules))
+    whole, tied = saved_modules(model, chosen, settings)
+    found = Targets(layers, parameters, bool(parameters) or names, whole, tied)
+    check_settings(found, settings, quantized)
+    check_sizes(model, found, settings)
+    if isinstance(settings, Lora):
+        check_patterns(found, settings)
     if quantized and (read := sorted(name for name in alone if name.endswith(READ_BY_KERNELS))):
         message = f"method: found qlora for a model whose kernels read weights directly, which bitsandbytes would pack: {read[0]}"
         raise StageFailed("config", message, "set `method: lora`")
     return found
 
 
-def warnings(model: PreTrainedModel, found: Targets, lora: Lora, quantized: bool = False) -> Iterator[str]:
+def warnings(model: PreTrainedModel, found: Targets, settings: Places, quantized: bool = False) -> Iterator[str]:
     """Yield warnings about settings that work, but not as a user may expect."""
-    if lora.target_modules == ALL and (missing := left_out(model, found)):
+    if settings.target_modules == ALL and settings.by_name() and (missing := left_out(model, found)):
         yield missing
     if quantized and (experts := expert_tensors(model)):
         yield f"bitsandbytes packs linear layers only: {min(experts)} and the other experts stay unpacked"
@@ -100,38 +114,95 @@ def taken_for_experts(model: PreTrainedModel, name: str) -> bool:
     return name not in config.target_modules
 
 
-def named(known: set[str], target_modules: tuple[str, ...] | str) -> set[str]:
-    if unknown := [target for target in target_modules if target_modules != ALL and not matching(known, (target,))]:
-        names = leaves(known)
-        near = [match for target in unknown for match in difflib.get_close_matches(target, names, 1)]
-        raise StageFailed(
-            "config",
-            f"lora.target_modules: found {', '.join(unknown)}, expected {ALL} or some of {', '.join(names)}",
-            f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, except its head",
+def selected(model: PreTrainedModel, known: set[str], places: Places) -> set[str]:
+    """Return those of the known names that the fields select. Raises StageFailed(config) for a field that matches nothing."""
+    named = places.target_modules if isinstance(places.target_modules, tuple) else ()
+    excluded = places.exclude_modules if isinstance(places.exclude_modules, tuple) else ()
+    for where, names in (("target_modules", named), ("exclude_modules", excluded)):
+        if unknown := [name for name in names if not matching(known, (name,))]:
+            there = leaves(known)
+            near = [match for name in unknown for match in difflib.get_close_matches(name, there, 1)]
+            raise StageFailed(
+                "config",
+                f"{places.kind}.{where}: found {', '.join(unknown)}, expected {f'{ALL} or ' if where == 'target_modules' else ''}"
+                f"some of {', '.join(there)}",
+                f"did you mean {', '.join(near)}?" if near else "these are the linear layers of this base model, except its head",
+            )
+    layers = {int(number[1]) for name in known if (number := re.search(r"\.(\d+)\.", name))}
+    if beyond := sorted(set(places.layers_to_transform or ()) - layers):
+        message = (
+            f"{places.kind}.layers_to_transform: found {', '.join(map(str, beyond))}, expected numbers from {min(layers)} to {max(layers)}"
         )
-    return matching(known, target_modules)
+        raise StageFailed("config", message, "layers are counted from 0")
+    found = {name for name in known if places.selects(name, part_of(model, name))}
+    if not found:
+        given = {name: getattr(places, name) for name in Places.model_fields if name in places.model_fields_set}
+        matched = " with ".join(f"{name}: {value}" for name, value in given.items())
+        hint = f"the layers are {', '.join(leaves(known))}; a full name is, for example, {min(known)}"
+        raise StageFailed("config", f"{places.kind}: found {matched}, which matches no layer of this base model", hint)
+    return found
+
+
+def part_of(model: PreTrainedModel, name: str) -> str:
+    """Return the part of a decoder layer that a layer or tensor belongs to, by the class of the module around it."""
+    around = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    if ATTENTION.fullmatch(around):
+        return "attention"
+    return "mlp" if FEED_FORWARD.fullmatch(around) or name.endswith(FEED_FORWARD_LAYERS) else ""
 
 
 def matching(known: set[str], target_modules: tuple[str, ...] | str) -> set[str]:
-    return {name for name in known if target_modules == ALL or any(f".{name}".endswith(f".{target}") for target in target_modules)}
+    return {name for name in known if target_modules == ALL or target_modules in PRESETS or matches(name, target_modules)}
 
 
-def leaves(names: set[str] | frozenset[str]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
-
-
-def check_settings(found: Targets, lora: Lora, quantized: bool) -> None:
-    unsuited = [
-        ("lora.use_dora: found DoRA", "remove it", lora.use_dora),
-        (f"lora.lora_dropout: found {lora.lora_dropout:g}", "remove it", lora.lora_dropout > 0),
-        ("method: found qlora", "set `method: lora`", quantized),
-    ]
+def check_settings(found: Targets, settings: Places, quantized: bool) -> None:
+    if isinstance(settings, Lora):
+        unsuited = [
+            ("lora.use_dora: found DoRA", "remove it", settings.use_dora),
+            (f"lora.lora_dropout: found {settings.lora_dropout:g}", "remove it", settings.lora_dropout > 0),
+            ("method: found qlora", "set `method: lora`", quantized),
+        ]
+    else:
+        unsuited = [(f"{settings.kind}: found {settings.kind}", "train with `lora:`", True)]
     for problem, remedy, given in unsuited:
         if given and found.parameters:
             first = max(found.parameters, key=lambda name: found.parameters[name])
             rest = f", or adapt only the other layers: `target_modules: [{', '.join(others)}]`" if (others := found.others()) else ""
             message = f"{problem}, which PEFT does not support for experts in one tensor, such as {first}"
             raise StageFailed("config", message, remedy + rest)
+
+
+def check_sizes(model: PreTrainedModel, found: Targets, settings: Places) -> None:
+    """Raises StageFailed(config) for layers that OFT cannot split into blocks, and for GPT-2's, of which the other kinds misread the
+    sides: PEFT would change the block size, and takes the inputs of a Conv1D for its outputs."""
+    if found.tied and not isinstance(settings, Lora):
+        message = f"{settings.kind}.modules_to_save: found embeddings that the head is tied to, which PEFT keeps tied only with LoRA"
+        raise StageFailed("config", message, "remove them, or train with `lora:`")
+    for name in () if isinstance(settings, Lora) else sorted(found.layers):
+        layer = model.get_submodule(name)
+        if isinstance(layer, Conv1D):
+            message = f"{settings.kind}: found Conv1D layers such as {name}, expected linear layers"
+            raise StageFailed("config", message, "train with `lora:`")
+        if isinstance(settings, Oft) and layer.in_features % settings.oft_block_size:
+            message = (
+                f"oft.oft_block_size: found {settings.oft_block_size}, which does not divide {layer.in_features}, the inputs of {name}"
+            )
+            raise StageFailed("config", message, f"set a divisor, or leave the layer out: `exclude_modules: [{name.rpartition('.')[2]}]`")
+
+
+def check_patterns(found: Targets, lora: Lora) -> None:
+    """Raises StageFailed(config) for a key of rank_pattern or alpha_pattern that matches no adapted layer, and for tensors, whose layers
+    PEFT does not match (peft/utils/transformers_weight_conversion.py doubles their ranks by own patterns)."""
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(lora, pattern)
+        if keys and found.parameters:
+            first = min(found.parameters)
+            others = ", ".join(found.others())
+            message = f"lora.{pattern}: found {', '.join(keys)}, expected none with experts in one tensor, such as {first}"
+            raise StageFailed("config", message, f"remove it, or adapt only the other layers: `target_modules: [{others}]`")
+        if unknown := [key for key in keys if not any(at_end(key, name) for name in found.layers)]:
+            message = f"lora.{pattern}: found {', '.join(unknown)}, which matches no layer with an adapter"
+            raise StageFailed("config", message, f"these layers have one: {', '.join(leaves(found.layers))}")
 
 
 def left_out(model: PreTrainedModel, found: Targets) -> str:
@@ -152,58 +223,3 @@ def left_out(model: PreTrainedModel, found: Targets) -> str:
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     share = missing.total() / sum(sizes.values())
     return f"all-linear leaves {share:.0%} of the layers' weights without an adapter ({first}{more}); `method: full` trains all"
-
-
-# --- PEFT -------------------------------------------------------------------------------------------------------------
-
-
-def lora_config(lora: Lora, found: Targets) -> LoraConfig:
-    modules: Any = lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules))
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=_plain(lora.lora_alpha),
-        lora_dropout=float(lora.lora_dropout),
-        target_modules=sorted(found.layers) if found.exact else modules,
-        target_parameters=sorted(found.parameters) or None,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
-
-
-def _plain(number: float) -> int | float:
-    """Return 32 for 32.0, so that equal configurations are written as equal bytes."""
-    return int(number) if float(number).is_integer() else number
-
-
-def meant_by(config: LoraConfig, model: PreTrainedModel) -> set[str]:
-    """Return the layers and tensors of a model that a saved adapter's configuration matches."""
-    linear = {name for name, module in model.named_modules() if is_linear(module)}
-    tensors = {name for name, _ in model.named_parameters()}
-    return matching(linear, tuple(config.target_modules)) | matching(tensors, tuple(config.target_parameters or ()))
-
-
-def check_form(config: dict[str, Any], tensors: dict[str, torch.Tensor], lora: Lora, found: Targets) -> None:
-    """Raises StageFailed(bug) unless an adapter has the configured settings, number of tensors and ranks."""
-    wanted = lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora"}) | {"rank_pattern": {}, "alpha_pattern": {}}
-    for name, value in wanted.items():
-        if config[name] != value:
-            raise StageFailed("bug", f"the adapter has {name} {config[name]}, expected {value}")
-    expected = len(found.layers) * (3 if lora.use_dora else 2) + len(found.parameters) * 2
-    if len(tensors) != expected:
-        places = len(found.layers) + len(found.parameters)
-        raise StageFailed("bug", f"the adapter has {len(tensors)} tensors, expected {expected} for {places} layers")
-    left = {part: Counter(ranks(lora, found)) for part in ("lora_A", "lora_B")}
-    for name, tensor in tensors.items():
-        part = name.split(".")[-2]
-        if part in left:
-            rank = tensor.shape[0 if part == "lora_A" else 1]
-            if not left[part][rank]:
-                raise StageFailed("bug", f"{name} of the adapter has rank {rank}, expected {lora.r}")
-            left[part][rank] -= 1
-
-
-def ranks(lora: Lora, found: Targets) -> Iterator[int]:
-    """Yield the rank at each place: PEFT joins the ranks of a tensor's matrices."""
-    yield from (lora.r for _ in found.layers)
-    yield from (lora.r * matrices for matrices in found.parameters.values())

@@ -94,7 +94,10 @@ class RewardFunction:
         extra: list[str | dict[str, Any]],
         **unused: Any,  # messages, trainer_state, log_extra, log_metric
     ) -> list[float]:
-        """Raises StageFailed(data) if a value is no finite number, or the function raises."""
+        """Return the rewards of a batch. The parameters are TRL's: keywords named after the columns of its dataset.
+
+        Raises StageFailed(data) if a value is no finite number, or the function raises.
+        """
         extras = [json.loads(item) if isinstance(item, str) else item for item in extra]
         columns = zip(prompts, completions, said, map(len, completion_ids), id, answer, calls, extras, strict=True)
         batch = [Completion(*values) for values in columns]

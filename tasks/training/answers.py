@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.data.endings import check_ends, save_configs
+from tasks.models import added_tokens
 from tasks.models.loading import code_files, save_tokenizer, saved_tokenizer, template_hash
 from tasks.training import methods
 from tuneline.errors import StageFailed
@@ -53,14 +53,24 @@ def save_unchanged(request: Request, stage: AnswerTraining, tokenizer: PreTraine
     saved_tokenizer(tokenizer, Input(path=payload, digest="", type="Adapter" if adapter else "Model"))
 
 
-def load(request: Request, stage: AnswerTraining, tokenizer: PreTrainedTokenizerBase, train: Dataset, validation: Dataset | None) -> Start:
-    """Load the base, and find the layers that get an adapter."""
+def load(
+    request: Request,
+    stage: AnswerTraining,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    added: list[int] | None = None,
+) -> Start:
+    """Load the base, and find the layers that get an adapter. `added`: ids of new tokens."""
     from tasks.models import targets
 
     model = methods.load_base(request.inputs["model"], stage)
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
-    found = None if stage.method == "full" else targets.adapted(model, stage.lora, stage.method == "qlora")
-    warnings = tuple(targets.warnings(model, found, stage.lora, stage.method == "qlora")) if found else ()
+    settings = stage.adapter_settings()
+    found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
+    if found and added:
+        found = added_tokens.make_room(model, found, added, request.seed)
+    warnings = tuple(targets.warnings(model, found, settings, stage.method == "qlora")) if found else ()
     return Start(model, tokenizer, found, train, validation, warnings)
 
 
@@ -104,12 +114,12 @@ def train_and_save(
     trainer: Any, request: Request, stage: AnswerTraining, start: Start, events: Events
 ) -> tuple[TrainerState, dict[str, int]]:
     """Train and write the adapter or the model, with checks before and after. Returns the final state and the numbers of parameters."""
+    from tasks.training import initial
     from tasks.training import shared as training
 
     base, found, first = request.inputs["model"], start.targets, trainer.args.process_index == 0
-    before = training.adapter_tensors(trainer.model) if found else {}
-    if found:
-        training.check_before(trainer.model, stage.lora, found, before)
+    settings = stage.adapter_settings()
+    before = initial.begin(trainer, settings, found, start.train, request.work) if found else {}
     trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(start.model),) * 2
     parameters -= sum(each.numel() for name, each in trainer.model.named_parameters() if ".ref." in name)  # TRL's copy of an adapter
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
@@ -118,32 +128,25 @@ def train_and_save(
             events.metric(name, count)
         for warning in start.warnings:
             events.warning(warning)
-    state, after = end_of_training(trainer, request, stage, events)
+    state, after = trained_weights(trainer, request, stage, events)
     if first:
         training.save_history(state.log_history, request.meta)
         if found:
-            training.save_adapter(trainer.model, after, request.payload, base)
-            training.check_adapter(request.payload, stage.lora, found, before, events)
+            before, after = (initial.as_saved(tensors, settings, request.work) for tensors in (before, after))
+            training.save_adapter(trainer.model, after, request.payload, base, settings)
+            training.check_adapter(request.payload, settings.as_saved(), found, before, events)
         else:
             methods.save_model(after, base, request.payload)
             methods.check_model(request.payload, base)
     return state, sizes
 
 
-def end_of_training(trainer: Any, request: Request, stage: AnswerTraining, events: Events) -> tuple[TrainerState, dict[str, torch.Tensor]]:
-    """Train, and return the final state and the trained weights, whole and by their saved names. If a killed process had finished the
-    training, they come from its last checkpoint."""
+def trained_weights(trainer: Any, request: Request, stage: AnswerTraining, events: Events) -> tuple[TrainerState, dict[str, torch.Tensor]]:
+    """Train, and return the final state and the trained weights, whole and by their saved names."""
     from tasks.training import checkpoints
     from tasks.training import shared as training
 
-    checkpoint = checkpoints.newest_checkpoint(trainer.args, request, stage.resources, events)
-    state = checkpoints.ended_at(checkpoint) if checkpoint else None
-    ended = Path(state.best_model_checkpoint or checkpoint) if checkpoint and state else None
-    if state is None:
-        if checkpoint:
-            print(f"resuming from {checkpoint.name}", flush=True)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        state = trainer.state
+    state, ended = checkpoints.train_to_end(trainer, request, stage.resources, events)
     if stage.method == "full":
         keep = trainer.args.process_index == 0
         return state, methods.weights_in(ended, trainer.model) if ended else methods.weights(trainer.model, keep)

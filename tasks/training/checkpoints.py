@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.training import deepspeed_checkpoints, methods
 from tasks.training.shared import adapter_tensors
@@ -106,9 +106,22 @@ def newest_checkpoint(arguments: TrainingArguments, request: Request, resources:
     newest = next(reversed(in_order(folder)), None)
     if newest is not None and (refused := checkpoints.read(newest).refused(resources)):
         raise StageFailed("config", *refused)
-    if resources.strategy.startswith("zero"):
+    if resources.uses_deepspeed:
         deepspeed_checkpoints.patch_loader(request.work, resources)
     return newest
+
+
+def train_to_end(trainer: Trainer, request: Request, resources: Resources, events: Events) -> tuple[TrainerState, Path | None]:
+    """Train from the newest checkpoint, if there is one. Return the final state, and the checkpoint with its weights if a killed process
+    had finished the training: the best one with early stopping, else the last."""
+    checkpoint = newest_checkpoint(trainer.args, request, resources, events)
+    state = ended_at(checkpoint) if checkpoint else None
+    if checkpoint and state:
+        return state, Path(state.best_model_checkpoint or checkpoint)
+    if checkpoint:
+        print(f"resuming from {checkpoint.name}", flush=True)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.state, None
 
 
 def ended_at(checkpoint: Path) -> TrainerState | None:

@@ -28,6 +28,7 @@ from tasks.training.head_checks import check_log_probs
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
 from tuneline.kinds.grpo import GrpoStage
+from tuneline.workspace.file_names import ROLLOUTS
 from tuneline.workspace.protocol import Events, Input, Request, Result
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 
-# Metrics of TRL's log that are emitted as events, by their name in events.
+# Metrics of TRL's log, by their name in events; `shown_metrics` adds those of each reward.
 SHOWN = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -54,10 +55,11 @@ SHOWN = {
 def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     from transformers import PrinterCallback
 
-    from tasks.models import targets
+    from tasks.models import adapters, targets
     from tasks.training import checkpoints, strategies
     from tasks.training import shared as training
     from tasks.training.grpo_trainer import AdapterTrainer
+    from tasks.training.trackers import Trackers
 
     rewards = reward_functions(stage.rewards, request.files)  # first: an error in a user's file should show at once
     gpus = split_devices(stage)
@@ -68,10 +70,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     if arguments.process_index == 0:  # no training changes it, so check it first
         save_tokenizer(tokenizer, request.payload)
         saved_tokenizer(tokenizer, Input(path=request.payload, digest="", type="Adapter"))
-    rows = read_split(request.inputs["dataset"].path, "train")
-    special_tokens.refuse(rows, tokenizer)
-    check_end(rows, tokenizer, stage.no_end)
-    rows = [with_reference(row, tokenizer) for row in complete(rows, tokenizer, stage.on_unrendered, events, lost_in_asking)]
+    rows = readable_rows(request, stage, tokenizer, events)
     check_rows(rewards, rows)
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
@@ -83,28 +82,26 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     if arguments.process_index == 0:
         for warning in targets.warnings(model, found, stage.lora):
             events.warning(warning)
-    shown = SHOWN | {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
-    shown |= {f"rewards/{reward.label}/std": f"reward_std/{reward.label}" for reward in stage.rewards}
     with ExitStack() as stack:
         rollouts = None
         if stage.uses_engine():
             from tasks.training.rollouts import start
 
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that `rollout_func` may change, but the lock pins TRL
-            rollouts = stack.enter_context(start(request, stage, found, longest, gpus, arguments, events))
-        report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown, "reward")
+            rollouts = stack.enter_context(start(request, stage, found, longest, gpus, events))
+        report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown_metrics(stage), "reward")
         trainer = AdapterTrainer(
-            model=training.adapter_to_go_on_from(model, earlier, base, stage.lora, found) if earlier else model,
+            model=training.continued_adapter(model, earlier, base, stage.lora, found) if earlier else model,
             args=arguments,
             reward_funcs=rewards,
             train_dataset=as_dataset(rows, prompts),
             processing_class=tokenizer,
-            peft_config=None if earlier else targets.lora_config(stage.lora, found),  # TRL sets the seed before it initializes the adapter
-            callbacks=[report, checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
+            peft_config=None if earlier else adapters.configuration(stage.lora, found),  # TRL sets the seed before it draws the adapter
+            callbacks=[report, Trackers(request, events), checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
             prompts=prompts,
             rows=dict(zip(prompts, rows, strict=True)),
-            samples=request.work / "rollouts.jsonl",
+            samples=request.work / ROLLOUTS,
             events=events,
         )
         trainer.remove_callback(PrinterCallback)  # events hold the same
@@ -114,27 +111,27 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         before = training.adapter_tensors(trainer.model)
         training.check_before(trainer.model, stage.lora, found, before)
         trainable, parameters = trainer.model.get_nb_trainable_parameters()
-        checkpoint = checkpoints.newest_checkpoint(arguments, request, stage.resources, events)
-        state = checkpoints.ended_at(checkpoint) if checkpoint else None
-        if checkpoint and state:
-            checkpoints.load_adapter(trainer.model, checkpoint)
-        else:
-            if checkpoint:
-                print(f"resuming from {checkpoint.name}", flush=True)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            state = trainer.state
+        state, ended = checkpoints.train_to_end(trainer, request, stage.resources, events)
+        if ended:
+            checkpoints.load_adapter(trainer.model, ended)
 
     history = state.log_history
     check_signal(history)
     after = training.adapter_tensors(trainer.model)
     if arguments.process_index == 0:
-        training.save_history(history, request.meta, ("reward", *(f"rewards/{reward.label}/mean" for reward in stage.rewards)))
-        shutil.copy(request.work / "rollouts.jsonl", request.meta / "rollouts.jsonl")
-        training.save_adapter(trainer.model, after, request.payload, base)
+        training.save_history(history, request.meta)
+        shutil.copy(request.work / ROLLOUTS, request.meta / ROLLOUTS)
+        training.save_adapter(trainer.model, after, request.payload, base, stage.lora)
         training.check_adapter(request.payload, stage.lora, found, before, events)
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
     metrics = figures(history, stage) | {"trainable_parameters": trainable, "all_parameters": parameters}
     return Result(metrics=metrics, info=info | (rollouts.facts() if rollouts else {}))
+
+
+def shown_metrics(stage: GrpoStage) -> dict[str, str]:
+    """Return the metrics of TRL's log that are emitted as events, by their name in events."""
+    means = {f"rewards/{reward.label}/mean": f"reward/{reward.label}" for reward in stage.rewards}
+    return SHOWN | means | {f"rewards/{reward.label}/std": f"reward_std/{reward.label}" for reward in stage.rewards}
 
 
 def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
@@ -175,6 +172,14 @@ def split_devices(stage: GrpoStage) -> list[str] | None:
         return devices[:1]
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices[:-own])
     return devices[-own:]
+
+
+def readable_rows(request: Request, stage: GrpoStage, tokenizer: PreTrainedTokenizerBase, events: Events) -> list[Row]:
+    """Return the train split with its references. Raises StageFailed for rows that the chat template does not render whole."""
+    rows = read_split(request.inputs["dataset"].path, "train")
+    special_tokens.refuse(rows, tokenizer)
+    check_end(rows, tokenizer, stage.no_end)
+    return [with_reference(row, tokenizer) for row in complete(rows, tokenizer, stage.on_unrendered, events, lost_in_asking)]
 
 
 def tokenized(rows: list[Row], tokenizer: PreTrainedTokenizerBase, events: Events) -> tuple[list[Row], dict[str, list[int]]]:

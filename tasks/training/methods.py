@@ -115,7 +115,8 @@ def errors_of_few_bits(bits: int, dtype: torch.dtype, width: int = 64) -> list[f
 
 
 def adapter_in_float32(model: PeftModel, earlier: Input | None) -> None:
-    """Undo TRL's cast of adapters on quantized bases to bfloat16, which would lose small steps, and an earlier adapter's last digits."""
+    """Undo TRL's cast of adapters on quantized bases to bfloat16, and train modules in float32 that PEFT copied in the base's type: in
+    bfloat16 small steps would be lost, and an earlier adapter's last digits."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 

@@ -60,17 +60,18 @@ def make_trainer(
     """Build the trainer with all rows. Its checks run on the rows now, and on the wrapped model before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from tasks.models import targets
+    from tasks.models import adapters
     from tasks.training import checkpoints, strategies
     from tasks.training import shared as training
+    from tasks.training.trackers import Trackers
 
     training.score_only_trained_tokens()
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
-    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
+    callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = trainer_class(
-        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        model=training.continued_adapter(start.model, earlier, base, stage.lora, start.targets)
         if earlier and start.targets
         else start.model,
         ref_model=methods.load_base(base, stage) if stage.copies_base() else None,
@@ -79,12 +80,12 @@ def make_trainer(
         eval_dataset=start.validation,
         processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
+        peft_config=adapters.configuration(stage.lora, start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         stage=stage,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
-    if stage.method == "qlora":
+    if stage.method == "qlora" or stage.lora.modules_to_save:
         methods.adapter_in_float32(trainer.model, earlier)
     for given, used in ((start.train, trainer.train_dataset), (start.validation, trainer.eval_dataset)):
         if given:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 
-from tasks.engine.client import BASE, Completion, Engine
+from tasks.engine.client import BASE, Adapters, Completion, Engine, Sampling
+from tasks.engine.server import Place
 from tasks.models.loading import compute_type
 from tasks.models.targets import Targets
 from tasks.training.shared import adapter_tensors, save_adapter
@@ -31,6 +32,7 @@ from tuneline.errors import StageFailed
 from tuneline.files import hold_lock, try_lock
 from tuneline.kinds.engine import EngineSettings
 from tuneline.kinds.grpo import GrpoStage
+from tuneline.workspace.file_names import ENGINE_LOG
 from tuneline.workspace.protocol import Events, Request
 from tuneline.workspace.reference import folder_of as model_folder
 
@@ -53,10 +55,9 @@ class Floor:
 
 
 @contextmanager
-def start(
-    request: Request, stage: GrpoStage, found: Targets, longest: int, gpus: list[str] | None, arguments: Any, events: Events
-) -> Iterator[Rollouts]:
-    """Start one engine for all processes of this training, and stop it at the end."""
+def start(request: Request, stage: GrpoStage, found: Targets, longest: int, gpus: list[str] | None, events: Events) -> Iterator[Rollouts]:
+    """Start one engine for all processes of this training, and stop it at the end. `longest`: tokens of a prompt and its completion."""
+    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     assert request.engine is not None
@@ -66,22 +67,11 @@ def start(
         message = f"rollouts.engine: found vllm for an adapter of experts, which vLLM reads under other names: {experts[0]}"
         others = ", ".join(found.others())
         raise StageFailed("config", message, f"set `rollouts: {{engine: transformers}}`, or `target_modules: [{others}]` in `lora:`")
-    modules = {layer.rsplit(".", 1)[-1] for layer in found.layers}
-    first = arguments.process_index == 0
+    adapters = Adapters(stage.lora.highest_rank(), {layer.rsplit(".", 1)[-1] for layer in found.layers})
+    first = PartialState().is_main_process
     with folder_in_memory(request.key) as folder:
-        log = request.work / "engine.log"
-        engine = Engine(
-            request.engine,
-            model,
-            settings,
-            stage.dtype,
-            lora_rank=stage.lora.r,
-            max_model_len=longest,
-            log=log,
-            gpus=gpus,
-            lora_modules=modules,
-            memory=folder,
-        )
+        log = request.work / ENGINE_LOG
+        engine = Engine(Place(request.engine, log, gpus, folder), model, settings, stage.dtype, longest, adapters)
         try:
             began = time.monotonic()
             if first:
@@ -95,7 +85,7 @@ def start(
             yield Rollouts(request, stage, engine, folder, dtype, events)
         finally:
             if first:
-                shutil.copy(log, request.meta / "engine.log")
+                shutil.copy(log, request.meta / ENGINE_LOG)
                 engine.__exit__(None, None, None)
 
 
@@ -158,16 +148,8 @@ class Rollouts:
                 self.events.progress(step, trainer.state.max_steps, f"sampling: {finished} of {len(ids)} completions, {tokens} tokens")
 
         seed = int.from_bytes(hashlib.sha256(f"{self.request.seed} {step} {index}".encode()).digest()[:4], "big") >> 1
-        return self.engine.generate(
-            ids,
-            model=name,
-            max_tokens=self.stage.max_completion_length,
-            temperature=self.stage.temperature,
-            top_p=self.stage.top_p,
-            seed=seed,
-            stop_token_ids=trainer.eos_token_ids,
-            done=done,
-        )
+        sampling = Sampling(self.stage.max_completion_length, self.stage.temperature, self.stage.top_p, trainer.eos_token_ids)
+        return self.engine.generate(ids, sampling, model=name, seed=seed, done=done)
 
     # --- syncs ---
 
@@ -183,7 +165,7 @@ class Rollouts:
         if accelerator.is_main_process:
             place = self.folder / self.name
             place.mkdir()
-            save_adapter(model, self.weights, place, self.request.inputs["model"])
+            save_adapter(model, self.weights, place, self.request.inputs["model"], self.stage.lora)
             self.engine.load(self.name, place)
             if before:
                 self.engine.unload(before)

@@ -4,8 +4,8 @@ Rows are tokenized and masked by `tasks.data.masks`, not by TRL; a check ensures
 training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot attend to one another: their position ids
 start at 0, and transformers derives the mask from them (torch's sdpa is enough); each training checks this on its model.
 
-`tasks.training.methods` holds the differences between methods. Left out: adapters on the head or the embeddings, grouping by length
-beyond a step (`tasks.training.batches` says why).
+`tasks.training.methods` holds the differences between methods. Left out: low-rank adapters on the head or the embeddings, grouping by
+length beyond a step (`tasks.training.batches` says why).
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
-from tasks.data.masks import sequences
+from tasks.data.masks import answers, answers_to_learn, sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
+from tasks.models import added_tokens
 from tasks.models.loading import check_device, load_tokenizer
 from tasks.training import methods
 from tasks.training.answers import Start, evaluated, evaluation_arguments, info, load, save_unchanged, train_and_save
 from tasks.training.head_checks import check_loss
 from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_rows_apart
 from tuneline.errors import StageFailed
-from tuneline.kinds.sft import Supervised
+from tuneline.kinds.sft import LastAnswers, Supervised
 from tuneline.workspace.protocol import Events, Request, Result
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
 
     check_device(stage)
     arguments = trainer_arguments(request, stage, loss_type)  # first: with several GPUs this selects the process's own
-    tokenizer = load_tokenizer(request.inputs.get("adapter") or request.inputs["model"])
+    base, earlier = request.inputs["model"], request.inputs.get("adapter")
+    tokenizer = load_tokenizer(earlier or base)
+    added = added_tokens.add(tokenizer, stage.add_tokens, known=earlier is not None)
     if arguments.process_index == 0:
         save_unchanged(request, stage, tokenizer, events)
     train, ids = tokenized(request, stage, tokenizer, "train", events)
@@ -52,7 +55,7 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     if len(train) > (rows := len(set(ids))):
         events.warning(f"{rows} rows are trained as {len(train)} sequences: {APART}")
 
-    start = load(request, stage, tokenizer, train, validation)
+    start = load(request, stage, tokenizer, train, validation, added)
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
     trainer = make_trainer(request, stage, arguments, start, report)
@@ -86,18 +89,19 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     """Build the trainer with all rows. Its checks run on the loaded rows now, and on the wrapped model before the first step."""
     from transformers import EarlyStoppingCallback, PrinterCallback
 
-    from tasks.models import targets
+    from tasks.models import adapters
     from tasks.training import checkpoints, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
+    from tasks.training.trackers import Trackers
 
     training.score_only_trained_tokens()
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
-    callbacks = [report, checkpoints.Checkpoints(request, stage.resources)]
+    callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.adapter_to_go_on_from(start.model, earlier, base, stage.lora, start.targets)
+        model=training.continued_adapter(start.model, earlier, base, stage.adapter_settings(), start.targets)
         if earlier and start.targets
         else start.model,
         args=arguments,
@@ -105,13 +109,16 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
         eval_dataset=start.validation,
         processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=targets.lora_config(stage.lora, start.targets) if start.targets and not earlier else None,
+        peft_config=adapters.configuration(stage.adapter_settings(), start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         resources=stage.resources,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
-    if stage.method == "qlora":
+    trainer.lora_plus_ratio = stage.lora.lora_plus_ratio
+    if stage.method == "qlora" or stage.adapter_settings().modules_to_save:
         methods.adapter_in_float32(trainer.model, earlier)
+    if stage.add_tokens:
+        added_tokens.show_bias(trainer.model)
     check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)
     if start.validation:
         check_nothing_lost(start.validation, trainer.eval_dataset, trainer.data_collator)
@@ -152,24 +159,25 @@ def tokenized(
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
     rows = complete(rows, tokenizer, stage.on_unrendered, events, lost_in_training)
-    if stage.train_on == "completion":
-        rows = taught(rows, split, events)
+    if stage.train_on not in ("assistant", "all"):
+        rows = taught(rows, stage.train_on, split, events)
     found = [(row.id, tokens) for row in rows for tokens in sequences(row, tokenizer, stage.train_on)]
     long = [(row, len(tokens.input_ids)) for row, tokens in found if len(tokens.input_ids) > stage.max_length]
     if long:
         longest = max(length for _, length in long)
         raise StageFailed(
             "data",
-            f"{len(long)} of {len(found)} {split} rows are longer than max_length {stage.max_length}: "
+            f"{len(dict(long))} of {len(rows)} {split} rows are longer than max_length {stage.max_length}: "
             f"row {long[0][0]} has {long[0][1]} tokens, the longest {longest}",
             f"set `max_length: {longest}` here, or `max_length: {stage.max_length}` in the dataset stage, which drops or cuts them",
         )
     # The first token of a row is never predicted, so a row that trains only that token counts for nothing.
-    masked = [row for row, tokens in found if not any(tokens.trained[1:])]
+    masked = list(dict.fromkeys(row for row, tokens in found if not any(tokens.trained[1:])))  # a row may be several sequences
     if masked:
         raise StageFailed(
             "data",
-            f"{len(masked)} of {len(found)} {split} rows, such as {masked[0]}, have no token to train on with `train_on: {stage.train_on}`",
+            f"{len(masked)} of {len(rows)} {split} rows, such as {masked[0]}, have no token to train on "
+            f"with `train_on: {shown(stage.train_on)}`",
             "remove rows without an answer from the dataset, or set `train_on: all`",
         )
     columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}
@@ -191,19 +199,22 @@ def refuse_preferences(rows: list[Row], split: str) -> None:
         raise StageFailed("data", message, "`kind: kto` trains on labels; to train on wanted answers, leave out the others")
 
 
-def taught(rows: list[Row], split: str, events: Events) -> list[Row]:
-    """Return the rows whose last answer, the only one that `train_on: completion` trains, does not have weight 0."""
-    silent = [row for row in rows if row.messages is not None and row.messages[-1].get("weight") == 0]
+def taught(rows: list[Row], train_on: str | LastAnswers, split: str, events: Events) -> list[Row]:
+    """Return the rows with an answer to train on: those in which not all of the last ones that `train_on` wants have weight 0."""
+    silent = [row for row in rows if row.messages is not None and answers(row) and not answers_to_learn(row, train_on)]
     if not silent:
         return rows
-    what = f"{len(silent)} of {len(rows)} {split} rows end with an answer of weight 0, for example row {silent[0].id}"
+    setting, ends = f"`train_on: {shown(train_on)}`", "an answer" if train_on == "completion" else "answers"
+    what = f"{len(silent)} of {len(rows)} {split} rows end with {ends} of weight 0, for example row {silent[0].id}"
     if len(silent) == len(rows):
-        raise StageFailed(
-            "data", f"{what}: with `train_on: completion` no row is left", "set `train_on: assistant`: it trains earlier answers"
-        )
-    events.warning(f"{what}: with `train_on: completion` they are left out")
+        raise StageFailed("data", f"{what}: with {setting} no row is left", "set `train_on: assistant`: it trains earlier answers")
+    events.warning(f"{what}: with {setting} they are left out")
     left_out = {row.id for row in silent}
     return [row for row in rows if row.id not in left_out]
+
+
+def shown(train_on: str | LastAnswers) -> str:
+    return f"{{last: {train_on.last}}}" if isinstance(train_on, LastAnswers) else train_on
 
 
 def packed(dataset: Dataset, length: int) -> Dataset:

@@ -17,13 +17,14 @@ import torch
 from trl import SFTTrainer
 
 from tasks.training.batches import LongestFirst, lengths, longest_first
+from tasks.training.loraplus import LoraPlus
 from tasks.training.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
 from tuneline.kinds.stage import Resources
 from tuneline.patches import patch
 
 
-class TokenWeightedTrainer(SFTTrainer):
+class TokenWeightedTrainer(LoraPlus, SFTTrainer):
     data_collator: Any
     step_tokens = 0
 

@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tasks.models.adapters import check_form, compared, configuration, meant_by, saved_config
 from tasks.models.loading import check_loaded, compute_type
-from tasks.models.targets import Targets, check_form, lora_config, meant_by
+from tasks.models.targets import Targets
 from tasks.training import strategies
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import Lora, Training
+from tuneline.kinds.adapters import Places
+from tuneline.kinds.training import Training
 from tuneline.patches import patch
 from tuneline.workspace.checkpoints import FOLDER
+from tuneline.workspace.file_names import HISTORY
 from tuneline.workspace.protocol import Events, Input, Request
 
+UNCHECKED = (".lora_A.", ".lora_magnitude", "base_model.vera_")  # parts of an adapter that need not change
 SHOWN_ROWS = 16  # in a message about a failed step
 RECENT = 10  # last steps, whose mean is a training's final loss
 
@@ -68,28 +72,28 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lora: Lora, found: Targets) -> PeftModel:
+def continued_adapter(model: PreTrainedModel, source: Input, base: Input, settings: Places, found: Targets) -> PeftModel:
     """Put the earlier adapter, trainable, on the model; only its dropout may change.
 
     Raises StageFailed(config) if it belongs to another base, or has another form than the stage configures.
     """
     if source.base is None or source.base.digest != base.digest:
         raise StageFailed("config", "adapter: found an adapter of another base model", "set `model:` to the base that it was trained on")
-    config = LoraConfig.from_pretrained(source.path)
-    wanted = lora_config(lora, found)
-    differences = [
-        f"{name} {getattr(config, name)} instead of {getattr(wanted, name)}"
-        for name in ("r", "lora_alpha", "use_rslora", "use_dora")
-        if getattr(config, name) != getattr(wanted, name)
-    ]
+    config, wanted = PeftConfig.from_pretrained(source.path), configuration(settings, found)
+    there, here = compared(config, settings), compared(wanted, settings)
+    differences = [f"{name} {there[name]} instead of {here[name]}" for name in here if there[name] != here[name]]
     has, wants = meant_by(config, model), found.layers | found.parameters.keys()
     if has != wants:
         differences.append(f"target_modules that match {len(has)} layers instead of {len(wants)}")
     if differences:
         raise StageFailed(
-            "config", f"adapter: found {'; '.join(differences)}", "give this stage the same `lora:` as the one that made the adapter"
+            "config",
+            f"adapter: found {'; '.join(differences)}",
+            f"give this stage the `{settings.kind}:` of the one that made the adapter",
         )
-    config.lora_dropout = wanted.lora_dropout
+    for dropout in ("lora_dropout", "vera_dropout", "module_dropout"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, getattr(wanted, dropout))
     config.base_model_name_or_path = model.name_or_path  # PEFT reads the vocabulary's size there, else from the hub
     adapted = PeftModel.from_pretrained(model, source.path, config=config, is_trainable=True)
     check_loaded(adapted, source.path)
@@ -98,7 +102,10 @@ def adapter_to_go_on_from(model: PreTrainedModel, source: Input, base: Input, lo
 
 def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
     """Copy the adapter's weights to the CPU, whole, by their saved names. Every process must call it: each may hold a part."""
-    whole = {name: strategies.whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = model.named_parameters(remove_duplicate=False)  # PEFT wants a tied weight under both names
+    whole = {name: strategies.whole(parameter) for name, parameter in parameters if parameter.requires_grad}
+    # VeRA's shared matrices are no parameters.
+    whole |= {name: tensor for name, tensor in model.named_buffers(remove_duplicate=False) if name.startswith("base_model.vera_")}
     state = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
     return {strategies.unwrapped(name): tensor.contiguous() for name, tensor in sorted(state.items())}
 
@@ -109,21 +116,21 @@ def config_of(model: PeftModel) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
-def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input) -> None:
+def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], payload: Path, base: Input, settings: Places) -> None:
     """Write the adapter in the same way everywhere: sorted lists, and the base's digest instead of its path.
 
     PEFT's own `save_pretrained` writes sets in hash order, the base's path, and a README.
     """
-    config = config_of(model) | {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
+    config = saved_config(config_of(model), settings) | {"base_model_name_or_path": f"tuneline:{base.digest}", "inference_mode": True}
     text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     (payload / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     save_file(tensors, payload / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def check_before(model: PeftModel, lora: Lora, found: Targets, before: dict[str, torch.Tensor]) -> None:
+def check_before(model: PeftModel, settings: Places, found: Targets, before: dict[str, torch.Tensor]) -> None:
     """Run the hand-over's checks of an adapter's form before the first step, so that no training ends with an error known at its start.
     Also checks that PEFT reads the weights back by their saved names."""
-    check_form(config_of(model), before, lora, found)
+    check_form(config_of(model), before, settings, found)
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # under ZeRO-3 each process holds a part
         result = set_peft_model_state_dict(model, before)
         after = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -133,19 +140,20 @@ def check_before(model: PeftModel, lora: Lora, found: Targets, before: dict[str,
             raise StageFailed("config", message, "choose other layers: `lora: {target_modules: [...]}`")
 
 
-def check_adapter(payload: Path, lora: Lora, found: Targets, before: dict[str, torch.Tensor], events: Events) -> None:
+def check_adapter(payload: Path, settings: Places, found: Targets, before: dict[str, torch.Tensor], events: Events) -> None:
     """Raises StageFailed unless the saved adapter is complete, finite, as configured, and changed since `before`, its first weights."""
     tensors = load_file(payload / "adapter_model.safetensors")
-    check_form(json.loads((payload / "adapter_config.json").read_text(encoding="utf-8")), tensors, lora, found)
+    check_form(json.loads((payload / "adapter_config.json").read_text(encoding="utf-8")), tensors, settings, found)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise StageFailed("data", f"{len(broken)} tensors of the adapter are not finite, the first {broken[0]}", "lower learning_rate")
-    parts = [name for name in tensors if ".lora_B." in name]
+    parts = [name for name in tensors if not any(part in name for part in UNCHECKED)]
     if same := [name for name in parts if torch.equal(tensors[name], before[name])]:
         if len(same) == len(parts):
+            trained = "lora_B" if settings.kind == "lora" else "tensor"
             raise StageFailed(
                 "data",
-                "the training changed nothing: every lora_B of the adapter has its initial value",
+                f"the training changed nothing: every {trained} of the adapter has its initial value",
                 "raise learning_rate, or train for more steps",
             )
         events.warning(f"{len(same)} of {len(parts)} adapted layers did not change in the training, the first {same[0]}")
@@ -250,19 +258,7 @@ def mean_of_last(history: list[dict[str, float]], name: str) -> float:
     return sum(values) / len(values)
 
 
-def save_history(history: list[dict[str, float]], meta: Path, drawn: tuple[str, ...] = ("loss", "eval_loss")) -> None:
-    """Write meta/history.jsonl, an object per log entry, and a plot of `drawn`, named after the first: meta/loss.png."""
+def save_history(history: list[dict[str, float]], meta: Path) -> None:
+    """Write meta/history.jsonl, an object per log entry. Reports draw its curves."""
     lines = [json.dumps(entry, sort_keys=True) + "\n" for entry in history]
-    (meta / "history.jsonl").write_text("".join(lines), encoding="utf-8")
-
-    from matplotlib.figure import Figure  # not pyplot, which would need a display
-
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    for name in drawn:
-        style = "o-" if name.startswith("eval_") else "-"
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-    axes.set(xlabel="step", ylabel=drawn[0])
-    axes.legend()
-    figure.savefig(meta / f"{drawn[0]}.png", dpi=120)
+    (meta / HISTORY).write_text("".join(lines), encoding="utf-8")

@@ -34,7 +34,7 @@ def arguments(resources: Resources) -> dict[str, Any]:
         # Re-entrant checkpointing breaks DDP; PEFT under ZeRO-3 needs it (github.com/huggingface/trl/issues/2514).
         "activation_checkpointing_kwargs": {"use_reentrant": strategy == "zero3"},
     }
-    if strategy.startswith("zero"):
+    if resources.uses_deepspeed:
         given["deepspeed"] = zero_config(resources)
     elif strategy == "fsdp":
         given |= {"fsdp": True, "fsdp_config": fsdp_config(resources)}
@@ -64,7 +64,7 @@ def join_processes(resources: Resources) -> None:
     On CPUs DeepSpeed would compile an operator that sums in shared memory, at the first training of each runtime and for more than a
     minute (comm/torch.py of 0.19.8). It uses gloo instead, as where nothing can be compiled.
     """
-    if resources.strategy.startswith("zero") or resources.sequence_parallel_size > 1:
+    if resources.uses_deepspeed or resources.sequence_parallel_size > 1:
         patch(import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
     if resources.strategy == "fsdp" and resources.offload:
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}

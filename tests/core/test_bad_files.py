@@ -68,7 +68,7 @@ BAD = {
     'null stage': ('{kind: merge, adapters: [sft]}', '', "p.yaml:9:14: demo.merged: found nothing, expected a mapping\n\nhint: write `kind: ...` and the stage's other fields below its name, indented"),
     'text stage': ('{kind: merge, adapters: [sft]}', 'merge', "p.yaml:9:15: demo.merged: found 'merge', expected a mapping\n\nhint: write `kind: merge` and the stage's other fields below its name, indented"),
     'list stage': ('{kind: merge, adapters: [sft]}', '[merge]', 'p.yaml:9:15: demo.merged: found a list, expected a mapping'),
-    'list stages': ('    stages:\n', '    stages: [a, b]\n    stagez:\n', 'p.yaml:5:13: demo.stages: found a list, expected a mapping\n\nhint: write `NAME: {kind: ...}`\n\np.yaml:6:5: demo.stagez: found the unknown field `stagez`, expected description, salt, parallel, pool, queue, concurrency, tags, schedules, stages\n\nhint: did you mean `stages`?'),
+    'list stages': ('    stages:\n', '    stages: [a, b]\n    stagez:\n', 'p.yaml:5:13: demo.stages: found a list, expected a mapping\n\nhint: write `NAME: {kind: ...}`\n\np.yaml:6:5: demo.stagez: found the unknown field `stagez`, expected description, salt, parallel, pool, queue, concurrency, tags, schedules, track, stages\n\nhint: did you mean `stages`?'),
     'list pipelines': (GOOD, 'version: 1\npipelines: [a]\n', 'p.yaml:2:12: pipelines: found a list, expected a mapping\n\nhint: write `NAME: {stages: ...}`'),
     'null pipelines': (GOOD, 'version: 1\npipelines:\n', 'p.yaml:2:11: pipelines: found nothing, expected a mapping\n\nhint: write its content below it, indented, or remove it'),
     'no pipelines': (GOOD, 'version: 1\n', 'p.yaml:1:1: pipelines: found nothing, expected a value (Pipelines by name)\n\nhint: add `pipelines: {demo: {stages: {base: {kind: model, hub: owner/name}}}}`'),
@@ -97,9 +97,15 @@ BAD = {
     'deep': (GOOD, "a: " + "[" * 500 + "]" * 500, 'p.yaml:1:1: found more than 40 levels of nesting\n\nhint: reduce the nesting'),
     'unknown key': ('adapters: [sft]', 'adaptors: [sft]', 'p.yaml:9:7: demo.merged.adapters: found nothing, expected a value (Adapter to merge; its base model is found automatically)\n\nhint: add `adapters: [sft]`\n\np.yaml:9:29: demo.merged.adaptors: found the unknown field `adaptors`, expected kind, description, needs, retries, timeout, runtime, resources, pool, seed, adapters, dtype, max_shard_size\n\nhint: did you mean `adapters`?'),
     'unknown key top': ('vars:', 'var: {}\nvars:', 'p.yaml:2:1: var: found the unknown field `var`, expected version, store, roots, history, vars, runtimes, pools, pipelines\n\nhint: did you mean `vars`?'),
-    'unknown key pipeline': ('    stages:', '    stagez: {}\n    stages:', 'p.yaml:5:5: demo.stagez: found the unknown field `stagez`, expected description, salt, parallel, pool, queue, concurrency, tags, schedules, stages\n\nhint: did you mean `stages`?'),
+    'unknown key pipeline': ('    stages:', '    stagez: {}\n    stages:', 'p.yaml:5:5: demo.stagez: found the unknown field `stagez`, expected description, salt, parallel, pool, queue, concurrency, tags, schedules, track, stages\n\nhint: did you mean `stages`?'),
+    'no tracker': ('    stages:', '    track: {}\n    stages:', 'p.yaml:5:5: demo.track: found no tracker, expected tensorboard, wandb, mlflow, trackio\n\nhint: write for example `tensorboard: {}`'),
+    'null tracker': ('    stages:', '    track: {tensorboard: }\n    stages:', 'p.yaml:5:25: demo.track.tensorboard: found nothing, expected the settings of the tracker\n\nhint: write `tensorboard: {}` for the defaults'),
+    'tracker in the cloud': ('    stages:', '    track: {tensorboard: {log_dir: "gs://a"}}\n    stages:', 'p.yaml:5:36: demo.track.tensorboard.log_dir: found `gs://a`, expected a folder\n\nhint: mount the storage and name its folder'),
+    'tracker without server': ('    stages:', '    track: {mlflow: {tracking_uri: "sqlite:///ml.db"}}\n    stages:', 'p.yaml:5:36: demo.track.mlflow.tracking_uri: found `sqlite:///ml.db`, expected the address of a server, such as http://localhost:5000, or databricks\n\nhint: `mlflow server` starts one; for files without a server, use `tensorboard: {}`'),
+    'tracker with password': ('    stages:', '    track: {mlflow: {tracking_uri: "http://me:pw@ml"}}\n    stages:', 'p.yaml:5:36: demo.track.mlflow.tracking_uri: found a password in the address, expected none: it would be visible in requests and reports\n\nhint: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment'),
+    'tracker without training': (GOOD, 'version: 1\npipelines: {demo: {track: {wandb: {}}, stages: {base: {kind: model, path: models/base}}}}\n', 'p.yaml:2:20: demo.track: found trackers in a pipeline without a training, which show nothing\n\nhint: remove `track:`'),
     'unknown key nested': ('r: "${rank}"', 'r: "${rank}", alpha: 3', 'p.yaml:8:76: demo.sft.lora.alpha: found the unknown field `alpha`, expected a field of `lora`\n\nhint: write `lora_alpha`'),
-    'unknown key source': ('rows.jsonl', 'rows.jsonl, kolumns: {}', 'p.yaml:7:73: demo.data.sources.0.kolumns: found the unknown field `kolumns`, expected type, path, format, columns, on_bad_row\n\nhint: did you mean `columns`?'),
+    'unknown key source': ('rows.jsonl', 'rows.jsonl, kolumns: {}', 'p.yaml:7:73: demo.data.sources.0.kolumns: found the unknown field `kolumns`, expected type, max_rows, repeat, weight, path, format, columns, system, on_bad_row\n\nhint: did you mean `columns`?'),
     'unknown key gate': ('at_least: 0.5', 'at_least: 0.5, of_: x', 'p.yaml:12:90: demo.gate.require.0.of_: found the unknown field `of_`, expected metric, of, at_least, at_most, improves_on, by, not_below, tolerance\n\nhint: did you mean `of`?'),
     'key of another kind': ('kind: merge', 'kind: merge, learning_rate: 1', 'p.yaml:9:29: demo.merged.learning_rate: found the unknown field `learning_rate`, expected a field of merge\n\nhint: it is a field of sft and dpo and kto and grpo'),
     'kind misspelt': ('kind: merge', 'kind: merg', "p.yaml:9:22: demo.merged.kind: found 'merg', expected model, dataset, sft, dpo, kto, grpo, evaluate, merge, quantize, gate\n\nhint: did you mean `merge`?"),
@@ -132,7 +138,7 @@ BAD = {
     'choice': ('calibration: data', 'calibration: data, bits: 5', 'p.yaml:10:72: demo.gptq.bits: found 5, expected 2, 3, 4, 8'),
     'choice text': ('global_batch_size: 8', 'dtype: fp16', "p.yaml:8:84: demo.sft.dtype: found 'fp16', expected auto, float32, bfloat16\n\nhint: write `bfloat16`: float16 is not offered"),
     'form': ('kind: merge', 'kind: merge, max_shard_size: 5 GB', "p.yaml:9:45: demo.merged.max_shard_size: found '5 GB', expected a size such as 500MB or 5GB\n\nhint: write `5GB`"),
-    'target': ('lora: {', 'lora: {target_modules: all, ', "p.yaml:8:78: demo.sft.lora.target_modules: found 'all', expected a list or all-linear\n\nhint: write `[all]`"),
+    'target': ('lora: {', 'lora: {target_modules: all, ', "p.yaml:8:78: demo.sft.lora.target_modules: found the name all, expected a list of names, all-linear, attention, mlp, attention+mlp or a regular expression that matches full names\n\nhint: write `target_modules: all-linear`"),
     'vars list': ('vars: {rank: 16}', 'vars: [rank]', 'p.yaml:2:7: vars: found a list, expected a mapping\n\nhint: write `{NAME: VALUE}`\n\np.yaml:8:65: demo.sft.lora.r: found the unknown variable ${rank}, expected none (none is defined)\n\nhint: declare it under `vars:`'),
     'vars nested': ('vars: {rank: 16}', 'vars: {rank: {a: 1}}', 'p.yaml:2:14: vars.rank: found a mapping, expected true or false or a whole number or a number or text'),
     'vars null': ('vars: {rank: 16}', 'vars: {rank: }', 'p.yaml:2:13: vars.rank: found nothing, expected true or false or a whole number or a number or text'),
@@ -222,7 +228,7 @@ BAD = {
     'rev dots': ('path: models/base', 'hub: a/b, revision: a/../../b', "p.yaml:6:49: demo.base.revision: found 'a/../../b', expected a branch, tag or commit"),
     'repo dots': ('{type: files, path: rows.jsonl}', '{type: hub, repo: ../x}', "p.yaml:7:59: demo.data.sources.0.repo: found '../x', expected owner/name, as on the hub\n\nhint: for local files, write `{type: files, path: ../x}`"),
     'gate of itself': ('at_least: 0.5', 'not_below: eval', 'p.yaml:12:86: demo.gate.require.0.not_below: found `eval`, the stage itself\n\nhint: compare it with another stage'),
-    'no target modules': ('lora: {', 'lora: {target_modules: [], ', 'p.yaml:8:78: demo.sft.lora.target_modules: found an empty list, expected at least 1 or all-linear'),
+    'no target modules': ('lora: {', 'lora: {target_modules: [], ', 'p.yaml:8:78: demo.sft.lora.target_modules: found an empty list, expected at least 1 or text'),
     'shard of nothing': ('adapters: [sft]', 'adapters: [sft], max_shard_size: 0GB', "p.yaml:9:62: demo.merged.max_shard_size: found '0GB', expected a size such as 500MB or 5GB"),
     'field under resources': ('global_batch_size: 8', 'global_batch_size: 8, micro_batch_size: 8', 'p.yaml:8:99: demo.sft.micro_batch_size: found the unknown field `micro_batch_size`, expected a field of sft\n\nhint: write it under `resources:`'),
     'no validation': ('global_batch_size: 8', 'global_batch_size: 8, eval_steps: 5', 'p.yaml:8:111: demo.sft.eval_steps: found `data`, which has no validation split\n\nhint: add `split: {validation: 0.05}` to `data`'),
@@ -322,7 +328,7 @@ FLAGS = [
     (['lora=8'], [], '--set lora: found no field, expected stage.field=value'),
     (['=8'], [], '--set : found no field, expected stage.field=value'),
     ([''], [], '--set : found no `=`, expected stage.field=value'),
-    (['sft.=8'], [], '--set sft.: demo.sft.: found the unknown field ``, expected kind, description, needs, retries, timeout, runtime, resources, pool, seed, dtype, model, dataset, adapter, lora, learning_rate, lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, num_train_epochs, max_steps, global_batch_size, no_end, on_unrendered, method, bits, max_length, eval_steps, early_stopping, train_on, packing'),
+    (['sft.=8'], [], '--set sft.: demo.sft.: found the unknown field ``, expected kind, description, needs, retries, timeout, runtime, resources, pool, seed, dtype, model, dataset, adapter, lora, learning_rate, lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, num_train_epochs, max_steps, global_batch_size, no_end, on_unrendered, method, bits, max_length, eval_steps, early_stopping, vera, oft, ia3, train_on, packing, add_tokens'),
     (['data.sources.7.path=x'], [], '--set data.sources.7.path: found `7` as a list index, expected 0 to 0\n\nhint: to replace the whole list, write `=[a, b]`'),
     (['data.sources.x.path=x'], [], '--set data.sources.x.path: found `x` as a list index, expected 0 to 0\n\nhint: to replace the whole list, write `=[a, b]`'),
     (['data.sources.²=x'], [], '--set data.sources.²: found `²` as a list index, expected 0 to 0\n\nhint: to replace the whole list, write `=[a, b]`'),
@@ -332,7 +338,7 @@ FLAGS = [
     (['data.sources=rows.jsonl'], [], "--set data.sources: demo.data.sources: found 'rows.jsonl', expected a list\n\nhint: write `[{type: files, path: rows.jsonl}]`"),
     (['data.sources=[]'], [], '--set data.sources: demo.data.sources: found an empty list, expected at least 1'),
     (['sft.learning_rate.x=1'], [], '--set sft.learning_rate.x: demo.sft.learning_rate: found a mapping, expected a number'),
-    (['sft.loar.r=8'], [], '--set sft.loar.r: demo.sft.loar: found the unknown field `loar`, expected kind, description, needs, retries, timeout, runtime, resources, pool, seed, dtype, model, dataset, adapter, lora, learning_rate, lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, num_train_epochs, max_steps, global_batch_size, no_end, on_unrendered, method, bits, max_length, eval_steps, early_stopping, train_on, packing\n\nhint: did you mean `lora`?'),
+    (['sft.loar.r=8'], [], '--set sft.loar.r: demo.sft.loar: found the unknown field `loar`, expected kind, description, needs, retries, timeout, runtime, resources, pool, seed, dtype, model, dataset, adapter, lora, learning_rate, lr_scheduler_type, warmup_steps, weight_decay, max_grad_norm, num_train_epochs, max_steps, global_batch_size, no_end, on_unrendered, method, bits, max_length, eval_steps, early_stopping, vera, oft, ia3, train_on, packing, add_tokens\n\nhint: did you mean `lora`?'),
     (['sft.lora.rank=8'], [], '--set sft.lora.rank: demo.sft.lora.rank: found the unknown field `rank`, expected a field of `lora`\n\nhint: write `r`'),
     (['sft.lora={r: 8, rank: 9}'], [], '--set sft.lora: demo.sft.lora.rank: found the unknown field `rank`, expected a field of `lora`\n\nhint: write `r`'),
     (['sft.lora={r: 8'], [], '--set sft.lora: found no `}` at the end of line 1, expected one for its `{` in column 1\n\nhint: close it there; check commas and quotes from the opening bracket on'),
@@ -424,7 +430,7 @@ def test_what_a_schedule_overrides_is_checked_as_on_the_command_line_and_told_wh
         (problem.place.removeprefix(f"{tmp_path}/"), problem.field, problem.message, problem.hint) for problem in caught.value.problems
     ]
     here = "demo.schedules.night"
-    fields = "r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora"
+    fields = "target_modules, exclude_modules, layers_to_transform, modules_to_save, r, lora_alpha, lora_dropout, rank_pattern, alpha_pattern, init_lora_weights, lora_plus_ratio, use_rslora, use_dora"
     stages = "base, data, sft, merged, gptq, eval, gate"
     assert reported == [
         ("p.yaml:10:33", f"{here}.overrides.sft.lora.q", f"found the unknown field `q`, expected {fields}", ""),

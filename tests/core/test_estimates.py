@@ -19,6 +19,7 @@ from tuneline.estimates import fit as fits
 from tuneline.estimates.architectures import Architecture, architecture_of, reach, read
 from tuneline.estimates.estimate import Estimate, disk_of, estimates
 from tuneline.estimates.memory import Job
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.sft import SftStage
 from tuneline.kinds.training import Training
 from tuneline.planning.plan import plan
@@ -84,7 +85,7 @@ def test_parameters_are_the_published_ones(name: str, models: dict[str, Architec
     ],
 )
 def test_an_adapters_parameters_are_counted_by_layer(name: str, r: int, targets: Any, count: int, models: dict[str, Architecture]) -> None:
-    assert models[name].lora_parameters(r, targets) == count
+    assert models[name].adapter_parameters(Lora(r=r, target_modules=targets)) == count
 
 
 @pytest.mark.parametrize(

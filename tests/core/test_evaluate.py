@@ -111,7 +111,7 @@ def stage(**fields: Any) -> EvaluateStage:
 
 def test_the_backend_is_in_the_key_and_how_it_runs_is_not() -> None:
     plain, vllm, moved = (
-        key_document(given, 1, {}, {}, {}, {}, "")["config"]
+        key_document(given, 1, {})["config"]
         for given in (
             stage(),
             stage(backend="vllm", resources={"gpus": 1}),

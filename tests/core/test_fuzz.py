@@ -70,7 +70,7 @@ def is_coherent(loaded: Loaded, tree: Any) -> None:
             assert set(depends_on(stage)) <= set(done)
             done.append(name)
             if isinstance(stage, ProgramStage):
-                canonical(key_document(stage, 1, {}, {}, {}, {}, pipeline.salt))
+                canonical(key_document(stage, 1, {}, salt=pipeline.salt))
         assert sorted(done) == sorted(pipeline.stages)
 
 

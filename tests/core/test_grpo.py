@@ -41,8 +41,12 @@ REFUSED = {
         "demo.rl.lora.r: found 600, expected at most 512, the highest rank that vLLM serves\n\nhint: lower it, or set `rollouts: {engine: transformers}`",
     ),
     "modules to save": (
-        "rollouts: {engine: vllm}, lora: {modules_to_save: [lm_head]}",
-        "demo.rl.lora.modules_to_save: found the unknown field `modules_to_save`, expected r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora",
+        "lora: {modules_to_save: [lm_head]}",
+        "demo.rl.lora.modules_to_save: found modules_to_save for grpo, which hands over only LoRA's matrices\n\nhint: remove it",
+    ),
+    "first weights": (
+        "lora: {init_lora_weights: pissa}",
+        "demo.rl.lora.init_lora_weights: found pissa, expected true or gaussian for grpo\n\nhint: remove it, or train with sft first",
     ),
     "dropout": (
         "lora: {lora_dropout: 0.1}",
@@ -92,7 +96,7 @@ def stage(**fields: Any) -> GrpoStage:
 
 
 def config_in_key(given: ProgramStage) -> Any:
-    return key_document(given, 1, {}, {}, {}, {}, "")["config"]
+    return key_document(given, 1, {})["config"]
 
 
 def test_the_engine_is_in_the_key_and_how_it_runs_is_not() -> None:

@@ -14,11 +14,11 @@ from tuneline.config.aliases import FIELD_ALIASES
 from tuneline.config.other_tools import ABSENT_KINDS, FOREIGN, OTHER_VALUES
 from tuneline.config.spec import STAGES, Pipeline, Spec
 from tuneline.errors import ConfigError, Problem
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.dataset import Split
 from tuneline.kinds.gate import Requirement
 from tuneline.kinds.sources import SOURCES
 from tuneline.kinds.stage import Resources
-from tuneline.kinds.training import Lora
 
 BLOCK = """\
 version: 1
@@ -57,7 +57,9 @@ FILES = {
 def test_a_file_of_another_tool_is_one_problem(tool: str) -> None:
     text, keys = FILES[tool]
     found = f"found a configuration of {tool} ({keys}), expected a tuneline file with `pipelines:`"
-    hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
+    hint = "`tuneline import p.yaml` translates it"
+    if tool == "mergekit":
+        hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
     assert problems(text) == (Problem("", found, hint, place="p.yaml:1:1"),)
 
 
@@ -99,7 +101,7 @@ TRAINING = {
     "warmup_ratio": "write `warmup_steps: 0.1`: a value below 1 is a share of all steps",
     "warmup-ratio": "write `warmup_steps: 0.1`: a value below 1 is a share of all steps",
     "output_dir": "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders",
-    "template": "remove it: the model's own chat template is used",
+    "template": "remove it: the model's own chat template is used; another one is a file, `chat_template:` in the stage of kind `model`",
     "model_name_or_path": "write `model:` with the name of a stage of kind `model`, which has `hub:` or `path:`",
     "bf16": "write `dtype: bfloat16`, the default on GPUs",
     "load_in_4bit": "write `method: qlora` and `bits: 4`",

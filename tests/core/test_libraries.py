@@ -17,7 +17,8 @@ from tuneline.workspace.runtimes import _locked
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = "".join((ROOT / "infra" / "runtimes" / f"{name}.txt").read_text() for name in ("torch", "quantize"))
 PINS = set(re.findall(r"^([a-z0-9-]+)==", LOCKS, re.MULTILINE))
-NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"}
+TRACKERS = {"mlflow", "trackio", "wandb"}  # in no lock, and without effect on a result
+NOT_OF_A_PROGRAM = sys.stdlib_module_names | {"tasks", "tuneline"} | TRACKERS
 LIBRARIES = {kind: stage.libraries for kind, stage in PROGRAM_STAGES.items()}
 ALL = tuple(LIBRARIES)
 # Imported libraries whose version cannot affect the output: library -> kinds and the reason.
@@ -27,13 +28,14 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
     "httpx2": (("grpo", "evaluate"), "carries requests to vLLM on the same machine"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
-    "jinja2": (tuple(kind for kind in ALL if kind != "model"), "the name of its error alone; transformers renders"),
+    "jinja2": (ALL, "names arguments and errors of a template; transformers renders"),
     "logbar": (("quantize",), "kept quiet"),
-    "matplotlib": (("dataset", "sft", "dpo", "kto", "grpo"), "draws pictures for people into meta/"),
+    "matplotlib": (("dataset",), "draws pictures for people into meta/"),
     "numpy": (ALL, "takes the bits of GPTQ weights apart, exactly"),
     "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
     "pyarrow": (("sft", "dpo", "kto", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
     "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
+    "tensorboardx": (("sft", "dpo", "kto", "grpo"), "writes event files beside the artifact"),
     "torch": (("dataset",), "loads weights, of which a dataset needs none"),
 }
 
@@ -68,7 +70,7 @@ def libraries_of(module: Path) -> set[str]:
     if "import_module" in {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}:
         texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         names |= {text for text in texts if text.isidentifier() and text.replace("_", "-") in PINS}
-    return {top.replace("_", "-") for name in names if (top := name.partition(".")[0]) not in NOT_OF_A_PROGRAM}
+    return {top.replace("_", "-").lower() for name in names if (top := name.partition(".")[0]) not in NOT_OF_A_PROGRAM}
 
 
 def unnamed(named: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:

@@ -87,7 +87,7 @@ def test_roots_are_in_no_key() -> None:
         load_text(GOOD.replace("version: 1", head)).spec.pipelines["demo"].stages["base"]
         for head in ("version: 1", "version: 1\nroots: [/a]")
     ]
-    assert len({key_of(key_document(stage, 1, {}, {}, {}, {}, "")) for stage in stages}) == 1
+    assert len({key_of(key_document(stage, 1, {})) for stage in stages}) == 1
 
 
 @pytest.fixture

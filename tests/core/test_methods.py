@@ -13,7 +13,7 @@ from tuneline.config.spec import STAGES
 from tuneline.errors import ConfigError
 from tuneline.kinds.stage import ProgramStage
 from tuneline.planning.inputs import libraries_of
-from tuneline.planning.keys import key_document
+from tuneline.planning.keys import Outside, key_document
 from tuneline.workspace.workspace import Workspace
 
 FILE = """\
@@ -87,7 +87,7 @@ def key(**fields: Any) -> str:
     config = {"kind": "sft", "model": "base", "dataset": "data", "learning_rate": 1e-3, "packing": True, **fields}
     stage = STAGES["sft"].model_validate(config)
     assert isinstance(stage, ProgramStage)
-    return key_of(key_document(stage, 1, {}, {}, {}, {"torch": "2.13.0"}, ""))
+    return key_of(key_document(stage, 1, {}, Outside(libraries={"torch": "2.13.0"})))
 
 
 def test_each_method_has_a_key_of_its_own_and_lora_that_of_the_default() -> None:

@@ -12,7 +12,7 @@ from tuneline.errors import ConfigError
 from tuneline.kinds.fields import OutsideFile, annotated_values
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.kinds.rewards import FunctionReward
-from tuneline.planning.keys import key_document
+from tuneline.planning.keys import Outside, key_document
 
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = "exact_match, math_equal, format, reasoning_gym, length, python_tests, function"
@@ -49,7 +49,7 @@ def test_the_file_is_an_outside_file_and_its_path_not_in_the_key() -> None:
     assert [(path, named) for path, _, named in annotated_values(found, OutsideFile)] == [("rewards.1.file", "a.py")]
 
     def key(rewards: str, digest: str = "1") -> str:
-        document = key_document(stage(rewards), 1, {}, {"rewards.1.file": digest}, {}, {}, "")
+        document = key_document(stage(rewards), 1, {}, Outside(files={"rewards.1.file": digest}))
         assert "a.py" not in str(document)
         return key_of(document)
 

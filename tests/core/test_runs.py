@@ -114,6 +114,25 @@ def test_a_stage_at_work_has_its_time_until_now_or_until_its_run_was_killed(tmp_
     assert Runs(tmp_path / "runs").get("demo", record.run_id).stages[0].seconds == pytest.approx(210, abs=1)
 
 
+def test_a_stage_that_waits_for_a_retry_has_no_running_time_and_ends_with_its_run(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs")
+    record = runs.begin("demo", ())
+    record.stages = [working("k", 300).model_copy(update={"started": None})]
+    runs.save(record)
+    (stage,) = Runs(tmp_path / "runs").get("demo", None).stages
+    assert (stage.status, stage.seconds) == ("running", 10)
+    work = tmp_path / "work" / "k"
+    work.mkdir(parents=True)
+    (work / "events.jsonl").write_text('{"t": 1.0, "type": "progress", "step": 30, "total": 40}\n')
+    os.close(runs._locks.pop(record.run_id))  # as the kernel does when its process dies
+    reader = Runs(tmp_path / "runs")
+    for _ in range(2):
+        (stage,) = reader.get("demo", record.run_id).stages
+        assert (stage.status, stage.seconds, stage.message) == ("killed", 10, "reached step 30 of 40")
+        (work / "events.jsonl").unlink(missing_ok=True)  # by another run; the same reader has read how the stage ended
+    assert reader.read("../runs") is None
+
+
 def test_of_a_killed_stage_that_wrote_nothing_no_time_is_known(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     record = runs.begin("demo", ())

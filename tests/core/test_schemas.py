@@ -33,9 +33,9 @@ def print_of(model: type[BaseModel]) -> str:
 SHAPES = [
     (store.Manifest, store.SCHEMA, (1, "c85a7ee3")),
     (runs.RunRecord, runs.SCHEMA, (5, "554da8c8")),
-    (protocol.Request, protocol.SCHEMA, (4, "8d12e26f")),
-    (protocol.Result, protocol.SCHEMA, (4, "2ed34e80")),
-    (protocol.Failure, protocol.SCHEMA, (4, "1869b96c")),
+    (protocol.Request, protocol.SCHEMA, (5, "7a1024f5")),
+    (protocol.Result, protocol.SCHEMA, (5, "f90e8c7b")),
+    (protocol.Failure, protocol.SCHEMA, (5, "4bdde661")),
 ]
 
 
@@ -48,7 +48,7 @@ def test_the_key_document_of_every_kind_is_as_it_was() -> None:
     """A changed key rebuilds everything: it may change only with keys.SCHEMA or a default."""
     pipeline = load(ROOT / "pipelines.yaml").pipeline("demo")
     documents = {
-        name: keys.key_document(stage, 1, {}, {"files": "x"}, {}, {"torch": "2.13.0"}, "")["config"]
+        name: keys.key_document(stage, 1, {}, keys.Outside({"files": "x"}, libraries={"torch": "2.13.0"}))["config"]
         for name, stage in pipeline.stages.items()
         if stage.kind != "gate"
     }
@@ -84,7 +84,7 @@ def test_of_revisions_only_those_of_the_hub_are_left_out_of_the_key() -> None:
 
     def config(source: dict[str, object]) -> object:
         stage = DatasetStage.model_validate_json(json.dumps({"kind": "dataset", "sources": [source]}))
-        return keys.key_document(stage, 1, {}, {}, {}, {}, "")["config"]["sources"]
+        return keys.key_document(stage, 1, {})["config"]["sources"]
 
     hub = {"type": "hub", "repo": "owner/rows", "revision": "v2"}
     assert config(hub) == config(hub | {"revision": "v3"}) == [{"type": "hub", "repo": "owner/rows"}]

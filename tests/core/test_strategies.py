@@ -71,7 +71,7 @@ def test_it_is_allowed_with_so_many_processes(resources: dict[str, Any], world: 
 def test_how_a_training_is_shared_is_not_in_its_key() -> None:
     many = {"gpus": 8, "nodes": 2, "strategy": "zero3", "offload": "all", "checkpoint_minutes": 5.0, "checkpoints_kept": 4}
     one, other = (SftStage.model_validate(SFT | {"resources": resources}) for resources in ({"gpus": 1}, many))
-    assert key_document(one, 1, {}, {}, {}, {}, "") == key_document(other, 1, {}, {}, {}, {}, "")
+    assert key_document(one, 1, {}) == key_document(other, 1, {})
 
 
 def test_grpo_may_split_what_its_sampling_can_gather() -> None:

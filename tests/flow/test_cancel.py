@@ -161,4 +161,23 @@ def test_a_run_that_its_worker_calls_crashed_gets_the_end_that_its_record_has(
             found = client.read_flow_run(flow_run.id).state
             assert found is not None
             assert found.name == shown
-    assert len(said) == 2
+        assert len(said) == 2
+
+        # Prefect's Retry of a run has the same id: while it runs, the end of the first is not reported; its own is, once it is killed.
+        flow_run = client.create_flow_run(run_pipeline, parameters={"pipeline": "demo"}, state=Running())
+        for state, started in (("failed", "2026-01-01T00:00:00+00:00"), ("killed", "2026-01-01T00:01:00+00:00")):
+            record = runs.begin("demo", ())
+            record.flow_run, record.started = str(flow_run.id), started
+            runs.save(record)
+            watch.look(prefect_server, said.append)
+            if state == "killed":
+                found = client.read_flow_run(flow_run.id).state
+                assert found is not None
+                assert found.is_running()
+            runs.finish(record, state)  # type: ignore[arg-type]
+            if state == "killed":
+                for _ in range(2):
+                    watch.look(prefect_server, said.append)
+        found = client.read_flow_run(flow_run.id).state
+        assert found is not None
+        assert (found.name, len(said)) == ("Crashed", 3)

@@ -69,7 +69,7 @@ CALLS = [
     (['run', 'first', '--only', 'all'], '--only: found no stage `all` in first, expected base, data, sft, eval-base, eval-sft, merged, gate\n'),
     (['run', 'first', '--set', 'sft.seed=-1'], '--set sft.seed: first.sft.seed: found -1, expected at least 0\n'),
     (['run', 'first', '--set', 'sft.seed'], '--set sft.seed: found no `=`, expected stage.field=value\n'),
-    (['plan', 'first', '--set', 'sft.lora.q=1'], '--set sft.lora.q: first.sft.lora.q: found the unknown field `q`, expected r, lora_alpha, lora_dropout, target_modules, use_rslora, use_dora\n'),
+    (['plan', 'first', '--set', 'sft.lora.q=1'], '--set sft.lora.q: first.sft.lora.q: found the unknown field `q`, expected target_modules, exclude_modules, layers_to_transform, modules_to_save, r, lora_alpha, lora_dropout, rank_pattern, alpha_pattern, init_lora_weights, lora_plus_ratio, use_rslora, use_dora\n'),
     (['plan', 'first', '--set', 'eval-sft.datasets.1=data'], '--set eval-sft.datasets.1: found `1` as a list index, expected 0 to 0\n\nhint: to replace the whole list, write `=[a, b]`\n'),
     (['plan', 'first', '--set', 'sft.lora={'], '--set sft.lora: found the end of the text, expected a value\n\nhint: close the bracket, brace or quote that was opened\n'),
     (['plan', 'first', '--set', 'base.hub=../..'], "--set base.hub: first.base.hub: found '../..', expected owner/name, as on the hub\n\nhint: for a local folder, write `path: ../..`\n"),

@@ -69,7 +69,6 @@ def test_its_figures_are_in_the_manifest_and_its_curve_in_the_report(trained: Pr
     ].keys()
     assert stage["document"]["libraries"]["vllm"].count(".") == 2
     assert shown["stages"]["gate"] is None or shown["state"] == "completed"
-    assert list(trained.root.glob(f".tuneline/store/grpo/*/{stage['key']}/meta/reward.png"))
     page = Page((trained.root / ".tuneline" / "runs" / f"{shown['run_id']}.html").read_text(encoding="utf-8"))
     said = " ".join(page.text.split())
     for words in (

@@ -35,7 +35,7 @@ STAGES = ("base", "words", "sft", "merged", "gptq", "eval", "eval-sft")
 UNUSED = {
     "model": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval matplotlib",
     "dataset": "bitsandbytes deepspeed gptqmodel torchao peft trl datasets lm_eval torch accelerate scipy",
-    "sft": "bitsandbytes deepspeed gptqmodel torchao lm_eval",
+    "sft": "bitsandbytes deepspeed gptqmodel torchao lm_eval matplotlib",
     "merge": "bitsandbytes deepspeed gptqmodel torchao trl datasets lm_eval matplotlib",
     "evaluate": "bitsandbytes deepspeed gptqmodel torchao trl datasets matplotlib",
     "quantize": "bitsandbytes deepspeed torchao peft trl lm_eval matplotlib",
@@ -63,6 +63,13 @@ def test_a_killed_and_an_undisturbed_run_end_with_the_same_digests(
 
 
 @pytest.mark.slow
+def test_a_training_that_two_runs_made_has_one_curve_and_its_link_is_shown(killed: Project) -> None:
+    curves = killed.root / ".tuneline" / "tensorboard" / "pico" / "sft"
+    assert [len(list(folder.glob("events.*"))) for folder in curves.iterdir()] == [2]
+    assert "tensorboard: tensorboard --logdir /" in killed.tuneline("show", "pico/sft").stdout
+
+
+@pytest.mark.slow
 def test_programs_import_what_their_kind_needs(killed: Project) -> None:
     written = [(file.name.split("-")[0], json.loads(file.read_bytes())) for file in (killed.root / "imports").glob("*.json")]
     assert sorted(kind for kind, _ in written) == sorted([*UNUSED, "evaluate"])
@@ -76,7 +83,8 @@ def test_a_second_run_starts_no_process_and_plans_say_why(killed: Project) -> No
     assert [stage["status"] for stage in again["stages"]] == ["cached"] * len(STAGES) + ["done"]
     plan = killed.json("plan", "pico", "--set", "sft.lora.r=4")["stages"]
     assert {row["stage"]: row["status"] for row in plan} == {
-        "base": "cached", "words": "cached", "sft": "run", "merged": "run", "gptq": "run", "eval": "run", "eval-sft": "run", "gate": "run",
+        "base": "cached", "words": "cached", "sft": "run", "gate": "run",
+        **dict.fromkeys(("merged", "gptq", "eval", "eval-sft"), "run or cached"),
     }  # fmt: skip
     assert [reason["text"] for reason in plan[2]["reasons"]] == ["lora.r 8 -> 4"]
     same = killed.json("plan", "pico", "--set", "sft.resources.micro_batch_size=1", "--set", "sft.retries=9")["stages"]
@@ -108,6 +116,7 @@ def test_the_report_holds_the_figures_of_the_manifests(killed: Project) -> None:
     for heading in (
         "gate done figure required met words/bits_per_byte of eval",
         "Training of sft",
+        "tensorboard tensorboard --logdir /",
         "adapter sft",
         "quantized gptq",
         "words.jsonl 60",

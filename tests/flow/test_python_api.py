@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from processes import PATIENCE, gone, until
@@ -28,6 +29,17 @@ def nightly():
     open("went-on", "w")
 
 nightly()
+"""
+
+NESTED = """
+from prefect.runtime import flow_run
+
+@flow
+def outer():
+    open("outer", "w").write(flow_run.id)
+    nightly()
+
+outer()
 """
 
 
@@ -139,6 +151,24 @@ def test_a_signal_ends_a_flow_with_its_subflow(here: Project, stand_in: Callable
         found = client.read_flow_run(record.flow_run)
         assert found.state.is_cancelled()
         assert client.read_flow_run(client.read_task_run(found.parent_task_run_id).flow_run_id).state.is_crashed()
+
+
+@pytest.mark.slow
+def test_a_flow_that_is_cancelled_on_the_server_ends_with_its_subflow(here: Project, stand_in: Callable[..., None]) -> None:
+    """Of two flows that call one another, the first is cancelled, which no signal reports to its process."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelling
+
+    stand_in(one=["sleep"])
+    mark = f"{here.root.name}{os.getpid()}"
+    process = script(here, NIGHTLY.removesuffix("nightly()\n") + NESTED, MARK=mark)
+    until(lambda: (here.root / "sleeping-one").exists(), process)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(UUID((here.root / "outer").read_text()), Cancelling())
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert "RunFailed: demo cancelled" in err
+    assert gone(mark)
 
 
 @pytest.mark.full  # for two minutes afterwards, the server that all tests share records no task runs

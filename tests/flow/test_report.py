@@ -163,6 +163,8 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
     assert "base base 5.0 kB" in said
     assert "merged a <b>bold</b> warning" in said
     assert "0–9 3 10–19 6" in said  # the histogram
+    assert render(story.record).count('<svg class="chart"') == 2  # loss and learning rate, as in Prefect's UI
+    assert "loss by step, logarithmic · ━ train · ━● validation" in said
     assert re.search(r"source read duplicates over long train validation test a <script>.*jsonl 12 2 1 4 1 4", said)
 
 

@@ -28,7 +28,7 @@ from project import ROOT, Project
 from flows.report import progress
 from flows.run import forced
 from tuneline.trees import file_memory
-from tuneline.workspace.runs import RunRecord
+from tuneline.workspace.runs import RunRecord, Runs, StageRecord
 from tuneline.workspace.store import Store
 
 
@@ -90,12 +90,25 @@ def test_a_passing_failure_is_tried_again_within_the_budget(demo: Project, stand
 
 @pytest.mark.slow
 def test_the_time_of_a_stage_is_that_of_all_its_attempts(
-    demo: Project, stand_in: Callable[..., None], run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    demo: Project,
+    stand_in: Callable[..., None],
+    run: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from flows.report.tables import run_table
+    from flows.run.supervisor import Supervisor
 
+    waiting: list[StageRecord] = []
+
+    def pause(_supervisor: Supervisor, seconds: float) -> None:
+        record = Runs(demo.root / ".tuneline" / "runs").get("demo", None)
+        waiting.extend(stage for stage in record.stages if stage.stage == "one")
+
+    monkeypatch.setattr(Supervisor, "pause", pause)
     stand_in(one=["tired", "tired", "ok"])
     record, _ = run()
+    assert [(stage.status, stage.started, stage.attempts) for stage in waiting] == [("running", None, 1), ("running", None, 2)]
     stages = {stage.stage: stage for stage in record.stages}
     assert (stages["one"].attempts, stages["two"].attempts, stages["gate"].attempts) == (3, 1, 0)
     assert stages["one"].seconds > 3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE, gone, marked
 
-from flows.run.supervisor import WATCHDOG, WORK, Outcome, Supervisor, program_environment
+from flows.run.supervisor import WATCHDOG, WORK, Outcome, Program, Supervisor, program_environment
 from flows.server.connect import listens
 from tuneline.workspace.protocol import Event, Events
 
@@ -47,7 +47,8 @@ def run(
     environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "0.5"}
     held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        outcome = (supervisor or Supervisor()).run(["bash", "-c", script], environment, folder, timeout, (held,), heard, events.append)
+        program = Program(["bash", "-c", script], environment, folder, timeout, (held,))
+        outcome = (supervisor or Supervisor()).run(program, heard, events.append)
     finally:
         os.close(held)
     return outcome, lines, events
@@ -115,11 +116,11 @@ def test_the_death_of_the_flow_ends_the_tree_and_frees_the_lock_last(tmp_path: P
     flow = f"""
 import os, sys
 sys.path.insert(0, {str(WATCHDOG.parent.parent)!r})
-from flows.run.supervisor import Supervisor
+from flows.run.supervisor import Program, Supervisor
 from tuneline.workspace.store import Store
 from pathlib import Path
 with Store(Path({str(tmp_path)!r})).locked("key") as held:
-    Supervisor().run(["bash", "-c", {tree!r}], os.environ, Path({str(tmp_path)!r}), None, (held,), print, print)
+    Supervisor().run(Program(["bash", "-c", {tree!r}], os.environ, Path({str(tmp_path)!r}), locks=(held,)), print, print)
 """
     environment = {**os.environ, "MARK": mark, "TUNELINE_GRACE": "3600"}
     process = subprocess.Popen([sys.executable, "-u", "-c", flow], env=environment, stdout=subprocess.PIPE, text=True)

@@ -347,7 +347,12 @@ def test_the_doctor_finds_runs_whose_process_is_gone_and_tells_the_server(lastin
         until(lambda: (lasting_up.project.root / "sleeping-one").exists())
         page = next(line for line in iter(process.stderr.readline, "") if line.startswith("page: ")).strip()  # type: ignore[union-attr]
         identity = page.rpartition("/")[2]
-        assert not any(identity in entry["check"] for entry in doctor(lasting_up)["findings"])
+        newest = lasting_up.project.root / ".tuneline" / "runs" / f"{lasting_up.project.json('runs')[0]['run_id']}.json"
+        older = newest.with_name("20260101T000000000Z-abcd.json")  # of before a Retry: the same run in Prefect
+        ended = {"run_id": older.stem, "state": "failed", "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00"}
+        older.write_text(json.dumps(json.loads(newest.read_text()) | ended))
+        assert not any(identity in entry["check"] for entry in doctor(lasting_up, "--fix")["findings"])
+        older.unlink()
         process.kill()
         process.communicate(timeout=PATIENCE)
         found = problem(doctor(lasting_up), "run demo")

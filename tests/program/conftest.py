@@ -20,7 +20,8 @@ from silent_tools import World, make_world
 from strategy_tools import FIELDS
 from vllm_tools import LAYERS, ROOM
 
-from tasks.engine.client import Engine
+from tasks.engine.client import Adapters, Engine
+from tasks.engine.server import Place
 from tasks.models.loading import template_hash
 from tuneline.kinds.engine import EngineSettings
 from tuneline.workspace.protocol import Input, Request
@@ -83,7 +84,7 @@ def server(taught: Input, vllm_python: Path, tmp_path_factory: pytest.TempPathFa
     """One for all tests of vLLM, in files that follow one another: a start takes half a minute. The last of them kills it."""
     settings = EngineSettings(enforce_eager=True, cpu_memory=0.25, start_timeout=600)
     log = tmp_path_factory.mktemp("engine") / "engine.log"
-    with Engine(vllm_python, taught.path, settings, "float32", 4, ROOM, log, None, LAYERS) as engine:
+    with Engine(Place(vllm_python, log), taught.path, settings, "float32", ROOM, Adapters(4, LAYERS)) as engine:
         yield engine
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pico import save_pico
 from program_tools import ROOT, make_request, payload_digest, run_program
 
-from tasks.data.code import FRAME, GRAMMARS, chunks, code_rows, cut, depths, length
+from tasks.data.code import FRAME, GRAMMARS, Selected, chunks, code_rows, cut, depths, length
 from tasks.data.rows import SPLITS, Row, content_hash, read_split
 from tasks.models.loading import load_tokenizer
 from tuneline.errors import StageFailed
@@ -252,7 +252,7 @@ def test_the_share_moved_is_the_one_asked_for(words: Any, tmp_path: Path) -> Non
     file = tmp_path / "a.py"
     file.write_text("\n\n".join(f"def f_{i}():\n    return {i}" for i in range(400)))
     source = CodeSource(type="code", path=".", chunk_length=32, fim_rate=0.25)
-    rows = list(code_rows("sources.0", source, Tree(folder=tmp_path, left_out={}), [file], words, 0, Counter()))
+    rows = list(code_rows(Selected("sources.0", source, tmp_path, [file]), words, 0, Counter()))
     share = sum(QWEN[0] in (row.text or "") for _, row in rows) / len(rows)
     assert len(rows) > 150
     assert 0.15 < share < 0.35

@@ -12,8 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from tasks.models import adapters, targets
 from tuneline.estimates.architectures import FAMILIES, Architecture, read
 from tuneline.estimates.memory import Job
+from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
 from tuneline.kinds.sft import SftStage
 
 SMALL = {
@@ -53,7 +55,25 @@ def test_an_adapters_parameters_are_those_of_peft(targets: Any, use_dora: bool, 
     model, architecture = small_model("qwen2", tmp_path)
     wanted = targets if isinstance(targets, str) else list(targets)
     trainable, _ = get_peft_model(model, LoraConfig(r=8, target_modules=wanted, use_dora=use_dora)).get_nb_trainable_parameters()
-    assert architecture.lora_parameters(8, targets, use_dora) == trainable
+    assert architecture.adapter_parameters(Lora(r=8, target_modules=targets, use_dora=use_dora)) == trainable
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Lora(r=8, target_modules="attention", layers_to_transform=(1,), rank_pattern={"q_proj": 4}),
+        Lora(r=8, target_modules=r".*\.mlp\..*", exclude_modules=("up_proj",)),
+        Vera(r=16),
+        Oft(oft_block_size=16, target_modules="mlp"),
+        Ia3(target_modules="all-linear"),
+    ],
+    ids=repr,
+)
+def test_the_parameters_of_every_kind_are_those_of_peft(settings: Any, tmp_path: Path) -> None:
+    model, architecture = small_model("qwen2", tmp_path)
+    config = adapters.configuration(settings, targets.adapted(model, settings))
+    trainable, _ = get_peft_model(model, config).get_nb_trainable_parameters()
+    assert architecture.adapter_parameters(settings) == trainable
 
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [

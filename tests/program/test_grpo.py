@@ -92,7 +92,6 @@ def test_it_learns_what_is_rewarded_and_tells_how(tmp_path: Path, base: Input) -
     assert right
     assert all(line["rewards"]["exact_match"] == 1.0 for line in right)
     assert sum(line["rewards"]["exact_match"] for line in kept) == len(right)
-    assert (request.meta / "reward.png").stat().st_size > 5_000
     config = json.loads((request.payload / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, f"tuneline:{base.digest}")
     assert (request.payload / "chat_template.jinja").exists()

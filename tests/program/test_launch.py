@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from program_tools import ROOT, make_request
 
-from tasks.launch import LOST_PEER, RANKS, RENDEZVOUS, transient
+from tasks.launch import LOST_PEER, RANKS, transient
+from tuneline.workspace.file_names import RENDEZVOUS
 from tuneline.workspace.protocol import Failure
 
 LAUNCHER = """\

@@ -13,7 +13,7 @@ from grpo_tools import SMALL as GRPO
 from pico import save_pico, tokenizer
 from program_tools import make_request, run_program
 from template_table import said
-from template_tools import ASK, ENDS_WHOLE, THINKS_LAST, TURN
+from template_tools import ASK, CHANNELED, ENDS_WHOLE, THINKS_LAST, TURN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.data.rows import read_split
@@ -27,14 +27,6 @@ DUMPS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     + TURN.replace("{{ m.content }}", "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}")
     + ASK
-)
-# Channels, as gpt-oss has them, by special tokens that the pico models' tokenizer knows.
-CHANNELS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}"
-    "{% if m.role == 'assistant' and m.reasoning_content and loop.last %}"
-    "<file_sep>analysis<repo_name>{{ m.reasoning_content }}<gh_stars><|im_start|>assistant{% endif %}"
-    "{% if m.role == 'assistant' %}<file_sep>final{% endif %}<repo_name>{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
 NOUNS = {"owl": "an animal", "fox": "an animal", "oak": "a plant", "rose": "a plant"}
 ADJECTIVES = ("red", "old", "shy", "wet")
@@ -150,7 +142,7 @@ def test_calls_are_refused_where_the_template_leaves_them_out(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_thoughts_in_a_channel_are_learnt_and_count_neither_for_evaluations_nor_for_rewards(tmp_path: Path) -> None:
-    line = Line(tmp_path, CHANNELS)
+    line = Line(tmp_path, CHANNELED)
     data = line.dataset(animals(reasoning_content="One of two."))
     model = line.sft(data, **FULL)
     assert line.evaluate(model, data)["dataset0/exact_match"] > 0.8

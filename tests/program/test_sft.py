@@ -25,7 +25,7 @@ from tasks.training import sft
 from tasks.training import shared as training
 from tasks.training.checkpoints import MARKER
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import Lora
+from tuneline.kinds.adapters import Lora
 from tuneline.workspace.protocol import Events, Input, Request
 
 
@@ -42,7 +42,6 @@ def test_it_learns_and_hands_over_a_canonical_adapter(tmp_path: Path, base: Inpu
 
     history = [json.loads(line) for line in (request.meta / "history.jsonl").read_text().splitlines()]
     assert [entry["loss"] for entry in history if "loss" in entry] == losses
-    assert (request.meta / "loss.png").stat().st_size > 5000
 
     names = {path.name for path in request.payload.rglob("*")}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}

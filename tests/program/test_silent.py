@@ -64,8 +64,10 @@ OWN = {  # of our subclasses of library classes: what is theirs alone, and repla
     },  # the last one replaces that of the trainers beside it
     PairTrainer: {"halves", "per_row", "counts", "loss_of_masked", "totals_of"},
     LabelTrainer: {"masks", "counts", "loss_of_masked", "totals_of", "_divergence"},
-    LanguageModel: {"write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy"},
-    EngineModel: {"serve", "check"},
+    LanguageModel: {
+        *("write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy", "_generate", "_cut", "_has_stop"),
+    },
+    EngineModel: {"serve", "check", "_broken_off"},
 }
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from architecture_table import Trial
-from peft import PeftModel
+from architecture_table import COMMON, TYPES, Trial
+from peft import LoraConfig, PeftModel
 from program_tools import make_request, run_program, run_until
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tasks.models import targets
+from tasks.models import adapters, targets
 from tuneline.errors import StageFailed
-from tuneline.kinds.training import Lora
+from tuneline.kinds.adapters import Lora
 from tuneline.workspace.protocol import Input, Request
 
 SFT: dict[str, Any] = {"kind": "sft", "model": "base", "dataset": "data", "max_steps": 4, "global_batch_size": 4, "learning_rate": 1e-2}
@@ -132,8 +132,8 @@ def test_what_the_hint_says_works(mixture: Trial) -> None:
 
 
 def test_the_adapters_form_is_looked_at_before_the_first_step(mixture: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = targets.lora_config
-    monkeypatch.setattr(targets, "lora_config", lambda lora, found: real(lora.model_copy(update={"r": 2}), found))
+    real = adapters.configuration
+    monkeypatch.setattr(adapters, "configuration", lambda lora, found: real(lora.model_copy(update={"r": 2}), found))
     made = request(mixture, "other-rank")
     with pytest.raises(StageFailed, match="the adapter has r 2, expected 4"):
         run_program(made)
@@ -163,3 +163,46 @@ def test_routers_are_left_alone() -> None:
     found = targets.adapted(mixture, Lora())
     assert not [name for name in found.layers if "router" in name]
     assert {name.rpartition(".")[2] for name in found.parameters} == {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention", "mlp"),
+    [
+        ("gpt2", {"c_attn", "attn.c_proj"}, {"c_fc", "mlp.c_proj"}),  # Conv1D, one layer for queries, keys and values
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}),  # no module around the second part
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj", "experts.gate_up_proj"}),
+        ("bamba", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}),  # its in_proj is neither
+    ],
+)  # fmt: skip
+def test_presets_select_the_parts_of_a_layer(model_type: str, attention: set[str], mlp: set[str]) -> None:
+    made = model(model_type, **COMMON | TYPES[model_type])
+    for preset, wanted in (("attention", attention), ("mlp", mlp), ("attention+mlp", attention | mlp)):
+        found = targets.adapted(made, Lora(target_modules=preset))
+        names = {name.removesuffix(".weight") for name in found.layers | found.parameters.keys()}
+        assert all(any(name.endswith(f".{end}") for end in wanted) for name in names)
+        assert all(any(name.endswith(f".{end}") for name in names) for end in wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": r"model\.layers\..*\.qkv"}, r"lora: found target_modules: .*, which matches no layer"),
+        ({"target_modules": "attention", "exclude_modules": ("c_attn", "c_proj")}, "which matches no layer"),
+        ({"layers_to_transform": (2,)}, "lora.layers_to_transform: found 2, expected numbers from 0 to 1"),
+        ({"exclude_modules": ("c_atn",)}, "lora.exclude_modules: found c_atn, expected some of c_attn"),
+        ({"rank_pattern": {"q_proj": 4}}, "lora.rank_pattern: found q_proj, which matches no layer with an adapter"),
+    ],
+)
+def test_settings_that_match_nothing_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(StageFailed, match=message) as failure:
+        targets.adapted(model("gpt2", **COMMON), Lora(**fields))
+    assert failure.value.hint
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ("q_proj", "v_proj")])
+def test_older_settings_give_the_configuration_that_they_gave(modules: Any) -> None:
+    made = model("llama", **COMMON | TYPES["llama"])
+    lora = Lora(r=8, target_modules=modules, use_dora=True)
+    written = adapters.saved_config(adapters.configuration(lora, targets.adapted(made, lora)).to_dict(), lora)
+    wanted = modules if isinstance(modules, str) else list(modules)
+    assert written == LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=wanted, use_dora=True).to_dict()

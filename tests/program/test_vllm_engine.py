@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm_tools import GREEDY, LAYERS, PROMPTS, ROOM, SAMPLED
 
-from tasks.engine.client import BASE, Engine
+from tasks.engine.client import BASE, Adapters, Engine, Sampling
+from tasks.engine.server import Place
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
 from tuneline.workspace.protocol import Input
@@ -51,9 +52,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[Path
     return folders
 
 
-def start(python: Path, model: Path, log: Path, lora_rank: int | None = None, lora_modules: Sequence[str] | None = None) -> Engine:
+def start(python: Path, model: Path, log: Path, adapters: Adapters | None = None) -> Engine:
     settings = EngineSettings(enforce_eager=True, cpu_memory=0.25, start_timeout=600)
-    return Engine(python, model, settings, "float32", lora_rank, 128, log, lora_modules=lora_modules)
+    return Engine(Place(python, log), model, settings, "float32", 128, adapters)
 
 
 def expected(model: Path, adapter: Path | None, tokens: list[int]) -> torch.Tensor:
@@ -66,7 +67,7 @@ def expected(model: Path, adapter: Path | None, tokens: list[int]) -> torch.Tens
 
 
 def check_greedy(engine: Engine, name: str, model: Path, adapter: Path | None) -> list[list[int]]:
-    completions = engine.generate(PROMPTS, model=name, **GREEDY)
+    completions = engine.generate(PROMPTS, GREEDY, model=name)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         likely = expected(model, adapter, prompt + completion.ids)[len(prompt) - 1 : -1]
         assert completion.ids == likely.argmax(-1).tolist()
@@ -90,7 +91,7 @@ def test_the_adapter_that_is_asked_for_answers(engine: Engine, model: Path, adap
     with pytest.raises(StageFailed, match="cannot load the adapter first"):
         engine.load("first", adapters[1])
     with pytest.raises(StageFailed, match="404: The model `first` does not exist"):
-        engine.generate(PROMPTS, model="first", **GREEDY)
+        engine.generate(PROMPTS, GREEDY, model="first")
     engine.load("fourth", adapters[0])
     assert check_greedy(engine, "fourth", model, adapters[0]) == answers[0]
     assert check_greedy(engine, "second", model, adapters[1]) == answers[1]
@@ -100,7 +101,7 @@ def test_the_adapter_that_is_asked_for_answers(engine: Engine, model: Path, adap
 
 def test_more_prompts_than_fit_a_batch_with_a_seed_each(engine: Engine) -> None:
     prompts = [[3 + (i + k) % 100 for k in range(100)] for i in range(40)]  # 4,000 tokens, of which it computes 2,048 together
-    completions = engine.generate(prompts, model=BASE, max_tokens=4, temperature=1.0, seed=7)
+    completions = engine.generate(prompts, Sampling(max_tokens=4, temperature=1.0), model=BASE, seed=7)
     assert all(completion.ids for completion in completions)
 
 
@@ -114,22 +115,22 @@ def test_an_adapter_of_layers_that_it_was_not_told_of_is_refused(engine: Engine,
 def test_an_engine_of_adapters_for_the_output_layer_does_not_score(model: Path, tmp_path: Path) -> None:
     for layers in (None, [*LAYERS, "lm_head"]):
         with pytest.raises(StageFailed, match="whose adapters may change lm_head cannot score"):
-            start(Path("python"), model, tmp_path / "engine.log", 4, layers).score(PROMPTS, BASE)
+            start(Path("python"), model, tmp_path / "engine.log", Adapters(4, layers)).score(PROMPTS, BASE)
 
 
 def test_another_process_of_the_training_may_ask_it_too(engine: Engine, vllm_python: Path, model: Path, tmp_path: Path) -> None:
     other = start(vllm_python, model, tmp_path / "engine.log")
     other.join(engine.address)
-    assert other.generate(PROMPTS, model=BASE, **GREEDY) == engine.generate(PROMPTS, model=BASE, **GREEDY)
+    assert other.generate(PROMPTS, GREEDY, model=BASE) == engine.generate(PROMPTS, GREEDY, model=BASE)
     other.__exit__(None, None, None)
-    engine.generate(PROMPTS, model=BASE, **GREEDY)
+    engine.generate(PROMPTS, GREEDY, model=BASE)
 
 
 def test_without_its_key_it_does_not_answer(engine: Engine, vllm_python: Path, model: Path, tmp_path: Path) -> None:
     other = start(vllm_python, model, tmp_path / "engine.log")
     other.join((engine.address[0], "guessed"))
     with pytest.raises(StageFailed, match="answers POST /v1/completions with 401"):
-        other.generate(PROMPTS, model=BASE, **GREEDY)
+        other.generate(PROMPTS, GREEDY, model=BASE)
 
 
 def test_what_vllm_does_not_take_is_refused_in_its_words(engine: Engine, adapters: list[Path], tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_what_vllm_does_not_take_is_refused_in_its_words(engine: Engine, adapter
 
 def test_samples_differ_by_seed_and_end_with_the_end_token(engine: Engine, model: Path) -> None:
     heard: list[tuple[int, int]] = []
-    completions = engine.generate([PROMPTS[0]] * 40, model=BASE, **SAMPLED, seed=7, done=lambda *state: heard.append(state))
+    completions = engine.generate([PROMPTS[0]] * 40, SAMPLED, model=BASE, seed=7, done=lambda *state: heard.append(state))
     assert len({tuple(completion.ids) for completion in completions}) == 40
     ended = [completion for completion in completions if completion.finish_reason == "stop"]
     assert 0 < len(ended) < 40
@@ -157,25 +158,25 @@ def test_samples_differ_by_seed_and_end_with_the_end_token(engine: Engine, model
         assert completion.logprobs == pytest.approx(given.tolist(), abs=1e-3)
     assert heard == sorted(heard)
     assert heard[-1] == (40, sum(len(completion.ids) for completion in completions))
-    again = engine.generate([PROMPTS[0]] * 3, model=BASE, **SAMPLED, seed=[9, 7, 46])
+    again = engine.generate([PROMPTS[0]] * 3, SAMPLED, model=BASE, seed=[9, 7, 46])
     assert [completion.ids for completion in again] == [completions[i].ids for i in (2, 0, 39)]
 
 
 def test_log_probabilities_are_those_before_temperature(engine: Engine, model: Path) -> None:
-    (completion,) = engine.generate(PROMPTS[:1], model=BASE, max_tokens=12, temperature=0.5, top_p=0.9, seed=1)
+    (completion,) = engine.generate(PROMPTS[:1], Sampling(max_tokens=12, temperature=0.5, top_p=0.9), model=BASE, seed=1)
     likely = expected(model, None, PROMPTS[0] + completion.ids)[len(PROMPTS[0]) - 1 : -1]
     assert completion.logprobs == pytest.approx(likely.gather(-1, torch.tensor([completion.ids]).T)[:, 0].tolist(), abs=1e-3)
 
 
 def test_a_token_of_the_caller_ends_it_too(engine: Engine) -> None:
-    (whole,) = engine.generate(PROMPTS[:1], model=BASE, **GREEDY)
-    (cut,) = engine.generate(PROMPTS[:1], model=BASE, **GREEDY, stop_token_ids=[whole.ids[3]])
+    (whole,) = engine.generate(PROMPTS[:1], GREEDY, model=BASE)
+    (cut,) = engine.generate(PROMPTS[:1], replace(GREEDY, stop_token_ids=[whole.ids[3]]), model=BASE)
     assert cut.ids == whole.ids[: whole.ids.index(whole.ids[3]) + 1]
     assert (cut.finish_reason, whole.finish_reason) == ("stop", "length")
 
 
 def test_scores_are_those_of_transformers(engine: Engine, model: Path, adapters: list[Path]) -> None:
-    greedy = engine.generate(PROMPTS, model=BASE, **GREEDY)
+    greedy = engine.generate(PROMPTS, GREEDY, model=BASE)
     engine.load("scorer", adapters[0])
     likeliest: list[bool] = []
     for name, adapter in ((BASE, None), ("scorer", adapters[0])):
@@ -192,7 +193,7 @@ def test_scores_are_those_of_transformers(engine: Engine, model: Path, adapters:
 
 def test_a_prompt_that_is_too_long_is_refused_not_cut(engine: Engine) -> None:
     with pytest.raises(StageFailed, match=f"found a prompt that takes {ROOM + 4} tokens with its 12 new ones, expected at most {ROOM}"):
-        engine.generate([[5] * (ROOM - 8)], model=BASE, **GREEDY)
+        engine.generate([[5] * (ROOM - 8)], GREEDY, model=BASE)
 
 
 def test_one_that_cannot_come_up_says_why(vllm_python: Path, tmp_path: Path) -> None:

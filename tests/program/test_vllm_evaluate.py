@@ -18,13 +18,15 @@ from peft import LoraConfig, get_peft_model
 from pico import tokenizer
 from program_tools import run_program
 from safetensors.torch import load_file, save_file
+from template_tools import OPENS
 from transformers import AutoModelForCausalLM
 from vllm_tools import ROOM, borrowed_from
 
 from tasks.data.masks import prompt_ids
 from tasks.data.rows import Row
-from tasks.engine.client import Engine
+from tasks.engine.client import Engine, Sampling
 from tasks.evaluation import harness_vllm
+from tasks.models.loading import template_hash
 from tuneline.workspace.protocol import Input, Request
 
 PLAIN = [Row(source="s", prompt=f"{i} and {i} are", completion=f" {2 * i}, naïvely", id=f"plain{i}") for i in range(3)]
@@ -117,8 +119,26 @@ def test_figures_are_those_of_transformers(tmp_path: Path, base: Input, adapter:
     assert any(cut)
     assert not any("e" in text or "a" in text for text in cut)
     (started,) = borrowed
-    assert started[4:6] == ((None if what == "base" else 4), max(len(prompt_ids(rows[6], tokenizer())) + 12, started[5]))
-    assert started[5] < ROOM
+    longest, adapters = started[4:]
+    assert (adapters.rank if adapters else None) == (None if what == "base" else 4)
+    assert len(prompt_ids(rows[6], tokenizer())) + 12 <= longest < ROOM
+
+
+@pytest.mark.full
+def test_stop_texts_cut_equally_and_never_within_thoughts(tmp_path: Path, base: Input, borrowed: list[Started]) -> None:
+    """Also where the generation prompt opens a thought that the model does not close: vLLM would stop within it."""
+    asked = request_for(tmp_path / "asked", base, CHATS)
+    run_program(asked)
+    stop = sorted({sample["answer"][3:5] for sample in samples(asked)})
+    found = both(tmp_path / "plain", base, CHATS, stop=stop)
+    agree(found)
+    assert found[1][0]["dataset0/stopped"] == 1.0
+    folder = Path(shutil.copytree(base.path, tmp_path / "thinking"))
+    (folder / "chat_template.jinja").write_text(OPENS)
+    words = tokenizer()
+    words.chat_template = OPENS
+    agree(found := both(tmp_path / "opened", base.model_copy(update={"path": folder, "template": template_hash(words)}), CHATS, stop=stop))
+    assert found[1][0]["dataset0/stopped"] < 1.0
 
 
 @pytest.mark.slow
@@ -126,7 +146,7 @@ def test_answers_end_with_the_text_that_they_are_cut_at(server: Engine, adapter:
     read = tokenizer()
     server.load("talkative", adapter.path)
     prompts = [read(f"What is {i}?")["input_ids"] for i in range(8)]
-    for completion in server.generate(prompts, model="talkative", max_tokens=64, temperature=0.0, stop=["e", "a"]):
+    for completion in server.generate(prompts, Sampling(max_tokens=64, temperature=0.0, stop=["e", "a"]), model="talkative"):
         assert len(completion.ids) == len(completion.logprobs) < 64
         assert any(end in read.decode(completion.ids) for end in "ea")
         assert not any(end in read.decode(completion.ids[:-1]) for end in "ea")

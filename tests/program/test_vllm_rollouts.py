@@ -27,6 +27,7 @@ from tasks.engine.client import BASE, Engine
 from tasks.training import grpo, rollouts
 from tasks.training.rollouts import MEMORY, folder_in_memory
 from tuneline.errors import StageFailed
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.grpo import GrpoStage
 from tuneline.workspace.protocol import Input, Request
 
@@ -75,8 +76,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[list[Weights]], Weig
     seen: list[Weights] = []
     save = rollouts.save_adapter
 
-    def save_another(model: Any, tensors: Weights, place: Path, source: Input) -> None:
-        save(model, tensors, place, source)
+    def save_another(model: Any, tensors: Weights, place: Path, source: Input, lora: Lora) -> None:
+        save(model, tensors, place, source, lora)
         seen.append(load_file(place / "adapter_model.safetensors"))
         if len(seen) >= sync:
             save_file(wrong(seen), place / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -218,7 +219,7 @@ def room(tmp_path: Path) -> Iterator[None]:
 def test_a_server_that_dies_at_work_is_a_passing_failure(server: Engine) -> None:
     assert server._server.process is not None
     family = family_of(server._server.process.pid)
-    server.generate(PROMPTS, model=BASE, **GREEDY)
+    server.generate(PROMPTS, GREEDY, model=BASE)
     worker = next(process for process, name in family.items() if "Worker" in name)
 
     def kill(*_: int) -> None:
@@ -226,7 +227,7 @@ def test_a_server_that_dies_at_work_is_a_passing_failure(server: Engine) -> None
             os.kill(worker, signal.SIGKILL)
 
     with pytest.raises(StageFailed, match="engine.log:\n") as failed:
-        server.generate([[5]] * 500, model=BASE, **SAMPLED, done=kill)
+        server.generate([[5]] * 500, SAMPLED, model=BASE, done=kill)
     server.__exit__(None, None, None)
     assert failed.value.failure_class == "transient"
     assert not alive(family)

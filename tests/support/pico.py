@@ -81,12 +81,15 @@ def save_pico(
     return folder
 
 
-def teach(folder: Path, conversations: list[list[dict[str, Any]]], steps: int = 60) -> Path:
-    """Trains all weights of a pico model in a folder until it answers as in the conversations, each as often as the others."""
+def teach(folder: Path, conversations: list[list[dict[str, Any]]], steps: int = 60, template: str = "") -> Path:
+    """Trains all weights of a pico model in a folder until it answers as in the conversations, each as often as the others: under
+    SmolLM2's template, or another one, which is saved with it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     words, model = tokenizer(), AutoModelForCausalLM.from_pretrained(folder)
+    words.chat_template = template or words.chat_template
+    words.save_pretrained(folder)
     texts = [words.apply_chat_template(turns, tokenize=False) for turns in conversations]
     batch = words(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
     prompts = [len(words.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]) for turns in conversations]

@@ -14,6 +14,7 @@ roots: ["%(models)s"]
 runtimes: {here: {python: "%(python)s"}, apart: {python: "%(quantize)s"}}
 pipelines:
   pico:
+    track: {tensorboard: {}}
     stages:
       base:     {kind: model, path: %(model)s, runtime: here}
       words:    {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {validation: 0.1, test: 0.2}, runtime: here}

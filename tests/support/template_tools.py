@@ -49,3 +49,20 @@ SPEAKERS = TURN.replace("{% for m in messages %}", "{% for m in messages if m.ro
 WITH_TOOLS = "{{ tools | tojson if tools }}" + CALLS
 SYSTEM = said("system", "You are polite.")
 QUESTION, ANSWER = said("user", "Q"), said("assistant", "A")
+
+# Thoughts of the last answer in a block.
+THINKING = (
+    TURN.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' and m.reasoning_content and loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}",
+    )
+    + ASK
+)
+# Channels, as gpt-oss has them, by special tokens that the pico models' tokenizer knows.
+CHANNELED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}"
+    "{% if m.role == 'assistant' and m.reasoning_content and loop.last %}"
+    "<file_sep>analysis<repo_name>{{ m.reasoning_content }}<gh_stars><|im_start|>assistant{% endif %}"
+    "{% if m.role == 'assistant' %}<file_sep>final{% endif %}<repo_name>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)

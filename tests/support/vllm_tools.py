@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.engine.client import Engine
+from tasks.engine.client import Engine, Sampling
 from tuneline.watchdog import descendants
 
 ROOM = 192  # tokens of a prompt and its completion, of the tests' server
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [5, 6, 7, 8, 9, 10, 11, 12, 13], [100]]
-GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
-SAMPLED: dict[str, Any] = {"max_tokens": 64, "temperature": 1.0}
+GREEDY = Sampling(max_tokens=12, temperature=0)
+SAMPLED = Sampling(max_tokens=64, temperature=1.0)
 
 
 def borrowed_from(server: Engine, asked: Callable[..., None]) -> type:
@@ -24,8 +24,7 @@ def borrowed_from(server: Engine, asked: Callable[..., None]) -> type:
         def __init__(self, *arguments: Any, **named: Any):
             bound = inspect.signature(Engine).bind(*arguments, **named)
             asked(*bound.args)
-            log: Path = bound.arguments["log"]
-            log.write_text("")
+            bound.arguments["place"].log.write_text("")
 
         def __enter__(self) -> None: ...
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 STORED = "remove it: artifacts, checkpoints and logs are in the store; `tuneline show` prints their folders"
 EVERY_STEP = "remove it: every step is logged"
-REPORTS = "remove it: `tuneline show --open` shows the curves; nothing is sent elsewhere"
+REPORTS = "write `track: {tensorboard: {}}` or `track: {wandb: {}}` under the pipeline: docs/trackers.md"
 NONE = "remove it: tuneline has no such setting"
-TEMPLATE = "remove it: the model's own chat template is used"
+TEMPLATE = "remove it: the model's own chat template is used; another one is a file, `chat_template:` in the stage of kind `model`"
+TEMPLATE_FILE = "write `chat_template: FILE`, a Jinja template, or remove it: the model's own is used"
+THINKING = "write `chat_template_kwargs: {enable_thinking: false}` in the stage of kind `model`"
+MOST_ROWS = "write `max_rows` in a source of the stage of kind `dataset`"
 ROWS = "rows come from a stage of kind `dataset`: name it in `dataset:`"
 BASE = "write `model:` with the name of a stage of kind `model`, which has `hub:` or `path:`"
 HELD_OUT = "write `split: {validation: 0.1}` in the stage of kind `dataset`"
@@ -68,13 +71,17 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("report_to", "run_name", "wandb_project", "wandb_entity", "wandb_run_id", "mlflow_tracking_uri"), REPORTS),
         **dict.fromkeys(("push_to_hub", "hub_model_id"), "remove it: tuneline uploads nothing"),
         **dict.fromkeys(("template", "chat_template", "chat_template_jinja", "conversation_template"), TEMPLATE),
+        **dict.fromkeys(("enable_thinking", "chat_template_kwargs", "chat_template_args", "reasoning_effort"), THINKING),
+        **dict.fromkeys(("default_system", "system", "system_prompt"), "write `system` in the stage of kind `dataset`, or in a source"),
+        **dict.fromkeys(("interleave_probs", "mix_strategy", "dataset_mixer"), "write `weight` in each of `sources:` of the dataset"),
         **dict.fromkeys(("model_name_or_path", "model_name", "base_model", "model_path", "model_id", "pretrained"), BASE),
         **dict.fromkeys(("adapter_name_or_path", "lora_model_dir", "adapters"), (
             "write `adapter:` with the name of a training stage, to train its adapter further"
         )),
         **dict.fromkeys(("tokenizer", "tokenizer_type", "tokenizer_name"), "remove it: the model's own tokenizer is used"),
         **dict.fromkeys(("datasets", "data", "dataset_dir", "dataset_name", "data_path", "train_file", "train_dataset"), ROWS),
-        **dict.fromkeys(("dataset_text_field", "preprocessing_num_workers", "dataset_num_proc", "max_samples", "streaming"), ROWS),
+        **dict.fromkeys(("dataset_text_field", "preprocessing_num_workers", "dataset_num_proc", "streaming"), ROWS),
+        **dict.fromkeys(("max_samples", "max_train_samples"), MOST_ROWS),
         **dict.fromkeys(("bf16", "bfloat16", "pure_bf16"), "write `dtype: bfloat16`, the default on GPUs"),
         **dict.fromkeys(("fp16", "float16", "tf32", "torch_dtype"), (
             "write `dtype: bfloat16`, the default on GPUs, or float32: float16 is not offered"
@@ -86,8 +93,9 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("sample_packing", "neat_packing", "pad_to_sequence_len", "multipack"), "write `packing: true`"),
         **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "write `train_on: all`, or assistant, the default"),
         **dict.fromkeys(("assistant_only_loss", "roles_to_train"), (
-            "write `train_on: assistant`, the default, or completion"
+            "write `train_on: assistant`, the default, completion, or `{last: 2}`"
         )),
+        "loss_scale": "write `train_on: completion` for the last answer (last_round), or assistant, the default",
         **dict.fromkeys(("completion_only_loss", "mask_history"), "write `train_on: completion`: the last answer only"),
         **dict.fromkeys(("deepspeed", "ds_config", "zero_stage"), ZERO),
         **dict.fromkeys(("fsdp", "fsdp_config"), FSDP),
@@ -102,9 +110,26 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("optim", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), (
             "remove it: trainings use AdamW with its defaults"
         )),
-        **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "loraplus_lr_ratio", "pissa_init", "use_galore"), NONE),
+        **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "use_galore"), NONE),
+        **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio", "lora_plus_lr_ratio"), "write `lora: {lora_plus_ratio: 16}`"),
+        **dict.fromkeys(("pissa_init", "pissa_iter", "pissa_convert"), (
+            "write `lora: {init_lora_weights: pissa}`, or pissa_niter_16, which is faster: the adapter fits the unchanged base"
+        )),
+        **dict.fromkeys(("init_weights", "init_lora_weights", "peft_init_lora_weights"), "write `lora: {init_lora_weights: ...}`"),
+        **dict.fromkeys(("lora_exclude_modules", "exclude_modules", "target_regex"), (
+            "write `lora: {exclude_modules: [...]}`, or an expression as target_modules"
+        )),
+        **dict.fromkeys(("peft_layers_to_transform", "layers_to_transform"), "write `lora: {layers_to_transform: [0, 1]}`"),
+        **dict.fromkeys(("new_special_tokens", "add_special_tokens", "new_special_tokens_config"), "write `add_tokens: [...]`"),
+        **dict.fromkeys(("vera_rank", "vera_d_initial", "vera_dropout", "vera_projection_prng_key"), "write `vera: {r: 256}`"),
+        **dict.fromkeys(("oft_block_size", "oft_rank", "oft_target", "oft_eps", "oft_coft"), "write `oft: {oft_block_size: 32}`"),
+        "loftq_config": "remove it: PEFT computes LoftQ on GPUs only",
+        "resize_vocab": "write `add_tokens: [...]`",
+        **dict.fromkeys(("adalora", "adalora_target_r", "adalora_init_r"), (
+            "remove it: PEFT cannot resume AdaLoRA exactly; `lora: {rank_pattern: {...}}` gives layers different ranks"
+        )),
         **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers"), NONE),
-        **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), NONE),
+        **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), "write `lora: {modules_to_save: [...]}`"),
         "rope_scaling": "remove it: set it in the model's config.json",
         **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
@@ -165,6 +190,12 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("lora_target", "target", "targets", "lora_target_modules"), "write `target_modules`"),
         "dora": "write `use_dora`",
         "rslora": "write `use_rslora`",
+        **dict.fromkeys(("init_weights", "pissa_init"), "write `init_lora_weights: pissa`"),
+        **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio"), "write `lora_plus_ratio`"),
+        **dict.fromkeys(("additional_target", "lora_modules_to_save"), "write `modules_to_save`"),
+        **dict.fromkeys(("target_regex", "lora_target_regex"), "write the expression as `target_modules`"),
+        "trainable_token_indices": "write `add_tokens: [...]` in the stage",
+        **dict.fromkeys(("target_parameters", "lora_target_parameters"), "write the names of the experts' tensors in `target_modules`"),
         "bias": NONE,
         "task_type": "remove it: every model is a causal language model",
     },
@@ -174,7 +205,10 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         )),
         **dict.fromkeys(("model_path", "folder", "dir"), "write `path`"),
         **dict.fromkeys(("dtype", "torch_dtype"), "write `dtype` in the stages that compute with the model"),
-        **dict.fromkeys(("template", "chat_template"), TEMPLATE),
+        **dict.fromkeys(("template", "chat_template_jinja", "chat_template_path"), TEMPLATE_FILE),
+        **dict.fromkeys(("enable_thinking", "template_kwargs", "chat_template_args"), (
+            "write `chat_template_kwargs: {enable_thinking: false}`"
+        )),
         **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "write `method: qlora` in the training"),
         "token": "set HF_TOKEN in the environment",
     },
@@ -193,6 +227,9 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
             "write `max_length`, with `model:`, whose tokenizer counts tokens"
         )),
         **dict.fromkeys(("system_prompt", "default_system"), "write `system`"),
+        **dict.fromkeys(("max_samples", "max_rows", "num_samples"), "write `max_rows` in each of `sources:`"),
+        **dict.fromkeys(("interleave_probs", "mix_strategy", "weight", "weights"), "write `weight` in each of `sources:`"),
+        "repeat": "write it in a source",
         **dict.fromkeys(("template", "chat_template", "tokenizer"), "write `model:`: its chat template and tokenizer are used"),
         **dict.fromkeys(("dedupe", "deduplicate"), "write `dedup: content`, prompt or none"),
         **dict.fromkeys(("num_workers", "preprocessing_num_workers", "streaming", "shuffle"), NONE),
@@ -203,7 +240,13 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("mapping", "field_messages", "message_property_mappings", "column_mapping", "tags"), (
             "write `columns: {prompt: question, completion: solution}`"
         )),
-        **dict.fromkeys(("split", "ratio", "weight"), "write `split:` in the stage: it holds rows out after reading all sources"),
+        **dict.fromkeys(("split", "ratio"), "write `split:` in the stage: it holds rows out after reading all sources"),
+    },
+    "Source": {
+        **dict.fromkeys(("max_samples", "num_samples", "limit", "sample", "samples", "head"), "write `max_rows`"),
+        **dict.fromkeys(("system_prompt", "default_system"), "write `system`"),
+        **dict.fromkeys(("repeats", "upsample", "oversample", "times", "epochs"), "write `repeat`"),
+        **dict.fromkeys(("probability", "prob", "proportion", "sampling_weight", "weights"), "write `weight`"),
     },
     "HubSource": {
         **dict.fromkeys(("path", "name", "dataset", "hf_hub_url", "repo_id"), "write `repo: owner/name`"),
@@ -218,7 +261,11 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("count", "rows", "n"), "write `size`"),
         "seed": "write `seed` in the stage",
     },
-    "CodeSource": {"format": "remove it: source code is plain text", "columns": "remove it: source code has no columns"},
+    "CodeSource": {
+        "system": "remove it: source code has no conversations",
+        "format": "remove it: source code is plain text",
+        "columns": "remove it: source code has no columns",
+    },
     "EvaluateStage": {
         **dict.fromkeys(("batch_size", "per_device_eval_batch_size"), "write `resources: {micro_batch_size: 16}`"),
         **dict.fromkeys(("tasks", "task", "benchmark", "evals"), "write `benchmarks: [arc_easy]`: names of lm-eval tasks"),
@@ -232,6 +279,10 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("infer_backend", "engine"), "write `backend: vllm`"),
         **dict.fromkeys(("metric", "metrics"), "remove it: all metrics are computed; a stage of kind `gate` sets conditions on them"),
         **dict.fromkeys(("temperature", "do_sample", "top_p"), "remove it: answers to datasets are greedy"),
+        **dict.fromkeys(("stop_words", "stop_strings", "stop_sequences", "until", "stopping_strings"), "write `stop`"),
+        **dict.fromkeys(("enable_thinking", "chat_template_kwargs", "think_end_token"), (
+            THINKING + "; thoughts are recognized automatically"
+        )),
     },
     "GateStage": {
         **dict.fromkeys(("metric", "metrics", "threshold", "min", "max", "conditions", "requires", "of", "at_least", "at_most"), (

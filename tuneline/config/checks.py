@@ -22,6 +22,7 @@ from tuneline.config.yaml_source import Keys
 from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME
 from tuneline.kinds.fields import OutsideFile, Reference, annotated_values
 from tuneline.kinds.stage import ProgramStage, Stage
+from tuneline.kinds.training import Training
 from tuneline.paths import allowed_folders, folder_to_allow, outside, resolve_path
 from tuneline.secrets import FROM_ENVIRONMENT, TOKEN
 from tuneline.wording import listed, nearest, with_article
@@ -64,6 +65,7 @@ class Checks:
         if "://" in str(self.tree.get("store")):
             self.problem(("store",), f"found `{self.tree['store']}`, expected a folder", "mount the storage and name its folder")
         self._pools()
+        self._trackers()
         for name, pipeline in _mapping(self.tree.get("pipelines")).items():
             raw_stages = _mapping(_mapping(pipeline).get("stages"))
             stages = self.spec.pipelines[name].stages if self.spec else dict(_valid(raw_stages))
@@ -101,6 +103,14 @@ class Checks:
             for path, schedule in schedules:
                 for problem in schedule.problems():
                     self.problem((*path, *keys_of(problem.field)), problem.message, problem.hint, at_key=not problem.field)
+
+    def _trackers(self) -> None:
+        for name, pipeline in self.spec.pipelines.items() if self.spec else ():
+            here: Keys = ("pipelines", name, "track")
+            if pipeline.track and not any(isinstance(stage, Training) for stage in pipeline.stages.values()):
+                self.problem(here, "found trackers in a pipeline without a training, which show nothing", "remove `track:`", at_key=True)
+            for problem in pipeline.track.problems() if pipeline.track else ():
+                self.problem((*here, *keys_of(problem.field)), problem.message, problem.hint, at_key=not problem.field)
 
     def _pool_name(self, path: Keys, name: str | None) -> None:
         assert self.spec is not None

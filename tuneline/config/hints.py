@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from tuneline.config.aliases import FIELD_ALIASES
 from tuneline.config.other_tools import ABSENT_KINDS, BENCHMARKS, EXAMPLES, FOREIGN, METHODS, SHAPES, SOURCE_TYPES
 from tuneline.config.spec import STAGES
-from tuneline.kinds.fields import REPOSITORY
+from tuneline.kinds.fields import REPOSITORY, Reference, marked_fields
 from tuneline.kinds.rewards import REWARDS
 from tuneline.kinds.sources import Format
 from tuneline.wording import short
@@ -20,22 +21,19 @@ from tuneline.wording import short
 ADDRESS = re.compile(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co|modelscope\.cn/models)/(datasets/)?(?P<name>[^/]+/[^/?#]+)")
 ROWS = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt", ".arrow")
 LOCAL = ("model", "models", "checkpoint", "checkpoints", "data", "dataset", "datasets", "output", "outputs", "saves", "results", "runs")
-KINDS_FOR = {
-    "model": ("model", "merge"),
-    "dataset": ("dataset",),
-    "calibration": ("dataset",),
-    "adapters": ("sft", "dpo", "kto", "grpo"),
-    "of": ("evaluate",),
-}
+
+
+def tool_of(tree: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the tool of a file without `pipelines`, and its keys that say so, if it has two or more; else nothing."""
+    found = {tool: [key for key in keys if key in tree] for tool, keys in FOREIGN.items()}
+    tool = max(found, key=lambda name: len(found[name]))
+    return (tool, found[tool]) if len(found[tool]) >= 2 and "pipelines" not in tree else ("", [])
 
 
 def foreign(tree: Mapping[str, Any]) -> str:
     """Return what a file without `pipelines` is, if it has two or more keys of another tool: `LLaMA-Factory (cutoff_len, stage)`."""
-    if "pipelines" in tree:
-        return ""
-    found = {tool: [key for key in keys if key in tree] for tool, keys in FOREIGN.items()}
-    tool = max(found, key=lambda name: len(found[name]))
-    return f"{tool} ({', '.join(found[tool][:2])})" if len(found[tool]) >= 2 else ""
+    tool, keys = tool_of(tree)
+    return f"{tool} ({', '.join(keys[:2])})" if tool else ""
 
 
 def alias(name: str, model: type[BaseModel] | None) -> str:
@@ -153,10 +151,20 @@ def tags_of(given: Mapping[str, Any], choices: Mapping[str, type[BaseModel]]) ->
 
 def example(field: str, path: tuple[str | int, ...], tree: Any) -> str:
     """Return a value for the field at `path`: a stage of the same pipeline that fits, or a fixed example."""
-    names = list(_stages_of_kinds(KINDS_FOR.get(field, ()), path, tree))
+    names = list(_stages_of_kinds(_kinds_for(field), path, tree))
     if names:
         return f"[{names[0]}]" if field == "adapters" else names[0]
     return EXAMPLES.get(field, "...")
+
+
+@lru_cache
+def _kinds_for(field: str) -> tuple[str, ...]:
+    """Return the kinds whose artifact every field of this name takes; for a field that takes any stage, those that report metrics."""
+    marks = [mark for stage in STAGES.values() for name, mark in marked_fields(stage, Reference) if name == field]
+    taken = [set(mark.types or ("Report",)) for mark in marks]
+    types = set[str].intersection(*taken) if taken else set[str]()
+    kinds = {kind: stage for kind, stage in STAGES.items() if stage.model_construct(kind=kind).output_type() in types}
+    return tuple(kind for kind, stage in kinds.items() if not (stage.quantized and any(mark.full_precision for mark in marks)))
 
 
 def _stages_of_kinds(kinds: tuple[str, ...], path: tuple[str | int, ...], tree: Any) -> Iterator[str]:

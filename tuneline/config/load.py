@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from tuneline.config.checks import BUILT_IN_RUNTIMES, Checks, keys_of
 from tuneline.config.hints import foreign
 from tuneline.config.messages import translate
+from tuneline.config.other_tools import IMPORTED
 from tuneline.config.overrides import Overrides
 from tuneline.config.spec import Pipeline, Spec
 from tuneline.config.yaml_source import Keys, YamlDocument, dotted, read
@@ -50,14 +51,17 @@ class Loaded:
             raise ConfigError([Problem("", found, nearest(name, known), place=self.source.name)])
         return self.spec.pipelines[name]
 
+    def placed(self, problem: Problem, pipeline: str, stage: str) -> Problem:
+        """Return a problem of a stage with the whole name of its field, and its place in the file."""
+        path = ("pipelines", pipeline, "stages", stage, *keys_of(problem.field))
+        return Problem(dotted(path), problem.message, problem.hint, place=self.source.place(path))
+
     def warnings(self, pipeline: str | None = None) -> list[Problem]:
         """Return settings that are valid but suspicious, of one pipeline or of all."""
         found = []
         for name, stages in ((name, each.stages) for name, each in self.spec.pipelines.items() if pipeline in (None, name)):
             for stage_name, stage in stages.items():
-                for problem in stage.warnings():
-                    path = ("pipelines", name, "stages", stage_name, *keys_of(problem.field))
-                    found.append(Problem(dotted(path), problem.message, problem.hint, place=self.source.place(path)))
+                found += [self.placed(problem, name, stage_name) for problem in stage.warnings()]
         return found
 
 
@@ -93,6 +97,8 @@ def check(
     if other := foreign(source.tree):
         found = f"found a configuration of {other}, expected a tuneline file with `pipelines:`"
         hint = "`tuneline init` writes a file to start from; docs/coming-from.md lists the fields"
+        if other.partition(" (")[0] in IMPORTED:
+            hint = f"`tuneline import {source.name}` translates it"
         raise ConfigError([Problem("", found, hint, place=source.place(()))])
     overrides = Overrides(source, environment)
     tree = overrides.applied(pipeline, sets, variables)

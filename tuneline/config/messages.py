@@ -55,7 +55,11 @@ def translate(error: ValidationError, tree: Any) -> Iterator[tuple[Keys, bool, s
         known = by_path.setdefault((path, at_key), (found, [], hint))
         if expected not in known[1]:
             known[1].append(expected)
+        by_path[path, at_key] = (*known[:2], known[2] or hint)
+    outer = {path[:length] for path, _ in by_path for length in range(len(path))}
     for (path, at_key), (found, allowed_list, hint) in by_path.items():
+        if path in outer and not at_key:
+            continue  # one branch of a union fits, apart from the problems within it
         yield path, at_key, f"found {found}, expected {' or '.join(allowed_list)}", hint
 
 

@@ -14,6 +14,11 @@ OTHER_VALUES = {  # values that other tools allow, by field
     **{("dtype", name): "write `float32`" for name in ("fp32", "float")},
     **{("dtype", name): "write `bfloat16`: float16 is not offered" for name in ("fp16", "float16", "half")},
     **{("strategy", name): "write `zero3`" for name in ("deepspeed", "zero", "zero-3", "ds_z3_config.json")},
+    **{
+        ("train_on", name): "write `train_on: {last: 2}`, or completion for the last answer alone"
+        for name in ("last", "last_n", "last_round")
+    },
+    **{("train_on", name): "write `assistant`" for name in ("default", "answers", "responses")},
     **{("format", name): "write `messages`" for name in ("chat_template", "openai", "chatml", "conversation")},
     **{("format", name): "write `auto`: the type of a file follows from its name" for name in ("json", "jsonl", "csv", "parquet")},
 }
@@ -53,11 +58,16 @@ FOREIGN = {  # top-level keys of the configurations of other tools, the clearest
         "dataset_name", "use_peft", "model_name_or_path", "lora_target_modules", "dataset_text_field", "max_seq_length", "reward_funcs",
         "per_device_train_batch_size", "dataset_config", "attn_implementation",
     ),
+    "ROLL": (
+        "actor_train", "actor_infer", "rollout_batch_size", "pretrain", "num_return_sequences_in_group", "reward_pretrain", "adv_estimator",
+        "ppo_epochs", "track_with", "exp_name", "whiten_advantages",
+    ),
     "torchtune": ("tokenizer", "checkpointer", "metric_logger", "profiler", "model", "dataset", "optimizer", "loss"),
     "mergekit": ("merge_method", "slices", "models", "base_model", "tokenizer_source", "parameters"),
     "DVC": ("stages", "params", "metrics", "plots", "artifacts"),
 }  # fmt: skip
 
+IMPORTED = ("LLaMA-Factory", "axolotl", "ms-swift", "TRL", "ROLL")  # whose files `tuneline import` reads
 METHODS = ("lora", "qlora", "dora", "full", "none", "")
 BENCHMARKS = ("mmlu", "gsm8k", "hellaswag", "winogrande", "piqa", "ifeval", "bbh", "boolq", "triviaqa", "humaneval", "mbpp", "openbookqa")
 SOURCE_TYPES = {  # what other tools write as the type of a dataset
@@ -89,6 +99,7 @@ EXAMPLES = {  # values for `add ...`, by field; those that name a stage take one
     "zero_from": "200",
     "image": "registry.example/tuneline:latest",
     "priority": "1",
+    "last": "2",
     "key": "nvidia.com/gpu",
 }
 SHAPES = {  # how to write a field whose value is not a mapping or not a list
@@ -98,6 +109,8 @@ SHAPES = {  # how to write a field whose value is not a mapping or not a list
     "lora": "{r: 16}",
     "resources": "{gpus: 1}",
     "early_stopping": "{patience: 3}",
+    "train_on": "{last: 2}",
+    "chat_template_kwargs": "{enable_thinking: false}",
     "rollouts": "{engine: vllm}",
     "vars": "{NAME: VALUE}",
     "require": "{metric: data/exact_match, of: eval, at_least: 0.5}",

@@ -25,6 +25,7 @@ from tuneline.kinds.model import ModelStage
 from tuneline.kinds.quantize import QuantizeStage
 from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import ProgramStage, Stage
+from tuneline.kinds.trackers import Track
 
 AnyTraining = SftStage | DpoStage | KtoStage | GrpoStage
 AnyStage = Annotated[
@@ -61,6 +62,8 @@ class Pipeline(Strict):
     """Tags of the pipeline's runs in Prefect, in addition to its name."""
     schedules: dict[Name, Schedule] = {}
     """Schedules of the deployed pipeline, by name."""
+    track: Track | None = None
+    """Trackers that show the curves of the pipeline's trainings; in no key."""
     stages: dict[Name, AnyStage] = Field(min_length=1)
     """Stages by name, in any order."""
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from tuneline.errors import StageFailed
+from tuneline.kinds.adapters import Lora, Places
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.stage import Stage
 from tuneline.paths import resolve_path
@@ -122,28 +123,24 @@ class Architecture:
         embeddings = self.head_parameters * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * self.layer_parameters + self.hidden_size
 
-    def targeted(self, target_modules: tuple[str, ...] | str) -> dict[str, int]:
-        """Return the number of decoder layers in which each linear layer gets an adapter, as in `tasks.models.targets.adapted`."""
-        return _targeted(self.num_hidden_layers, tuple(self.linear), target_modules)
+    def targeted(self, places: Places) -> dict[str, list[str]]:
+        """Return the full names of the layers that get an adapter, by their name in a decoder layer, as in `tasks.models.targets`."""
+        return _targeted(self.num_hidden_layers, tuple(self.linear), places.model_dump_json(include=set(Places.model_fields)))
 
-    def lora_parameters(self, r: int, target_modules: tuple[str, ...] | str, use_dora: bool = False) -> int:
-        """Return the parameters of an adapter: A is (r, in), B is (out, r); DoRA adds a magnitude per output."""
-        count = 0
-        for name, layers in self.targeted(target_modules).items():
-            inputs, outputs = self.linear[name]
-            count += layers * (r * (inputs + outputs) + (outputs if use_dora else 0))
-        return count
+    def adapter_parameters(self, settings: Places) -> int:
+        """Return the trained parameters of an adapter."""
+        found = ((layer, self.linear[name]) for name, layers in self.targeted(settings).items() for layer in layers)
+        return sum(settings.parameters(layer, *sizes) for layer, sizes in found)
 
 
 @lru_cache
-def _targeted(layers: int, linear: tuple[str, ...], target_modules: tuple[str, ...] | str) -> dict[str, int]:
-    if target_modules == "all-linear":
-        return dict.fromkeys(linear, layers)
-    counts = {}
+def _targeted(layers: int, linear: tuple[str, ...], places: str) -> dict[str, list[str]]:
+    wanted, found = Lora.model_validate_json(places), {}  # any kind: they select layers alike
     for name in linear:
-        paths = (f".model.layers.{i}.{name}" for i in range(layers))
-        counts[name] = sum(any(path.endswith(f".{target}") for target in target_modules) for path in paths)
-    return {name: count for name, count in counts.items() if count}
+        part = "attention" if name.startswith("self_attn") else "mlp"
+        full = (f"model.layers.{i}.{name}" for i in range(layers))
+        found[name] = [layer for layer in full if wanted.selects(layer, part)]
+    return {name: chosen for name, chosen in found.items() if chosen}
 
 
 # --- where it is read -------------------------------------------------------------------------------------------------

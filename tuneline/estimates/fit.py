@@ -14,7 +14,6 @@ from functools import reduce
 from typing import Any
 
 from tuneline.config.pools import DockerPool, KubernetesPool, Pool
-from tuneline.config.yaml_source import Keys, dotted
 from tuneline.errors import Problem
 from tuneline.estimates.architectures import Architecture, architecture_of
 from tuneline.estimates.estimate import job_of, row_length
@@ -48,20 +47,13 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         architecture = architecture_of(workspace, stages, planned, name)
         if isinstance(architecture, str):
             continue
-        path: Keys = ("pipelines", pipeline, "stages", name)
         if problem := beyond_positions(stage, row_length(stages[stage.dataset]), architecture):
-            field = (*path, problem.field)
-            yield Problem(dotted(field), problem.message, problem.hint, place=loaded.source.place(field))
+            yield loaded.placed(problem, pipeline, name)
         if (size := stage.resources.sequence_parallel_size) not in architecture.sharing:
             heads = f"model's {architecture.num_attention_heads} attention heads and {architecture.num_key_value_heads} key-value heads"
             allowed = ", ".join(map(str, architecture.sharing))
-            path = (*path, "resources", "sequence_parallel_size")
-            yield Problem(
-                dotted(path),
-                f"found {size}, expected {allowed} for the {heads}",
-                "change it: the run would fail",
-                place=loaded.source.place(path),
-            )
+            found = f"found {size}, expected {allowed} for the {heads}"
+            yield loaded.placed(Problem("resources.sequence_parallel_size", found, "change it: the run would fail"), pipeline, name)
             continue
         if pool is None or pool.gpu_memory is None or not stage.resources.gpus:
             continue
@@ -70,7 +62,7 @@ def warnings(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
             digits = next((digits for digits in range(1, 11) if gib(needed, digits) != gib(room, digits)), 1)
             found = f"about {gib(needed, digits)} of GPU memory are needed, the pool `{pool_name}` has {gib(room, digits)} for it"
             found += ", which is tight: estimates are off by 10% or more" if needed <= room else ""
-            yield Problem(dotted(path), found, remedy(job, round(SAFE * room), gpus_of(pool), name), place=loaded.source.place(path))
+            yield loaded.placed(Problem("", found, remedy(job, round(SAFE * room), gpus_of(pool), name)), pipeline, name)
 
 
 def beyond_positions(stage: Training, row: int | None, architecture: Architecture) -> Problem | None:

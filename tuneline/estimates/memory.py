@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuneline.estimates.architectures import BYTES, Architecture
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.training import Training
 
 CONTEXT = 1 << 30  # bytes per GPU: CUDA context, library workspaces, memory that the allocator reserves but does not use
@@ -61,8 +62,7 @@ class Job:
     def trainable(self) -> int:
         if self.method == "full":
             return self.architecture.parameters
-        lora = self.stage.lora
-        return self.architecture.lora_parameters(lora.r, lora.target_modules, lora.use_dora)
+        return self.architecture.adapter_parameters(self.stage.adapter_settings())
 
     @property
     def on_gpu(self) -> bool:
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def deepspeed(self) -> bool:
-        return self.stage.resources.strategy.startswith("zero")
+        return self.stage.resources.uses_deepspeed
 
     @property
     def mixed(self) -> bool:
@@ -124,7 +124,7 @@ class Job:
             spread = max(1, resources.gpus)
             return Memory(-(-weights // spread), -(-gradients // spread), -(-optimizer // spread), -(-activations // spread), context)
 
-        world, sharded = resources.world_size, strategy in ("zero3", "fsdp")
+        world, sharded = resources.world_size, resources.shards_weights
         shard = -(-weights // world) if sharded else weights
         gradients_here = -(-gradients // world) if strategy in ("zero2", "zero3", "fsdp") else gradients
         states = -(-optimizer // world) if strategy != "ddp" else optimizer
@@ -185,20 +185,20 @@ class Job:
 
     def _into_adapters(self) -> int:
         """Return the bytes of the inputs of A and B of each adapter. Parallel layers share them, unless cast or dropped out for each."""
-        a, lora, compute = self.architecture, self.stage.lora, self.compute
+        a, settings, compute = self.architecture, self.stage.adapter_settings(), self.compute
         own, shared = 0.0, dict[str, float]()
-        for name, layers in a.targeted(lora.target_modules).items():
+        for name, layers in a.targeted(settings).items():
             inputs, outputs = a.linear[name]
-            share = layers / a.num_hidden_layers
-            own += share * compute * lora.r
-            if self.mixed or lora.lora_dropout:
+            share = len(layers) / a.num_hidden_layers
+            own += compute * sum(map(settings.inner_size, layers)) / a.num_hidden_layers
+            if self.mixed or settings.dropout():
                 own += share * compute * inputs
             elif name != "self_attn.o_proj":  # attention keeps its input anyway
                 source = "mlp.down_proj" if name == "mlp.down_proj" else name.partition(".")[0]
                 shared[source] = max(shared.get(source, 0), share * compute * inputs)
-            if lora.lora_dropout:
+            if settings.dropout():
                 own += share * inputs * (1 if self.on_gpu else 4)  # dropout mask
-            if lora.use_dora:
+            if isinstance(settings, Lora) and settings.use_dora:
                 own += share * 2 * compute * outputs
         return round(own + sum(shared.values()))
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tuneline.errors import Problem
 from tuneline.kinds.fields import ArtifactType, ModelRef, OnUnrendered, Strict
-from tuneline.kinds.sources import CodeSource, DataSource
+from tuneline.kinds.sources import CodeSource, DataSource, FilesSource, HubSource
 from tuneline.kinds.stage import ProgramStage
 
 GRAMMARS = tuple(f"tree-sitter-{name}" for name in ("c", "cpp", "go", "java", "javascript", "python", "rust", "typescript"))
@@ -56,6 +56,17 @@ class DatasetStage(ProgramStage):
     def output_type(self) -> ArtifactType:
         return "Dataset"
 
+    def repositories(self) -> Iterator[tuple[str, str, str, str]]:
+        for i, source in enumerate(self.sources):
+            if isinstance(source, HubSource):
+                yield f"sources.{i}.repo", "dataset", source.repo, source.revision
+
+    def source_trees(self) -> dict[str, CodeSource]:
+        return {f"sources.{i}.path": source for i, source in enumerate(self.sources) if isinstance(source, CodeSource)}
+
+    def row_files(self) -> frozenset[str]:
+        return frozenset(f"sources.{i}.path" for i, source in enumerate(self.sources) if isinstance(source, FilesSource))
+
     def packages(self) -> frozenset[str]:
         return frozenset()  # a tokenizer does not need torch
 
@@ -86,5 +97,23 @@ class DatasetStage(ProgramStage):
             if isinstance(source, CodeSource) and self.max_length is not None and source.chunk_length > self.max_length:
                 message = f"found {source.chunk_length}, expected at most max_length, {self.max_length}"
                 yield Problem(f"sources.{i}.chunk_length", message, "lower it, or raise max_length: longer chunks would be over-long rows")
+        yield from self._mixing_problems()
         if self.split.validation + self.split.test >= 1:
             yield Problem("split", f"found {self.split.validation} + {self.split.test}, expected a sum below 1")
+
+    def _mixing_problems(self) -> Iterator[Problem]:
+        weighed = [source.weight is not None for source in self.sources]
+        if weighed == [True]:
+            yield Problem("sources.0.weight", "found a weight of the only source: it has no effect", "remove it")
+        elif any(weighed):
+            for i, source in enumerate(self.sources):
+                if source.weight is None:
+                    found = "found no weight, expected one: other sources have weights"
+                    yield Problem(f"sources.{i}", found, "add `weight: 1.0`, or remove the others")
+                if source.repeat > 1:
+                    found = "found repeat in a stage whose sources have weights, which already say how often rows are repeated"
+                    yield Problem(f"sources.{i}.repeat", found, "remove it, or the weights")
+
+    def repeats(self) -> bool:
+        """Return whether rows may be in the train split several times."""
+        return any(source.repeat > 1 or source.weight is not None for source in self.sources)

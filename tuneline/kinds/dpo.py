@@ -21,6 +21,7 @@ class DpoStage(PreferenceTraining):
     kind: Literal["dpo"]
     also_called: ClassVar = ("preference", "preferencetuning", "preferences", "ipo", "apo", "rpo", "alignment")
     program: ClassVar = "tasks.training.dpo"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.dpo_trainer")
     figures: ClassVar = ("loss", "reward_margin", "reward_accuracy", "eval_reward_accuracy")
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down"] = "sigmoid"
     """Loss of a pair: `sigmoid`, DPO's own; `ipo` (arXiv:2310.12036), the difference per token, with beta as its regularization; `hinge`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from tuneline.kinds.stage import ComputingStage, Stage
 from tuneline.wording import listed, nearest
 
 # Fields that decide which questions are asked, and how.
-DATASET_QUESTIONS = ("limit", "max_new_tokens")
+DATASET_QUESTIONS = ("limit", "max_new_tokens", "stop")
 BENCHMARK_QUESTIONS = ("limit", "num_fewshot", "include_path", "seed")
 WITHOUT_ANSWERS = ("bits_per_byte", "preference_accuracy", "preference_accuracy_norm")  # metrics that need no generation
 SCORES = ("exact_match", "answer_recall", "score", "stopped", *WITHOUT_ANSWERS)  # metrics of a dataset: tasks/evaluation/evaluate.py
@@ -23,7 +23,7 @@ HUMAN_EVAL = "human_eval"  # the only benchmark that lm-eval does not run
 
 # Fields that have an effect only together with the named field.
 ONLY_WITH = dict.fromkeys(("include_path", "num_fewshot", "apply_chat_template"), "benchmarks") | dict.fromkeys(
-    ("max_new_tokens", "on_unrendered"), "datasets"
+    ("max_new_tokens", "stop", "on_unrendered"), "datasets"
 )
 
 
@@ -34,7 +34,9 @@ class EvaluateStage(ComputingStage):
     also_called: ClassVar = ("test", "benchmark", "bench", "lmeval", "score")
     program: ClassVar = "tasks.evaluation.evaluate"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
+    imports: ClassVar = ("tasks.evaluation.harness", "transformers.modeling_layers")
     batches: ClassVar = True
+    hidden_files_in: ClassVar = frozenset({"include_path"})
     model: ModelOrAdapterRef
     """Model or adapter to evaluate."""
     datasets: tuple[DatasetRef, ...] = ()
@@ -52,6 +54,9 @@ class EvaluateStage(ComputingStage):
     """Render benchmark questions with the chat template. A dataset's conversations always are, as in training."""
     max_new_tokens: int = Field(256, ge=1)
     """Maximum length of an answer to a dataset's prompt, in tokens."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer to a dataset's prompt, such as `["\\n"]`: it is cut before the first one that follows its thoughts, and
+    counts as stopped. For models that have not learned to end an answer."""
     on_unrendered: OnUnrendered = "error"
     """How to handle rows of a dataset of which the chat template omits a part: `error` fails the stage, `drop` drops the row, `keep`
     scores the row as rendered."""
@@ -63,6 +68,12 @@ class EvaluateStage(ComputingStage):
 
     def output_type(self) -> ArtifactType:
         return "Report"
+
+    def lm_eval_tasks(self) -> Iterator[tuple[str, str]]:
+        yield from ((f"benchmarks.{i}", name) for i, name in enumerate(self.benchmarks) if name != HUMAN_EVAL)
+
+    def own_lm_eval_tasks(self) -> str | None:
+        return self.include_path
 
     def uses_engine(self) -> bool:
         return self.backend == "vllm"
@@ -128,5 +139,5 @@ class EvaluateStage(ComputingStage):
             return []
         subject, _, figure = metric.rpartition("/")
         fields: tuple[str, ...] = DATASET_QUESTIONS if subject in self.datasets else BENCHMARK_QUESTIONS
-        unused = "max_new_tokens" if figure in WITHOUT_ANSWERS else None
-        return [field for field in fields if field != unused and getattr(self, field) != getattr(other, field)]
+        unused = ("max_new_tokens", "stop") if figure in WITHOUT_ANSWERS else ()
+        return [field for field in fields if field not in unused and getattr(self, field) != getattr(other, field)]

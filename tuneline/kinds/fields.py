@@ -67,6 +67,22 @@ def annotated_values(model: BaseModel, marker: type, prefix: str = "") -> Iterat
                 yield f"{path}{suffix}", mark, item
 
 
+def marked_fields(model: type[BaseModel], marker: type) -> Iterator[tuple[str, Any]]:
+    """Yield (name, marker instance) of every field of a class, including nested ones, that has `marker`."""
+    for name, info in model.model_fields.items():
+        if (mark := _marker_in(info.metadata, info.annotation, marker)) is not None:
+            yield name, mark
+        for nested in _models_in(info.annotation):
+            yield from marked_fields(nested, marker)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, tuple):
         yield from ((f".{i}", item) for i, item in enumerate(value))

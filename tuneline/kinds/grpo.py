@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
+from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.engine import MAX_LORA_RANK
 from tuneline.kinds.fields import Strict
 from tuneline.kinds.rewards import FunctionReward, Reward, reward_problems
+from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
 
 PROMPT = 512  # assumed prompt length in tokens, if the dataset stage sets no max_length
@@ -32,6 +34,7 @@ class GrpoStage(Training):
     kind: Literal["grpo"]
     also_called: ClassVar = (*Training.also_called, "rl", "rlvr", "rft", "gspo", "dapo", "drgrpo")
     program: ClassVar = "tasks.training.grpo"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.grpo_trainer")
     libraries: ClassVar = (
         "torch",
         "transformers",
@@ -95,6 +98,13 @@ class GrpoStage(Training):
     def sampled_tokens(self) -> int:
         return 0 if self.uses_engine() else self.max_completion_length
 
+    def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
+        yield from super().upstream_problems(stages)
+        dataset = stages.get(self.dataset)
+        if isinstance(dataset, DatasetStage) and dataset.repeats():
+            found = f"found `{self.dataset}`, whose sources have repeat or weight, but grpo asks each prompt once per epoch"
+            yield Problem("dataset", found, "use `max_rows` in its sources")
+
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from reward_problems(self.rewards)
@@ -130,9 +140,11 @@ class GrpoStage(Training):
         # Limits of vLLM's LoRA kernels: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks).
         if self.lora.use_dora:
             yield Problem("lora.use_dora", "found DoRA, which vLLM does not serve", "remove it, or set `rollouts: {engine: transformers}`")
-        if self.lora.r > MAX_LORA_RANK:
-            found = f"found {self.lora.r}, expected at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
-            yield Problem("lora.r", found, "lower it, or set `rollouts: {engine: transformers}`")
+        if (highest := self.lora.highest_rank()) > MAX_LORA_RANK:
+            found = f"found {highest}, expected at most {MAX_LORA_RANK}, the highest rank that vLLM serves"
+            yield Problem(
+                "lora.r" if highest == self.lora.r else "lora.rank_pattern", found, "lower it, or set `rollouts: {engine: transformers}`"
+            )
         engine = self.resources.engine
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
             found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"

@@ -19,6 +19,7 @@ class KtoStage(PreferenceTraining):
     kind: Literal["kto"]
     also_called: ClassVar = ("unpaired", "bco", "feedback")
     program: ClassVar = "tasks.training.kto"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.kto_trainer")
     figures: ClassVar = ("loss", "reward_margin", "eval_loss", "eval_reward_margin")
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     """Loss of a row: `kto`, relative to how far the model has moved from the reference; `apo_zero_unpaired` (arXiv:2408.06266), without

@@ -19,6 +19,7 @@ class MergeStage(ProgramStage):
     also_called: ClassVar = ("export", "mergelora", "mergeadapter", "fuse")
     program: ClassVar = "tasks.convert.merge"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub")
+    imports: ClassVar = ("peft",)
     figures: ClassVar = ("max_logit_difference",)
     role: ClassVar = "merged"
     adapters: tuple[AdapterRef, ...] = Field(min_length=1, max_length=1)

@@ -21,6 +21,7 @@ class QuantizeStage(ComputingStage):
     kind: Literal["quantize"]
     program: ClassVar = "tasks.convert.quantize"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "safetensors", "gptqmodel")
+    imports: ClassVar = ("transformers.modeling_layers",)
     figures: ClassVar = ("perplexity_before", "perplexity", "size_ratio")
     runtime: Name = "quantize"
     method: Literal["gptq"] = "gptq"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
+from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
 from tuneline.kinds.fields import ArtifactType, Strict
 from tuneline.kinds.training import Method, Training
 
 QLORA_LIBRARIES = ("bitsandbytes",)
+
+
+class LastAnswers(Strict):
+    last: int = Field(ge=2)
+    """Number of answers at the end of a conversation that count in the loss; `completion` trains only the last one."""
 
 
 class EarlyStopping(Strict):
@@ -84,7 +90,7 @@ class AnswerTraining(Training):
             yield Problem("lora.use_dora", "found DoRA with `method: qlora` and 8 bits, expected 4 bits", "remove use_dora, or bits")
         # docs/source/fsdp_qlora.md of bitsandbytes, docs/source/accelerate/deepspeed.md of PEFT: 4-bit weights can be sharded only if
         # they are stored as floating-point numbers (bnb_4bit_quant_storage), which we do not support; 8-bit weights never.
-        if self.method == "qlora" and self.resources.strategy in ("zero3", "fsdp"):
+        if self.method == "qlora" and self.resources.shards_weights:
             found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
             yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
 
@@ -97,13 +103,29 @@ class AnswerTraining(Training):
 class Supervised(AnswerTraining):
     """Fields and rules of a training on one answer to each prompt, whatever its loss."""
 
-    train_on: Literal["completion", "assistant", "all"] = "assistant"
-    """Tokens that count in the loss: the last answer, every assistant turn, or all tokens. Plain text always trains on all tokens."""
+    vera: Vera | None = None
+    """Train a VeRA adapter instead of LoRA."""
+    oft: Oft | None = None
+    """Train an OFT adapter instead of LoRA."""
+    ia3: Ia3 | None = None
+    """Train an (IA)^3 adapter instead of LoRA."""
+    train_on: Literal["completion", "assistant", "all"] | LastAnswers = "assistant"
+    """Tokens that count in the loss: the last answer, every assistant turn, all tokens, or, with `{last: 2}`, the last two answers. Plain
+    text always trains on all tokens."""
     max_length: int = Field(1024, ge=8)
     """Maximum length of a sequence, in tokens, and the length of packed sequences. A longer row is an error: truncate or drop it in the
     dataset stage."""
     packing: bool = False
     """Pack several rows into each sequence, for fewer steps with less padding."""
+    add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tokens to add to the tokenizer, such as `["<tool>"]`. Only their embeddings are trained beside the adapter; the head's too, where it
+    is not tied to them. The tokenizer is saved with the adapter, and a merge gives a model with the larger vocabulary."""
+
+    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
+        return self.vera or self.oft or self.ia3 or self.lora
+
+    def added_tokens(self) -> tuple[str, ...]:
+        return self.add_tokens
 
     def packs(self) -> bool:
         return self.packing
@@ -120,10 +142,36 @@ class Supervised(AnswerTraining):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        yield from self._kind_problems()
+        if self.method == "full" and self.add_tokens:
+            found = "found add_tokens with `method: full`, which trains the model's own weights"
+            yield Problem("add_tokens", found, "remove it, or set `method: lora`")
+        if twice := sorted({token for token in self.add_tokens if self.add_tokens.count(token) > 1}):
+            yield Problem("add_tokens", f"found {', '.join(twice)} twice", "remove one of them")
         # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.
         if self.packing and self.resources.sequence_parallel_size > 1:
             found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
             yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")
+
+    def _kind_problems(self) -> Iterator[Problem]:
+        """Yield problems of other adapters than LoRA."""
+        others = [name for name in ("vera", "oft", "ia3") if getattr(self, name) is not None]
+        given = [*(["lora"] if "lora" in self.model_fields_set else []), *others]
+        for name in others:
+            if given[0] != name:
+                yield Problem(name, f"found {name} beside {given[0]}, expected one kind of adapter", "remove one of them")
+            if not self.every_adapter:
+                yield Problem(name, f"found {name} for {self.kind}, expected lora", "remove it")
+            if self.method != "lora":
+                yield Problem(name, f"found {name} with `method: {self.method}`, expected lora", "remove it, or set `method: lora`")
+            if self.resources.strategy in ("zero3", "fsdp"):
+                # PEFT gathers sharded weights for LoRA only: gather_params_ctx in peft/tuners/lora.
+                found = f"found {self.resources.strategy} with {name}, which PEFT computes from unsharded weights"
+                yield Problem("resources.strategy", found, "set `strategy: zero2`")
+            if self.add_tokens:
+                yield Problem(
+                    "add_tokens", f"found add_tokens with {name}, expected lora: PEFT trains tokens only beside LoRA", "remove it"
+                )
 
 
 class SftStage(Supervised):
@@ -135,3 +183,5 @@ class SftStage(Supervised):
     kind: Literal["sft"]
     also_called: ClassVar = (*Supervised.also_called, "qlora", "full", "fullfinetune", "pretrain", "pt", "cpt", "instruct", "supervised")
     program: ClassVar = "tasks.training.sft"
+    imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.sft_trainer")
+    every_adapter: ClassVar = True

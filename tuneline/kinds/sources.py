@@ -18,7 +18,20 @@ OnBadRow = Literal["error", "drop"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text", "prompt"]
 
 
-class FilesSource(Strict):
+class Source(Strict):
+    """Fields that every source has: how many of its rows are used."""
+
+    type: str
+    max_rows: int | None = Field(None, ge=1)
+    """Maximum number of rows used, drawn by the stage's seed from those that are left after cleaning and deduplication."""
+    repeat: int = Field(1, ge=1)
+    """Number of times that each row is in the train split. Rows held out are there once."""
+    weight: float | None = Field(None, gt=0)
+    """Weight of the source in the train split: its rows are w / (sum of all weights) of it. Rows are left out or repeated as needed; the
+    size of the split stays the same. All sources of a stage have a weight, or none."""
+
+
+class FilesSource(Source):
     """Read rows from local files: .jsonl, .json or .csv (each also as .gz), or .parquet."""
 
     type: Literal["files"]
@@ -28,11 +41,13 @@ class FilesSource(Strict):
     """Format of the rows; `auto` detects it from the columns."""
     columns: dict[str, str] = {}
     """Column mapping, from tuneline's name to the file's, such as `{prompt: question, completion: solution}`."""
+    system: str | None = None
+    """System prompt added to conversations that have none, in place of the stage's; `""` adds none."""
     on_bad_row: OnBadRow = "error"
     """How to handle a row that cannot be read; the report counts and shows dropped rows."""
 
 
-class HubSource(Strict):
+class HubSource(Source):
     """Read rows from a dataset on the hub."""
 
     type: Literal["hub"]
@@ -48,11 +63,13 @@ class HubSource(Strict):
     """Format of the rows; `auto` detects it from the columns."""
     columns: dict[str, str] = {}
     """Column mapping, from tuneline's name to the dataset's."""
+    system: str | None = None
+    """System prompt added to conversations that have none, in place of the stage's; `""` adds none."""
     on_bad_row: OnBadRow = "error"
     """How to handle a row that cannot be read; the report counts and shows dropped rows."""
 
 
-class ReasoningGymSource(Strict):
+class ReasoningGymSource(Source):
     """Generate rows with a verifiable answer, with the library reasoning-gym."""
 
     type: Literal["reasoning_gym"]
@@ -62,9 +79,11 @@ class ReasoningGymSource(Strict):
     """Number of rows to generate, before deduplication."""
     config: dict[str, bool | int | float | str | tuple[int, ...]] = {}
     """Settings of the reasoning-gym dataset, under reasoning-gym's names."""
+    system: str | None = None
+    """System prompt added to conversations that have none, in place of the stage's; `""` adds none."""
 
 
-class CodeSource(Strict):
+class CodeSource(Source):
     """Read chunks of source code from a source tree, as plain text for training code completion or fill-in-the-middle."""
 
     type: Literal["code"]

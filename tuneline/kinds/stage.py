@@ -15,6 +15,7 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.engine import CPU_RUNTIME, GPU_RUNTIME, EngineSettings
 from tuneline.kinds.fields import ArtifactType, Name, StageRef, Strict
+from tuneline.kinds.outside import ReadsOutside
 from tuneline.wording import listed
 
 # Fields of `resources` that only trainings use.
@@ -73,6 +74,15 @@ class Resources(Strict):
         return max(1, self.world_size // self.sequence_parallel_size)
 
     @property
+    def uses_deepspeed(self) -> bool:
+        return self.strategy.startswith("zero")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each process holds only a part of the weights."""
+        return self.strategy in ("zero3", "fsdp")
+
+    @property
     def local_processes(self) -> int:
         """Number of training processes of one machine."""
         if self.strategy == "device_map":
@@ -80,7 +90,7 @@ class Resources(Strict):
         return self.processes or max(1, self.gpus - (self.engine.gpus if self.engine else 0))
 
 
-class Stage(Strict):
+class Stage(ReadsOutside):
     """Fields that every stage has; none of them is in the cache key."""
 
     figures: ClassVar[tuple[str, ...]] = ()
@@ -153,7 +163,8 @@ class ProgramStage(Stage):
     libraries: ClassVar[tuple[str, ...]]
     """Libraries of the program whose versions affect its output; they are in the key. tests/core/test_libraries.py compares them with
     what the program imports."""
-
+    imports: ClassVar[tuple[str, ...]] = ()
+    """Modules that import nearly everything that the program needs in any case."""
     trains: ClassVar[bool] = False
     """Whether the program trains. Only trainings run in several processes and write checkpoints."""
     batches: ClassVar[bool] = False
@@ -177,7 +188,7 @@ class ProgramStage(Stage):
 
     def packages(self) -> frozenset[str]:
         """Return the large packages that the program imports; all others are hidden from it, as libraries import what they find."""
-        sharded = self.resources.strategy.startswith("zero") or self.resources.sequence_parallel_size > 1
+        sharded = self.resources.uses_deepspeed or self.resources.sequence_parallel_size > 1
         return frozenset({"torch", "deepspeed"} if sharded else {"torch"})
 
     def runs_user_code(self) -> bool:
@@ -237,7 +248,7 @@ class ProgramStage(Stage):
 
     def launched(self) -> bool:
         """Return whether torchrun starts the processes: for several, and for DeepSpeed, which needs its environment."""
-        return self.world_size() > 1 or self.resources.strategy.startswith("zero")
+        return self.world_size() > 1 or self.resources.uses_deepspeed
 
     def micro_batch_size(self) -> int | None:
         """Return the per-device batch size; None for kinds that do not use batches."""

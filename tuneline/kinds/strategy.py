@@ -10,7 +10,7 @@ from tuneline.kinds.stage import Resources
 
 def strategy_problems(resources: Resources, dora: bool) -> Iterator[Problem]:
     strategy, offload, gpus = resources.strategy, resources.offload, resources.gpus
-    zero = strategy.startswith("zero")
+    zero = resources.uses_deepspeed
     if strategy == "fsdp" and not gpus:
         # accelerate 1.15, Accelerator.__init__: on CPUs the plugin is dropped silently and plain DDP is used.
         yield Problem(
@@ -57,7 +57,7 @@ def strategy_problems(resources: Resources, dora: bool) -> Iterator[Problem]:
             f"found optimizer with {strategy}, expected zero1, zero2 or zero3",
             "set `offload: all`, which fsdp supports" if strategy == "fsdp" else "set `strategy: zero2`",
         )
-    elif offload == "all" and strategy not in ("zero3", "fsdp"):
+    elif offload == "all" and not resources.shards_weights:
         # deepspeed.ai/docs/config-json: offload_param is "valid only with stage 3".
         yield Problem(
             "resources.offload",

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from tuneline.errors import Problem
-from tuneline.kinds.engine import MAX_LORA_RANK
-from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered, Strict
+from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
+from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered
 from tuneline.kinds.stage import ComputingStage, Stage
 from tuneline.kinds.strategy import strategy_problems
 
 Method = Literal["lora", "qlora", "full"]
-
-
-class Lora(Strict):
-    """Low-rank adapter (LoRA), under PEFT's names."""
-
-    r: int = Field(16, ge=1, le=1024)
-    """Rank; a higher rank has more capacity and needs more memory."""
-    lora_alpha: float = Field(32, gt=0)
-    """Scaling numerator: the update is multiplied by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability of the adapter's inputs during training."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Modules that get an adapter: names of linear layers and expert tensors, or `all-linear` for all of them except the output head."""
-    use_rslora: bool = False
-    """Use rank-stabilized scaling (rsLoRA, arXiv:2312.03732)."""
-    use_dora: bool = False
-    """Use weight-decomposed adapters (DoRA, arXiv:2402.09353): often more accurate, but slower."""
-
-    def unserved(self) -> str | None:
-        """Return what vLLM cannot serve, or None: vllm/lora/peft_helper.py (DoRA), vllm/config/lora.py (ranks)."""
-        if self.use_dora:
-            return "DoRA, which vLLM does not serve"
-        return f"rank {self.r}, but vLLM serves at most {MAX_LORA_RANK}" if self.r > MAX_LORA_RANK else None
 
 
 class Training(ComputingStage):
@@ -47,6 +25,8 @@ class Training(ComputingStage):
     batches: ClassVar = True
     role: ClassVar = "fine-tuned"  # tables call an adapter `adapter`
     also_called: ClassVar[tuple[str, ...]] = ("train", "training", "finetune", "finetuning", "tune", "lora", "adapter")
+    every_adapter: ClassVar[bool] = False
+    """Whether the program also trains adapters that are not LoRA, or that change the base's weights."""
     model: FullPrecisionRef
     """Model to train."""
     dataset: DatasetRef
@@ -126,10 +106,28 @@ class Training(ComputingStage):
         return super().packages() | ({"bitsandbytes"} if self.training_method() == "qlora" else frozenset())
 
     def unserved(self, by: ComputingStage) -> str | None:
-        return self.lora.unserved() if self.output_type() == "Adapter" else None
+        if self.output_type() != "Adapter":
+            return None
+        return "new tokens, which vLLM does not serve" if self.added_tokens() else self.adapter_settings().unserved()
+
+    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
+        """Return the settings of the adapter, of whichever kind it is."""
+        return self.lora
+
+    def added_tokens(self) -> tuple[str, ...]:
+        return ()
 
     def upstream_problems(self, stages: Mapping[str, Stage]) -> Iterator[Problem]:
         other = stages.get(self.adapter or "")
+        if isinstance(other, Training) and (theirs := other.adapter_settings().kind) != (ours := self.adapter_settings().kind):
+            yield Problem(
+                "adapter", f"found `{self.adapter}`, which trains `{theirs}`, expected `{ours}`", f"configure `{theirs}` here too"
+            )
+        if isinstance(other, Training) and other.added_tokens() != self.added_tokens():
+            found = f"found `{self.adapter}`, which adds the tokens {', '.join(other.added_tokens()) or 'none'}"
+            yield Problem(
+                "adapter", f"{found}, expected the same as this stage", "write the same `add_tokens` in both, or merge the adapter first"
+            )
         if isinstance(other, Training) and other.model != self.model:
             yield Problem("adapter", f"found `{self.adapter}`, trained on `{other.model}`, expected an adapter of `{self.model}`")
 
@@ -146,7 +144,13 @@ class Training(ComputingStage):
         return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
     def problems(self) -> Iterator[Problem]:
+        settings = self.adapter_settings()
         yield from strategy_problems(self.resources, self.lora.use_dora)
+        yield from (replace(problem, field=f"{settings.kind}.{problem.field}") for problem in settings.problems())
+        yield from self._init_problems()
+        yield from self._whole_problems()
+        if self.lora.lora_plus_ratio != 1 and not self.every_adapter:
+            yield Problem("lora.lora_plus_ratio", f"found {self.lora.lora_plus_ratio:g} for {self.kind}, expected 1", "remove it")
         at_once, shared, micro = self.resources.data_parallel_size, self.resources.sequence_parallel_size, self.micro_batch_size()
         if self.global_batch_size % (micro * at_once):
             alone = self.global_batch_size % at_once  # no micro-batch size would fit
@@ -167,3 +171,38 @@ class Training(ComputingStage):
                 "found constant with warmup_steps, which it ignores",
                 "set `lr_scheduler_type: constant_with_warmup`",
             )
+
+    def _init_problems(self) -> Iterator[Problem]:
+        """Yield problems of LoRA's first weights with other fields."""
+        init, field = self.lora.init_lora_weights, "lora.init_lora_weights"
+        if init is True:
+            return
+        if self.adapter is not None:
+            yield Problem(field, f"found {init} with `adapter`, whose weights are trained further", "remove it")
+        if init == "gaussian":
+            return
+        if not self.every_adapter:
+            # The reference model and the sampled one are the base with its adapter off or on: a changed base would be neither.
+            yield Problem(field, f"found {init}, expected true or gaussian for {self.kind}", "remove it, or train with sft first")
+        if self.lora.changes_base() and self.training_method() == "qlora":
+            # peft/tuners/lora/layer.py: pissa_init needs floating-point weights; olora_init quantizes again, so no adapter fits the base.
+            yield Problem(field, f"found {init} with `method: qlora`, which cannot subtract from quantized weights", "set `method: lora`")
+        if self.resources.strategy in ("zero3", "fsdp") or (init == "eva" and self.resources.strategy == "device_map"):
+            # peft/tuners/lora/eva.py and layer.py compute on one process's whole model, before it is sharded.
+            found = f"found {self.resources.strategy} with lora.init_lora_weights: {init}, which needs the whole model in one place"
+            yield Problem("resources.strategy", found, "set `strategy: zero2`")
+
+    def _whole_problems(self) -> Iterator[Problem]:
+        """Yield problems of modules and tokens that are trained whole."""
+        settings = self.adapter_settings()
+        fields = [(f"{settings.kind}.modules_to_save", settings.modules_to_save), ("add_tokens", self.added_tokens())]
+        for field in (name for name, given in fields if given):
+            if not self.every_adapter:
+                yield Problem(
+                    field, f"found {field.rpartition('.')[2]} for {self.kind}, which hands over only LoRA's matrices", "remove it"
+                )
+            elif self.resources.strategy in ("zero3", "fsdp"):
+                # peft/utils/other.py: TrainableTokensWrapper.update "does not support deepspeed/fsdp"; a module's copy is made before
+                # FSDP shards the original.
+                found = f"found {self.resources.strategy} with {field}, which PEFT copies from unsharded weights"
+                yield Problem("resources.strategy", found, "set `strategy: zero2`")

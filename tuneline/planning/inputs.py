@@ -17,10 +17,8 @@ from typing import Any
 from tuneline.config.hints import missing_path
 from tuneline.errors import ConfigError, Problem
 from tuneline.files import sha256
-from tuneline.kinds.evaluate import HUMAN_EVAL, EvaluateStage
 from tuneline.kinds.fields import OutsideFile, annotated_values
-from tuneline.kinds.model import ModelStage
-from tuneline.kinds.sources import CodeSource, FilesSource, HubSource
+from tuneline.kinds.sources import CodeSource
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.paths import refuse_escape, resolve_path, suffix
 from tuneline.planning.keys import ENGINE_PACKAGES
@@ -63,9 +61,8 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
 
     Raises ConfigError for missing outside files or a missing runtime.
     """
-    look, trees, problems = Look(workspace.memory), code_trees(stage), list[Problem]()
+    look, trees, rows, problems = Look(workspace.memory), stage.source_trees(), stage.row_files(), list[Problem]()
     resolved = ResolvedInputs({}, {}, {}, {}, {}, {}, {}, look)
-    rows = {f"sources.{i}.path" for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, FilesSource)}
     for path, _, named in annotated_values(stage, OutsideFile):
         place = resolve_path(workspace.root, named)
         try:
@@ -78,7 +75,7 @@ def resolve(workspace: Workspace, stage: ProgramStage, commit: ResolveCommit) ->
                 if path in rows:
                     hint = f"write `{named.rstrip('/')}/*.jsonl`, for example"
                     raise ConfigError([Problem(path, f"found the folder {place}, expected a file or a glob", hint)])
-                read, digests = _of_folder(workspace, str(place), path == "include_path", look)
+                read, digests = _of_folder(workspace, str(place), path in stage.hidden_files_in, look)
                 resolved.files[path] = [str(place)]
             else:
                 read, digests = _of_files(workspace, named, str(place), status, look)
@@ -182,34 +179,26 @@ def libraries_of(workspace: Workspace, stage: ProgramStage) -> dict[str, str]:
     return libraries
 
 
-def code_trees(stage: Stage) -> dict[str, CodeSource]:
-    """Return the source trees that a stage reads, by the field of their path."""
-    return {f"sources.{i}.path": source for i, source in enumerate(getattr(stage, "sources", ())) if isinstance(source, CodeSource)}
-
-
 def hub_inputs(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, str, str, str]]:
     """Yield (field, repository type, repository, revision) of everything that a stage loads from the hub."""
     for path, data in benchmark_data(workspace, stage):
         if not data.unknown:
             yield f"{path}.{data.label}", "dataset", data.repository, data.revision
-    if isinstance(stage, ModelStage) and stage.hub:
-        yield "hub", "model", stage.hub, stage.revision
-    for i, source in enumerate(getattr(stage, "sources", ())):
-        if isinstance(source, HubSource):
-            yield f"sources.{i}.repo", "dataset", source.repo, source.revision
+    yield from stage.repositories()
 
 
 def benchmark_data(workspace: Workspace, stage: Stage) -> Iterator[tuple[str, Data]]:
-    """Yield (field, data) of an evaluation's benchmarks. human_eval is skipped: its data is part of the runtime."""
-    names = [(i, name) for i, name in enumerate(getattr(stage, "benchmarks", ())) if name != HUMAN_EVAL]
-    if not names or not isinstance(stage, EvaluateStage):
+    """Yield (field, data) of the benchmarks that lm-eval runs. The data of others is part of the runtime."""
+    tasks = list(stage.lm_eval_tasks())
+    if not tasks or not isinstance(stage, ProgramStage):
         return
     try:
         runtime = find_runtime(stage.runtime, workspace.loaded.spec, workspace.root)
     except ConfigError:  # `libraries_of` reports it
         return
-    own = resolve_path(workspace.root, stage.include_path) if stage.include_path else None
-    for i, name in names if runtime.ready else ():
-        yield from ((f"benchmarks.{i}", data) for data in data_of(name, own, runtime, workspace.home / "benchmarks"))
+    folder = stage.own_lm_eval_tasks()
+    own = resolve_path(workspace.root, folder) if folder else None
+    for path, name in tasks if runtime.ready else ():
+        yield from ((path, data) for data in data_of(name, own, runtime, workspace.home / "benchmarks"))
     if not runtime.ready:
         yield "benchmarks", NOT_SET_UP

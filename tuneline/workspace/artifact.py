@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from tuneline.workspace.file_names import PAYLOAD
+
 SCHEMA = 1
 
 
@@ -65,7 +67,7 @@ class Artifact:
 
     @property
     def payload(self) -> Path:
-        return self.path / "payload"
+        return self.path / PAYLOAD
 
     @property
     def key(self) -> str:

@@ -45,7 +45,7 @@ class Checkpoint:
 
 def layout(resources: Resources) -> str:
     """Return the layout of checkpoints. FSDP's can be resharded for any number of processes, so it names no number."""
-    if resources.strategy.startswith("zero"):
+    if resources.uses_deepspeed:
         return f"{resources.strategy} over {processes(resources.world_size)}"
     return "fsdp" if resources.strategy == "fsdp" else REPLICATED
 

@@ -19,8 +19,10 @@ from tuneline.config.spec import STAGES
 from tuneline.errors import FailureClass
 from tuneline.files import write_atomically
 from tuneline.kinds.stage import ProgramStage
+from tuneline.kinds.trackers import Track
+from tuneline.workspace.file_names import META, PAYLOAD
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 class Message(BaseModel):
@@ -80,16 +82,20 @@ class Request(Message):
     """Fields of `Resources`; micro_batch_size may be lowered after an out-of-memory error."""
     engine: Path | None = None
     """Python of the runtime with vLLM, if the stage uses it."""
+    name: str = ""
+    """PIPELINE/STAGE/RUN: the name of a training in its trackers."""
+    track: Track | None = None
+    """Trackers of a training. Its `log_dir` is absolute."""
     join: str = ""
     """Command that starts the additional machines of a training, without its `--rank`."""
 
     @property
     def payload(self) -> Path:
-        return self.out / "payload"
+        return self.out / PAYLOAD
 
     @property
     def meta(self) -> Path:
-        return self.out / "meta"
+        return self.out / META
 
     def stage(self) -> ProgramStage:
         stage = STAGES[self.kind].model_validate({**self.config, "resources": self.resources})

@@ -14,22 +14,23 @@ from pathlib import Path
 
 from tuneline.errors import StageFailed
 from tuneline.files import write_atomically
+from tuneline.workspace.file_names import META, PAYLOAD
 
 REFERENCE, LOCATION = "reference.json", "location.json"
 
 
 def point(artifact: Path, folder: Path) -> None:
     """Write the current location of a reference's files. `artifact`: the folder with payload/ and meta/."""
-    names = [entry["path"] for entry in json.loads((artifact / "payload" / REFERENCE).read_bytes())["files"]]
+    names = [entry["path"] for entry in json.loads((artifact / PAYLOAD / REFERENCE).read_bytes())["files"]]
     document = {"path": str(folder), "mtimes": {name: (folder / name).stat().st_mtime_ns for name in names}}
-    write_atomically(artifact / "meta" / LOCATION, json.dumps(document, indent=1) + "\n")
+    write_atomically(artifact / META / LOCATION, json.dumps(document, indent=1) + "\n")
 
 
 def folder_of(payload: Path) -> Path:
     """Return the Hugging Face folder of a Model's payload: itself, or its referenced folder. Raises StageFailed if that has changed."""
     if not (payload / REFERENCE).exists():
         return payload
-    location = json.loads((payload.parent / "meta" / LOCATION).read_bytes())
+    location = json.loads((payload.parent / META / LOCATION).read_bytes())
     folder = Path(location["path"])
     for entry in json.loads((payload / REFERENCE).read_bytes())["files"]:
         file = folder / entry["path"]

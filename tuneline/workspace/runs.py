@@ -24,7 +24,8 @@ from tuneline.config.spec import Pipeline
 from tuneline.errors import ConfigError, Problem, StoreError
 from tuneline.files import open_lock, try_lock, write_atomically
 from tuneline.kinds.fields import Reference, annotated_values
-from tuneline.workspace.protocol import Event
+from tuneline.workspace.artifact import Artifact
+from tuneline.workspace.stage_ends import end_stages
 
 SCHEMA = 5  # 2: planned stages; 3: run in Prefect; 4: running stages, attempts; 5: cancelled stages. Older schemas can be read.
 BALLAST = 4 << 20  # bytes reserved in a run's lock file, freed to write the final record when the disk is full
@@ -43,13 +44,25 @@ class StageRecord(BaseModel):
     """The document that the key is the hash of; later plans compare with it."""
     artifact: str | None = None
     started: str | None = None
-    """Start of the current attempt; only while the stage is running."""
+    """Start of the current attempt; only while the stage is running and does not wait for a retry."""
     attempts: int = 0
     """Number of attempts in this run."""
     seconds: float = 0.0
     """Duration of all attempts of this run, without waiting times."""
     metrics: dict[str, float] = {}
     message: str = ""
+
+    def run_until(self, moment: datetime) -> None:
+        """Add the time from the start of the current attempt to its seconds. A stage that waits for a retry is not in an attempt."""
+        if self.status == "running" and self.started is not None:
+            self.seconds += max(0.0, round((moment - datetime.fromisoformat(self.started)).total_seconds(), 1))
+            self.started = moment.isoformat()
+
+    def name_artifact(self, artifact: Artifact, metrics: dict[str, float]) -> None:
+        """Note which artifact the stage ended with. `metrics`: its figures, under the names of this pipeline's stages."""
+        manifest = artifact.manifest
+        self.key, self.digest, self.document = manifest.key, manifest.digest, manifest.document
+        self.artifact, self.metrics = str(artifact.path), metrics
 
 
 class PlannedStage(BaseModel):
@@ -92,6 +105,7 @@ class Runs:
     def __init__(self, folder: Path):
         self.folder = folder
         self._locks: dict[str, int] = {}  # lock descriptors of the runs of this process
+        self._ended: dict[str, tuple[int, list[StageRecord]]] = {}  # killed runs: mtime of the record, and its stages as they ended
 
     def begin(self, pipeline: str, overrides: tuple[str, ...]) -> RunRecord:
         """Create and save the record of a new run, which is alive until `finish` or the end of this process."""
@@ -123,7 +137,7 @@ class Runs:
 
     def finish(self, record: RunRecord, state: RunState) -> None:
         record.state = state
-        self._count(record)
+        end_stages(record, self.folder.parent / "work")
         record.finished = datetime.now(UTC).isoformat(timespec="seconds")
         self.save(record)
         self._lock(record.run_id).unlink(missing_ok=True)
@@ -171,20 +185,24 @@ class Runs:
             record = RunRecord.model_validate_json(path.read_bytes())  # it may have ended since
             if record.state == "running":
                 record.state = "killed"
-        self._count(record)
+        if record.state == "running":
+            for stage in record.stages:
+                stage.run_until(datetime.now(UTC))
+        elif any(stage.status == "running" for stage in record.stages):
+            version = path.stat().st_mtime_ns
+            if self._ended.get(record.run_id, (0, []))[0] != version:
+                end_stages(record, self.folder.parent / "work")
+                self._ended[record.run_id] = version, record.stages
+            record.stages = [stage.model_copy() for stage in self._ended[record.run_id][1]]
         return record
 
-    def _count(self, record: RunRecord) -> None:
-        """Update the duration of running stages until now. If their run was stopped, end them at their last write, with the last step."""
-        for stage in record.stages:
-            if stage.status == "running" and stage.started is not None:
-                began, until = datetime.fromisoformat(stage.started), datetime.now(UTC)
-                if record.state != "running":
-                    work = self.folder.parent / "work" / (stage.key or "")
-                    stage.status, until = "cancelled" if record.state == "cancelled" else "killed", min(until, _last_written(work))
-                    stage.message = _reached(work, began.timestamp())
-                stage.seconds += max(0.0, round((until - began).total_seconds(), 1))
-                stage.started = until.isoformat() if stage.status == "running" else None
+    def read(self, run_id: str) -> RunRecord | None:
+        """Return the record of a run, or None if there is none that can be read."""
+        if run_id != Path(run_id).name:  # as from a command line
+            return None
+        with contextlib.suppress(OSError, ValidationError):
+            return self._read(self.folder / f"{run_id}.json")
+        return None
 
     def newest_first(self, pipeline: str | None = None) -> Iterator[RunRecord]:
         """Yield records of the pipeline, or of all pipelines. Skips records that cannot be read."""
@@ -212,13 +230,13 @@ class Runs:
 
     def get(self, pipeline: str, run_id: str | None) -> RunRecord:
         """Return the last run of a pipeline, or the named one. Raises ConfigError if there is none."""
-        for record in self.newest_first(pipeline):
-            if run_id in (None, record.run_id):
-                return record
+        record = self.read(run_id) if run_id else next(self.newest_first(pipeline), None)
+        if record and record.pipeline == pipeline:
+            return record
         where, what = ("--run", f"run {run_id} of {pipeline}") if run_id else (pipeline, "run of it yet")
         raise ConfigError([Problem("", f"found no {what}", f"start one with `tuneline run {pipeline}`", place=where)])
 
-    def paid(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
+    def run_that_forced(self, pipeline: str, stage: str, key: str, flow_run: str | None = None) -> str | None:
         """Return the id of the run whose `--force` has rebuilt this key already, or None. Counts only if every later run was
         stopped, or if Prefect retries that run (`flow_run`)."""
         stopped = True  # all newer runs were stopped
@@ -241,28 +259,6 @@ class Runs:
             if stages <= found.keys():
                 break
         return found
-
-
-def _last_written(folder: Path) -> datetime:
-    """Return the mtime of a folder's newest file; 1970 if there is none."""
-    times = [0.0]
-    for file in folder.glob("*"):
-        with contextlib.suppress(OSError):  # renamed meanwhile
-            times.append(file.stat().st_mtime)
-    return datetime.fromtimestamp(max(times), UTC)
-
-
-def _reached(folder: Path, since: float) -> str:
-    """Return the last step of a program's last attempt as text, or nothing."""
-    with contextlib.suppress(OSError):
-        for line in reversed((folder / "events.jsonl").read_bytes().splitlines()):
-            with contextlib.suppress(ValidationError):  # a line cut off by a kill
-                event = Event.model_validate_json(line)
-                if event.t < since:
-                    break
-                if event.type == "progress":
-                    return f"reached step {event.step} of {event.total}"
-    return ""
 
 
 def _held(lock: Path) -> bool:

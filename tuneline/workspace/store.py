@@ -32,6 +32,7 @@ from tuneline.canonical import key_of
 from tuneline.errors import StageFailed, StoreError
 from tuneline.files import hold_lock, open_lock, sha256, sync, try_lock, write_atomically
 from tuneline.workspace.artifact import SCHEMA, Artifact, File, Manifest, digest, sizes
+from tuneline.workspace.file_names import MANIFEST, PAYLOAD
 
 CHANGED = "has changed since it was written"
 POLL = 0.2  # seconds between two attempts to take a lock
@@ -105,7 +106,7 @@ class Store:
     def inspect(self, folder: Path, full: bool = False) -> tuple[str | None, Artifact | None]:
         """Return (problem, None) or (None, artifact). `full` also reads every file and compares its sha256."""
         try:
-            raw = json.loads((folder / "manifest.json").read_bytes())
+            raw = json.loads((folder / MANIFEST).read_bytes())
         except (OSError, ValueError):
             return "its manifest.json is missing or unreadable", None
         if isinstance(raw, dict) and isinstance(raw.get("schema"), int) and raw["schema"] > SCHEMA:
@@ -118,7 +119,7 @@ class Store:
         if manifest.key != folder.name or manifest.kind != folder.parent.parent.name:
             return f"its manifest belongs to {manifest.kind}/{manifest.key}", None
         try:
-            there = dict(sizes(folder / "payload"))
+            there = dict(sizes(folder / PAYLOAD))
         except OSError as error:  # it may be being removed
             return f"its payload cannot be read: {error.strerror}", None
         expected = {file.path: file.size for file in manifest.files}
@@ -131,7 +132,7 @@ class Store:
                 return f"payload/{path} has {there[path]} bytes instead of {expected[path]}", None
         for file in manifest.files if full else ():
             try:
-                if sha256(folder / "payload" / file.path) != file.sha256:
+                if sha256(folder / PAYLOAD / file.path) != file.sha256:
                     return f"payload/{file.path} {CHANGED}", None
             except OSError as error:
                 return f"payload/{file.path} cannot be read: {error.strerror}", None
@@ -213,11 +214,11 @@ class Store:
 
         `manifest` creates the manifest from (digest, files). The caller must hold the key's lock.
         """
-        files = tuple(File(path=path, size=size, sha256=sha256(built / "payload" / path)) for path, size in sizes(built / "payload"))
+        files = tuple(File(path=path, size=size, sha256=sha256(built / PAYLOAD / path)) for path, size in sizes(built / PAYLOAD))
         if not files:
             raise StageFailed("bug", "the program succeeded but left an empty payload")
         document = manifest(digest(files), files)
-        write_atomically(built / "manifest.json", document.model_dump_json(by_alias=True, indent=1), synced=True)
+        write_atomically(built / MANIFEST, document.model_dump_json(by_alias=True, indent=1), synced=True)
         for folder, _, names in os.walk(built):
             for name in names:
                 sync(Path(folder, name))
