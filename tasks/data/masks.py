@@ -174,7 +174,7 @@ def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     answer = row.reference()
     if row.answer is None and row.messages is not None and row.messages[-1]["role"] == "assistant":
         answer = None
-        if row.messages[-1].get("weight") != 0:
+        if row.messages[-1].get("weight") != 0 and row.label is not False:
             ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
             answer = said(written(ids[start:end], tokenizer, ()), tokenizer.decode(ids[:start]), tokenizer)
     return replace(row, answer=answer if answer and marks.said(answer) else None)

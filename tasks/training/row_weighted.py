@@ -18,6 +18,7 @@ from transformers import Trainer
 from tasks.training.answers import lengths
 from tasks.training.batches import LongestFirst, longest_first
 from tuneline.kinds.preferences import PreferenceTraining
+from tuneline.patches import patch
 
 MASK = "completion_mask"
 
@@ -35,6 +36,8 @@ class RowWeighted(Trainer):
         self.stage = stage
         self._step: list[Any] = []
         self._totals = torch.zeros(0)
+        # Of the last batches accelerate would drop what processes have beyond the rows' number, for figures that have one value each.
+        patch(self.accelerator, "gather_for_metrics", self.accelerator.gather)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """Take the rows as they are: `tasks.data.masks` has tokenized them."""

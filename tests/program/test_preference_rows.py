@@ -12,6 +12,7 @@ from dataset_tools import build_rows
 from pico import tokenizer
 
 from tasks.data.formats import detect, to_row
+from tasks.data.masks import with_reference
 from tasks.data.rows import Row, read_rows
 from tasks.data.unrendered import lost_in_training
 from tasks.data.values import BadRow
@@ -111,7 +112,7 @@ def test_a_dataset_of_pairs_keeps_both_answers(tmp_path: Path, base: Input) -> N
     labeled = build_rows(tmp_path / "labels", [other]) if (tmp_path / "labels").mkdir() is None else None
     assert labeled is not None
     (row,) = read_rows(labeled.request.payload / "train.parquet")
-    assert (row.label, row.reference()) == (False, None)
+    assert (row.label, row.reference(), with_reference(row, tokenizer()).answer) == (False, None, None)
 
 
 def test_what_is_wrong_with_a_rejected_answer_is_named(tmp_path: Path, base: Input) -> None:
