@@ -26,7 +26,7 @@ ROWS := .cache/bench-rows.jsonl
 
 BENCHMARKS := bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training
 
-.PHONY: help setup demo test test-full test-fast test-ready test-core test-flows test-programs test-python torture lint format docs locks audit $(BENCHMARKS) clean
+.PHONY: help setup demo test test-full test-fast test-ready test-core test-flows test-programs test-python gpu-check torture lint format docs locks audit $(BENCHMARKS) clean
 
 # Not set for `demo`: the server that it starts also serves other pipelines, which may need the hub.
 test-core test-flows test-programs test-python torture $(BENCHMARKS): export HF_HUB_OFFLINE := 1
@@ -73,6 +73,9 @@ test-python: $(GGUF)  ## run the core's tests and a pico pipeline with another P
 	$(MAKE) VENV=$(OTHER) $(OTHER)/dev-ready
 	$(OTHER)/bin/pytest tests/core $(SELECT)
 	export TUNELINE_RUNTIMES=$(CURDIR)/$(OTHER)/runtimes; $(OTHER)/bin/tuneline setup && $(OTHER)/bin/pytest tests/flow/test_pico.py $(SELECT)
+
+gpu-check: setup  ## check a GPU with trainings, GPTQ and vLLM on random weights: ten minutes, no hub; SIZE=tiny runs anywhere
+	$(BIN)/tuneline doctor --gpu --size $(or $(SIZE),full)
 
 torture: export WARM := 0
 torture: setup $(VENV)/dev-ready  ## kill runs at random times: make torture KILLS=500 SEED=7

@@ -1,4 +1,4 @@
-"""Generate docs/pipelines.md, docs/pipelines.schema.json, the yaml in the README and the table in docs/importing.md from the code.
+"""Generate docs/pipelines.md, docs/pipelines.schema.json, the yaml in the README and the tables and results in docs/importing.md.
 
 python infra/generate_docs.py            write them
 python infra/generate_docs.py --check    exit with 1 if a file is out of date (make lint)
@@ -6,10 +6,12 @@ python infra/generate_docs.py --check    exit with 1 if a file is out of date (m
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,8 +20,9 @@ from pydantic_core import PydanticUndefined
 
 from tuneline.config import pools, spec
 from tuneline.config.json_schema import json_schema
+from tuneline.imports.compose import whole_file
 from tuneline.imports.fates import fate_of, kind_of
-from tuneline.imports.importing import TABLES
+from tuneline.imports.importing import TABLES, import_sources
 from tuneline.kinds import adapters, dataset, fields, gate, grpo, rewards, sft, trackers
 from tuneline.kinds import engine as engines
 from tuneline.kinds import sources as data_sources
@@ -179,7 +182,23 @@ def importing() -> str:
         refused.append(f"- **{tool}**: {', '.join(f'`{name}`' for name in names)}")
     block = "\n".join([MARK, "", *rows, "", "Keys without a counterpart:", "", *refused, "", MARK])
     text = (ROOT / "docs" / "importing.md").read_text(encoding="utf-8")
-    return re.sub(f"{MARK}.*{MARK}", lambda _: block, text, count=1, flags=re.DOTALL)
+    text = re.sub(f"{MARK}.*{MARK}", lambda _: block, text, count=1, flags=re.DOTALL)
+    for source, result in (("train.yaml", "llamafactory.yaml"), ("train.sh", "swift.yaml")):
+        block = f"```yaml importing/{result}\n{imported_example(text, source)}```"
+        text = re.sub(rf"^```yaml importing/{result}\n.*?^```$", lambda _, new=block: new, text, flags=re.MULTILINE | re.DOTALL)
+    return text
+
+
+def imported_example(page: str, source: str) -> str:
+    """Return what `tuneline import` makes of an example of the page, beside the files that the page names."""
+    blocks = dict(re.findall(r"^```\w+ importing/(\S+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("data").mkdir()
+        for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "data/bookings.jsonl", "data/held_out.jsonl"):
+            Path(name).touch()
+        for name in (source, "data/dataset_info.json"):
+            Path(name).write_text(blocks[name], encoding="utf-8")
+        return whole_file(import_sources([source], Path.cwd()))
 
 
 def main() -> int:

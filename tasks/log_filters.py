@@ -20,7 +20,8 @@ UNWANTED: dict[str, tuple[str, ...]] = {  # logger -> beginnings of its unwanted
     ),
     "lm_eval.models.huggingface": ("`pretrained` model kwarg", "Passed an already-initialized model", "Overrode HF model backend"),
 }
-DEPRECATED = (  # FutureWarnings of one library about another
+DEPRECATED = (  # FutureWarnings of one library about another, or about what the lock keeps
+    r"`(label_smoothing_factor|use_liger_kernel=True)` is deprecated",  # TRL 1.16, about its version 2
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",  # DeepSpeed 0.19, about torch 2.13
     r"`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 and TRL 1.15, about transformers 5.23
 )

@@ -153,13 +153,23 @@ def submit(name: str, file: Path, options: RunOptions, queue: str | None, watch:
 @click.command()
 @file_option
 @click.option("--fix", is_flag=True, help="Set the final state on the server of runs whose process is gone.")
+@click.option("--gpu", is_flag=True, help="Instead run trainings, an evaluation, a merge and GPTQ on a GPU: about ten minutes.")
+@click.option(
+    "--size", type=click.Choice(["full", "tiny"]), default="full", help="Models of --gpu: 1B and 8B, or pico models on any device."
+)
 @json_option
-def doctor(file: Path, fix: bool, as_json: bool) -> None:
+def doctor(file: Path, fix: bool, gpu: bool, size: str, as_json: bool) -> None:
     """Diagnose what makes runs fail or hang, and suggest fixes."""
     from flows.doctor.check import PROBLEM
-    from flows.doctor.machine import examine
 
-    checks = examine(load(file), fix)
+    if gpu:
+        from flows.doctor.gpu import examine_gpu
+
+        checks = examine_gpu(load(file), size, say)
+    else:
+        from flows.doctor.machine import examine
+
+        checks = examine(load(file), fix)
     problems = sum(check.status == PROBLEM for check in checks)
     if as_json:
         rows = [{"check": each.check, "status": each.status, "message": each.message, "remedy": each.hint} for each in checks]

@@ -11,7 +11,9 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +75,10 @@ def read_template(file: Path) -> str:
         raise StageFailed("config", f"chat_template: {file.name} is no UTF-8 text: {error}", "name a Jinja template") from error
     if not text.strip():
         raise StageFailed("config", f"chat_template: found an empty file, {file.name}", "name a Jinja template")
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), dict):
+            hint = "write the text of its `chat_template` to a file of its own"
+            raise StageFailed("config", f"chat_template: found JSON in {file.name}, expected a Jinja template", hint)
     return text
 
 
@@ -90,7 +96,7 @@ def names_read(template: str, tokenizer: PreTrainedTokenizerBase, where: str) ->
     except TemplateSyntaxError as error:
         message = f"{where}, line {error.lineno}: {error.message}"
         raise StageFailed("config", message, "write a Jinja template, as transformers and servers read it") from error
-    except RecursionError as error:
+    except (RecursionError, SyntaxError, MemoryError) as error:  # of Python, to which Jinja translates it
         raise StageFailed("config", f"{where}: it is nested too deeply", "write a simpler template") from error
     own = {name.name for name in tree.find_all(Name) if name.ctx == "store"}
     asked = {
@@ -120,16 +126,17 @@ def after(head: str, template: str) -> str:
 
 def check_question(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Raises StageFailed(config) unless the template renders a question, as text or as a list of parts."""
-    problem = "it leaves out what the user says"
-    for content in (QUESTION, [{"type": "text", "text": QUESTION}]):
+    problem = ""
+    system = {"role": "system", "content": "Help."}  # which some templates demand
+    for content, before in product((QUESTION, [{"type": "text", "text": QUESTION}]), ([], [system])):
         try:
-            messages = [{"role": "user", "content": content}]
+            messages = [*before, {"role": "user", "content": content}]
             if QUESTION in str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)):
                 return
         except Exception as error:  # a template may raise anything: its own refusal, or a Python error
-            problem = f"it refuses a question: {type(error).__name__}: {error}"
+            problem = problem or f"it refuses a question: {type(error).__name__}: {error}"
     hint = "try it with `tokenizer.apply_chat_template([{'role': 'user', 'content': 'Hi'}], tokenize=False)` of transformers"
-    raise StageFailed("config", f"{where}: {problem}", hint)
+    raise StageFailed("config", f"{where}: {problem or 'it leaves out what the user says'}", hint)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

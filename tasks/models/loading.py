@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def compute_type(stage: ComputingStage) -> torch.dtype:
 
 
 def check_device(stage: ComputingStage) -> None:
-    """Raises StageFailed(config) if the stage's GPUs are not visible, or bfloat16 would be emulated.
+    """Raises StageFailed(config) if the stage's GPUs are not visible, the runtime lacks its kernels, or bfloat16 would be emulated.
 
     Torch initializes CUDA here and cannot see other GPUs afterwards.
     """
@@ -89,6 +90,9 @@ def check_device(stage: ComputingStage) -> None:
         raise StageFailed(
             "config", found, "check the driver, and that the runtime is one for GPUs; `gpus: 0` runs on the CPU, under another key"
         )
+    if stage.resources.kernels == "liger" and find_spec("liger_kernel") is None:
+        hint = "add liger-kernel to a lock of your own, under `runtimes:`, or remove `kernels`"
+        raise StageFailed("config", "resources.kernels: found liger, which this runtime lacks", hint)
     if stage.dtype != "bfloat16":
         return
     if stage.resources.gpus:

@@ -102,11 +102,11 @@ def evaluation_arguments(stage: AnswerTraining) -> dict[str, Any]:
     return {
         "eval_strategy": "steps" if stage.eval_steps else "no",
         "eval_steps": stage.eval_steps,
-        # With early stopping every evaluation writes a checkpoint: the best adapter must not depend on resources.
-        "save_steps": stage.eval_steps if stage.early_stopping else checkpoint_steps(stage.resources),
-        "load_best_model_at_end": stage.early_stopping is not None,
-        "metric_for_best_model": "eval_loss" if stage.early_stopping else None,
-        "greater_is_better": False if stage.early_stopping else None,
+        # To keep the best, every evaluation writes a checkpoint: the best adapter must not depend on resources.
+        "save_steps": stage.eval_steps if stage.keeps_best() else checkpoint_steps(stage.resources),
+        "load_best_model_at_end": stage.keeps_best(),
+        "metric_for_best_model": "eval_loss" if stage.keeps_best() else None,
+        "greater_is_better": False if stage.keeps_best() else None,
     }
 
 
@@ -156,14 +156,14 @@ def trained_weights(trainer: Any, request: Request, stage: AnswerTraining, event
 
 
 def evaluated(state: TrainerState, stage: AnswerTraining, names: tuple[str, ...]) -> dict[str, float]:
-    """Return these figures of the last evaluation, or of the best one with early stopping, and its step; the first decides."""
+    """Return these figures of the last evaluation, or of the best one if that is kept, and its step; the first decides."""
     entries = {entry["step"]: entry for entry in state.log_history if names[0] in entry}
     if not entries:
         return {}
-    step = state.best_global_step if stage.early_stopping else max(entries)
-    return {name: entries[step][name] for name in names} | ({"best_step": step} if stage.early_stopping else {})
+    step = state.best_global_step if stage.keeps_best() else max(entries)
+    return {name: entries[step][name] for name in names} | ({"best_step": step} if stage.keeps_best() else {})
 
 
 def info(start: Start, report: Report) -> dict[str, Any]:
-    speed = round(report.tokens_per_second, 1)
-    return {"template": template_hash(start.tokenizer), "dtype": str(start.model.dtype), "tokens_per_second": speed}
+    model = {"dtype": str(start.model.dtype), "attention": start.model.config._attn_implementation}
+    return {"template": template_hash(start.tokenizer), **model, "tokens_per_second": round(report.tokens_per_second, 1)}

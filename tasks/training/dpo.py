@@ -74,6 +74,7 @@ def trainer_arguments(request: Request, stage: DpoStage) -> DPOConfig:
         gradient_checkpointing=False,  # `activation_checkpointing` is used instead
         max_length=None,  # longer rows are refused
         pad_to_multiple_of=None,
+        activation_offloading=stage.resources.activation_offloading,
         beta=stage.beta,
         label_smoothing=stage.label_smoothing,
         loss_type=[stage.loss_type, *(["sft"] if stage.rpo_alpha else [])],

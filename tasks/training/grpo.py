@@ -75,7 +75,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     rows, prompts = tokenized(rows, tokenizer, events)
     check_enough(prompts, stage)
 
-    model = strategies.load_base(base, stage.resources, compute_type(stage))
+    model = strategies.load_base(base, stage, compute_type(stage))
     model.generation_config.eos_token_id = ends(tokenizer, model.generation_config.eos_token_id)  # TRL and vLLM stop at these tokens
     longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
     found = targets.adapted(model, stage.lora)
@@ -99,6 +99,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
             peft_config=None if earlier else adapters.configuration(stage.lora, found),  # TRL sets the seed before it draws the adapter
             callbacks=[report, Trackers(request, events), checkpoints.Checkpoints(request, stage.resources, stage.num_iterations)],
             rollout_func=rollouts,
+            stage=stage,
             prompts=prompts,
             rows=dict(zip(prompts, rows, strict=True)),
             samples=request.work / ROLLOUTS,
@@ -124,6 +125,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
         training.save_adapter(trainer.model, after, request.payload, base, stage.lora)
         training.check_adapter(request.payload, stage.lora, found, before, events)
     info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "tokens_per_second": round(report.tokens_per_second, 1)}
+    info["attention"] = model.config._attn_implementation
     metrics = figures(history, stage) | {"trainable_parameters": trainable, "all_parameters": parameters}
     return Result(metrics=metrics, info=info | (rollouts.facts() if rollouts else {}))
 

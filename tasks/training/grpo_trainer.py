@@ -15,6 +15,7 @@ from trl.trainer.utils import RepeatSampler
 from tasks.data.masks import in_the_order_of
 from tasks.data.rows import Row
 from tasks.data.thoughts import said, written
+from tasks.training.optimizers import OptimizedByStage
 from tuneline.workspace.protocol import Events
 
 SHOWN_STEPS = 20  # about this many steps of a training emit a completion as an event
@@ -28,7 +29,7 @@ class EpochSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class AdapterTrainer(GRPOTrainer):
+class AdapterTrainer(OptimizedByStage, GRPOTrainer):
     def __init__(self, *args: Any, prompts: dict[str, list[int]], rows: dict[str, Row], samples: Path, events: Events, **kwargs: Any):
         """`prompts` are the token ids of each prompt, `rows` the row of each; every completion is written to `samples`, one line
         each."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks.models.adapters import configuration
 from tasks.models.targets import Targets
-from tasks.training.shared import adapter_tensors, check_before
+from tasks.training import shared as training
 from tuneline.errors import StageFailed
 from tuneline.files import sync
 from tuneline.kinds.adapters import Lora, Places
@@ -37,8 +37,8 @@ PASSES = 20  # over the rows, after which EVA is given up
 def begin(trainer: Trainer, settings: Places, found: Targets, rows: Dataset, folder: Path) -> dict[str, torch.Tensor]:
     """Initialize the adapter, run the hand-over's checks of its form, and return its first weights."""
     initialize(trainer, settings, found, rows, folder)
-    before = adapter_tensors(trainer.model)
-    check_before(trainer.model, settings, found, before)
+    before = training.adapter_tensors(trainer.model)
+    training.check_before(trainer.model, settings, found, before)
     return before
 
 

@@ -74,6 +74,7 @@ def trainer_arguments(request: Request, stage: KtoStage) -> KTOConfig:
         **evaluation_arguments(stage),
         gradient_checkpointing=False,  # `activation_checkpointing` is used instead
         pad_to_multiple_of=None,
+        activation_offloading=stage.resources.activation_offloading,
         beta=stage.beta,
         desirable_weight=stage.desirable_weight,
         undesirable_weight=stage.undesirable_weight,

@@ -27,14 +27,14 @@ OF_LABELS = ("chosen", "rejected")  # TRL's names of desirable and undesirable a
 
 class LabelTrainer(RowWeighted, KTOTrainer):
     masks = (MASK, KL_MASK)
-    stage: KtoStage
+    _stage: KtoStage
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._kl: torch.Tensor | None = None
         self._kl_parts: list[torch.Tensor] = []
-        if self.stage.loss_type != WITHOUT_KL:  # TRL was made without, because with it, it refuses to shuffle
-            patch(self, "loss_type", self.stage.loss_type)
+        if self._stage.loss_type != WITHOUT_KL:  # TRL was made without, because with it, it refuses to shuffle
+            patch(self, "loss_type", self._stage.loss_type)
             patch(self, "calculate_KL", True)
 
     # --- the estimate of a step ---------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 
 A full model is saved in its base's form: the same files, names and types with the trained values, so tied weights stay tied. Left
 out: architectures whose names in transformers differ from those in their files (it would resume from the base's weights instead of the
-checkpoint's, with only a warning), and 8-bit optimizers.
+checkpoint's, with only a warning).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def load_base(base: Input, stage: AnswerTraining) -> PreTrainedModel:
 
     dtype = compute_type(stage)
     if stage.method == "lora":
-        return strategies.load_base(base, stage.resources, dtype)
+        return strategies.load_base(base, stage, dtype)
     if "quantization_config" in json.loads((model_folder(base.path) / "config.json").read_text(encoding="utf-8")):
         hint = "name the model that it was made from, or set `method: lora`"
         raise StageFailed("config", f"method: {stage.method}: found a base that is quantized, expected one in full precision", hint)
     if stage.method == "full":
-        model = strategies.load_base(base, stage.resources, torch.float32)
+        model = strategies.load_base(base, stage, torch.float32)
         check_names(model, base)
         return model
     check_bits(stage.bits, dtype)
-    model = strategies.load_base(base, stage.resources, dtype, quantization(stage.bits, dtype))
+    model = strategies.load_base(base, stage, dtype, quantization(stage.bits, dtype))
     keep_differentiable(model)
     return model
 

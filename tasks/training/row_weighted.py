@@ -17,13 +17,14 @@ from transformers import Trainer
 
 from tasks.training.answers import lengths
 from tasks.training.batches import LongestFirst, longest_first
+from tasks.training.optimizers import OptimizedByStage
 from tuneline.kinds.preferences import PreferenceTraining
 from tuneline.patches import patch
 
 MASK = "completion_mask"
 
 
-class RowWeighted(Trainer):
+class RowWeighted(OptimizedByStage, Trainer):
     """Comes before a trainer of TRL in the bases of a class, which says how many `halves` of a batch hold answers to the same rows."""
 
     halves = 1
@@ -32,8 +33,7 @@ class RowWeighted(Trainer):
     """Figures of TRL that are means over the rows of a batch."""
 
     def __init__(self, *args: Any, stage: PreferenceTraining, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.stage = stage
+        super().__init__(*args, stage=stage, **kwargs)
         self._step: list[Any] = []
         self._totals = torch.zeros(0)
         # Of the last batches accelerate would drop what processes have beyond the rows' number, for figures that have one value each.
@@ -47,7 +47,7 @@ class RowWeighted(Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.stage.resources.data_parallel_size
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._stage.resources.data_parallel_size
         loader.set_sampler(LongestFirst(loader.get_sampler(), lengths(self.train_dataset), step))
         return loader
 

@@ -22,9 +22,10 @@ from tasks.models.loading import check_device, load_tokenizer
 from tasks.training import methods
 from tasks.training.answers import Start, evaluated, evaluation_arguments, info, load, save_unchanged, train_and_save
 from tasks.training.head_checks import check_loss
+from tasks.training.noise import add_noise
 from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_rows_apart
 from tuneline.errors import StageFailed
-from tuneline.kinds.sft import LastAnswers, Supervised
+from tuneline.kinds.sft import LastAnswers, SftStage, Supervised
 from tuneline.workspace.protocol import Events, Request, Result
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def trainer_arguments(request: Request, stage: Supervised, loss_type: str = "nll
         packing=stage.packing,
         eval_packing=False,
         **evaluation_arguments(stage),
+        label_smoothing_factor=stage.label_smoothing if isinstance(stage, SftStage) else 0.0,
+        activation_offloading=stage.resources.activation_offloading,
     )
     sum_in_float32(arguments)
     return arguments
@@ -96,6 +99,8 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from tasks.training.trackers import Trackers
 
     training.score_only_trained_tokens()
+    if stage.neftune_noise_alpha:
+        add_noise(start.model, stage.neftune_noise_alpha)
     base, earlier = request.inputs["model"], request.inputs.get("adapter")
     callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
@@ -111,7 +116,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
         # TRL sets the seed before it initializes the adapter.
         peft_config=adapters.configuration(stage.adapter_settings(), start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
-        resources=stage.resources,
+        stage=stage,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
     trainer.lora_plus_ratio = stage.lora.lora_plus_ratio

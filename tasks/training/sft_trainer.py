@@ -18,19 +18,21 @@ from trl import SFTTrainer
 
 from tasks.training.batches import LongestFirst, lengths, longest_first
 from tasks.training.loraplus import LoraPlus
+from tasks.training.optimizers import OptimizedByStage
 from tasks.training.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
-from tuneline.kinds.stage import Resources
+from tuneline.kinds.sft import Supervised
 from tuneline.patches import patch
 
 
-class TokenWeightedTrainer(LoraPlus, SFTTrainer):
+class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
     data_collator: Any
+    label_smoother: Any
     step_tokens = 0
 
-    def __init__(self, *args: Any, resources: Resources, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._resources, self._sharing = resources, resources.sequence_parallel_size
+    def __init__(self, *args: Any, stage: Supervised, **kwargs: Any):
+        super().__init__(*args, stage=stage, **kwargs)
+        self._resources, self._sharing = stage.resources, stage.resources.sequence_parallel_size
         self._tokens = 0  # of all rows so far, over all processes
         # TRL computes the loss itself, from the hidden states, so the arguments of the model's own forward do not matter.
         patch(self, "model_accepts_loss_kwargs", True)
@@ -114,7 +116,9 @@ class TokenWeightedTrainer(LoraPlus, SFTTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        smoother, self.label_smoother = self.label_smoother, None  # the validation loss compares with that of any training
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.label_smoother = smoother
         loss, tokens = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         return output

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from tasks.models.adapters import check_form, compared, configuration, meant_by, saved_config
 from tasks.models.loading import check_loaded, compute_type
 from tasks.models.targets import Targets
-from tasks.training import strategies
+from tasks.training import optimizers, strategies
 from tuneline.errors import StageFailed
 from tuneline.kinds.adapters import Places
 from tuneline.kinds.training import Training
@@ -47,6 +47,7 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "lr_scheduler_type": stage.lr_scheduler_type,
         "warmup_steps": stage.warmup_steps,
         "weight_decay": stage.weight_decay,
+        **optimizers.arguments(stage),
         "max_grad_norm": stage.max_grad_norm,
         "num_train_epochs": stage.num_train_epochs,
         "max_steps": stage.max_steps or -1,
@@ -65,6 +66,8 @@ def shared_arguments(request: Request, stage: Training) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "report_to": "none",
         "disable_tqdm": True,
+        "use_liger_kernel": stage.resources.kernels == "liger",
+        "torch_compile": stage.resources.compile,
         **strategies.arguments(stage.resources),
     }
 

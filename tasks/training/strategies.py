@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tasks.models.attention import set_attention
 from tasks.models.loading import load_model
 from tuneline.errors import StageFailed
 from tuneline.kinds.stage import Resources
+from tuneline.kinds.training import Training
 from tuneline.patches import patch
 from tuneline.workspace.checkpoints import processes
 from tuneline.workspace.protocol import Input
@@ -102,13 +104,15 @@ def fsdp_config(resources: Resources) -> dict[str, Any]:
     }
 
 
-def load_base(source: Input, resources: Resources, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
-    """Load the base model as the strategy needs it. The training arguments must have been made before."""
-    if resources.strategy == "zero3":  # splits weights while they are read
+def load_base(source: Input, stage: Training, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """Load the base model as the strategy needs it, with the stage's attention. The training arguments must have been made before."""
+    if stage.resources.strategy == "zero3":  # splits weights while they are read
         import deepspeed
 
         deepspeed.init_distributed(torch.distributed.get_backend())
-    return load_model(source, dtype, {"device_map": "balanced", "fsdp": "cpu"}.get(resources.strategy), quantization)
+    model = load_model(source, dtype, {"device_map": "balanced", "fsdp": "cpu"}.get(stage.resources.strategy), quantization)
+    set_attention(model, stage)
+    return model
 
 
 def unwrapped(name: str) -> str:
@@ -142,6 +146,7 @@ def detect_strategy(trainer: Trainer) -> str:
     from torch.nn.parallel import DistributedDataParallel
 
     wrapped, world = trainer.model_wrapped, trainer.args.world_size
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # compiled
     if hasattr(wrapped, "zero_optimization_stage"):
         level = wrapped.zero_optimization_stage()
         if level == 3:

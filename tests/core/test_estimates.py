@@ -348,6 +348,19 @@ def test_the_cheapest_change_that_fits_is_named(room: int, gpus: int, advice: st
     assert advice in hint
 
 
+def test_adapters_on_fewer_layers_are_advised_where_memory_is_short(models: dict[str, Architecture]) -> None:
+    fewer = "--set sft.lora.target_modules=[q_proj,v_proj]`, about 23.7 GiB"
+    long = job(models["Qwen2.5-7B"], 16384, lora={"r": 64})
+    found = [fits.remedy(long, room * GIB, 1, "sft") for room in (26, 24, 20)]
+    assert [fewer in hint for hint in found] == [True, True, False]
+    assert (
+        "`--set sft.resources.gradient_checkpointing=true --set sft.resources.strategy=zero2 --set sft.resources.offload=optimizer`"
+        in found[0]
+    )
+    whole = job(models["Qwen2.5-0.5B"], 16384, method="full")
+    assert "q_proj" not in fits.remedy(whole, 9 * GIB, 1, "sft")
+
+
 def test_advice_that_the_file_would_not_take_is_not_given(models: dict[str, Architecture]) -> None:
     """A global batch of 3 cannot be split over 2 processes unless they share each row; with one device there are no 2 GPUs."""
     of_three: dict[str, Any] = {"global_batch_size": 3, "resources": {"micro_batch_size": 3}}
@@ -482,3 +495,25 @@ def test_the_memory_of_the_cpu_is_told_where_weights_wait_there(models: dict[str
 )  # fmt: skip
 def test_a_plan_does_not_warn_without_need(sets: list[str], folder: Path) -> None:
     assert warnings_of(folder, *sets) == []
+
+
+def test_states_take_what_the_optimizer_keeps(models: dict[str, Architecture]) -> None:
+    """Of all weights trained; paged ones are in CPU memory when the GPU's is short."""
+    architecture = models["Llama-3-8B"]
+
+    def states(optim: str) -> tuple[int, int]:
+        memory = job(architecture, method="full", optim=optim).memory()
+        return memory.optimizer, memory.offloaded
+
+    adamw, _ = states("adamw")
+    assert adamw == 8 * architecture.parameters
+    assert states("adamw_8bit")[0] == pytest.approx(adamw / 4, rel=0.02)
+    assert states("lion")[0] == adamw / 2
+    assert states("adafactor")[0] < adamw / 100
+    assert adamw / 2 < states("muon")[0] < 0.6 * adamw  # a bit more for the embeddings and the head
+    assert states("paged_adamw_32bit") == (0, adamw)
+
+
+def test_smoothed_labels_need_all_logits(models: dict[str, Architecture]) -> None:
+    smooth, plain = (job(models["Qwen2.5-0.5B"], label_smoothing=share).memory().activations for share in (0.1, 0.0))
+    assert smooth - plain > 4 * 1024 * 151936

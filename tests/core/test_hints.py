@@ -112,7 +112,11 @@ TRAINING = {
     "save_total_limit": "write `resources: {checkpoints_kept: 2}`",
     "lora_alpha": "write it under `lora:`",
     "use_dora": "write it under `lora:`",
-    "neftune_noise_alpha": "remove it: tuneline has no such setting",
+    "neftune_alpha": "write `neftune_noise_alpha: 5`",
+    "enable_liger_kernel": "write `resources: {kernels: liger}`",
+    "attn_implementation": "write it under `resources:`",
+    "optimizer": "write `optim: adamw`, or adamw_8bit, adafactor, lion, muon",
+    "load_best_model_at_end": "write `save_best: true` with `eval_steps`; `early_stopping: {patience: 3}` keeps the best as well, and stops",
     "datasets": "rows come from a stage of kind `dataset`: name it in `dataset:`",
     "Lr": "write `learning_rate`",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -238,6 +237,33 @@ def test_rewards_and_engines_of_reinforcement_learning() -> None:
     assert grpo["resources"]["engine"] == {"gpu_memory_utilization": 0.4}
 
 
+@pytest.mark.skipif("dpo" not in STAGES, reason="preference training is not there")
+def test_preference_trainings_have_no_dropout_and_their_own_settings() -> None:
+    dpo = stages(imported("swift rlhf --rlhf_type dpo --model a/b --dataset c/d --beta 0.2 --rpo_alpha 0.1 --loss_type ipo"))["dpo"]
+    assert (dpo["beta"], dpo["rpo_alpha"], dpo["loss_type"], "lora_dropout" in dpo["lora"]) == (0.2, 0.1, "ipo", False)
+    kto = stages(imported("stage: kto\nmodel_name_or_path: a/b\ndataset: c/d\npref_beta: 0.3\nkto_rejected_weight: 0.5\n", "lf.yaml"))[
+        "kto"
+    ]
+    assert (kto["beta"], kto["undesirable_weight"]) == (0.3, 0.5)
+
+
+def test_weights_and_numbers_of_rows_belong_to_sources() -> None:
+    draft = imported(
+        "model_name_or_path: a/b\nstage: sft\ndataset: c/d,e/f\nmax_samples: 9\nmix_strategy: interleave_over\ninterleave_probs: 0.7,0.3\n",
+        "lf.yaml",
+    )
+    assert stages(draft)["data"]["sources"] == [
+        {"type": "hub", "repo": "c/d", "max_rows": 9, "weight": 0.7},
+        {"type": "hub", "repo": "e/f", "max_rows": 9, "weight": 0.3},
+    ]
+    draft = imported("swift sft --model a/b --dataset c/d:en/de#5 hf::e/f --use_hf true")
+    assert stages(draft)["data"]["sources"] == [
+        {"type": "hub", "repo": "c/d", "subset": "en", "max_rows": 5},
+        {"type": "hub", "repo": "c/d", "subset": "de", "max_rows": 5},
+        {"type": "hub", "repo": "e/f"},
+    ]
+
+
 def test_files_for_evaluation_become_an_evaluation() -> None:
     found = stages(imported("model_name_or_path: a/b\nstage: sft\ndataset: c/d\neval_dataset: e/f\ndo_predict: true\n", "lf.yaml"))
     assert found["evaluated"] == {"kind": "evaluate", "model": "sft", "datasets": ["held-out"], "resources": {"gpus": 1}}
@@ -424,14 +450,3 @@ def test_no_configuration_of_another_tool_ends_in_a_traceback(data: st.DataObjec
 def test_no_script_ends_in_a_traceback(text: str) -> None:
     Path("x.sh").write_text(text, encoding="utf-8")
     ends_well("x.sh")
-
-
-def test_the_examples_of_the_docs_become_what_the_page_shows() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "importing.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"^```\w+ importing/(\S+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
-    Path("data").mkdir()
-    for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "data/bookings.jsonl", "data/held_out.jsonl"):
-        Path(name).touch()
-    for source, result in (("train.yaml", "llamafactory.yaml"), ("train.sh", "swift.yaml")):
-        Path("data/dataset_info.json").write_text(blocks["data/dataset_info.json"], encoding="utf-8")
-        assert whole_file(imported(blocks[source], source)) == blocks[result]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneline.config.spec import PROGRAM_STAGES
-from tuneline.kinds.sft import QLORA_LIBRARIES
+from tuneline.kinds.training import BITSANDBYTES_LIBRARIES
 from tuneline.workspace.runtimes import _locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ ALL = tuple(LIBRARIES)
 CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "charset-normalizer": (("dataset",), "names the encoding of a file in the hint of an error"),
     "deepspeed": (("sft", "dpo", "kto", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
-    "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora alone uses it"),
+    "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora uses it; its optimizers put it into the key"),
     "httpx2": (("grpo", "evaluate"), "carries requests to vLLM on the same machine"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
     "jinja2": (ALL, "names arguments and errors of a template; transformers renders"),
@@ -86,7 +86,7 @@ def unnamed(named: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:
 
 
 def test_what_programs_import_is_in_their_keys() -> None:
-    named = LIBRARIES | {kind: LIBRARIES[kind] + QLORA_LIBRARIES for kind in ("sft", "dpo", "kto")}
+    named = LIBRARIES | {kind: LIBRARIES[kind] + BITSANDBYTES_LIBRARIES for kind in ("sft", "dpo", "kto")}
     assert unnamed(named) == {}
     forgotten = {"merge": "huggingface-hub", "dataset": "tree-sitter-go", "grpo": "math-verify"}
     without = {kind: tuple(library for library in libraries if library != forgotten.get(kind)) for kind, libraries in named.items()}

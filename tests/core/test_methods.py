@@ -49,7 +49,7 @@ TAKEN = {
     "evaluated": (FULL, AFTER),
     "evaluated by vLLM": (FULL, AFTER + ", backend: vllm"),
     "quantized": (FULL, "kind: quantize, model: sft, calibration: data"),
-    "trained on": (FULL, "kind: grpo, model: sft, dataset: data, rewards: [{type: exact_match}]"),
+    "trained on": (FULL, "kind: grpo, model: sft, dataset: data, rewards: [{type: exact_match}], lora: {r: 32}"),
     "trained whole again": (FULL, "kind: sft, model: sft, dataset: data, " + FULL),
     "split over devices": (FULL + ", resources: {gpus: 2, strategy: zero3}", AFTER),
     "qlora merged": ("method: qlora, lora: {use_dora: true}", "kind: merge, adapters: [sft]"),

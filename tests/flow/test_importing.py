@@ -42,6 +42,7 @@ def test_the_examples_of_the_guides_run_end_to_end(name: str, tmp_path: Path, ru
     guide.write(tmp_path)
     rows = [{"prompt": f"Say the word number {i}.", "completion": f"word{i % 7}", "answer": f"word{i % 7}"} for i in range(60)]
     project.write("".join(json.dumps(row) + "\n" for row in rows), "words.jsonl")
+    project.write("def score(prompts, completions, **row):\n    return [len(completion) % 5 for completion in completions]\n", "rewards.py")
     project.write(
         f'version: 1\nroots: ["{pico_model.parent}"]\nruntimes: {{here: {{python: "{runtime_python}"}}}}\npipelines:\n  first:\n    stages:\n      base: {{kind: model, path: {pico_model}}}\n'
     )
@@ -55,7 +56,11 @@ def test_the_examples_of_the_guides_run_end_to_end(name: str, tmp_path: Path, ru
     sets = [f"{stage}.runtime=here" for stage in load(tmp_path / "pipelines.yaml").spec.pipelines["guide"].stages]
     sets += ["base.hub=null", f"base.path={pico_model}", "data.sources=[{type: files, path: words.jsonl}]"]
     sets += [f"{guide.training}.{setting}" for setting in ("resources={}", "dtype=float32", "max_steps=2", "warmup_steps=0")]
-    sets += ["grpo.rollouts={}", "grpo.rewards=[{type: exact_match}]", "grpo.max_completion_length=8"] if guide.training == "grpo" else []
+    sets += (
+        ["grpo.rollouts={}", "grpo.rewards=[{file: rewards.py, function: score}]", "grpo.max_completion_length=8"]
+        if guide.training == "grpo"
+        else []
+    )
     sets += ["grpo.global_batch_size=20"] if guide.training == "grpo" else [f"{guide.training}.global_batch_size=4"]
     done = project.json("run", "guide", *(part for setting in sets for part in ("--set", setting)))
     assert {stage["status"] for stage in done["stages"]} == {"done"}

@@ -107,8 +107,11 @@ THINKS = TURN + "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thin
     [
         ("{% for m in messages %}\n{{ m.content }}\n{% endif %}", {}, "chat_template: mine.jinja, line 3: .*endif"),
         ("{{ messages | unheard_of }}", {}, "chat_template: mine.jinja, line 1: No filter named 'unheard_of'"),
+        ("{% if 1 %}" * 150 + "{% endif %}" * 150, {}, "chat_template: mine.jinja: it is nested too deeply"),
+        ("{% include 'other' %}", {}, "mine.jinja: it refuses a question: TypeError: no loader"),
         ("{{ raise_exception('never') }}", {}, "mine.jinja: it refuses a question: TemplateError: never"),
         ("# How to chat\n", {}, "mine.jinja: it leaves out what the user says"),
+        (json.dumps({"chat_template": TURN + ASK}), {}, "found JSON in mine.jinja, expected a Jinja template"),
         (" \n", {}, "found an empty file, mine.jinja"),
         ("é".encode("latin-1"), {}, "mine.jinja is no UTF-8 text"),
         (THINKS, {"thinks": True}, "found `thinks`, expected an argument that the template reads: think\n"),
@@ -155,6 +158,12 @@ def test_the_template_is_in_the_payload_whatever_the_source(pico: Path, tmp_path
     without = request_for(tmp_path / "without", source, None)
     run_program(without)
     assert payload_digest(without) != digests[1]
+
+
+def test_a_template_may_demand_a_system_prompt(pico: Path, tmp_path: Path) -> None:
+    demanding = "{% if messages[0].role != 'system' %}{{ raise_exception('No system prompt!') }}{% endif %}" + TURN + ASK
+    result, _ = run_program(request_for(tmp_path, pico, demanding))
+    assert result.info["template"]
 
 
 def test_arguments_reach_those_of_several_named_templates_that_read_them(pico: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tasks.data.rows import SPLITS, content_hash, read_rows
 from tasks.evaluation import evaluate as evaluation
 from tasks.evaluation.harness import LanguageModel
 from tasks.evaluation.harness_vllm import EngineModel
-from tasks.models import loading, targets
+from tasks.models import adapters, loading
 from tasks.training import sft
 from tasks.training import shared as training
 from tasks.training.dpo_trainer import PairTrainer
@@ -207,7 +207,7 @@ def optimizer_does_nothing(patch: Patch) -> None:
 
 
 def lora(patch: Patch, **changes: Any) -> None:
-    real = targets.lora_config
+    real = adapters.configuration
 
     def config(*given: Any) -> Any:
         found = real(*given)
@@ -215,7 +215,7 @@ def lora(patch: Patch, **changes: Any) -> None:
             setattr(found, name, value)
         return found
 
-    patch.setattr(targets, "lora_config", config)
+    patch.setattr(adapters, "configuration", config)
 
 
 def saves_half_the_rank(patch: Patch) -> None:

@@ -261,7 +261,7 @@ def test_a_map_of_devices_is_asked_of_transformers(base: Input, monkeypatch: pyt
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     stage = SftStage.model_validate({"kind": "sft", "model": "b", "dataset": "d", "resources": {"gpus": 2, "strategy": "device_map"}})
-    strategies.load_base(base, stage.resources, torch.float32)
+    strategies.load_base(base, stage, torch.float32)
     assert seen["device_map"] == "balanced"
 
 

@@ -19,7 +19,8 @@ HELD_OUT = "write `split: {validation: 0.1}` in the stage of kind `dataset`"
 QLORA = "write `method: qlora` and `bits: {}`"
 ZERO = "write `resources: {strategy: zero3}` (or zero1, zero2); tuneline writes DeepSpeed's configuration"
 FSDP = "write `resources: {strategy: fsdp}`"
-FASTER = "remove it: transformers chooses the kernels of attention and layers"
+FASTER = "remove it: `resources:` has `attn_implementation`, `kernels` and `compile`"
+ATTENTION = "write `resources: {attn_implementation: flash_attention_2}`, or leave it out: `auto` prefers flash attention on GPUs"
 REWARDED = "write `rewards: [{type: exact_match}]`, or `{file: rewards.py, function: NAME}` for your own"
 ATTEMPTS = "remove it: an interrupted training resumes from its newest checkpoint when it is run again"
 
@@ -86,10 +87,10 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("fp16", "float16", "tf32", "torch_dtype"), (
             "write `dtype: bfloat16`, the default on GPUs, or float32: float16 is not offered"
         )),
-        **dict.fromkeys(("flash_attn", "flash_attention", "attn_implementation", "attn_impl", "sdp_attention", "xformers_attention"), (
-            FASTER
-        )),
-        **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger", "torch_compile", "use_unsloth"), FASTER),
+        **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl", "sdp_attention", "eager_attention"), ATTENTION),
+        **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "use_liger"), "write `resources: {kernels: liger}`"),
+        "torch_compile": "write `resources: {compile: true}`",
+        **dict.fromkeys(("xformers_attention", "use_unsloth"), FASTER),
         **dict.fromkeys(("sample_packing", "neat_packing", "pad_to_sequence_len", "multipack"), "write `packing: true`"),
         **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "write `train_on: all`, or assistant, the default"),
         **dict.fromkeys(("assistant_only_loss", "roles_to_train"), (
@@ -107,10 +108,15 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         "trust_remote_code": "write it in the stage of kind `model`",
         **dict.fromkeys(("do_train", "do_predict"), "remove it: a training stage trains"),
         "rl": "remove it: the stage's kind says how it trains, such as `kind: dpo` or `kind: grpo`",
-        **dict.fromkeys(("optim", "optimizer", "adam_beta1", "adam_beta2", "adam_epsilon"), (
-            "remove it: trainings use AdamW with its defaults"
+        **dict.fromkeys(("optimizer", "optim_type"), "write `optim: adamw`, or adamw_8bit, adafactor, lion, muon"),
+        "use_muon": "write `optim: muon`",
+        **dict.fromkeys(("lr_scheduler_kwargs", "min_lr", "min_lr_rate", "cosine_min_lr_ratio"), (
+            "write `min_lr_ratio: 0.1`, a share of learning_rate; `lr_decay_steps` and `lr_power` are fields as well"
         )),
-        **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "use_galore"), NONE),
+        "num_decay_steps": "write `lr_decay_steps`",
+        **dict.fromkeys(("neftune_alpha", "noisy_embedding_alpha"), "write `neftune_noise_alpha: 5`"),
+        "label_smoothing_factor": "write `label_smoothing: 0.1`",
+        **dict.fromkeys(("use_galore", "optim_args", "optim_target_modules"), NONE),
         **dict.fromkeys(("loraplus_lr_ratio", "lorap_lr_ratio", "lora_plus_lr_ratio"), "write `lora: {lora_plus_ratio: 16}`"),
         **dict.fromkeys(("pissa_init", "pissa_iter", "pissa_convert"), (
             "write `lora: {init_lora_weights: pissa}`, or pissa_niter_16, which is faster: the adapter fits the unchanged base"
@@ -128,13 +134,15 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("adalora", "adalora_target_r", "adalora_init_r"), (
             "remove it: PEFT cannot resume AdaLoRA exactly; `lora: {rank_pattern: {...}}` gives layers different ranks"
         )),
-        **dict.fromkeys(("label_smoothing_factor", "special_tokens", "freeze_trainable_layers"), NONE),
+        **dict.fromkeys(("special_tokens", "freeze_trainable_layers"), NONE),
         **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), "write `lora: {modules_to_save: [...]}`"),
         "rope_scaling": "remove it: set it in the model's config.json",
         **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
         "rlhf_type": "write it as the kind of the stage, such as `kind: dpo` or `kind: grpo`",
-        "load_best_model_at_end": "write `early_stopping: {patience: 3}`, which keeps the best adapter, with `eval_steps`",
+        **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), (
+            "write `save_best: true` with `eval_steps`; `early_stopping: {patience: 3}` keeps the best as well, and stops"
+        )),
         "lm_eval_tasks": "add a stage of kind `evaluate` with `benchmarks: [arc_easy]`",
         **dict.fromkeys(("hf_use_auth_token", "hub_token", "token"), "set HF_TOKEN in the environment"),
         "dataloader_num_workers": NONE,
@@ -179,6 +187,9 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         )),
         **dict.fromkeys(("cpu_offload", "offload_optimizer"), "write `offload: optimizer`"),
         "save_steps": "write `checkpoint_steps`",
+        **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl", "attention"), "write `attn_implementation: flash_attention_2`"),
+        **dict.fromkeys(("use_liger_kernel", "enable_liger_kernel", "liger"), "write `kernels: liger`"),
+        "torch_compile": "write `compile: true`",
         "save_total_limit": "write `checkpoints_kept`",
         **dict.fromkeys(("cuda_visible_devices", "gpu_ids"), "write `devices: [0]`"),
         **dict.fromkeys(("memory", "cpus", "cpu"), "remove it: tuneline reserves GPUs only"),

@@ -13,6 +13,11 @@ OTHER_VALUES = {  # values that other tools allow, by field
     **{("dtype", name): "write `bfloat16`" for name in ("bf16",)},
     **{("dtype", name): "write `float32`" for name in ("fp32", "float")},
     **{("dtype", name): "write `bfloat16`: float16 is not offered" for name in ("fp16", "float16", "half")},
+    **{("optim", name): "write `adamw`, the default" for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")},
+    **{("optim", name): "write `adamw_8bit`" for name in ("adamw_bnb_8bit", "adamw_torch_8bit")},
+    **{("optim", name): "write `lion`" for name in ("lion_32bit", "lion_8bit", "paged_lion_32bit", "lion_pytorch")},
+    **{("attn_implementation", name): "write `flash_attention_2`" for name in ("fa2", "flash_attn", "flash_attention")},
+    **{("attn_implementation", name): "write `flash_attention_3`" for name in ("fa3", "flash_attn_3")},
     **{("strategy", name): "write `zero3`" for name in ("deepspeed", "zero", "zero-3", "ds_z3_config.json")},
     **{
         ("train_on", name): "write `train_on: {last: 2}`, or completion for the last answer alone"

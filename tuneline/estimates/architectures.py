@@ -129,8 +129,14 @@ class Architecture:
 
     def adapter_parameters(self, settings: Places) -> int:
         """Return the trained parameters of an adapter."""
-        found = ((layer, self.linear[name]) for name, layers in self.targeted(settings).items() for layer in layers)
-        return sum(settings.parameters(layer, *sizes) for layer, sizes in found)
+        return _parameters(self, type(settings), settings.model_dump_json())
+
+
+@lru_cache
+def _parameters(architecture: Architecture, kind: type[Places], document: str) -> int:
+    settings = kind.model_validate_json(document)
+    targeted = ((layer, architecture.linear[name]) for name, layers in architecture.targeted(settings).items() for layer in layers)
+    return sum(settings.parameters(layer, *sizes) for layer, sizes in targeted)
 
 
 @lru_cache

@@ -112,7 +112,7 @@ def disk_of(job: Job, checkpoint: Checkpoint | None = None) -> int | None:
     weight, _, state = job.states
     resources = job.stage.resources
     kept = resources.checkpoints_kept + 1  # plus the one in progress
-    if job.stage.max_steps and resources.checkpoint_minutes is None and not getattr(job.stage, "early_stopping", None):
+    if job.stage.max_steps and resources.checkpoint_minutes is None and not job.stage.keeps_best():
         kept = min(kept, -(-job.stage.max_steps // resources.checkpoint_steps))
     written = BYTES.get(job.architecture.dtype or "") if job.method == "full" else weight
     if written is None:
@@ -120,4 +120,4 @@ def disk_of(job: Job, checkpoint: Checkpoint | None = None) -> int | None:
     most = kept * (weight + state) + written
     if checkpoint and job.deepspeed and checkpoint.layout != layout(resources):
         most = max(most, min(kept, resources.checkpoints_kept) * (weight + state) + UNIVERSAL)
-    return job.trainable * most
+    return round(job.trainable * most)

@@ -3,7 +3,7 @@ that makes it fit.
 
 Changes are tried in the order of their cost: none but another batch shape (micro-batch), a third more time (gradient
 checkpointing), more communication or more GPUs (sharding, then sequence parallelism), transfers to CPU memory (offload), and
-last a change of the result (QLoRA).
+last a change of the result (fewer adapted layers, QLoRA).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tuneline.workspace.workspace import Workspace
 Change = dict[str, Any]  # dotted field of a stage to value
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
 MOST_GPUS = 8  # per machine, if the pool does not say
+FEWER = ("q_proj", "v_proj")  # what guides adapt when memory is short
 SAFE = 0.9  # share of a GPU's memory: estimates of LoRA are off by up to 10%, others by more (docs/estimates.md)
 
 
@@ -87,14 +88,21 @@ def gpus_of(pool: Pool) -> int:
 
 def remedy(job: Job, room: int, gpus: int, name: str) -> str:
     for change in changes(job, gpus):
-        changed = applied(job, change)
-        allowed = not [*changed.stage.problems(), *changed.stage.common_problems()]
-        if allowed and (needed := changed.memory().total) <= room:
-            flags = " ".join(f"--set {name}.{field}={str(value).lower()}" for field, value in new(job.stage, change).items())
-            away = changed.memory().offloaded
-            beside = f", and {gib(away)} of CPU memory per process" if away else ""
-            return f"the cheapest change that fits: `{flags}`, about {gib(needed)}{beside}"
+        if found := suggestion(job, change, room, name):
+            slow = "resources.offload" in change or "method" in change
+            fewer = suggestion(job, fewer_layers(job), room, name) if slow and "lora.target_modules" not in change else ""
+            return f"the cheapest change that fits: {found}{f'; or, with adapters on fewer layers: {fewer}' if fewer else ''}"
     return "no change of resources fits with 10% to spare: use larger GPUs, a smaller model or shorter sequences"
+
+
+def suggestion(job: Job, change: Change, room: int, name: str) -> str:
+    """Return the flags of a change and the memory that it needs, or nothing if it is not allowed or does not fit."""
+    changed = applied(job, change)
+    if not change or [*changed.stage.problems(), *changed.stage.common_problems()] or (needed := changed.memory().total) > room:
+        return ""
+    flags = " ".join(f"--set {name}.{field}={written(value)}" for field, value in new(job.stage, change).items())
+    away = changed.memory().offloaded
+    return f"`{flags}`, about {gib(needed)}{f', and {gib(away)} of CPU memory per process' if away else ''}"
 
 
 def changes(job: Job, gpus: int) -> Iterator[Change]:
@@ -117,8 +125,26 @@ def changes(job: Job, gpus: int) -> Iterator[Change]:
 
     yield least | {"resources.strategy": "zero2", "resources.offload": "optimizer"}
     yield from (least | {"resources.strategy": "zero3", "resources.offload": offload} for offload in ("optimizer", "all"))
+    fewer = fewer_layers(job)
+    yield fewer
     if job.method == "lora" and "method" in type(stage).model_fields:
-        yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least))
+        yield from ({"resources.strategy": "ddp", "method": "qlora"} | others for others in ({}, least, least | fewer))
+
+
+def written(value: Any) -> str:
+    """Return a value as `--set` takes it."""
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value).lower()
+
+
+def fewer_layers(job: Job) -> Change:
+    """Return the change to LoRA on the layers that guides choose when memory is short, with the smallest batches; empty if the model has no
+    such layers, or something else is trained."""
+    lora = job.stage.adapter_settings()
+    if job.method == "full" or lora.kind != "lora" or not job.architecture.targeted(lora.model_copy(update={"target_modules": FEWER})):
+        return {}
+    sizes = list(smaller(job.stage))
+    smallest: Change = {"resources.micro_batch_size": sizes[-1]} if sizes else {}
+    return {"resources.gradient_checkpointing": True, "lora.target_modules": FEWER} | smallest
 
 
 def new(stage: Training, change: Change) -> Change:
@@ -134,6 +160,8 @@ def smaller(stage: Training) -> Iterator[int]:
 
 def applied(job: Job, change: Change) -> Job:
     fields = {field: value for field, value in change.items() if "." not in field}
-    resources = {field.partition(".")[2]: value for field, value in change.items() if "." in field}
-    stage = job.stage.model_copy(update=fields | {"resources": job.stage.resources.model_copy(update=resources)})
+    for part in ("resources", "lora"):
+        inner = {field.partition(".")[2]: value for field, value in change.items() if field.startswith(f"{part}.")}
+        fields[part] = getattr(job.stage, part).model_copy(update=inner)
+    stage = job.stage.model_copy(update=fields)
     return replace(job, stage=stage, method=change.get("method", job.method))

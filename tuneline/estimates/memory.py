@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from tuneline.estimates.architectures import BYTES, Architecture
 from tuneline.kinds.adapters import Lora
+from tuneline.kinds.optimization import PAGED
 from tuneline.kinds.training import Training
 
 CONTEXT = 1 << 30  # bytes per GPU: CUDA context, library workspaces, memory that the allocator reserves but does not use
@@ -83,9 +84,20 @@ class Job:
         return self.compute == 2 and not self.deepspeed
 
     @property
-    def states(self) -> tuple[int, int, int]:
+    def states(self) -> tuple[int, int, float]:
         """Bytes of weight, gradient and optimizer state per trained parameter; DeepSpeed's states include its float32 copy."""
-        return (self.compute, self.compute, 12) if self.deepspeed else (4, 4, 8)
+        return (self.compute, self.compute, 12) if self.deepspeed else (4, 4, self.of_optimizer)
+
+    @property
+    def of_optimizer(self) -> float:
+        """Bytes of optimizer state per trained parameter: two float32 for Adam, two bytes and their scales in 8 bits, one for Lion and for
+        Muon's matrices, and for Adafactor a row and a column of each matrix."""
+        optim = self.stage.optim
+        if optim == "adafactor":
+            return 0.0 if self.method == "full" else 4 / self.stage.lora.r
+        if optim == "muon" and self.method == "full":
+            return 4 + 4 * min(1.0, 2 * self.architecture.head_parameters / self.architecture.parameters)
+        return {"adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256, "lion": 4, "muon": 4}.get(optim, 8)
 
     @property
     def frozen(self) -> int:
@@ -117,7 +129,7 @@ class Job:
         resources, strategy = self.stage.resources, self.stage.resources.strategy
         of_weight, of_gradient, of_state = self.states
         weights = self.frozen + of_weight * self.trainable
-        gradients, optimizer = of_gradient * self.trainable, of_state * self.trainable
+        gradients, optimizer = of_gradient * self.trainable, round(of_state * self.trainable)
         activations = max(self.activations(), self.sampling())
         context = CONTEXT if self.on_gpu else PROCESS
         if strategy == "device_map":
@@ -129,7 +141,7 @@ class Job:
         gradients_here = -(-gradients // world) if strategy in ("zero2", "zero3", "fsdp") else gradients
         states = -(-optimizer // world) if strategy != "ddp" else optimizer
         away_weights = shard if resources.offload == "all" and sharded else 0
-        away_states = states if resources.offload and strategy != "ddp" else 0
+        away_states = states if (resources.offload and strategy != "ddp") or self.stage.optim in PAGED else 0
         weights_here = shard - away_weights
         other = context + self.buffers(gradients) + (min(weights - weights_here, self.gathered) if sharded else 0)
         return Memory(weights_here, gradients_here, states - away_states, activations, other, away_weights + away_states)
@@ -207,6 +219,8 @@ class Job:
         a = self.architecture
         scored = self.rows * -(-self.stage.scored_tokens(self.length) // self.shared)
         tile = min(scored, TILE[0]) * TILE[1] * (self.compute if self.on_gpu else 4 * CPU_TILES)
+        if self.stage.full_logits():  # logits, their log-probabilities and the gradients of both
+            tile = 4 * self.rows * self.length * 4 * a.vocab_size
         return tile + 4 * scored * a.hidden_size + (4 * a.head_parameters if self.method == "full" else 0)
 
     def sampling(self) -> int:

@@ -76,6 +76,7 @@ TABLE: Table = {
         "scale_rewards": to("train.scale_rewards", by=lambda value: value if isinstance(value, str) else "group" if value else "none"),
         "importance_sampling_level": to("train.importance_sampling_level", by=str),
         "mask_truncated_completions": to("train.mask_truncated_completions", by=true),
+        "chat_template_kwargs.enable_thinking": to("base.chat_template_kwargs.enable_thinking", by=true),
         "chat_template_kwargs.*": Refused("write `chat_template_kwargs: {...}` in the stage of kind `model`"),
         **each("use_vllm vllm_mode", Joined("train.rollouts")),
         **each("reward_funcs reward_weights", Joined("train.rewards")),

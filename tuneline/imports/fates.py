@@ -58,8 +58,8 @@ def to(*paths: str, by: Callable[[Any], Any] = lambda value: value) -> Written:
     return Written(paths, by)
 
 
-def same_if(values: Collection[Any], why: str, otherwise: Refused) -> Written:
-    """Return the fate of a key that has no effect here with some values, and is refused with all others."""
+def same_if(values: Collection[Any], why: str, otherwise: Without | Refused) -> Written:
+    """Return the fate of a key that has no effect here with some values, and another fate with all others."""
     return Written((), lambda value: Without(why) if value in values else otherwise)
 
 

@@ -20,6 +20,7 @@ from tuneline.imports.stages import (
     write_schedule,
     write_seed,
     write_validation,
+    write_weights,
 )
 from tuneline.imports.translation import Job, Ref, Translation
 from tuneline.imports.values import names
@@ -49,6 +50,7 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
     if not translation.parts["data"]["sources"]:
         raise job.wrong("dataset", "found no dataset, expected `dataset: NAME`", "name the datasets in the source")
     translation.use("dataset", "dataset_dir", "max_samples")
+    write_weights(translation, "interleave_probs")
     if held_out := names(translation.value("eval_dataset", default="")):
         write_evaluation(translation, [source_of(translation, named) for named in held_out], "eval_dataset")
     finish_adapter(translation)

@@ -11,7 +11,7 @@ from tuneline.config.spec import STAGES
 from tuneline.imports.fates import Refused, Without
 from tuneline.imports.launch import share
 from tuneline.imports.translation import Ref, Translation, exists
-from tuneline.imports.values import number, true, whole
+from tuneline.imports.values import names, number, true, whole
 
 OTHER_ADAPTERS = {"vera", "oft", "ia3"}
 SCHEDULE = {"min_lr_rate": "min_lr_ratio", "num_decay_steps": "lr_decay_steps", "power": "lr_power"}
@@ -111,7 +111,7 @@ def write_evaluation(translation: Translation, sources: list[dict[str, Any]], ke
     translation.write("held-out.model", Ref("base"))
     translation.write("held-out.sources", sources, key=key)
     translation.write("held-out.dedup", "none")
-    translation.write("held-out.split.test", 0.99, "nearly all rows: a dataset always keeps some for training")
+    translation.write("held-out.split.test", 0.9, "most rows: a dataset always keeps some for training")
     translation.begin("evaluate", "evaluate")
     translation.write("evaluate.model", Ref("train"))
     translation.write("evaluate.datasets", [Ref("held-out")])
@@ -119,6 +119,19 @@ def write_evaluation(translation: Translation, sources: list[dict[str, Any]], ke
         translation.write("evaluate.max_new_tokens", train["max_completion_length"])
     if train.get("resources", {}).get("gpus"):
         translation.write("evaluate.resources.gpus", 1)
+
+
+def write_weights(translation: Translation, key: str) -> None:
+    """Write the weights of sources, if there is one for each. Our rows keep their number: a weight is a share of the train split."""
+    sources = translation.parts["data"]["sources"]
+    try:
+        given = [number(name) for name in names(translation.value(key, default=[]))]
+    except ValueError:
+        return
+    if len(given) == len(sources) > 1:
+        for source, weight in zip(sources, given, strict=True):
+            source["weight"] = weight
+        translation.use(key)
 
 
 def write_schedule(translation: Translation) -> None:

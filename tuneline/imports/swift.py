@@ -22,6 +22,7 @@ from tuneline.imports.stages import (
     write_schedule,
     write_seed,
     write_validation,
+    write_weights,
 )
 from tuneline.imports.swift_keys import DEFAULTS, GRPO, OTHER_TUNER, PREFERENCE, TABLE
 from tuneline.imports.texts import read_text
@@ -61,6 +62,7 @@ def translate(job: Job, earlier: dict[str, str]) -> Translation:
         raise job.wrong("dataset", "found no dataset, expected `--dataset`", "name the datasets in the source")
     translation.origins["data", "sources"] = "dataset"
     translation.use("dataset", "columns")
+    write_weights(translation, "interleave_prob")
     if held_out := translation.value("val_dataset"):
         write_evaluation(translation, [source for named in _list(held_out) for source in _sources(translation, str(named))], "val_dataset")
     finish_adapter(translation)

@@ -111,7 +111,7 @@ TABLE: Table = {
     **each("dataset_num_proc load_from_cache_file lazy_tokenize streaming shuffle_buffer_size packing_num_proc packing_strategy"
            " download_mode strict interleave_prob_seed dataset_shuffle val_dataset_shuffle train_dataloader_shuffle to_cached_dataset"
            " template_mode", Without("the dataset is an artifact in the store, its rows shuffled by the seed")),
-    "interleave_prob": Refused("write `weight:` in each of `sources:`"),
+    "interleave_prob": Joined("data.sources.weight"),
     **each("use_logits_to_keep experts_impl tuner_backend check_model add_version create_checkpoint_symlink load_args load_data_args"
            " acc_strategy device_map max_memory zero_hpz_partition_size ignore_args_error packing_length", Without(SPEED)),
     **each("bnb_4bit_compute_dtype", to("train.dtype", by=dtype)),

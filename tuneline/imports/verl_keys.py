@@ -35,6 +35,7 @@ RL: Table = {
     "data.max_response_length": to("train.max_completion_length", by=whole),
     "data.filter_overlong_prompts": Without("prompts longer than max_length are dropped and counted"),
     "data.truncation": Without("prompts longer than max_length are dropped and counted, never truncated"),
+    "data.apply_chat_template_kwargs.enable_thinking": to("base.chat_template_kwargs.enable_thinking", by=true),
     "data.seed": to("data.seed", by=whole),
     "data.shuffle": same_if((True,), "rows are shuffled by the seed", Refused(
         "rows are always shuffled, by the stage's `seed`", even_off=True)),

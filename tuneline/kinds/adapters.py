@@ -161,7 +161,7 @@ class Lora(Places):
 
     def rank_of(self, name: str) -> int:
         """Return the rank at a layer, by its full name."""
-        return next((rank for key, rank in self.rank_pattern.items() if at_end(key, name)), self.r)
+        return next((rank for key, rank in self.rank_pattern.items() if at_end(key, name)), self.r) if self.rank_pattern else self.r
 
     def highest_rank(self) -> int:
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r

@@ -16,6 +16,7 @@ from tuneline.kinds.stage import Stage
 from tuneline.kinds.training import Training
 
 PROMPT = 512  # assumed prompt length in tokens, if the dataset stage sets no max_length
+RL_RANK = 32
 
 
 class Rollouts(Strict):
@@ -121,6 +122,9 @@ class GrpoStage(Training):
             # trl/trainer/grpo_trainer.py does not implement it.
             found = f"found {self.resources.sequence_parallel_size} for grpo, expected 1: TRL supports sequence parallelism only for sft"
             yield Problem("resources.sequence_parallel_size", found, "remove it")
+        if self.resources.activation_offloading:
+            # trl/trainer/grpo_config.py has no such field.
+            yield Problem("resources.activation_offloading", "found activation_offloading for grpo, for which TRL has none", "remove it")
         if self.resources.strategy == "fsdp":
             # trl/models/utils.py, unwrap_model_for_generation, gathers the shards of ZeRO-3, but not those of FSDP2.
             yield Problem(
@@ -149,3 +153,10 @@ class GrpoStage(Training):
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
             found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"
             yield Problem("resources.engine.gpus", found, "leave a GPU for the training, or set `gpus: 0` to share the first one")
+
+    def warnings(self) -> Iterator[Problem]:
+        yield from super().warnings()
+        if self.lora.r < RL_RANK and self.adapter is None:  # an earlier adapter's rank is what it is
+            # verl's guide: smaller ranks converge more slowly and end lower; 32 came close to full training at 0.5B, 128 at 32B.
+            message = f"{self.lora.r} may learn slowly: verl's guide advises {RL_RANK} or more for reinforcement learning"
+            yield Problem("lora.r", message, f"set `lora: {{r: {RL_RANK}, lora_alpha: {2 * RL_RANK}}}`")

@@ -12,7 +12,7 @@ from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
 from tuneline.kinds.fields import ArtifactType, Strict
 from tuneline.kinds.training import Method, Training
 
-QLORA_LIBRARIES = ("bitsandbytes",)
+LOW_FOR_ADAPTERS = 2e-5  # a fifth of the lowest that guides use for LoRA
 
 
 class LastAnswers(Strict):
@@ -45,6 +45,11 @@ class AnswerTraining(Training):
     """Evaluate on the validation split every N steps."""
     early_stopping: EarlyStopping | None = None
     """Stop training when the validation loss no longer decreases."""
+    save_best: bool = False
+    """Train to the end, and keep the adapter or model of the evaluation with the lowest validation loss."""
+
+    def keeps_best(self) -> bool:
+        return self.save_best or self.early_stopping is not None
 
     def training_method(self) -> Method:
         return self.method
@@ -62,18 +67,21 @@ class AnswerTraining(Training):
         if self.eval_steps is not None:
             yield "eval_steps", self.dataset, "validation"
 
-    def libraries_in_key(self) -> tuple[str, ...]:
-        return (*self.libraries, *(QLORA_LIBRARIES if self.method == "qlora" else ()))
-
     def output_type(self) -> ArtifactType:
         return "Model" if self.method == "full" else "Adapter"
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.early_stopping and self.eval_steps is None:
-            yield Problem("early_stopping", "found early_stopping without eval_steps", "set eval_steps, for example `eval_steps: 20`")
-        if self.early_stopping and "checkpoint_steps" in self.resources.model_fields_set:
-            found = "found checkpoint_steps with early_stopping, which saves at each evaluation"
+        best = "early_stopping" if self.early_stopping else "save_best"
+        if self.keeps_best() and self.eval_steps is None:
+            yield Problem(best, f"found {best} without eval_steps", "set eval_steps, for example `eval_steps: 20`")
+        elif self.keeps_best() and self.max_steps is not None and (self.eval_steps or 0) > self.max_steps:
+            found = f"found {self.eval_steps} with {best} and max_steps {self.max_steps}, expected an evaluation before the end"
+            yield Problem("eval_steps", found, "lower eval_steps")
+        if self.save_best and self.early_stopping:
+            yield Problem("save_best", "found save_best with early_stopping, which keeps the best as well", "remove save_best")
+        if self.keeps_best() and "checkpoint_steps" in self.resources.model_fields_set:
+            found = f"found checkpoint_steps with {best}, which saves at each evaluation"
             hint = "remove it; set `checkpoint_minutes` to save in between as well"
             yield Problem("resources.checkpoint_steps", found, hint)
         if self.method == "full":
@@ -95,6 +103,7 @@ class AnswerTraining(Training):
             yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
 
     def warnings(self) -> Iterator[Problem]:
+        yield from super().warnings()
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
             message = f"{self.learning_rate:g}, the default, suits adapters but is too high for training all weights"
             yield Problem("learning_rate", message, f"set a lower one, for example `learning_rate: {self.full_rate}`")
@@ -120,6 +129,8 @@ class Supervised(AnswerTraining):
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Tokens to add to the tokenizer, such as `["<tool>"]`. Only their embeddings are trained beside the adapter; the head's too, where it
     is not tied to them. The tokenizer is saved with the adapter, and a merge gives a model with the larger vocabulary."""
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """Strength of NEFTune (arXiv:2310.05914), which adds noise to the embeddings of each row in training: 5, 10 or 15."""
 
     def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
         return self.vera or self.oft or self.ia3 or self.lora
@@ -152,6 +163,9 @@ class Supervised(AnswerTraining):
         if self.packing and self.resources.sequence_parallel_size > 1:
             found = f"found {self.resources.sequence_parallel_size} with packing, expected 1: packed rows would attend to each other"
             yield Problem("resources.sequence_parallel_size", found, "remove it, or set `packing: false`")
+        if self.neftune_noise_alpha and self.resources.sequence_parallel_size > 1:
+            found = f"found {self.resources.sequence_parallel_size} with neftune_noise_alpha, whose noise depends on the lengths of rows"
+            yield Problem("resources.sequence_parallel_size", found, "remove one of them")
 
     def _kind_problems(self) -> Iterator[Problem]:
         """Yield problems of other adapters than LoRA."""
@@ -185,3 +199,22 @@ class SftStage(Supervised):
     program: ClassVar = "tasks.training.sft"
     imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.sft_trainer")
     every_adapter: ClassVar = True
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each label's weight that is spread over the whole vocabulary, in training alone. Needs the logits of all tokens at once, and
+    a second forward pass."""
+
+    def full_logits(self) -> bool:
+        return self.label_smoothing > 0
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.label_smoothing and self.resources.sequence_parallel_size > 1:
+            found = f"found {self.resources.sequence_parallel_size} with label_smoothing, which needs whole rows"
+            yield Problem("resources.sequence_parallel_size", found, "remove one of them")
+
+    def warnings(self) -> Iterator[Problem]:
+        yield from super().warnings()
+        if self.method != "full" and self.learning_rate < LOW_FOR_ADAPTERS and self.optim != "lion":
+            # LLaMA-Factory's guide; thinkingmachines.ai/blog/lora: the best rate of LoRA is consistently 10 times that of full training.
+            message = f"{self.learning_rate:g} suits the training of all weights: adapters learn best at about 10 times that"
+            yield Problem("learning_rate", message, "most guides use 1e-4 to 5e-4 for LoRA, for example `learning_rate: 2e-4`")

@@ -21,8 +21,12 @@ from tuneline.wording import listed
 # Fields of `resources` that only trainings use.
 TRAINING_ONLY = (
     "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
+    "activation_offloading", "attn_implementation", "kernels", "compile",
     "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
 )  # fmt: skip
+
+
+Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
 
 
 class Resources(Strict):
@@ -50,11 +54,21 @@ class Resources(Strict):
     dpo, 1 with packing), and 16 in evaluations."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Move activations to CPU memory until the backward pass: less GPU memory, slower where the bus is slow."""
+    attn_implementation: Attention = "auto"
+    """Implementation of attention, under transformers' names. `auto` on a GPU: `flash_attention_3` or `flash_attention_2`, if its package
+    is in the runtime and suits GPU, model and dtype; else torch's `sdpa`, or `eager` for models that lack it."""
+    kernels: Literal["liger"] | None = None
+    """Kernels of layers: `liger`, fused ones for GPUs (arXiv:2410.10989); the runtime needs the package liger-kernel."""
+    compile: bool = False
+    """Compile the model by torch.compile: the first steps take minutes, later ones are faster if rows have similar lengths."""
     checkpoint_steps: int = Field(50, ge=1)
-    """Save a checkpoint every N steps; an interrupted training resumes from the newest. With early stopping, checkpoints are saved at each
-    evaluation instead."""
+    """Save a checkpoint every N steps; an interrupted training resumes from the newest. With early stopping or save_best, checkpoints are
+    saved at each evaluation instead."""
     checkpoint_minutes: float | None = Field(None, gt=0)
-    """Save a checkpoint every N minutes instead of every checkpoint_steps; with early stopping, in addition to those at evaluations."""
+    """Save a checkpoint every N minutes instead of every checkpoint_steps; with early stopping or save_best, in addition to those at
+    evaluations."""
     checkpoints_kept: int = Field(2, ge=2)
     """Number of newest checkpoints kept during a training; all are deleted once it succeeds."""
     collective_timeout: int = Field(1800, ge=1)

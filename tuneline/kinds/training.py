@@ -12,10 +12,13 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
 from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered
+from tuneline.kinds.optimization import BITSANDBYTES, Optimizer, optimization_problems, scaling_advice
+from tuneline.kinds.speed import speed_problems
 from tuneline.kinds.stage import ComputingStage, Stage
 from tuneline.kinds.strategy import strategy_problems
 
 Method = Literal["lora", "qlora", "full"]
+BITSANDBYTES_LIBRARIES = ("bitsandbytes",)
 
 
 class Training(ComputingStage):
@@ -37,12 +40,32 @@ class Training(ComputingStage):
     """Settings of the adapter."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate, reached after warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Learning rate schedule after warm-up."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup",
+        "cosine_with_min_lr", "warmup_stable_decay", "polynomial", "inverse_sqrt",
+    ] = "linear"  # fmt: skip
+    """Learning rate schedule after warm-up, under transformers' names."""
     warmup_steps: float = Field(0, ge=0)
     """Number of warm-up steps; a value below 1 is a share of all steps."""
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1)
+    """Final learning rate of `cosine_with_min_lr`, `warmup_stable_decay` and `polynomial`, as a share of learning_rate."""
+    lr_decay_steps: float = Field(0.1, gt=0)
+    """Number of last steps in which `warmup_stable_decay` lowers the learning rate; a value below 1 is a share of all steps."""
+    lr_power: float = Field(1.0, gt=0)
+    """Power of `polynomial`; 1 is linear."""
+    optim: Optimizer = "adamw"
+    """Optimizer: `adamw`, torch's; `adamw_8bit` with states in 8 bits, `paged_adamw_8bit` and `paged_adamw_32bit`, which move states to CPU
+    memory when the GPU's is short (arXiv:2110.02861); `adafactor` with row and column means instead of states (arXiv:1804.04235); `lion`,
+    for a 3 to 10 times lower learning_rate (arXiv:2302.06675); `muon`, which orthogonalizes the updates of matrices, for AdamW's learning
+    rates, and trains embeddings, heads and vectors by AdamW (arXiv:2502.16982)."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the gradients' mean in AdamW, and of the update in Lion."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the squared gradients' mean in AdamW, and of the momentum in Lion, whose paper uses 0.99."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Epsilon of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of AdamW."""
+    """Weight decay, decoupled from the gradient as in AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Maximum gradient norm; larger gradients are clipped to it."""
     num_train_epochs: float = Field(1.0, gt=0)
@@ -103,7 +126,14 @@ class Training(ComputingStage):
         return 0
 
     def packages(self) -> frozenset[str]:
-        return super().packages() | ({"bitsandbytes"} if self.training_method() == "qlora" else frozenset())
+        return super().packages() | ({"bitsandbytes"} if self.uses_bitsandbytes() else frozenset())
+
+    def uses_bitsandbytes(self) -> bool:
+        """Return whether bitsandbytes quantizes the base or is the optimizer."""
+        return self.training_method() == "qlora" or self.optim in BITSANDBYTES
+
+    def libraries_in_key(self) -> tuple[str, ...]:
+        return (*self.libraries, *(BITSANDBYTES_LIBRARIES if self.uses_bitsandbytes() else ()))
 
     def unserved(self, by: ComputingStage) -> str | None:
         if self.output_type() != "Adapter":
@@ -143,9 +173,22 @@ class Training(ComputingStage):
         share = self.global_batch_size // self.resources.data_parallel_size
         return max((n for n in range(1, size // 2 + 1) if share % n == 0), default=None)
 
+    def keeps_best(self) -> bool:
+        """Return whether the best evaluation's weights are kept, so that every evaluation writes a checkpoint."""
+        return False
+
+    def full_logits(self) -> bool:
+        """Return whether the loss needs the logits of all tokens and words at once, which TRL otherwise avoids."""
+        return False
+
+    def warnings(self) -> Iterator[Problem]:
+        yield from scaling_advice(self)
+
     def problems(self) -> Iterator[Problem]:
         settings = self.adapter_settings()
         yield from strategy_problems(self.resources, self.lora.use_dora)
+        yield from optimization_problems(self)
+        yield from speed_problems(self)
         yield from (replace(problem, field=f"{settings.kind}.{problem.field}") for problem in settings.problems())
         yield from self._init_problems()
         yield from self._whole_problems()
@@ -165,12 +208,6 @@ class Training(ComputingStage):
         if {"checkpoint_steps", "checkpoint_minutes"} <= self.resources.model_fields_set:
             found = "found checkpoint_steps with checkpoint_minutes, which replaces it"
             yield Problem("resources.checkpoint_steps", found, "remove one of them")
-        if self.warmup_steps and self.lr_scheduler_type == "constant":
-            yield Problem(
-                "lr_scheduler_type",
-                "found constant with warmup_steps, which it ignores",
-                "set `lr_scheduler_type: constant_with_warmup`",
-            )
 
     def _init_problems(self) -> Iterator[Problem]:
         """Yield problems of LoRA's first weights with other fields."""
