@@ -39,6 +39,8 @@ class Start:
     train: Dataset
     validation: Dataset | None
     warnings: tuple[str, ...]
+    attention: str
+    """The base's implementation; flattened rows may get their own."""
 
 
 def save_unchanged(request: Request, stage: AnswerTraining, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
@@ -65,13 +67,14 @@ def load(
     from tasks.models import targets
 
     model = methods.load_base(request.inputs["model"], stage)
+    attention = model.config._attn_implementation
     check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
     settings = stage.adapter_settings()
     found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
     if found and added:
         found = added_tokens.make_room(model, found, added, request.seed)
     warnings = tuple(targets.warnings(model, found, settings, stage.method == "qlora")) if found else ()
-    return Start(model, tokenizer, found, train, validation, warnings)
+    return Start(model, tokenizer, found, train, validation, warnings, attention)
 
 
 def lengths(rows: Dataset) -> list[int]:
@@ -165,5 +168,5 @@ def evaluated(state: TrainerState, stage: AnswerTraining, names: tuple[str, ...]
 
 
 def info(start: Start, report: Report) -> dict[str, Any]:
-    model = {"dtype": str(start.model.dtype), "attention": start.model.config._attn_implementation}
+    model = {"dtype": str(start.model.dtype), "attention": start.attention}
     return {"template": template_hash(start.tokenizer), **model, "tokens_per_second": round(report.tokens_per_second, 1)}

@@ -1,33 +1,34 @@
-"""Orders rows so that little is padded: each optimizer step keeps its rows, the longest first.
+"""Spreads the rows of each optimizer step over its micro-batches, which are cut from its rows in order and taken by the processes in turn.
 
-A step's rows are cut into micro-batches in order, and several processes take them in turn. So the rows of a micro-batch, and the
-micro-batches that processes work on at the same time, have similar lengths. The loss of a step does not change, because it is
-weighted by token over the whole step. Sorting across steps (transformers' `group_by_length`) would change which rows are learned
-from together.
+Flattened micro-batches should hold about as many tokens each, so that none needs more memory than the others and processes work on
+equal ones. With padding, rows of similar length should share a micro-batch, so the longest come first. The loss of a step does not
+change, because it is weighted by token over the whole step. Sorting across steps (transformers' `group_by_length`) would change which
+rows are learned from together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from heapq import heappop, heappush
 from itertools import islice
 from typing import Any
 
 from torch.utils.data import Sampler
 
 
-class LongestFirst(Sampler[int]):
-    """Yields positions as `sampler` draws them, each `step` of them by falling length: the largest memory need comes first."""
+class OrderedSteps(Sampler[int]):
+    """Yields positions as `sampler` draws them, each `step` of them in the order that `order` gives them."""
 
-    def __init__(self, sampler: Sampler[int], lengths: list[int], step: int):
-        self.sampler, self.lengths, self.step = sampler, lengths, step
+    def __init__(self, sampler: Sampler[int], step: int, order: Callable[[Iterable[int]], list[int]]):
+        self.sampler, self.step, self.order = sampler, step, order
 
     def __iter__(self) -> Iterator[int]:
         drawn = iter(self.sampler)
         while rows := list(islice(drawn, self.step)):
-            yield from longest_first(rows, self.lengths)
+            yield from self.order(rows)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate, also when a resumed epoch skips its first batches."""
@@ -35,7 +36,23 @@ class LongestFirst(Sampler[int]):
 
 
 def longest_first(rows: Iterable[int], lengths: list[int]) -> list[int]:
+    """Return the rows by falling length: the largest memory need comes first."""
     return sorted(rows, key=lengths.__getitem__, reverse=True)
+
+
+def balanced(rows: Iterable[int], lengths: list[int], size: int) -> list[int]:
+    """Return the rows of batches of `size` that hold about as many tokens each. Each row, the longest first, goes to the batch with the
+    fewest tokens; the last batch may be smaller."""
+    remaining = longest_first(rows, lengths)
+    batches: list[list[int]] = [[] for _ in range(0, len(remaining), size)]
+    room = [size] * (len(batches) - 1) + [len(remaining) - size * (len(batches) - 1)]
+    open_batches = [(0, number) for number in range(len(batches))]
+    for row in remaining:
+        tokens, number = heappop(open_batches)
+        batches[number].append(row)
+        if len(batches[number]) < room[number]:
+            heappush(open_batches, (tokens + lengths[row], number))
+    return [row for batch in batches for row in batch]
 
 
 def lengths(dataset: Any) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from tasks.training.answers import lengths
-from tasks.training.batches import LongestFirst, longest_first
+from tasks.training.batches import OrderedSteps, longest_first
 from tasks.training.optimizers import OptimizedByStage
 from tuneline.kinds.preferences import PreferenceTraining
 from tuneline.patches import patch
@@ -48,7 +48,8 @@ class RowWeighted(OptimizedByStage, Trainer):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._stage.resources.data_parallel_size
-        loader.set_sampler(LongestFirst(loader.get_sampler(), lengths(self.train_dataset), step))
+        of_rows = lengths(self.train_dataset)
+        loader.set_sampler(OrderedSteps(loader.get_sampler(), step, lambda rows: longest_first(rows, of_rows)))
         return loader
 
     def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:

@@ -1,8 +1,8 @@
 """Fine-tunes a LoRA adapter, or every weight, on a Dataset's train split, by TRL and PEFT.
 
 Rows are tokenized and masked by `tasks.data.masks`, not by TRL; a check ensures that TRL drops and truncates nothing. A killed
-training resumes from its last complete checkpoint, on a CPU bit for bit. Packed rows cannot attend to one another: their position ids
-start at 0, and transformers derives the mask from them (torch's sdpa is enough); each training checks this on its model.
+training resumes from its last complete checkpoint, on a CPU bit for bit. Micro-batches are flattened, not padded, and rows cannot see
+one another, packed or not: each training checks this on its model (`tasks.training.flattening`).
 
 `tasks.training.methods` holds the differences between methods. Left out: low-rank adapters on the head or the embeddings, grouping by
 length beyond a step (`tasks.training.batches` says why).
@@ -23,7 +23,7 @@ from tasks.training import methods
 from tasks.training.answers import Start, evaluated, evaluation_arguments, info, load, save_unchanged, train_and_save
 from tasks.training.head_checks import check_loss
 from tasks.training.noise import add_noise
-from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_rows_apart
+from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost
 from tuneline.errors import StageFailed
 from tuneline.kinds.sft import LastAnswers, SftStage, Supervised
 from tuneline.workspace.protocol import Events, Request, Result
@@ -62,7 +62,7 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     trainer = make_trainer(request, stage, arguments, start, report)
     state, sizes = train_and_save(trainer, request, stage, start, events)
     check_every_row_trained(train, state)
-    return Result(metrics=figures(state, stage) | sizes, info=info(start, report))
+    return Result(metrics=figures(state, stage) | sizes, info=info(start, report) | trainer.info)
 
 
 def trainer_arguments(request: Request, stage: Supervised, loss_type: str = "nll") -> SFTConfig:
@@ -93,7 +93,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from tasks.models import adapters
-    from tasks.training import checkpoints, sequences, strategies
+    from tasks.training import checkpoints, flattening, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
     from tasks.training.trackers import Trackers
@@ -131,8 +131,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     if stage.resources.sequence_parallel_size > 1:
         sequences.share(start.model, stage.resources, stage.micro_batch_size())
         checks.append(lambda: sequences.check(trainer, stage.resources))
-    if stage.packing:
-        checks.append(lambda: check_rows_apart(trainer))
+    checks.append(lambda: flattening.lay_out(trainer, stage))
     trainer.add_callback(training.RunOnTrainBegin(*checks))
     return trainer
 

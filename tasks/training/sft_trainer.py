@@ -2,13 +2,15 @@
 
 TRL weights the training loss by token over a whole step, but averages the validation loss over batches: halving the
 micro-batch would change which adapter early stopping keeps. And if an epoch's rows do not divide by the processes, accelerate
-repeats rows from its beginning, which would be trained on twice. Because the loss does not depend on the grouping, rows of similar
-length can share a micro-batch, so that little is padded. Only `tasks.training.sft` imports this, inside `run`, because it subclasses.
+repeats rows from its beginning, which would be trained on twice. Because the loss does not depend on the grouping, a step's rows can
+be spread over its micro-batches by length; `tasks.training.flattening` decides whether they are padded. Only `tasks.training.sft`
+imports this, inside `run`, because it subclasses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from tasks.training.batches import LongestFirst, lengths, longest_first
+from tasks.training.batches import OrderedSteps, balanced, lengths, longest_first
 from tasks.training.loraplus import LoraPlus
 from tasks.training.optimizers import OptimizedByStage
 from tasks.training.sequences import ForEachOfGroup, part
@@ -29,6 +31,7 @@ class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
     data_collator: Any
     label_smoother: Any
     step_tokens = 0
+    flattened = False  # whether a micro-batch is one sequence without padding
 
     def __init__(self, *args: Any, stage: Supervised, **kwargs: Any):
         super().__init__(*args, stage=stage, **kwargs)
@@ -37,17 +40,32 @@ class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
         # TRL computes the loss itself, from the hidden states, so the arguments of the model's own forward do not matter.
         patch(self, "model_accepts_loss_kwargs", True)
         self._collate, self.data_collator = self.data_collator, self._collate_and_remember
-        self._ends: dict[bool, list[int]] = {}  # ends of the last batch's sequences, by whether they are packed
+        self.info: dict[str, str] = {}  # for the manifest
+        self._starts: list[int] = []  # of the last batch's packed sequences
 
     def _collate_and_remember(self, rows: list[dict[str, Any]]) -> Any:
-        self._ends["seq_lengths" in rows[0]] = [0, *accumulate(len(row["input_ids"]) for row in rows)]
+        if "seq_lengths" in rows[0]:
+            self._starts = [0, *accumulate(len(row["input_ids"]) for row in rows)][:-1]
         return self._collate(rows)
+
+    def flat_collator(self) -> Any:
+        """Return TRL's collator without padding: one sequence, with the rows' positions and boundaries."""
+        return replace(self._collate, padding_free=True)
+
+    def flatten(self) -> None:
+        """Stop padding micro-batches, also in a dataloader that exists already."""
+        self._collate, self.flattened = self.flat_collator(), True
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        if not self.args.packing:  # packed sequences are not padded
+        if not self.args.packing:  # packed sequences are full
             step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self._resources.data_parallel_size
-            sampler = LongestFirst(loader.get_sampler(), lengths(self.train_dataset), step)
+            of_rows = lengths(self.train_dataset)
+
+            def order(rows: Iterable[int]) -> list[int]:
+                return balanced(rows, of_rows, self.args.train_batch_size) if self.flattened else longest_first(rows, of_rows)
+
+            sampler = OrderedSteps(loader.get_sampler(), step, order)
             loader.set_sampler(ForEachOfGroup(sampler, self.args.train_batch_size, self._resources) if self._sharing > 1 else sampler)
         return loader
 
@@ -81,8 +99,7 @@ class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
             if "attention_mask" in batch:
                 found += [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
             else:  # joined rows: each begins at position 0
-                starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-                found += batch["input_ids"][0].tensor_split(starts[1:])
+                found += batch["input_ids"][0].tensor_split(row_starts(batch)[1:])
         return [tuple(ids.tolist()) for ids in found]
 
     def _without_repeats(self, batch: Any, dataset: Any, sharing: int) -> Any:
@@ -95,8 +112,8 @@ class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
             if "attention_mask" in batch:
                 batch["labels"][mine:] = -100
             else:  # joined rows
-                ends = self._ends["seq_lengths" in dataset.column_names]
-                batch["labels"][:, ends[min(mine, len(ends) - 1)] :] = -100
+                starts = self._starts if "seq_lengths" in dataset.column_names else row_starts(batch)
+                batch["labels"][:, [*starts, batch["labels"].shape[1]][min(mine, len(starts))] :] = -100
         return batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -125,3 +142,9 @@ class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write none: TRL would write one with each checkpoint, but artifacts hold no README."""
+
+
+def row_starts(batch: dict[str, Any]) -> list[int]:
+    """Return where the rows of a flattened micro-batch begin."""
+    starts: list[int] = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    return starts

@@ -122,7 +122,7 @@ def test_accepted(tmp_path: Path) -> None:
 
 def test_defaults_are_in_no_key_and_what_differs_is() -> None:
     def key(of: type[ProgramStage], **fields: Any) -> dict[str, Any]:
-        return key_document(of.model_validate(fields), 1, {}, {}, {}, {}, "")["config"]
+        return key_document(of.model_validate(fields), 1, {})["config"]
 
     model, data = {"kind": "model", "path": "m"}, {"kind": "dataset", "sources": [{"type": "files", "path": "a"}]}
     sft, score = {"kind": "sft", "model": "m", "dataset": "d"}, {"kind": "evaluate", "model": "m", "datasets": ["d"]}

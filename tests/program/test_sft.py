@@ -88,10 +88,8 @@ def test_the_collated_labels_are_exactly_the_turns(
     assert all(words.decode(tokenize(row, words).input_ids) in fed for row in ROWS)
     if train_on == "all":
         assert len("".join(trained)) > 0.9 * len(fed)  # a packed row's first token is not predicted
-    elif packing:
+    else:  # rows are joined, packed or not
         assert sorted("".join(trained).split("<|im_end|>\n")) == sorted(["", *(turn for turns in counted for turn in turns)])
-    else:
-        assert sorted(trained) == sorted("".join(f"{turn}<|im_end|>\n" for turn in turns) for turns in counted)
     expected = sum(sum(tokenize(row, words, train_on).trained[1:]) for row in ROWS)
     assert result.metrics["trained_tokens"] == expected
 
@@ -158,17 +156,18 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_rows_of_like_length_share_a_micro_batch_and_the_loss_is_that_of_any_order(
+def test_nothing_is_padded_and_the_loss_is_that_of_any_layout_and_order(
     tmp_path: Path, base: Input, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps hold the same rows, the last of an epoch too; only what is padded is less, in training as in validation."""
-    from tasks.training import sft_trainer
+    """Steps hold the same rows, the last of an epoch too; only what is padded is less, in training as in validation. Where padding is
+    needed, rows of similar length share a micro-batch."""
+    from tasks.training import flattening, sft_trainer
 
     batches: list[tuple[bool, Any]] = []
     loss = sft_trainer.TokenWeightedTrainer.compute_loss
 
     def spy(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        batches.append((model.training, inputs["attention_mask"]))
+        batches.append((model.training, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))))
         return loss(self, model, inputs, *rest, **named)
 
     monkeypatch.setattr(sft_trainer.TokenWeightedTrainer, "compute_loss", spy)
@@ -178,22 +177,25 @@ def test_rows_of_like_length_share_a_micro_batch_and_the_loss_is_that_of_any_ord
         "global_batch_size": 8, "resources": {"micro_batch_size": 2},
     }  # fmt: skip
     found = []
-    for name in ("longest-first", "as-drawn"):
+    for name in ("flattened", "padded", "as-drawn"):
+        if name != "flattened":
+            monkeypatch.setattr(flattening, "unsuited", lambda *_: "it is a test")
         if name == "as-drawn":
-            monkeypatch.setattr(sft_trainer, "longest_first", lambda rows, lengths: rows)
-            monkeypatch.setattr(sft_trainer.LongestFirst, "__iter__", lambda self: iter(self.sampler))
+            monkeypatch.setattr(sft_trainer, "longest_first", lambda rows, lengths: list(rows))
         batches.clear()
-        _, events = run_program(request_for(tmp_path / name, base, rows, **fields))
+        result, events = run_program(request_for(tmp_path / name, base, rows, **fields))
+        assert result.info["micro_batches"] == ("flattened, attention by_rows" if name == "flattened" else "padded: it is a test")
         curves = [[e["value"] for e in events if e.get("name") == curve] for curve in ("loss", "eval_loss")]
         training, validation = (torch.cat([mask.flatten() for trained, mask in batches if trained == which]) for which in (True, False))
         real = [int(mask.sum()) for mask in (training, validation)]
         found.append((curves, [len(training) - real[0], len(validation) - real[1]], real))
-    (curves, padding, tokens), (curves_as_drawn, padding_as_drawn, tokens_as_drawn) = found
-    for curve, other in zip(curves, curves_as_drawn, strict=True):
-        assert curve == pytest.approx(other, rel=1e-5)
+    (curves, nothing, tokens), (_, padding, _), (_, padding_as_drawn, _) = found
+    for others, _, of_others in found[1:]:
+        assert of_others == tokens
+        for curve, other in zip(curves, others, strict=True):
+            assert curve == pytest.approx(other, rel=1e-5)
     assert [len(curve) for curve in curves] == [6, 2]
-    assert tokens == tokens_as_drawn
-    assert (padding, padding_as_drawn, tokens) == ([350, 52], [1290, 260], [4078, 1544])
+    assert (nothing, padding, padding_as_drawn, tokens) == ([0, 0], [350, 52], [1290, 260], [4078, 1544])
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {

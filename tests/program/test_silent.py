@@ -49,7 +49,9 @@ Patch = pytest.MonkeyPatch
 OWN = {  # of our subclasses of library classes: what is theirs alone, and replaces nothing
     AdapterTrainer: {"step_rows", "_keep"},
     EpochSampler: {"set_epoch"},
-    TokenWeightedTrainer: {"step_tokens", "step_rows", "_collate_and_remember", "_without_repeats"},
+    TokenWeightedTrainer: {
+        *("step_tokens", "step_rows", "flattened", "flat_collator", "flatten", "_collate_and_remember", "_without_repeats"),
+    },
     RowWeighted: {
         "halves",
         "masks",
@@ -146,7 +148,7 @@ def masks_later(patch: Patch) -> None:
 
     def change(rows: list[dict[str, Any]]) -> Any:
         calls.append(1)
-        return rows if len(calls) <= 4 else [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
+        return rows if len(calls) <= 8 else [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
 
     collator(patch, change)
 

@@ -78,6 +78,7 @@ def test_two_processes_train_the_adapter_of_one(one: Request, wholes: Callable[[
     whole = wholes(strategy)
     log = (whole.work / "log.txt").read_text() + (whole.work / "ranks" / "1.log").read_text()
     assert f"{strategy} trains, over 2 processes" in log
+    assert "micro-batches: flattened, attention by_rows" in log
     assert not [line for line in log.splitlines() if any(noise in line for noise in NOISE)]
     assert steps(whole) == list(range(1, 17))
     for of in ("loss", "eval_loss"):

@@ -9,7 +9,8 @@ STORED = "remove it: artifacts, checkpoints and logs are in the store; `tuneline
 EVERY_STEP = "remove it: every step is logged"
 REPORTS = "write `track: {tensorboard: {}}` or `track: {wandb: {}}` under the pipeline: docs/trackers.md"
 NONE = "remove it: tuneline has no such setting"
-TEMPLATE = "remove it: the model's own chat template is used; another one is a file, `chat_template:` in the stage of kind `model`"
+TEMPLATE = "remove it: the model's own chat template is used"
+ANOTHER_TEMPLATE = f"{TEMPLATE}; another one is a file, `chat_template:` in the stage of kind `model`"
 TEMPLATE_FILE = "write `chat_template: FILE`, a Jinja template, or remove it: the model's own is used"
 THINKING = "write `chat_template_kwargs: {enable_thinking: false}` in the stage of kind `model`"
 MOST_ROWS = "write `max_rows` in a source of the stage of kind `dataset`"
@@ -71,7 +72,7 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("logging_dir", "save_only_model", "save_safetensors", "dataset_prepared_path"), STORED),
         **dict.fromkeys(("report_to", "run_name", "wandb_project", "wandb_entity", "wandb_run_id", "mlflow_tracking_uri"), REPORTS),
         **dict.fromkeys(("push_to_hub", "hub_model_id"), "remove it: tuneline uploads nothing"),
-        **dict.fromkeys(("template", "chat_template", "chat_template_jinja", "conversation_template"), TEMPLATE),
+        **dict.fromkeys(("template", "chat_template", "chat_template_jinja", "conversation_template"), ANOTHER_TEMPLATE),
         **dict.fromkeys(("enable_thinking", "chat_template_kwargs", "chat_template_args", "reasoning_effort"), THINKING),
         **dict.fromkeys(("default_system", "system", "system_prompt"), "write `system` in the stage of kind `dataset`, or in a source"),
         **dict.fromkeys(("interleave_probs", "mix_strategy", "dataset_mixer"), "write `weight` in each of `sources:` of the dataset"),
@@ -137,7 +138,7 @@ FIELD_ALIASES: dict[str, dict[str, str]] = {  # by the class of the fields; that
         **dict.fromkeys(("special_tokens", "freeze_trainable_layers"), NONE),
         **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), "write `lora: {modules_to_save: [...]}`"),
         "rope_scaling": "remove it: set it in the model's config.json",
-        **dict.fromkeys(("group_by_length", "length_column_name"), "remove it: rows of similar length always share a micro-batch"),
+        **dict.fromkeys(("group_by_length", "length_column_name", "padding_free"), "remove it: micro-batches are not padded anyway"),
         **dict.fromkeys(("model_revision", "revision_of_model"), "write `revision:` in the stage of kind `model`"),
         "rlhf_type": "write it as the kind of the stage, such as `kind: dpo` or `kind: grpo`",
         **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model"), (

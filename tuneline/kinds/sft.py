@@ -125,7 +125,7 @@ class Supervised(AnswerTraining):
     """Maximum length of a sequence, in tokens, and the length of packed sequences. A longer row is an error: truncate or drop it in the
     dataset stage."""
     packing: bool = False
-    """Pack several rows into each sequence, for fewer steps with less padding."""
+    """Pack several rows into each sequence, for fewer steps. Unpacked rows are not padded either."""
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Tokens to add to the tokenizer, such as `["<tool>"]`. Only their embeddings are trained beside the adapter; the head's too, where it
     is not tied to them. The tokenizer is saved with the adapter, and a merge gives a model with the larger vocabulary."""
@@ -148,7 +148,7 @@ class Supervised(AnswerTraining):
         return self.max_length if self.packing else super().longest_sequence(row)
 
     def micro_batch_size(self) -> int:
-        """Default to 1 with packing: packed sequences are full, and a batch of them would be joined at quadratic attention cost."""
+        """Default to 1 with packing: packed sequences are full."""
         return self.resources.micro_batch_size or self._divisor_up_to(1 if self.packing else 8)
 
     def problems(self) -> Iterator[Problem]:
