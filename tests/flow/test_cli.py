@@ -168,7 +168,7 @@ def test_moved_code_or_defaults_without_a_word_are_noticed(tmp_path: Path) -> No
     harness.write_text(harness.read_text() + "\n# a comment is no code\n")
     assert check("--check").returncode == 0
     harness.write_text(harness.read_text() + "\nMORE = 1\n")
-    edit("tuneline/kinds/training.py", "r: int = Field(16, ge=1", "r: int = Field(8, ge=1")
+    edit("tuneline/kinds/adapters.py", "r: int = Field(16, ge=1", "r: int = Field(8, ge=1")
     edit("tuneline/kinds/training.py", "max_grad_norm: float = Field(1.0", "max_grad_norm: float = Field(0.3")
     edit("tuneline/kinds/grpo.py", "    epsilon: float = Field(0.2, gt=0)", "    clipping: float = Field(0.2, gt=0)")
     edit("tuneline/kinds/sft.py", "packing: bool = False", "packing: bool = Field(default_factory=lambda: True)")
