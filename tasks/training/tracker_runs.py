@@ -18,6 +18,7 @@ from tuneline.workspace.tracked import Tracked
 
 START_SECONDS = 30  # that a tracker may take to begin a run
 REQUEST_SECONDS = 10  # that a server may take to answer
+FLUSH_SECONDS = 2  # by default, the last steps are not in the file for up to two minutes
 
 
 class TrackerRun:
@@ -56,7 +57,8 @@ class TensorboardRun(TrackerRun):
         from tensorboardX import SummaryWriter
 
         # TensorBoard forgets what a killed process has logged after the checkpoint.
-        writer = SummaryWriter(str(Path(self.settings.log_dir, self.known.name)), purge_step=state.global_step + 1)
+        folder = str(Path(self.settings.log_dir, self.known.name))
+        writer = SummaryWriter(folder, purge_step=state.global_step + 1, flush_secs=FLUSH_SECONDS)
         return integration("tensorboard")(writer)
 
     def link(self) -> str:

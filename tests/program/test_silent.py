@@ -32,7 +32,7 @@ from tasks.evaluation import evaluate as evaluation
 from tasks.evaluation.harness import LanguageModel
 from tasks.evaluation.harness_vllm import EngineModel
 from tasks.models import adapters, loading
-from tasks.training import sft
+from tasks.training import answers, sft
 from tasks.training import shared as training
 from tasks.training.dpo_trainer import PairTrainer
 from tasks.training.grpo_trainer import AdapterTrainer, EpochSampler
@@ -235,7 +235,7 @@ def saves_another_vocabulary(patch: Patch) -> None:
         other.add_tokens(["<other>"])
         other.save_pretrained(payload)
 
-    patch.setattr(sft, "save_tokenizer", save)
+    patch.setattr(answers, "save_tokenizer", save)
 
 
 def saves_another_template(patch: Patch) -> None:
@@ -243,7 +243,7 @@ def saves_another_template(patch: Patch) -> None:
         tokenizer.save_pretrained(payload)
         (payload / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
 
-    patch.setattr(sft, "save_tokenizer", save)
+    patch.setattr(answers, "save_tokenizer", save)
 
 
 def merges(patch: Patch, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -371,7 +371,7 @@ MISBEHAVING: list[tuple[str, str, Callable[[Patch], Any], dict[str, Any], str]] 
     ("another alpha", "sft", lambda p: lora(p, lora_alpha=16), {}, "bug: the adapter has lora_alpha 16, expected 8"),
     ("another alpha for one layer", "sft", lambda p: lora(p, alpha_pattern={"q_proj": 64}), {}, "bug: the adapter has alpha_pattern {'q_proj': 64}, expected {}"),
     ("tensors of another rank", "sft", saves_half_the_rank, {}, "bug: .*lora_A.weight of the adapter has rank 2, expected 4"),
-    ("an adapter without its tokenizer", "sft", lambda p: p.setattr(sft, "save_tokenizer", lambda *a: None), {}, "bug: the adapter was saved without its tokenizer"),
+    ("an adapter without its tokenizer", "sft", lambda p: p.setattr(answers, "save_tokenizer", lambda *a: None), {}, "bug: the adapter was saved without its tokenizer"),
     ("an adapter with another tokenizer", "sft", saves_another_vocabulary, {}, "bug: the adapter was saved with another tokenizer than it was trained with"),
     ("an adapter with another template", "sft", saves_another_template, {}, "data: the chat template beside the adapter is not the one recorded when it was made"),
     ("train and test overlapping", "dataset", splits_by_row, TWICE, r"bug: group \w+ is in \w+ and in \w+"),
