@@ -237,7 +237,6 @@ def test_rewards_and_engines_of_reinforcement_learning() -> None:
     assert grpo["resources"]["engine"] == {"gpu_memory_utilization": 0.4}
 
 
-@pytest.mark.skipif("dpo" not in STAGES, reason="preference training is not there")
 def test_preference_trainings_have_no_dropout_and_their_own_settings() -> None:
     dpo = stages(imported("swift rlhf --rlhf_type dpo --model a/b --dataset c/d --beta 0.2 --rpo_alpha 0.1 --loss_type ipo"))["dpo"]
     assert (dpo["beta"], dpo["rpo_alpha"], dpo["loss_type"], "lora_dropout" in dpo["lora"]) == (0.2, 0.1, "ipo", False)
