@@ -41,7 +41,7 @@ class TrackerRun(ABC):
     def link(self) -> str:
         """Return the address of the run's page, or how to see its curves, once the integration has seen the beginning."""
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 - most integrations end their run themselves
         """End the run after the integration has seen the end."""
 
 
@@ -96,7 +96,7 @@ class WandbRun(TrackerRun):
         assert wandb.run is not None
         return wandb.run.url or f"wandb sync {Path(wandb.run.dir).parent}"
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 - most integrations end their run themselves
         import wandb
 
         wandb.finish()
@@ -129,7 +129,7 @@ class MlflowRun(TrackerRun):
         address = urlsplit(str(mlflow.get_tracking_uri()))
         return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl().rstrip("/") + self._page
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 - most integrations end their run themselves
         import mlflow
 
         mlflow.flush_async_logging()
