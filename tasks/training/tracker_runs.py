@@ -96,7 +96,7 @@ class WandbRun(TrackerRun):
         assert wandb.run is not None
         return wandb.run.url or f"wandb sync {Path(wandb.run.dir).parent}"
 
-    def end(self) -> None:  # noqa: B027 - most integrations end their run themselves
+    def end(self) -> None:
         import wandb
 
         wandb.finish()
@@ -129,7 +129,7 @@ class MlflowRun(TrackerRun):
         address = urlsplit(str(mlflow.get_tracking_uri()))
         return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl().rstrip("/") + self._page
 
-    def end(self) -> None:  # noqa: B027 - most integrations end their run themselves
+    def end(self) -> None:
         import mlflow
 
         mlflow.flush_async_logging()
