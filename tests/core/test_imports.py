@@ -197,6 +197,11 @@ def test_datasets_of_llama_factory_are_looked_up() -> None:
     assert draft.missing == ["data/x.json", "data/gone.json"]
     assert "`turns` has names of roles that tuneline does not know (user_tag: me): rename them in the file" in draft.remarks
     assert "`seen` has images: tuneline trains text models only" in draft.remarks
+    Path("data/dataset_info.json").write_text("{'chats': 1}")
+    broken = imported("model_name_or_path: a/b\nstage: sft\ndataset: chats,turns\nfinetuning_type: lora\n", "lf.yaml").remarks
+    assert [remark for remark in broken if "JSON" in remark] == [
+        "`data/dataset_info.json` cannot be read as JSON: correct it and import again"
+    ]
 
 
 def test_trackers_are_fields_of_the_pipeline() -> None:
