@@ -1,4 +1,4 @@
-"""evaluate in several processes: the report of one, whoever computes a batch, and the end of all if one dies."""
+"""evaluate in several processes: the report of one, whichever process computes a batch, and the end of all if one dies."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def elsewhere(request: Request, folder: Path, **resources: Any) -> Request:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=[pytest.mark.full, pytest.mark.process])], ids=["forked", "real"])
-def test_two_processes_give_the_report_of_one(
-    request_of_all: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool
-) -> None:
+def test_two_processes_give_the_report_of_one(request_of_all: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool) -> None:
     one, two = request_of_all, elsewhere(request_of_all, tmp_path / "two", processes=2)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of a real process; another number may round differently
     finish(one, real=real)

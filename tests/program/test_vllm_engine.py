@@ -57,7 +57,9 @@ def start(python: Path, model: Path, log: Path, adapters: Adapters | None = None
     return Engine(Place(python, log), model, settings, "float32", 128, adapters)
 
 
-@pytest.mark.parametrize(("copies", "flags"), [(1, {"--tensor-parallel-size=4"}), (2, {"--tensor-parallel-size=2", "--data-parallel-size=2"})])
+@pytest.mark.parametrize(
+    ("copies", "flags"), [(1, {"--tensor-parallel-size=4"}), (2, {"--tensor-parallel-size=2", "--data-parallel-size=2"})]
+)
 def test_gpus_are_divided_among_copies(tmp_path: Path, copies: int, flags: set[str]) -> None:
     engine = Engine(Place(tmp_path, tmp_path, range(4)), tmp_path, EngineSettings(data_parallel=copies), "bfloat16", ROOM)
     assert {flag for flag in engine._server.arguments if "parallel" in flag} == flags
