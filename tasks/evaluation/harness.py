@@ -6,7 +6,8 @@ one call of lm-eval's method, in any of the processes (`tasks.evaluation.sharing
 process other batches).
 
 Greedy generation is implemented here: transformers computes rows that have ended until the last row of a batch ends; here a row
-leaves the batch with its end token or stop text. Sampling is left to transformers. Stop texts are searched only after an answer's
+leaves the batch with its end token or stop text. Sampling is left to transformers. Log-probabilities are implemented here, too:
+lm-eval computes logits for whole sequences. What the rows of a batch begin with is computed once (`tasks.evaluation.prefixes`). Stop texts are searched only after an answer's
 thoughts: lm-eval would cut a model that thinks at the first line end of its thoughts.
 """
 
@@ -23,6 +24,7 @@ from transformers import GenerationConfig
 
 from tasks.data.rendering import ends
 from tasks.data.thoughts import cut, marks, spoken, until, written
+from tasks.evaluation import prefixes
 from tasks.evaluation.sharing import Batch, Share, batches_to_score, batches_to_write
 from tasks.models.padding import padding_matters, takes_cache
 from tuneline.errors import StageFailed
@@ -38,6 +40,8 @@ LOGITS_BYTES = 2**31  # limit of one batch's logits and log-probabilities, in fl
 class LanguageModel(HFLM):
     one_by_one = False
     """Whether answers are generated one row at a time."""
+    shares_beginnings = False
+    """Whether the common beginning of a batch's rows is computed once."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, events: Events, share: Share
@@ -102,6 +106,7 @@ class LanguageModel(HFLM):
                 message = f"transformers {transformers.__version__} cannot generate with `{self.model.config.model_type}`: {error}"
                 raise StageFailed("config", message, "use another base model, or a runtime with a later transformers") from error
         self.one_by_one = padding_matters(self.model, prompt, self.tokenizer.pad_token_id)
+        self.shares_beginnings = not self.one_by_one and prefixes.suits(self.model, prompt, self.tokenizer.pad_token_id)
         if self.one_by_one:
             self.events.warning("padding changes this model's answers, so they are generated one by one, which takes longer")
 
@@ -120,13 +125,36 @@ class LanguageModel(HFLM):
         size = max(1, min(self.largest_batch, fitting))
 
         def score(number: int, batch: Batch) -> list[tuple[float, bool]]:
-            scores: list[tuple[float, bool]] = super(LanguageModel, self)._loglikelihood_tokens([requests[i] for i in batch], True)
+            scores = self._score([requests[i][1:] for i in batch])
             self._advance(len(batch))
             return scores
 
         found = self.share.compute(batches_to_score(requests, size), score)
         self._end()
         return [(log_probability, greedy) for log_probability, greedy in found]
+
+    @torch.inference_mode()
+    def _score(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """Return of each continuation after its context the log-probability, and whether greedy decoding would give it. Requests that
+        differ only in their last token are one sequence."""
+        whole = [tuple(context + continuation[:-1]) for context, continuation in requests]
+        places = {tokens: place for place, tokens in enumerate(dict.fromkeys(whole))}
+        sequences, rows = [list(tokens[-self.max_length :]) for tokens in places], [places[tokens] for tokens in whole]
+        first = min(len(sequences[row]) - len(continuation) for row, (_, continuation) in zip(rows, requests, strict=True))
+        shared = prefixes.common(sequences, first) if self.shares_beginnings else 0
+        width = max(map(len, sequences))
+        tokens = torch.tensor([ids[shared:] + [0] * (width - len(ids)) for ids in sequences], device=self.device)
+        options: dict[str, Any] = {"logits_to_keep": width - first} if self.model._supports_logits_to_keep() else {}
+        if shared:
+            options["past_key_values"] = prefixes.begin(self.model, sequences[0][:shared], len(sequences))
+            options["position_ids"] = torch.arange(shared, width, device=self.device)[None].expand(len(sequences), -1)
+        log_probabilities = self.model(input_ids=tokens, **options).logits[:, first - width :].log_softmax(-1)
+        found = []
+        for row, (_, continuation) in zip(rows, requests, strict=True):
+            end = len(sequences[row]) - first
+            part, wanted = log_probabilities[row, end - len(continuation) : end], torch.tensor(continuation, device=self.device)
+            found.append((float(part.gather(1, wanted[:, None]).sum()), bool((part.argmax(-1) == wanted).all())))
+        return found
 
     def _begin(self, total: int) -> None:
         self.share.begin()
@@ -175,8 +203,14 @@ class LanguageModel(HFLM):
         rows = torch.arange(len(context), device=context.device)  # answers that have not ended
         ends = torch.tensor(sorted(self.ends), device=context.device)
         recent = max((len(stop.encode()) for stop in stops), default=0) + 1  # tokens that can hold the end of a stop text
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        tokens, cache = context, None
+        tokens, cache, shared = context, None, 0
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(context, mask, strict=True)]
+        if self.shares_beginnings and (shared := prefixes.common(prompts, min(map(len, prompts)) - 1)):
+            cache = prefixes.begin(self.model, prompts[0][:shared], len(prompts))
+            # The rest is padded after the beginning instead of before it.
+            tokens = torch.stack([torch.cat([row[: -len(ids)], row[shared - len(ids) :]]) for row, ids in zip(context, prompts, strict=True)])
+            mask = torch.cat([mask.new_ones(len(rows), shared), mask[:, : mask.shape[1] - shared]], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}  # models with their own code may not
         for step in range(max_new_tokens):
             with torch.inference_mode():
