@@ -6,9 +6,9 @@ one call of lm-eval's method, in any of the processes (`tasks.evaluation.sharing
 process other batches).
 
 Greedy generation is implemented here: transformers computes rows that have ended until the last row of a batch ends; here a row
-leaves the batch with its end token or stop text. Sampling is left to transformers. Log-probabilities are implemented here, too:
-lm-eval computes logits for whole sequences. What the rows of a batch begin with is computed once (`tasks.evaluation.prefixes`). Stop texts are searched only after an answer's
-thoughts: lm-eval would cut a model that thinks at the first line end of its thoughts.
+leaves the batch with its end token or stop text. Sampling is left to transformers. Stop texts are searched only after an answer's
+thoughts: lm-eval would cut a model that thinks at the first line end of its thoughts. Log-probabilities are implemented here as well:
+lm-eval computes logits of whole sequences. The common beginning of a batch's rows is computed once (`tasks.evaluation.prefixes`).
 """
 
 from __future__ import annotations
@@ -133,9 +133,8 @@ class LanguageModel(HFLM):
         self._end()
         return [(log_probability, greedy) for log_probability, greedy in found]
 
-    @torch.inference_mode()
     def _score(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return of each continuation after its context the log-probability, and whether greedy decoding would give it. Requests that
+        """Return the log-probability of each continuation after its context, and whether greedy decoding would give it. Requests that
         differ only in their last token are one sequence."""
         whole = [tuple(context + continuation[:-1]) for context, continuation in requests]
         places = {tokens: place for place, tokens in enumerate(dict.fromkeys(whole))}
@@ -148,7 +147,8 @@ class LanguageModel(HFLM):
         if shared:
             options["past_key_values"] = prefixes.begin(self.model, sequences[0][:shared], len(sequences))
             options["position_ids"] = torch.arange(shared, width, device=self.device)[None].expand(len(sequences), -1)
-        log_probabilities = self.model(input_ids=tokens, **options).logits[:, first - width :].log_softmax(-1)
+        with torch.inference_mode():
+            log_probabilities = self.model(input_ids=tokens, **options).logits[:, first - width :].log_softmax(-1)
         found = []
         for row, (_, continuation) in zip(rows, requests, strict=True):
             end = len(sequences[row]) - first
@@ -208,7 +208,8 @@ class LanguageModel(HFLM):
         if self.shares_beginnings and (shared := prefixes.common(prompts, min(map(len, prompts)) - 1)):
             cache = prefixes.begin(self.model, prompts[0][:shared], len(prompts))
             # The rest is padded after the beginning instead of before it.
-            tokens = torch.stack([torch.cat([row[: -len(ids)], row[shared - len(ids) :]]) for row, ids in zip(context, prompts, strict=True)])
+            parts = [(row[: -len(ids)], row[shared - len(ids) :]) for row, ids in zip(context, prompts, strict=True)]
+            tokens = torch.stack([torch.cat(part) for part in parts])
             mask = torch.cat([mask.new_ones(len(rows), shared), mask[:, : mask.shape[1] - shared]], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         last = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}  # models with their own code may not

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.padding import PADS, differs, takes_cache
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 SHORTEST = 16  # tokens: computing fewer once, one row after the other, takes longer than computing them for each
 
 
-def common(sequences: Sequence[Sequence[int]], most: int) -> int:
+def common(sequences: Sequence[list[int]], most: int) -> int:
     """Return how many first tokens all sequences share, at most `most`; 0 if too few to be worth it."""
     first, last = min(sequences), max(sequences)
     length = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
