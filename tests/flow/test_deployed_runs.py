@@ -269,9 +269,10 @@ def test_who_watches_a_run_that_is_deleted_hears_so(prefect_server: str) -> None
     assert [line.partition(" ")[2] for line in said] == ["run deleted on the server, which ends it"]
 
 
-@pytest.mark.parametrize("recorded", [1, 3])
-def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded: int) -> None:
-    """Prefect records task runs later than their logs, which ended the watching of a run as if it were deleted."""
+@pytest.mark.parametrize(("recorded", "name"), [(1, "sft: loss 0.1"), (1, "sft-8fa"), (3, "sft")])
+def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded: int, name: str) -> None:
+    """Prefect records task runs later than their logs, and their names later still: a watched run was taken for deleted, and `sft` was
+    called `sft-8fa`."""
     from prefect.exceptions import ObjectNotFound
 
     from flows.deploy.submit import LogReader
@@ -287,7 +288,7 @@ def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded:
             asked.append(task_run)
             if len(asked) <= recorded:
                 raise ObjectNotFound(KeyError(task_run))
-            return SimpleNamespace(name="sft: loss 0.1")
+            return SimpleNamespace(name=name, dynamic_key="8fa0c2d4-5d0e-4b2f-9d55-0d7c2e0a9b11")
 
     reader: Any = LogReader()
     found = [[stage + log.message for stage, log in reader.new(Client(), uuid4(), ended)] for ended in (False, False, True)]
