@@ -163,9 +163,10 @@ def test_samples_differ_by_seed_and_end_with_the_end_token(engine: Engine, model
 
 
 def test_log_probabilities_are_those_before_temperature(engine: Engine, model: Path) -> None:
-    (completion,) = engine.generate(PROMPTS[:1], Sampling(max_tokens=12, temperature=0.5, top_p=0.9), model=BASE, seed=1)
+    (completion,) = engine.generate(PROMPTS[:1], Sampling(max_tokens=12, temperature=0.5, top_p=0.9, top_k=5), model=BASE, seed=1)
     likely = expected(model, None, PROMPTS[0] + completion.ids)[len(PROMPTS[0]) - 1 : -1]
     assert completion.logprobs == pytest.approx(likely.gather(-1, torch.tensor([completion.ids]).T)[:, 0].tolist(), abs=1e-3)
+    assert all(token in row.topk(5).indices for token, row in zip(completion.ids, likely, strict=True))
 
 
 def test_a_token_of_the_caller_ends_it_too(engine: Engine) -> None:
