@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_variants import VARIANTS
 from peft import LoraConfig, PeftModel, get_peft_model
+from program_tools import run_program
+from sft_tools import request_for
 from transformers import AutoModelForCausalLM
 from vllm_tools import GREEDY, LAYERS, PROMPTS, ROOM, SAMPLED
 
@@ -74,6 +77,19 @@ def check_greedy(engine: Engine, name: str, model: Path, adapter: Path | None) -
         assert completion.logprobs == pytest.approx(likely.max(-1).values.tolist(), abs=1e-3)
         assert completion.model == name
     return [completion.ids for completion in completions]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["attention", "expression", "pissa", "olora", "eva"])
+def test_variants_of_lora_are_served_as_peft_reads_them(name: str, engine: Engine, taught: Input, tmp_path: Path) -> None:
+    """Ranks, alphas and scalings by layer; adapters of a changed base are saved for the untouched one."""
+    fields = VARIANTS[name] | {"learning_rate": 2e-2}
+    request = request_for(tmp_path, taught, **fields)
+    run_program(request)
+    engine.load(name, request.payload)
+    served = check_greedy(engine, name, taught.path, request.payload)
+    engine.unload(name)
+    assert served != check_greedy(engine, BASE, taught.path, None)
 
 
 def test_greedy_is_that_of_transformers(engine: Engine, model: Path) -> None:
