@@ -8,7 +8,7 @@ process other batches).
 Greedy generation is implemented here: transformers computes rows that have ended until the last row of a batch ends; here a row
 leaves the batch with its end token or stop text. Sampling is left to transformers. Stop texts are searched only after an answer's
 thoughts: lm-eval would cut a model that thinks at the first line end of its thoughts. Log-probabilities are implemented here as well:
-lm-eval computes logits of whole sequences. The common beginning of a batch's rows is computed once (`tasks.evaluation.prefixes`).
+lm-eval computes logits of whole sequences. What rows of a batch begin with is computed once (`tasks.evaluation.prefixes`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LanguageModel(HFLM):
     one_by_one = False
     """Whether answers are generated one row at a time."""
     shares_beginnings = False
-    """Whether the common beginning of a batch's rows is computed once."""
+    """Whether what rows of a batch begin with is computed once."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int, events: Events, share: Share
@@ -139,19 +139,24 @@ class LanguageModel(HFLM):
         whole = [tuple(context + continuation[:-1]) for context, continuation in requests]
         places = {tokens: place for place, tokens in enumerate(dict.fromkeys(whole))}
         sequences, rows = [list(tokens[-self.max_length :]) for tokens in places], [places[tokens] for tokens in whole]
-        first = min(len(sequences[row]) - len(continuation) for row, (_, continuation) in zip(rows, requests, strict=True))
-        shared = prefixes.common(sequences, first) if self.shares_beginnings else 0
-        width = max(map(len, sequences))
-        tokens = torch.tensor([ids[shared:] + [0] * (width - len(ids)) for ids in sequences], device=self.device)
+        starts = list(map(len, sequences))  # of what is scored of each sequence
+        for row, (_, continuation) in zip(rows, requests, strict=True):
+            starts[row] = min(starts[row], len(sequences[row]) - len(continuation))
+        begun, beginning_of = prefixes.beginnings(sequences, starts) if self.shares_beginnings else ([], [])
+        skipped = [len(begun[i]) for i in beginning_of] or [0] * len(sequences)
+        rests = [tokens[skip:] for tokens, skip in zip(sequences, skipped, strict=True)]
+        width, first = max(map(len, rests)), min(start - skip for start, skip in zip(starts, skipped, strict=True))
+        tokens = torch.tensor([rest + [0] * (width - len(rest)) for rest in rests], device=self.device)
         options: dict[str, Any] = {"logits_to_keep": width - first} if self.model._supports_logits_to_keep() else {}
-        if shared:
-            options["past_key_values"] = prefixes.begin(self.model, sequences[0][:shared], len(sequences))
-            options["position_ids"] = torch.arange(shared, width, device=self.device)[None].expand(len(sequences), -1)
+        if begun:
+            options["past_key_values"], mask = prefixes.begin(self.model, begun, beginning_of)
+            options["attention_mask"] = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            options["position_ids"] = torch.tensor(skipped, device=self.device)[:, None] + torch.arange(width, device=self.device)
         with torch.inference_mode():
             log_probabilities = self.model(input_ids=tokens, **options).logits[:, first - width :].log_softmax(-1)
         found = []
         for row, (_, continuation) in zip(rows, requests, strict=True):
-            end = len(sequences[row]) - first
+            end = len(rests[row]) - first
             part, wanted = log_probabilities[row, end - len(continuation) : end], torch.tensor(continuation, device=self.device)
             found.append((float(part.gather(1, wanted[:, None]).sum()), bool((part.argmax(-1) == wanted).all())))
         return found
@@ -206,7 +211,7 @@ class LanguageModel(HFLM):
         tokens, cache, shared = context, None, 0
         prompts = [row[kept.bool()].tolist() for row, kept in zip(context, mask, strict=True)]
         if self.shares_beginnings and (shared := prefixes.common(prompts, min(map(len, prompts)) - 1)):
-            cache = prefixes.begin(self.model, prompts[0][:shared], len(prompts))
+            cache, _ = prefixes.begin(self.model, [prompts[0][:shared]], [0] * len(prompts))
             # The rest is padded after the beginning instead of before it.
             parts = [(row[: -len(ids)], row[shared - len(ids) :]) for row, ids in zip(context, prompts, strict=True)]
             tokens = torch.stack([torch.cat(part) for part in parts])

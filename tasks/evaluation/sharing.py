@@ -65,15 +65,11 @@ def batches_to_write(asked: Sequence[tuple[str, dict[str, Any]]], lengths: Seque
 
 
 def batches_to_score(requests: Sequence[tuple[Any, list[int], list[int]]], size: int) -> list[Batch]:
-    """Return batches of `size` sequences, the longest first, as lm-eval makes them. Requests that differ only in their last token share a
-    sequence."""
-    alike: dict[tuple[int, ...], list[int]] = {}
+    """Return batches of `size` sequences. Those of a context, such as the answers to choose from, are together; the context with the
+    longest sequence is first. Requests that differ only in their last token share a sequence."""
+    contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for i, (_, context, continuation) in enumerate(requests):
-        alike.setdefault(tuple(context + continuation[:-1]), []).append(i)
-
-    def order(group: list[int]) -> tuple[int, list[int]]:
-        _, context, continuation = requests[max(group, key=lambda i: len(requests[i][2]))]
-        return -len(context) - len(continuation), context + continuation
-
-    ordered = sorted(alike.values(), key=order)
-    return [list(chain.from_iterable(ordered[start : start + size])) for start in range(0, len(ordered), size)]
+        contexts.setdefault(tuple(context), {}).setdefault(tuple(continuation[:-1]), []).append(i)
+    ordered = sorted(contexts, key=lambda context: (-len(context) - max(map(len, contexts[context])), context))
+    sequences = [alike for context in ordered for alike in contexts[context].values()]
+    return [list(chain.from_iterable(sequences[start : start + size])) for start in range(0, len(sequences), size)]

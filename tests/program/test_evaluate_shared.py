@@ -98,12 +98,12 @@ def test_a_slow_process_delays_no_batch_but_its_own() -> None:
     assert found[slow] == found[quick] == [[0, 0.0], [1, 1 / 3], [2, 2 / 3], [3, 0.0], [4, 2 / 3]]
 
 
-def test_batches_are_those_of_lm_eval() -> None:
-    """Longest first; requests that differ only in their last token are one sequence."""
+def test_batches_of_what_is_computed_together() -> None:
+    """Longest first, a context's sequences together; requests that differ only in their last token are one sequence."""
     asked = [("b", {"n": 1}), ("dddd", {"n": 2}), ("a", {"n": 1}), ("ccc", {"n": 1}), ("ee", {"n": 2})]
     assert batches_to_write(asked, [len(prompt) for prompt, _ in asked], 2) == [[3, 2], [0], [1, 4]]
-    scored = [(None, [1, 2], [3]), (None, [9], [8, 7, 6]), (None, [1, 2], [4]), (None, [1], [2, 5]), (None, [5], [5])]
-    assert batches_to_score(scored, 2) == [[1, 0, 2, 3], [4]]
+    scored = [(None, [1, 2], [3]), (None, [9], [8, 7, 6]), (None, [1, 2], [4]), (None, [5], [5]), (None, [9], [8, 6]), (None, [9], [4])]
+    assert batches_to_score(scored, 2) == [[1, 4], [5, 0, 2], [3]]
 
 
 def test_only_the_first_process_runs_code_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
