@@ -13,8 +13,8 @@ from tuneline.config.load import load
 from tuneline.config.order import in_order
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.planning import keys
-from tuneline.planning.plan import input_slots
 from tuneline.workspace import protocol, runs, store
+from tuneline.workspace.history import input_slots
 
 ROOT = Path(__file__).resolve().parents[2]
 

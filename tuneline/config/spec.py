@@ -15,6 +15,7 @@ from pydantic import Field
 from tuneline.config.pools import INTERVAL, AnyPool, Schedule
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.evaluate import EvaluateStage
+from tuneline.kinds.export import ExportStage
 from tuneline.kinds.fields import ExternalPath, Name, Strict
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.grpo import GrpoStage
@@ -26,7 +27,8 @@ from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.kinds.trackers import Track
 
 AnyStage = Annotated[
-    ModelStage | DatasetStage | SftStage | GrpoStage | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
+    ModelStage | DatasetStage | SftStage | GrpoStage | EvaluateStage | MergeStage | QuantizeStage | ExportStage | GateStage,
+    Field(discriminator="kind"),
 ]
 STAGES: dict[str, type[Stage]] = {get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])}
 PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(stage, ProgramStage)}
