@@ -1,7 +1,8 @@
 """The command line `tuneline`: the group of its commands, and the handling of errors.
 
-Each subject has a file: `project.py` (init, setup, validate, schema), `importing.py` (import), `export.py` (export), `runs.py` (plan, run, node, show),
-`look.py` (list, runs, status, logs, cancel, completion), `server.py` (up, down, worker, deploy, submit, doctor), `store.py` (verify, gc).
+Each subject has a file: `project.py` (init, setup, validate, schema), `importing.py` (import), `export.py` (export), `runs.py` (plan,
+run, node, show), `look.py` (list, runs, status, logs, cancel, completion), `server.py` (up, down, worker, deploy, submit, doctor),
+`store.py` (verify, gc).
 
 stdout is data (tables, or JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify` found damage or
 `doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only by a `run` that

@@ -65,7 +65,7 @@ def _commit(api: HfApi, repository: str, stage: ExportStage, folder: Path) -> An
         earlier = Path(api.hf_hub_download(repository, CARD, revision=stage.revision)).read_text(encoding="utf-8", errors="replace")
         card = with_author_text(card, author_text(earlier))
     gone = [name for name in there if name not in names and any(fnmatch(name, pattern) for pattern in REPLACED)]
-    operations = [
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in gone),
         *(CommitOperationAdd(name, card.encode() if name == CARD else folder / name) for name in names),
     ]

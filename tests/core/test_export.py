@@ -54,7 +54,9 @@ def test_the_key_covers_how_the_model_was_made_and_the_names_in_its_card(exporti
     assert list(document["history"].values()) == ["base", "data", "sft", "merged", "eval"]
     assert "history" not in (rows["merged"].document or {})
     text = (exporting / "pipelines.yaml").read_text()
-    (exporting / "pipelines.yaml").write_text(text.replace(" data:  ", " rows:  ").replace("[data]", "[rows]").replace("dataset: data", "dataset: rows").replace("data/ex", "rows/ex"))
+    for old, new in ((" data:  ", " rows:  "), ("[data]", "[rows]"), ("dataset: data", "dataset: rows"), ("data/ex", "rows/ex")):
+        text = text.replace(old, new)
+    (exporting / "pipelines.yaml").write_text(text)
     renamed = planned(exporting)
     assert {name: row.status for name, row in renamed.items() if row.status != "cached"} == {"given": "run", "gate": "run"}
     assert [reason.text for reason in renamed["given"].reasons] == ["its inputs were made in another way, or their stages have other names"]

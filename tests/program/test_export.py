@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, snapshot_download
 from hub_server import ENVIRONMENT, LocalHub, local_hub
+from huggingface_hub import ModelCard, snapshot_download
 from older import Older, agree
 from program_tools import make_request, payload_digest, run_program
 from safetensors.torch import load_file
@@ -45,7 +45,9 @@ def described(world: World, folder: Path, hub: str | None = None) -> tuple[World
         copied, "model", config=config, document={"commits": {"hub": COMMIT} if hub else {}}, info={"source": "a test", "license": "mit"}
     )
     sources = [{"type": "files"}, {"type": "hub", "repo": "owner/rows"}]
-    data = describe(copied, "dataset", config={"sources": sources}, document={"commits": {"sources.1.repo": COMMIT}}, parents={"model": base})
+    data = describe(
+        copied, "dataset", config={"sources": sources}, document={"commits": {"sources.1.repo": COMMIT}}, parents={"model": base}
+    )
     adapter = copied.artifacts["model"].manifest
     of_adapter = Base(kind="model", key=adapter.key, digest=adapter.digest, template=adapter.template)
     sft = describe(copied, "sft", config={"lora": {"r": 4}}, parents={"model": base, "dataset": data}, base=of_adapter)
@@ -88,7 +90,7 @@ def test_an_adapter_with_its_base(here: tuple[World, dict[str, str]], older: Old
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("base", None)
     assert not any(b"tuneline:" in file.read_bytes() for file in folder.rglob("*.json"))
-    assert not [file for file in folder.rglob("*") if file.is_symlink() or file.stat().st_nlink > 1 and file.is_file()]
+    assert not [file for file in folder.rglob("*") if file.is_symlink() or (file.stat().st_nlink > 1 and file.is_file())]
     base = Input(path=folder / "base", digest="", type="Model")
     agree(older, Input(path=folder, digest="", type="Adapter", base=base))
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
@@ -109,7 +111,7 @@ def test_the_card_says_what_the_manifests_say(here: tuple[World, dict[str, str]]
     train = here[0].artifacts["dataset"].manifest.metrics["rows_train"]
     for text in (
         TO_BE_WRITTEN, "license of the base: mit", f"| {train:,.0f} |", "| data/exact_match | 0.75 ± 0.2 |", "| sft | lora | `{\"r\": 4}` |",
-        "        model: base\n        dataset: data\n        lora: {r: 4}\n", f"revision: '{COMMIT}'", f"`{here[0].artifacts['sft'].digest[:16]}`", "torch 2.13.0",
+        "        model: base\n        dataset: data\n        lora: {r: 4}\n", f"revision: {COMMIT}", f"`{here[0].artifacts['sft'].digest[:16]}`", "torch 2.13.0",
     ):  # fmt: skip
         assert text in card.text, text
     assert is_export(request.payload)
@@ -177,9 +179,10 @@ def test_a_push_and_back(world: World, hub: LocalHub, tmp_path: Path) -> None:
     run_program(request_for(*there, tmp_path / "three", push="me/model", revision="v1"))
     assert len(hub.repositories["me/model"]["v1"]) == 1, "the same files are no commit"
 
-    files = hub.repositories["me/model"]["v1"][-1]
+    files = dict(hub.files("me/model", "v1"))
     files["README.md"] = files["README.md"].replace(TO_BE_WRITTEN.encode(), b"For tables.")
     files |= {"model-00001-of-00002.safetensors": b"old", "mine.txt": b"mine"}
+    hub.repositories["me/model"]["v1"].append(files)
     run_program(request_for(*there, tmp_path / "four", push="me/model", revision="v1", license="mit"))
     now = hub.files("me/model", "v1")
     assert author_text(now["README.md"].decode()) == "For tables."

@@ -1,6 +1,6 @@
 """A program that knows nothing of ours: loads exported folders by transformers and PEFT, and says what they answer.
 
-    python foreign.py    reads lines of JSON {"folder": ..., "prompts": [...], "tokens": N}, writes a line for each
+python foreign.py    reads lines of JSON {"folder": ..., "prompts": [...], "tokens": N}, writes a line for each
 """
 
 from __future__ import annotations
