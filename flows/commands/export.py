@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from flows.commands.exits import REFUSED
 from flows.commands.names import stages_of
 from flows.commands.options import RunOptions, file_option, json_option, load_with_warnings, print_json, say, set_option, var_option, warn
 from tuneline.kinds.export import ExportStage
@@ -38,7 +40,8 @@ def export_command(
     Writes weights, tokenizer, chat template, generation config and a model card. STAGE made the model, or is of kind export. DIR must be
     missing, empty or an earlier export, which is replaced.
     """
-    from flows.run.export import Job, check_target, export, export_stage, inputs_of
+    from flows.run.export import Job, export, export_stage, inputs_of, refusals
+    from flows.run.export_target import check_target
     from tuneline.planning.plan import plan
     from tuneline.workspace.workspace import Workspace
 
@@ -46,16 +49,23 @@ def export_command(
     workspace = Workspace(load_with_warnings(file, pipeline, RunOptions(sets, variables)), warn)
     stages = workspace.loaded.pipeline(pipeline).stages
     with_sbom = given.pop("sbom")
-    check_target(folder, given.pop("force"))
+    target = check_target(folder, given.pop("force"), workspace)
     given["private"] = False if given.pop("public") else None
     rows = plan(workspace, pipeline)
     built = {row.stage: row.artifact for row in rows if row.artifact is not None}
     stage = export_stage(stages, name, built, {field: value for field, value in given.items() if value is not None})
-    job = Job(workspace, pipeline, stage, inputs_of(stage, rows, pipeline), folder, with_sbom)
+    job = Job(workspace, pipeline, stage, inputs_of(stage, rows, pipeline), target, with_sbom)
+    unmet = list(refusals(stages, rows))
+    if refused := [f"{gate}: {reason}" for gate, _, reason in unmet if gate in stage.needs]:
+        say("\n".join(refused))
+        sys.exit(REFUSED)
+    for gate, judged, reason in unmet:
+        if judged in (stage.of, *stage.evaluations):
+            warn(f"the gate `{gate}` refuses what is exported: {reason}")
     result = export(job, lambda line: None, lambda event: warn(event.message or "") if event.type == "warning" else None)
     pushed = result.info.get("pushed")
     if as_json:
-        print_json({"folder": str(folder.absolute()), "metrics": result.metrics, "pushed": pushed})
+        print_json({"folder": str(target), "metrics": result.metrics, "pushed": pushed})
         return
     click.echo(folder)
     if pushed:

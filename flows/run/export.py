@@ -1,29 +1,29 @@
 """Export a stage into a folder: run the program of the kind `export` beside that folder, without Prefect and without the store.
 
-The program writes into a temporary folder on the same disk, which replaces the target by renames. An earlier export is replaced only as
-a whole; its author's text under `Intended use` is kept.
+An earlier export is replaced only as a whole; its author's text under `Intended use` is kept.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from flows.run.export_target import replace, scratch_for
 from flows.run.supervisor import Outcome, Program, Supervisor, program_environment
 from tuneline.config.messages import translate
 from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.files import write_atomically
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.export import ExportStage
+from tuneline.kinds.gate import GateStage
 from tuneline.kinds.stage import Stage
 from tuneline.planning.plan import PlanRow
+from tuneline.planning.verdict import MET, judge
 from tuneline.wording import listed, nearest
 from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.cards import author_text, is_export
@@ -106,23 +106,19 @@ def inputs_of(stage: ExportStage, rows: Sequence[PlanRow], pipeline: str) -> dic
     return inputs
 
 
-def check_target(target: Path, force: bool) -> None:
-    """Raises ConfigError unless the folder is missing, empty, an earlier export, or to be replaced by --force."""
-    if target.exists() and not target.is_dir():
-        raise ConfigError([Problem("", "found a file, expected a folder", "name another folder", place=str(target))])
-    if not target.absolute().parent.is_dir():
-        found = f"found no folder {target.absolute().parent}"
-        raise ConfigError([Problem("", found, "create it", place=str(target))])
-    if target.is_dir() and any(target.iterdir()) and not (force or is_export(target)):
-        found = f"found a folder that is not empty and no earlier export (no {CARD} with the tag `tuneline`)"
-        raise ConfigError([Problem("", found, "name another folder, or replace it by --force", place=str(target))])
+def refusals(stages: Mapping[str, Stage], rows: Sequence[PlanRow]) -> Iterator[tuple[str, str, str]]:
+    """Yield each unmet requirement of a gate on what the current file names: the gate, the stage that is judged, and the reason."""
+    built = {row.stage: row.artifact.manifest for row in rows if row.artifact is not None}
+    for name, gate in stages.items():
+        if isinstance(gate, GateStage):
+            for requirement, line in zip(gate.require, judge(gate, stages, built)[1], strict=False):  # then notes
+                if not line.startswith(MET):
+                    yield name, requirement.of, line
 
 
 def export(job: Job, on_line: Say, on_event: Callable[[Event], None]) -> Result:
     """Write the folder. Raises StageFailed; then the target is as it was."""
-    target = job.target.absolute()
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with scratch_for(job.target) as scratch:
         request = _request(job, scratch)
         request.write(scratch / REQUEST)
         (scratch / EVENTS).touch()
@@ -136,10 +132,8 @@ def export(job: Job, on_line: Say, on_event: Callable[[Event], None]) -> Result:
             raise _failure(scratch, outcome)
         result: Result = Result.read(scratch / RESULT)
         _finish(job, request.payload)
-        _replace(target, request.payload)
+        replace(job.target, scratch, request.payload)
         return result
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _request(job: Job, scratch: Path) -> Request:
@@ -187,14 +181,7 @@ def _finish(job: Job, folder: Path) -> None:
         return
     payload = job.workspace.store.folder(base.kind, base.key) / PAYLOAD
     if (folder / BASE).exists():
-        config["base_model_name_or_path"] = str(job.target.absolute() / BASE)
+        config["base_model_name_or_path"] = str(job.target / BASE)
     elif (payload / REFERENCE).exists():
         config["base_model_name_or_path"] = str(folder_of(payload))
     write_atomically(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _replace(target: Path, folder: Path) -> None:
-    """Put the folder in the target's place. `folder` is on the same disk."""
-    if target.exists():
-        target.rename(folder.parent / "earlier")
-    folder.rename(target)

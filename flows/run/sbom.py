@@ -16,6 +16,7 @@ from packageurl import PackageURL
 
 from tuneline.kinds.export import ExportStage
 from tuneline.workspace.artifact import Manifest
+from tuneline.workspace.cards import license_name
 
 TYPES = {"Model": ComponentType.MACHINE_LEARNING_MODEL, "Adapter": ComponentType.MACHINE_LEARNING_MODEL, "Dataset": ComponentType.DATA}
 HUB = "https://huggingface.co/"
@@ -48,7 +49,8 @@ def _artifact(name: str, manifest: Manifest) -> Component:
     config: dict[str, Any] = manifest.document.get("config", {})
     repositories = [(config["hub"], "")] if "hub" in config else []
     repositories += [(source["repo"], "datasets/") for source in config.get("sources", ()) if "repo" in source]
-    licenses = {manifest.info.get("license"), *manifest.info.get("licenses", {}).values()} - {None}
+    recorded = [manifest.info.get("license"), *manifest.info.get("licenses", {}).values()]
+    licenses = {known for each in recorded if (known := license_name(each))}
     return Component(
         bom_ref=f"{manifest.kind}/{manifest.key}",
         type=TYPES[manifest.type],

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.convert.usage import Adapter, usage
 from tuneline.config.spec import STAGES
 from tuneline.kinds.export import ExportStage
 from tuneline.kinds.stage import ProgramStage
 from tuneline.wording import markdown_table
 from tuneline.workspace.artifact import Manifest
-from tuneline.workspace.cards import HEAD, TAG, TO_BE_WRITTEN
-from tuneline.workspace.file_names import BASE
+from tuneline.workspace.cards import HEAD, TAG, TO_BE_WRITTEN, license_name
 from tuneline.workspace.recipe import recipe
 
 CERTAIN = 1.96  # standard errors on each side of a value, for a confidence of 95%
@@ -29,8 +29,10 @@ class Made:
     stage: ExportStage
     manifests: dict[str, Manifest]
     names: dict[str, str]
-    folder_of_base: str | None
-    """Where an adapter finds its base: a repository on the hub, or a folder in the export; None for a model."""
+    adapter: Adapter | None
+    """None for a model."""
+    own_code: bool
+    """Whether the model brings Python files."""
     merged: float | None
     """Maximum difference of logits of a merge while exporting."""
 
@@ -61,18 +63,21 @@ def model_card(made: Made) -> str:
     hub = base.document["config"].get("hub") if base else None
     title = (stage.push or stage.of).rpartition("/")[2]
     results = list(evaluated(made))
+    license = {"license": stage.license} if stage.license else base_license(base)
     data = ModelCardData(
         base_model=hub,
         base_model_relation=relation(made) if hub else None,
         datasets=sorted({source["repo"] for _, each in made.of_kind("dataset") for source in sources(each) if "repo" in source}) or None,
         eval_results=list(eval_results(made, results)) or None,
-        library_name="peft" if made.folder_of_base else "transformers",
-        license=stage.license or (base.info.get("license") if base else None),
+        library_name="peft" if made.adapter else "transformers",
+        license=license.get("license"),
+        license_name=license.get("license_name"),
+        license_link=license.get("license_link"),
         model_name=title,
         pipeline_tag="text-generation",
         tags=[TAG],
     )
-    parts = [f"# {title}", summary(made, base), "## Use", usage(made, title), HEAD, TO_BE_WRITTEN]
+    parts = [f"# {title}", summary(made, base), "## Use", usage(stage, made.adapter, made.own_code), HEAD, TO_BE_WRITTEN]
     sections = {"Data": data_table(made), "Training": settings_table(made), "Results": results_table(made, results)}
     parts += [part for head, text in sections.items() if text for part in (f"## {head}", text)]
     parts += ["## How it was made", chain_table(made), "The pipeline as it ran; files are named by their sha256:"]
@@ -81,35 +86,22 @@ def model_card(made: Made) -> str:
 
 
 def relation(made: Made) -> str:
-    if made.folder_of_base:
+    if made.adapter:
         return "adapter"
     return "quantized" if STAGES[made.exported.kind].quantized else "finetune"
 
 
 def summary(made: Made, base: Manifest | None) -> str:
-    what = "An adapter (PEFT)" if made.folder_of_base else "A model"
+    what = "An adapter (PEFT)" if made.adapter else "A model"
     if made.stage.merge:
         what = "A model, merged from an adapter and its base"
     source = str(base.info.get("source", "")) if base else ""
     named = f"Its base: {source}" if source else "Its base is not recorded"
-    license = base.info.get("license") if base else None
-    return f"{what}, exported by tuneline. {named}; license of the base: {license or 'not recorded'}."
+    return f"{what}, exported by tuneline. {named}; license of the base: {license_name(base_license(base)) or 'not recorded'}."
 
 
-def usage(made: Made, title: str) -> str:
-    place = made.stage.push or title
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
-    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}")')
-    if made.folder_of_base:
-        base = made.folder_of_base if made.folder_of_base != BASE else f"{place}/{BASE}"
-        lines = ["from peft import PeftModel", *lines]
-        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{base}")')
-        lines.append(f'model = PeftModel.from_pretrained(base, "{place}")')
-        lines.append(f'model.generation_config = GenerationConfig.from_pretrained("{place}")  # ends where trained answers end')
-    else:
-        lines[0] = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{place}")')
-    return "```python\n" + "\n".join(lines) + "\n```"
+def base_license(base: Manifest | None) -> dict[str, str]:
+    return (base.info.get("license") or {}) if base else {}
 
 
 # --- data and settings ------------------------------------------------------------------------------------------------
@@ -132,7 +124,7 @@ def source_text(dataset: Manifest, index: int, source: Mapping[str, Any]) -> str
     named = source.get("repo") or source.get("task") or ("source code" if source["type"] == "code" else "local files")
     commit = dataset.document["commits"].get(f"sources.{index}.repo")
     allowed = ", ".join(source.get("licenses", ()))
-    license = dataset.info.get("licenses", {}).get(f"sources.{index}") or (f"only {allowed}" if allowed else "not recorded")
+    license = license_name(dataset.info.get("licenses", {}).get(f"sources.{index}")) or (f"only {allowed}" if allowed else "not recorded")
     return f"{named}{f' at {commit[:12]}' if commit else ''} (license: {license})"
 
 

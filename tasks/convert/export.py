@@ -20,8 +20,9 @@ from tasks.convert import merge
 from tasks.convert.card import Made, model_card
 from tasks.convert.merge_checks import check_tensors
 from tasks.convert.push import open_repository
+from tasks.convert.usage import Adapter
 from tasks.data.endings import check_ends, save_configs
-from tasks.models.loading import load_tokenizer, write_json
+from tasks.models.loading import load_tokenizer, needs_remote_code, write_json
 from tasks.models.weights import stored_tensors
 from tuneline.errors import StageFailed
 from tuneline.kinds.export import ExportStage
@@ -45,16 +46,16 @@ def run(request: Request, stage: ExportStage, events: Events) -> Result:
         raise StageFailed("config", found, "set `merge: true`, or take the base from the hub")
     push = open_repository(stage) if stage.push else None
     metrics: dict[str, float] = {}
+    adapter = None
     if stage.merge:
         as_merge = MergeStage(kind="merge", adapters=(stage.of,), dtype=stage.dtype, max_shard_size=stage.max_shard_size)
         merged = merge.run(request.model_copy(update={"inputs": {"adapters.0": source}}), as_merge, events)
         metrics["max_logit_difference"] = merged.metrics["max_logit_difference"]
     elif source.type == "Adapter":
-        write_adapter(source, hub, stage, folder, events)
+        adapter = write_adapter(source, hub, stage, folder, events)
     else:
         write_model(source, folder, stage, events)
-    place = (hub[0] if hub else BASE) if source.type == "Adapter" and not stage.merge else None
-    card = model_card(Made(stage, manifests, request.history, place, metrics.get("max_logit_difference")))
+    card = model_card(Made(stage, manifests, request.history, adapter, needs_remote_code(source), metrics.get("max_logit_difference")))
     for file in request.files.get("intended", []):
         card = with_author_text(card, file.read_text(encoding="utf-8"))
     (folder / CARD).write_bytes(masked(card.encode()))
@@ -109,8 +110,10 @@ def files_of(source: Input) -> list[str]:
     return [name for name, _ in sizes(source.path)]
 
 
-def write_adapter(source: Input, hub: tuple[str, str] | None, stage: ExportStage, folder: Path, events: Events) -> None:
-    """Write an Adapter, with the name of its base. `hub`: repository and commit of the base, if it is from there."""
+def write_adapter(source: Input, hub: tuple[str, str] | None, stage: ExportStage, folder: Path, events: Events) -> Adapter:
+    """Write an Adapter, with the name of its base. `hub`: repository and commit of the base, if it is from there. Return what it needs."""
+    from peft import PeftConfig
+
     assert source.base is not None
     for name, _ in sizes(source.path):
         copy(source.path / name, folder / name)
@@ -128,8 +131,12 @@ def write_adapter(source: Input, hub: tuple[str, str] | None, stage: ExportStage
             configs = folder / BASE
             write_model(source.base, configs, stage.model_copy(update={"dtype": "auto"}), events, tokenizer_of=source)
         generation = configs / "generation_config.json"
-        ends = {"eos_token_id": json.loads((configs / "config.json").read_bytes()).get("eos_token_id")}
+        document = json.loads((configs / "config.json").read_bytes())
+        ends = {"eos_token_id": document.get("eos_token_id")}
         write_json(folder / generation.name, json.loads(generation.read_bytes()) if generation.exists() else ends)
+    needed = merge.tokens_of(PeftConfig.from_pretrained(folder))
+    rows = document["vocab_size"] if "vocab_size" in document else document["text_config"]["vocab_size"]
+    return Adapter(hub[0] if hub else None if stage.adapter_only else BASE, commit, needed if needed > rows else 0)
 
 
 def cast_adapter(file: Path, dtype: str) -> None:

@@ -88,6 +88,8 @@ def answered(stage: ExportStage, ask: Callable[[], T]) -> T:
             raise StageFailed("config", f"push: the hub refuses {place}: {error.server_message or error}", "check the names") from None
         hint = "a run retries it automatically; files that were uploaded are not uploaded again"
         raise StageFailed("transient", f"push: the hub answers HTTP {status} for {place}", hint) from None
+    except ValueError as error:  # the hub's check of the card's metadata
+        raise StageFailed("config", f"push: the hub refuses the model card: {error}", "`license` takes the hub's names") from None
     except (OSError, TransportError) as error:
         hint = "check the network; files that were uploaded are not uploaded again"
         raise StageFailed("transient", f"push: the hub cannot be reached: {error}", hint) from None

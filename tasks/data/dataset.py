@@ -82,7 +82,7 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
     )
 
 
-def licenses(request: Request, stage: DatasetStage) -> dict[str, str]:
+def licenses(request: Request, stage: DatasetStage) -> dict[str, dict[str, str]]:
     """Return the licenses of sources on the hub, by source, for model cards."""
     repositories = {f"sources.{i}": source.repo for i, source in enumerate(stage.sources) if isinstance(source, HubSource)}
     found = {name: of_repository(repo, "dataset", request.commits[f"{name}.repo"]) for name, repo in repositories.items()}

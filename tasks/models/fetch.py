@@ -143,7 +143,7 @@ def patterns(code: bool) -> list[str]:
     return [*FILES, f"*{CODE}"] if code else list(FILES)
 
 
-def license_of(request: Request, stage: ModelStage) -> str | None:
+def license_of(request: Request, stage: ModelStage) -> dict[str, str] | None:
     """Return the license that the model's card names. GGUF files name one, too, but reading it takes seconds."""
     if stage.hub is not None:
         return of_repository(stage.hub, "model", request.commits["hub"])

@@ -42,7 +42,11 @@ def described(world: World, folder: Path, hub: str | None = None) -> tuple[World
     copied = world.copy(folder)
     config = {"hub": hub} if hub else {}
     base = describe(
-        copied, "model", config=config, document={"commits": {"hub": COMMIT} if hub else {}}, info={"source": "a test", "license": "mit"}
+        copied,
+        "model",
+        config=config,
+        document={"commits": {"hub": COMMIT} if hub else {}},
+        info={"source": "a test", "license": {"license": "mit"}},
     )
     sources = [{"type": "files"}, {"type": "hub", "repo": "owner/rows"}]
     data = describe(

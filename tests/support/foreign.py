@@ -1,4 +1,4 @@
-"""A program that knows nothing of ours: loads exported folders by transformers and PEFT, and says what they answer.
+"""A program that knows nothing of ours: loads exported folders by the code in their cards, and says what they answer.
 
 python foreign.py    reads lines of JSON {"folder": ..., "prompts": [...], "tokens": N}, writes a line for each
 """
@@ -6,28 +6,23 @@ python foreign.py    reads lines of JSON {"folder": ..., "prompts": [...], "toke
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     assert not {"tuneline", "tasks", "flows"} & sys.modules.keys()
     for line in sys.stdin:
         asked = json.loads(line)
-        folder = Path(asked["folder"])
-        words = AutoTokenizer.from_pretrained(folder)
-        if (folder / "adapter_config.json").exists():
-            from peft import PeftConfig, PeftModel
-
-            base = AutoModelForCausalLM.from_pretrained(PeftConfig.from_pretrained(folder).base_model_name_or_path)
-            model = PeftModel.from_pretrained(base, folder)
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder)
-        model.eval()
+        os.chdir(asked["folder"])
+        loaded: dict[str, Any] = {}
+        code = Path("README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+        exec(code.replace('"BASE"', repr(asked.get("base"))), loaded)
+        words, model = loaded["tokenizer"], loaded["model"].eval()
         answers, first = [], []
         for prompt in asked["prompts"]:
             given = words(prompt, return_tensors="pt")

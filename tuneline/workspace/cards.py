@@ -1,8 +1,10 @@
-"""What later exports look for in the model card of an earlier one: the tag by which its folder is recognized, and the author's text."""
+"""What cards say that others than their writer read: the tag by which the folder of an earlier export is recognized, the author's text,
+and a license."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from tuneline.workspace.file_names import CARD
@@ -32,3 +34,8 @@ def author_text(card: str) -> str | None:
 def with_author_text(card: str, text: str | None) -> str:
     """Return the card with the author's text in place of what is to be written."""
     return card.replace(TO_BE_WRITTEN, text, 1) if text else card
+
+
+def license_name(license: Mapping[str, str] | None) -> str | None:
+    """Return the name of a license as manifests record it: `license`, and for one that is none of the hub's, `license_name`."""
+    return (license.get("license_name") or license["license"]) if license else None
