@@ -42,11 +42,12 @@ def export_command(
     """
     from flows.run.export import Job, export, export_stage, inputs_of, refusals
     from flows.run.export_target import check_target
+    from flows.run.hub import Hub
     from tuneline.planning.plan import plan
     from tuneline.workspace.workspace import Workspace
 
     pipeline, _, name = what.partition("/")
-    workspace = Workspace(load_with_warnings(file, pipeline, RunOptions(sets, variables)), warn)
+    workspace = Workspace(load_with_warnings(file, pipeline, RunOptions(sets, variables)), warn, Hub())
     stages = workspace.loaded.pipeline(pipeline).stages
     with_sbom = given.pop("sbom")
     target = check_target(folder, given.pop("force"), workspace)

