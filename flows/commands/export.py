@@ -47,6 +47,8 @@ def export_command(
     from tuneline.workspace.workspace import Workspace
 
     pipeline, _, name = what.partition("/")
+    if not name:
+        raise click.UsageError(f"found `{what}` without a stage, expected PIPELINE/STAGE")
     workspace = Workspace(load_with_warnings(file, pipeline, RunOptions(sets, variables)), warn, Hub())
     stages = workspace.loaded.pipeline(pipeline).stages
     with_sbom = given.pop("sbom")

@@ -100,19 +100,23 @@ def inputs_of(stage: ExportStage, rows: Sequence[PlanRow], pipeline: str) -> dic
             inputs[slot] = row.artifact
             continue
         why = "; ".join(reason.text for reason in row.reasons)
-        problems.append(Problem("", f"found no artifact of `{name}` ({why})", f"`tuneline run {pipeline} --only {name}`", place="export"))
+        hint = f"`tuneline run {pipeline} --only {name}`, or repeat the run's --set and --var"
+        problems.append(Problem("", f"found no artifact of `{name}` ({why})", hint, place="export"))
     if problems:
         raise ConfigError(problems)
     return inputs
 
 
 def refusals(stages: Mapping[str, Stage], rows: Sequence[PlanRow]) -> Iterator[tuple[str, str, str]]:
-    """Yield each unmet requirement of a gate on what the current file names: the gate, the stage that is judged, and the reason."""
+    """Yield the gate, the judged stage and the reason for each requirement that is not met, or, with no stage, cannot be judged yet."""
     built = {row.stage: row.artifact.manifest for row in rows if row.artifact is not None}
     for name, gate in stages.items():
         if isinstance(gate, GateStage):
             for requirement, line in zip(gate.require, judge(gate, stages, built)[1], strict=False):  # then notes
-                if not line.startswith(MET):
+                missing = [stage for stage in (requirement.of, requirement.compared_with) if stage and stage not in built]
+                if missing:
+                    yield name, "", f"{' and '.join(missing)} must be built first"
+                elif not line.startswith(MET):
                     yield name, requirement.of, line
 
 

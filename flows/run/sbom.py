@@ -35,6 +35,8 @@ def bill_of_materials(stage: ExportStage, names: Mapping[str, str], manifests: M
         parents = [components[parent] for parent in manifest.parents.values() if parent in components]
         if names[artifact] == stage.of:
             component.licenses.update([LicenseFactory().make_from_string(stage.license)] if stage.license else [])
+            changes = {"merged": stage.merge and "into its base", "dtype": stage.dtype != "auto" and stage.dtype}
+            component.properties.update(Property(name=f"tuneline:export:{name}", value=text) for name, text in changes.items() if text)
             bom.metadata.component = component
             bom.serial_number = uuid5(NAMESPACE_URL, manifest.digest)
         else:

@@ -134,8 +134,12 @@ def settings_table(made: Made) -> str:
     for name, manifest in made.trained():
         rows += [(name, field, f"`{json.dumps(value)}`") for field, value in sorted(manifest.document["config"].items())]
         figures = ("loss", "eval_loss", "steps", "trained_tokens", "trainable_parameters", "all_parameters")
-        rows += [(name, figure, f"{manifest.metrics[figure]:,.6g}") for figure in figures if figure in manifest.metrics]
+        rows += [(name, figure, number(manifest.metrics[figure])) for figure in figures if figure in manifest.metrics]
     return markdown_table(("stage", "setting or figure", "value"), rows) if rows else ""
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

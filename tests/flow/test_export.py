@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from hub_server import ENVIRONMENT, TOKEN, local_hub
 from pico_project import copied
 from project import ROOT, Project, python_of
@@ -63,6 +65,7 @@ def test_an_exported_adapter_answers_elsewhere_as_it_was_measured(made: Project,
     card = (folder / "README.md").read_text(encoding="utf-8")
     metrics = made.json("show", "pico/eval-sft")["metrics"]
     assert f"| words/bits_per_byte | {metrics['dataset0/bits_per_byte']:.4g} ± " in card
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str((folder / "sbom.cdx.json").read_text(encoding="utf-8")) is None
     bill = json.loads((folder / "sbom.cdx.json").read_bytes())
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
     assert (bill["metadata"]["component"]["name"], bill["metadata"]["component"]["type"]) == ("sft", "machine-learning-model")
