@@ -15,6 +15,7 @@ from program_tools import make_request, payload_digest, run_program
 from safetensors.torch import load_file
 from silent_tools import World
 
+from tasks.models.licenses import of_card
 from tasks.models.loading import load_model
 from tuneline.errors import StageFailed
 from tuneline.workspace.artifact import Base, Manifest
@@ -191,6 +192,32 @@ def test_a_push_and_back(world: World, hub: LocalHub, tmp_path: Path) -> None:
     now = hub.files("me/model", "v1")
     assert author_text(now["README.md"].decode()) == "For tables."
     assert ("mine.txt" in now, "model-00001-of-00002.safetensors" in now) == (True, False)
+
+
+def test_a_card_that_the_hub_refuses(world: World, hub: LocalHub, tmp_path: Path) -> None:
+    request = request_for(*described(world, tmp_path / "store", hub="owner/pico"), tmp_path / "one", push="me/model", license="none-such")
+    with pytest.raises(StageFailed, match='the hub refuses the model card: .*"license" must be one of') as failed:
+        run_program(request)
+    assert failed.value.failure_class == "config"
+    assert not hub.files("me/model")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [
+        ("license: mit", {"license": "mit"}),
+        (
+            "license: other\nlicense_name: ours\nlicense_link: LICENSE",
+            {"license": "other", "license_name": "ours", "license_link": "LICENSE"},
+        ),
+        ("license: [mit, apache-2.0]", {"license": "other", "license_name": "mit, apache-2.0"}),
+        ("tags: [a]", None),
+    ],
+)
+def test_licenses_of_cards(tmp_path: Path, metadata: str, found: dict[str, str] | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# m\n")
+    assert of_card(tmp_path / "README.md") == found
+    assert of_card(tmp_path / "none.md") is None
 
 
 @pytest.mark.parametrize(

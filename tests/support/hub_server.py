@@ -83,7 +83,8 @@ def local_hub() -> Iterator[LocalHub]:
                 case ["api", "repos", "create"]:
                     self.create(json.loads(body))
                 case ["api", "validate-yaml"]:
-                    self.answer(200, {"errors": [], "warnings": []})
+                    errors = [{"message": '"license" must be one of ...'}] if "license: none-such" in json.loads(body)["content"] else []
+                    self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
                 case ["api", "models", owner, name, "branch", branch]:
                     branches = hub.repositories[f"{owner}/{name}"]
                     self.answer(409 if branch in branches else 200, {})
