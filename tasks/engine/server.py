@@ -39,7 +39,7 @@ NOT_FOR_IT = (
 """Variables that the server does not get: those for our own Python, secrets, and those that torchrun sets for a training's processes."""
 QUIET = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1",
-    "TQDM_DISABLE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "TQDM_DISABLE": "1",
 }  # fmt: skip
 OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "can't allocate memory", "No available memory for the cache", "is less than desired")
 
@@ -66,14 +66,16 @@ class Server:
     def __init__(self, place: Place, arguments: Sequence[str], timeout: float):
         self.place, self.arguments, self.timeout = place, arguments, timeout
         self.process: subprocess.Popen[bytes] | None = None
-        self.port, self.key = 0, secrets.token_hex(16)
+        self.host, self.port, self.key = "127.0.0.1", 0, secrets.token_hex(16)
+        self.variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def start(self) -> None:
         """Return once the server answers. Raises StageFailed with the end of its log if it does not start."""
-        self.port = _free_port()
+        self.port = self.port or _free_port()
         command = [str(self.place.python), "-m", "vllm.entrypoints.openai.api_server", *self.arguments]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | {"VLLM_API_KEY": self.key}
+        command += ["--host", self.host, "--port", str(self.port)]
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | self.variables
+        environment["VLLM_API_KEY"] = self.key
         if self.place.memory is not None:
             environment["TUNELINE_LEFT_TO_WATCHDOG"] = str(self.place.memory)
         if self.place.gpus is None:  # use all cores: by default vLLM reserves one for its other processes, which only wait
@@ -127,14 +129,20 @@ class Server:
             stdin.close()
             self.process = None
 
+    @property
+    def reached(self) -> str:
+        """Return the address by which this machine reaches it."""
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else f"[{self.host}]" if ":" in self.host else self.host
+
     @cached_property
     def client(self) -> Client:
         """An HTTP client of this server; proxies of the environment do not apply."""
         from httpx2 import Client, Limits
 
-        headers = {"Authorization": f"Bearer {self.key}"}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         every = Limits(max_connections=None)  # as many as vLLM works on at the same time
-        return Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=None, limits=every, trust_env=False, verify=False)
+        address = f"http://{self.reached}:{self.port}"
+        return Client(base_url=address, headers=headers, timeout=None, limits=every, trust_env=False, verify=False)
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
         """Return the answer's text. Raises StageFailed(bug) with the server's message if it refuses."""
