@@ -22,6 +22,8 @@ OLDER := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 peft==0
 TRACKERS := mlflow-skinny==3.17.2 wandb==0.31.0
 TRACKER_SERVER := mlflow==3.17.2
 SELECT := -m "not full"
+# Two workers each, a file at a time: flows wait more than they compute, and programs wait for processes of theirs.
+WORKERS := -n 2 --dist
 ROWS := .cache/bench-rows.jsonl
 
 BENCHMARKS := bench bench-plan bench-overhead bench-startup bench-merge bench-quantize bench-rollouts bench-training
@@ -58,14 +60,13 @@ test-ready: setup $(VENV)/dev-ready .cache/test-tools/ready .cache/older-transfo
 test-core: $(VENV)/dev-ready
 	$(BIN)/pytest tests/core $(SELECT)
 
-# Two workers, because flows wait more than they compute.
 test-flows: test-ready
-	$(BIN)/pytest tests/flow -n 2 --dist loadfile $(SELECT)
+	$(BIN)/pytest tests/flow $(WORKERS) loadfile $(SELECT)
 
 # `nice`: programs compute, while flows wait for servers and processes. In parallel, programs get the CPU time that is left.
 test-programs: test-ready
 	status=0; for name in torch quantize; do \
-	  PYTHONPATH=.:.cache/test-tools nice -n 19 $(call python_of,$$name) -m pytest tests/program -c tests/program/pytest.toml --rootdir . $(SELECT) || status=1; done; exit $$status
+	  PYTHONPATH=.:.cache/test-tools nice -n 19 $(call python_of,$$name) -m pytest tests/program -c tests/program/pytest.toml --rootdir . $(WORKERS) loadgroup $(SELECT) || status=1; done; exit $$status
 
 # Environment and runtimes of that Python are in their own folder.
 test-python: OTHER = .cache/$(notdir $(PYTHON))

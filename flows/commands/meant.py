@@ -13,9 +13,9 @@ COMMANDS = {
     "tail": "logs", "test": "validate", "top": "status", "ui": "up", "version": "--version", "watch": "status", "workers": "worker",
 }  # fmt: skip
 STAGES = {
-    "benchmark": "evaluate", "convert": "merge", "data": "dataset", "dataset": "dataset", "eval": "evaluate",
-    "evaluate": "evaluate", "finetune": "sft", "fine-tune": "sft", "export": "merge", "gate": "gate", "grpo": "grpo", "merge": "merge",
-    "quantize": "quantize", "rl": "grpo", "sft": "sft", "train": "sft",
+    "benchmark": "evaluate", "convert": "merge", "data": "dataset", "dataset": "dataset", "dpo": "dpo", "eval": "evaluate",
+    "evaluate": "evaluate", "finetune": "sft", "fine-tune": "sft", "export": "merge", "gate": "gate", "grpo": "grpo", "kto": "kto",
+    "merge": "merge", "quantize": "quantize", "rl": "grpo", "sft": "sft", "train": "sft",
 }  # fmt: skip
 OPTIONS = {
     "--api-key": "`ps` shows command lines: set TUNELINE_API_KEY, or `--api-key-file FILE`",

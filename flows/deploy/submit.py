@@ -37,6 +37,7 @@ from tuneline.wording import listed, nearest
 
 POLL_SECONDS = 2.0
 LAST_SECONDS = 3.0  # in which the last log lines arrive after the final state
+LAST_READS = 10  # of logs after the final state, while tasks of lines are not recorded yet
 PAGE = 200
 OUTCOMES = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "failed", "CANCELLED": "cancelled"}
 
@@ -86,6 +87,7 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
     """
     logs: dict[UUID, LogReader] = {}
     states: dict[UUID, str] = {}
+    last_reads = 0
     while True:
         try:
             with get_client(sync_client=True) as client:
@@ -94,15 +96,16 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                     assert run.state is not None
                     if run.state.is_final():
                         time.sleep(LAST_SECONDS)
+                        last_reads += 1
                     for each in (run, *_of_stages(client, run_id)):
                         its = logs.setdefault(each.id, LogReader())
-                        for log in its.new(client, each.id):
-                            say(f"{log.timestamp.astimezone():%H:%M:%S} {its.stage(client, log)}{log.message}")
+                        for stage, log in its.new(client, each.id, ended=last_reads >= LAST_READS):
+                            say(f"{log.timestamp.astimezone():%H:%M:%S} {stage}{log.message}")
                         now = f"run {_with_reason(client, run, run.state.name or '')}" if each is run else _in_pool(client, each)
                         if states.get(each.id) != now:
                             states[each.id] = now
                             say(f"{datetime.datetime.now():%H:%M:%S} {now}")
-                    if run.state.is_final():
+                    if run.state.is_final() and not any(reader.waits for reader in logs.values()):
                         return _outcome(run.state)
                     time.sleep(POLL_SECONDS)
         except ObjectNotFound:
@@ -134,25 +137,38 @@ class LogReader:
     """Reads the new log lines of a run. Lines arrive late and out of order, so the last page is read again."""
 
     def __init__(self) -> None:
+        self.waits = False
+        """Whether lines wait for the names of their stages."""
         self._seen: set[UUID] = set()
         self._offset = 0
         self._stages: dict[UUID, str] = {}
 
-    def new(self, client: SyncPrefectClient, run_id: UUID) -> Iterator[Log]:
+    def new(self, client: SyncPrefectClient, run_id: UUID, ended: bool) -> Iterator[tuple[str, Log]]:
+        """Yield each new line after `sft: ` if it is one of the stage sft, or an empty text. A line whose task run the server does not know
+        yet waits for it, unless reading has `ended`."""
         of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]))
-        offset = max(0, self._offset - PAGE)
+        offset, waiting = max(0, self._offset - PAGE), []
         while logs := client.read_logs(of_run, limit=PAGE, offset=offset, sort=LogSort.TIMESTAMP_ASC):
-            yield from (log for log in logs if log.id not in self._seen)
-            self._seen |= {log.id for log in logs}
+            for place, log in enumerate(logs, offset):
+                if log.id in self._seen:
+                    continue
+                if (stage := self._stage(client, log)) is None and not ended:
+                    waiting.append(place)
+                    continue
+                self._seen.add(log.id)
+                yield stage or "", log
             offset += len(logs)
-        self._offset = offset
+        self._offset, self.waits = min([*waiting, offset]), bool(waiting)
 
-    def stage(self, client: SyncPrefectClient, log: Log) -> str:
-        """Return `sft: ` for a line of the stage sft, and an empty string for a line of the run."""
+    def _stage(self, client: SyncPrefectClient, log: Log) -> str | None:
+        """Return None for a task run that the server does not know: Prefect records task runs from events, later than their logs."""
         if log.task_run_id is None:
             return ""
         if log.task_run_id not in self._stages:
-            name = client.read_task_run(log.task_run_id).name
+            try:
+                name = client.read_task_run(log.task_run_id).name
+            except ObjectNotFound:
+                return None
             self._stages[log.task_run_id] = f"{name.partition(': ')[0]}: "  # without the figures that are appended at its end
         return self._stages[log.task_run_id]
 

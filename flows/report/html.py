@@ -92,13 +92,14 @@ def warnings(stage: Stage) -> list[str]:
 
 
 def curves(stage: Stage) -> dict[str, Chart]:
-    """Return the charts of a training over its steps: rewards and their metrics, or the loss; then the learning rate."""
+    """Return the charts of a training over its steps: rewards and their metrics, or the loss and the margin of preferences; then the
+    learning rate."""
     history = [entry for entry in stage.lines(HISTORY) if isinstance(entry.get("step"), int)]
     rewards = sorted({name for entry in history for name in entry if name.startswith("rewards/") and name.endswith("/mean")})
     figures = {"reward": ["reward"]} | ({name.split("/")[1]: [name] for name in rewards} if len(rewards) > 1 else {})
     figures |= {title: [name] for name, title in REWARD_CURVES.items()}
     if not any("reward" in entry for entry in history):
-        figures = {"loss": ["loss", "eval_loss"]}
+        figures = {"loss": ["loss", "eval_loss"], "reward margin": ["rewards/margins", "eval_rewards/margins"]}
     figures["learning rate"] = ["learning_rate"]
     drawn = {}
     for title, names in figures.items():

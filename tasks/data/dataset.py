@@ -178,6 +178,8 @@ def unclear(items: list[Item]) -> Iterator[str]:
     """Warn of prompts with differing answers. Looks at all rows, also those that are dropped later."""
     answers: dict[str, set[str | None]] = defaultdict(set)
     for item in items:
+        if item.row.rejected is not None or item.row.label is not None:
+            continue  # several answers to a prompt are what preferences are about
         if item.row.messages is None or item.row.prompt_messages() == opening(item.row.messages):
             answers[item.row.group].add(tidy(item.row.reference()))
     differing = [group for group, given in answers.items() if len(given) > 1]

@@ -6,13 +6,14 @@
     prompt_completion   prompt, completion: both text, or both lists of messages
     text                text
     prompt              prompt alone, text or a list of messages, with an answer or tests: for rewards in RL
+    preference          chosen, rejected: two answers to one prompt, in the forms of `tasks.data.preferences`
 
 A conversation may also have the columns `system`, `history` ([[question, answer]] or messages) and `tools` (or `functions`). Lists may
 be JSON text, a message's content a list of text parts. An answer with a `weight`, `loss` or `train` of 0 is not trained on.
 
 Nothing is guessed: a row that does not fit raises BadRow, with what was found and what is expected. Columns that no format reads are
-reported as ignored. Any prompt may also have `answer` (the right answer), `tests` and `extra` (an object), which rewards see. An
-optional column without content counts as absent.
+reported as ignored. Any prompt may also have `answer` (the right answer), `tests` and `extra` (an object), which rewards see. Any
+answer may have `label` or `kto_tag` (whether it is desirable). An optional column without content counts as absent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from tasks.data.messages import content, message_list
+from tasks.data.messages import content, message_list, question
+from tasks.data.preferences import LABELS, OTHER_ANSWERS, PROMPTS, label, other_answer, two_answers
 from tasks.data.rows import Row
 from tasks.data.values import BadRow, blank, describe, numeral, parsed, refuse_unstorable, text, unpacked
 
@@ -41,10 +43,11 @@ RESERVED = (
 )  # names that have another meaning than a column of `extra`
 # Format -> columns it needs, columns it also reads. `auto` takes the first format whose needed columns are present.
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), (*AROUND, *TOOLS, *FOR_REWARDS)),
-    "sharegpt": (("conversations",), (*AROUND, *TOOLS, *FOR_REWARDS)),
-    "alpaca": (("instruction", "output"), ("input", *AROUND, *TOOLS, *FOR_REWARDS)),
-    "prompt_completion": (("prompt", "completion"), (*AROUND, *TOOLS, *FOR_REWARDS)),
+    "preference": (("chosen", "rejected"), (*PROMPTS, "input", *AROUND, *TOOLS, *FOR_REWARDS)),
+    "messages": (("messages",), (*OTHER_ANSWERS, *LABELS, *AROUND, *TOOLS, *FOR_REWARDS)),
+    "sharegpt": (("conversations",), (*LABELS, *AROUND, *TOOLS, *FOR_REWARDS)),
+    "alpaca": (("instruction", "output"), ("input", *LABELS, *AROUND, *TOOLS, *FOR_REWARDS)),
+    "prompt_completion": (("prompt", "completion"), (*LABELS, *AROUND, *TOOLS, *FOR_REWARDS)),
     "text": (("text",), ()),
     "prompt": (("prompt",), (*AROUND, *TOOLS, *FOR_REWARDS)),
 }
@@ -74,12 +77,20 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
             raise BadRow(f"found no {column} (columns: {', '.join(record) or 'none'}), expected for format {name}: {allowed}")
     if len(record) > len(needed):
         ignored.update(record.keys() - {*needed, *read})
-        record = {column: value for column, value in record.items() if column in needed or not blank(value)}
+        record = {column: value for column, value in record.items() if column in (*needed, *OTHER_ANSWERS) or not blank(value)}
     if name == "text":
         return Row(source, text=text(numeral(record["text"]), "text"))
-    row = Row(source, answer=answer(record), extra=extra(record))
-    if name == "messages":
+    row = Row(source, answer=answer(record), extra=extra(record), label=label(record, ignored) if LABELS[0] in read else None)
+    if name == "preference":
+        asked, chosen, rejected = two_answers(record, ignored)
+        row = replace(row, rejected=rejected)
+        if isinstance(asked, str):
+            refuse_around(record)
+            return replace(row, prompt=asked, completion=chosen)
+        messages = [*asked, chosen]
+    elif name == "messages":
         messages = message_list(record["messages"], "messages", ignored)
+        row = replace(row, rejected=other_answer(record, messages, ignored))
     elif name == "sharegpt":
         messages = message_list(record["conversations"], "conversations", ignored)
     elif name == "alpaca":
@@ -96,7 +107,7 @@ def to_row(record: dict[str, Any], name: str, source: str, ignored: Counter[str]
         messages = [message for column, value in given for message in message_list(value, column, ignored)]
     messages = around(record, messages, ignored)
     check_conversation(messages, row, name)
-    return Row(source, tuple(messages), answer=row.answer, extra=row.extra)
+    return replace(row, messages=tuple(messages))
 
 
 def check_conversation(messages: list[dict[str, Any]], row: Row, name: str) -> None:
@@ -112,6 +123,8 @@ def check_conversation(messages: list[dict[str, Any]], row: Row, name: str) -> N
         raise BadRow(f"the last message is from {roles[-1]}, expected assistant", LAST)
     elif all(message.get("weight") == 0 for message in messages if message["role"] == "assistant"):
         raise BadRow("every answer has weight 0, expected at least one that is trained on", "remove the row")
+    if roles[-1] == "user" and row.label is not None:
+        raise BadRow("found a label without an answer, expected a conversation that ends with the answer that it judges")
 
 
 # --- columns around a conversation ------------------------------------------------------------------------------------
@@ -162,10 +175,7 @@ def refuse_around(record: dict[str, Any]) -> None:
 
 
 def alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Build the question from the instruction and, on a new line, `input`; one of the two may be empty."""
-    asked = [name for name in ("instruction", "input") if not blank(record.get(name))] or ["instruction"]
-    question = "\n".join(text(numeral(record[name]), name) for name in asked)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": text(numeral(record["output"]), "output")}]
+    return [question(record), {"role": "assistant", "content": text(numeral(record["output"]), "output")}]
 
 
 # --- other columns ----------------------------------------------------------------------------------------------------
@@ -212,5 +222,6 @@ def refuse_row(row: Row) -> None:
     for position, message in enumerate(row.messages or ()):
         for name, value in message.items():
             refuse_unstorable(value, f"messages[{position}].{name}")
+    refuse_unstorable(row.rejected, "rejected")
     for name, value in row.extra.items():
         refuse_unstorable(value, name)

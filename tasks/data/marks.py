@@ -15,3 +15,9 @@ OPENED = re.compile(f"(?:{START}).*", re.DOTALL)
 def said(answer: str) -> str:
     """Return the answer without the thoughts before it; empty if it was cut off within its thoughts."""
     return OPENED.sub("", CLOSED.sub("", answer)).strip()
+
+
+def before_thoughts(answer: str) -> str:
+    """Return what an answer says before its first thoughts; empty if it has no mark that begins some."""
+    begun = re.search(START, answer)
+    return answer[: begun.start()].strip() if begun else ""

@@ -157,13 +157,24 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(row.prompt)["input_ids"]) if row.prompt is not None else []
 
 
+def prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the token ids before the row's last answer, and the answer's, with the end of the turn. Raises StageFailed(data) if nothing
+    of it is trained on."""
+    tokens = tokenize(row, tokenizer, "completion")
+    if not any(tokens.trained[1:]):
+        raise StageFailed("data", f"row {row.id} has no token to train on: its answer is empty, or has weight 0", "remove the row")
+    start = tokens.trained.index(True)
+    end = len(tokens.trained) - tokens.trained[::-1].index(True)
+    return tokens.input_ids[:start], tokens.input_ids[start:end]
+
+
 def with_reference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     """Return the row with the right answer as its `answer`: its own `answer`, its completion, or the last answer as the model learns to
     write it, without eos token and thoughts. None if there is no such text, or it is not rendered or not trained on."""
     answer = row.reference()
     if row.answer is None and row.messages is not None and row.messages[-1]["role"] == "assistant":
         answer = None
-        if row.messages[-1].get("weight") != 0:
+        if row.messages[-1].get("weight") != 0 and row.label is not False:
             ids, start, end = last_answer(row, tokenizer, set(ends(tokenizer)))
             answer = said(written(ids[start:end], tokenizer, ()), tokenizer.decode(ids[:start]), tokenizer)
     return replace(row, answer=answer if answer and marks.said(answer) else None)

@@ -11,7 +11,7 @@ from tasks.data.masks import answers_to_learn, token_counts
 from tasks.data.rendering import conversation, turn
 from tasks.data.rows import Row, content_hash
 from tasks.data.sources import Counts, Item, drop
-from tasks.data.unrendered import HINT, unrendered
+from tasks.data.unrendered import HINT, lost_in_rejected, unrendered
 from tasks.data.values import BadRow
 from tasks.models.loading import template_hash
 from tuneline.errors import StageFailed
@@ -58,7 +58,9 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
     for start in range(0, len(items), BATCH):
         batch, texts = rendered(items[start : start + BATCH], stage, tokenizer, known, counts, events)
         events.progress(steps - 3, steps, f"counted tokens of {start:,} of {len(items):,} rows")
-        for item, tokens in zip(batch, token_counts([item.row for item in batch], tokenizer, texts), strict=True):
+        counted = iter(token_counts([row for item in batch for row in item.row.alternatives()], tokenizer, texts))
+        for item in batch:
+            tokens = max(next(counted) for _ in item.row.alternatives())
             if stage.max_length is None or tokens <= stage.max_length:
                 yield replace(item, tokens=tokens)
             elif stage.over_long == "drop":
@@ -75,21 +77,27 @@ def measured(items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokeni
 def rendered(
     items: list[Item], stage: DatasetStage, tokenizer: PreTrainedTokenizerBase, known: set[Any], counts: Counts, events: Events
 ) -> tuple[list[Item], list[str]]:
-    """Return the items, without those dropped because the template leaves out part of them, and the conversations' texts."""
-    kept, texts = [], []
+    """Return the items, without those dropped because the template leaves out part of them, and the conversations' texts, two of a pair."""
+    kept: list[Item] = []
+    texts: list[str] = []
     for item in items:
         row = item.row
         if row.messages is not None:
+            both = row.alternatives()
             try:
-                text = conversation(row, tokenizer)
-                check_turns(row, tokenizer, known)
+                written = [conversation(each, tokenizer) for each in both]
+                for each in both:
+                    check_turns(each, tokenizer, known)
             except StageFailed as error:
                 if tokenizer.chat_template is None:
                     raise
                 source = stage.sources[int(row.source.split(".")[1])]
                 drop(BadRow(error.message, error.hint), item.place, row.source, source, counts, events)
                 continue
-            if missing := unrendered(row, text, tokenizer):
+            missing = unrendered(both[0], written[0], tokenizer)
+            for each, text in zip(both[1:], written[1:], strict=True):
+                missing += lost_in_rejected(each, text, tokenizer)
+            if missing:
                 message = f"{item.place}: the chat template (sha256 {str(template_hash(tokenizer))[:12]}) leaves out {', '.join(missing)}"
                 if stage.on_unrendered == "error":
                     raise StageFailed("data", message, HINT)
@@ -100,7 +108,7 @@ def rendered(
                 counts.fates[fate, row.source] += 1
                 if stage.on_unrendered == "drop":
                     continue
-            texts.append(text)
+            texts += written
         kept.append(item)
     return kept, texts
 

@@ -77,6 +77,12 @@ def message(item: Any, where: str, role_name: str, content_name: str, ignored: C
     return found
 
 
+def question(record: dict[str, Any]) -> dict[str, Any]:
+    """Return Alpaca's question: the instruction and, on a new line, `input`; one of the two may be empty."""
+    asked = [name for name in ("instruction", "input") if not blank(record.get(name))] or ["instruction"]
+    return {"role": "user", "content": "\n".join(text(numeral(record[name]), name) for name in asked)}
+
+
 def weighed(item: dict[str, Any], found: dict[str, Any], where: str) -> set[str]:
     """Set the weight of a message that is not trained on. Returns the names that were read. Only answers can be trained on."""
     read = set()

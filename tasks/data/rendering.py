@@ -114,7 +114,8 @@ def thoughts(message: dict[str, Any], start: str, end: str) -> tuple[str, bool]:
     before, closed, _ = (message.get("content") or "").partition(end)
     thought = next((message[name] for name in THOUGHTS if message.get(name)), "")
     if closed and not thought:
-        return before.removeprefix(start).strip("\n"), False
+        # Words before the mark are no thoughts, and under this template they have no place: `unrendered` reports them.
+        return before.rpartition(start)[2].strip("\n"), False
     return str(thought).strip("\n"), True
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.data.masks import Tokens, sequences
+from tasks.data.masks import Tokens, sequences, tokenize
 from tasks.data.rows import SPLITS, Row, read_rows
 from tasks.data.sources import AnySource, Counts, Item
 from tuneline.kinds.dataset import DatasetStage
@@ -44,13 +44,17 @@ def write_report(
     if counts.left_out:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in counts.left_out.most_common())
         parts.append(f"Left out of the source trees (files, whole folders, chunks): {reasons}.\n")
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = preferences(item.row for items in splits.values() for item in items)
+    if figures:
+        listed = ", ".join(f"{value:,.0f} {name}" for name, value in figures.items())
+        parts.append(f"Rows for preference training: {listed} (pairs of a chosen and a rejected answer; labels of single answers).\n")
     lengths: list[int] = []
     if tokenizer is not None:
         lengths = sorted(item.tokens for items in splits.values() for item in items)
         quantiles = {f"tokens_p{share}": quantile(lengths, share / 100) for share in (50, 90, 99)}
-        figures = {"tokens_train": sum(item.tokens for item in splits["train"]), **quantiles, "tokens_max": lengths[-1]}
-        listed = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in figures.items())
+        counted = {"tokens_train": sum(item.tokens for item in splits["train"]), **quantiles, "tokens_max": lengths[-1]}
+        figures |= counted
+        listed = ", ".join(f"{name.removeprefix('tokens_')} {value:,}" for name, value in counted.items())
         bars = "\n".join(histogram(lengths))
         parts.append(f"## Tokens\n\nPer row; train: of the whole split. {listed}\n\n```\n{bars}\n```\n")
         plot(lengths, stage.max_length, request.meta / "lengths.png")
@@ -71,6 +75,13 @@ def write_report(
     }
     (request.meta / REPORT_DATA).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
     return figures
+
+
+def preferences(rows: Iterable[Row]) -> dict[str, float]:
+    """Count pairs and labels; empty if there are none."""
+    names = {True: "desirable", False: "undesirable", None: "others"}
+    kinds = Counter("pairs" if row.rejected is not None else names[row.label] for row in rows)
+    return {name: kinds[name] for name in ("pairs", "desirable", "undesirable") if kinds[name]}
 
 
 def ignored(counts: Counts) -> str:
@@ -145,7 +156,10 @@ def plot(lengths: list[int], max_length: int | None, file: Path) -> None:
 
 
 def rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Render the row as the model sees it, trained text between ⟦ and ⟧; several sequences below one another."""
+    """Render the row as the model sees it, trained text between ⟦ and ⟧; several sequences below one another, and of a pair the rejected
+    answer below the chosen one."""
+    if row.rejected is not None:
+        return "\n\n--- rejected:\n".join(marked(tokenize(each, tokenizer, "completion"), tokenizer) for each in row.alternatives())
     return "\n\n".join(marked(tokens, tokenizer) for tokens in sequences(row, tokenizer))
 
 
@@ -158,6 +172,8 @@ def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def plain(row: Row) -> str:
+    if row.rejected is not None:
+        return "\n\n--- rejected:\n".join(map(plain, row.alternatives()))
     if row.messages is not None:
         return "\n".join(f"{message['role']}: {message['content']}" for message in row.messages)
     return row.text if row.text is not None else f"{row.prompt}{row.completion or ''}"

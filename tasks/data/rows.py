@@ -2,8 +2,9 @@
 
 A row is a conversation (`messages`), a `prompt` with its `completion`, or plain `text`. `answer` is the right answer; `extra` is a
 JSON object (the scorer's entry of reasoning-gym, `tools` for the template, `tests` and more for rewards). A row for rewards only
-has no completion: its conversation ends with the user. A message has `role` and `content`, and may have `tool_calls`, `name`,
-`tool_call_id`, `reasoning_content`, `thinking`, and `weight`: 0 for an answer that is not trained on.
+has no completion: its conversation ends with the user. A pair for preference training ends with the chosen answer, and has the other
+one as `rejected`; `label` says of a single answer whether it is desirable. A message has `role` and `content`, and may have
+`tool_calls`, `name`, `tool_call_id`, `reasoning_content`, `thinking`, and `weight`: 0 for an answer that is not trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tuneline.errors import StageFailed
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "group", "source", "messages", "prompt", "completion", "text", "answer", "extra")
+PREFERENCES = ("rejected", "label")  # JSON; a file has these columns only if one of its rows has such a value
 PARTS = ("role", "content", "tool_calls")  # of a message; tool_calls: JSON
 THOUGHTS = ("reasoning_content", "thinking")  # of a message; if it has one, transformers gives templates both
 MORE = "more"  # JSON of a message's other fields; a file has this part only if one of its messages has such fields
@@ -59,6 +61,10 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
     group: str = ""
     id: str = ""
+    rejected: dict[str, Any] | str | None = None
+    """The answer that is worse than the row's own: a message, or a completion."""
+    label: bool | None = None
+    """Whether the row's answer is desirable."""
 
     def content(self) -> str:
         """Return canonical JSON of what a model sees and is asked for: equal rows, equal ids.
@@ -74,7 +80,7 @@ class Row:
             extra = {name: value for name, value in self.extra.items() if name not in UNASKED}
             stored = self.stored_extra if len(extra) == len(self.extra) else _STORED.encode(extra)
             document["extra"] = _canonical_text(stored) if extra else None
-        return _canonical(document)
+        return _canonical(document | {"rejected": self.rejected, "label": self.label})  # absent values do not count
 
     @cached_property
     def stored_extra(self) -> str:
@@ -92,14 +98,27 @@ class Row:
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=len(self.messages))
         return self.messages[:last]
 
+    def alternatives(self) -> tuple[Row, ...]:
+        """Return the row with each of its answers: of a pair the chosen one, then the rejected one."""
+        if self.rejected is None:
+            return (self,)
+        chosen = replace(self, rejected=None)
+        if isinstance(self.rejected, str):
+            return chosen, replace(chosen, completion=self.rejected)
+        assert self.messages is not None
+        return chosen, replace(chosen, messages=(*self.messages[:-1], self.rejected))
+
     def calls(self) -> bool:
         """Return whether the right answer calls tools."""
         return self.messages is not None and bool(self.messages[-1].get("tool_calls"))
 
     def reference(self) -> str | None:
-        """Return the right answer: `answer`, else the completion or the last assistant turn; None for plain text."""
+        """Return the right answer: `answer`, else the completion or the last assistant turn; None for plain text, and if the answer is
+        not desirable."""
         if self.answer is not None:
             return self.answer
+        if self.label is False:
+            return None
         if self.messages is not None and self.messages[-1]["role"] == "assistant":
             content: str | None = self.messages[-1]["content"]  # None where the turn only calls tools
             return content
@@ -147,10 +166,12 @@ def write_rows(rows: list[Row], path: Path) -> None:
     for row in rows:
         record = {name: getattr(row, name) for name in COLUMNS}
         messages = row.messages and [_stored(message) for message in row.messages]
-        records.append(record | {"messages": messages, "extra": row.stored_extra})
+        more = {name: _STORED.encode(value) for name in PREFERENCES if (value := getattr(row, name)) is not None}
+        records.append(record | {"messages": messages, "extra": row.stored_extra} | more)
     parts = (*PARTS, MORE) if any(MORE in message for record in records for message in record["messages"] or ()) else PARTS
     message = pa.struct([(name, pa.string()) for name in parts])
-    schema = pa.schema([(name, pa.list_(message) if name == "messages" else pa.string()) for name in COLUMNS])
+    columns = (*COLUMNS, *(name for name in PREFERENCES if any(name in record for record in records)))
+    schema = pa.schema([(name, pa.list_(message) if name == "messages" else pa.string()) for name in columns])
     pq.write_table(pa.Table.from_pylist(records, schema=schema), path, compression="zstd")
 
 
@@ -163,7 +184,7 @@ def _stored(message: dict[str, Any]) -> dict[str, str | None]:
 
 def read_rows(path: Path, positions: Sequence[int] | None = None) -> list[Row]:
     """Read the rows of a file, all of them or those at `positions`."""
-    table = pq.read_table(path, columns=list(COLUMNS))
+    table = pq.read_table(path)
     rows = []
     for record in (table if positions is None else table.take(positions)).to_pylist():
         messages = record.pop("messages")
@@ -174,7 +195,8 @@ def read_rows(path: Path, positions: Sequence[int] | None = None) -> list[Row]:
                 | (json.loads(m[MORE]) if m.get(MORE) else {})
                 for m in messages
             )
-        rows.append(Row(**{**record, "messages": messages, "extra": json.loads(record["extra"])}))
+        more = {name: json.loads(record[name]) for name in PREFERENCES if record.get(name) is not None}
+        rows.append(Row(**{**record, "messages": messages, "extra": json.loads(record["extra"]), **more}))
     return rows
 
 

@@ -60,6 +60,8 @@ def first(row: Row, special: re.Pattern[str]) -> str | None:
 
 def everything(row: Row) -> str:
     """Return all text of the row that is tokenized."""
+    if row.rejected is not None:
+        return "\n".join(map(everything, row.alternatives()))
     if row.messages is None:
         return f"{row.prompt or ''}\n{row.completion or ''}\n{row.text or ''}"
     parts = []
@@ -84,7 +86,11 @@ def escaped(row: Row, special: re.Pattern[str]) -> Row:
 
     messages = row.messages and tuple(_mapped(message, written) for message in row.messages)
     extra = row.extra | {"tools": _mapped(row.extra["tools"], written)} if "tools" in row.extra else row.extra
-    texts = {name: written(value) for name in ("prompt", "completion", "text", "answer") if (value := getattr(row, name)) is not None}
+    texts: dict[str, Any] = {
+        name: written(value) for name in ("prompt", "completion", "text", "answer") if (value := getattr(row, name)) is not None
+    }
+    if row.rejected is not None:
+        texts["rejected"] = _mapped(row.rejected, written)
     return replace(row, messages=messages, extra=extra, **texts)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tasks.data.marks import TAGS, said
+from tasks.data.marks import TAGS, before_thoughts, said
 from tasks.data.rendering import QUESTION, called, conversation, form, render_text, tried
 from tasks.data.rows import THOUGHTS, Row
 from tasks.models.loading import template_hash
@@ -53,7 +53,18 @@ def complete(
 
 
 def lost_in_training(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return unrendered(row, conversation(row, tokenizer), tokenizer)
+    chosen, *rejected = row.alternatives()
+    return [
+        *unrendered(chosen, conversation(chosen, tokenizer), tokenizer),
+        *(field for each in rejected for field in lost_in_rejected(each, conversation(each, tokenizer), tokenizer)),
+    ]
+
+
+def lost_in_rejected(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what is left out of the last answer of a row, the rejected one, under that name."""
+    assert row.messages is not None
+    last = f"messages[{len(row.messages) - 1}]."
+    return [f"rejected.{field.removeprefix(last)}" for field in unrendered(row, text, tokenizer) if field.startswith(last)]
 
 
 def lost_in_asking(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -80,7 +91,7 @@ def unrendered(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> list[
         pieces = [content]
         if message["role"] == "assistant" and ("</" in content or "[/" in content or "<|" in content):
             # a template may write thoughts in its own way, and leave out those of earlier turns
-            pieces = TAGS.split(content) if last else [said(content)]
+            pieces = TAGS.split(content) if last else [before_thoughts(content), said(content)]
         spans, place = [], 0 if message["role"] == "system" else position
         for piece in map(str.strip, pieces):
             if place >= 0 and (hit := span(piece, text, place)) and not is_markup(piece, text, markup):

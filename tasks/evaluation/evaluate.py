@@ -11,7 +11,6 @@ Left out: benchmarks that run the model's code, except human_eval; images and so
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
-from tasks.data.masks import in_the_order_of, last_answer, prompt_ids, with_reference
+from tasks.data.masks import in_the_order_of, prompt_ids, with_reference
 from tasks.data.rendering import prompt_text, render_text
 from tasks.data.rows import Row, read_split
 from tasks.data.thoughts import said
@@ -27,6 +26,7 @@ from tasks.data.unrendered import complete, lost_in_asking
 from tasks.evaluation.benchmarks import first_question, load_benchmarks, longest_of_benchmarks, run_benchmarks
 from tasks.evaluation.code_benchmark import NAME as HUMAN_EVAL
 from tasks.evaluation.code_benchmark import info as human_eval_info
+from tasks.evaluation.likelihoods import answers_to_compare, bits_and_bytes, check_length, preferences, to_score
 from tasks.models.loading import check_device, compute_type, load_model, load_tokenizer
 from tasks.scoring.scores import TAIL, Report, Sample, answer_recall, exact_match, mean, ratio, task_score
 from tuneline.errors import StageFailed
@@ -153,13 +153,16 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
     lm.phase = f"{name}: bits per byte"
     for i, (bits, size) in bits_and_bytes(rows, lm).items():
         samples[i].scores |= {"bits": bits, "bytes": size}
+    lm.phase = f"{name}: pairs"
+    for i, preferred in preferences(rows, lm).items():
+        samples[i].scores |= preferred
 
     scored = [sample for sample in samples if sample.scores]
     if not scored:
         raise StageFailed("data", f"no test row of {name} has an answer to compare with", "rows need an answer, a completion or text")
     if len(scored) < len(rows):
         events.warning(f"{name}: {len(rows) - len(scored)} of {len(rows)} test rows have no answer to compare with, and are left out")
-    for metric in ("exact_match", "answer_recall", "score"):
+    for metric in ("exact_match", "answer_recall", "score", "preference_accuracy", "preference_accuracy_norm"):
         if values := [sample.scores[metric] for sample in scored if metric in sample.scores]:
             report.add(f"{name}/{metric}", mean(values))
     if measured := [sample.scores for sample in scored if "bits" in sample.scores]:
@@ -196,64 +199,11 @@ def answers(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> tup
     return [found[i] for i in range(len(rows))], stopped
 
 
-def check_length(row: Row, tokens: int, lm: LanguageModel, hint: str) -> None:
-    """Raises StageFailed(config) if a row is too long: lm-eval would cut off the prompt's beginning."""
-    if tokens > lm.max_length:
-        raise StageFailed("config", f"row {row.id} and its answer: found {tokens} tokens, expected at most {lm.max_length}", hint)
-
-
-def bits_and_bytes(rows: Sequence[Row], lm: LanguageModel) -> dict[int, tuple[float, int]]:
-    """Return for each row the bits that the model needs for the completion after its prompt, or for the text, and its UTF-8 bytes.
-
-    Counts the tokens that training counts, except the end of turn, which is not part of the bytes. Text longer than the model's
-    context is scored in windows, as in lm-eval.
-    """
-    requests, owners, sizes = to_score(rows, lm)
-    bits = dict.fromkeys(sizes, 0.0)
-    for i, (log_probability, _) in zip(owners, lm._loglikelihood_tokens(requests) if requests else [], strict=True):
-        bits[i] -= log_probability / math.log(2)
-    return {i: (bits[i], sizes[i]) for i in sizes}
-
-
-def to_score(rows: Sequence[Row], lm: LanguageModel) -> tuple[list[tuple[None, list[int], list[int]]], list[int], dict[int, int]]:
-    """Return lm-eval's requests (contexts and continuations as token ids), the row of each, and bytes by row."""
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    requests: list[tuple[None, list[int], list[int]]] = []
-    owners: list[int] = []
-    sizes: dict[int, int] = {}
-    for i, row in enumerate(rows):
-        text = row.text if row.text is not None else completion(row)
-        if not text:
-            continue
-        if row.text is not None:
-            ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-            windows = list(map(make_disjoint_window, get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, 1)))
-        else:
-            ids, start, end = last_answer(row, lm.tokenizer, lm.ends)
-            if start == end:  # no part of it is rendered
-                continue
-            check_length(row, end, lm, "shorten the dataset's max_length")
-            windows = [(ids[:start], ids[start:end])]
-        requests += [(None, context, continuation) for context, continuation in windows]
-        owners += [i] * len(windows)
-        sizes[i] = len(text.encode())
-    return requests, owners, sizes
-
-
 def longest_request(rows: Sequence[Row], stage: EvaluateStage, lm: LanguageModel) -> int:
     """Return the tokens of the longest prompt plus answer, or of the longest scored sequence plus the token that vLLM samples."""
     asked = [len(prompt_ids(row, lm.tokenizer)) + stage.max_new_tokens for row in rows if row.answer is not None]
-    return max(asked + [len(context) + len(continuation) + 1 for _, context, continuation in to_score(rows, lm)[0]], default=0)
-
-
-def completion(row: Row) -> str | None:
-    """Return the text of the row's last answer, if it is trained on."""
-    prompt = row.prompt_messages()
-    if row.messages is None or prompt is None:
-        return row.completion
-    last = row.messages[len(prompt)] if len(prompt) < len(row.messages) else {}
-    return last["content"] if last and last.get("weight") != 0 else None
+    scored = to_score(rows, lm)[0] + answers_to_compare(rows, lm.tokenizer)[0]
+    return max(asked + [len(context) + len(continuation) + 1 for _, context, continuation in scored], default=0)
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Flattens the rows of a micro-batch into one sequence, without padding, if the model computes for each row what it computes for it alone.
 
 Positions start at 0 in each row. Whether rows see one another is tried on the model that is about to train, with its longest rows:
-the states of Mamba or RWKV, convolutions and some kinds of positions reach over the border. Such models train with padding, and the
-manifest says so. Left out: attention by other implementations than torch's sdpa and flash attention, float32 on GPUs (no kernel for rows
-of different lengths), and processes that share sequences.
+the states of Mamba or RWKV, convolutions and some kinds of positions reach over the border. Such models train with padding; the
+manifest has the reason. Left out: attention by other implementations than torch's sdpa and flash attention, float32 on GPUs (no kernel
+for rows of different lengths), and processes that share sequences.
 """
 
 from __future__ import annotations

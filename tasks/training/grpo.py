@@ -89,6 +89,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
 
             os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns that `rollout_func` may change, but the lock pins TRL
             rollouts = stack.enter_context(start(request, stage, found, longest, gpus, events))
+        training.score_only_trained_tokens()
         report = training.Report(events, lambda: [row.id for row in trainer.step_rows()], shown_metrics(stage), "reward")
         trainer = AdapterTrainer(
             model=training.continued_adapter(model, earlier, base, stage.lora, found) if earlier else model,

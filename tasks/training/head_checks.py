@@ -6,24 +6,23 @@ If a model's own code does more between the two, they differ from those of its l
 from __future__ import annotations
 
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.models.padding import PADS
 from tuneline.errors import StageFailed
 
 if TYPE_CHECKING:
     from tasks.training.grpo_trainer import AdapterTrainer
-    from tasks.training.sft_trainer import TokenWeightedTrainer
 
 CHECKED_TOKENS = 256  # of a row or a prompt: a long one's logits would need more memory than anything else
 HINT = "TRL ignores what this architecture does after its last layer: use another base model"
 
 
-def check_loss(trainer: TokenWeightedTrainer) -> None:
-    """Raises StageFailed(config) unless TRL's loss equals that of the model's logits, on the beginning of one row."""
+def check_loss(trainer: Any, row: list[int]) -> None:
+    """Raises StageFailed(config) unless TRL's loss equals that of the model's logits, on the beginning of a row of tokens."""
     import torch
 
-    tokens = torch.tensor([trainer.train_dataset[0]["input_ids"][:CHECKED_TOKENS]])
+    tokens = torch.tensor([row[:CHECKED_TOKENS]])
     batch = trainer._prepare_inputs({"input_ids": tokens})
     model = trainer.model_wrapped
     model.eval()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.models.loading import compute_type, device
 from tasks.models.weights import INDEX, read_header, weight_files
 from tuneline.errors import StageFailed
-from tuneline.kinds.sft import Supervised
+from tuneline.kinds.sft import AnswerTraining
 from tuneline.patches import patch
 from tuneline.workspace.protocol import Input
 from tuneline.workspace.reference import folder_of as model_folder
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def load_base(base: Input, stage: Supervised) -> PreTrainedModel:
+def load_base(base: Input, stage: AnswerTraining) -> PreTrainedModel:
     """Load the model to train, or to add an adapter to. Raises StageFailed(config) if the method does not support it, or not here."""
     import torch
 

@@ -10,35 +10,29 @@ length beyond a step (`tasks.training.batches` says why).
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tasks.data import special_tokens
-from tasks.data.endings import check_ends, save_configs
 from tasks.data.masks import answers, answers_to_learn, sequences
 from tasks.data.rendering import check_end
 from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
 from tasks.models import added_tokens
-from tasks.models.loading import check_device, code_files, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
+from tasks.models.loading import check_device, load_tokenizer
 from tasks.training import methods
+from tasks.training.answers import Start, evaluated, evaluation_arguments, info, load, save_unchanged, train_and_save
 from tasks.training.head_checks import check_loss
 from tasks.training.noise import add_noise
-from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost, check_positions
+from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost
 from tuneline.errors import StageFailed
-from tuneline.estimates.architectures import reach
 from tuneline.kinds.sft import LastAnswers, SftStage, Supervised
-from tuneline.workspace.protocol import Events, Input, Request, Result
-from tuneline.workspace.reference import folder_of as model_folder
+from tuneline.workspace.protocol import Events, Request, Result
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+    from transformers import PreTrainedTokenizerBase, TrainerState
     from trl import SFTConfig
 
-    from tasks.models.targets import Targets
     from tasks.training.sft_trainer import TokenWeightedTrainer
     from tasks.training.shared import Report
 
@@ -46,22 +40,8 @@ if TYPE_CHECKING:
 APART = "no single one holds every answer as it was asked for, because the chat template changes earlier turns of a longer conversation"
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a training starts from."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    targets: Targets | None
-    """The weights that get an adapter; None for `method: full`."""
-    train: Dataset
-    validation: Dataset | None
-
-
 def run(request: Request, stage: Supervised, events: Events, loss_type: str = "nll") -> Result:
     """Train. `loss_type` is one of TRL's SFTConfig."""
-    from tasks.models import targets
-    from tasks.training import initial
     from tasks.training import shared as training
 
     check_device(stage)
@@ -76,58 +56,18 @@ def run(request: Request, stage: Supervised, events: Events, loss_type: str = "n
     if len(train) > (rows := len(set(ids))):
         events.warning(f"{rows} rows are trained as {len(train)} sequences: {APART}")
 
-    model = methods.load_base(base, stage)
-    attention = model.config._attn_implementation  # flattened rows may get their own
-    check_positions([train, validation] if validation else [train], reach(model.config.get_text_config().to_dict()))
-    settings = stage.adapter_settings()
-    found = None if stage.method == "full" else targets.adapted(model, settings, stage.method == "qlora")
-    if found and added:
-        found = added_tokens.make_room(model, found, added, request.seed)
-    warnings = list(targets.warnings(model, found, settings, stage.method == "qlora")) if found else []
+    start = load(request, stage, tokenizer, train, validation, added)
     row_of = dict(zip(map(tuple, train["input_ids"]), ids, strict=True))
     report = training.Report(events, lambda: [row_of[tokens] for tokens in trainer.step_rows()])
-    trainer = make_trainer(request, stage, arguments, Start(model, tokenizer, found, train, validation), report)
-    before = initial.begin(trainer, settings, found, train, request.work) if found else {}
-    trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(model),) * 2
-    sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
-    if arguments.process_index == 0:
-        for name, count in sizes.items():
-            events.metric(name, count)
-        for warning in warnings:
-            events.warning(warning)
-
-    state, after = trained_weights(trainer, request, stage, events)
+    trainer = make_trainer(request, stage, arguments, start, report)
+    state, sizes = train_and_save(trainer, request, stage, start, events)
     check_every_row_trained(train, state)
-    if arguments.process_index == 0:
-        training.save_history(state.log_history, request.meta)
-        if found:
-            before, after = (initial.as_saved(tensors, settings, request.work) for tensors in (before, after))
-            training.save_adapter(trainer.model, after, request.payload, base, settings)
-            training.check_adapter(request.payload, settings.as_saved(), found, before, events)
-        else:
-            methods.save_model(after, base, request.payload)
-            methods.check_model(request.payload, base)
-    info = {"template": template_hash(tokenizer), "dtype": str(model.dtype), "attention": attention}
-    speed = {"tokens_per_second": round(report.tokens_per_second, 1)}
-    return Result(metrics=figures(state, stage, sizes), info=info | trainer.info | speed)
-
-
-def save_unchanged(request: Request, stage: Supervised, tokenizer: PreTrainedTokenizerBase, events: Events) -> None:
-    """Save what no training changes, so that a problem with it ends the stage before the first step."""
-    base, payload, adapter = request.inputs["model"], request.payload, stage.method != "full"
-    save_tokenizer(tokenizer, payload)
-    if not adapter:
-        for file in code_files(base):
-            shutil.copyfile(file, payload / file.name)
-        save_configs(model_folder(base.path), payload, None, tokenizer, events)
-        check_ends(payload, tokenizer)
-    saved_tokenizer(tokenizer, Input(path=payload, digest="", type="Adapter" if adapter else "Model"))
+    return Result(metrics=figures(state, stage) | sizes, info=info(start, report) | trainer.info)
 
 
 def trainer_arguments(request: Request, stage: Supervised, loss_type: str = "nll") -> SFTConfig:
     from trl import SFTConfig
 
-    from tasks.training.checkpoints import checkpoint_steps
     from tasks.training.shared import shared_arguments
     from tasks.training.strategies import sum_in_float32
 
@@ -140,13 +80,7 @@ def trainer_arguments(request: Request, stage: Supervised, loss_type: str = "nll
         pad_to_multiple_of=stage.resources.sequence_parallel_size,
         packing=stage.packing,
         eval_packing=False,
-        eval_strategy="steps" if stage.eval_steps else "no",
-        eval_steps=stage.eval_steps,
-        # To keep the best, every evaluation writes a checkpoint: the best adapter must not depend on resources.
-        save_steps=stage.eval_steps if stage.keeps_best() else checkpoint_steps(stage.resources),
-        load_best_model_at_end=stage.keeps_best(),
-        metric_for_best_model="eval_loss" if stage.keeps_best() else None,
-        greater_is_better=False if stage.keeps_best() else None,
+        **evaluation_arguments(stage),
         label_smoothing_factor=stage.label_smoothing if isinstance(stage, SftStage) else 0.0,
         activation_offloading=stage.resources.activation_offloading,
     )
@@ -193,7 +127,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)
     if start.validation:
         check_nothing_lost(start.validation, trainer.eval_dataset, trainer.data_collator)
-    checks = [lambda: strategies.verify_strategy(trainer, stage.resources), lambda: check_loss(trainer)]
+    checks = [lambda: strategies.verify_strategy(trainer, stage.resources), lambda: check_loss(trainer, start.train[0]["input_ids"])]
     if stage.resources.sequence_parallel_size > 1:
         sequences.share(start.model, stage.resources, stage.micro_batch_size())
         checks.append(lambda: sequences.check(trainer, stage.resources))
@@ -202,23 +136,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     return trainer
 
 
-def trained_weights(
-    trainer: TokenWeightedTrainer, request: Request, stage: Supervised, events: Events
-) -> tuple[TrainerState, dict[str, torch.Tensor]]:
-    """Train, and return the final state and the trained weights, whole and by their saved names."""
-    from tasks.training import checkpoints
-    from tasks.training import shared as training
-
-    state, ended = checkpoints.train_to_end(trainer, request, stage.resources, events)
-    if stage.method == "full":
-        keep = trainer.args.process_index == 0
-        return state, methods.weights_in(ended, trainer.model) if ended else methods.weights(trainer.model, keep)
-    if ended:
-        checkpoints.load_adapter(trainer.model, ended)
-    return state, training.adapter_tensors(trainer.model)
-
-
-def figures(state: TrainerState, stage: Supervised, sizes: dict[str, int]) -> dict[str, float]:
+def figures(state: TrainerState, stage: Supervised) -> dict[str, float]:
     """Return the stage's metrics, from the history of all attempts."""
     from tasks.training.shared import mean_of_last
 
@@ -227,12 +145,8 @@ def figures(state: TrainerState, stage: Supervised, sizes: dict[str, int]) -> di
         "loss": mean_of_last(history, "loss"),
         "steps": state.global_step,
         "trained_tokens": sum(entry.get("trained_tokens", 0) for entry in history),
-        **sizes,
     }
-    evaluated = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    if stage.keeps_best():
-        return found | {"eval_loss": evaluated[state.best_global_step], "best_step": state.best_global_step}
-    return found | ({"eval_loss": evaluated[max(evaluated)]} if evaluated else {})
+    return found | evaluated(state, stage, ("eval_loss",))
 
 
 def tokenized(
@@ -245,6 +159,7 @@ def tokenized(
     if not rows:
         hint = "give the dataset stage a share for validation: `split: {validation: 0.05}`" if split == "validation" else "see its report"
         raise StageFailed("data", f"the dataset has no rows in its {split} split", hint)
+    refuse_preferences(rows, split)
     special_tokens.refuse(rows, tokenizer)
     check_end(rows, tokenizer, stage.no_end)
     rows = complete(rows, tokenizer, stage.on_unrendered, events, lost_in_training)
@@ -271,6 +186,21 @@ def tokenized(
         )
     columns = {"input_ids": [tokens.input_ids for _, tokens in found], "labels": [tokens.labels for _, tokens in found]}
     return Dataset.from_dict(columns), [row for row, _ in found]
+
+
+def refuse_preferences(rows: list[Row], split: str) -> None:
+    """Raises StageFailed(data) for answers that nobody wants to be learned."""
+    pairs, unwanted = [row for row in rows if row.rejected is not None], [row for row in rows if row.label is False]
+    if pairs:
+        raise StageFailed(
+            "data",
+            f"{len(pairs)} of {len(rows)} {split} rows have a rejected answer beside the chosen one, first row {pairs[0].id}",
+            "`kind: dpo` trains on both; to train on chosen answers, set `format: messages` and `columns: {messages: chosen}` in the "
+            "source (`format: prompt_completion` and `columns: {completion: chosen}` if they are text)",
+        )
+    if unwanted:
+        message = f"{len(unwanted)} of {len(rows)} {split} rows have the label false, first row {unwanted[0].id}"
+        raise StageFailed("data", message, "`kind: kto` trains on labels; to train on wanted answers, leave out the others")
 
 
 def taught(rows: list[Row], train_on: str | LastAnswers, split: str, events: Events) -> list[Row]:

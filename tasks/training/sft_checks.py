@@ -13,18 +13,6 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 
-def check_positions(splits: list[Dataset], positions: float) -> None:
-    """Raises StageFailed(config) if a row is longer than the model's positions. TRL and LLaMA-Factory would train on it: learned
-    positions end in an index error, RoPE continues where nothing was learned. grpo and evaluations refuse such rows, too."""
-    longest = max(len(tokens) for split in splits for tokens in split["input_ids"])
-    if longest > positions:
-        message = f"max_length: found rows of {longest} tokens, expected at most {positions:.0f}, the model's positions"
-        hint = (
-            f"`max_length: {positions:.0f}` in the dataset stage drops or truncates longer rows; or scale RoPE in the model's config.json"
-        )
-        raise StageFailed("config", message, hint)
-
-
 def check_nothing_lost(given: Dataset, used: Dataset, collator: Any) -> None:
     """Raises StageFailed(bug) unless the trainer holds as many rows, tokens and trained tokens as given, and so does a batch of them."""
     if _counts(given) != _counts(used):

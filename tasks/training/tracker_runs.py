@@ -6,6 +6,7 @@ The integrations of Hugging Face log into the run that was begun here. A trainin
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,9 +19,10 @@ from tuneline.workspace.tracked import Tracked
 
 START_SECONDS = 30  # that a tracker may take to begin a run
 REQUEST_SECONDS = 10  # that a server may take to answer
+FLUSH_SECONDS = 2  # by default, the last steps are not in the file for up to two minutes
 
 
-class TrackerRun:
+class TrackerRun(ABC):
     """A training's run in one tracker. `known` has the training's name, and ids from before a resume."""
 
     package: str
@@ -31,15 +33,15 @@ class TrackerRun:
         self.settings, self.known, self.home = settings, known, home
         self.pipeline = known.name.partition("/")[0]
 
+    @abstractmethod
     def begin(self, args: TrainingArguments, state: TrainerState) -> TrainerCallback:
         """Begin or continue the run, and return the integration that logs into it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def link(self) -> str:
         """Return the address of the run's page, or how to see its curves, once the integration has seen the beginning."""
-        raise NotImplementedError
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 - most integrations end their run themselves
         """End the run after the integration has seen the end."""
 
 
@@ -56,7 +58,8 @@ class TensorboardRun(TrackerRun):
         from tensorboardX import SummaryWriter
 
         # TensorBoard forgets what a killed process has logged after the checkpoint.
-        writer = SummaryWriter(str(Path(self.settings.log_dir, self.known.name)), purge_step=state.global_step + 1)
+        folder = str(Path(self.settings.log_dir, self.known.name))
+        writer = SummaryWriter(folder, purge_step=state.global_step + 1, flush_secs=FLUSH_SECONDS)
         return integration("tensorboard")(writer)
 
     def link(self) -> str:

@@ -100,8 +100,8 @@ def test_evaluations_that_asked_otherwise_are_not_compared(
 @pytest.mark.parametrize(
     ("metric", "compared", "message"),
     [
-        ("rows/exactmatch", "old", "found `rows/exactmatch`, expected one of the metrics of a dataset: exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: did you mean `exact_match`?"),
-        ("rows/perplexity", "old", "found `rows/perplexity`, expected one of the metrics of a dataset: exact_match, answer_recall, score, stopped, bits_per_byte\n\nhint: write `rows/exact_match`, for example"),
+        ("rows/exactmatch", "old", "found `rows/exactmatch`, expected one of the metrics of a dataset: exact_match, answer_recall, score, stopped, bits_per_byte, preference_accuracy, preference_accuracy_norm\n\nhint: did you mean `exact_match`?"),
+        ("rows/perplexity", "old", "found `rows/perplexity`, expected one of the metrics of a dataset: exact_match, answer_recall, score, stopped, bits_per_byte, preference_accuracy, preference_accuracy_norm\n\nhint: write `rows/exact_match`, for example"),
         ("rows/exact_match", "sft", "found `rows/exact_match` of `sft`, which is not an evaluation\n\nhint: name a stage of kind evaluate"),
     ],
 )  # fmt: skip

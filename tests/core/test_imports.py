@@ -197,6 +197,11 @@ def test_datasets_of_llama_factory_are_looked_up() -> None:
     assert draft.missing == ["data/x.json", "data/gone.json"]
     assert "`turns` has names of roles that tuneline does not know (user_tag: me): rename them in the file" in draft.remarks
     assert "`seen` has images: tuneline trains text models only" in draft.remarks
+    Path("data/dataset_info.json").write_text("{'chats': 1}")
+    broken = imported("model_name_or_path: a/b\nstage: sft\ndataset: chats,turns\nfinetuning_type: lora\n", "lf.yaml").remarks
+    assert [remark for remark in broken if "JSON" in remark] == [
+        "`data/dataset_info.json` cannot be read as JSON: correct it and import again"
+    ]
 
 
 def test_trackers_are_fields_of_the_pipeline() -> None:
@@ -237,7 +242,6 @@ def test_rewards_and_engines_of_reinforcement_learning() -> None:
     assert grpo["resources"]["engine"] == {"gpu_memory_utilization": 0.4}
 
 
-@pytest.mark.skipif("dpo" not in STAGES, reason="preference training is not there")
 def test_preference_trainings_have_no_dropout_and_their_own_settings() -> None:
     dpo = stages(imported("swift rlhf --rlhf_type dpo --model a/b --dataset c/d --beta 0.2 --rpo_alpha 0.1 --loss_type ipo"))["dpo"]
     assert (dpo["beta"], dpo["rpo_alpha"], dpo["loss_type"], "lora_dropout" in dpo["lora"]) == (0.2, 0.1, "ipo", False)

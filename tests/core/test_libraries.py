@@ -24,7 +24,7 @@ ALL = tuple(LIBRARIES)
 # Imported libraries whose version cannot affect the output: library -> kinds and the reason.
 CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "charset-normalizer": (("dataset",), "names the encoding of a file in the hint of an error"),
-    "deepspeed": (("sft", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
+    "deepspeed": (("sft", "dpo", "kto", "grpo"), "how devices share a training changes nothing but rounding: strategies are in no key"),
     "bitsandbytes": (("grpo",), "its helpers are those of sft, whose qlora uses it; its optimizers put it into the key"),
     "httpx2": (("grpo", "evaluate"), "carries requests to vLLM on the same machine"),
     "huggingface-hub": (("quantize",), "says where its cache is; downloads are the model's stage"),
@@ -33,9 +33,9 @@ CHANGES_NOTHING: dict[str, tuple[tuple[str, ...], str]] = {
     "matplotlib": (("dataset",), "draws pictures for people into meta/"),
     "numpy": (ALL, "takes the bits of GPTQ weights apart, exactly"),
     "peft": (("model", "dataset", "quantize"), "loads adapters, which these kinds are not given"),
-    "pyarrow": (("sft", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
+    "pyarrow": (("sft", "dpo", "kto", "grpo", "evaluate", "merge", "quantize"), "reads the rows that a dataset stage wrote, exactly"),
     "safetensors": (("dataset", "evaluate"), "reads tensors, exactly"),
-    "tensorboardx": (("sft", "grpo"), "writes event files beside the artifact"),
+    "tensorboardx": (("sft", "dpo", "kto", "grpo"), "writes event files beside the artifact"),
     "torch": (("dataset",), "loads weights, of which a dataset needs none"),
 }
 
@@ -86,7 +86,7 @@ def unnamed(named: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:
 
 
 def test_what_programs_import_is_in_their_keys() -> None:
-    named = LIBRARIES | {"sft": LIBRARIES["sft"] + BITSANDBYTES_LIBRARIES}
+    named = LIBRARIES | {kind: LIBRARIES[kind] + BITSANDBYTES_LIBRARIES for kind in ("sft", "dpo", "kto")}
     assert unnamed(named) == {}
     forgotten = {"merge": "huggingface-hub", "dataset": "tree-sitter-go", "grpo": "math-verify"}
     without = {kind: tuple(library for library in libraries if library != forgotten.get(kind)) for kind, libraries in named.items()}

@@ -168,7 +168,7 @@ def test_moved_code_or_defaults_without_a_word_are_noticed(tmp_path: Path) -> No
     harness.write_text(harness.read_text() + "\n# a comment is no code\n")
     assert check("--check").returncode == 0
     harness.write_text(harness.read_text() + "\nMORE = 1\n")
-    edit("tuneline/kinds/training.py", "r: int = Field(16, ge=1", "r: int = Field(8, ge=1")
+    edit("tuneline/kinds/adapters.py", "r: int = Field(16, ge=1", "r: int = Field(8, ge=1")
     edit("tuneline/kinds/training.py", "max_grad_norm: float = Field(1.0", "max_grad_norm: float = Field(0.3")
     edit("tuneline/kinds/grpo.py", "    epsilon: float = Field(0.2, gt=0)", "    clipping: float = Field(0.2, gt=0)")
     edit("tuneline/kinds/sft.py", "packing: bool = False", "packing: bool = Field(default_factory=lambda: True)")
@@ -183,6 +183,7 @@ def test_moved_code_or_defaults_without_a_word_are_noticed(tmp_path: Path) -> No
         "a default of `sft` changed: lora.r 16 -> 8",
         "a default of `sft` changed: max_grad_norm 1.0 -> 0.3",
         "a default of `sft` changed: packing false -> true",
+        *(f"a default of `{kind}` changed: {moved}" for kind in ("dpo", "kto") for moved in ("lora.r 16 -> 8", "max_grad_norm 1.0 -> 0.3")),
         "a default of `grpo` changed: lora.r 16 -> 8",
         "a default of `grpo` changed: max_grad_norm 1.0 -> 0.3",
         "a default of `grpo` changed: rewards.python_tests.seconds 10.0 -> 20.0",
@@ -192,12 +193,12 @@ def test_moved_code_or_defaults_without_a_word_are_noticed(tmp_path: Path) -> No
     ]
     hints = [line for line in lines if "program_versions.py --" in line]
     assert [line.split()[2:4] for line in hints] == [
-        ["--raise", "dataset"], ["--raise", "sft"], ["--raise", "grpo"], ["--raise", "evaluate"], ["--same", "evaluate"],
+        *(["--raise", kind] for kind in ("dataset", "sft", "dpo", "kto", "grpo", "evaluate")), ["--same", "evaluate"],
     ]  # fmt: skip
     refused = check("--same", "sft")
     assert (refused.returncode, "--same sft: found other defaults of lora.r, max_grad_norm, packing" in refused.stderr) == (1, True)
     before = json.loads((tmp_path / "tasks" / "versions.json").read_text())["evaluate"]["version"]
-    assert check("--raise", "evaluate", "dataset", "sft", "grpo").returncode == 0
+    assert check("--raise", "evaluate", "dataset", "sft", "dpo", "kto", "grpo").returncode == 0
     assert check("--check").returncode == 0
     assert json.loads((tmp_path / "tasks" / "versions.json").read_text())["evaluate"]["version"] == before + 1
 

@@ -269,6 +269,31 @@ def test_who_watches_a_run_that_is_deleted_hears_so(prefect_server: str) -> None
     assert [line.partition(" ")[2] for line in said] == ["run deleted on the server, which ends it"]
 
 
+@pytest.mark.parametrize("recorded", [1, 3])
+def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded: int) -> None:
+    """Prefect records task runs later than their logs, which ended the watching of a run as if it were deleted."""
+    from prefect.exceptions import ObjectNotFound
+
+    from flows.deploy.submit import LogReader
+
+    logs = [SimpleNamespace(id=uuid4(), task_run_id=task, message=message) for task, message in ((None, "a"), (uuid4(), "b"), (None, "c"))]
+    asked: list[UUID] = []
+
+    class Client:
+        def read_logs(self, _: Any, limit: int, offset: int, sort: Any) -> list[Any]:
+            return logs[offset : offset + limit]
+
+        def read_task_run(self, task_run: UUID) -> Any:
+            asked.append(task_run)
+            if len(asked) <= recorded:
+                raise ObjectNotFound(KeyError(task_run))
+            return SimpleNamespace(name="sft: loss 0.1")
+
+    reader: Any = LogReader()
+    found = [[stage + log.message for stage, log in reader.new(Client(), uuid4(), ended)] for ended in (False, False, True)]
+    assert found == ([["a", "c"], ["sft: b"], []] if recorded == 1 else [["a", "c"], [], ["b"]])
+
+
 @pytest.mark.slow
 def test_a_run_that_was_wrongly_marked_as_crashed_ends_as_it_does(working: Project) -> None:
     from prefect.states import Crashed

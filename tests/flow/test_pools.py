@@ -223,7 +223,7 @@ def test_who_watches_a_run_hears_of_its_stages_in_other_pools(cluster: Cluster) 
     def hear(words: str) -> None:
         while not heard or words not in heard[-1]:
             line = watcher.stderr.readline()  # type: ignore[union-attr]
-            assert line, heard
+            assert line, "".join(heard)
             heard.append(line)
 
     hear("first: in pool idle: scheduled, no worker is online: `tuneline worker idle` starts one")

@@ -44,6 +44,12 @@ def pytest_collection_finish() -> None:
         gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one of several workers (`--dist loadgroup`), and all that use the server of vLLM, in their order."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("vllm" if item.path.stem.startswith("test_vllm") else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Input:
     folder = tmp_path_factory.mktemp("pico") / "model"

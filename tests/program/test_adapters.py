@@ -15,7 +15,7 @@ from program_tools import make_request, payload_digest, run_program, run_until
 from sft_tools import furthest, request_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.training import sft
+from tasks.training import answers
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input
 
@@ -51,7 +51,7 @@ def test_a_variant_is_trained_resumed_read_by_peft_and_merged(
     if "untied" in name:
         base = Input(path=save_pico(tmp_path / "untied", tied=False), digest="b" * 64, type="Model")
     trained: list[torch.Tensor] = []
-    monkeypatch.setattr(sft, "trained_weights", keeping_logits(sft.trained_weights, trained))
+    monkeypatch.setattr(answers, "trained_weights", keeping_logits(answers.trained_weights, trained))
     whole, killed = (
         request_for(tmp_path / each, base, **VARIANTS[name], resources={"checkpoint_steps": 2}) for each in ("whole", "killed")
     )

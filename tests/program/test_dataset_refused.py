@@ -38,7 +38,7 @@ BAD_ROWS = [
     (
         "d.jsonl",
         '{"question": "a", "reply": "b"}\n',
-        r"d\.jsonl:1: found columns question, reply, expected messages, or conversations, or inst",
+        r"d\.jsonl:1: found columns question, reply, expected chosen and rejected, or messages, or conversations, or inst",
     ),
     (
         "d.jsonl",

@@ -23,6 +23,7 @@ import torch
 from program_tools import emulates_bfloat16
 from safetensors.torch import load_file
 from silent_tools import CONFIGS, World, edit_weights, refused
+from trl import DPOTrainer, KTOTrainer
 
 from tasks.convert import merge
 from tasks.data import dataset
@@ -31,9 +32,12 @@ from tasks.evaluation import evaluate as evaluation
 from tasks.evaluation.harness import LanguageModel
 from tasks.evaluation.harness_vllm import EngineModel
 from tasks.models import adapters, loading
-from tasks.training import sft
+from tasks.training import answers, sft
 from tasks.training import shared as training
+from tasks.training.dpo_trainer import PairTrainer
 from tasks.training.grpo_trainer import AdapterTrainer, EpochSampler
+from tasks.training.kto_trainer import LabelTrainer
+from tasks.training.row_weighted import RowWeighted
 from tasks.training.sft_trainer import TokenWeightedTrainer
 from tuneline.errors import StageFailed
 from tuneline.kinds.evaluate import EvaluateStage
@@ -48,6 +52,20 @@ OWN = {  # of our subclasses of library classes: what is theirs alone, and repla
     TokenWeightedTrainer: {
         *("step_tokens", "step_rows", "flattened", "flat_collator", "flatten", "_collate_and_remember", "_without_repeats"),
     },
+    RowWeighted: {
+        "halves",
+        "masks",
+        "per_row",
+        "step_rows",
+        "counts",
+        "over_processes",
+        "loss_of_masked",
+        "totals_of",
+        "_without_repeats",
+        "_prepare_dataset",
+    },  # the last one replaces that of the trainers beside it
+    PairTrainer: {"halves", "per_row", "counts", "loss_of_masked", "totals_of"},
+    LabelTrainer: {"masks", "counts", "loss_of_masked", "totals_of", "_divergence"},
     LanguageModel: {
         *("write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy", "_generate", "_cut", "_has_stop"),
     },
@@ -61,6 +79,7 @@ def test_overridden_methods_exist_upstream(ours: type) -> None:
     theirs = {name for base in ours.__mro__ if not base.__module__.startswith("tasks.") for name in vars(base)}
     defined = {name for name in vars(ours) if not name.startswith("__")}
     assert defined - theirs == OWN[ours]
+    assert ours is not RowWeighted or all(hasattr(trainer, "_prepare_dataset") for trainer in (DPOTrainer, KTOTrainer))
 
 
 def test_nothing_planted_nothing_stopped(world: World, tmp_path: Path) -> None:
@@ -216,7 +235,7 @@ def saves_another_vocabulary(patch: Patch) -> None:
         other.add_tokens(["<other>"])
         other.save_pretrained(payload)
 
-    patch.setattr(sft, "save_tokenizer", save)
+    patch.setattr(answers, "save_tokenizer", save)
 
 
 def saves_another_template(patch: Patch) -> None:
@@ -224,7 +243,7 @@ def saves_another_template(patch: Patch) -> None:
         tokenizer.save_pretrained(payload)
         (payload / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
 
-    patch.setattr(sft, "save_tokenizer", save)
+    patch.setattr(answers, "save_tokenizer", save)
 
 
 def merges(patch: Patch, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -352,7 +371,7 @@ MISBEHAVING: list[tuple[str, str, Callable[[Patch], Any], dict[str, Any], str]] 
     ("another alpha", "sft", lambda p: lora(p, lora_alpha=16), {}, "bug: the adapter has lora_alpha 16, expected 8"),
     ("another alpha for one layer", "sft", lambda p: lora(p, alpha_pattern={"q_proj": 64}), {}, "bug: the adapter has alpha_pattern {'q_proj': 64}, expected {}"),
     ("tensors of another rank", "sft", saves_half_the_rank, {}, "bug: .*lora_A.weight of the adapter has rank 2, expected 4"),
-    ("an adapter without its tokenizer", "sft", lambda p: p.setattr(sft, "save_tokenizer", lambda *a: None), {}, "bug: the adapter was saved without its tokenizer"),
+    ("an adapter without its tokenizer", "sft", lambda p: p.setattr(answers, "save_tokenizer", lambda *a: None), {}, "bug: the adapter was saved without its tokenizer"),
     ("an adapter with another tokenizer", "sft", saves_another_vocabulary, {}, "bug: the adapter was saved with another tokenizer than it was trained with"),
     ("an adapter with another template", "sft", saves_another_template, {}, "data: the chat template beside the adapter is not the one recorded when it was made"),
     ("train and test overlapping", "dataset", splits_by_row, TWICE, r"bug: group \w+ is in \w+ and in \w+"),

@@ -34,6 +34,7 @@ BOOKED = [  # the first has all the words of the second
     {"type": "function", "function": {"name": "book", "arguments": {"room": 12, "days": 1}}},
     {"type": "function", "function": {"name": "book", "arguments": {"room": 1, "days": 12}}},
 ]
+AFTER_THOUGHTS = OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.arguments.zone }}")
 
 
@@ -73,7 +74,12 @@ NAMED = CALLS.replace("{{ c.function.arguments | tojson }}", "{{ c.function.argu
             ["messages[1].tool_calls[1].name", "messages[1].tool_calls[1].arguments"],
         ),
         (WITH_TOOLS, asked(QUESTION, said("assistant", "", tool_calls=BOOKED), tools=[BOOK]), []),
-        (OPENS.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"), asked(QUESTION, said("assistant", THOUGHT)), []),
+        (AFTER_THOUGHTS, asked(QUESTION, said("assistant", THOUGHT)), []),
+        *(  # said before the thoughts: neither in the last answer nor in an earlier one may it be left out
+            (template, asked(QUESTION, said("assistant", "Hm. <think>Why</think> A"), *rest), missing)
+            for template, missing in (("", []), (AFTER_THOUGHTS, ["messages[1].content"]))
+            for rest in ((), (QUESTION, ANSWER))
+        ),
         ("", asked(said("user", '\n say "hi"\t'), said("assistant", " é\n")), []),
         (TURN.replace("m.content", "m.content | tojson") + ASK, asked(said("user", 'say "hi"\té'), said("assistant", " é\n")), []),
         (TURN.replace("m.content", "m.content | trim") + ASK, asked(said("user", "\n x "), said("assistant", " é\n")), []),

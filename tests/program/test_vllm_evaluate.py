@@ -196,7 +196,7 @@ def test_the_engine_has_all_of_the_stages_gpus(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr("tasks.evaluation.evaluate.check_device", lambda stage: None)  # it finds out that there are none
     run_program(with_vllm(request_for(tmp_path, base, CHATS, backend="vllm", resources={"gpus": 2})))
-    assert borrowed[0][7] == ["4", "6"]
+    assert borrowed[0][0].gpus == ["4", "6"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 OTHER_VALUES = {  # values that other tools allow, by field
+    ("loss_type", "orpo"): "tuneline has only losses with a reference model",
+    ("loss_type", "simpo"): "tuneline has only losses with a reference model",
+    ("loss_type", "sft"): "write `rpo_alpha: 1`, which adds it to the loss of pairs",
     ("loss_type", "bnpo"): "write `dapo`, which averages over the tokens of the whole batch; bnpo averages over a micro-batch, whose size"
     " must not change a result",
     **{("method", name): "write `full`" for name in ("fft", "full_parameter")},
@@ -26,8 +29,8 @@ OTHER_VALUES = {  # values that other tools allow, by field
 }
 
 ABSENT_KINDS = {  # what other tools train or do, and tuneline does not
-    **dict.fromkeys(("dpo", "orpo", "kto", "simpo", "ipo", "cpo", "preference", "preferencetuning"), (
-        "tuneline has no preference tuning yet; what trains is `sft`, on given answers, and `grpo`, on rewards for sampled ones"
+    **dict.fromkeys(("orpo", "simpo", "cpo"), (
+        "tuneline has no preference training without a reference model; `dpo` trains on pairs of answers, `kto` on labeled ones"
     )),
     **dict.fromkeys(("reward", "rewardmodel", "rewardmodeling", "rm", "prm"), (
         "tuneline trains no reward models yet; `grpo` takes reward functions under `rewards:`"

@@ -14,10 +14,12 @@ from pydantic import Field
 
 from tuneline.config.pools import INTERVAL, AnyPool, Schedule
 from tuneline.kinds.dataset import DatasetStage
+from tuneline.kinds.dpo import DpoStage
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.fields import ExternalPath, Name, Strict
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.grpo import GrpoStage
+from tuneline.kinds.kto import KtoStage
 from tuneline.kinds.merge import MergeStage
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.quantize import QuantizeStage
@@ -25,8 +27,9 @@ from tuneline.kinds.sft import SftStage
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.kinds.trackers import Track
 
+AnyTraining = SftStage | DpoStage | KtoStage | GrpoStage
 AnyStage = Annotated[
-    ModelStage | DatasetStage | SftStage | GrpoStage | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
+    ModelStage | DatasetStage | AnyTraining | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
 ]
 STAGES: dict[str, type[Stage]] = {get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])}
 PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(stage, ProgramStage)}

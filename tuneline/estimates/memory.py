@@ -103,14 +103,15 @@ class Job:
     def frozen(self) -> int:
         """Bytes of frozen weights. QLoRA quantizes the linear layers, but not embeddings, head and norms."""
         if self.method == "full":
-            return 0
+            return 4 * self.architecture.parameters if self.stage.copies_base() else 0
         quantized = self.architecture.linear_parameters if self.method == "qlora" else 0
         bits = NF4_BITS if self.bits == 4 else self.bits
         return round(quantized * bits / 8) + self.compute * (self.architecture.parameters - quantized)
 
     @property
     def rows(self) -> int:
-        return self.stage.micro_batch_size()
+        """Sequences of a micro-batch."""
+        return self.stage.micro_batch_size() * self.stage.sequences_per_row()
 
     @property
     def shared(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuneline.config.aliases import TEMPLATE
+from tuneline.config.training_aliases import TEMPLATE
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
 from tuneline.imports.huggingface import KEPT, LOGS, LORA, MULTIMODAL, NO_FIELD, OTHER_OPTIMIZER, SPEED, TRAINING, UPLOADS
 from tuneline.imports.rl import SEPARATE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuneline.config.aliases import ATTEMPTS, EVERY_STEP, STORED
+from tuneline.config.training_aliases import ATTEMPTS, EVERY_STEP, STORED
 from tuneline.imports.fates import REMOVE, Fate, Joined, Refused, Without, each, to
 from tuneline.imports.values import (
     above,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import PurePosixPath
 from typing import Any
 
 from tuneline.config.hints import repository
@@ -43,7 +44,11 @@ def _described(translation: Translation, folder: str, named: str) -> tuple[dict[
         file = translation.job.path(f"{at}/dataset_info.json")
         try:
             info = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+        except OSError:
+            continue
+        except (ValueError, RecursionError):
+            broken = f"`{PurePosixPath(at, 'dataset_info.json')}` cannot be read as JSON: correct it and import again"
+            translation.remarks += [] if broken in translation.remarks else [broken]
             continue
         if isinstance(info, dict) and isinstance(info.get(named), dict):
             return info[named], str(file.parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tuneline.config.aliases import TEMPLATE
+from tuneline.config.training_aliases import TEMPLATE
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
 from tuneline.imports.huggingface import KEPT, LOGS, RESUMES, SPEED, TRAINING
 from tuneline.imports.launch import FOR_RUN

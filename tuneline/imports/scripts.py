@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuneline.config.aliases import TEMPLATE
 from tuneline.config.hints import repository
+from tuneline.config.training_aliases import TEMPLATE
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, to
 from tuneline.imports.huggingface import KEPT, LORA, NO_FIELD, SPEED, TRAINING
 from tuneline.imports.launch import drop_unused, note_environment, place_on_devices, write_batch, write_deepspeed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuneline.config.aliases import TEMPLATE
+from tuneline.config.training_aliases import TEMPLATE
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
 from tuneline.imports.huggingface import (
     KEPT,

@@ -15,8 +15,8 @@ from tuneline.wording import listed, nearest
 # Fields that decide which questions are asked, and how.
 DATASET_QUESTIONS = ("limit", "max_new_tokens", "stop")
 BENCHMARK_QUESTIONS = ("limit", "num_fewshot", "include_path", "seed")
-SCORES = ("exact_match", "answer_recall", "score", "stopped", "bits_per_byte")  # metrics of a dataset: tasks/evaluation/evaluate.py
-WITHOUT_ANSWERS = ("bits_per_byte",)  # metrics that need no generation
+WITHOUT_ANSWERS = ("bits_per_byte", "preference_accuracy", "preference_accuracy_norm")  # metrics that need no generation
+SCORES = ("exact_match", "answer_recall", "score", "stopped", *WITHOUT_ANSWERS)  # metrics of a dataset: tasks/evaluation/evaluate.py
 
 HUMAN_EVAL = "human_eval"  # the only benchmark that lm-eval does not run
 
@@ -40,7 +40,8 @@ class EvaluateStage(ComputingStage):
     model: ModelOrAdapterRef
     """Model or adapter to evaluate."""
     datasets: tuple[DatasetRef, ...] = ()
-    """Datasets whose test split is scored: exact match, answer recall, bits per byte."""
+    """Datasets whose test split is scored: exact match, answer recall, bits per byte, and of pairs the share whose chosen answer is more
+    likely."""
     benchmarks: tuple[str, ...] = ()
     """Names of lm-eval tasks."""
     include_path: ExternalPath | None = None

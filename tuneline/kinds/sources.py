@@ -15,7 +15,7 @@ LANGUAGES = frozenset(
 )
 
 OnBadRow = Literal["error", "drop"]
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "prompt"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "text", "prompt"]
 
 
 class Source(Strict):

@@ -50,8 +50,8 @@ class Resources(Strict):
     sequence_parallel_size: int = Field(1, ge=1)
     """Number of processes that share each sequence (Ulysses, arXiv:2309.14509), for sequences whose activations exceed one device."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Per-device batch size, in rows; halved automatically after an out-of-memory error. By default at most 8 in trainings, or 1 with
-    packing, and 16 in evaluations."""
+    """Per-device batch size, in rows; halved automatically after an out-of-memory error. By default at most 8 in trainings (4 pairs with
+    dpo, 1 with packing), and 16 in evaluations."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False

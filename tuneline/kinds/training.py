@@ -109,6 +109,14 @@ class Training(ComputingStage):
         """Return whether the stage supports `sequence_parallel_size` above 1."""
         return False
 
+    def sequences_per_row(self) -> int:
+        """Return the number of sequences of a row whose activations are kept for the backward pass."""
+        return 1
+
+    def copies_base(self) -> bool:
+        """Return whether the training keeps a second, frozen copy of the base, as the reference."""
+        return False
+
     def scored_tokens(self, length: int) -> int:
         """Return the number of tokens of a sequence of `length` for which logits are computed."""
         return length
