@@ -8,6 +8,7 @@ Left out: the engine vLLM, which `tasks.serving.server` runs, and calls of tools
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]{0,20}")  # at the beginning of an answer: it may become a mark of thoughts
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,18 @@ class _Progress:
         self._show(answer)
 
     def _show(self, text: str) -> None:
-        if len(text) > len(self.shown) and text.startswith(self.shown):
-            new, self.shown = text[len(self.shown) :], text
-            thinks = not after_thoughts(text, self.prompt, self.writer.tokenizer)
-            if visible := without_special(new, self.writer.tokenizer):
-                self.show(visible, thinks)
+        if text.startswith(self.shown):
+            begin, shown = len(text) - len(after_thoughts(text, self.prompt, self.writer.tokenizer)), len(self.shown)
+            for new, thoughts in ((text[shown:begin], True), (text[max(shown, begin) :], False)):
+                if visible := without_special(new, self.writer.tokenizer):
+                    self.show(visible, thoughts)
+            self.shown = text
 
     def _uncertain(self, text: str) -> int:
         """Count the last characters that may still change: an unfinished one, or the beginning of a stop text or of thoughts."""
-        if text.strip() and marks(self.writer.tokenizer).start.startswith(text.strip()):
+        found, begun = marks(self.writer.tokenizer), text.strip()
+        if begun and (UNCLOSED.fullmatch(begun) or any(mark.startswith(begun) for mark in (found.start, *found.leads))):
             return len(text)
         unfinished = len(text) - len(text.rstrip(UNFINISHED))
-        begun = (n for stop in self.settings.stop for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
-        return max(unfinished, max(begun, default=0))
+        stops = (n for stop in self.settings.stop for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+        return max(unfinished, max(stops, default=0))

@@ -78,7 +78,6 @@ def unbuilt(project: Project, stand_in: Callable[..., None]) -> Project:
         ),
         (
             ("serve", "demo/base", "--api-key", "sesame"),
-            "No such option: --api-key (Possible options: --api-key-file)\n\n"
             "hint: `ps` shows command lines: set TUNELINE_API_KEY, or `--api-key-file FILE`",
         ),
     ],
