@@ -59,6 +59,8 @@ def chat(names: tuple[str, ...], file: Path, as_json: bool, **options: Any) -> N
                 print_json(asdict(exchange))
             else:
                 shown.reference(exchange)
+            if any(answer["ended"] == "interrupted" for answer in exchange.answers):
+                sys.exit(EXIT["cancelled"])
     except KeyboardInterrupt:
         click.echo(err=True)
         sys.exit(EXIT["cancelled"])

@@ -56,7 +56,6 @@ class Conversation:
 
     def __init__(self, members: list[Member], settings: dict[str, Any], system: str | None, dataset: str | None):
         self.members, self.settings, self.dataset = members, settings, dataset
-        self._interrupted = False
         self.set_system(system)
 
     def set_system(self, system: str | None) -> None:
@@ -74,7 +73,7 @@ class Conversation:
             member.messages.clear()
 
     def ask(self, text: str, display: Display) -> Exchange:
-        exchange, self._interrupted = Exchange([{"role": "user", "content": text}]), False
+        exchange = Exchange([{"role": "user", "content": text}])
         for member in self.members:
             system = [{"role": "system", "content": self.system}] if self.system else []
             asked = {"messages": [*system, *member.messages, *exchange.question]}
@@ -84,7 +83,7 @@ class Conversation:
 
     def ask_row(self, row: str, display: Display) -> Exchange:
         """Ask a row of the dataset's test split, as the model's evaluation on it asks. It does not become part of the conversation."""
-        exchange, self._interrupted = Exchange([]), False
+        exchange = Exchange([])
         for member in self.members:
             evaluation = member.built.evaluation
             as_evaluated: dict[str, Any] = {}
@@ -96,16 +95,16 @@ class Conversation:
     def _answer(
         self, member: Member, asked: dict[str, Any], settings: dict[str, Any], exchange: Exchange, display: Display
     ) -> dict[str, Any]:
-        """Pass an answer on to the display. The first Ctrl-C during a question stops this answer; a second one is raised."""
+        """Pass an answer on to the display. The first Ctrl-C stops this answer; a second one before its end is raised."""
         member.program.send({"ask": asked, "settings": settings})
-        begun = False
+        begun = interrupted = False
         while True:
             try:
                 document = member.program.receive()
             except KeyboardInterrupt:
-                if self._interrupted:
+                if interrupted:
                     raise
-                self._interrupted = True
+                interrupted = True
                 member.program.send({"stop": True})
                 continue
             kind = document.pop("type")

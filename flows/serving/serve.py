@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -64,7 +65,11 @@ def address_of(host: str, port: int, key_file: Path | None) -> Address:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        raise ConfigError([Problem("", f"{host}:{port}: {error.strerror}", "`--port` chooses another port", place="--port")]) from None
+        option, hint = "--host", "`--host` takes an address of this machine"
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            option, hint = "--port", "`--port` chooses another port"
+        why = str(error.strerror).partition(" (")[0]  # Python adds the address once more
+        raise ConfigError([Problem("", f"{host}:{port}: {why}", hint, place=option)]) from None
     return Address(host, port, key, key_file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from tuneline.wording import listed, nearest
 from tuneline.workspace.sampling import Sampling, checked
 
 HELP = """\
-/set NAME VALUE  set temperature, top_p, max_new_tokens, seed or stop; /set alone shows what is set
+/set NAME VALUE  set temperature, top_p, max_new_tokens, seed or stop; without VALUE, its default again; /set alone shows all
 /system TEXT     set the system prompt, and reset; /system alone removes it
 /row N           ask a row of the dataset, by its position in the test split or its id
 /reset           forget the conversation
 /exit            end, as Ctrl-D does; Ctrl-C stops an answer, and a second one ends"""
 COMMANDS = ("/set", "/system", "/row", "/reset", "/help", "/exit")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not control the terminal
 REMEMBERED = 1000  # questions
 
 
@@ -33,7 +35,7 @@ class Shown:
     def question(self, messages: list[dict[str, Any]]) -> None:
         if self.thoughts:
             for message in messages:
-                click.secho(f"{message['role']}: {message['content']}", dim=True)
+                click.secho(CONTROL.sub("\ufffd", f"{message['role']}: {message['content']}"), dim=True)
 
     def begins(self, name: str) -> None:
         if self.several:
@@ -41,6 +43,7 @@ class Shown:
         self._ends_line = True
 
     def text(self, text: str, thoughts: bool) -> None:
+        text = CONTROL.sub("\ufffd", text)
         if not thoughts or self.thoughts:
             click.echo(click.style(text, dim=True) if thoughts else text, nl=False)
             self._ends_line = text.endswith("\n")
@@ -118,9 +121,12 @@ def command(conversation: Conversation, line: str, shown: Shown) -> None:
 
 
 def change(settings: dict[str, Any], text: str) -> None:
-    """Set `NAME VALUE`, or show what is set."""
-    name, _, value = text.partition(" ")
-    if name:
+    """Set `NAME VALUE` or `NAME=VALUE`, set NAME to its default again, or show what is set."""
+    name, _, value = (text.replace("=", " ", 1) if "=" in text.partition(" ")[0] else text).partition(" ")
+    if value.strip() or name not in ("", *Sampling.model_fields):
         settings[name] = checked(name, value.strip(), "/set")
+    elif name:
+        settings.pop(name, None)
     else:
-        click.echo(", ".join(f"{known} {value}" for known, value in Sampling(**settings)))
+        values = {known: " ".join(map(repr, value)) if known == "stop" else value for known, value in Sampling(**settings)}
+        click.echo(", ".join(f"{known} {'unset' if value in (None, '') else value}" for known, value in values.items()))

@@ -41,6 +41,7 @@ QUIET = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1",
     "TQDM_DISABLE": "1",
 }  # fmt: skip
+AGAIN = "the stage is tried again"
 OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "can't allocate memory", "No available memory for the cache", "is less than desired")
 
 _ERROR = re.compile(r" ERROR |^[A-Za-z_.]*(Error|Exception)\b")
@@ -193,7 +194,7 @@ class Server:
             except subprocess.TimeoutExpired:
                 pass
         message = f"vLLM did not complete an answer ({error}); the end of {self.place.log.name}:\n{self.tail()}"
-        return StageFailed("transient", message, "the stage is tried again")
+        return StageFailed("transient", message, AGAIN)
 
     def ended(self, when: str) -> StageFailed:
         """Return the failure, with the cause that its log shows."""
@@ -205,11 +206,11 @@ class Server:
             hint = f"lower `gpu_memory_utilization` (`cpu_memory` without a GPU) or `max_num_seqs` of {settings}"
             return StageFailed("oom", message, hint)
         if "address already in use" in said:
-            return StageFailed("transient", message, "another process took its port; the stage is tried again")
+            return StageFailed("transient", message, f"another process took its port; {AGAIN}")
         if when.startswith("before"):
             hint = f"see its log: vLLM does not support this model, or a setting under {settings} is wrong"
             return StageFailed("config", message, hint)
-        return StageFailed("transient", message, "the stage is tried again")
+        return StageFailed("transient", message, AGAIN)
 
     def tail(self) -> str:
         """Return the end of its log, up to the last error and its message: what libraries print while they end is useless."""

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from tasks.data.rendering import ends
 from tasks.engine.client import CPU_BATCH, OUTPUT, RANKS, modules_of
-from tasks.engine.server import Place, Server
+from tasks.engine.server import AGAIN, Place, Server
 from tasks.log_filters import silence
 from tasks.models.loading import check_inputs, load_tokenizer, needs_remote_code, save_tokenizer, write_json
 from tasks.packages import hide
@@ -65,7 +66,8 @@ def main() -> int:
                 raise server.ended("while it was serving")
         server.stop()
     except Exception as error:
-        say(**failed(error))
+        failure = failed(error)
+        say(**failure | {"hint": failure["hint"].replace(AGAIN, "start it again")})
         return 1
     say(type="stopped")
     return 0
@@ -94,6 +96,7 @@ def arguments(request: Request, gpus: list[str] | None) -> tuple[list[str], int 
         )
     tokenizer = load_tokenizer(next(iter(adapters.values()), base))
     save_tokenizer(tokenizer, served)
+    copyfile(folder / "config.json", served / "config.json")  # vLLM looks for it beside the tokenizer
     write_json(served / "generation_config.json", {"eos_token_id": ends(tokenizer, listed_ends(folder))})
     values: dict[str, Any] = {
         "model": folder, "tokenizer": served, "generation-config": served, "dtype": stage.dtype,

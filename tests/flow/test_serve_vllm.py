@@ -32,10 +32,10 @@ pipelines:
       base:  {kind: model, path: %(model)s, runtime: here}
       words: {kind: dataset, model: base, sources: [{type: files, path: words.jsonl}], split: {test: 0.2}, runtime: here}
       nums:  {kind: dataset, model: base, sources: [{type: files, path: nums.jsonl}], split: {test: 0.2}, runtime: here}
-      one:   {kind: sft, model: base, dataset: words, lora: {r: 8}, learning_rate: 5e-3, max_steps: 60, global_batch_size: 4, runtime: here}
-      other: {kind: sft, model: base, dataset: nums, lora: {r: 12}, learning_rate: 5e-3, max_steps: 60, global_batch_size: 4, runtime: here}
-      eval-one:   {kind: evaluate, model: one, datasets: [words], max_new_tokens: 6, runtime: here}
-      eval-other: {kind: evaluate, model: other, datasets: [words], max_new_tokens: 6, runtime: here}
+      one:   {kind: sft, model: base, dataset: words, lora: {r: 8}, learning_rate: 5e-3, max_steps: 150, global_batch_size: 4, runtime: here}
+      other: {kind: sft, model: base, dataset: nums, lora: {r: 12}, learning_rate: 5e-3, max_steps: 150, global_batch_size: 4, runtime: here}
+      eval-one:   {kind: evaluate, model: one, datasets: [words], max_new_tokens: 8, runtime: here}
+      eval-other: {kind: evaluate, model: other, datasets: [words], max_new_tokens: 8, runtime: here}
 """
 # Run by the Python of vLLM's runtime, which has OpenAI's client: prints what each call in argv[3] returns.
 CLIENT = """\
@@ -52,6 +52,10 @@ for call in json.loads(sys.argv[3]):
     except openai.APIStatusError as error:
         print(json.dumps({"status": error.status_code, "message": str(error)}))
 """
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 def free_port() -> int:
@@ -93,7 +97,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, prefe
     subprocess.run([runtime_python, ROOT / "tests" / "support" / "pico.py", model, "128"], check=True)
     project.write(PIPELINES % {"python": runtime_python, "model": model, "models": root})
     for name, answer in (("words", "word{}"), ("nums", "{} it is")):
-        rows = [{"prompt": f"Say the word number {i}.", "completion": answer.format(i % 7)} for i in range(60)]
+        rows = [
+            {"messages": [*asked(f"Say the word number {i}."), {"role": "assistant", "content": answer.format(i % 7)}]} for i in range(60)
+        ]
         project.write("".join(json.dumps(row) + "\n" for row in rows), f"{name}.jsonl")
     project.tuneline("run", "two", "--only", "eval-one")
     project.tuneline("run", "two", "--only", "eval-other")
@@ -114,8 +120,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, prefe
 
 
 def question(row: dict[str, Any]) -> list[dict[str, str]]:
-    text = row["prompt"].rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
-    return [{"role": "user", "content": text}]
+    return asked(row["prompt"].rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0])
 
 
 def samples(project: Project, stage: str) -> list[dict[str, Any]]:
@@ -126,7 +131,7 @@ def samples(project: Project, stage: str) -> list[dict[str, Any]]:
 def test_two_adapters_asked_at_once_answer_as_their_evaluations(served: Served) -> None:
     expected = {f"two/{name}": samples(served.project, f"eval-{name}") for name in ("one", "other")}
     calls = {
-        name: [{"model": name, "messages": question(row), "temperature": 0, "max_tokens": 6} for row in rows]
+        name: [{"model": name, "messages": question(row), "temperature": 0, "max_tokens": 8} for row in rows]
         for name, rows in expected.items()
     }
     with ThreadPoolExecutor() as pool:
@@ -138,11 +143,11 @@ def test_two_adapters_asked_at_once_answer_as_their_evaluations(served: Served) 
 
 
 def test_answers_are_streamed_and_have_log_probabilities(served: Served) -> None:
-    asked = {"messages": [{"role": "user", "content": "Say the word number 3."}], "temperature": 0, "max_tokens": 6}
+    call = {"messages": asked("Say the word number 3."), "temperature": 0, "max_tokens": 8}
     whole, streamed, base = served.ask(
-        {**asked, "model": "two/one", "logprobs": True, "top_logprobs": 2},
-        {**asked, "model": "two/one", "stream": True},
-        {**asked, "model": "two/base"},
+        {**call, "model": "two/one", "logprobs": True, "top_logprobs": 2},
+        {**call, "model": "two/one", "stream": True},
+        {**call, "model": "two/base"},
     )
     text = whole["choices"][0]["message"]["content"]
     assert "".join(piece or "" for piece in streamed["pieces"]) == text
@@ -153,11 +158,11 @@ def test_answers_are_streamed_and_have_log_probabilities(served: Served) -> None
 
 
 def test_a_wrong_name_and_a_wrong_key_are_refused(served: Served) -> None:
-    asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    (wrong,) = served.ask({**asked, "model": "two/three"})
+    call = {"messages": asked("Hello"), "max_tokens": 1}
+    (wrong,) = served.ask({**call, "model": "two/three"})
     assert wrong["status"] == 404
     assert "two/three" in wrong["message"]
-    assert [answer["status"] for answer in served.ask({**asked, "model": "two/one"}, key="other")] == [401]
+    assert [answer["status"] for answer in served.ask({**call, "model": "two/one"}, key="other")] == [401]
     assert served.get("/v1/models")[0] == 401
     assert served.get("/v1/load_lora_adapter")[0] in (401, 404)
 
@@ -180,9 +185,9 @@ def test_the_port_is_taken(served: Served) -> None:
 
 def test_a_request_in_progress_is_finished_before_the_end(served: Served) -> None:
     """Last: it ends the server."""
-    asked = {"model": "two/base", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 300, "temperature": 1}
+    call = {"model": "two/base", "messages": asked("Go on."), "max_tokens": 300, "temperature": 1}
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(served.ask, {**asked, "extra_body": {"ignore_eos": True}})
+        answer = pool.submit(served.ask, {**call, "extra_body": {"ignore_eos": True}})
         until(served.running)
         served.process.send_signal(signal.SIGTERM)
         assert answer.result()[0]["usage"]["completion_tokens"] == 300

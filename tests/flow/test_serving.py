@@ -101,6 +101,8 @@ def test_the_address_of_a_server_needs_a_key_and_a_free_port(tmp_path: Path, mon
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"--port: 127\.0\.0\.1:{port}: Address already in use"):
             address_of("127.0.0.1", port, None)
+    with pytest.raises(ConfigError, match=r"--host: 127\.0\.0\.1\.2:8000: .*\n\nhint: `--host` takes an address of this machine"):
+        address_of("127.0.0.1.2", 8000, Path(__file__))
     assert address_of("localhost", port, None).key == ""
     key = tmp_path / "my key"
     key.write_text("sesame\n")
