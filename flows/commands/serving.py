@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from flows.commands.exits import EXIT
+from flows.commands.exits import EXIT, WRONG
 from flows.commands.names import stages_of
 from flows.commands.options import file_option, json_option, print_json, say, warn
 from tuneline.config.load import load
-from tuneline.errors import ConfigError, Problem
+from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.workspace.workspace import Workspace
 
 HISTORY = "chat_history"
@@ -44,26 +46,22 @@ def chat(names: tuple[str, ...], file: Path, as_json: bool, **options: Any) -> N
     workspace = Workspace(load(file), warn)
     models = [find_model(workspace, name, asked.dataset) for name in names]
     rows = find_dataset(workspace, models[0].pipeline, asked.dataset) if asked.dataset is not None else None
-    try:
-        with members(workspace, models, rows, say) as loaded:
-            conversation = Conversation(loaded, asked.settings, asked.system, asked.dataset)
-            if asked.one_shot is None:
-                say(f"{', '.join(model.name for model in models)}: /help lists commands, Ctrl-D ends")
-                talk(conversation, workspace.home / HISTORY)
-                return
-            shown = Shown(len(models) > 1, thoughts=sys.stdout.isatty())
-            ask = conversation.ask if asked.row is None else conversation.ask_row
-            display: Display = Silent() if as_json else shown
-            exchange = ask(asked.one_shot, display)
-            if as_json:
-                print_json(asdict(exchange))
-            else:
-                shown.reference(exchange)
-            if any(answer["ended"] == "interrupted" for answer in exchange.answers):
-                sys.exit(EXIT["cancelled"])
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        sys.exit(EXIT["cancelled"])
+    with _errors(), members(workspace, models, rows, say) as loaded:
+        conversation = Conversation(loaded, asked.settings, asked.system, asked.dataset)
+        if asked.one_shot is None:
+            say(f"{', '.join(model.name for model in models)}: /help lists commands, Ctrl-D ends")
+            talk(conversation, workspace.home / HISTORY)
+            return
+        shown = Shown(len(models) > 1, thoughts=sys.stdout.isatty())
+        ask = conversation.ask if asked.row is None else conversation.ask_row
+        display: Display = Silent() if as_json else shown
+        exchange = ask(asked.one_shot, display)
+        if as_json:
+            print_json(asdict(exchange))
+        else:
+            shown.reference(exchange)
+        if any(answer["ended"] == "interrupted" for answer in exchange.answers):
+            sys.exit(EXIT["cancelled"])
 
 
 @dataclass(frozen=True)
@@ -113,16 +111,27 @@ def serve(names: tuple[str, ...], file: Path, host: str, port: int, api_key_file
     workspace = Workspace(load(file), warn)
     models = [find_model(workspace, name) for name in names]
     address = address_of(host, port, api_key_file)
+    with _errors(), served(workspace, models, address, say) as program:
+        ready = program.receive()
+        say(f"ready after {ready['seconds']:.0f} s: {', '.join(model.name for model in models)}")
+        if ready["length"]:
+            say(f"a prompt and its answer may have {ready['length']:,} tokens (`resources: {{engine: {{max_model_len: ...}}}}`)")
+        say("also /health and /metrics; Ctrl-C ends it")
+        click.echo(address.url())
+        click.echo(address.curl(models[-1].name))
+        wait(program, say)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """End the command: with 130 at Ctrl-C, with 2 if a program refuses what it is asked."""
     try:
-        with served(workspace, models, address, say) as program:
-            ready = program.receive()
-            say(f"ready after {ready['seconds']:.0f} s: {', '.join(model.name for model in models)}")
-            if ready["length"]:
-                say(f"a prompt and its answer may have {ready['length']:,} tokens (`resources: {{engine: {{max_model_len: ...}}}}`)")
-            say("also /health and /metrics; Ctrl-C ends it")
-            click.echo(address.url())
-            click.echo(address.curl(models[-1].name))
-            wait(program, say)
+        yield
     except KeyboardInterrupt:
         click.echo(err=True)
         sys.exit(EXIT["cancelled"])
+    except StageFailed as error:
+        if error.failure_class not in ("config", "data"):
+            raise
+        click.echo(str(error), err=True)
+        sys.exit(WRONG)

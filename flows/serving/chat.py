@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -95,35 +96,45 @@ class Conversation:
     def _answer(
         self, member: Member, asked: dict[str, Any], settings: dict[str, Any], exchange: Exchange, display: Display
     ) -> dict[str, Any]:
-        """Pass an answer on to the display. The first Ctrl-C stops this answer; a second one before its end is raised."""
-        member.program.send({"ask": asked, "settings": settings})
-        begun = interrupted = False
-        while True:
-            try:
+        """Pass an answer on to the display. The first Ctrl-C stops this answer; a second one before its end raises KeyboardInterrupt."""
+        begun = False
+        with _stopping(member.program):
+            member.program.send({"ask": asked, "settings": settings})
+            while True:
                 document = member.program.receive()
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
-                member.program.send({"stop": True})
-                continue
-            kind = document.pop("type")
-            if kind == "question":
-                exchange.reference = exchange.reference or document["reference"]
-                if not exchange.question:
-                    exchange.question = document["messages"]
-                    display.question(exchange.question)
-                continue
-            if not begun:
-                display.begins(member.built.name)
-                begun = True
-            if kind == "text":
-                display.text(**document)
-            else:
-                answer = {"stage": member.built.name, **document}
-                exchange.answers.append(answer)
-                display.answer(answer)
-                return answer
+                kind = document.pop("type")
+                if kind == "question":
+                    exchange.reference = exchange.reference or document["reference"]
+                    if not exchange.question:
+                        exchange.question = document["messages"]
+                        display.question(exchange.question)
+                    continue
+                if not begun:
+                    display.begins(member.built.name)
+                    begun = True
+                if kind == "text":
+                    display.text(**document)
+                else:
+                    answer = {"stage": member.built.name, **document}
+                    exchange.answers.append(answer)
+                    display.answer(answer)
+                    return answer
+
+
+@contextmanager
+def _stopping(program: LineProgram) -> Iterator[None]:
+    """Let the first Ctrl-C stop the program's answer."""
+    usual = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: Any) -> None:
+        program.send({"stop": True})
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @contextmanager

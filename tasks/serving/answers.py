@@ -70,7 +70,7 @@ class Writer:
         length = settings.max_new_tokens if self.room is None else min(settings.max_new_tokens, self.room - len(ids))
         if not ids or length < 1:
             found = f"found {len(ids)} tokens before the answer, expected 1 to {(self.room or 2) - 1}"
-            raise StageFailed("data", found, "`/reset` begins a new conversation")
+            raise StageFailed("data", found, "ask less, or begin a new conversation with `/reset`")
         progress = _Progress(self, prompt, len(ids), settings, show)
         sampled: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
         if settings.seed is not None:

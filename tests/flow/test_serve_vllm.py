@@ -96,7 +96,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, runtime_python: Path, prefe
     project, model = Project(root), root / "model"
     subprocess.run([runtime_python, ROOT / "tests" / "support" / "pico.py", model, "128"], check=True)
     project.write(PIPELINES % {"python": runtime_python, "model": model, "models": root})
-    for name, answer in (("words", "word{}"), ("nums", "{} it is")):
+    for name, answer in (("words", "word"), ("nums", "{} it is")):
         rows = [
             {"messages": [*asked(f"Say the word number {i}."), {"role": "assistant", "content": answer.format(i % 7)}]} for i in range(60)
         ]

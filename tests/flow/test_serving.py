@@ -117,6 +117,38 @@ def test_the_address_of_a_server_needs_a_key_and_a_free_port(tmp_path: Path, mon
     assert address_of("127.0.0.1", port, None).key == "variable"
 
 
+def test_what_a_program_refuses_is_an_error_of_the_call(capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.commands.serving import _errors
+    from tuneline.errors import StageFailed
+
+    with pytest.raises(SystemExit) as ended, _errors():
+        raise StageFailed("data", "found row 9, expected 0 to 7", "another row")
+    assert (ended.value.code, capsys.readouterr().err) == (2, "found row 9, expected 0 to 7\n\nhint: another row\n")
+    with pytest.raises(StageFailed), _errors():
+        raise StageFailed("bug", "the program ended with status 1")
+
+
+def test_settings_are_changed_shown_and_taken_back(capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.serving.terminal import change
+
+    settings: dict[str, Any] = {}
+    for text in ("temperature 0.5", "stop=a = b", "seed 7", "seed"):
+        change(settings, text)
+    assert settings == {"temperature": 0.5, "stop": ("a = b",)}
+    change(settings, "")
+    assert capsys.readouterr().out == "temperature 0.5, top_p 1.0, max_new_tokens 256, seed unset, stop 'a = b'\n"
+
+
+def test_a_model_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.serving.terminal import Shown
+
+    shown = Shown(several=False, thoughts=False)
+    for text in ("a\x1b[2J\tb\x07\r\n", "\x9b31m"):
+        shown.text(text, False)
+    shown.answer({"ended": "stop", "tokens": 2})
+    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\ufffd\n\ufffd31m\n"
+
+
 def samples(project: Project, stage: str) -> list[dict[str, Any]]:
     artifact = next(row["artifact"] for row in project.json("plan", "pico")["stages"] if row["stage"] == stage)
     return [json.loads(line) for line in Path(artifact, "meta", "samples.jsonl").read_text().splitlines()]
@@ -210,7 +242,7 @@ def test_a_conversation_at_a_terminal(terminal: Callable[..., Terminal], tmp_pat
     chat.types("/sett")
     chat.says("/sett: expected /set, /system, /row, /reset, /help, /exit\r\n\r\nhint: did you mean `/set`?")
     chat.types("/set")
-    chat.says("temperature 0.0, top_p 1.0, max_new_tokens 4")
+    chat.says("temperature 0.0, top_p 1.0, max_new_tokens 4, seed unset, stop unset")
     chat.types("/reset")
     chat.types("Say the word number 3.")
     chat.says("[pico/sft]\r\n")
