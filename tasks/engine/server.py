@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +111,14 @@ class Server:
                 time.sleep(POLL)
         message = f"vLLM was not ready after {self.timeout:.0f} s; the end of {self.place.log.name}:\n{self.tail()}"
         raise StageFailed("transient", message, "allow more time with `resources: {engine: {start_timeout: ...}}`")
+
+    def drain(self, seconds: float) -> None:
+        """Let requests in progress finish, at most for so long. Only vLLM's main process gets SIGTERM: a worker would end at once."""
+        assert self.process is not None
+        for main in watchdog.descendants(self.process.pid)[:1]:
+            os.kill(main, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
 
     def stop(self) -> None:
         """Send SIGTERM to all of its processes, SIGKILL after the watchdog's grace period. Returns when none is left."""

@@ -64,6 +64,7 @@ def main() -> int:
         while not ending.wait(POLL):
             if server.process is None or server.process.poll() is not None:
                 raise server.ended("while it was serving")
+        server.drain(GRACE)
         server.stop()
     except Exception as error:
         failure = failed(error)

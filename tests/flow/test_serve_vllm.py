@@ -22,6 +22,7 @@ from project import ROOT, Project, python_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.process]
 KEY = "sesame-open-sesame"
+IM_END = "2"  # the token <|im_end|>, which ends a turn
 PIPELINES = """\
 version: 1
 roots: ["%(models)s"]
@@ -139,7 +140,9 @@ def test_two_adapters_asked_at_once_answer_as_their_evaluations(served: Served) 
     for name, rows in expected.items():
         assert [answer["choices"][0]["message"]["content"] for answer in answers[name]] == [row["answer"] for row in rows]
     assert [row["answer"] for row in expected["two/one"]] != [row["answer"] for row in expected["two/other"]]
-    assert {answer["choices"][0]["finish_reason"] for answer in answers["two/one"]} == {"stop"}  # the trained end, without being asked
+    turn_ends = {"model": "two/one", "messages": asked("Hello"), "max_tokens": 8, "logit_bias": {IM_END: 100}}
+    (ended,) = served.ask(turn_ends)
+    assert (ended["choices"][0]["finish_reason"], ended["usage"]["completion_tokens"]) == ("stop", 1)  # without being asked
 
 
 def test_answers_are_streamed_and_have_log_probabilities(served: Served) -> None:
