@@ -113,9 +113,8 @@ def serve(names: tuple[str, ...], file: Path, host: str, port: int, api_key_file
     address = address_of(host, port, api_key_file)
     with _errors(), served(workspace, models, address, say) as program:
         ready = program.receive()
-        say(f"ready after {ready['seconds']:.0f} s: {', '.join(model.name for model in models)}")
-        if ready["length"]:
-            say(f"a prompt and its answer may have {ready['length']:,} tokens (`resources: {{engine: {{max_model_len: ...}}}}`)")
+        say(f"ready after {ready['seconds']:.0f} s: {', '.join(ready['names'])}")
+        say(f"a prompt and its answer may have {ready['length']:,} tokens (`resources: {{engine: {{max_model_len: ...}}}}`)")
         say("also /health and /metrics; Ctrl-C ends it")
         click.echo(address.url())
         click.echo(address.curl(models[-1].name))

@@ -56,11 +56,11 @@ def main() -> int:
         hide(request)
         gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if request.stage().resources.gpus else None
         assert request.engine is not None
-        flags, length = arguments(request, gpus)
-        server = Server(Place(request.engine, Path(log), gpus), flags, settings_of(request).start_timeout)
+        server = Server(Place(request.engine, Path(log), gpus), arguments(request, gpus), settings_of(request).start_timeout)
         server.host, server.port, server.key, server.variables = host, int(port), os.environ.get(KEY, ""), {}  # no client may load adapters
         server.start()
-        say(type="ready", seconds=round(time.monotonic() - began, 1), length=length)
+        length = json.loads(server.ask("GET", "/v1/models"))["data"][0]["max_model_len"]
+        say(type="ready", seconds=round(time.monotonic() - began, 1), names=list(request.inputs), length=length)
         while not ending.wait(POLL):
             if server.process is None or server.process.poll() is not None:
                 raise server.ended("while it was serving")
@@ -83,8 +83,8 @@ def settings_of(request: Request) -> EngineSettings:
     return request.stage().resources.engine or EngineSettings(gpu_memory_utilization=FREE_MEMORY)
 
 
-def arguments(request: Request, gpus: list[str] | None) -> tuple[list[str], int | None]:
-    """Return vLLM's arguments, and how many tokens a prompt and its answer may have; None if vLLM decides by its memory."""
+def arguments(request: Request, gpus: list[str] | None) -> list[str]:
+    """Return vLLM's arguments. Raises StageFailed(config) for a model that it cannot serve."""
     stage, settings = request.stage(), settings_of(request)
     assert isinstance(stage, EvaluateStage)
     bases = {name: source for name, source in request.inputs.items() if source.type == "Model"}
@@ -115,7 +115,7 @@ def arguments(request: Request, gpus: list[str] | None) -> tuple[list[str], int 
     switches = ["disable-fastapi-docs", *(["no-enable-chunked-prefill"] if gpus is None else [])]  # as in tasks.engine.client
     switches += ["enforce-eager"] if settings.enforce_eager else []
     flags = [f"--{name}={value}" for name, value in values.items() if value is not None] + [f"--{name}" for name in switches]
-    return [*flags, "--served-model-name", *bases, *(of_adapters(adapters) if adapters else ())], length
+    return [*flags, "--served-model-name", *bases, *(of_adapters(adapters) if adapters else ())]
 
 
 def of_adapters(adapters: dict[str, Input]) -> list[str]:
