@@ -32,7 +32,7 @@ from tuneline.workspace.checkpoints import newest
 from tuneline.workspace.file_names import ATTEMPTS, EVENTS, FAILURE, LOG, REQUEST, RESULT
 from tuneline.workspace.history import input_of
 from tuneline.workspace.protocol import Event, Request, Result
-from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
+from tuneline.workspace.runtimes import RuntimeEnvironment, ready_runtime
 from tuneline.workspace.tracked import tracked
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
@@ -160,10 +160,7 @@ def require_key_content(run: RunContext, stage: ProgramStage, resolved: Resolved
 
 
 def _runtime(run: RunContext, name: str) -> RuntimeEnvironment:
-    runtime = find_runtime(name, run.workspace.loaded.spec, run.workspace.root)
-    if not runtime.ready:
-        raise StageFailed("config", f"the runtime {name} is not set up", f"`tuneline setup {name}` builds it")
-    return runtime
+    return ready_runtime(name, run.workspace.loaded.spec, run.workspace.root)
 
 
 def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Taken) -> Outcome:

@@ -31,7 +31,7 @@ from tuneline.workspace.file_names import BASE, CARD, EVENTS, FAILURE, LOG, PAYL
 from tuneline.workspace.history import input_of, input_slots, manifests_in_history, names_in_history
 from tuneline.workspace.protocol import Event, Failure, Request, Result
 from tuneline.workspace.reference import REFERENCE, folder_of
-from tuneline.workspace.runtimes import find_runtime
+from tuneline.workspace.runtimes import ready_runtime
 from tuneline.workspace.workspace import Workspace
 
 LOG_TAIL = 20  # lines shown of a program that ended without a reason
@@ -126,9 +126,7 @@ def export(job: Job, on_line: Say, on_event: Callable[[Event], None]) -> Result:
         request = _request(job, scratch)
         request.write(scratch / REQUEST)
         (scratch / EVENTS).touch()
-        python = find_runtime(job.stage.runtime, job.workspace.loaded.spec, job.workspace.root)
-        if not python.ready:
-            raise StageFailed("config", f"the runtime {python.name} is not set up", f"`tuneline setup {python.name}` builds it")
+        python = ready_runtime(job.stage.runtime, job.workspace.loaded.spec, job.workspace.root)
         command = [str(python.python), "-m", "tasks", str(scratch / REQUEST)]
         with job.workspace.store.shared_lock():
             outcome = Supervisor().run(Program(command, program_environment(scratch, []), scratch, job.stage.timeout), on_line, on_event)
