@@ -167,6 +167,15 @@ def test_models_answer_a_row_as_their_evaluations(pico_run: Project) -> None:
     assert not list(pico_run.root.glob(".tuneline/work/*"))
 
 
+@pytest.mark.slow
+def test_what_vllm_cannot_serve_is_refused_before_it_starts(pico_run: Project) -> None:
+    apart = pico_run.tuneline("serve", "pico/base", "pico/merged", "--port", "18999", status=2).stderr
+    assert "serve: found models of 2 bases: pico/base, pico/merged" in apart
+    quantized = pico_run.tuneline("serve", "pico/gptq", "--port", "18999", status=2).stderr
+    assert "pico/gptq: found GPTQ and no GPU" in quantized
+    assert "hint: `tuneline chat pico/gptq` runs it" in quantized
+
+
 # --- at a terminal --------------------------------------------------------------------------------------------------------
 
 
