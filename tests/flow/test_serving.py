@@ -78,8 +78,8 @@ def unbuilt(project: Project, stand_in: Callable[..., None]) -> Project:
             "--set: temperature: found `-1`: input should be greater than or equal to 0",
         ),
         (
-            ("serve", "demo/base", "--api-key", "sesame"),
-            "hint: `ps` shows command lines: set TUNELINE_API_KEY, or `--api-key-file FILE`",
+            ("serve", "demo/base", "--api-key", "sesame", "--api-key-file", __file__),
+            "--api-key: found --api-key and --api-key-file\n\nhint: give one of them",
         ),
     ],
 )
@@ -90,32 +90,36 @@ def test_what_is_wrong_is_said_with_what_to_do(unbuilt: Project, arguments: tupl
 
 
 def test_the_address_of_a_server_needs_a_key_and_a_free_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.serving.serve import address_of
+    from flows.serving.serve import Key, address_of
     from tuneline.errors import ConfigError
 
     monkeypatch.delenv("TUNELINE_API_KEY", raising=False)
     with pytest.raises(
         ConfigError, match=r"--host: found 0\.0\.0\.0 without a key.*\n\nhint: set TUNELINE_API_KEY, or `--api-key-file FILE`"
     ):
-        address_of("0.0.0.0", 8000, None)
+        address_of("0.0.0.0", 8000, Key(None, None))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"--port: 127\.0\.0\.1:{port}: Address already in use"):
-            address_of("127.0.0.1", port, None)
+            address_of("127.0.0.1", port, Key(None, None))
     with pytest.raises(ConfigError, match=r"--host: 127\.0\.0\.1\.2:8000: .*\n\nhint: `--host` takes an address of this machine"):
-        address_of("127.0.0.1.2", 8000, Path(__file__))
-    assert address_of("localhost", port, None).key == ""
+        address_of("127.0.0.1.2", 8000, Key(None, Path(__file__)))
+    assert address_of("localhost", port, Key(None, None)).key == ""
     key = tmp_path / "my key"
+    key.write_text("\n")
+    with pytest.raises(ConfigError, match=r"--api-key-file: found an empty file, .*my key"):
+        address_of("127.0.0.1", port, Key(None, key))
     key.write_text("sesame\n")
-    address = address_of("127.0.0.1", port, key)
+    address = address_of("127.0.0.1", port, Key(None, key))
     assert address.key == "sesame"
     assert address.curl("demo/sft") == (
         f"printf 'Authorization: Bearer %s' \"$(cat '{key}')\" | curl http://127.0.0.1:{port}/v1/chat/completions -H @- "
         "-H 'Content-Type: application/json' "
         """-d '{"model": "demo/sft", "messages": [{"role": "user", "content": "Hello"}]}'"""
     )
+    assert address_of("127.0.0.1", port, Key("open sesame", None)).curl("a").startswith("printf 'Authorization: Bearer %s' 'open sesame' |")
     monkeypatch.setenv("TUNELINE_API_KEY", "variable")
-    assert address_of("127.0.0.1", port, None).key == "variable"
+    assert address_of("127.0.0.1", port, Key(None, None)).key == "variable"
 
 
 def test_what_a_program_refuses_is_an_error_of_the_call(capsys: pytest.CaptureFixture[str]) -> None:
