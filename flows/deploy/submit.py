@@ -166,10 +166,11 @@ class LogReader:
             return ""
         if log.task_run_id not in self._stages:
             try:
-                name = client.read_task_run(log.task_run_id).name
+                run = client.read_task_run(log.task_run_id)
             except ObjectNotFound:
                 return None
-            self._stages[log.task_run_id] = f"{name.partition(': ')[0]}: "  # without the figures that are appended at its end
+            first = run.name.removesuffix(f"-{run.dynamic_key[:3]}")  # Prefect's name for it, until its start is recorded
+            self._stages[log.task_run_id] = f"{first.partition(': ')[0]}: "  # without the figures that are appended at its end
         return self._stages[log.task_run_id]
 
 

@@ -27,6 +27,7 @@ from prefect.states import Completed
 
 from tuneline.config.spec import Pipeline
 
+START = 120  # seconds that a start may take: a run in time is not missed, even if the next one of a short interval is due by then
 LATE = 600  # seconds, after which a run counts as missed where `catch_up` is `none`
 SKIPPED = "Skipped"
 
@@ -54,10 +55,10 @@ def _missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
         name = run.created_by.display_value if run.created_by else None
         known = pipeline.schedules.get(name or "")
         catch_up, now = known.catch_up if known else "latest", datetime.now(UTC)
+        late = (now - run.expected_start_time).total_seconds()
         if catch_up == "all":
             return None
         if catch_up == "none":
-            late = (now - run.expected_start_time).total_seconds()
             return f"missed: it could only start {late // 60:.0f} min late (catch_up: none)" if late > LATE else None
         due = FlowRunFilter(
             deployment_id=FlowRunFilterDeploymentId(any_=[run.deployment_id]),
@@ -66,8 +67,8 @@ def _missed(flow_run: UUID, pipeline: Pipeline) -> str | None:
         )
         runs = client.read_flow_runs(flow_run_filter=due, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=200)
         waiting = [each for each in runs if _schedule(each) == schedule and each.id != run.id and each.expected_start_time is not None]
-        newest = max((each.expected_start_time for each in waiting if each.expected_start_time), default=run.expected_start_time)
-        newest = max(newest, run.expected_start_time)
+        replaced_by = [] if late <= START else [each.expected_start_time for each in waiting if each.expected_start_time]
+        newest = max([run.expected_start_time, *replaced_by])
         message = f"missed: the run of {newest.astimezone():%Y-%m-%d %H:%M} replaces it (catch_up: latest)"
         for each in waiting:
             if each.expected_start_time and each.expected_start_time < newest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from tuneline.workspace.protocol import Event
 from tuneline.workspace.runs import RunRecord, StageRecord
 from tuneline.workspace.workspace import Workspace
 
-SHOWN = 50  # runs of the server
+SHOWN = 200  # runs of the server, Prefect's page
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ def _progress(work: Path, stage: str) -> str:
 
 
 def on_server() -> list[OnServer]:
-    """Return the unfinished runs (running, waiting or late) on the server at PREFECT_API_URL. Raises TunelineError."""
+    """Return the unfinished runs (running, waiting or late) on the server at PREFECT_API_URL, and the next run of each schedule.
+
+    Raises TunelineError.
+    """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
     from prefect.client.schemas.objects import StateType
@@ -88,8 +92,19 @@ def on_server() -> list[OnServer]:
     chosen = FlowRunFilter(tags=FlowRunFilterTags(all_=["tuneline"]), state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unended)))
     with server_errors(), get_client(sync_client=True) as client:
         runs = client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=SHOWN)
-        running_first = sorted(runs, key=lambda run: run.state is not None and run.state.type == StateType.SCHEDULED)
+        running_first = sorted(_without_later_ones(runs), key=lambda run: run.state is not None and run.state.type == StateType.SCHEDULED)
         return [_row(run, why(client, run)) for run in running_first]
+
+
+def _without_later_ones(runs: list[Any]) -> Iterator[Any]:
+    """Prefect creates up to a hundred runs of a schedule ahead. `runs`: by the time of their start."""
+    now, planned = datetime.now(UTC), set[Any]()
+    for run in runs:
+        if run.auto_scheduled and run.state.type.value == "SCHEDULED" and run.expected_start_time > now:
+            if run.created_by.id in planned:
+                continue
+            planned.add(run.created_by.id)
+        yield run
 
 
 def _row(run: Any, waits: str) -> OnServer:

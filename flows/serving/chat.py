@@ -16,9 +16,9 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.stage import Resources
 from tuneline.planning.built import Built, input_of_model, request_of
 from tuneline.workspace.artifact import Artifact
+from tuneline.workspace.history import input_of
 from tuneline.workspace.protocol import Request
 from tuneline.workspace.runtimes import ready_runtime
-from tuneline.workspace.upstream import input_of
 from tuneline.workspace.workspace import Workspace
 
 PROGRAM = "tasks.serving.chat"
@@ -154,5 +154,5 @@ def members(workspace: Workspace, models: list[Built], dataset: Artifact | None,
 def _requests(workspace: Workspace, built: Built, dataset: Artifact | None) -> Callable[[Path], Request]:
     inputs = {"model": input_of_model(workspace, built)}
     if dataset is not None:
-        inputs["dataset"] = input_of(dataset, workspace.store)
+        inputs["dataset"] = input_of(workspace.store, dataset)
     return lambda folder: request_of(built, inputs, folder)

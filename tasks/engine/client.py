@@ -56,13 +56,14 @@ class Sampling:
     max_tokens: int
     temperature: float
     top_p: float = 1.0
+    top_k: int = 0
     stop_token_ids: Sequence[int] = ()
     stop: Sequence[str] = ()
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a request. An empty `stop` is left out."""
         given: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
-        given["stop_token_ids"] = list(self.stop_token_ids)
+        given |= {"top_k": self.top_k, "stop_token_ids": list(self.stop_token_ids)}
         return given | ({"stop": list(self.stop)} if self.stop else {})
 
 

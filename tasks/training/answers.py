@@ -124,7 +124,7 @@ def train_and_save(
     settings = stage.adapter_settings()
     before = initial.begin(trainer, settings, found, start.train, request.work) if found else {}
     trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(start.model),) * 2
-    parameters -= sum(each.numel() for name, each in trainer.model.named_parameters() if ".ref." in name)  # TRL's copy of an adapter
+    parameters -= sum(each.numel() for name, each in trainer.model.named_parameters() if ".ref." in f"{name}.")  # TRL's copy of an adapter
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}
     if first:
         for name, count in sizes.items():

@@ -151,6 +151,7 @@ def trainer_arguments(request: Request, stage: GrpoStage) -> GRPOConfig:
         num_generations=stage.num_generations,
         temperature=stage.temperature,
         top_p=stage.top_p,
+        top_k=stage.top_k,
         max_completion_length=stage.max_completion_length,
         mask_truncated_completions=stage.mask_truncated_completions,
         beta=stage.beta,

@@ -66,27 +66,27 @@ def make_trainer(
     from tasks.training.trackers import Trackers
 
     training.score_only_trained_tokens()
-    base, earlier = request.inputs["model"], request.inputs.get("adapter")
+    base, earlier, settings = request.inputs["model"], request.inputs.get("adapter"), stage.adapter_settings()
     callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = trainer_class(
-        model=training.continued_adapter(start.model, earlier, base, stage.lora, start.targets)
-        if earlier and start.targets
-        else start.model,
+        model=training.continued_adapter(start.model, earlier, base, settings, start.targets) if earlier and start.targets else start.model,
         ref_model=methods.load_base(base, stage) if stage.copies_base() else None,
         args=arguments,
         train_dataset=start.train,
         eval_dataset=start.validation,
         processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=adapters.configuration(stage.lora, start.targets) if start.targets and not earlier else None,
+        peft_config=adapters.configuration(settings, start.targets) if start.targets and not earlier else None,
         callbacks=callbacks,
         stage=stage,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
-    if stage.method == "qlora" or stage.lora.modules_to_save:
+    trainer.lora_plus_ratio = stage.lora.lora_plus_ratio
+    if stage.method == "qlora" or settings.modules_to_save:
         methods.adapter_in_float32(trainer.model, earlier)
+    copy_to_reference(trainer.model)
     for given, used in ((start.train, trainer.train_dataset), (start.validation, trainer.eval_dataset)):
         if given:
             check_nothing_lost(given, used, trainer.data_collator)
@@ -99,6 +99,18 @@ def make_trainer(
         )
     )
     return trainer
+
+
+def copy_to_reference(model: Any) -> None:
+    """Copy a continued adapter to TRL's reference adapter: TRL does not copy the vectors of VeRA and (IA)^3, whose names end in the
+    adapter's."""
+    import torch
+
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if (kept := weights.get(f"{name}.".replace(".default.", ".ref.").removesuffix("."))) is not weight and kept is not None:
+                kept.copy_(weight)
 
 
 # --- checks of the trainer --------------------------------------------------------------------------------------------

@@ -148,7 +148,8 @@ class Rollouts:
                 self.events.progress(step, trainer.state.max_steps, f"sampling: {finished} of {len(ids)} completions, {tokens} tokens")
 
         seed = int.from_bytes(hashlib.sha256(f"{self.request.seed} {step} {index}".encode()).digest()[:4], "big") >> 1
-        sampling = Sampling(self.stage.max_completion_length, self.stage.temperature, self.stage.top_p, trainer.eos_token_ids)
+        stage = self.stage
+        sampling = Sampling(stage.max_completion_length, stage.temperature, stage.top_p, stage.top_k, trainer.eos_token_ids)
         return self.engine.generate(ids, sampling, model=name, seed=seed, done=done)
 
     # --- syncs ---

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from tasks.training.answers import lengths
 from tasks.training.batches import OrderedSteps, longest_first
+from tasks.training.loraplus import LoraPlus
 from tasks.training.optimizers import OptimizedByStage
 from tuneline.kinds.preferences import PreferenceTraining
 from tuneline.patches import patch
@@ -24,7 +25,7 @@ from tuneline.patches import patch
 MASK = "completion_mask"
 
 
-class RowWeighted(OptimizedByStage, Trainer):
+class RowWeighted(OptimizedByStage, LoraPlus, Trainer):
     """Comes before a trainer of TRL in the bases of a class, which says how many `halves` of a batch hold answers to the same rows."""
 
     halves = 1

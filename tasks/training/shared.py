@@ -95,9 +95,8 @@ def continued_adapter(model: PreTrainedModel, source: Input, base: Input, settin
             f"adapter: found {'; '.join(differences)}",
             f"give this stage the `{settings.kind}:` of the one that made the adapter",
         )
-    for dropout in ("lora_dropout", "vera_dropout", "module_dropout"):
-        if hasattr(config, dropout):
-            setattr(config, dropout, getattr(wanted, dropout))
+    if dropout := settings.dropout_field:
+        setattr(config, dropout, getattr(wanted, dropout))
     config.base_model_name_or_path = model.name_or_path  # PEFT reads the vocabulary's size there, else from the hub
     adapted = PeftModel.from_pretrained(model, source.path, config=config, is_trainable=True)
     check_loaded(adapted, source.path)

@@ -116,12 +116,54 @@ def test_after_a_downtime_the_newest_missed_run_of_a_schedule_runs(working: Proj
         assert [run.state.name for run in due()] == ["Skipped"] * 2 + ["Completed"]
         assert due()[0].state.message.startswith("missed: the run of ")
         oldest = due()[0].id
+        ahead = {"start_time": now.isoformat(), "end_time": (now + datetime.timedelta(days=4)).isoformat()}
+        client.request("POST", f"/deployments/{nightly.id}/schedule", json=ahead)
+        its = DeploymentFilter(id=DeploymentFilterId(any_=[nightly.id]))
+        planned = {str(run.id) for run in client.read_flow_runs(deployment_filter=its) if run.expected_start_time > now}
+    assert len(planned) > 1
+    assert len(planned & {run["flow_run"] for run in working.json("status")["on_server"]}) == 1
     assert len((working.root / "calls-one").read_text().splitlines()) == 1
     text = (working.root / "pipelines.yaml").read_text()
     for catch_up, found in (("none", "min late (catch_up: none)"), ("all", "")):
         other = load(working.write(text.replace("queue: nightly,", f"queue: nightly, catch_up: {catch_up},"), "other.yaml"))
         assert found in (missed(oldest, other.pipeline("pico")) or ""), catch_up
         assert bool(missed(oldest, other.pipeline("pico"))) == bool(found)
+
+
+@pytest.mark.parametrize(("late", "skipped"), [(20, False), (3600, True)])
+def test_a_run_that_starts_in_time_is_not_missed_though_the_next_one_is_due(
+    monkeypatch: pytest.MonkeyPatch, late: int, skipped: bool
+) -> None:
+    """With an interval shorter than the start of a run, each run was replaced by the next one, and none ever worked."""
+    import flows.run.missed
+
+    now, ended = datetime.datetime.now(datetime.UTC), list[tuple[Any, str]]()
+    of_schedule = {"auto_scheduled": True, "created_by": SimpleNamespace(id=1, type="SCHEDULE", display_value="often")}
+    older, this, newer = (
+        SimpleNamespace(
+            id=uuid4(), run_count=1, deployment_id=uuid4(), expected_start_time=now - datetime.timedelta(seconds=s), **of_schedule
+        )
+        for s in (late + 10, late, late - 10)
+    )
+
+    class Client:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def read_flow_run(self, _: UUID) -> Any:
+            return this
+
+        def read_flow_runs(self, **_: Any) -> list[Any]:
+            return [newer, this, older]
+
+        def set_flow_run_state(self, run: UUID, state: Any, force: bool) -> None:
+            ended.append((run, state.name))
+
+    monkeypatch.setattr(flows.run.missed, "get_client", lambda sync_client: Client())
+    assert bool(flows.run.missed.missed(this.id, Pipeline.model_construct())) == skipped
+    assert ended == [(older.id, "Skipped")]
 
 
 def test_a_server_that_does_not_answer_keeps_no_run_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,9 +311,10 @@ def test_who_watches_a_run_that_is_deleted_hears_so(prefect_server: str) -> None
     assert [line.partition(" ")[2] for line in said] == ["run deleted on the server, which ends it"]
 
 
-@pytest.mark.parametrize("recorded", [1, 3])
-def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded: int) -> None:
-    """Prefect records task runs later than their logs, which ended the watching of a run as if it were deleted."""
+@pytest.mark.parametrize(("recorded", "name"), [(1, "sft: loss 0.1"), (1, "sft-8fa"), (3, "sft")])
+def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded: int, name: str) -> None:
+    """Prefect records task runs later than their logs, and their names later still: a watched run was taken for deleted, and `sft` was
+    called `sft-8fa`."""
     from prefect.exceptions import ObjectNotFound
 
     from flows.deploy.submit import LogReader
@@ -287,7 +330,7 @@ def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded:
             asked.append(task_run)
             if len(asked) <= recorded:
                 raise ObjectNotFound(KeyError(task_run))
-            return SimpleNamespace(name="sft: loss 0.1")
+            return SimpleNamespace(name=name, dynamic_key="8fa0c2d4-5d0e-4b2f-9d55-0d7c2e0a9b11")
 
     reader: Any = LogReader()
     found = [[stage + log.message for stage, log in reader.new(Client(), uuid4(), ended)] for ended in (False, False, True)]

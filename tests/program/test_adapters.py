@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_variants import LORA, VARIANTS
 from peft import PeftModel
 from pico import save_pico
 from process_tools import finish, losses
@@ -15,30 +16,13 @@ from program_tools import make_request, payload_digest, run_program, run_until
 from sft_tools import furthest, request_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.convert.export import write_adapter
+from tasks.convert.usage import usage
 from tasks.training import answers
 from tuneline.errors import StageFailed
-from tuneline.workspace.protocol import Input
+from tuneline.kinds.export import ExportStage
+from tuneline.workspace.protocol import Events, Input
 
-LORA = {"r": 4, "lora_alpha": 8}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {"lora": LORA},
-    "attention": {"lora": {**LORA, "target_modules": "attention", "layers_to_transform": [1]}},
-    "expression": {"lora": {**LORA, "target_modules": r".*\.(q|v)_proj", "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"0.self_attn.v_proj": 4}}},
-    "gaussian": {"lora": {**LORA, "init_lora_weights": "gaussian", "exclude_modules": ["down_proj"]}},
-    "pissa": {"lora": {**LORA, "init_lora_weights": "pissa", "lora_dropout": 0.1}},
-    "pissa_niter_4": {"lora": {**LORA, "init_lora_weights": "pissa_niter_4", "rank_pattern": {"down_proj": 8}}},
-    "olora": {"lora": {**LORA, "init_lora_weights": "olora", "use_rslora": True}},
-    "lora+": {"lora": {**LORA, "lora_plus_ratio": 8}, "learning_rate": 1e-3, "weight_decay": 0.1},
-    "vera": {"vera": {"r": 32, "vera_dropout": 0.1}, "learning_rate": 5e-2},
-    "vera, drawn again": {"vera": {"r": 32, "save_projection": False}, "learning_rate": 5e-2},
-    "oft": {"oft": {"oft_block_size": 16, "target_modules": "attention"}},
-    "ia3": {"ia3": {"modules_to_save": ["model.norm"]}, "learning_rate": 5e-2},
-    "modules": {"lora": {**LORA, "modules_to_save": ["model.norm", "embed_tokens"]}},
-    "tokens": {"lora": LORA, "add_tokens": ["of course", "<sum>"]},
-    "tokens, untied": {"lora": LORA, "add_tokens": ["of course", "<sum>"]},
-    "modules, untied": {"lora": {**LORA, "modules_to_save": ["lm_head"], "init_lora_weights": "olora"}},
-    "eva": {"lora": {**LORA, "init_lora_weights": "eva", "lora_dropout": 0.1}},
-}  # fmt: skip
 IN_CI = {"pissa", "tokens"}
 CASES = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.full) for name in VARIANTS]
 IDS = torch.arange(5, 60)[None]
@@ -77,6 +61,15 @@ def test_a_variant_is_trained_resumed_read_by_peft_and_merged(
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(request.payload)(IDS).logits
     torch.testing.assert_close(merged, after, atol=1e-4, rtol=1e-4)
+
+    stage, exported, loaded = ExportStage(kind="export", of="sft"), tmp_path / "exported", dict[str, Any]()
+    exported.mkdir()
+    code = usage(stage, write_adapter(adapter, None, stage, exported, Events(tmp_path / "events.jsonl")), False)
+    assert ("resize_token_embeddings" in code) == ("add_tokens" in VARIANTS[name])
+    monkeypatch.chdir(exported)
+    exec(code.split("```")[1].removeprefix("python"), loaded)  # as its model card says
+    with torch.no_grad():
+        torch.testing.assert_close(loaded["model"](IDS).logits, after, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -108,7 +108,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora"},
     "dora": {"lora": {"r": 4, "lora_alpha": 8, "use_dora": True}},
     "full": {"method": "full", "learning_rate": 1e-3},
+    "vera": {"vera": {"r": 32}, "learning_rate": 5e-2},
+    "oft": {"oft": {"oft_block_size": 16}},
+    "ia3": {"ia3": {}, "learning_rate": 5e-2},
+    "modules": {"lora": {"r": 4, "lora_alpha": 8, "modules_to_save": ["model.norm"]}},
+    "lora+": {"lora": {"r": 4, "lora_alpha": 8, "lora_plus_ratio": 8}, "learning_rate": 1e-3},
 }
+NOT_LORA = {"full", "vera", "oft", "ia3"}
 
 
 @pytest.mark.parametrize("way", ["an adapter", *(pytest.param(way, marks=pytest.mark.full) for way in WAYS if way != "an adapter")])
@@ -116,7 +122,7 @@ def test_killed_it_ends_bit_for_bit_as_undisturbed(
     tmp_path: Path, base: Input, earlier: Input, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference stays what it was before the training, not the checkpoint that it resumes from."""
-    if way == "full":
+    if way in NOT_LORA:
         monkeypatch.delitem(SMALL, "lora")
     fields = WAYS[way] | {"adapter": earlier if way == "an adapter" else None, "resources": {"checkpoint_steps": 2}, "max_steps": 5}
     whole, killed = (request_for(tmp_path / name, base, **fields) for name in ("whole", "killed"))
@@ -128,6 +134,25 @@ def test_killed_it_ends_bit_for_bit_as_undisturbed(
     if way == "an adapter":
         assert set(load_file(whole.payload / "adapter_model.safetensors")) == set(load_file(earlier.path / "adapter_model.safetensors"))
         assert expected.metrics["all_parameters"] == 703040
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["vera", "oft", "ia3", "modules"])
+def test_adapters_of_every_kind_are_continued_beside_a_frozen_copy(
+    tmp_path: Path, base: Input, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL does not copy the vectors of VeRA and (IA)^3, so that the reference was another model than the one that begins."""
+    first = sft_request(tmp_path / "sft", base, max_steps=3, **WAYS[way])
+    run_program(first)
+    if way in NOT_LORA:
+        monkeypatch.delitem(SMALL, "lora")
+    request = request_for(tmp_path / "dpo", base, adapter=adapter_of(first, base), max_steps=3, **WAYS[way])
+    result, _ = run_program(request)
+    assert curve(request, "rewards/margins")[0] == pytest.approx(0, abs=1e-4)
+    before, after = (load_file(each.payload / "adapter_model.safetensors") for each in (first, request))
+    assert before.keys() == after.keys()
+    assert any((before[name] - after[name]).abs().max() > 1e-4 for name in before)
+    assert result.metrics["trainable_parameters"] < result.metrics["all_parameters"] < 720_000
 
 
 @pytest.mark.full

@@ -140,7 +140,7 @@ def test_a_reference_is_the_adapter_it_began_with(tmp_path: Path, base: Input) -
     "fields",
     [
         {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {"loss_type": "dr_grpo", "scale_rewards": "none"},
-        {"scale_rewards": "batch", "epsilon_high": 0.28}, {"mask_truncated_completions": True, "top_p": 0.9, "temperature": 0.8},
+        {"scale_rewards": "batch", "epsilon_high": 0.28}, {"mask_truncated_completions": True, "top_p": 0.9, "top_k": 20, "temperature": 0.8},
     ],
 )  # fmt: skip
 def test_what_is_asked_for_reaches_the_trainer(tmp_path: Path, base: Input, fields: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preference_tools import LABELED, PAIRS, curve, labeled, request_for
+from preference_tools import LABELED, PAIRS, SMALL, curve, labeled, request_for
 from process_tools import finish
 from program_tools import payload_digest, run_program, run_until
 
@@ -46,6 +46,17 @@ def test_no_micro_batch_and_no_kill_changes_it(tmp_path: Path, base: Input) -> N
     run_until(killed, 4)
     run_program(killed)
     assert payload_digest(killed) == payload_digest(runs[4])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("adapter", [{"vera": {"r": 32}}, {"oft": {"oft_block_size": 16}}, {"ia3": {}}], ids=lambda each: next(iter(each)))
+def test_other_adapters_learn_too(tmp_path: Path, base: Input, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(SMALL, "lora")
+    request = request_for(tmp_path, base, **FIELDS, **adapter, learning_rate=5e-2)
+    run_program(request)
+    margins = curve(request, "rewards/margins")
+    assert margins[0] == pytest.approx(0, abs=1e-4)
+    assert margins[-1] > 0.1
 
 
 @pytest.mark.full

@@ -5,6 +5,8 @@ Where a machine does not let anyone make a sandbox, each of these tests asks for
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import socket
@@ -55,6 +57,15 @@ class Refused(Exception):
     pass
 
 
+@pytest.fixture(scope="module", autouse=True)
+def orphans_come_here() -> Iterator[None]:
+    """Processes whose parent dies become children of this one (PR_SET_CHILD_SUBREAPER), so that those of other tests are not counted."""
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(36, 1) == 0
+    yield
+    prctl(36, 0)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """Whatever a test ran, no process of it is there afterwards."""
@@ -66,16 +77,17 @@ def nothing_left() -> Iterator[None]:
 
 
 def sandboxed() -> list[str]:
-    """Command lines of all processes that began as a sandbox, whatever became of them."""
-    found = []
+    """Command lines of all processes below this one that began as a sandbox, whatever became of them."""
+    parents, lines = {}, {}
     for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            line = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if "sandbox/inside.py" in line:
-            found.append(line)
-    return found
+        with contextlib.suppress(OSError):  # it has ended
+            parents[name] = Path("/proc", name, "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            lines[name] = Path("/proc", name, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+    def below(name: str) -> bool:
+        return name == str(os.getpid()) or (name in parents and below(parents[name]))
+
+    return [line for name, line in lines.items() if "sandbox/inside.py" in line and below(name)]
 
 
 def ended(code: str, outcome: str, says: str = "", limits: Limits = SMALL) -> None:

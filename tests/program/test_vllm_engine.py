@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_variants import VARIANTS
 from peft import LoraConfig, PeftModel, get_peft_model
+from program_tools import run_program
+from sft_tools import request_for
 from transformers import AutoModelForCausalLM
 from vllm_tools import GREEDY, LAYERS, PROMPTS, ROOM, SAMPLED
 
@@ -74,6 +77,19 @@ def check_greedy(engine: Engine, name: str, model: Path, adapter: Path | None) -
         assert completion.logprobs == pytest.approx(likely.max(-1).values.tolist(), abs=1e-3)
         assert completion.model == name
     return [completion.ids for completion in completions]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["attention", "expression", "pissa", "olora", "eva"])
+def test_variants_of_lora_are_served_as_peft_reads_them(name: str, engine: Engine, taught: Input, tmp_path: Path) -> None:
+    """Ranks, alphas and scalings by layer; adapters of a changed base are saved for the untouched one."""
+    fields = VARIANTS[name] | {"learning_rate": 2e-2}
+    request = request_for(tmp_path, taught, **fields)
+    run_program(request)
+    engine.load(name, request.payload)
+    served = check_greedy(engine, name, taught.path, request.payload)
+    engine.unload(name)
+    assert served != check_greedy(engine, BASE, taught.path, None)
 
 
 def test_greedy_is_that_of_transformers(engine: Engine, model: Path) -> None:
@@ -163,9 +179,10 @@ def test_samples_differ_by_seed_and_end_with_the_end_token(engine: Engine, model
 
 
 def test_log_probabilities_are_those_before_temperature(engine: Engine, model: Path) -> None:
-    (completion,) = engine.generate(PROMPTS[:1], Sampling(max_tokens=12, temperature=0.5, top_p=0.9), model=BASE, seed=1)
+    (completion,) = engine.generate(PROMPTS[:1], Sampling(max_tokens=12, temperature=0.5, top_p=0.9, top_k=5), model=BASE, seed=1)
     likely = expected(model, None, PROMPTS[0] + completion.ids)[len(PROMPTS[0]) - 1 : -1]
     assert completion.logprobs == pytest.approx(likely.gather(-1, torch.tensor([completion.ids]).T)[:, 0].tolist(), abs=1e-3)
+    assert all(token in row.topk(5).indices for token, row in zip(completion.ids, likely, strict=True))
 
 
 def test_a_token_of_the_caller_ends_it_too(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from tuneline.imports.huggingface import (
     MEGATRON,
     MULTIMODAL,
     NO_FIELD,
+    NO_VISION,
     OTHER_CHIPS,
     OTHER_OPTIMIZER,
     SPEED,
@@ -90,8 +91,9 @@ TABLE: Table = {
     **each("new_special_tokens_config init_special_tokens split_special_tokens", TOKENS),
     "rope_scaling": Refused("set it in the model's config.json"),
     **each("image_max_pixels image_min_pixels video_max_pixels video_min_pixels video_fps video_maxlen image_do_pan_and_scan media_dir"
-           " crop_to_patches use_audio_in_video audio_sampling_rate freeze_vision_tower freeze_multi_modal_projector"
+           " crop_to_patches use_audio_in_video audio_sampling_rate"
            " freeze_language_model", MULTIMODAL),
+    **each("freeze_vision_tower freeze_multi_modal_projector", NO_VISION),
     **each("use_galore use_apollo use_badam use_adam_mini galore_layerwise galore_target galore_rank galore_scale galore_proj_type"
            " galore_update_interval apollo_layerwise apollo_target apollo_rank apollo_scale apollo_scale_type apollo_proj"
            " apollo_update_interval badam_mode badam_switch_mode badam_switch_interval badam_verbose badam_start_block"

@@ -8,7 +8,7 @@ from tuneline.config.training_aliases import TEMPLATE
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
 from tuneline.imports.huggingface import KEPT, LOGS, RESUMES, SPEED, TRAINING
 from tuneline.imports.launch import FOR_RUN
-from tuneline.imports.values import above, attention, dtype, kernels, modules, names, number, true, warmup, whole
+from tuneline.imports.values import above, attention, dtype, kernels, modules, names, number, top_k, true, warmup, whole
 
 TRAIN, INFER = "actor_train.", "actor_infer."
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -92,7 +92,7 @@ TABLE: Table = {
     f"{TRAIN}use_liger_kernel": to("train.resources.kernels", by=kernels),
     f"{INFER}generating_args.temperature": to("train.temperature", by=number),
     f"{INFER}generating_args.top_p": to("train.top_p", by=number),
-    f"{INFER}generating_args.top_k": Refused("sampling takes `temperature` and `top_p`: all tokens are candidates"),
+    f"{INFER}generating_args.top_k": to("train.top_k", by=top_k),
     f"{INFER}generating_args.max_new_tokens": to("train.max_completion_length", by=whole),
     f"{INFER}generating_args.num_return_sequences": Joined("train.num_generations"),
     f"{INFER}generating_args.num_beams": Without("completions are sampled"),

@@ -11,6 +11,7 @@ from tuneline.imports.huggingface import (
     MEGATRON,
     MULTIMODAL,
     NO_FIELD,
+    NO_VISION,
     OTHER_CHIPS,
     OTHER_OPTIMIZER,
     SPEED,
@@ -18,7 +19,7 @@ from tuneline.imports.huggingface import (
     UPLOADS,
 )
 from tuneline.imports.rl import SEPARATE
-from tuneline.imports.values import attention, dtype, names, number, size, true, whole
+from tuneline.imports.values import attention, dtype, names, number, size, top_k, true, whole
 
 METHODS = {"lora": "lora", "full": "full"}
 
@@ -67,7 +68,7 @@ TABLE: Table = {
     **each("max_completion_length response_length", to("train.max_completion_length", by=whole)),
     "temperature": to("train.temperature", by=number),
     "top_p": to("train.top_p", by=number),
-    "top_k": Refused("sampling takes `temperature` and `top_p`: all tokens are candidates"),
+    "top_k": to("train.top_k", by=top_k),
     "num_iterations": to("train.num_iterations", by=whole),
     "epsilon": to("train.epsilon", by=number),
     "epsilon_high": to("train.epsilon_high", by=number),
@@ -127,7 +128,9 @@ TABLE: Table = {
     "quant_batch_size": Without(SPEED),
     "group_size": to("quantize.group_size", by=whole),
     "predict_with_generate": Without("a stage of kind `evaluate` generates answers: `val_dataset` makes one"),
-    **each("optimizer optim_args use_galore galore_rank galore_target_modules galore_quantization galore_optim_per_parameter galore_scale"
+    "optimizer": to("train.optim", by=lambda value: {
+        "muon": "muon", "lorap": Without("`lorap_lr_ratio` makes it LoRA+")}.get(value, OTHER_OPTIMIZER)),
+    **each("optim_args use_galore galore_rank galore_target_modules galore_quantization galore_optim_per_parameter galore_scale"
            " galore_update_proj_gap lisa_activated_layers lisa_step_interval", OTHER_OPTIMIZER),
     **each("lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale lora_ga_stable_gamma"
            " llamapro_num_new_blocks llamapro_num_groups reft_intervention_type reft_layers reft_rank boft_block_size boft_block_num"
@@ -136,7 +139,8 @@ TABLE: Table = {
     **each("task_type num_labels problem_type", Refused("tuneline trains only causal language models")),
     **each("to_ollama to_mcore to_hf to_peft_format", Refused("an artifact is a folder that vLLM and transformers load")),
     **each("exist_ok", KEPT),
-    **each("freeze_vit freeze_aligner freeze_llm max_pixels norm_bbox vit_lr aligner_lr vit_gradient_checkpointing", MULTIMODAL),
+    **each("freeze_vit freeze_aligner", NO_VISION),
+    **each("freeze_llm max_pixels norm_bbox vit_lr aligner_lr vit_gradient_checkpointing", MULTIMODAL),
     **each("tensor_model_parallel_size pipeline_model_parallel_size mcore_model mcore_adapter", MEGATRON),
     "enable_npu_model_patch": OTHER_CHIPS,
     "hub_revision": UPLOADS,

@@ -41,6 +41,11 @@ def whole(value: Any) -> int:
     return int(found)
 
 
+def top_k(value: Any) -> int:
+    """Return how many tokens are candidates. Tools write -1 or 0 for all, here it is 0."""
+    return max(0, whole(value))
+
+
 def true(value: Any) -> bool:
     """Return true or false, also as text. Raises ValueError for other values."""
     known = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}

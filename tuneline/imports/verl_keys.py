@@ -6,7 +6,7 @@ from tuneline.config.training_aliases import TEMPLATE
 from tuneline.imports.fates import REMOVE, Joined, Refused, Table, Without, each, same_if, to
 from tuneline.imports.huggingface import KEPT, LOGS, MEGATRON, OTHER_CHIPS, RESUMES, SAVES, SPEED, TRAINING
 from tuneline.imports.rl import SEPARATE
-from tuneline.imports.values import above, kernels, modules, names, number, true, warmup, whole
+from tuneline.imports.values import above, kernels, modules, names, number, top_k, true, warmup, whole
 
 A, R = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
 M, F = "actor_rollout_ref.model.", "actor_rollout_ref.actor.fsdp_config."
@@ -86,7 +86,7 @@ RL: Table = {
             value, Refused("write `rollouts: {engine: vllm}`, or transformers"))),
         "temperature": to("train.temperature", by=number),
         "top_p": to("train.top_p", by=number),
-        "top_k": Refused("sampling takes `temperature` and `top_p`: all tokens are candidates"),
+        "top_k": to("train.top_k", by=top_k),
         "gpu_memory_utilization": to("train.resources.engine.gpu_memory_utilization", by=number),
         "max_model_len": to("train.resources.engine.max_model_len", by=whole),
         "max_num_seqs": to("train.resources.engine.max_num_seqs", by=whole),

@@ -27,6 +27,8 @@ class Places(Strict):
 
     kind: ClassVar[str]
     """The field of a stage that configures this kind."""
+    dropout_field: ClassVar[str | None] = None
+    """Its field for the dropout probability, if it has one."""
     target_modules: Names | str = ALL
     """Modules that get an adapter: names of linear layers and expert tensors; `all-linear` for all of them except the output head; the
     presets `attention`, `mlp` or `attention+mlp`; or a regular expression that matches full names."""
@@ -47,7 +49,8 @@ class Places(Strict):
         return 0
 
     def dropout(self) -> float:
-        return 0.0
+        """Return the dropout probability in training."""
+        return float(getattr(self, self.dropout_field)) if self.dropout_field else 0.0
 
     def as_saved(self) -> Self:
         """Return the settings of the saved adapter, which fits the unchanged base."""
@@ -94,6 +97,7 @@ class Lora(Places):
     """Low-rank adapter (LoRA), under PEFT's names."""
 
     kind: ClassVar = "lora"
+    dropout_field: ClassVar = "lora_dropout"
     r: int = Field(16, ge=1, le=1024)
     """Rank; a higher rank has more capacity and needs more memory."""
     lora_alpha: float = Field(32, gt=0)
@@ -172,9 +176,6 @@ class Lora(Places):
     def inner_size(self, name: str) -> int:
         return self.rank_of(name)
 
-    def dropout(self) -> float:
-        return self.lora_dropout
-
     def unserved(self) -> str | None:
         if self.use_dora:
             return "DoRA, which vLLM does not serve"
@@ -188,6 +189,7 @@ class Vera(Places):
     """Adapter of vectors between random matrices that all layers share (VeRA, arXiv:2310.11454), under PEFT's names."""
 
     kind: ClassVar = "vera"
+    dropout_field: ClassVar = "vera_dropout"
     r: int = Field(256, ge=1, le=8192)
     """Rank of the shared matrices; as only vectors are trained, it is higher than LoRA's."""
     vera_dropout: float = Field(0.0, ge=0, lt=1)
@@ -205,14 +207,12 @@ class Vera(Places):
     def inner_size(self, name: str) -> int:
         return self.r
 
-    def dropout(self) -> float:
-        return self.vera_dropout
-
 
 class Oft(Places):
     """Adapter that rotates blocks of each layer's input (OFT, arXiv:2306.07280), under PEFT's names."""
 
     kind: ClassVar = "oft"
+    dropout_field: ClassVar = "module_dropout"
     oft_block_size: int = Field(32, ge=2)
     """Size of a rotated block; it divides the layers' input sizes. Larger blocks have more parameters."""
     module_dropout: float = Field(0.0, ge=0, lt=1)
@@ -231,9 +231,6 @@ class Oft(Places):
 
     def parameters(self, name: str, inputs: int, outputs: int) -> int:
         return inputs * (self.oft_block_size - 1) // 2
-
-    def dropout(self) -> float:
-        return self.module_dropout
 
 
 class Ia3(Places):

@@ -59,6 +59,8 @@ class GrpoStage(Training):
     """Sampling temperature; higher values explore more."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling: sample from the most likely tokens whose probabilities sum to this value."""
+    top_k: int = Field(0, ge=0)
+    """Sample from this many most likely tokens; 0 samples from all."""
     max_completion_length: int = Field(256, ge=1)
     """Maximum length of a completion, in tokens."""
     mask_truncated_completions: bool = False

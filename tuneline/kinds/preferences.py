@@ -14,6 +14,7 @@ from tuneline.kinds.sft import AnswerTraining
 class PreferenceTraining(AnswerTraining):
     """Fields and rules of a training that compares the model with a reference: itself, as it was before the training."""
 
+    every_adapter: ClassVar = True
     full_rate: ClassVar = "5e-7"  # the alignment handbook's for Zephyr
     learning_rate: float = Field(5e-6, gt=0, le=1)
     """Peak learning rate, reached after warm-up."""
@@ -25,10 +26,11 @@ class PreferenceTraining(AnswerTraining):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.lora.lora_dropout:
+        settings = self.adapter_settings()
+        if settings.dropout():
             # trl/trainer/dpo_config.py, disable_dropout
-            found = f"found {self.lora.lora_dropout}, expected 0 for {self.kind}: the model is compared with a reference without dropout"
-            yield Problem("lora.lora_dropout", found, "remove it")
+            found = f"found {settings.dropout()}, expected 0 for {self.kind}: the model is compared with a reference without dropout"
+            yield Problem(f"{settings.kind}.{settings.dropout_field}", found, "remove it")
         if self.resources.sequence_parallel_size > 1:
             # trl/trainer/dpo_trainer.py and kto_trainer.py do not implement it.
             size = self.resources.sequence_parallel_size

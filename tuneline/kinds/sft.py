@@ -39,6 +39,12 @@ class AnswerTraining(Training):
     (arXiv:2305.14314); `full`, all weights, which gives a Model."""
     bits: Literal[4, 8] = 4
     """Bits per base weight with qlora: 4 (NF4 with double quantization) or 8 (LLM.int8(), arXiv:2208.07339)."""
+    vera: Vera | None = None
+    """Train a VeRA adapter instead of LoRA."""
+    oft: Oft | None = None
+    """Train an OFT adapter instead of LoRA."""
+    ia3: Ia3 | None = None
+    """Train an (IA)^3 adapter instead of LoRA."""
     max_length: int = Field(1024, ge=8)
     """Maximum length of a sequence, in tokens. A longer row is an error: truncate or drop it in the dataset stage."""
     eval_steps: int | None = Field(None, ge=1)
@@ -57,6 +63,9 @@ class AnswerTraining(Training):
     def base_bits(self) -> int:
         return self.bits
 
+    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
+        return self.vera or self.oft or self.ia3 or self.lora
+
     def longest_sequence(self, row: int | None) -> int:
         return min(self.max_length, row or self.max_length)
 
@@ -72,6 +81,7 @@ class AnswerTraining(Training):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        yield from self._kind_problems()
         best = "early_stopping" if self.early_stopping else "save_best"
         if self.keeps_best() and self.eval_steps is None:
             yield Problem(best, f"found {best} without eval_steps", "set eval_steps, for example `eval_steps: 20`")
@@ -102,6 +112,26 @@ class AnswerTraining(Training):
             found = f"found {self.resources.strategy} with `method: qlora`, expected ddp, zero1, zero2 or device_map"
             yield Problem("resources.strategy", found, "set `strategy: zero2`: quantized weights cannot be sharded, but take little memory")
 
+    def _kind_problems(self) -> Iterator[Problem]:
+        """Yield problems of other adapters than LoRA."""
+        others = [name for name in ("vera", "oft", "ia3") if getattr(self, name) is not None]
+        given = [*(["lora"] if "lora" in self.model_fields_set else []), *others]
+        for name in others:
+            if given[0] != name:
+                yield Problem(name, f"found {name} beside {given[0]}, expected one kind of adapter", "remove one of them")
+            if not self.every_adapter:
+                yield Problem(name, f"found {name} for {self.kind}, expected lora", "remove it")
+            if self.method != "lora":
+                yield Problem(name, f"found {name} with `method: {self.method}`, expected lora", "remove it, or set `method: lora`")
+            if self.resources.strategy in ("zero3", "fsdp"):
+                # PEFT gathers sharded weights for LoRA only: gather_params_ctx in peft/tuners/lora.
+                found = f"found {self.resources.strategy} with {name}, which PEFT computes from unsharded weights"
+                yield Problem("resources.strategy", found, "set `strategy: zero2`")
+            if self.added_tokens():
+                yield Problem(
+                    "add_tokens", f"found add_tokens with {name}, expected lora: PEFT trains tokens only beside LoRA", "remove it"
+                )
+
     def warnings(self) -> Iterator[Problem]:
         yield from super().warnings()
         if self.method == "full" and "learning_rate" not in self.model_fields_set:
@@ -112,12 +142,6 @@ class AnswerTraining(Training):
 class Supervised(AnswerTraining):
     """Fields and rules of a training on one answer to each prompt, whatever its loss."""
 
-    vera: Vera | None = None
-    """Train a VeRA adapter instead of LoRA."""
-    oft: Oft | None = None
-    """Train an OFT adapter instead of LoRA."""
-    ia3: Ia3 | None = None
-    """Train an (IA)^3 adapter instead of LoRA."""
     train_on: Literal["completion", "assistant", "all"] | LastAnswers = "assistant"
     """Tokens that count in the loss: the last answer, every assistant turn, all tokens, or, with `{last: 2}`, the last two answers. Plain
     text always trains on all tokens."""
@@ -131,9 +155,6 @@ class Supervised(AnswerTraining):
     is not tied to them. The tokenizer is saved with the adapter, and a merge gives a model with the larger vocabulary."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """Strength of NEFTune (arXiv:2310.05914), which adds noise to the embeddings of each row in training: 5, 10 or 15."""
-
-    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
-        return self.vera or self.oft or self.ia3 or self.lora
 
     def added_tokens(self) -> tuple[str, ...]:
         return self.add_tokens
@@ -153,7 +174,6 @@ class Supervised(AnswerTraining):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from self._kind_problems()
         if self.method == "full" and self.add_tokens:
             found = "found add_tokens with `method: full`, which trains the model's own weights"
             yield Problem("add_tokens", found, "remove it, or set `method: lora`")
@@ -167,26 +187,6 @@ class Supervised(AnswerTraining):
             found = f"found {self.resources.sequence_parallel_size} with neftune_noise_alpha, whose noise depends on the lengths of rows"
             yield Problem("resources.sequence_parallel_size", found, "remove one of them")
 
-    def _kind_problems(self) -> Iterator[Problem]:
-        """Yield problems of other adapters than LoRA."""
-        others = [name for name in ("vera", "oft", "ia3") if getattr(self, name) is not None]
-        given = [*(["lora"] if "lora" in self.model_fields_set else []), *others]
-        for name in others:
-            if given[0] != name:
-                yield Problem(name, f"found {name} beside {given[0]}, expected one kind of adapter", "remove one of them")
-            if not self.every_adapter:
-                yield Problem(name, f"found {name} for {self.kind}, expected lora", "remove it")
-            if self.method != "lora":
-                yield Problem(name, f"found {name} with `method: {self.method}`, expected lora", "remove it, or set `method: lora`")
-            if self.resources.strategy in ("zero3", "fsdp"):
-                # PEFT gathers sharded weights for LoRA only: gather_params_ctx in peft/tuners/lora.
-                found = f"found {self.resources.strategy} with {name}, which PEFT computes from unsharded weights"
-                yield Problem("resources.strategy", found, "set `strategy: zero2`")
-            if self.add_tokens:
-                yield Problem(
-                    "add_tokens", f"found add_tokens with {name}, expected lora: PEFT trains tokens only beside LoRA", "remove it"
-                )
-
 
 class SftStage(Supervised):
     """Fine-tune a LoRA adapter or all weights on the dataset's answers (SFT), with TRL and PEFT.
@@ -199,6 +199,7 @@ class SftStage(Supervised):
     program: ClassVar = "tasks.training.sft"
     imports: ClassVar = ("tasks.training.checkpoints", "tasks.training.sft_trainer")
     every_adapter: ClassVar = True
+    may_change_base: ClassVar = True
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each label's weight that is spread over the whole vocabulary, in training alone. Needs the logits of all tokens at once, and
     a second forward pass."""

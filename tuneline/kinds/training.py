@@ -29,7 +29,9 @@ class Training(ComputingStage):
     role: ClassVar = "fine-tuned"  # tables call an adapter `adapter`
     also_called: ClassVar[tuple[str, ...]] = ("train", "training", "finetune", "finetuning", "tune", "lora", "adapter")
     every_adapter: ClassVar[bool] = False
-    """Whether the program also trains adapters that are not LoRA, or that change the base's weights."""
+    """Whether the program also trains adapters that are not LoRA, and modules as a whole."""
+    may_change_base: ClassVar[bool] = False
+    """Whether first weights of LoRA may be computed from the base's weights, which are then changed, or from rows."""
     model: FullPrecisionRef
     """Model to train."""
     dataset: DatasetRef
@@ -218,7 +220,7 @@ class Training(ComputingStage):
             yield Problem(field, f"found {init} with `adapter`, whose weights are trained further", "remove it")
         if init == "gaussian":
             return
-        if not self.every_adapter:
+        if not self.may_change_base:
             # The reference model and the sampled one are the base with its adapter off or on: a changed base would be neither.
             yield Problem(field, f"found {init}, expected true or gaussian for {self.kind}", "remove it, or train with sft first")
         if self.lora.changes_base() and self.training_method() == "qlora":

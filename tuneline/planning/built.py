@@ -18,8 +18,8 @@ from tuneline.planning.plan import PlanRow, plan
 from tuneline.wording import listed, nearest
 from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.file_names import PAYLOAD
+from tuneline.workspace.history import input_of
 from tuneline.workspace.protocol import Input, Request
-from tuneline.workspace.upstream import input_of
 from tuneline.workspace.workspace import Workspace
 
 MODELS: tuple[ArtifactType, ...] = ("Model", "Adapter")
@@ -99,7 +99,7 @@ def request_of(built: Built, inputs: dict[str, Input], folder: Path, engine: Pat
 
 
 def input_of_model(workspace: Workspace, built: Built) -> Input:
-    return input_of(built.artifact, workspace.store)
+    return input_of(workspace.store, built.artifact)
 
 
 def _differs(rows: list[PlanRow]) -> bool:
