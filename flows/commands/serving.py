@@ -31,10 +31,10 @@ HISTORY = "chat_history"
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set temperature, top_p, max_new_tokens, seed or stop.")
 @json_option
 def chat(names: tuple[str, ...], file: Path, as_json: bool, **options: Any) -> None:
-    """Talk to models that pipelines have built: bases, adapters, merged and quantized ones.
+    """Talk to models that pipelines have built.
 
-    Several answer the same questions, one after another. A pipeline without a stage is its last model. Answers are greedy, as in
-    evaluations, unless a temperature is set.
+    They may be bases, adapters, merged or quantized models. Several answer the same questions, one after another. A pipeline without
+    a stage is its last model. Answers are greedy, as in evaluations, unless a temperature is set.
     """
     from flows.serving.chat import Conversation, Display, members
     from flows.serving.terminal import Shown, Silent, talk
