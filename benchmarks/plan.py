@@ -38,8 +38,9 @@ from tuneline.config.load import load  # noqa: E402
 from tuneline.config.order import in_order  # noqa: E402
 from tuneline.config.spec import ProgramStage  # noqa: E402
 from tuneline.planning.inputs import resolve  # noqa: E402
-from tuneline.planning.plan import document_of, input_slots  # noqa: E402
+from tuneline.planning.plan import document_of  # noqa: E402
 from tuneline.workspace.artifact import Artifact, Base, File, Manifest  # noqa: E402
+from tuneline.workspace.history import input_slots  # noqa: E402
 from tuneline.workspace.runs import StageRecord  # noqa: E402
 from tuneline.workspace.workspace import Workspace  # noqa: E402
 
@@ -97,7 +98,7 @@ def build(folder: Path) -> None:
         stage = pipeline.stages[name]
         assert isinstance(stage, ProgramStage)
         inputs = {slot: artifacts[other] for slot, other in input_slots(stage).items()}
-        document = document_of(stage, inputs, resolve(workspace, stage, workspace.hub.commit), pipeline.salt)
+        document = document_of(stage, inputs, resolve(workspace, stage, workspace.hub.commit), pipeline)
         key = key_of(document)
         model = inputs["model"].manifest if stage.kind == "sft" else None
         base = Base(kind=model.kind, key=model.key, digest=model.digest, template=None) if model else None

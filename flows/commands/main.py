@@ -1,7 +1,8 @@
 """The command line `tuneline`: the group of its commands, and the handling of errors.
 
-Each subject has a file: `project.py` (init, setup, validate, schema), `importing.py` (import), `runs.py` (plan, run, node, show),
-`look.py` (list, runs, status, logs, cancel, completion), `server.py` (up, down, worker, deploy, submit, doctor), `store.py` (verify, gc).
+Each subject has a file: `project.py` (init, setup, validate, schema), `importing.py` (import), `export.py` (export), `runs.py` (plan,
+run, node, show), `look.py` (list, runs, status, logs, cancel, completion), `serving.py` (chat, serve), `server.py` (up, down, worker,
+deploy, submit, doctor), `store.py` (verify, gc).
 
 stdout is data (tables, or JSON with --json), stderr is everything else. Exit codes: 0 done; 1 a stage failed, `verify` found damage or
 `doctor` a problem; 2 the configuration or the call is wrong; 3 a gate refused; 130 interrupted. Prefect is imported only by a `run` that
@@ -18,11 +19,13 @@ import click
 
 from flows.commands import meant
 from flows.commands.exits import EXIT, FAILED, INTERRUPTED, WRONG
+from flows.commands.export import export_command
 from flows.commands.importing import import_command
 from flows.commands.look import cancel, completion, list_command, logs, runs, status
 from flows.commands.project import init, schema, setup, validate
 from flows.commands.runs import node, plan, run, show
 from flows.commands.server import deploy, doctor, down, submit, up, worker
+from flows.commands.serving import chat, serve
 from flows.commands.store import gc, verify
 from flows.commands.streams import BrokenPipeSafe
 from tuneline import __version__
@@ -63,5 +66,5 @@ def cli() -> None:
 
 for _command in (init, setup, validate, schema, plan, run, node, show, list_command, runs, status, logs, cancel, completion):
     cli.add_command(_command)
-for _command in (import_command, up, down, worker, deploy, submit, doctor, verify, gc):
+for _command in (import_command, chat, serve, export_command, up, down, worker, deploy, submit, doctor, verify, gc):
     cli.add_command(_command)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import click
 
 COMMANDS = {
-    "build": "run", "check": "validate", "clean": "gc", "config": "validate", "create": "init", "delete": "gc", "describe": "show",
-    "diff": "plan", "dry-run": "plan", "execute": "run", "explain": "plan", "get": "show", "help": "--help", "history": "runs",
-    "info": "show", "inspect": "show", "install": "setup", "kill": "cancel", "log": "logs", "ls": "list", "new": "init", "open": "show",
-    "pipelines": "list", "prune": "gc", "ps": "status", "queue": "submit", "report": "show", "restart": "run", "resume": "run",
-    "retry": "run", "rm": "gc", "schedule": "deploy", "serve": "up", "server": "up", "start": "run", "stop": "cancel", "tail": "logs",
-    "test": "validate", "top": "status", "ui": "up", "version": "--version", "watch": "status", "workers": "worker",
+    "ask": "chat", "build": "run", "check": "validate", "clean": "gc", "config": "validate", "create": "init", "delete": "gc",
+    "describe": "show", "diff": "plan", "dry-run": "plan", "execute": "run", "explain": "plan", "get": "show", "help": "--help",
+    "history": "runs", "infer": "chat", "info": "show", "inspect": "show", "install": "setup", "kill": "cancel", "log": "logs",
+    "ls": "list", "new": "init", "open": "show", "pipelines": "list", "prune": "gc", "ps": "status", "queue": "submit", "report": "show",
+    "restart": "run", "resume": "run", "retry": "run", "rm": "gc", "schedule": "deploy", "server": "up", "start": "run", "stop": "cancel",
+    "tail": "logs", "test": "validate", "top": "status", "ui": "up", "version": "--version", "watch": "status", "workers": "worker",
 }  # fmt: skip
 STAGES = {
     "benchmark": "evaluate", "convert": "merge", "data": "dataset", "dataset": "dataset", "dpo": "dpo", "eval": "evaluate",
-    "evaluate": "evaluate", "finetune": "sft", "fine-tune": "sft", "export": "merge", "gate": "gate", "grpo": "grpo", "kto": "kto",
+    "evaluate": "evaluate", "finetune": "sft", "fine-tune": "sft", "gate": "gate", "grpo": "grpo", "kto": "kto",
     "merge": "merge", "quantize": "quantize", "rl": "grpo", "sft": "sft", "train": "sft",
 }  # fmt: skip
 OPTIONS = {

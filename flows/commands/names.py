@@ -22,7 +22,7 @@ def stages_of(context: click.Context, _parameter: click.Parameter, begun: str) -
     pipelines = _pipelines(context)
     given = context.params.get("pipeline") or context.params.get("name")
     given = given or next(iter(context.args), None)  # an option without its value yet keeps click from reading arguments
-    if given:
+    if given and "/" not in given:  # `chat` takes several PIPELINE/STAGE
         return [name for name in (pipelines[given].stages if given in pipelines else ()) if name.startswith(begun)]
     if "/" in begun:
         name = begun.partition("/")[0]

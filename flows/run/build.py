@@ -30,10 +30,10 @@ from tuneline.planning.inputs import ResolvedInputs
 from tuneline.workspace.artifact import Artifact, Base, File, Manifest
 from tuneline.workspace.checkpoints import newest
 from tuneline.workspace.file_names import ATTEMPTS, EVENTS, FAILURE, LOG, REQUEST, RESULT
-from tuneline.workspace.protocol import Event, Input, Request, Result
-from tuneline.workspace.runtimes import RuntimeEnvironment, find_runtime
+from tuneline.workspace.history import input_of
+from tuneline.workspace.protocol import Event, Request, Result
+from tuneline.workspace.runtimes import RuntimeEnvironment, ready_runtime
 from tuneline.workspace.tracked import tracked
-from tuneline.workspace.workspace import Workspace
 
 CHANGED_WHILE_READ = "files that the stage reads have changed since the run began"
 TOUCHED_WHILE_READ = "files that the stage reads were written to while its program ran, with the same content in the end"
@@ -100,7 +100,7 @@ def _request(run: RunContext, job: Job, resolved: ResolvedInputs, attempts: Atte
         key=job.key,
         config=stage.model_dump(mode="json") | stage.decided(),
         seed=stage.seed,
-        inputs={slot: _input(run.workspace, artifact) for slot, artifact in job.inputs.items()},
+        inputs={slot: input_of(run.workspace.store, artifact) for slot, artifact in job.inputs.items()},
         files=resolved.files,
         trees=resolved.trees,
         commits=resolved.commits,
@@ -109,6 +109,7 @@ def _request(run: RunContext, job: Job, resolved: ResolvedInputs, attempts: Atte
         attempt=len(attempts.all) + 1,
         resources=stage.resources.model_copy(update={"micro_batch_size": attempts.micro_batch(stage)}).model_dump(mode="json"),
         engine=_runtime(run, engine).python if (engine := stage.engine_runtime()) else None,
+        history=job.document.get("history", {}),
         name=f"{run.pipeline}/{job.name}/{run.record.run_id}",
         track=_track(run) if stage.trains else None,
         join=node.command(run.pipeline, run.workspace.loaded.file, run.workspace.loaded.overrides),
@@ -158,24 +159,8 @@ def require_key_content(run: RunContext, stage: ProgramStage, resolved: Resolved
     return now
 
 
-def _input(workspace: Workspace, artifact: Artifact) -> Input:
-    manifest = artifact.manifest
-    base = None
-    if manifest.base:
-        found = workspace.store.find(manifest.base.kind, manifest.base.key)
-        if found is None:
-            hint = f"rebuild it: `--force` its stage of kind {manifest.base.kind}"
-            base_name = f"{manifest.base.kind}/{manifest.base.key[:12]}"
-            raise StageFailed("data", f"the base model of an adapter, {base_name}, is no longer in the store", hint)
-        base = _input(workspace, found)
-    return Input(path=artifact.payload, digest=manifest.digest, type=manifest.type, template=manifest.template, base=base)
-
-
 def _runtime(run: RunContext, name: str) -> RuntimeEnvironment:
-    runtime = find_runtime(name, run.workspace.loaded.spec, run.workspace.root)
-    if not runtime.ready:
-        raise StageFailed("config", f"the runtime {name} is not set up", f"`tuneline setup {name}` builds it")
-    return runtime
+    return ready_runtime(name, run.workspace.loaded.spec, run.workspace.root)
 
 
 def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Taken) -> Outcome:

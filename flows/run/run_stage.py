@@ -28,8 +28,8 @@ from flows.run.supervisor import Supervisor
 from tuneline.config.load import load
 from tuneline.config.overrides import as_sets
 from tuneline.errors import ConfigError, StageFailed
-from tuneline.planning.plan import input_slots
 from tuneline.workspace.artifact import Artifact
+from tuneline.workspace.history import input_slots
 from tuneline.workspace.runs import RunRecord, planned
 from tuneline.workspace.workspace import Workspace
 

@@ -33,9 +33,10 @@ from tuneline.kinds.gate import GateStage
 from tuneline.kinds.model import ModelStage
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.planning.inputs import hub_inputs
-from tuneline.planning.plan import document_of, input_slots
+from tuneline.planning.plan import document_of
 from tuneline.planning.verdict import judge
 from tuneline.workspace.artifact import Artifact
+from tuneline.workspace.history import input_slots
 from tuneline.workspace.reference import REFERENCE, point
 
 PASSED = "passed"  # the result of a gate
@@ -126,9 +127,8 @@ def _carry_out(run: RunContext, name: str, stage: Stage, needs: dict[str, Any]) 
         return _pass_gate(run, name, stage)
     assert isinstance(stage, ProgramStage)
     inputs = {slot: needs[other] for slot, other in input_slots(stage).items()}
-    salt = run.workspace.loaded.spec.pipelines[run.pipeline].salt
     resolved = run.resolve(stage)
-    document = document_of(stage, inputs, resolved, salt)
+    document = document_of(stage, inputs, resolved, run.workspace.loaded.spec.pipelines[run.pipeline])
     key = run.keys[name] = key_of(document)
     job = Job(name, stage, inputs, resolved, document, key)
     if run.child_of not in (None, key):

@@ -23,10 +23,11 @@ from tasks.data.report import ignored, write_report
 from tasks.data.rows import SPLITS, Row, row_count, seldom_collected, tidy, write_rows
 from tasks.data.sources import AnySource, Counts, Item, drop, read_source
 from tasks.data.values import BadRow
+from tasks.models.licenses import of_repository
 from tasks.models.loading import load_tokenizer
 from tuneline.errors import StageFailed
 from tuneline.kinds.dataset import DatasetStage, Split
-from tuneline.kinds.sources import CodeSource
+from tuneline.kinds.sources import CodeSource, HubSource
 from tuneline.workspace.protocol import Events, Request, Result
 
 if TYPE_CHECKING:
@@ -76,8 +77,16 @@ def run(request: Request, stage: DatasetStage, events: Events) -> Result:
             **{fate: counts.total(fate) for fate in (*WORDS, "truncated")},
             "groups": len({item.row.group for item in items}),
             **figures,
-        }
+        },
+        info={"licenses": licenses(request, stage)},
     )
+
+
+def licenses(request: Request, stage: DatasetStage) -> dict[str, dict[str, str]]:
+    """Return the licenses of sources on the hub, by source, for model cards."""
+    repositories = {f"sources.{i}": source.repo for i, source in enumerate(stage.sources) if isinstance(source, HubSource)}
+    found = {name: of_repository(repo, "dataset", request.commits[f"{name}.repo"]) for name, repo in repositories.items()}
+    return {name: license for name, license in found.items() if license}
 
 
 # --- read ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,8 +40,9 @@ NOT_FOR_IT = (
 """Variables that the server does not get: those for our own Python, secrets, and those that torchrun sets for a training's processes."""
 QUIET = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1",
-    "TQDM_DISABLE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "TQDM_DISABLE": "1",
 }  # fmt: skip
+AGAIN = "the stage is tried again"
 OUT_OF_MEMORY = ("out of memory", "OutOfMemoryError", "can't allocate memory", "No available memory for the cache", "is less than desired")
 
 _ERROR = re.compile(r" ERROR |^[A-Za-z_.]*(Error|Exception)\b")
@@ -66,14 +68,16 @@ class Server:
     def __init__(self, place: Place, arguments: Sequence[str], timeout: float):
         self.place, self.arguments, self.timeout = place, arguments, timeout
         self.process: subprocess.Popen[bytes] | None = None
-        self.port, self.key = 0, secrets.token_hex(16)
+        self.host, self.port, self.key = "127.0.0.1", 0, secrets.token_hex(16)
+        self.variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
     def start(self) -> None:
         """Return once the server answers. Raises StageFailed with the end of its log if it does not start."""
-        self.port = _free_port()
+        self.port = self.port or _free_port()
         command = [str(self.place.python), "-m", "vllm.entrypoints.openai.api_server", *self.arguments]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | {"VLLM_API_KEY": self.key}
+        command += ["--host", self.host, "--port", str(self.port)]
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | QUIET | self.variables
+        environment["VLLM_API_KEY"] = self.key
         if self.place.memory is not None:
             environment["TUNELINE_LEFT_TO_WATCHDOG"] = str(self.place.memory)
         if self.place.gpus is None:  # use all cores: by default vLLM reserves one for its other processes, which only wait
@@ -108,6 +112,14 @@ class Server:
         message = f"vLLM was not ready after {self.timeout:.0f} s; the end of {self.place.log.name}:\n{self.tail()}"
         raise StageFailed("transient", message, "allow more time with `resources: {engine: {start_timeout: ...}}`")
 
+    def drain(self, seconds: float) -> None:
+        """Let requests in progress finish, at most for so long. Only vLLM's main process gets SIGTERM: a worker would end at once."""
+        assert self.process is not None
+        for main in watchdog.descendants(self.process.pid)[:1]:
+            os.kill(main, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
     def stop(self) -> None:
         """Send SIGTERM to all of its processes, SIGKILL after the watchdog's grace period. Returns when none is left."""
         self.client.close()
@@ -127,14 +139,20 @@ class Server:
             stdin.close()
             self.process = None
 
+    @property
+    def reached(self) -> str:
+        """Return the address by which this machine reaches it."""
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else f"[{self.host}]" if ":" in self.host else self.host
+
     @cached_property
     def client(self) -> Client:
         """An HTTP client of this server; proxies of the environment do not apply."""
         from httpx2 import Client, Limits
 
-        headers = {"Authorization": f"Bearer {self.key}"}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         every = Limits(max_connections=None)  # as many as vLLM works on at the same time
-        return Client(base_url=f"http://127.0.0.1:{self.port}", headers=headers, timeout=None, limits=every, trust_env=False, verify=False)
+        address = f"http://{self.reached}:{self.port}"
+        return Client(base_url=address, headers=headers, timeout=None, limits=every, trust_env=False, verify=False)
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> str:
         """Return the answer's text. Raises StageFailed(bug) with the server's message if it refuses."""
@@ -185,7 +203,7 @@ class Server:
             except subprocess.TimeoutExpired:
                 pass
         message = f"vLLM did not complete an answer ({error}); the end of {self.place.log.name}:\n{self.tail()}"
-        return StageFailed("transient", message, "the stage is tried again")
+        return StageFailed("transient", message, AGAIN)
 
     def ended(self, when: str) -> StageFailed:
         """Return the failure, with the cause that its log shows."""
@@ -197,11 +215,11 @@ class Server:
             hint = f"lower `gpu_memory_utilization` (`cpu_memory` without a GPU) or `max_num_seqs` of {settings}"
             return StageFailed("oom", message, hint)
         if "address already in use" in said:
-            return StageFailed("transient", message, "another process took its port; the stage is tried again")
+            return StageFailed("transient", message, f"another process took its port; {AGAIN}")
         if when.startswith("before"):
             hint = f"see its log: vLLM does not support this model, or a setting under {settings} is wrong"
             return StageFailed("config", message, hint)
-        return StageFailed("transient", message, "the stage is tried again")
+        return StageFailed("transient", message, AGAIN)
 
     def tail(self) -> str:
         """Return the end of its log, up to the last error and its message: what libraries print while they end is useless."""

@@ -13,8 +13,8 @@ from tuneline.config.load import load
 from tuneline.config.order import in_order
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.planning import keys
-from tuneline.planning.plan import input_slots
 from tuneline.workspace import protocol, runs, store
+from tuneline.workspace.history import input_slots
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,9 +33,9 @@ def print_of(model: type[BaseModel]) -> str:
 SHAPES = [
     (store.Manifest, store.SCHEMA, (1, "c85a7ee3")),
     (runs.RunRecord, runs.SCHEMA, (5, "554da8c8")),
-    (protocol.Request, protocol.SCHEMA, (5, "7a1024f5")),
-    (protocol.Result, protocol.SCHEMA, (5, "f90e8c7b")),
-    (protocol.Failure, protocol.SCHEMA, (5, "4bdde661")),
+    (protocol.Request, protocol.SCHEMA, (6, "e41a67a6")),
+    (protocol.Result, protocol.SCHEMA, (6, "31743b72")),
+    (protocol.Failure, protocol.SCHEMA, (6, "04d98b6e")),
 ]
 
 

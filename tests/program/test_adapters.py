@@ -16,9 +16,12 @@ from program_tools import make_request, payload_digest, run_program, run_until
 from sft_tools import furthest, request_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.convert.export import write_adapter
+from tasks.convert.usage import usage
 from tasks.training import answers
 from tuneline.errors import StageFailed
-from tuneline.workspace.protocol import Input
+from tuneline.kinds.export import ExportStage
+from tuneline.workspace.protocol import Events, Input
 
 IN_CI = {"pissa", "tokens"}
 CASES = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.full) for name in VARIANTS]
@@ -58,6 +61,15 @@ def test_a_variant_is_trained_resumed_read_by_peft_and_merged(
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(request.payload)(IDS).logits
     torch.testing.assert_close(merged, after, atol=1e-4, rtol=1e-4)
+
+    stage, exported, loaded = ExportStage(kind="export", of="sft"), tmp_path / "exported", dict[str, Any]()
+    exported.mkdir()
+    code = usage(stage, write_adapter(adapter, None, stage, exported, Events(tmp_path / "events.jsonl")), False)
+    assert ("resize_token_embeddings" in code) == ("add_tokens" in VARIANTS[name])
+    monkeypatch.chdir(exported)
+    exec(code.split("```")[1].removeprefix("python"), loaded)  # as its model card says
+    with torch.no_grad():
+        torch.testing.assert_close(loaded["model"](IDS).logits, after, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.slow

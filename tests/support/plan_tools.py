@@ -8,6 +8,7 @@ from typing import Any
 from tuneline.config.load import load
 from tuneline.planning.plan import PlanRow, plan
 from tuneline.workspace.artifact import Base, Manifest
+from tuneline.workspace.history import input_slots
 from tuneline.workspace.runs import StageRecord
 from tuneline.workspace.workspace import Workspace
 
@@ -59,7 +60,8 @@ def publish(workspace: Workspace, row: PlanRow, rows: dict[str, PlanRow], payloa
         built = workspace.store.staging_dir(row.key)
         (built / "payload").mkdir()
         (built / "payload" / "data").write_text(f"{row.kind} {payload}")
-        facts = {"parents": {}, "metrics": {}, "info": {}, "host": {}, "base": base, "document": row.document}
+        parents = {slot: f"{rows[other].kind}/{rows[other].key}" for slot, other in input_slots(stage).items()}
+        facts = {"parents": parents, "metrics": {}, "info": {}, "host": {}, "base": base, "document": row.document}
         workspace.store.publish(
             built,
             lambda digest, files: Manifest(kind=row.kind, type=stage.output_type(), key=row.key or "", digest=digest, files=files, **facts),

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 5  # of requests, results and failures
+SCHEMA = 6  # of requests, results and failures
 
 
 def main() -> None:

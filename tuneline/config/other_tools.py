@@ -40,8 +40,8 @@ ABSENT_KINDS = {  # what other tools train or do, and tuneline does not
     )),
     **dict.fromkeys(("distill", "distillation", "gkd", "kd"), "tuneline has no distillation yet; `sft` trains on answers in a dataset"),
     **dict.fromkeys(("embedding", "embeddings", "reranker", "classification"), "tuneline trains only causal language models"),
-    **dict.fromkeys(("serve", "deploy", "chat", "infer", "inference", "predict", "generate", "publish", "push", "upload"), (
-        "tuneline has no such stage; an artifact is a folder that vLLM and transformers load: `tuneline show` prints it"
+    **dict.fromkeys(("serve", "deploy", "chat", "infer", "inference", "predict", "generate"), (
+        "no stage: the commands `tuneline chat` and `tuneline serve` use what a pipeline has built"
     )),
     **dict.fromkeys(("shell", "script", "command", "python", "bash"), "tuneline runs no commands; docs/adding-a-stage.md adds a kind"),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from tuneline.config.pools import INTERVAL, AnyPool, Schedule
 from tuneline.kinds.dataset import DatasetStage
 from tuneline.kinds.dpo import DpoStage
 from tuneline.kinds.evaluate import EvaluateStage
+from tuneline.kinds.export import ExportStage
 from tuneline.kinds.fields import ExternalPath, Name, Strict
 from tuneline.kinds.gate import GateStage
 from tuneline.kinds.grpo import GrpoStage
@@ -29,7 +30,8 @@ from tuneline.kinds.trackers import Track
 
 AnyTraining = SftStage | DpoStage | KtoStage | GrpoStage
 AnyStage = Annotated[
-    ModelStage | DatasetStage | AnyTraining | EvaluateStage | MergeStage | QuantizeStage | GateStage, Field(discriminator="kind")
+    ModelStage | DatasetStage | AnyTraining | EvaluateStage | MergeStage | QuantizeStage | ExportStage | GateStage,
+    Field(discriminator="kind"),
 ]
 STAGES: dict[str, type[Stage]] = {get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(get_args(AnyStage)[0])}
 PROGRAM_STAGES = {kind: stage for kind, stage in STAGES.items() if issubclass(stage, ProgramStage)}

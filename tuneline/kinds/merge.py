@@ -16,7 +16,7 @@ class MergeStage(ProgramStage):
     """Merge an adapter into its base model, shard by shard."""
 
     kind: Literal["merge"]
-    also_called: ClassVar = ("export", "mergelora", "mergeadapter", "fuse")
+    also_called: ClassVar = ("mergelora", "mergeadapter", "fuse")
     program: ClassVar = "tasks.convert.merge"
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "safetensors", "huggingface-hub")
     imports: ClassVar = ("peft",)

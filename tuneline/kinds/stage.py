@@ -186,6 +186,8 @@ class ProgramStage(Stage):
     """Whether the program can run in several processes."""
     batches: ClassVar[bool] = False
     """Whether the program processes batches of `micro_batch_size` rows."""
+    describes_history: ClassVar[bool] = False
+    """Whether the output describes how the inputs were made. Then their history, with the stages' names, is in the key as well."""
 
     runtime: Name = "torch"
     """Python environment of the stage. Stages of kind `quantize` default to `quantize`, because gptqmodel needs older libraries."""

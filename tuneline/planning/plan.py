@@ -16,8 +16,8 @@ from typing import Any, Literal
 from tuneline.canonical import key_of
 from tuneline.config.load import Loaded
 from tuneline.config.order import in_order, with_ancestors
+from tuneline.config.spec import Pipeline
 from tuneline.errors import ConfigError, Problem, StageFailed
-from tuneline.kinds.fields import Reference, annotated_values
 from tuneline.kinds.stage import ProgramStage, Stage
 from tuneline.kinds.training import Training
 from tuneline.paths import PACKAGES_ROOT
@@ -27,6 +27,7 @@ from tuneline.wording import listed, nearest
 from tuneline.workspace.artifact import Artifact
 from tuneline.workspace.benchmarks import NOT_SET_UP
 from tuneline.workspace.checkpoints import Checkpoint, newest
+from tuneline.workspace.history import input_slots, names_in_history
 from tuneline.workspace.runs import StageRecord
 from tuneline.workspace.workspace import Workspace
 
@@ -114,7 +115,7 @@ def _row(
         row.problems = [workspace.loaded.placed(problem, pipeline_name, name) for problem in problems]
         row.status, row.reasons = "unknown", [Reason(code, problem.message, problem.field) for problem in row.problems]
         return row
-    document = document_of(stage, known, resolved, pipeline.salt)
+    document = document_of(stage, known, resolved, pipeline)
     waiting = [slot for slot in slots if slot not in known]
     if forced and not waiting and (other := workspace.runs.run_that_forced(pipeline_name, name, key_of(document))):
         row.reasons.append(Reason("forced", f"already rebuilt by run {other}, which was stopped later"))
@@ -165,15 +166,11 @@ def refusals(loaded: Loaded, pipeline_name: str, rows: Sequence[PlanRow]) -> Ite
             yield loaded.placed(Problem("resources", *row.refused), pipeline_name, row.stage)
 
 
-def input_slots(stage: Stage) -> dict[str, str]:
-    """Return slot to stage name for every reference that is an input; `needs` only orders stages."""
-    return {path: target for path, reference, target in annotated_values(stage, Reference) if not path.startswith("needs.")}
-
-
-def document_of(stage: ProgramStage, inputs: Mapping[str, Artifact], resolved: ResolvedInputs, salt: str) -> dict[str, Any]:
+def document_of(stage: ProgramStage, inputs: Mapping[str, Artifact], resolved: ResolvedInputs, pipeline: Pipeline) -> dict[str, Any]:
     """Return the key document of a stage."""
     outside = Outside(resolved.digests, resolved.commits, resolved.libraries)
-    return key_document(stage, program_version(stage.kind), inputs, outside, salt)
+    document = key_document(stage, program_version(stage.kind), inputs, outside, pipeline.salt)
+    return document | ({"history": names_in_history(pipeline.stages, stage, inputs)} if stage.describes_history else {})
 
 
 def unpinned(workspace: Workspace, pipeline: str, rows: Sequence[PlanRow]) -> Iterator[Problem]:
@@ -223,6 +220,8 @@ def _compared(earlier: StageRecord, new: Mapping[str, Any], slots: Mapping[str, 
             else:
                 text = f"the {'file' if code == 'file' else 'hub repository'} of {name} changed"
             yield Reason(code, text, name, before, after)
+    if old.get("history") != new.get("history") and old.get("inputs") == new["inputs"] and not waiting:
+        yield Reason("input", "its inputs were made in another way, or their stages have other names", "history")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -31,3 +31,8 @@ SAMPLES = "samples.jsonl"
 """Answers of an evaluation, with their scores."""
 REPORT_TEXT, REPORT_DATA = "report.md", "report.json"
 """The program's report as markdown, and its figures for the run's page."""
+
+# In an exported folder.
+CARD, SBOM = "README.md", "sbom.cdx.json"
+BASE = "base"
+"""Folder with the base of an adapter, and its name in adapter_config.json."""

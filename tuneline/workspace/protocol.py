@@ -22,7 +22,7 @@ from tuneline.kinds.stage import ProgramStage
 from tuneline.kinds.trackers import Track
 from tuneline.workspace.file_names import META, PAYLOAD
 
-SCHEMA = 5
+SCHEMA = 6
 
 
 class Message(BaseModel):
@@ -82,6 +82,8 @@ class Request(Message):
     """Fields of `Resources`; micro_batch_size may be lowered after an out-of-memory error."""
     engine: Path | None = None
     """Python of the runtime with vLLM, if the stage uses it."""
+    history: dict[str, str] = {}
+    """Names of the stages that made the inputs, directly or indirectly, by `kind/key`; for kinds that describe how that was done."""
     name: str = ""
     """PIPELINE/STAGE/RUN: the name of a training in its trackers."""
     track: Track | None = None

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tuneline.config.spec import Spec
-from tuneline.errors import ConfigError, Problem
+from tuneline.errors import ConfigError, Problem, StageFailed
 from tuneline.paths import PACKAGES_ROOT, resolve_path
 
 BUILT_IN_LOCKS = PACKAGES_ROOT / "infra" / "runtimes"
@@ -59,6 +59,14 @@ def find_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
     digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
     folder = Path(os.environ.get("TUNELINE_RUNTIMES") or root / ".tuneline" / "runtimes") / f"{name}-{digest}"
     return RuntimeEnvironment(name, folder / "bin" / "python", lock, folder)
+
+
+def ready_runtime(name: str, spec: Spec, root: Path) -> RuntimeEnvironment:
+    """Find a runtime that is set up. Raises StageFailed(config) if it is not."""
+    runtime = find_runtime(name, spec, root)
+    if not runtime.ready:
+        raise StageFailed("config", f"the runtime {name} is not set up", f"`tuneline setup {name}` builds it")
+    return runtime
 
 
 def _locked(lock: Path) -> dict[str, str]:
