@@ -1,4 +1,4 @@
-"""Starts a training's processes on this machine, and reports which one failed and why: `python -m tasks.launch WORK/request.json [NODE]`.
+"""Starts a stage's processes on this machine, and reports which one failed and why: `python -m tasks.launch WORK/request.json [NODE]`.
 
 torchrun's own agent starts the processes, and ends all of them when one fails. Machines meet at the address that the first one writes
 to WORK/rendezvous.json, which must be on a shared disk, like the store. If a process dies, its peers fail as well: only the first
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RANKS = "ranks"  # folder of the attempt's processes: logs of all but the first, and their failures
 FAILURE_SUFFIX = ".failure.json"
 HEARTBEAT_SUFFIX = ".here"  # file of a machine that still answers after a failure
-LOST_PEER = "another process of the training ended or hangs: the stage is tried again"
+LOST_PEER = "another process of the stage ended or hangs: the stage is tried again"
 SECONDS_OF_OTHERS = 5.0  # until an event on one machine is visible on another
 HUNG = 15  # seconds after another process's failure; torchrun waits 30 for a process that ignores SIGTERM
 LOG_TAIL = 30  # lines

@@ -35,7 +35,7 @@ DTYPES = get_args(ExportStage.model_fields["dtype"].annotation)
 def export_command(
     what: str, folder: Path, file: Path, sets: tuple[str, ...], variables: tuple[str, ...], as_json: bool, **given: Any
 ) -> None:
-    """Export a model or an adapter as a folder for transformers, PEFT and vLLM.
+    """Export a model or an adapter for transformers, PEFT and vLLM.
 
     Writes weights, tokenizer, chat template, generation config and a model card. STAGE made the model, or is of kind export. DIR must be
     missing, empty or an earlier export, which is replaced.

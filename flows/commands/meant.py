@@ -14,11 +14,10 @@ COMMANDS = {
 }  # fmt: skip
 STAGES = {
     "benchmark": "evaluate", "convert": "merge", "data": "dataset", "dataset": "dataset", "dpo": "dpo", "eval": "evaluate",
-    "evaluate": "evaluate", "finetune": "sft", "fine-tune": "sft", "export": "merge", "gate": "gate", "grpo": "grpo", "kto": "kto",
+    "evaluate": "evaluate", "finetune": "sft", "fine-tune": "sft", "gate": "gate", "grpo": "grpo", "kto": "kto",
     "merge": "merge", "quantize": "quantize", "rl": "grpo", "sft": "sft", "train": "sft",
 }  # fmt: skip
 OPTIONS = {
-    "--api-key": "`ps` shows command lines: set TUNELINE_API_KEY, or `--api-key-file FILE`",
     "--config": "`--file FILE` names the pipelines file",
     "--dry-run": "`tuneline plan` shows what a run would do",
     "--debug": "`--verbose` shows the programs' own output",

@@ -31,10 +31,10 @@ HISTORY = "chat_history"
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set temperature, top_p, max_new_tokens, seed or stop.")
 @json_option
 def chat(names: tuple[str, ...], file: Path, as_json: bool, **options: Any) -> None:
-    """Talk to models that pipelines have built: bases, adapters, merged and quantized ones.
+    """Talk to models that pipelines have built.
 
-    Several answer the same questions, one after another. A pipeline without a stage is its last model. Answers are greedy, as in
-    evaluations, unless a temperature is set.
+    They may be bases, adapters, merged or quantized models. Several answer the same questions, one after another. A pipeline without
+    a stage is its last model. Answers are greedy, as in evaluations, unless a temperature is set.
     """
     from flows.serving.chat import Conversation, Display, members
     from flows.serving.terminal import Shown, Silent, talk
@@ -94,23 +94,24 @@ def _asked(message: str | None, system: str | None, dataset: str | None, row: st
 @file_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Any but a loopback address needs a key.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
+@click.option("--api-key", metavar="KEY", help="Key that clients must send. `ps` shows it: better set TUNELINE_API_KEY, or name a file.")
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="File with the key that clients must send; TUNELINE_API_KEY sets it as well.",
+    help="File with the key that clients must send.",
 )
-def serve(names: tuple[str, ...], file: Path, host: str, port: int, api_key_file: Path | None) -> None:
+def serve(names: tuple[str, ...], file: Path, host: str, port: int, api_key: str | None, api_key_file: Path | None) -> None:
     """Serve models that pipelines have built, by the API of OpenAI.
 
     vLLM serves a base and its adapters under the names given here. Ctrl-C or SIGTERM ends it once the requests in progress are done.
     """
-    from flows.serving.serve import address_of, served, wait
+    from flows.serving.serve import Key, address_of, served, wait
     from tuneline.planning.built import find_model
 
     workspace = Workspace(load(file), warn)
+    address = address_of(host, port, Key(api_key, api_key_file))
     models = [find_model(workspace, name) for name in names]
-    address = address_of(host, port, api_key_file)
     with _errors(), served(workspace, models, address, say) as program:
         ready = program.receive()
         say(f"ready after {ready['seconds']:.0f} s: {', '.join(ready['names'])}")

@@ -180,7 +180,7 @@ def _supervise(run: RunContext, job: Job, request: Request, held: int, taken: Ta
         if event.type == "progress":
             run.reporter.progress(name, event)
 
-    # The loader allows several processes only for trainings.
+    # The loader allows several processes only for trainings and evaluations.
     command = [str(runtime.python), "-m", "tasks.launch" if stage.launched() else "tasks", str(request.work / REQUEST)]
     try:
         environment, locks = program_environment(request.work, taken.gpus), (held, *taken.descriptors)

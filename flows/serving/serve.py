@@ -28,9 +28,31 @@ from tuneline.workspace.runtimes import ready_runtime
 from tuneline.workspace.workspace import Workspace
 
 PROGRAM = "tasks.serving.server"
-KEY = "TUNELINE_API_KEY"
+VARIABLE = "TUNELINE_API_KEY"
 LOGS = "serving"  # folder in .tuneline
 GRACE = "30"  # seconds that requests in progress have once the server is asked to end
+
+
+@dataclass(frozen=True)
+class Key:
+    """What clients must send, and where it comes from: an option, a file, or the environment."""
+
+    given: str | None
+    file: Path | None
+
+    def text(self) -> str:
+        """Return the key; an empty one lets everybody ask. Raises ConfigError for two keys, and for an empty file."""
+        if self.given is not None and self.file is not None:
+            raise ConfigError([Problem("", "found --api-key and --api-key-file", "give one of them", place="--api-key")])
+        if self.file is None:
+            return self.given or os.environ.get(VARIABLE, "")
+        if not (key := self.file.read_text(encoding="utf-8").strip()):
+            raise ConfigError([Problem("", f"found an empty file, {self.file}", "write the key into it", place="--api-key-file")])
+        return key
+
+    def in_shell(self) -> str:
+        """Return what a shell replaces by the key."""
+        return f'"$(cat {shlex.quote(str(self.file))})"' if self.file else shlex.quote(self.given) if self.given else f'"${VARIABLE}"'
 
 
 @dataclass(frozen=True)
@@ -38,8 +60,7 @@ class Address:
     host: str
     port: int
     key: str
-    """What clients must send; empty if anybody on this machine may ask."""
-    key_file: Path | None
+    key_in_shell: str
 
     def url(self) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else f"[{self.host}]" if ":" in self.host else self.host
@@ -48,18 +69,17 @@ class Address:
     def curl(self, model: str) -> str:
         """Return a command line that asks the server. The key is passed by a pipe: `ps` shows command lines."""
         body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-        where = f'"$(cat {shlex.quote(str(self.key_file))})"' if self.key_file else f'"${KEY}"'
-        key = f"printf 'Authorization: Bearer %s' {where} | " if self.key else ""
+        key = f"printf 'Authorization: Bearer %s' {self.key_in_shell} | " if self.key else ""
         header = " -H @-" if self.key else ""
         return f"{key}curl {self.url()}/v1/chat/completions{header} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
-def address_of(host: str, port: int, key_file: Path | None) -> Address:
+def address_of(host: str, port: int, given: Key) -> Address:
     """Raises ConfigError for an address that others reach without a key, or a port that another program uses."""
-    key = key_file.read_text(encoding="utf-8").strip() if key_file else os.environ.get(KEY, "")
+    key = given.text()
     if not key and not _loopback(host):
         found = f"found {host} without a key: everybody who reaches this machine could use the model"
-        hint = f"set {KEY}, or `--api-key-file FILE`; `openssl rand -hex 16` makes a key"
+        hint = f"set {VARIABLE}, or `--api-key-file FILE`; `openssl rand -hex 16` makes a key"
         raise ConfigError([Problem("", found, hint, place="--host")])
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
@@ -70,7 +90,7 @@ def address_of(host: str, port: int, key_file: Path | None) -> Address:
             option, hint = "--port", "`--port` chooses another port"
         why = str(error.strerror).partition(" (")[0]  # Python adds the address once more
         raise ConfigError([Problem("", f"{host}:{port}: {why}", hint, place=option)]) from None
-    return Address(host, port, key, key_file)
+    return Address(host, port, key, given.in_shell())
 
 
 def served_inputs(workspace: Workspace, models: list[Built]) -> dict[str, Input]:
@@ -107,7 +127,7 @@ def served(workspace: Workspace, models: list[Built], address: Address, say: Cal
     log.parent.mkdir(exist_ok=True)
     with Slots(None, visible_gpus()).taken(resources.gpus, resources.devices, {"stage": "serve"}, say) as taken:
         say(f"starts vLLM, which takes minutes for a large model; its log is {log}")
-        arguments, variables = (address.host, str(address.port), str(log)), {KEY: address.key, "TUNELINE_GRACE": GRACE}
+        arguments, variables = (address.host, str(address.port), str(log)), {VARIABLE: address.key, "TUNELINE_GRACE": GRACE}
         with LineProgram(
             PROGRAM, python, lambda folder: request_of(models[0], inputs, folder, engine_python), taken, arguments, variables
         ) as program:

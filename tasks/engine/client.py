@@ -106,7 +106,9 @@ class Engine:
             arguments["kv-cache-memory-bytes"] = int(settings.cpu_memory * 2**30)
             arguments["max-num-batched-tokens"] = max(self.max_model_len, CPU_BATCH)
         else:
-            arguments |= {"gpu-memory-utilization": settings.gpu_memory_utilization, "tensor-parallel-size": len(place.gpus)}
+            copies = settings.data_parallel
+            arguments |= {"gpu-memory-utilization": settings.gpu_memory_utilization, "tensor-parallel-size": len(place.gpus) // copies}
+            arguments |= {"data-parallel-size": copies} if copies > 1 else {}
         switches = ["disable-uvicorn-access-log", "disable-log-stats", "disable-fastapi-docs"]
         if place.gpus is None:  # vLLM 0.32 ends on a CPU if a prompt with its own seed is split ("Generator does not use offset")
             switches.append("no-enable-chunked-prefill")
@@ -121,7 +123,7 @@ class Engine:
             flags += ["--lora-target-modules", *sorted(self._modules)]
         self._scores = adapters is None or (self._modules is not None and OUTPUT not in self._modules)
         self._server = Server(place, flags, settings.start_timeout)
-        self._requests = settings.max_num_seqs
+        self._requests = settings.max_num_seqs * settings.data_parallel
         self._names: set[str] = {BASE}  # every name that was ever used
         self._loaded: set[str] = set()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -72,8 +73,11 @@ def dataset(**_: Any) -> dict[str, Any]:
 
 
 def score(events: Events, responses: Sequence[Sequence[str]], docs: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Return each first response with its tests' outcome. Runs all tests together, because lm-eval asks for scores one by one."""
+    """Return each first response with its tests' outcome. Runs all tests together, because lm-eval asks for scores one by one. Of several
+    processes only the first one runs them, as only it reports."""
     completions = [response[0] for response in responses]
+    if os.environ.get("RANK", "0") != "0":
+        return [{"completion": completion, "outcome": "not run here", "detail": ""} for completion in completions]
     outcomes = check(docs, completions, events)
     return [{"completion": c, "outcome": o.outcome, "detail": o.detail} for c, o in zip(completions, outcomes, strict=True)]
 

@@ -5,7 +5,9 @@ engine. A dataset's rows are asked as they were trained on: the prompt is render
 compared token by token with `tasks.data.masks`. The stage fails if an adapter changes nothing or is only partly read, or if the template
 differs from the trained one.
 
-Left out: benchmarks that run the model's code, except human_eval; images and sound; several processes.
+Several processes each run all of this, but compute only some of the batches (`tasks.evaluation.sharing`); the first one reports.
+
+Left out: benchmarks that run the model's code, except human_eval; images and sound.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.data import special_tokens
@@ -44,7 +47,12 @@ SHOWN = 3  # samples that are emitted as events
 
 
 def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
+    from tasks.evaluation.sharing import Share
+
     be_quiet()
+    share = Share(None if stage.uses_engine() else stage.resources)  # first: with several GPUs this selects the process's own
+    if not share.first:
+        events = Events(Path(os.devnull))
     check_device(stage)
     source = request.inputs["model"]
     tokenizer = load_tokenizer(source)
@@ -68,7 +76,7 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
 
             model, batch = load_model(source, compute_type(stage)), stage.micro_batch_size()
             assert batch is not None
-            lm = LanguageModel(model, tokenizer, batch, events)
+            lm = LanguageModel(model, tokenizer, batch, request.seed, events, share)
             check_logits(lm.model, model, prompt, source)
             lm.check_generation(prompt)
         if stage.benchmarks and stage.apply_chat_template:
@@ -77,7 +85,8 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
             score_dataset(f"dataset{i}", rows, stage, lm, report, events)
         if benchmarks:
             run_benchmarks(benchmarks, stage, request.seed, lm, report, events)
-    write(request, report)
+    if share.first:
+        write(request, report)
     for sample in report.samples[:SHOWN]:
         events.sample(f"{sample.prompt}\n--- answer: {sample.answer}\n--- reference: {sample.reference}", asdict(sample))
     info: dict[str, Any] = {"rows": report.rows, "dtype": stage.dtype}

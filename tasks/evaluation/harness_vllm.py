@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from tasks.engine.client import BASE, OUTPUT, Adapters, Completion, Engine, Sampling, modules_of
 from tasks.engine.server import Place
 from tasks.evaluation.harness import STOPS, LanguageModel
+from tasks.evaluation.sharing import Share
 from tasks.models.loading import needs_remote_code, without_weights
 from tuneline.errors import StageFailed
 from tuneline.kinds.engine import EngineSettings
@@ -49,11 +50,11 @@ class EngineModel(LanguageModel):
         self.source, self.base = source, source.base or source
         if needs_remote_code(self.base):
             raise StageFailed("config", "tuneline does not run models with their own code in vLLM", FALLBACK_HINT)
-        super().__init__(configured(model_folder(self.base.path)), tokenizer, BATCH_SIZE, events)
+        super().__init__(configured(model_folder(self.base.path)), tokenizer, BATCH_SIZE, seed, events, Share())
         patch(self, "_device", torch.device("cpu"))
         # lm-eval's windows are one token longer than this, and vLLM samples one more token after a scored sequence.
         patch(self, "_max_length", self.max_length - 2)
-        self.name, self.seed = BASE if source.type == "Model" else f"adapter-{source.digest[:16]}", seed
+        self.name = BASE if source.type == "Model" else f"adapter-{source.digest[:16]}"
         self.engine: Engine
 
     @contextmanager

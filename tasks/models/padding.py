@@ -10,6 +10,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 PADS = 3
@@ -33,6 +34,12 @@ def padding_matters(model: PreTrainedModel, prompt: list[int], pad: int) -> bool
     mask[:, :PADS] = 0
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes_cache(model) else {}
     with torch.inference_mode():
-        alone = model(input_ids=ids).logits[0, -1].float()
-        beside = model(input_ids=padded, attention_mask=mask, **positions).logits[0, -1].float()
-    return bool((alone - beside).norm() > SHARE * (alone - alone.mean()).norm())
+        alone = model(input_ids=ids).logits[0, -1]
+        beside = model(input_ids=padded, attention_mask=mask, **positions).logits[0, -1]
+    return differs(alone, beside)
+
+
+def differs(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether logits differ by more than rounding."""
+    one, other = one.float(), other.float()
+    return bool((one - other).norm() > SHARE * (one - one.mean()).norm())

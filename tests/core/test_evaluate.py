@@ -70,7 +70,30 @@ REFUSED = {
     ),
     "processes": (
         "model: base, backend: vllm, resources: {gpus: 2, processes: 2}",
-        "demo.eval.resources.processes: found 2 for evaluate, expected 1\n\nhint: remove it: only trainings run in several processes",
+        "demo.eval.resources.processes: found processes with `backend: vllm`, whose server has its own\n\nhint: remove it; `gpus` and "
+        "`engine: {data_parallel: ...}` say how many GPUs compute at the same time",
+    ),
+    "processes that share a GPU": (
+        "model: base, resources: {gpus: 2, processes: 4}",
+        "demo.eval.resources.processes: found 4 with 2 GPUs for an evaluation, expected one process per GPU\n\nhint: remove it",
+    ),
+    "machines": (
+        "model: base, resources: {nodes: 2}",
+        "demo.eval.resources.nodes: found 2 for evaluate, expected 1\n\nhint: remove it: only trainings run on several machines",
+    ),
+    "nobody to wait for": (
+        "model: base, resources: {collective_timeout: 60}",
+        "demo.eval.resources.collective_timeout: found collective_timeout for evaluate, which is not a training\n\nhint: remove it",
+    ),
+    "copies on a CPU": (
+        "model: base, backend: vllm, resources: {engine: {data_parallel: 2}}",
+        "demo.eval.resources.engine.data_parallel: found 2 with 0 GPUs for vLLM, expected 1\n\nhint: each copy of the model gets the same "
+        "number of GPUs",
+    ),
+    "copies of another size": (
+        "model: base, backend: vllm, resources: {gpus: 4, engine: {data_parallel: 3}}",
+        "demo.eval.resources.engine.data_parallel: found 3 with 4 GPUs for vLLM, expected 1, 2, 4\n\nhint: each copy of the model gets the "
+        "same number of GPUs",
     ),
 }
 
@@ -128,7 +151,7 @@ def test_one_process_asks_vllm_whatever_its_gpus() -> None:
     assert given.world_size() == 1
     assert given.micro_batch_size() is None
     assert stage().runtimes() == ["torch"]
-    assert stage(resources={"gpus": 2}).world_size() == 2  # the loader rejects it
+    assert stage(resources={"gpus": 2}).world_size() == 2
 
 
 def test_vllm_on_two_machines_is_refused() -> None:

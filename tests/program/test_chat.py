@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from tasks.data.rendering import ends
 from tasks.data.rows import Row
 from tasks.serving.answers import Answer, Writer, _Progress
 from tasks.serving.chat import Chat
+from tasks.serving.server import SERVED, arguments
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Input, Request
 from tuneline.workspace.sampling import Sampling
@@ -127,3 +129,18 @@ def test_a_model_without_a_template_continues_texts(tmp_path: Path, base: Input)
     answer = writer.write(Row("chat", prompt="one two three"), Sampling(max_new_tokens=4), lambda text, thoughts: None)
     assert isinstance(answer, Answer)
     assert answer.tokens == 4
+
+
+def test_servers_get_what_was_trained_and_the_gpus_memory(tmp_path: Path, base: Input) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter")
+    made = request_for(tmp_path, base).model_copy(update={"inputs": {"p/base": base, "p/sft": adapter}})
+    flags = arguments(made, ["0", "1"])
+    served = made.work / SERVED
+    assert {f"--tokenizer={served}", f"--generation-config={served}"} < set(flags)
+    assert {"--tensor-parallel-size=2", "--gpu-memory-utilization=0.9", "--max-model-len=-1", "--max-lora-rank=8"} < set(flags)
+    assert flags[flags.index("--served-model-name") + 1] == "p/base"
+    assert json.loads(flags[-1]) == {"name": "p/sft", "path": str(adapter.path)}
+    config = json.loads((served / "generation_config.json").read_bytes())
+    assert set(config) == {"eos_token_id"}
+    assert "<|im_end|>" in tokenizer().convert_ids_to_tokens(config["eos_token_id"])
+    assert "--max-model-len=2048" in arguments(made, None)

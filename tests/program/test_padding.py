@@ -1,4 +1,4 @@
-"""Padding on the left of prompts: models that take it in as text answer one row at a time."""
+"""Padding of prompts: models that take it in as text answer one row at a time, and compute the beginning of each row."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ import pytest
 from architecture_table import Trial, save
 from program_tools import make_request, run_program
 
+from tasks.evaluation import prefixes
 from tasks.models.padding import padding_matters
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize(
-    ("model_type", "matters"),
-    [("llama", False), ("gpt2", False), ("mamba", False), ("rwkv", True), ("recurrent_gemma", False), ("openai-gpt", True)],
+    ("model_type", "matters", "shares"),
+    [
+        ("llama", False, True),
+        ("gpt2", False, True),
+        ("mamba", False, False),
+        ("rwkv", True, False),
+        ("recurrent_gemma", False, False),
+        ("openai-gpt", True, False),
+        ("gemma3_text", False, False),
+    ],
 )
-def test_whose_states_and_positions_take_it_in(tmp_path: Path, model_type: str, matters: bool) -> None:
+def test_whose_states_and_positions_take_it_in(tmp_path: Path, model_type: str, matters: bool, shares: bool) -> None:
     from transformers import AutoModelForCausalLM
 
     save(tmp_path / "model", model_type)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert padding_matters(model, PROMPT, 2) is matters
+    assert prefixes.suits(model, PROMPT, 2) is shares
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "recurrent_gemma"])

@@ -60,6 +60,14 @@ def start(python: Path, model: Path, log: Path, adapters: Adapters | None = None
     return Engine(Place(python, log), model, settings, "float32", 128, adapters)
 
 
+@pytest.mark.parametrize(
+    ("copies", "flags"), [(1, {"--tensor-parallel-size=4"}), (2, {"--tensor-parallel-size=2", "--data-parallel-size=2"})]
+)
+def test_gpus_are_divided_among_copies(tmp_path: Path, copies: int, flags: set[str]) -> None:
+    engine = Engine(Place(tmp_path, tmp_path, range(4)), tmp_path, EngineSettings(data_parallel=copies), "bfloat16", ROOM)
+    assert {flag for flag in engine._server.arguments if "parallel" in flag} == flags
+
+
 def expected(model: Path, adapter: Path | None, tokens: list[int]) -> torch.Tensor:
     """transformers' log-probabilities of what may follow each token, shape [tokens, words]."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -10,6 +10,7 @@ from pydantic import Field
 from tuneline.errors import Problem
 from tuneline.kinds.fields import ArtifactType, DatasetRef, ExternalPath, ModelOrAdapterRef, OnUnrendered
 from tuneline.kinds.stage import ComputingStage, Stage
+from tuneline.kinds.strategy import process_problems
 from tuneline.wording import listed, nearest
 
 # Fields that decide which questions are asked, and how.
@@ -36,6 +37,7 @@ class EvaluateStage(ComputingStage):
     libraries: ClassVar = ("torch", "transformers", "tokenizers", "peft", "lm-eval", "reasoning-gym", "datasets")
     imports: ClassVar = ("tasks.evaluation.harness", "transformers.modeling_layers")
     batches: ClassVar = True
+    parallel: ClassVar = True
     hidden_files_in: ClassVar = frozenset({"include_path"})
     model: ModelOrAdapterRef
     """Model or adapter to evaluate."""
@@ -63,8 +65,8 @@ class EvaluateStage(ComputingStage):
     allow_code_execution: bool = False
     """Allow benchmarks to run code that the model writes, in a sandbox. Required for `human_eval`."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """What computes the answers: `transformers`, or `vllm`, a server in its own runtime that uses all of the stage's GPUs. vLLM suits many
-    rows on GPUs, but rounds differently: compare only results of the same backend."""
+    """What computes the answers: `transformers`, in one process per GPU, or `vllm`, a server in its own runtime that uses all of the
+    stage's GPUs. vLLM suits many rows on GPUs, but rounds differently: compare only results of the same backend."""
 
     def output_type(self) -> ArtifactType:
         return "Report"
@@ -83,8 +85,7 @@ class EvaluateStage(ComputingStage):
 
     def world_size(self) -> int:
         """Return the processes that evaluate. With vLLM the GPUs belong to its server, whatever their number."""
-        resources = self.resources
-        return resources.nodes * (resources.processes or 1) if self.uses_engine() else resources.world_size
+        return 1 if self.uses_engine() else self.resources.world_size
 
     def micro_batch_size(self) -> int | None:
         """Return None with vLLM, which forms its own batches."""
@@ -95,6 +96,13 @@ class EvaluateStage(ComputingStage):
         if self.uses_engine() and engine is not None and engine.gpus not in (0, self.resources.gpus):
             found = f"found {engine.gpus}, expected {self.resources.gpus} (resources.gpus): vLLM uses all GPUs of an evaluation"
             yield Problem("resources.engine.gpus", found, "remove it")
+        if self.uses_engine() and engine is not None:
+            yield from engine.copies_problems(self.resources.gpus)
+        if self.uses_engine() and (self.resources.processes or 1) > 1:
+            hint = "remove it; `gpus` and `engine: {data_parallel: ...}` say how many GPUs compute at the same time"
+            yield Problem("resources.processes", "found processes with `backend: vllm`, whose server has its own", hint)
+        elif not self.uses_engine():
+            yield from process_problems(self.resources, "an evaluation")
         if self.uses_engine() and self.resources.micro_batch_size is not None:
             hint = "remove it; `engine: {max_num_seqs: ...}` limits how many sequences vLLM processes at the same time"
             yield Problem("resources.micro_batch_size", "found micro_batch_size with `backend: vllm`, which forms its own batches", hint)

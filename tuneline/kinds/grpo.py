@@ -152,6 +152,8 @@ class GrpoStage(Training):
                 "lora.r" if highest == self.lora.r else "lora.rank_pattern", found, "lower it, or set `rollouts: {engine: transformers}`"
             )
         engine = self.resources.engine
+        if engine is not None:
+            yield from engine.copies_problems(engine.gpus)
         if engine is not None and engine.gpus and engine.gpus == self.resources.gpus:
             found = f"found {engine.gpus}, expected fewer than resources.gpus, {self.resources.gpus}"
             yield Problem("resources.engine.gpus", found, "leave a GPU for the training, or set `gpus: 0` to share the first one")

@@ -18,11 +18,11 @@ from tuneline.kinds.fields import ArtifactType, Name, StageRef, Strict
 from tuneline.kinds.outside import ReadsOutside
 from tuneline.wording import listed
 
-# Fields of `resources` that only trainings use.
+# Fields of `resources` that only trainings use. Evaluations in several processes use `collective_timeout`, too.
 TRAINING_ONLY = (
     "strategy", "offload", "sequence_parallel_size", "gradient_checkpointing",
     "activation_offloading", "attn_implementation", "kernels", "compile",
-    "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept", "collective_timeout",
+    "checkpoint_steps", "checkpoint_minutes", "checkpoints_kept",
 )  # fmt: skip
 
 
@@ -33,11 +33,11 @@ class Resources(Strict):
     """Settings of how a stage runs; none of them is in the cache key."""
 
     gpus: int = Field(0, ge=0)
-    """Number of GPUs per machine; a training runs one process per GPU."""
+    """Number of GPUs per machine; a training, or an evaluation by transformers, runs one process per GPU."""
     devices: tuple[int, ...] | None = Field(None, min_length=1)
     """Indices of the GPUs to use; by default any free ones."""
     processes: int | None = Field(None, ge=1)
-    """Number of training processes per machine; by default one per GPU, or one without GPUs."""
+    """Number of processes per machine of a training or an evaluation; by default one per GPU, or one without GPUs."""
     nodes: int = Field(1, ge=1)
     """Number of machines that train together; run `tuneline node` on each but the first."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "ddp"
@@ -72,14 +72,15 @@ class Resources(Strict):
     checkpoints_kept: int = Field(2, ge=2)
     """Number of newest checkpoints kept during a training; all are deleted once it succeeds."""
     collective_timeout: int = Field(1800, ge=1)
-    """Timeout of collective operations between processes, in seconds; the attempt then fails and is retried."""
+    """Seconds that processes wait for one another, in a collective operation or at the end of an evaluation's rows; the attempt then fails
+    and is retried."""
 
     engine: EngineSettings | None = None
     """Settings of vLLM, for stages that use it."""
 
     @property
     def world_size(self) -> int:
-        """Number of training processes over all machines: one per GPU that is not reserved for the engine."""
+        """Number of processes over all machines: one per GPU that is not reserved for the engine."""
         return self.nodes * self.local_processes
 
     @property
@@ -98,7 +99,7 @@ class Resources(Strict):
 
     @property
     def local_processes(self) -> int:
-        """Number of training processes of one machine."""
+        """Number of processes of one machine."""
         if self.strategy == "device_map":
             return 1
         return self.processes or max(1, self.gpus - (self.engine.gpus if self.engine else 0))
@@ -180,7 +181,9 @@ class ProgramStage(Stage):
     imports: ClassVar[tuple[str, ...]] = ()
     """Modules that import nearly everything that the program needs in any case."""
     trains: ClassVar[bool] = False
-    """Whether the program trains. Only trainings run in several processes and write checkpoints."""
+    """Whether the program trains. Only trainings run on several machines and write checkpoints."""
+    parallel: ClassVar[bool] = False
+    """Whether the program can run in several processes."""
     batches: ClassVar[bool] = False
     """Whether the program processes batches of `micro_batch_size` rows."""
     describes_history: ClassVar[bool] = False
@@ -225,13 +228,15 @@ class ProgramStage(Stage):
             found = f"found {engine.gpus}, expected at most resources.gpus, {self.resources.gpus}"
             yield Problem("resources.engine.gpus", found, "raise resources.gpus: it includes the engine's GPUs")
 
-        if not self.trains and self.world_size() > 1:
-            field = next(name for name in ("nodes", "processes", "gpus") if (getattr(self.resources, name) or 1) > 1)
+        alone = () if self.trains else ("nodes",) if self.parallel else ("nodes", "processes", "gpus")
+        if field := next((name for name in alone if (getattr(self.resources, name) or 1) > 1), None):
             found = f"found {getattr(self.resources, field)} for {self.kind}, expected 1"
             hint = "write `gpus: 1`" if field == "gpus" else "remove it"
-            yield Problem(f"resources.{field}", found, f"{hint}: only trainings run in several processes")
+            several = "run on several machines" if field == "nodes" else "and evaluations run in several processes"
+            yield Problem(f"resources.{field}", found, f"{hint}: only trainings {several}")
         elif not self.trains:
-            yield from self._without_effect(TRAINING_ONLY, "is not a training")
+            unused = TRAINING_ONLY if self.world_size() > 1 else (*TRAINING_ONLY, "collective_timeout")
+            yield from self._without_effect(unused, "is not a training")
             if not self.batches:
                 yield from self._without_effect(("micro_batch_size",), "does not use batches")
 

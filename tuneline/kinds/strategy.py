@@ -8,6 +8,15 @@ from tuneline.errors import Problem
 from tuneline.kinds.stage import Resources
 
 
+def process_problems(resources: Resources, of: str = "training") -> Iterator[Problem]:
+    gpus = resources.gpus - (resources.engine.gpus if resources.engine else 0)
+    if gpus > 0 and resources.processes not in (None, gpus):
+        # docs.nvidia.com, NCCL, "Creating a communicator": several ranks on one device are not allowed.
+        with_gpus = f"{gpus} {'GPU' if gpus == 1 else 'GPUs'}"
+        found = f"found {resources.processes} with {with_gpus} for {of}, expected one process per GPU"
+        yield Problem("resources.processes", found, "remove it")
+
+
 def strategy_problems(resources: Resources, dora: bool) -> Iterator[Problem]:
     strategy, offload, gpus = resources.strategy, resources.offload, resources.gpus
     zero = resources.uses_deepspeed
@@ -25,12 +34,8 @@ def strategy_problems(resources: Resources, dora: bool) -> Iterator[Problem]:
             "found fsdp with lora.use_dora, which needs unsharded weights",
             "set `strategy: zero3`, or remove use_dora",
         )
-    training_gpus = gpus - (resources.engine.gpus if resources.engine else 0)
-    if training_gpus > 0 and resources.processes not in (None, training_gpus) and strategy != "device_map":
-        # docs.nvidia.com, NCCL, "Creating a communicator": several ranks on one device are not allowed.
-        with_gpus = f"{training_gpus} {'GPU' if training_gpus == 1 else 'GPUs'}"
-        found = f"found {resources.processes} with {with_gpus} for training, expected one process per GPU"
-        yield Problem("resources.processes", found, "remove it")
+    if strategy != "device_map":
+        yield from process_problems(resources)
     if strategy == "device_map":
         # huggingface.co/docs/accelerate/concept_guides/big_model_inference: one process, one layer after the other.
         if gpus < 2:

@@ -25,6 +25,7 @@ class Training(ComputingStage):
     """Fields of every training, and methods that estimates use."""
 
     trains: ClassVar = True
+    parallel: ClassVar = True
     batches: ClassVar = True
     role: ClassVar = "fine-tuned"  # tables call an adapter `adapter`
     also_called: ClassVar[tuple[str, ...]] = ("train", "training", "finetune", "finetuning", "tune", "lora", "adapter")
