@@ -9,6 +9,7 @@ import yaml
 from load_tools import GOOD, load_text
 from plan_tools import PIPELINES, build, planned
 
+from flows.run.export import export_stage, not_in_card
 from tuneline.config.load import load
 from tuneline.errors import ConfigError
 from tuneline.workspace.cards import TO_BE_WRITTEN, author_text, is_export, with_author_text
@@ -60,6 +61,15 @@ def test_the_key_covers_how_the_model_was_made_and_the_names_in_its_card(exporti
     renamed = planned(exporting)
     assert {name: row.status for name, row in renamed.items() if row.status != "cached"} == {"given": "run", "gate": "run"}
     assert [reason.text for reason in renamed["given"].reasons] == ["its inputs were made in another way, or their stages have other names"]
+
+
+def test_an_evaluation_that_is_not_built_is_named(exporting: Path) -> None:
+    stages = load(exporting / "pipelines.yaml").pipeline("demo").stages
+    built = {name: row.artifact for name, row in build(exporting).items() if row.artifact is not None}
+    lacks = [not_in_card(stages, name, export_stage(stages, name, built, {})) for name in ("merged", "given")]
+    assert lacks == [[], []]
+    del built["eval"]
+    assert not_in_card(stages, "merged", export_stage(stages, "merged", built, {})) == ["eval"]
 
 
 def test_the_recipe_is_the_pipeline_as_it_ran(exporting: Path) -> None:
