@@ -142,7 +142,7 @@ class LanguageModel(HFLM):
         starts = list(map(len, sequences))  # of what is scored of each sequence
         for row, (_, continuation) in zip(rows, requests, strict=True):
             starts[row] = min(starts[row], len(sequences[row]) - len(continuation))
-        begun, beginning_of = prefixes.beginnings(sequences, starts) if self.shares_beginnings else ([], [])
+        begun, beginning_of = prefixes.beginnings(sequences, starts, self.max_length) if self.shares_beginnings else ([], [])
         skipped = [len(begun[i]) for i in beginning_of] or [0] * len(sequences)
         rests = [tokens[skip:] for tokens, skip in zip(sequences, skipped, strict=True)]
         width, first = max(map(len, rests)), min(start - skip for start, skip in zip(starts, skipped, strict=True))
@@ -153,7 +153,8 @@ class LanguageModel(HFLM):
             options["attention_mask"] = torch.cat([mask, torch.ones_like(tokens)], dim=1)
             options["position_ids"] = torch.tensor(skipped, device=self.device)[:, None] + torch.arange(width, device=self.device)
         with torch.inference_mode():
-            log_probabilities = self.model(input_ids=tokens, **options).logits[:, first - width :].log_softmax(-1)
+            logits = self.model(input_ids=tokens, **options).logits[:, first - width :]
+            log_probabilities = logits.log_softmax(-1, dtype=torch.float32)  # a sum of -300 in bfloat16 is rounded to multiples of 2
         found = []
         for row, (_, continuation) in zip(rows, requests, strict=True):
             end = len(rests[row]) - first

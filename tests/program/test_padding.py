@@ -26,6 +26,7 @@ PROMPT = [5, 6, 7, 8, 9, 10]
         ("recurrent_gemma", False, False),
         ("openai-gpt", True, False),
         ("gemma3_text", False, False),
+        ("gpt_neo", False, False),
     ],
 )
 def test_whose_states_and_positions_take_it_in(tmp_path: Path, model_type: str, matters: bool, shares: bool) -> None:
@@ -35,6 +36,17 @@ def test_whose_states_and_positions_take_it_in(tmp_path: Path, model_type: str, 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert padding_matters(model, PROMPT, 2) is matters
     assert prefixes.suits(model, PROMPT, 2) is shares
+
+
+def test_frequencies_that_depend_on_the_length(tmp_path: Path) -> None:
+    """Phi-3's: a beginning computed before would have those of short sequences, the rest of a long one others."""
+    from transformers import AutoModelForCausalLM
+
+    factors: dict[str, Any] = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    save(tmp_path / "model", "phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert not prefixes.suits(model, PROMPT, 2)
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "recurrent_gemma"])
