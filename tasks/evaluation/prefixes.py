@@ -7,16 +7,16 @@ frequencies depend on the length: `suits` looks for these, and compares the logi
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks.models.padding import PADS, differs, takes_cache
+from tasks.models.padding import PADS, differs, switches_at, takes_cache
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-BY_LENGTH = ("dynamic", "longrope")  # transformers chooses their frequencies by the last position, here the beginning's
 SHORTEST = 16  # tokens: computing fewer once, one row after the other, takes longer than computing them for each
 
 
@@ -68,9 +68,7 @@ def suits(model: PreTrainedModel, prompt: list[int], pad: int) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not takes_cache(model) or "position_ids" not in inspect.signature(base.forward).parameters:
         return False
-    if any(kind in str(getattr(module, "rope_type", "")) for module in base.modules() for kind in BY_LENGTH):
-        return False
-    if hasattr(base.config, "window_size"):  # GPT-Neo's windows count padding; its cache is that of full attention
+    if switches_at(base) < math.inf or hasattr(base.config, "window_size"):  # GPT-Neo's windows count padding
         return False
     prompt = prompt if len(prompt) > 1 else prompt * 2
     half = len(prompt) // 2
