@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from evaluate_tools import CHATS, own_benchmarks, request_for
-from process_tools import finish, start_until, state, steps
+from process_tools import finish, start, start_until, state, steps
 from processes import PATIENCE, until
 from program_tools import payload_digest
 from strategy_tools import failure, with_resources
@@ -68,6 +68,17 @@ def test_killed_a_process_ends_the_evaluation(base: Input, tmp_path: Path, monke
     os.kill(ranks[0], signal.SIGCONT)
     assert process.wait(timeout=PATIENCE) == 128 + signal.SIGKILL, (killed.work / "log.txt").read_text()
     assert (failure(killed).failure_class, failure(killed).message) == ("transient", "process 1 was ended by SIGKILL")
+
+
+@pytest.mark.slow
+def test_out_of_memory_in_one_process_is_that_of_the_stage(base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the flow tries a smaller batch."""
+    monkeypatch.setenv("PATCHES", "in_turn no_memory")
+    request = request_for(tmp_path, base, CHATS, resources={"processes": 2, "micro_batch_size": 3})
+    process = start(request, 2)
+    assert process.wait(timeout=PATIENCE) == 1
+    assert failure(request).failure_class == "oom"
+    assert "process 1: " in failure(request).message
 
 
 def test_a_slow_process_delays_no_batch_but_its_own() -> None:

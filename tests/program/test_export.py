@@ -198,7 +198,7 @@ def test_a_push_and_back(world: World, hub: LocalHub, tmp_path: Path) -> None:
 
 def test_a_card_that_the_hub_refuses(world: World, hub: LocalHub, tmp_path: Path) -> None:
     request = request_for(*described(world, tmp_path / "store", hub="owner/pico"), tmp_path / "one", push="me/model", license="none-such")
-    with pytest.raises(StageFailed, match='the hub refuses the model card: .*"license" must be one of') as failed:
+    with pytest.raises(StageFailed, match=r'the hub refuses the model card: (.|\n)*"license" must be one of') as failed:
         run_program(request)
     assert failed.value.failure_class == "config"
     assert not hub.files("me/model")
