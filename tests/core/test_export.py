@@ -90,8 +90,9 @@ def test_an_authors_text_is_found_and_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card)
     assert is_export(tmp_path)
     assert author_text(card) is None
-    written = card.replace(TO_BE_WRITTEN, "For tables.\n\n### Limits\n\nNone known.")
-    assert author_text(written) == "For tables.\n\n### Limits\n\nNone known."
+    text = "For tables.\n\n```sh\n## a comment\n```\n\n## Limits\n\nNone known."
+    written = card.replace(TO_BE_WRITTEN, text)
+    assert author_text(written) == text
     assert with_author_text(card, author_text(written)) == written
     for other in ("# tuneline\n\n- tuneline\n", "---\ntags:\n- tuneline-x\n---\n"):
         (tmp_path / "README.md").write_text(other)

@@ -86,6 +86,8 @@ def test_an_exported_adapter_answers_elsewhere_as_it_was_measured(made: Project,
     [
         (["pico/sft", "full"], "full: found a folder that is not empty and no earlier export"),
         (["pico/sft", "file"], "file: found a file, expected a folder"),
+        (["pico/sft", "/proc", "--force"], "/proc: found a mount point, which cannot be replaced"),
+        (["pico/sft", "/proc/new"], "/proc/new: cannot write the folder .new-export beside it: No such file or directory"),
         (["pico/sft", "none/model"], "none/model: found no folder "),
         (["pico/sft", ".tuneline/store/new"], ".tuneline/store/new: found a folder inside the store, expected one outside"),
         (["pico/sft", ".", "--force"], ".: found a folder that holds the store, expected one that an export may replace"),

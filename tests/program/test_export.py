@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tasks.models.licenses import of_card
 from tasks.models.loading import load_model
 from tuneline.errors import StageFailed
 from tuneline.workspace.artifact import Base, Manifest
-from tuneline.workspace.cards import TO_BE_WRITTEN, author_text, is_export
+from tuneline.workspace.cards import SECTIONS, TO_BE_WRITTEN, author_text, is_export
 from tuneline.workspace.protocol import Input, Request
 
 COMMIT = "0123456789" * 4
@@ -121,6 +122,7 @@ def test_the_card_says_what_the_manifests_say(here: tuple[World, dict[str, str]]
         assert text in card.text, text
     assert is_export(request.payload)
     assert author_text(str(card)) is None
+    assert re.findall(r"^## (.+)$", card.text, re.MULTILINE) == ["Use", "Intended use", *SECTIONS]
 
 
 def test_weights_cast_and_merged(here: tuple[World, dict[str, str]], tmp_path: Path) -> None:
