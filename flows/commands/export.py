@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from flows.commands.exits import REFUSED
+from flows.commands.exits import REFUSED, refusals_of_programs
 from flows.commands.names import stages_of
 from flows.commands.options import RunOptions, file_option, json_option, load_with_warnings, print_json, say, set_option, var_option, warn
 from tuneline.kinds.export import ExportStage
@@ -57,9 +57,9 @@ def export_command(
     rows = plan(workspace, pipeline)
     built = {row.stage: row.artifact for row in rows if row.artifact is not None}
     stage = export_stage(stages, name, built, {field: value for field, value in given.items() if value is not None})
+    job = Job(workspace, pipeline, stage, inputs_of(stage, rows, pipeline), target, with_sbom)
     for evaluation in not_in_card(stages, name, stage):
         warn(f"the card lacks `{evaluation}`, which is not built: `tuneline run {pipeline} --only {evaluation}` builds it")
-    job = Job(workspace, pipeline, stage, inputs_of(stage, rows, pipeline), target, with_sbom)
     unmet = list(refusals(stages, rows))
     if refused := [f"{gate}: {reason}" for gate, _, reason in unmet if gate in stage.needs]:
         say("\n".join(refused))
@@ -67,7 +67,8 @@ def export_command(
     for gate, judged, reason in unmet:
         if judged in (stage.of, *stage.evaluations):
             warn(f"the gate `{gate}` refuses what is exported: {reason}")
-    result = export(job, lambda line: None, lambda event: warn(event.message or "") if event.type == "warning" else None)
+    with refusals_of_programs():
+        result = export(job, lambda line: None, lambda event: warn(event.message or "") if event.type == "warning" else None)
     pushed = result.info.get("pushed")
     if as_json:
         print_json({"folder": str(target), "metrics": result.metrics, "pushed": pushed})

@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
-from flows.commands.exits import EXIT, WRONG
+from flows.commands.exits import EXIT, refusals_of_programs
 from flows.commands.names import stages_of
-from flows.commands.options import file_option, json_option, print_json, say, warn
+from flows.commands.options import RunOptions, file_option, json_option, load_with_warnings, print_json, say, set_option, var_option, warn
 from tuneline.config.load import load
-from tuneline.errors import ConfigError, Problem, StageFailed
+from tuneline.errors import ConfigError, Problem
+from tuneline.wording import listed
 from tuneline.workspace.workspace import Workspace
 
 HISTORY = "chat_history"
@@ -28,9 +29,16 @@ HISTORY = "chat_history"
 @click.option("--system", metavar="TEXT", help="System prompt of the conversation.")
 @click.option("--dataset", metavar="STAGE", help="Dataset of the first pipeline, whose test rows can be asked (`/row N`).")
 @click.option("--row", metavar="N", help="Ask this row of the test split, by its position from 0 or its id, and end.")
-@click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set temperature, top_p, max_new_tokens, seed or stop.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set temperature, top_p, max_new_tokens, seed or stop; with a dot (`sft.lora.r=8`), the override of a run.",
+)
+@var_option
 @json_option
-def chat(names: tuple[str, ...], file: Path, as_json: bool, **options: Any) -> None:
+def chat(names: tuple[str, ...], file: Path, as_json: bool, sets: tuple[str, ...], variables: tuple[str, ...], **options: Any) -> None:
     """Talk to models that pipelines have built.
 
     They may be bases, adapters, merged or quantized models. Several answer the same questions, one after another. A pipeline without
@@ -40,13 +48,14 @@ def chat(names: tuple[str, ...], file: Path, as_json: bool, **options: Any) -> N
     from flows.serving.terminal import Shown, Silent, talk
     from tuneline.planning.built import find_dataset, find_model
 
-    asked = _asked(**options)
+    overrides = tuple(each for each in sets if "." in each.partition("=")[0])
+    asked = _asked(**options, sets=tuple(each for each in sets if each not in overrides))
     if as_json and asked.one_shot is None:
         raise ConfigError([Problem("", "found --json without a question", "ask with `-m TEXT`, `--row N` or from a pipe", place="--json")])
-    workspace = Workspace(load(file), warn)
+    workspace = _workspace(file, names, RunOptions(overrides, variables))
     models = [find_model(workspace, name, asked.dataset) for name in names]
     rows = find_dataset(workspace, models[0].pipeline, asked.dataset) if asked.dataset is not None else None
-    with _errors(), members(workspace, models, rows, say) as loaded:
+    with _ended_by_ctrl_c(), members(workspace, models, rows, say) as loaded:
         conversation = Conversation(loaded, asked.settings, asked.system, asked.dataset)
         if asked.one_shot is None:
             say(f"{', '.join(model.name for model in models)}: /help lists commands, Ctrl-D ends")
@@ -92,6 +101,8 @@ def _asked(message: str | None, system: str | None, dataset: str | None, row: st
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="PIPELINE[/STAGE]...", shell_complete=stages_of)
 @file_option
+@set_option
+@var_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. Any but a loopback address needs a key.")
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port to listen on.")
 @click.option("--api-key", metavar="KEY", help="Key that clients must send. `ps` shows it: better set TUNELINE_API_KEY, or name a file.")
@@ -101,7 +112,7 @@ def _asked(message: str | None, system: str | None, dataset: str | None, row: st
     metavar="FILE",
     help="File with the key that clients must send.",
 )
-def serve(names: tuple[str, ...], file: Path, host: str, port: int, api_key: str | None, api_key_file: Path | None) -> None:
+def serve(names: tuple[str, ...], file: Path, sets: tuple[str, ...], variables: tuple[str, ...], host: str, port: int, **key: Any) -> None:
     """Serve models that pipelines have built, by the API of OpenAI.
 
     vLLM serves a base and its adapters under the names given here. Ctrl-C or SIGTERM ends it once the requests in progress are done.
@@ -109,10 +120,10 @@ def serve(names: tuple[str, ...], file: Path, host: str, port: int, api_key: str
     from flows.serving.serve import Key, address_of, served, wait
     from tuneline.planning.built import find_model
 
-    workspace = Workspace(load(file), warn)
-    address = address_of(host, port, Key(api_key, api_key_file))
+    workspace = _workspace(file, names, RunOptions(sets, variables))
+    address = address_of(host, port, Key(key["api_key"], key["api_key_file"]))
     models = [find_model(workspace, name) for name in names]
-    with _errors(), served(workspace, models, address, say) as program:
+    with _ended_by_ctrl_c(), served(workspace, models, address, say) as program:
         ready = program.receive()
         say(f"ready after {ready['seconds']:.0f} s: {', '.join(ready['names'])}")
         say(f"a prompt and its answer may have {ready['length']:,} tokens (`resources: {{engine: {{max_model_len: ...}}}}`)")
@@ -122,16 +133,22 @@ def serve(names: tuple[str, ...], file: Path, host: str, port: int, api_key: str
         wait(program, say)
 
 
+def _workspace(file: Path, names: tuple[str, ...], options: RunOptions) -> Workspace:
+    """Return the workspace; with the options, as they were given to a run, that of this run's settings. Raises ConfigError."""
+    if not options.sets and not options.variables:
+        return Workspace(load(file), warn)
+    pipelines = list(dict.fromkeys(name.partition("/")[0] for name in names))
+    if len(pipelines) > 1:
+        found = f"found overrides for {len(pipelines)} pipelines, {listed(pipelines)}, expected one"
+        raise ConfigError([Problem("", found, "name the stages of one pipeline", place="--set")])
+    return Workspace(load_with_warnings(file, pipelines[0], options), warn)
+
+
 @contextmanager
-def _errors() -> Iterator[None]:
-    """End the command: with 130 at Ctrl-C, with 2 if a program refuses what it is asked."""
+def _ended_by_ctrl_c() -> Iterator[None]:
     try:
-        yield
+        with refusals_of_programs():
+            yield
     except KeyboardInterrupt:
         click.echo(err=True)
         sys.exit(EXIT["cancelled"])
-    except StageFailed as error:
-        if error.failure_class not in ("config", "data"):
-            raise
-        click.echo(str(error), err=True)
-        sys.exit(WRONG)

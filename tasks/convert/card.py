@@ -6,6 +6,7 @@ Everything in it comes from manifests, so the same artifacts give the same card.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,9 @@ def summary(made: Made, base: Manifest | None) -> str:
         what = "A model, merged from an adapter and its base"
     if made.quantized:
         what = f"A model, quantized to {setting(made.exported, 'bits')} bits ({setting(made.exported, 'method').upper()})"
+        if {"size_ratio", "perplexity", "perplexity_before"} <= (figures := made.exported.metrics).keys():
+            what += f" in {figures['size_ratio']:.1%} of the bytes, at a perplexity of {figures['perplexity']:.4g} instead of"
+            what += f" {figures['perplexity_before']:.4g}"
     source = str(base.info.get("source", "")) if base else ""
     named = f"Its base: {source}" if source else "Its base is not recorded"
     return f"{what}, exported by tuneline. {named}; license of the base: {license_name(base_license(base)) or 'not recorded'}."
@@ -178,6 +182,14 @@ class Metric:
     source: str
     """The dataset's repository on the hub, or the subject."""
 
+    def interval(self) -> list[float] | None:
+        """Return the bounds for a confidence of 95%; those of a share of answers are from 0 to 1."""
+        if self.error is None:
+            return None
+        most = 1.0 if self.value <= 1 and self.figure != "bits_per_byte" else math.inf
+        low, high = (self.value + side * CERTAIN * self.error for side in (-1, 1))
+        return [round(max(low, 0.0), 6), round(min(high, most), 6)]
+
     def shown(self) -> str:
         return f"{self.value:.4g}" + ("" if self.error is None else f" ± {CERTAIN * self.error:.2g}")
 
@@ -206,9 +218,7 @@ def eval_results(made: Made, results: list[Metric]) -> Iterator[Any]:
     for result in results:
         if result.model != made.stage.of:
             continue
-        margin = CERTAIN * result.error if result.error is not None else None
-        interval = [round(result.value - margin, 6), round(result.value + margin, 6)] if margin is not None else None
-        facts = {"confidence_interval_95": interval, "rows": result.rows}
+        facts = {"confidence_interval_95": result.interval(), "rows": result.rows}
         yield EvalResult(
             task_type="text-generation",
             dataset_type=result.source,

@@ -16,7 +16,7 @@ from tuneline.errors import StageFailed
 from tuneline.kinds.export import ExportStage
 from tuneline.workspace.artifact import sizes
 from tuneline.workspace.cards import author_text, with_author_text
-from tuneline.workspace.file_names import CARD
+from tuneline.workspace.file_names import BASE, CARD
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -65,12 +65,18 @@ def _commit(api: HfApi, repository: str, stage: ExportStage, folder: Path) -> An
     if CARD in there:
         earlier = Path(api.hf_hub_download(repository, CARD, revision=stage.revision)).read_text(encoding="utf-8", errors="replace")
         card = with_author_text(card, author_text(earlier))
-    gone = [name for name in there if name not in names and any(fnmatch(name, pattern) for pattern in REPLACED)]
+    gone = [name for name in there if name not in names and _of_model(name)]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in gone),
         *(CommitOperationAdd(name, card.encode() if name == CARD else folder / name) for name in names),
     ]
     return api.create_commit(repository, operations, commit_message=f"Export {stage.of}", revision=stage.revision)
+
+
+def _of_model(name: str) -> bool:
+    """Return whether a file is part of an exported model: in the root, or in the folder of an adapter's base."""
+    folder, _, last = name.rpartition("/")
+    return folder in ("", BASE) and any(fnmatch(last, pattern) for pattern in REPLACED)
 
 
 def answered(stage: ExportStage, ask: Callable[[], T]) -> T:

@@ -92,8 +92,13 @@ class Chat:
         say(type="answer", **asdict(answer))
 
     def conversation(self, messages: list[dict[str, Any]]) -> Row:
+        from tasks.data.special_tokens import first, pattern
+
+        row = Row("chat", messages=tuple(messages), id="chat")
+        if (special := pattern(self.writer.tokenizer)) and (found := first(row, special)):
+            raise StageFailed("data", f"found the special token {found} in the question", "write it apart, as with a space in it")
         if self.writer.tokenizer.chat_template is not None:
-            return Row("chat", messages=tuple(messages), id="chat")
+            return row
         return Row("chat", prompt=messages[-1]["content"], id="chat")  # continues a text: it has learned no conversations
 
     def row(self, wanted: str) -> Row:

@@ -51,6 +51,14 @@ def unbuilt(project: Project, stand_in: Callable[..., None]) -> Project:
             "hint: `tuneline run demo --only sft` builds it",
         ),
         (
+            ("chat", "demo/sft", "-m", "Hello", "--set", "sft.max_steps=7", "--set", "seed=1"),
+            "hint: `tuneline run demo --only sft --set sft.max_steps=7` builds it",
+        ),
+        (
+            ("serve", "demo/sft", "empty/rows", "--set", "sft.max_steps=7"),
+            "--set: found overrides for 2 pipelines, demo, empty, expected one\n\nhint: name the stages of one pipeline",
+        ),
+        (
             ("chat", "demo", "-m", "Hello"),
             "demo/sft: found nothing built (base is built first; rows is built first; no run has completed it)",
         ),
@@ -123,13 +131,13 @@ def test_the_address_of_a_server_needs_a_key_and_a_free_port(tmp_path: Path, mon
 
 
 def test_what_a_program_refuses_is_an_error_of_the_call(capsys: pytest.CaptureFixture[str]) -> None:
-    from flows.commands.serving import _errors
+    from flows.commands.exits import refusals_of_programs
     from tuneline.errors import StageFailed
 
-    with pytest.raises(SystemExit) as ended, _errors():
+    with pytest.raises(SystemExit) as ended, refusals_of_programs():
         raise StageFailed("data", "found row 9, expected 0 to 7", "another row")
     assert (ended.value.code, capsys.readouterr().err) == (2, "found row 9, expected 0 to 7\n\nhint: another row\n")
-    with pytest.raises(StageFailed), _errors():
+    with pytest.raises(StageFailed), refusals_of_programs():
         raise StageFailed("bug", "the program ended with status 1")
 
 

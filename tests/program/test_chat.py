@@ -99,6 +99,7 @@ def test_an_answer_is_interrupted_and_the_next_one_is_not(chat: Chat) -> None:
     [
         ({"row": "99"}, "found row 99, expected 0 to 7, or the id of a row of the test split"),
         ({"messages": [{"role": "user", "content": "one " * 3000}]}, r"found \d+ tokens before the answer, expected 1 to 2047"),
+        ({"messages": [{"role": "user", "content": "a <|im_end|> b"}]}, r"found the special token <\|im_end\|> in the question"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(chat: Chat, asked: dict[str, Any], message: str) -> None:

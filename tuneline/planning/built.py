@@ -6,10 +6,12 @@ such a stage, those of the stage that built it.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from tuneline.config.order import in_order
+from tuneline.config.overrides import as_flags
 from tuneline.errors import ConfigError, Problem
 from tuneline.kinds.evaluate import EvaluateStage
 from tuneline.kinds.fields import ArtifactType
@@ -117,4 +119,5 @@ def _as_built(name: str, stage: ProgramStage) -> EvaluateStage:
 
 def _run(workspace: Workspace, pipeline: str, stage: str) -> str:
     file = workspace.loaded.file
-    return f"tuneline run {pipeline} --only {stage}" + (f" --file {file}" if file.name != "pipelines.yaml" else "")
+    others = [*(["--file", str(file)] if file.name != "pipelines.yaml" else []), *as_flags(workspace.loaded.overrides)]
+    return shlex.join(["tuneline", "run", pipeline, "--only", stage, *others])
