@@ -57,6 +57,14 @@ def names(kept: dict[str, torch.Tensor], part: str) -> list[str]:
     return [name.removeprefix(f"{part}:") for name in kept if name.startswith(f"{part}:")]
 
 
+def freeze_divisors(model: PeftModel) -> None:
+    """Freeze what each layer's update is divided by, its first rank, which PEFT does not save. PEFT would train it where the base is in
+    bfloat16: its cast to float32 makes a new parameter (`cast_adapter_dtype` in peft/tuners/tuners_utils.py)."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+
+
 def drop_empty_ranks(model: PeftModel) -> None:
     """Have PEFT save the adapter without ranks whose singular value is zero. Raises StageFailed(data) if none is left."""
     values = {name: value for name, value in model.base_model.model.named_parameters() if ".lora_E." in name}

@@ -120,6 +120,8 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     trainer.remove_callback(PrinterCallback)  # events hold the same
     if stage.method == "qlora" or settings.modules_to_save:
         methods.adapter_in_float32(trainer.model, earlier)
+    if stage.adalora:
+        rank_allocation.freeze_divisors(trainer.model)
     if stage.add_tokens:
         added_tokens.show_bias(trainer.model)
     check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)

@@ -96,8 +96,14 @@ def test_two_processes_train_the_same(name: str, strategy: str, base: Input, tmp
 
 
 @pytest.mark.full
-def test_adalora_resumes_before_and_after_each_reduction_of_ranks(base: Input, tmp_path: Path) -> None:
-    fields = {**VARIANTS["adalora"], "max_steps": 8, "resources": {"checkpoint_steps": 1}}  # ranks are reduced at steps 2, 4 and 6
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adalora_resumes_before_and_after_each_reduction_of_ranks(dtype: str, base: Input, tmp_path: Path) -> None:
+    fields = {
+        **VARIANTS["adalora"],
+        "dtype": dtype,
+        "max_steps": 8,
+        "resources": {"checkpoint_steps": 1},
+    }  # ranks are reduced at steps 2, 4 and 6
     whole, killed = (request_for(tmp_path / each, base, **fields) for each in ("whole", "killed"))
     run_program(whole)
     for step in range(2, 9):  # resumes from the step before

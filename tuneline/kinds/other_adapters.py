@@ -17,9 +17,9 @@ class AdaLora(Places):
 
     kind: ClassVar = "adalora"
     dropout_field: ClassVar = "lora_dropout"
-    init_r: int = Field(12, ge=2, le=1024)
+    init_r: int = Field(12, ge=2, le=256)  # PEFT divides by it in the base's type, and bfloat16 has no odd numbers above
     """First rank of each layer."""
-    target_r: int = Field(8, ge=1, le=1024)
+    target_r: int = Field(8, ge=1, le=256)
     """Final rank, as the layers' mean."""
     lora_alpha: float = Field(32, gt=0)
     """Scaling numerator: the update is multiplied by lora_alpha / init_r."""
