@@ -40,7 +40,7 @@ def export_command(
     Writes weights, tokenizer, chat template, generation config and a model card. STAGE made the model, or is of kind export. DIR must be
     missing, empty or an earlier export, which is replaced.
     """
-    from flows.run.export import Job, export, export_stage, inputs_of, refusals
+    from flows.run.export import Job, export, export_stage, inputs_of, not_in_card, refusals
     from flows.run.export_target import check_target
     from flows.run.hub import Hub
     from tuneline.planning.plan import plan
@@ -57,6 +57,8 @@ def export_command(
     rows = plan(workspace, pipeline)
     built = {row.stage: row.artifact for row in rows if row.artifact is not None}
     stage = export_stage(stages, name, built, {field: value for field, value in given.items() if value is not None})
+    for evaluation in not_in_card(stages, name, stage):
+        warn(f"the card lacks `{evaluation}`, which is not built: `tuneline run {pipeline} --only {evaluation}` builds it")
     job = Job(workspace, pipeline, stage, inputs_of(stage, rows, pipeline), target, with_sbom)
     unmet = list(refusals(stages, rows))
     if refused := [f"{gate}: {reason}" for gate, _, reason in unmet if gate in stage.needs]:

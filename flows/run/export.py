@@ -80,8 +80,18 @@ def export_stage(stages: Mapping[str, Stage], name: str, built: Mapping[str, Art
     return made
 
 
+def not_in_card(stages: Mapping[str, Stage], name: str, stage: ExportStage) -> list[str]:
+    """Return the evaluations of a model named on the command line that its card lacks, as they are not built."""
+    chosen = isinstance(stages[name], ExportStage)
+    return [
+        other
+        for other, each in stages.items()
+        if not chosen and isinstance(each, EvaluateStage) and each.model == stage.of and other not in stage.evaluations
+    ]
+
+
 def _option(field: object) -> str:
-    return f"--{str(field).replace('_', '-')}"
+    return "--public" if field == "private" else f"--{str(field).replace('_', '-')}"
 
 
 def base_of(stages: Mapping[str, Stage], name: str) -> str:

@@ -39,6 +39,8 @@ def check_target(given: Path, force: bool, workspace: Workspace) -> Path:
             raise refused(f"found a folder that holds {what}, expected one that an export may replace")
     if target.is_relative_to(store) or target.is_relative_to(root / ".tuneline"):
         raise refused("found a folder inside the store, expected one outside")
+    if target.is_mount():  # an export takes its place by a rename
+        raise refused("found a mount point, which cannot be replaced", f"name a folder inside it: {given / 'model'}")
     if force or not target.is_dir() or not any(target.iterdir()):
         return target
     if (target / ".git").exists():
@@ -51,10 +53,15 @@ def check_target(given: Path, force: bool, workspace: Workspace) -> Path:
 
 @contextmanager
 def scratch_for(target: Path) -> Iterator[Path]:
-    """Yield an empty folder on the target's disk, which is removed at the end. Raises ConfigError while another export writes there."""
+    """Yield an empty folder on the target's disk, which is removed at the end. Raises ConfigError while another export writes there, or
+    if nothing can be written there."""
     folder = target.with_name(f".{target.name}-export")
-    folder.mkdir(exist_ok=True)
-    lock = open_lock(folder / "lock")
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = open_lock(folder / "lock")
+    except OSError as error:
+        found = f"cannot write the folder {folder.name} beside it: {error.strerror}"
+        raise ConfigError([Problem("", found, "name another folder", place=str(target))]) from None
     if not try_lock(lock):
         os.close(lock)
         raise ConfigError([Problem("", "found another export that writes this folder", "wait until it has ended", place=str(target))])

@@ -126,7 +126,7 @@ def served(workspace: Workspace, models: list[Built], address: Address, say: Cal
     log = workspace.home / LOGS / f"{address.port}.log"
     log.parent.mkdir(exist_ok=True)
     with Slots(None, visible_gpus()).taken(resources.gpus, resources.devices, {"stage": "serve"}, say) as taken:
-        say(f"starts vLLM, which takes minutes for a large model; its log is {log}")
+        say(f"starts vLLM, which takes minutes; its log is {log}")
         arguments, variables = (address.host, str(address.port), str(log)), {VARIABLE: address.key, "TUNELINE_GRACE": GRACE}
         with LineProgram(
             PROGRAM, python, lambda folder: request_of(models[0], inputs, folder, engine_python), taken, arguments, variables

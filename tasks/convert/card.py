@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.convert.usage import Adapter, usage
 from tuneline.config.spec import STAGES
+from tuneline.kinds.adapters import Lora
 from tuneline.kinds.export import ExportStage
 from tuneline.kinds.stage import ProgramStage
 from tuneline.wording import markdown_table
@@ -46,6 +47,10 @@ class Made:
     def trained(self) -> Iterator[tuple[str, Manifest]]:
         yield from self.of_kind(*(kind for kind, stage in STAGES.items() if issubclass(stage, ProgramStage) and stage.trains))
 
+    @property
+    def quantized(self) -> bool:
+        return STAGES[self.exported.kind].quantized
+
     def base(self) -> Manifest | None:
         """Return the manifest of the model where the chain of models begins; None if it is no longer in the store."""
         found: Manifest | None = self.exported
@@ -77,7 +82,7 @@ def model_card(made: Made) -> str:
         pipeline_tag="text-generation",
         tags=[TAG],
     )
-    parts = [f"# {title}", summary(made, base), "## Use", usage(stage, made.adapter, made.own_code), HEAD, TO_BE_WRITTEN]
+    parts = [f"# {title}", summary(made, base), "## Use", usage(stage, made.adapter, made.own_code, made.quantized), HEAD, TO_BE_WRITTEN]
     sections = {"Data": data_table(made), "Training": settings_table(made), "Results": results_table(made, results)}
     parts += [part for head, text in sections.items() if text for part in (f"## {head}", text)]
     parts += ["## How it was made", chain_table(made), "The pipeline as it ran; files are named by their sha256:"]
@@ -88,13 +93,15 @@ def model_card(made: Made) -> str:
 def relation(made: Made) -> str:
     if made.adapter:
         return "adapter"
-    return "quantized" if STAGES[made.exported.kind].quantized else "finetune"
+    return "quantized" if made.quantized else "finetune"
 
 
 def summary(made: Made, base: Manifest | None) -> str:
     what = "An adapter (PEFT)" if made.adapter else "A model"
     if made.stage.merge:
         what = "A model, merged from an adapter and its base"
+    if made.quantized:
+        what = f"A model, quantized to {setting(made.exported, 'bits')} bits ({setting(made.exported, 'method').upper()})"
     source = str(base.info.get("source", "")) if base else ""
     named = f"Its base: {source}" if source else "Its base is not recorded"
     return f"{what}, exported by tuneline. {named}; license of the base: {license_name(base_license(base)) or 'not recorded'}."
@@ -112,12 +119,16 @@ def sources(dataset: Manifest) -> list[dict[str, Any]]:
 
 
 def data_table(made: Made) -> str:
+    """Return datasets, and the stages that read them: some only measure."""
     rows = []
-    for name, dataset in made.of_kind("dataset"):
+    for artifact, dataset in made.manifests.items():
+        if dataset.kind != "dataset":
+            continue
+        readers = ", ".join(made.names[other] for other, each in made.manifests.items() if artifact in each.parents.values())
         counts = [f"{dataset.metrics[f'rows_{split}']:,.0f}" for split in ("train", "validation", "test")]
         of = ", ".join(source_text(dataset, index, source) for index, source in enumerate(sources(dataset)))
-        rows.append((name, of, *counts))
-    return markdown_table(("dataset", "sources", "train rows", "validation rows", "test rows"), rows) if rows else ""
+        rows.append((made.names[artifact], of, *counts, readers))
+    return markdown_table(("dataset", "sources", "train rows", "validation rows", "test rows", "read by"), rows) if rows else ""
 
 
 def source_text(dataset: Manifest, index: int, source: Mapping[str, Any]) -> str:
@@ -128,14 +139,23 @@ def source_text(dataset: Manifest, index: int, source: Mapping[str, Any]) -> str
     return f"{named}{f' at {commit[:12]}' if commit else ''} (license: {license})"
 
 
+def setting(manifest: Manifest, field: str) -> Any:
+    """Return the value of a field with a default, which manifests leave out."""
+    return manifest.document["config"].get(field, STAGES[manifest.kind].model_fields[field].default)
+
+
 def settings_table(made: Made) -> str:
-    """Return the settings of each training that differ from defaults, and its figures."""
+    """Return the settings of each training that differ from defaults, with rank and scale of a LoRA, and its figures."""
     rows = []
     for name, manifest in made.trained():
-        rows += [(name, field, f"`{json.dumps(value)}`") for field, value in sorted(manifest.document["config"].items())]
+        settings = manifest.document["config"]
+        if manifest.type == "Adapter" and not settings.keys() & {"vera", "oft", "ia3"}:
+            settings = settings | {"lora": Lora().model_dump(include={"r", "lora_alpha"}) | settings.get("lora", {})}
+        rows += [(name, field, f"`{json.dumps(value)}`") for field, value in sorted(settings.items())]
         figures = ("loss", "eval_loss", "steps", "trained_tokens", "trainable_parameters", "all_parameters")
         rows += [(name, figure, number(manifest.metrics[figure])) for figure in figures if figure in manifest.metrics]
-    return markdown_table(("stage", "setting or figure", "value"), rows) if rows else ""
+    note = "Settings that are not listed have tuneline's defaults."
+    return markdown_table(("stage", "setting or figure", "value"), rows) + f"\n\n{note}" if rows else ""
 
 
 def number(value: float) -> str:
@@ -174,7 +194,8 @@ def evaluated(made: Made) -> Iterator[Metric]:
             repositories = [source.get("repo") for source in sources(made.manifests[datasets[subject]])] if subject in datasets else []
             shown = made.names[datasets[subject]] if subject in datasets else subject
             known = repositories[0] if len(repositories) == 1 and repositories[0] else shown
-            error, rows = report.metrics.get(f"{metric}_stderr"), report.info.get("rows", {}).get(subject)
+            error = report.metrics.get(f"{metric}_stderr") or None  # equal scores of all rows tell no error, as in `tuneline show`
+            rows = report.info.get("rows", {}).get(subject)
             yield Metric(made.names[report.parents["model"]], shown, figure, value, error, rows, known)
 
 
@@ -201,18 +222,27 @@ def eval_results(made: Made, results: list[Metric]) -> Iterator[Any]:
 
 
 def results_table(made: Made, results: list[Metric]) -> str:
-    """Return metrics by model, the exported one first. Intervals are 95%."""
-    models = sorted({result.model for result in results}, key=lambda model: (model != made.stage.of, model))
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for result in results:
-        rows.setdefault((result.subject, result.figure), {})[result.model] = result.shown()
-    lines = [(f"{subject}/{figure}", *(values.get(model, "") for model in models)) for (subject, figure), values in rows.items()]
-    if not lines:
+    """Return metrics by model, the exported one first, and the number of rows; numbers if the models were asked different ones.
+    Intervals are 95%."""
+    of, models = made.stage.of, sorted({result.model for result in results}, key=lambda model: (model != made.stage.of, model))
+    if not models:
         return ""
+    found: dict[tuple[str, str], dict[str, Metric]] = {}
+    for result in results:
+        found.setdefault((result.subject, result.figure), {})[result.model] = result
+    lines = []
+    for (subject, figure), each in found.items():
+        asked = dict.fromkeys(str(each[model].rows or "?") for model in models if model in each)
+        values = (each[model].shown() if model in each else "" for model in models)
+        lines.append((f"{subject}/{figure}", *values, ", ".join(asked)))
     notes = ["Intervals are for a confidence of 95%. Datasets are scored on their test splits, which no training saw."]
-    if made.merged is not None:
+    if of not in models:
+        notes.append(f"`{of}` itself was not evaluated.")
+    elif made.merged is not None:
         notes.append(f"Measured before the merge, whose logits differ by at most {made.merged:.2g}.")
-    return markdown_table(("metric", *models), lines, right=True) + "\n\n" + " ".join(notes)
+    elif made.stage.dtype != "auto":
+        notes.append(f"Measured before the weights were cast to {made.stage.dtype}.")
+    return markdown_table(("metric", *models, "rows"), lines, right=True) + "\n\n" + " ".join(notes)
 
 
 # --- how it was made --------------------------------------------------------------------------------------------------

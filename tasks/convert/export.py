@@ -147,7 +147,9 @@ def cast_adapter(file: Path, dtype: str) -> None:
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = {name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata=metadata)
+    file.chmod(mode)  # safetensors lets only the owner read what it writes
 
 
 def copy(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ class Adapter:
     """Number of tokens of the base with those that the adapter adds; 0 if it adds none."""
 
 
-def usage(stage: ExportStage, adapter: Adapter | None, own_code: bool) -> str:
+def usage(stage: ExportStage, adapter: Adapter | None, own_code: bool, quantized: bool = False) -> str:
     """Return markdown. `own_code`: whether the model brings Python files."""
     place = stage.push or "."
     options = [f'revision="{stage.revision}"'] if stage.push and stage.revision != "main" else []
@@ -37,4 +37,6 @@ def usage(stage: ExportStage, adapter: Adapter | None, own_code: bool) -> str:
         lines.append(f"model.generation_config = GenerationConfig.from_pretrained({where})  # ends where trained answers end")
     else:
         lines.append(f"model = AutoModelForCausalLM.from_pretrained({', '.join([where, *trusted])})")
+    if quantized:
+        lines.insert(0, "# pip install transformers optimum gptqmodel")
     return ("" if stage.push else "In this folder:\n\n") + "```python\n" + "\n".join(lines) + "\n```"

@@ -20,13 +20,14 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import GenerationConfig
 
 from tasks.data.rendering import ends
 from tasks.data.thoughts import cut, marks, spoken, until, written
 from tasks.evaluation import prefixes
 from tasks.evaluation.sharing import Batch, Share, batches_to_score, batches_to_write
-from tasks.models.padding import padding_matters, takes_cache
+from tasks.models.padding import padding_matters, switches_at, takes_cache
 from tuneline.errors import StageFailed
 from tuneline.workspace.protocol import Events
 
@@ -51,6 +52,8 @@ class LanguageModel(HFLM):
         self.share, self.seed, self.batch = share, seed, 0
         self.done = self.total = self.stopped = 0
         self.with_special = False
+        self.short = switches_at(model)
+        """The most tokens of a sequence that may share a batch with others."""
         self.thinks = bool(marks(tokenizer).start)
         """Whether the template marks thoughts, which answers to benchmarks are then compared without."""
         self.ends = set(ends(tokenizer, model.generation_config.eos_token_id))
@@ -79,8 +82,10 @@ class LanguageModel(HFLM):
 
     def _generate(self, requests: list[Any]) -> list[str]:
         self._begin(len(requests))
-        size = 1 if self.one_by_one else self.largest_batch
         asked = [(request.args[0], stops_apart(request.args[1])) for request in requests]
+        lengths = [len(self.tok_encode(prompt)) for prompt, _ in asked]
+        most = max(normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"] for _, options in asked)
+        size = 1 if self.one_by_one or max(lengths) + most > self.short else self.largest_batch
 
         def write(number: int, batch: Batch) -> list[tuple[str, int]]:
             self.stopped, self.batch = 0, number
@@ -88,7 +93,7 @@ class LanguageModel(HFLM):
             answers: list[str] = super(LanguageModel, self).generate_until(instances, disable_tqdm=True)
             return [(answer, 0 if place else self.stopped) for place, answer in enumerate(answers)]
 
-        found = self.share.compute(batches_to_write(asked, [len(self.tok_encode(prompt)) for prompt, _ in asked], size), write)
+        found = self.share.compute(batches_to_write(asked, lengths, size), write)
         self._end()
         self.stopped = sum(stopped for _, stopped in found)
         return [self._cut(answer, options[STOPS], prompt) for (answer, _), (prompt, options) in zip(found, asked, strict=True)]
@@ -122,7 +127,7 @@ class LanguageModel(HFLM):
         self._begin(len(requests))
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         fitting = LOGITS_BYTES // (2 * 4 * longest * self.model.config.vocab_size)
-        size = max(1, min(self.largest_batch, fitting))
+        size = max(1, min(self.largest_batch, fitting)) if longest <= self.short else 1
 
         def score(number: int, batch: Batch) -> list[tuple[float, bool]]:
             scores = self._score([requests[i][1:] for i in batch])
@@ -142,7 +147,7 @@ class LanguageModel(HFLM):
         starts = list(map(len, sequences))  # of what is scored of each sequence
         for row, (_, continuation) in zip(rows, requests, strict=True):
             starts[row] = min(starts[row], len(sequences[row]) - len(continuation))
-        begun, beginning_of = prefixes.beginnings(sequences, starts) if self.shares_beginnings else ([], [])
+        begun, beginning_of = prefixes.beginnings(sequences, starts, self.max_length) if self.shares_beginnings else ([], [])
         skipped = [len(begun[i]) for i in beginning_of] or [0] * len(sequences)
         rests = [tokens[skip:] for tokens, skip in zip(sequences, skipped, strict=True)]
         width, first = max(map(len, rests)), min(start - skip for start, skip in zip(starts, skipped, strict=True))
@@ -153,7 +158,8 @@ class LanguageModel(HFLM):
             options["attention_mask"] = torch.cat([mask, torch.ones_like(tokens)], dim=1)
             options["position_ids"] = torch.tensor(skipped, device=self.device)[:, None] + torch.arange(width, device=self.device)
         with torch.inference_mode():
-            log_probabilities = self.model(input_ids=tokens, **options).logits[:, first - width :].log_softmax(-1)
+            logits = self.model(input_ids=tokens, **options).logits[:, first - width :]
+            log_probabilities = logits.log_softmax(-1, dtype=torch.float32)  # a sum of -300 in bfloat16 is rounded to multiples of 2
         found = []
         for row, (_, continuation) in zip(rows, requests, strict=True):
             end = len(rests[row]) - first
@@ -192,6 +198,7 @@ class LanguageModel(HFLM):
         """Return token ids of contexts and answers, shape [batch, up to max_length]. `stop` is only the end token's text."""
         mask, stops = options["attention_mask"], options.pop(STOPS)
         plain = options.keys() <= {"attention_mask", "do_sample", "temperature"} and not options.get("do_sample")
+        plain = plain and max_length <= self.short  # transformers begins again where the frequencies change
         tokens = self._greedy(context, mask, max_length - context.shape[1], stops) if plain and takes_cache(self.model) else None
         if tokens is None:
             stop = stop if self.with_special else [*stops, *stop]  # lm-eval would also stop within thoughts

@@ -9,6 +9,7 @@ Left out: models that bring their own code, adapters of the output layer, and sa
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -51,6 +52,7 @@ class EngineModel(LanguageModel):
         if needs_remote_code(self.base):
             raise StageFailed("config", "tuneline does not run models with their own code in vLLM", FALLBACK_HINT)
         super().__init__(configured(model_folder(self.base.path)), tokenizer, BATCH_SIZE, seed, events, Share())
+        self.short = math.inf  # in vLLM a row does not depend on the others
         patch(self, "_device", torch.device("cpu"))
         # lm-eval's windows are one token longer than this, and vLLM samples one more token after a scored sequence.
         patch(self, "_max_length", self.max_length - 2)

@@ -1,16 +1,17 @@
 """Computes what sequences of a batch begin with once instead of for each: a system prompt, or a question with several answers.
 
-Not for models with sliding windows or recurrent states, in whose caches padding after the beginning would be text: `suits` compares the
-logits of a prompt.
+Not for models with local attention or recurrent states, for which padding after the beginning would be text, nor for those whose rotary
+frequencies depend on the length: `suits` looks for these, and compares the logits of a prompt.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tasks.models.padding import PADS, differs, takes_cache
+from tasks.models.padding import PADS, differs, switches_at, takes_cache
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +28,16 @@ def common(sequences: Sequence[list[int]], most: int) -> int:
     return length if length >= SHORTEST and len(sequences) > 1 else 0
 
 
-def beginnings(sequences: Sequence[list[int]], starts: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+def beginnings(sequences: Sequence[list[int]], starts: Sequence[int], most: int) -> tuple[list[list[int]], list[int]]:
     """Return what to compute before the rest of the sequences, and for each sequence which of it. These are the contexts, each up to its
-    start, or what all sequences share: whichever leaves fewer tokens to compute. Both are empty if neither is worth it."""
+    start, or what all sequences share: whichever leaves fewer tokens to compute. Both are empty if neither is worth it. `most`: tokens
+    that the model has positions for."""
     own = [tuple(tokens[:start]) for tokens, start in zip(sequences, starts, strict=True)]
     contexts = list(dict.fromkeys(own))
     shared = common(sequences, min(starts))
     saved = sum(starts) - len(contexts) * max(starts)  # contexts are padded to the longest
-    if min(starts) and saved >= SHORTEST and saved > shared * (len(sequences) - 1):
+    padded = max(starts) + max(len(tokens) - start for tokens, start in zip(sequences, starts, strict=True))
+    if padded <= most and min(starts) and saved >= SHORTEST and saved > shared * (len(sequences) - 1):
         return [list(context) for context in contexts], [contexts.index(context) for context in own]
     return ([sequences[0][:shared]], [0] * len(sequences)) if shared else ([], [])
 
@@ -64,6 +67,8 @@ def suits(model: PreTrainedModel, prompt: list[int], pad: int) -> bool:
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not takes_cache(model) or "position_ids" not in inspect.signature(base.forward).parameters:
+        return False
+    if switches_at(base) < math.inf or hasattr(base.config, "window_size"):  # GPT-Neo's windows count padding
         return False
     prompt = prompt if len(prompt) > 1 else prompt * 2
     half = len(prompt) // 2

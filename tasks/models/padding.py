@@ -7,7 +7,8 @@ xLSTM read padding as text, and GPT's positions count it.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,14 @@ def takes_cache(model: PreTrainedModel) -> bool:
     which transformers' own `generate` knows."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "past_key_values" in inspect.signature(base.forward).parameters
+
+
+def switches_at(model: PreTrainedModel) -> float:
+    """Return the number of tokens above which a model's rotary frequencies are others (Phi-3's `longrope`). The longest sequence of a batch
+    decides about all of them."""
+    rope: dict[str, Any] = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    parts = [each for each in (rope, *rope.values()) if isinstance(each, dict) and each.get("rope_type") == "longrope"]
+    return min((float(each["original_max_position_embeddings"]) for each in parts), default=math.inf)
 
 
 def padding_matters(model: PreTrainedModel, prompt: list[int], pad: int) -> bool:

@@ -9,6 +9,7 @@ import yaml
 from load_tools import GOOD, load_text
 from plan_tools import PIPELINES, build, planned
 
+from flows.run.export import export_stage, not_in_card
 from tuneline.config.load import load
 from tuneline.errors import ConfigError
 from tuneline.workspace.cards import TO_BE_WRITTEN, author_text, is_export, with_author_text
@@ -62,6 +63,15 @@ def test_the_key_covers_how_the_model_was_made_and_the_names_in_its_card(exporti
     assert [reason.text for reason in renamed["given"].reasons] == ["its inputs were made in another way, or their stages have other names"]
 
 
+def test_an_evaluation_that_is_not_built_is_named(exporting: Path) -> None:
+    stages = load(exporting / "pipelines.yaml").pipeline("demo").stages
+    built = {name: row.artifact for name, row in build(exporting).items() if row.artifact is not None}
+    lacks = [not_in_card(stages, name, export_stage(stages, name, built, {})) for name in ("merged", "given")]
+    assert lacks == [[], []]
+    del built["eval"]
+    assert not_in_card(stages, "merged", export_stage(stages, "merged", built, {})) == ["eval"]
+
+
 def test_the_recipe_is_the_pipeline_as_it_ran(exporting: Path) -> None:
     rows = build(exporting, "sft.learning_rate=1e-5", "sft.lora.r=8")
     history = (rows["given"].document or {})["history"]
@@ -80,8 +90,9 @@ def test_an_authors_text_is_found_and_kept(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card)
     assert is_export(tmp_path)
     assert author_text(card) is None
-    written = card.replace(TO_BE_WRITTEN, "For tables.\n\n### Limits\n\nNone known.")
-    assert author_text(written) == "For tables.\n\n### Limits\n\nNone known."
+    text = "For tables.\n\n```sh\n## a comment\n```\n\n## Limits\n\nNone known."
+    written = card.replace(TO_BE_WRITTEN, text)
+    assert author_text(written) == text
     assert with_author_text(card, author_text(written)) == written
     for other in ("# tuneline\n\n- tuneline\n", "---\ntags:\n- tuneline-x\n---\n"):
         (tmp_path / "README.md").write_text(other)

@@ -62,7 +62,6 @@ def test_the_key_document_of_every_kind_is_as_it_was() -> None:
         "eval-base": {"max_new_tokens": 48, "dtype": "float32"},
         "eval-sft": {"max_new_tokens": 48, "dtype": "float32"},
         "merged": {},
-        "eval-merged": {"max_new_tokens": 48, "dtype": "float32"},
         "gptq": {"group_size": 32, "samples": 64, "dtype": "float32"},
         "eval-gptq": {"max_new_tokens": 48, "dtype": "float32"},
     }  # fmt: skip

@@ -151,7 +151,7 @@ def test_every_figure_is_that_of_its_manifest(story: Story) -> None:
     }  # fmt: skip
     assert page.nodes == {
         "base: model, cached", "bookings: dataset, done", "sft: sft, done", "eval-base: evaluate, done", "eval-sft: evaluate, done",
-        "merged: merge, done", "eval-merged: evaluate, pending", "gptq: quantize, pending", "eval-gptq: evaluate, pending", "gate: gate, pending",
+        "merged: merge, done", "gptq: quantize, pending", "eval-gptq: evaluate, pending", "gate: gate, pending",
     }  # fmt: skip
     said = " ".join(page.text.split())
     assert "tuneline run demo --set sft.lora.r=8 --var 'data=a b.jsonl'" in said
@@ -475,10 +475,8 @@ def test_nothing_is_cut_off_on_a_desk_or_a_phone(story: Story, tmp_path: Path, w
     gate = next(plan for plan in story.record.planned if plan.kind == "gate")
     lines = "met: bookings/exact_match of eval-sft is 0.75, required at least 0.5\nNOT met: bookings/bits_per_byte of eval-sft is 1, required at most 0.5"
     story.record.stages.append(StageRecord(stage=gate.stage, kind="gate", status="refused", message=lines))
-    for name in ("eval-merged", "eval-gptq"):
-        if name == "eval-gptq":
-            story.stage("gptq", "Model", {"perplexity": 3.0}, {}, size=200)
-        story.evaluation(name, [True] * 4, 1.0)
+    story.stage("gptq", "Model", {"perplexity": 3.0}, {}, size=200)
+    story.evaluation("eval-gptq", [True] * 4, 1.0)
     html = render(story.record)
     dumped = in_browser(MEASURE.format(page=escape(html), width=width), tmp_path, "--dump-dom", f"--window-size={width + 40},1000")
     assert re.findall(r"<title>(.*?)</title>", dumped)[0].strip() == "cut off:"
@@ -496,7 +494,8 @@ def test_in_chromium_nothing_is_asked_for_and_the_figures_are_there(
 
     hostile = HOSTILE.replace("ADDRESS", listener)
     monkeypatch.setattr(f"{__name__}.HOSTILE", hostile)
-    story.evaluation("eval-merged", [False] * 4, 1.0)
+    story.stage("gptq", "Model", {"perplexity": 3.0}, {}, size=200)
+    story.evaluation("eval-gptq", [False] * 4, 1.0)
     html = render(story.record)
     dumped = dump(html)
     seen = Page(dumped)
@@ -504,6 +503,6 @@ def test_in_chromium_nothing_is_asked_for_and_the_figures_are_there(
     assert "<title>owned</title>" not in dumped
     assert hostile in seen.text
     assert seen.figures == Page(html).figures
-    assert seen.figures["merged", "bookings/exact_match"] == 0.0
+    assert seen.figures["gptq", "bookings/exact_match"] == 0.0
     assert "<title>owned</title>" in dump(f"<title>mine</title>{hostile}")  # so the listener would have heard
     assert Listener.asked[0] == "/img.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tasks.models.licenses import of_card
 from tasks.models.loading import load_model
 from tuneline.errors import StageFailed
 from tuneline.workspace.artifact import Base, Manifest
-from tuneline.workspace.cards import TO_BE_WRITTEN, author_text, is_export
+from tuneline.workspace.cards import SECTIONS, TO_BE_WRITTEN, author_text, is_export
 from tuneline.workspace.protocol import Input, Request
 
 COMMIT = "0123456789" * 4
@@ -115,12 +116,13 @@ def test_the_card_says_what_the_manifests_say(here: tuple[World, dict[str, str]]
     assert (results["acc"].dataset_name, results["acc"].metric_args) == ("arc_easy", None)
     train = here[0].artifacts["dataset"].manifest.metrics["rows_train"]
     for text in (
-        TO_BE_WRITTEN, "license of the base: mit", f"| {train:,.0f} |", "| data/exact_match | 0.75 ± 0.2 |", "| sft | lora | `{\"r\": 4}` |",
+        TO_BE_WRITTEN, "license of the base: mit", f"| {train:,.0f} |", "| data/exact_match | 0.75 ± 0.2 | 12 |", "| sft | lora | `{\"r\": 4, \"lora_alpha\": 32}` |",
         "        model: base\n        dataset: data\n        lora: {r: 4}\n", f"revision: {COMMIT}", f"`{here[0].artifacts['sft'].digest[:16]}`", "torch 2.13.0",
     ):  # fmt: skip
         assert text in card.text, text
     assert is_export(request.payload)
     assert author_text(str(card)) is None
+    assert re.findall(r"^## (.+)$", card.text, re.MULTILINE) == ["Use", "Intended use", *SECTIONS]
 
 
 def test_weights_cast_and_merged(here: tuple[World, dict[str, str]], tmp_path: Path) -> None:
@@ -137,10 +139,14 @@ def test_weights_cast_and_merged(here: tuple[World, dict[str, str]], tmp_path: P
     request = request_for(*here, cast, of="merged", dtype="bfloat16")
     run_program(request)
     assert {tensor.dtype for tensor in load_file(request.payload / "model.safetensors").values()} == {torch.bfloat16}
+    assert "`merged` itself was not evaluated." in (request.payload / "README.md").read_text()
     assert json.loads((request.payload / "config.json").read_text())["dtype"] == "bfloat16"
     request = request_for(*here, small, dtype="float16", adapter_only=True)
     run_program(request)
-    assert {tensor.dtype for tensor in load_file(request.payload / "adapter_model.safetensors").values()} == {torch.float16}
+    weights = request.payload / "adapter_model.safetensors"
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float16}
+    assert weights.stat().st_mode == (request.payload / "adapter_config.json").stat().st_mode  # readable by others, too
+    assert "Measured before the weights were cast to float16." in (request.payload / "README.md").read_text()
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def test_a_push_and_back(world: World, hub: LocalHub, tmp_path: Path) -> None:
 
 def test_a_card_that_the_hub_refuses(world: World, hub: LocalHub, tmp_path: Path) -> None:
     request = request_for(*described(world, tmp_path / "store", hub="owner/pico"), tmp_path / "one", push="me/model", license="none-such")
-    with pytest.raises(StageFailed, match='the hub refuses the model card: .*"license" must be one of') as failed:
+    with pytest.raises(StageFailed, match='(?s)the hub refuses the model card: .*"license" must be one of') as failed:
         run_program(request)
     assert failed.value.failure_class == "config"
     assert not hub.files("me/model")

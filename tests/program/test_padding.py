@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architecture_table import Trial, save
+from lm_eval.api.instance import Instance
+from pico import tokenizer
 from program_tools import make_request, run_program
 
+from tasks.data.thoughts import written
 from tasks.evaluation import prefixes
+from tasks.evaluation.harness import LanguageModel
+from tasks.evaluation.sharing import Share
 from tasks.models.padding import padding_matters
+from tuneline.workspace.protocol import Events
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 
@@ -26,6 +33,7 @@ PROMPT = [5, 6, 7, 8, 9, 10]
         ("recurrent_gemma", False, False),
         ("openai-gpt", True, False),
         ("gemma3_text", False, False),
+        ("gpt_neo", False, False),
     ],
 )
 def test_whose_states_and_positions_take_it_in(tmp_path: Path, model_type: str, matters: bool, shares: bool) -> None:
@@ -35,6 +43,32 @@ def test_whose_states_and_positions_take_it_in(tmp_path: Path, model_type: str, 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert padding_matters(model, PROMPT, 2) is matters
     assert prefixes.suits(model, PROMPT, 2) is shares
+
+
+def test_frequencies_that_depend_on_the_longest_row_of_a_batch(tmp_path: Path) -> None:
+    """Phi-3's: short rows would get those of long ones, and beginnings computed before others than the rest."""
+    from transformers import AutoModelForCausalLM
+
+    factors: dict[str, Any] = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    save(tmp_path / "model", "phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    lm = LanguageModel(model, tokenizer(), 3, 0, Events(tmp_path / "events.jsonl"), Share())
+    lm.check_generation(PROMPT)
+    assert not lm.shares_beginnings
+    requests: list[Any] = [(None, list(range(40, 40 + length)), [7, 8, 9]) for length in (20, 100, 30)]
+    scores = [score for score, _ in lm._loglikelihood_tokens(requests)]
+    for score, (_, context, answer) in zip(scores, requests, strict=True):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([context + answer[:-1]])).logits[0].log_softmax(-1)
+        assert score == pytest.approx(float(logits[-3:].gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-5)
+
+    texts = ["the word by the river " * count for count in (4, 9, 11)]  # the last two cross the border while they are answered
+    found = lm.write([Instance("generate_until", {}, (text, {"do_sample": False, "max_gen_toks": 16, "until": []}), 0) for text in texts])
+    for answer, text in zip(found, texts, strict=True):
+        ids = tokenizer()(text, return_tensors="pt")
+        new = model.generate(**ids, max_new_tokens=16, do_sample=False, use_cache=False)[0, ids["input_ids"].shape[1] :]
+        assert answer == written(new.tolist(), tokenizer(), lm.ends)
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "recurrent_gemma"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architecture_table import save
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from pico import save_pico, tokenizer
@@ -87,7 +90,37 @@ def test_what_sequences_share() -> None:
 def test_what_is_computed_before() -> None:
     """Contexts, if more of their tokens recur than of what all share."""
     one, other = list(range(40)), [*range(20), *range(50, 60)]
-    assert prefixes.beginnings([[*one, 1], [*one, 2], [*other, 1]], [40, 40, 30]) == ([one[:20]], [0, 0, 0])
-    assert prefixes.beginnings([[*one, 1], [*one, 2], [*one[1:], 1]], [40, 40, 39]) == ([one, one[1:]], [0, 0, 1])
-    assert prefixes.beginnings([[1, 2], [1, 3]], [1, 1]) == ([], [])
-    assert prefixes.beginnings([[*one, 1], [*one, 2]], [0, 40]) == ([], [])  # no context to compute before
+    assert prefixes.beginnings([[*one, 1], [*one, 2], [*other, 1]], [40, 40, 30], 99) == ([one[:20]], [0, 0, 0])
+    assert prefixes.beginnings([[*one, 1], [*one, 2], [*one[1:], 1]], [40, 40, 39], 99) == ([one, one[1:]], [0, 0, 1])
+    assert prefixes.beginnings([[1, 2], [1, 3]], [1, 1], 99) == ([], [])
+    assert prefixes.beginnings([[*one, 1], [*one, 2]], [0, 40], 99) == ([], [])  # no context to compute before
+    long, short = list(range(50)), list(range(60, 80))  # a context of 50 tokens and an answer of 30 have more positions than 70
+    pairs = [[*long, 1], [*long, 2], [*long, 3], [*short, *range(30)], [*short, *range(1, 31)]]
+    assert prefixes.beginnings(pairs, [50, 50, 50, 20, 20], 80) == ([long, short], [0, 0, 0, 1, 1])
+    assert prefixes.beginnings(pairs, [50, 50, 50, 20, 20], 70) == ([], [])
+
+
+def test_scores_in_bfloat16_are_not_rounded(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of -300 in bfloat16 is a multiple of 2: which of two answers is more likely would be lost."""
+    model = copy.deepcopy(lm.model).to(torch.bfloat16)
+    monkeypatch.setattr(lm, "_model", model)
+    context = lm.tokenizer(BEGINNING)["input_ids"]
+    answer = context * 2
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].float()
+    expected = float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
+    ((found, _),) = lm._loglikelihood_tokens([(None, context, answer)])  # type: ignore[list-item]
+    assert found == pytest.approx(expected, abs=0.05)
+
+
+def test_rows_near_the_models_length(tmp_path: Path) -> None:
+    """A long context with short answers beside a short one with long answers: padded, they are longer than the model's positions."""
+    save(tmp_path / "model", "gpt2", max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    lm = LanguageModel(model, tokenizer(), 8, 0, Events(tmp_path / "events.jsonl"), Share())
+    lm.shares_beginnings = True
+    long, short = list(range(100, 220)), list(range(100, 130))
+    requests: list[Any] = [(None, long, [i, 7]) for i in range(40, 44)] + [(None, short, list(range(i, i + 70))) for i in range(40, 43)]
+    found = [score for score, _ in lm._loglikelihood_tokens(requests)]
+    alone = [lm._loglikelihood_tokens([request])[0][0] for request in requests]
+    assert found == pytest.approx(alone, rel=1e-5)

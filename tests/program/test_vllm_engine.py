@@ -221,9 +221,18 @@ def test_a_prompt_that_is_too_long_is_refused_not_cut(engine: Engine) -> None:
         engine.generate([[5] * (ROOM - 8)], GREEDY, model=BASE)
 
 
-def test_one_that_cannot_come_up_says_why(vllm_python: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "real", [pytest.param(True, marks=pytest.mark.full, id="vLLM"), pytest.param(False, id="a script that says the same")]
+)
+def test_one_that_cannot_come_up_says_why(vllm_python: Path, tmp_path: Path, real: bool) -> None:
+    """vLLM takes half a minute to find out."""
+    python = vllm_python
+    if not real:
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\nseq 100\necho NobodysModel\nexit 1\n")
+        python.chmod(0o755)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NobodysModel"]}')
     with pytest.raises(StageFailed, match=r"(?s)ended with status 1 before it was ready; the end of engine.log:\n.*NobodysModel") as failed:
-        start(vllm_python, tmp_path, tmp_path / "engine.log").__enter__()
+        start(python, tmp_path, tmp_path / "engine.log").__enter__()
     assert failed.value.failure_class == "config"
     assert len(failed.value.message.splitlines()) <= 21

@@ -22,7 +22,8 @@ def main() -> None:
     sampling = llm.get_default_sampling_params()
     sampling.temperature, sampling.max_tokens = 0.0, asked["tokens"]
     outputs = [each.outputs[0] for each in llm.generate(asked["prompts"], sampling, lora_request=adapter)]
-    print(json.dumps({"answers": [each.text for each in outputs], "ends": [each.finish_reason for each in outputs]}), flush=True)
+    ends = llm.model_config.try_get_generation_config()["eos_token_id"]
+    print(json.dumps({"answers": [each.text for each in outputs], "ends": ends}), flush=True)
 
 
 if __name__ == "__main__":

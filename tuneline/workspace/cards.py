@@ -13,7 +13,9 @@ TAG = "tuneline"
 HEAD = "## Intended use"
 TO_BE_WRITTEN = "*To be written by the author: what the model is for, what it should not be used for, and what is known of its risks.*"
 _METADATA = re.compile(r"\A---\n(.*?)^---$", re.MULTILINE | re.DOTALL)
-_SECTION = re.compile(rf"^{HEAD}\n+(.*?)\s*(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+SECTIONS = ("Data", "Training", "Results", "How it was made")
+"""Heads of what follows. The author's text may have other heads, and code with lines like heads."""
+_SECTION = re.compile(rf"^{HEAD}\n+(.*?)\s*(?=^## (?:{'|'.join(SECTIONS)})$|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def is_export(folder: Path) -> bool:
