@@ -23,7 +23,7 @@ from tuneline.config.json_schema import json_schema
 from tuneline.imports.compose import whole_file
 from tuneline.imports.fates import fate_of, kind_of
 from tuneline.imports.importing import TABLES, import_sources
-from tuneline.kinds import adapters, dataset, fields, gate, grpo, rewards, sft, trackers
+from tuneline.kinds import adapters, dataset, fields, gate, grpo, other_adapters, rewards, sft, trackers
 from tuneline.kinds import engine as engines
 from tuneline.kinds import sources as data_sources
 from tuneline.kinds import stage as stages
@@ -39,9 +39,10 @@ PARTS = (
     data_sources.CodeSource,
     dataset.Split,
     adapters.Lora,
-    adapters.Vera,
-    adapters.Oft,
-    adapters.Ia3,
+    other_adapters.AdaLora,
+    other_adapters.Vera,
+    other_adapters.Oft,
+    other_adapters.Ia3,
     sft.EarlyStopping,
     sft.LastAnswers,
     grpo.Rollouts,

@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from transformers import PreTrainedModel
 
 from tasks.models.targets import Targets, is_linear, matching
 from tuneline.errors import StageFailed
-from tuneline.kinds.adapters import Ia3, Lora, Oft, Places, Vera, matches
+from tuneline.kinds.adapters import Lora, Places, matches
+from tuneline.kinds.other_adapters import AdaLora, Ia3, Oft, Vera
 
 
-def configuration(settings: Places, found: Targets) -> PeftConfig:
+def configuration(settings: Places, found: Targets, steps: int | None = None) -> PeftConfig:
+    """Return PEFT's configuration. `steps`: those of the whole training, which AdaLoRA needs."""
     modules: Any = settings.target_modules if isinstance(settings.target_modules, str) else sorted(set(settings.target_modules))
     common: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
@@ -33,6 +35,9 @@ def configuration(settings: Places, found: Targets) -> PeftConfig:
             # The others need weights or rows: tasks.training.initial.
             init_lora_weights="gaussian" if settings.init_lora_weights == "gaussian" else True,
         )
+    if isinstance(settings, AdaLora):
+        # PEFT adds its penalty to a loss that TRL does not use: tasks.training.rank_allocation.
+        return AdaLoraConfig(**common, lora_dropout=float(settings.lora_dropout), **fixed(settings), total_step=steps, orth_reg_weight=0)
     if isinstance(settings, Vera):
         return VeraConfig(**common, vera_dropout=settings.vera_dropout, **fixed(settings))
     if isinstance(settings, Oft):
@@ -47,6 +52,7 @@ def fixed(settings: Places) -> dict[str, Any]:
     """Return the settings beside places and dropout, by PEFT's names: an adapter keeps them when it is trained further."""
     names = {
         "lora": {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"},
+        "adalora": {"init_r", "target_r", "lora_alpha", "tinit", "tfinal", "deltaT", "beta1", "beta2"},
         "vera": {"r", "d_initial", "projection_prng_key", "save_projection"},
         "oft": {"oft_block_size", "coft", "eps", "use_cayley_neumann"},
         "ia3": set[str](),
@@ -81,7 +87,7 @@ def meant_by(config: PeftConfig, model: PreTrainedModel) -> set[str]:
     return matching(linear, tuple(config.target_modules)) | matching(tensors, tuple(parameters))
 
 
-PARTS = {"lora": ".lora_", "vera": "vera_", "oft": ".oft_", "ia3": ".ia3_"}  # in the names of an adapter's tensors
+PARTS = {"lora": ".lora_", "adalora": ".lora_", "vera": "vera_", "oft": ".oft_", "ia3": ".ia3_"}  # in the names of an adapter's tensors
 
 
 def check_form(config: dict[str, Any], tensors: dict[str, torch.Tensor], settings: Places, found: Targets) -> None:
@@ -104,6 +110,8 @@ def check_form(config: dict[str, Any], tensors: dict[str, torch.Tensor], setting
 def tensors_of_a_layer(settings: Places) -> int:
     if isinstance(settings, Lora):
         return 3 if settings.use_dora else 2
+    if isinstance(settings, AdaLora):
+        return 3
     return 2 if isinstance(settings, Vera) else 1
 
 

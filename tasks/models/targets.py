@@ -27,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from tasks.models.experts import expert_tensors, shape_of
 from tasks.models.whole import leaves, saved_modules
 from tuneline.errors import StageFailed
-from tuneline.kinds.adapters import ALL, PRESETS, Lora, Oft, Places, at_end, matches
+from tuneline.kinds.adapters import ALL, PRESETS, Lora, Places, at_end, matches
+from tuneline.kinds.other_adapters import Oft
 
 WORTH_A_WARNING = 0.01  # share of the weights beside embeddings and head: below it, no warning that `all-linear` leaves some out
 ATTENTION = re.compile(r"\w*Attention\w{0,2}")

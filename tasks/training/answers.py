@@ -146,7 +146,7 @@ def train_and_save(
 
 def trained_weights(trainer: Any, request: Request, stage: AnswerTraining, events: Events) -> tuple[TrainerState, dict[str, torch.Tensor]]:
     """Train, and return the final state and the trained weights, whole and by their saved names."""
-    from tasks.training import checkpoints
+    from tasks.training import checkpoints, rank_allocation
     from tasks.training import shared as training
 
     state, ended = checkpoints.train_to_end(trainer, request, stage.resources, events)
@@ -155,6 +155,8 @@ def trained_weights(trainer: Any, request: Request, stage: AnswerTraining, event
         return state, methods.weights_in(ended, trainer.model) if ended else methods.weights(trainer.model, keep)
     if ended:
         checkpoints.load_adapter(trainer.model, ended)
+    if stage.adapter_settings().kind == "adalora":
+        rank_allocation.drop_empty_ranks(trainer.model)
     return state, training.adapter_tensors(trainer.model)
 
 

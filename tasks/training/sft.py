@@ -93,7 +93,7 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from tasks.models import adapters
-    from tasks.training import checkpoints, flattening, sequences, strategies
+    from tasks.training import checkpoints, flattening, rank_allocation, sequences, strategies
     from tasks.training import shared as training
     from tasks.training.sft_trainer import TokenWeightedTrainer
     from tasks.training.trackers import Trackers
@@ -101,27 +101,27 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     training.score_only_trained_tokens()
     if stage.neftune_noise_alpha:
         add_noise(start.model, stage.neftune_noise_alpha)
-    base, earlier = request.inputs["model"], request.inputs.get("adapter")
-    callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
+    base, earlier, settings, found = request.inputs["model"], request.inputs.get("adapter"), stage.adapter_settings(), start.targets
+    callbacks = [report, Trackers(request, report.events), *([rank_allocation.AllocateRanks()] if stage.adalora else [])]
+    callbacks.append(checkpoints.Checkpoints(request, stage.resources))
     if stage.early_stopping:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping.patience, stage.early_stopping.threshold))
     trainer = TokenWeightedTrainer(
-        model=training.continued_adapter(start.model, earlier, base, stage.adapter_settings(), start.targets)
-        if earlier and start.targets
-        else start.model,
+        model=training.continued_adapter(start.model, earlier, base, settings, found) if earlier and found else start.model,
         args=arguments,
         train_dataset=packed(start.train, stage.max_length) if stage.packing else start.train,
         eval_dataset=start.validation,
         processing_class=start.tokenizer,
         # TRL sets the seed before it initializes the adapter.
-        peft_config=adapters.configuration(stage.adapter_settings(), start.targets) if start.targets and not earlier else None,
+        peft_config=adapters.configuration(settings, found, stage.max_steps) if found and not earlier else None,
         callbacks=callbacks,
         stage=stage,
     )
     trainer.remove_callback(PrinterCallback)  # events hold the same
-    trainer.lora_plus_ratio = stage.lora.lora_plus_ratio
-    if stage.method == "qlora" or stage.adapter_settings().modules_to_save:
+    if stage.method == "qlora" or settings.modules_to_save:
         methods.adapter_in_float32(trainer.model, earlier)
+    if stage.adalora:
+        rank_allocation.freeze_divisors(trainer.model)
     if stage.add_tokens:
         added_tokens.show_bias(trainer.model)
     check_nothing_lost(start.train, trainer.train_dataset, trainer.data_collator)

@@ -21,13 +21,14 @@ from trl import SFTTrainer
 from tasks.training.batches import OrderedSteps, balanced, lengths, longest_first
 from tasks.training.loraplus import LoraPlus
 from tasks.training.optimizers import OptimizedByStage
+from tasks.training.rank_allocation import OrthogonalVectors
 from tasks.training.sequences import ForEachOfGroup, part
 from tuneline.errors import StageFailed
 from tuneline.kinds.sft import Supervised
 from tuneline.patches import patch
 
 
-class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
+class TokenWeightedTrainer(OptimizedByStage, LoraPlus, OrthogonalVectors, SFTTrainer):
     data_collator: Any
     label_smoother: Any
     step_tokens = 0
@@ -36,6 +37,8 @@ class TokenWeightedTrainer(OptimizedByStage, LoraPlus, SFTTrainer):
     def __init__(self, *args: Any, stage: Supervised, **kwargs: Any):
         super().__init__(*args, stage=stage, **kwargs)
         self._resources, self._sharing = stage.resources, stage.resources.sequence_parallel_size
+        self.lora_plus_ratio = stage.lora.lora_plus_ratio
+        self.orth_reg_weight = stage.adalora.orth_reg_weight if stage.adalora else 0.0
         self._tokens = 0  # of all rows so far, over all processes
         # TRL computes the loss itself, from the hidden states, so the arguments of the model's own forward do not matter.
         patch(self, "model_accepts_loss_kwargs", True)

@@ -139,6 +139,7 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "both names of the tuner": ("swift sft --model a/b --dataset c/d --tuner_type full", {"method": "full", "learning_rate": 1e-5}),
     "the older name": ("swift sft --model a/b --dataset c/d --train_type full", {"method": "full"}),
     "qlora": ("swift sft --model a/b --dataset c/d --quant_bits 4 --quant_method bnb", {"method": "qlora"}),
+    "adalora": ("swift sft --model a/b --dataset c/d --tuner_type adalora --adalora_target_r 4 --max_steps 90 --lora_rank 8 --target_modules q_proj", {"adalora": {"lora_dropout": 0.05, "target_modules": ["q_proj"], "target_r": 4}, "lora": None, "max_steps": 90}),
     "8 bits": ("swift sft --model a/b --dataset c/d --quant_bits 8 --quant_method bnb", {"method": "qlora", "bits": 8}),
     "zero3 with offload": ("NPROC_PER_NODE=2 swift sft --model a/b --dataset c/d --deepspeed zero3_offload", {"resources": {"gpus": 2, "strategy": "zero3", "offload": "all", "micro_batch_size": 1, "gradient_checkpointing": True}}),
     "pretraining": ("swift pt --model a/b --dataset c/d", {"train_on": "all"}),

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import evaluate_tools
 import pytest
 import torch
 from adapter_variants import LORA, VARIANTS
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from pico import save_pico
 from process_tools import finish, losses
 from program_tools import make_request, payload_digest, run_program, run_until
-from sft_tools import furthest, request_for
+from sft_tools import furthest, request_for, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.convert.export import write_adapter
 from tasks.convert.usage import usage
 from tasks.training import answers
+from tasks.training.rank_allocation import skewness
 from tuneline.errors import StageFailed
 from tuneline.kinds.export import ExportStage
 from tuneline.workspace.protocol import Events, Input
@@ -78,7 +81,7 @@ def test_a_variant_is_trained_resumed_read_by_peft_and_merged(
     ("name", "strategy"),
     [
         ("pissa", "ddp"), ("olora", "zero2"), ("eva", "ddp"), ("tokens", "zero2"), ("modules", "ddp"), ("lora+", "zero3"), ("vera", "zero2"),
-        ("oft", "ddp"), ("ia3", "zero1"),
+        ("oft", "ddp"), ("ia3", "zero1"), ("adalora", "ddp"),
     ],
 )  # fmt: skip
 def test_two_processes_train_the_same(name: str, strategy: str, base: Input, tmp_path: Path) -> None:
@@ -90,6 +93,70 @@ def test_two_processes_train_the_same(name: str, strategy: str, base: Input, tmp
     finish(two, 2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
     assert furthest(one, two) < 2e-3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adalora_resumes_before_and_after_each_reduction_of_ranks(dtype: str, base: Input, tmp_path: Path) -> None:
+    fields = {
+        **VARIANTS["adalora"],
+        "dtype": dtype,
+        "max_steps": 8,
+        "resources": {"checkpoint_steps": 1},
+    }  # ranks are reduced at steps 2, 4 and 6
+    whole, killed = (request_for(tmp_path / each, base, **fields) for each in ("whole", "killed"))
+    run_program(whole)
+    for step in range(2, 9):  # resumes from the step before
+        run_until(killed, step)
+    run_program(killed)
+    assert payload_digest(killed) == payload_digest(whole)
+    assert losses(killed) == losses(whole)
+
+    pattern = json.loads((whole.payload / "adapter_config.json").read_text())["rank_pattern"]
+    left = {name: sum(ranks) for name, ranks in pattern.items()}
+    saved = {name: tensor.shape[0] for name, tensor in weights(whole).items() if "lora_E" in name}
+    assert saved == {f"base_model.model.{name}": rank for name, rank in left.items()}
+    values = [tensor for name, tensor in weights(whole).items() if "lora_E" in name]
+    assert sum(int((tensor != 0).sum()) for tensor in values) == 3 * len(left)  # target_r of each layer, as the mean
+    assert len(set(left.values())) > 1
+
+    adapter = Input(path=whole.payload, digest="a" * 64, type="Adapter", template=base.template, base=base)
+    scored = evaluate_tools.request_for(tmp_path / "scored", adapter, evaluate_tools.CHATS[:2])
+    run_program(scored)
+    read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), whole.payload)
+    encoder = AutoTokenizer.from_pretrained(whole.payload)
+    for sample in evaluate_tools.samples(scored):
+        ids = encoder(sample["prompt"], return_tensors="pt", add_special_tokens=False).input_ids
+        answer = read.generate(input_ids=ids, max_new_tokens=evaluate_tools.CONFIG["max_new_tokens"], do_sample=False)[0, ids.shape[1] :]
+        assert sample["answer"].strip() == encoder.decode(answer, skip_special_tokens=True).strip()
+
+
+@pytest.mark.full
+def test_micro_batches_do_not_change_adalora(base: Input, tmp_path: Path) -> None:
+    fields = {"adalora": {**VARIANTS["adalora"]["adalora"], "lora_dropout": 0}, "learning_rate": 2e-2}
+    one, two = (request_for(tmp_path / f"{size}", base, **fields, resources={"micro_batch_size": size}) for size in (1, 2))
+    run_program(one)
+    run_program(two)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert furthest(one, two) < 2e-3
+
+
+@pytest.mark.full
+def test_the_penalty_of_adalora_is_that_of_peft(base: Input) -> None:
+    config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=5, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), config)
+    with torch.no_grad():
+        with_penalty = model(IDS, labels=IDS).loss
+        model.peft_config["default"].orth_reg_weight = 0
+        without = model(IDS, labels=IDS).loss
+    torch.testing.assert_close(0.5 * skewness(model), with_penalty - without)
+
+
+@pytest.mark.full
+def test_adalora_that_leaves_no_rank_ends_with_a_reason(base: Input, tmp_path: Path) -> None:
+    fields = {"adalora": {"init_r": 4, "target_r": 2, "orth_reg_weight": 0}, "learning_rate": 1e-38}
+    with pytest.raises(StageFailed, match="the training left no rank"):
+        run_program(request_for(tmp_path, base, **fields))
 
 
 @pytest.mark.full

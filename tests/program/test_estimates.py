@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from tasks.models import adapters, targets
 from tuneline.estimates.architectures import FAMILIES, Architecture, read
 from tuneline.estimates.memory import Job
-from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
+from tuneline.kinds.adapters import Lora
+from tuneline.kinds.other_adapters import AdaLora, Ia3, Oft, Vera
 from tuneline.kinds.sft import SftStage
 
 SMALL = {
@@ -64,6 +65,7 @@ def test_an_adapters_parameters_are_those_of_peft(targets: Any, use_dora: bool, 
         Lora(r=8, target_modules="attention", layers_to_transform=(1,), rank_pattern={"q_proj": 4}),
         Lora(r=8, target_modules=r".*\.mlp\..*", exclude_modules=("up_proj",)),
         Vera(r=16),
+        AdaLora(init_r=6, target_r=3, target_modules="attention"),
         Oft(oft_block_size=16, target_modules="mlp"),
         Ia3(target_modules="all-linear"),
     ],
@@ -71,7 +73,7 @@ def test_an_adapters_parameters_are_those_of_peft(targets: Any, use_dora: bool, 
 )
 def test_the_parameters_of_every_kind_are_those_of_peft(settings: Any, tmp_path: Path) -> None:
     model, architecture = small_model("qwen2", tmp_path)
-    config = adapters.configuration(settings, targets.adapted(model, settings))
+    config = adapters.configuration(settings, targets.adapted(model, settings), steps=10)
     trainable, _ = get_peft_model(model, config).get_nb_trainable_parameters()
     assert architecture.adapter_parameters(settings) == trainable
 

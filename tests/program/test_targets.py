@@ -133,7 +133,7 @@ def test_what_the_hint_says_works(mixture: Trial) -> None:
 
 def test_the_adapters_form_is_looked_at_before_the_first_step(mixture: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
     real = adapters.configuration
-    monkeypatch.setattr(adapters, "configuration", lambda lora, found: real(lora.model_copy(update={"r": 2}), found))
+    monkeypatch.setattr(adapters, "configuration", lambda lora, *others: real(lora.model_copy(update={"r": 2}), *others))
     made = request(mixture, "other-rank")
     with pytest.raises(StageFailed, match="the adapter has r 2, expected 4"):
         run_program(made)

@@ -14,6 +14,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa_niter_4": {"lora": {**LORA, "init_lora_weights": "pissa_niter_4", "rank_pattern": {"down_proj": 8}}},
     "olora": {"lora": {**LORA, "init_lora_weights": "olora", "use_rslora": True}},
     "lora+": {"lora": {**LORA, "lora_plus_ratio": 8}, "learning_rate": 1e-3, "weight_decay": 0.1},
+    "adalora": {"adalora": {"init_r": 6, "target_r": 3, "lora_alpha": 32, "lora_dropout": 0.1, "tinit": 1, "tfinal": 2, "deltaT": 2}, "learning_rate": 2e-2},
     "vera": {"vera": {"r": 32, "vera_dropout": 0.1}, "learning_rate": 5e-2},
     "vera, drawn again": {"vera": {"r": 32, "save_projection": False}, "learning_rate": 5e-2},
     "oft": {"oft": {"oft_block_size": 16, "target_modules": "attention"}},

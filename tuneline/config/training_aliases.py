@@ -120,9 +120,8 @@ TRAINING_ALIASES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("oft_block_size", "oft_rank", "oft_target", "oft_eps", "oft_coft"), "write `oft: {oft_block_size: 32}`"),
         "loftq_config": "remove it: PEFT computes LoftQ on GPUs only",
         "resize_vocab": "write `add_tokens: [...]`",
-        **dict.fromkeys(("adalora", "adalora_target_r", "adalora_init_r"), (
-            "remove it: PEFT cannot resume AdaLoRA exactly; `lora: {rank_pattern: {...}}` gives layers different ranks"
-        )),
+        **dict.fromkeys(("adalora_target_r", "adalora_init_r"), "write `adalora: {target_r: 8, init_r: 12}`, and max_steps"),
+        "adalora": "remove it: only `sft` trains AdaLoRA; `lora: {rank_pattern: {...}}` gives layers different ranks",
         **dict.fromkeys(("special_tokens", "freeze_trainable_layers"), NONE),
         **dict.fromkeys(("lora_modules_to_save", "modules_to_save", "additional_target"), "write `lora: {modules_to_save: [...]}`"),
         "rope_scaling": "remove it: set it in the model's config.json",

@@ -86,7 +86,9 @@ class Job:
     @property
     def states(self) -> tuple[int, int, float]:
         """Bytes of weight, gradient and optimizer state per trained parameter; DeepSpeed's states include its float32 copy."""
-        return (self.compute, self.compute, 12) if self.deepspeed else (4, 4, self.of_optimizer)
+        # AdaLoRA: three float32 values of importance (`ipt` and its means, peft/tuners/adalora/layer.py).
+        allocator = 12 if self.stage.adapter_settings().kind == "adalora" else 0
+        return (self.compute, self.compute, 12) if self.deepspeed else (4, 4, self.of_optimizer + allocator)
 
     @property
     def of_optimizer(self) -> float:

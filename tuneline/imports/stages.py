@@ -12,8 +12,9 @@ from tuneline.imports.fates import Refused, Without
 from tuneline.imports.launch import share
 from tuneline.imports.translation import Ref, Translation, exists
 from tuneline.imports.values import names, number, true, whole
+from tuneline.kinds.other_adapters import AdaLora
 
-OTHER_ADAPTERS = {"vera", "oft", "ia3"}
+OTHER_ADAPTERS = {"adalora", "vera", "oft", "ia3"}
 SCHEDULE = {"min_lr_rate": "min_lr_ratio", "num_decay_steps": "lr_decay_steps", "power": "lr_power"}
 ALONE = "import its training with it: `tuneline import TRAINING EXPORT`, or name a training stage of yours in `adapters:`"
 EPOCHS = "write `eval_steps:` with a number of steps; an epoch has (rows of the train split) / global_batch_size steps"
@@ -155,8 +156,13 @@ def without_dropout(translation: Translation, key: str = "lora_dropout") -> None
 
 
 def finish_adapter(translation: Translation) -> None:
-    """Drop LoRA's settings from a training of all weights, and from one of another adapter."""
+    """Drop LoRA's settings from a training of all weights, and from one of another adapter. AdaLoRA takes over those that it shares."""
     train = translation.parts["train"]
+    if "adalora" in train:
+        lora = train.pop("lora", {})
+        train["adalora"] = {name: value for name, value in lora.items() if name in AdaLora.model_fields} | train["adalora"]
+        if "lora_rank" in translation.job.given:
+            translation.note("lora_rank", Without("AdaLoRA's ranks are init_r and target_r"))
     if (train.get("method") == "full" or OTHER_ADAPTERS & train.keys()) and train.pop("lora", None):
         for key in [key for (role, field), key in translation.origins.items() if (role, field) == ("train", "lora")]:
             translation.note(key, Without("it has no effect with what is trained here"))

@@ -104,6 +104,14 @@ TABLE: Table = {
     **each("cached_dataset cached_val_dataset", Refused("import the files themselves: a dataset stage is cached in the store")),
     "columns": Joined("data.sources"),
     "new_special_tokens": to("train.add_tokens", by=names),
+    "adalora_init_r": to("train.adalora.init_r", by=whole),
+    "adalora_target_r": to("train.adalora.target_r", by=whole),
+    "adalora_tinit": to("train.adalora.tinit", by=whole),
+    "adalora_tfinal": to("train.adalora.tfinal", by=whole),
+    "adalora_deltaT": to("train.adalora.deltaT", by=whole),
+    "adalora_beta1": to("train.adalora.beta1", by=number),
+    "adalora_beta2": to("train.adalora.beta2", by=number),
+    "adalora_orth_reg_weight": to("train.adalora.orth_reg_weight", by=number),
     "vera_rank": to("train.vera.r", by=whole),
     "vera_dropout": to("train.vera.vera_dropout", by=number),
     "vera_d_initial": to("train.vera.d_initial", by=number),
@@ -134,7 +142,7 @@ TABLE: Table = {
            " galore_update_proj_gap lisa_activated_layers lisa_step_interval", OTHER_OPTIMIZER),
     **each("lora_ga_batch_size lora_ga_iters lora_ga_max_length lora_ga_direction lora_ga_scale lora_ga_stable_gamma"
            " llamapro_num_new_blocks llamapro_num_groups reft_intervention_type reft_layers reft_rank boft_block_size boft_block_num"
-           " adalora_target_r adalora_init_r fourier_n_frequency adapter_act adapter_length freeze_parameters"
+           " fourier_n_frequency adapter_act adapter_length freeze_parameters"
            " freeze_parameters_ratio freeze_parameters_regex trainable_parameters trainable_parameters_regex", OTHER_TUNER),
     **each("task_type num_labels problem_type", Refused("tuneline trains only causal language models")),
     **each("to_ollama to_mcore to_hf to_peft_format", Refused("an artifact is a folder that vLLM and transformers load")),

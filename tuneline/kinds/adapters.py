@@ -1,4 +1,4 @@
-"""Fields and rules of adapters, under PEFT's names, and which parts of a model they select."""
+"""Fields and rules of LoRA, under PEFT's names, and which parts of a model an adapter selects."""
 
 from __future__ import annotations
 
@@ -183,74 +183,6 @@ class Lora(Places):
             return "modules_to_save, which vLLM does not serve"
         highest = self.as_saved().highest_rank()
         return f"rank {highest}, but vLLM serves at most {MAX_LORA_RANK}" if highest > MAX_LORA_RANK else None
-
-
-class Vera(Places):
-    """Adapter of vectors between random matrices that all layers share (VeRA, arXiv:2310.11454), under PEFT's names."""
-
-    kind: ClassVar = "vera"
-    dropout_field: ClassVar = "vera_dropout"
-    r: int = Field(256, ge=1, le=8192)
-    """Rank of the shared matrices; as only vectors are trained, it is higher than LoRA's."""
-    vera_dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability of the adapter's inputs during training."""
-    d_initial: float = Field(0.1, gt=0)
-    """First value of the vector between the matrices."""
-    projection_prng_key: int = Field(0, ge=0)
-    """Seed of the shared matrices."""
-    save_projection: bool = True
-    """Save the shared matrices with the adapter. Otherwise they are drawn again by projection_prng_key, which may differ elsewhere."""
-
-    def parameters(self, name: str, inputs: int, outputs: int) -> int:
-        return self.r + outputs
-
-    def inner_size(self, name: str) -> int:
-        return self.r
-
-
-class Oft(Places):
-    """Adapter that rotates blocks of each layer's input (OFT, arXiv:2306.07280), under PEFT's names."""
-
-    kind: ClassVar = "oft"
-    dropout_field: ClassVar = "module_dropout"
-    oft_block_size: int = Field(32, ge=2)
-    """Size of a rotated block; it divides the layers' input sizes. Larger blocks have more parameters."""
-    module_dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability that a block is left unrotated during training."""
-    coft: bool = False
-    """Constrain the rotation to a distance of eps."""
-    eps: float = Field(6e-5, gt=0)
-    """Largest rotation with coft."""
-    use_cayley_neumann: bool = True
-    """Compute rotations by a series, which is faster but approximate, instead of by an inverse."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        if "eps" in self.model_fields_set and not self.coft:
-            yield Problem("eps", f"found {self.eps:g} without coft, which alone uses it", "remove it, or set `coft: true`")
-
-    def parameters(self, name: str, inputs: int, outputs: int) -> int:
-        return inputs * (self.oft_block_size - 1) // 2
-
-
-class Ia3(Places):
-    """Adapter that scales outputs of attention and inputs of feed-forward layers by vectors ((IA)^3, arXiv:2205.05638), by PEFT."""
-
-    kind: ClassVar = "ia3"
-    target_modules: Names | str = ("k_proj", "v_proj", "down_proj")
-    """Modules that get a vector, like those of `lora`; by default those of the paper by Llama's names."""
-    feedforward_modules: tuple[str, ...] = ("down_proj",)
-    """Those of target_modules of which the input is scaled instead of the output."""
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        targets = self.target_modules
-        strange = [name for name in self.feedforward_modules if not isinstance(targets, str) and name not in targets]
-        if strange and "feedforward_modules" in self.model_fields_set:
-            yield Problem("feedforward_modules", f"found {', '.join(strange)}, expected some of target_modules: {', '.join(targets)}")
-
-    def parameters(self, name: str, inputs: int, outputs: int) -> int:
-        return inputs if matches(name, self.feedforward_modules) else outputs
 
 
 def matches(name: str, targets: tuple[str, ...] | str) -> bool:

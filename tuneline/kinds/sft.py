@@ -8,10 +8,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tuneline.errors import Problem
-from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
+from tuneline.kinds.adapters import Places
 from tuneline.kinds.fields import ArtifactType, Strict
+from tuneline.kinds.other_adapters import AdaLora, Ia3, Oft, Vera
 from tuneline.kinds.training import Method, Training
 
+OTHER_ADAPTERS = ("adalora", "vera", "oft", "ia3")
 LOW_FOR_ADAPTERS = 2e-5  # a fifth of the lowest that guides use for LoRA
 
 
@@ -63,7 +65,7 @@ class AnswerTraining(Training):
     def base_bits(self) -> int:
         return self.bits
 
-    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
+    def adapter_settings(self) -> Places:
         return self.vera or self.oft or self.ia3 or self.lora
 
     def longest_sequence(self, row: int | None) -> int:
@@ -114,7 +116,7 @@ class AnswerTraining(Training):
 
     def _kind_problems(self) -> Iterator[Problem]:
         """Yield problems of other adapters than LoRA."""
-        others = [name for name in ("vera", "oft", "ia3") if getattr(self, name) is not None]
+        others = [name for name in OTHER_ADAPTERS if getattr(self, name, None) is not None]
         given = [*(["lora"] if "lora" in self.model_fields_set else []), *others]
         for name in others:
             if given[0] != name:
@@ -123,7 +125,7 @@ class AnswerTraining(Training):
                 yield Problem(name, f"found {name} for {self.kind}, expected lora", "remove it")
             if self.method != "lora":
                 yield Problem(name, f"found {name} with `method: {self.method}`, expected lora", "remove it, or set `method: lora`")
-            if self.resources.strategy in ("zero3", "fsdp"):
+            if self.resources.strategy in ("zero3", "fsdp") and name != "adalora":
                 # PEFT gathers sharded weights for LoRA only: gather_params_ctx in peft/tuners/lora.
                 found = f"found {self.resources.strategy} with {name}, which PEFT computes from unsharded weights"
                 yield Problem("resources.strategy", found, "set `strategy: zero2`")
@@ -153,8 +155,13 @@ class Supervised(AnswerTraining):
     add_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Tokens to add to the tokenizer, such as `["<tool>"]`. Only their embeddings are trained beside the adapter; the head's too, where it
     is not tied to them. The tokenizer is saved with the adapter, and a merge gives a model with the larger vocabulary."""
+    adalora: AdaLora | None = None
+    """Train an AdaLoRA adapter instead of LoRA. Needs max_steps, by which its ranks are reduced."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """Strength of NEFTune (arXiv:2310.05914), which adds noise to the embeddings of each row in training: 5, 10 or 15."""
+
+    def adapter_settings(self) -> Places:
+        return self.adalora or super().adapter_settings()
 
     def added_tokens(self) -> tuple[str, ...]:
         return self.add_tokens
@@ -177,6 +184,8 @@ class Supervised(AnswerTraining):
         if self.method == "full" and self.add_tokens:
             found = "found add_tokens with `method: full`, which trains the model's own weights"
             yield Problem("add_tokens", found, "remove it, or set `method: lora`")
+        if self.adalora:
+            yield from self.adalora.problems_with(self.max_steps, self.adapter, self.resources)
         if twice := sorted({token for token in self.add_tokens if self.add_tokens.count(token) > 1}):
             yield Problem("add_tokens", f"found {', '.join(twice)} twice", "remove one of them")
         # deepspeed/runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that separates packed rows.

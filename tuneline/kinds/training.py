@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tuneline.errors import Problem
-from tuneline.kinds.adapters import Ia3, Lora, Oft, Vera
+from tuneline.kinds.adapters import Lora, Places
 from tuneline.kinds.fields import AdapterRef, ArtifactType, DatasetRef, FullPrecisionRef, OnUnrendered
 from tuneline.kinds.optimization import BITSANDBYTES, Optimizer, optimization_problems, scaling_advice
 from tuneline.kinds.speed import speed_problems
@@ -143,7 +143,7 @@ class Training(ComputingStage):
             return None
         return "new tokens, which vLLM does not serve" if self.added_tokens() else self.adapter_settings().unserved()
 
-    def adapter_settings(self) -> Lora | Vera | Oft | Ia3:
+    def adapter_settings(self) -> Places:
         """Return the settings of the adapter, of whichever kind it is."""
         return self.lora
 
