@@ -68,6 +68,7 @@ OWN = {  # of our subclasses of library classes: what is theirs alone, and repla
     LabelTrainer: {"masks", "counts", "loss_of_masked", "totals_of", "_divergence"},
     LanguageModel: {
         *("write", "check_generation", "one_by_one", "_begin", "_advance", "_count_stopped", "_greedy", "_generate", "_cut", "_has_stop"),
+        *("shares_beginnings", "_score", "_end"),
     },
     EngineModel: {"serve", "check", "_broken_off"},
 }
