@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.models.chat_template import FOLDER, Template, save_template, set_template
-from tasks.models.licenses import of_card, of_repository
+from tasks.models.licenses import of_model
 from tasks.models.loading import CODE, save_tokenizer, template_hash, write_json
 from tasks.models.older_readers import readable_config
 from tasks.models.weights import INDEX, PICKLES, WEIGHTS, Weights, read_weights, weight_files
@@ -84,7 +84,7 @@ def run(request: Request, stage: ModelStage, events: Events) -> Result:
     (request.meta / REPORT_TEXT).write_text(report(source, facts), encoding="utf-8")
     events.progress(2, 2, "checked")
     metrics = {"parameters": float(facts.weights.parameters), "bytes": float(facts.weights.bytes)}
-    info = {"template": facts.template_hash, "architecture": facts.architecture, "source": source, "license": license_of(request, stage)}
+    info = {"template": facts.template_hash, "architecture": facts.architecture, "source": source, "license": of_model(request, stage)}
     return Result(metrics=metrics, info=info)
 
 
@@ -141,13 +141,6 @@ def kept_files(folder: Path, code: bool = False) -> list[Path]:
 
 def patterns(code: bool) -> list[str]:
     return [*FILES, f"*{CODE}"] if code else list(FILES)
-
-
-def license_of(request: Request, stage: ModelStage) -> dict[str, str] | None:
-    """Return the license that the model's card names. GGUF files name one, too, but reading it takes seconds."""
-    if stage.hub is not None:
-        return of_repository(stage.hub, "model", request.commits["hub"])
-    return of_card(request.files["path"][0] / "README.md") if stage.path is not None else None
 
 
 # --- the check --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuneline.kinds.model import ModelStage
+    from tuneline.workspace.protocol import Request
 
 
 def of_repository(repository: str, repository_type: str, commit: str) -> dict[str, str] | None:
@@ -31,3 +35,10 @@ def of_card(card: Path) -> dict[str, str] | None:
         return {"license": "other", "license_name": ", ".join(map(str, found))}
     names = ("license", "license_name", "license_link") if found == "other" else ("license",)
     return {name: str(metadata[name]) for name in names if metadata.get(name)} or None
+
+
+def of_model(request: Request, stage: ModelStage) -> dict[str, str] | None:
+    """Return the license that the model's card names. GGUF files name one, too, but reading it takes seconds."""
+    if stage.hub is not None:
+        return of_repository(stage.hub, "model", request.commits["hub"])
+    return of_card(request.files["path"][0] / "README.md") if stage.path is not None else None
