@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 import click
 
-from flows.commands.exits import REFUSED, refusals_of_programs
+from flows.commands.exits import REFUSED
 from flows.commands.names import stages_of
 from flows.commands.options import RunOptions, file_option, json_option, load_with_warnings, print_json, say, set_option, var_option, warn
+from flows.commands.refusals import refusals_of_programs
 from tuneline.kinds.export import ExportStage
 
 DTYPES = get_args(ExportStage.model_fields["dtype"].annotation)

@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from flows.commands.exits import EXIT, refusals_of_programs
+from flows.commands.exits import EXIT
 from flows.commands.names import stages_of
 from flows.commands.options import RunOptions, file_option, json_option, load_with_warnings, print_json, say, set_option, var_option, warn
+from flows.commands.refusals import refusals_of_programs
 from tuneline.config.load import load
 from tuneline.errors import ConfigError, Problem
 from tuneline.wording import listed

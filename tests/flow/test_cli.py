@@ -292,4 +292,4 @@ def test_a_reader_that_goes_away_does_not_end_a_run(two_stages: Project, prefect
 def test_a_table_that_nobody_reads_to_its_end_is_no_error(project: Project) -> None:
     command = f"{sys.executable} -m flows schema | head -c 20; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ('{\n "$defs": {\n  "Cod0\n', "")
+    assert (done.stdout, done.stderr) == ('{\n "$defs": {\n  "Ada0\n', "")

@@ -131,7 +131,7 @@ def test_the_address_of_a_server_needs_a_key_and_a_free_port(tmp_path: Path, mon
 
 
 def test_what_a_program_refuses_is_an_error_of_the_call(capsys: pytest.CaptureFixture[str]) -> None:
-    from flows.commands.exits import refusals_of_programs
+    from flows.commands.refusals import refusals_of_programs
     from tuneline.errors import StageFailed
 
     with pytest.raises(SystemExit) as ended, refusals_of_programs():
