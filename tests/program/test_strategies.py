@@ -200,7 +200,7 @@ def test_a_process_that_hangs_ends_the_training(tmp_path: Path, base: Input) -> 
     assert said.failure_class == "transient"
     assert said.message == "process 0: another process did not answer"
     assert "Traceback" in said.details
-    assert "another process of the training ended or hangs" in said.hint
+    assert "another process of the stage ended or hangs" in said.hint
 
 
 @pytest.mark.slow
