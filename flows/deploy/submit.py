@@ -98,7 +98,7 @@ def follow(run_id: UUID, say: Callable[[str], None]) -> str:
                         time.sleep(LAST_SECONDS)
                         last_reads += 1
                     for each in (run, *_of_stages(client, run_id)):
-                        its = logs.setdefault(each.id, LogReader())
+                        its = logs.setdefault(each.id, LogReader(None if each is run else each.parameters["stage"]))
                         for stage, log in its.new(client, each.id, ended=last_reads >= LAST_READS):
                             say(f"{log.timestamp.astimezone():%H:%M:%S} {stage}{log.message}")
                         now = f"run {_with_reason(client, run, run.state.name or '')}" if each is run else _in_pool(client, each)
@@ -136,9 +136,11 @@ def _with_reason(client: SyncPrefectClient, run: FlowRun, state: str) -> str:
 class LogReader:
     """Reads the new log lines of a run. Lines arrive late and out of order, so the last page is read again."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str | None = None) -> None:
+        """Read a run, or with `stage` the child run of that stage."""
         self.waits = False
         """Whether lines wait for the names of their stages."""
+        self._stage_of_run = stage
         self._seen: set[UUID] = set()
         self._offset = 0
         self._stages: dict[UUID, str] = {}
@@ -161,7 +163,9 @@ class LogReader:
         self._offset, self.waits = min([*waiting, offset]), bool(waiting)
 
     def _stage(self, client: SyncPrefectClient, log: Log) -> str | None:
-        """Return None for a task run that the server does not know: Prefect records task runs from events, later than their logs."""
+        """Return None for a task run that the server does not know: Prefect records task runs from events, later than their logs or never."""
+        if self._stage_of_run is not None:
+            return f"{self._stage_of_run}: "
         if log.task_run_id is None:
             return ""
         if log.task_run_id not in self._stages:

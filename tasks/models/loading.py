@@ -166,10 +166,14 @@ def load_model(
     """Load a Model, or an Adapter on its base as a PeftModel, in evaluation mode on `place`, by default the first device;
     `balanced` spreads the layers over all devices.
 
-    Decodes a GPTQ model (see `tasks.models.gptq`), unless it brings its own code.
+    Decodes a GPTQ model (see `tasks.models.gptq`), unless it brings its own code. Makes this process multiply matrices on CPUs as
+    fast as it can (`tasks.models.products`).
     """
     from transformers import AutoModelForCausalLM
 
+    from tasks.models.products import use_fastest
+
+    use_fastest()
     base = source.base if source.type == "Adapter" else source
     assert base is not None
     folder = model_folder(base.path)

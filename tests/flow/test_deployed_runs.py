@@ -335,6 +335,10 @@ def test_a_line_waits_until_its_task_run_is_known_or_the_run_has_ended(recorded:
     reader: Any = LogReader()
     found = [[stage + log.message for stage, log in reader.new(Client(), uuid4(), ended)] for ended in (False, False, True)]
     assert found == ([["a", "c"], ["sft: b"], []] if recorded == 1 else [["a", "c"], [], ["b"]])
+    of_child: Any = LogReader("sft")  # whose task run need not be recorded: the run is of one stage
+    asked.clear()
+    assert [stage + log.message for stage, log in of_child.new(Client(), uuid4(), False)] == ["sft: a", "sft: b", "sft: c"]
+    assert not asked
 
 
 @pytest.mark.slow
