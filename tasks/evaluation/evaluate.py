@@ -81,8 +81,8 @@ def run(request: Request, stage: EvaluateStage, events: Events) -> Result:
             lm.check_generation(prompt)
         if stage.benchmarks and stage.apply_chat_template:
             check_rendering(lm, tokenizer)
-        for i, rows in enumerate(datasets):
-            score_dataset(f"dataset{i}", rows, stage, lm, report, events)
+        for i, (name, rows) in enumerate(zip(stage.datasets, datasets, strict=True)):
+            score_dataset(f"dataset{i}", name, rows, stage, lm, report, events)
         if benchmarks:
             run_benchmarks(benchmarks, stage, request.seed, lm, report, events)
     if share.first:
@@ -145,9 +145,10 @@ def check_rendering(lm: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> No
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
-def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: LanguageModel, report: Report, events: Events) -> None:
+def score_dataset(slot: str, name: str, rows: list[Row], stage: EvaluateStage, lm: LanguageModel, report: Report, events: Events) -> None:
+    """Add a dataset's figures and samples under its `slot`, which stays the same if the dataset is renamed."""
     prompts = [prompt_text(row, lm.tokenizer) for row in rows]
-    samples = [Sample(name, row.id, prompt[-TAIL:], "", row.answer or row.text or "") for row, prompt in zip(rows, prompts, strict=True)]
+    samples = [Sample(slot, row.id, prompt[-TAIL:], "", row.answer or row.text or "") for row, prompt in zip(rows, prompts, strict=True)]
     asked = [i for i, row in enumerate(rows) if row.answer is not None]
     lm.phase = f"{name}: answers"
     given, stopped = answers([rows[i] for i in asked], stage, lm)
@@ -173,12 +174,12 @@ def score_dataset(name: str, rows: list[Row], stage: EvaluateStage, lm: Language
         events.warning(f"{name}: {len(rows) - len(scored)} of {len(rows)} test rows have no answer to compare with, and are left out")
     for metric in ("exact_match", "answer_recall", "score", "preference_accuracy", "preference_accuracy_norm"):
         if values := [sample.scores[metric] for sample in scored if metric in sample.scores]:
-            report.add(f"{name}/{metric}", mean(values))
+            report.add(f"{slot}/{metric}", mean(values))
     if measured := [sample.scores for sample in scored if "bits" in sample.scores]:
-        report.add(f"{name}/bits_per_byte", ratio([scores["bits"] for scores in measured], [scores["bytes"] for scores in measured]))
+        report.add(f"{slot}/bits_per_byte", ratio([scores["bits"] for scores in measured], [scores["bytes"] for scores in measured]))
     if asked:
-        report.add(f"{name}/stopped", mean([1.0] * stopped + [0.0] * (len(asked) - stopped)))
-    report.rows[name] = len(scored)
+        report.add(f"{slot}/stopped", mean([1.0] * stopped + [0.0] * (len(asked) - stopped)))
+    report.rows[slot] = len(scored)
     report.samples += scored
 
 

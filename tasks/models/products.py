@@ -41,8 +41,9 @@ def replace() -> torch.library.Library:
 
 
 def suited(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether both are float32 matrices that fit each other, and neither is a vector, for which MKL is as fast."""
-    fit = a.dtype == b.dtype == torch.float32 and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] > 0
+    """Return whether both are float32 matrices that fit each other, and neither is a vector. MKL is as fast for vectors, and oneDNN
+    compiles code for each new shape: GPTQ's outer products have hundreds."""
+    fit = a.dtype == b.dtype == torch.float32 and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] > 1
     return fit and a.shape[0] > 1 and b.shape[1] > 1
 
 
@@ -73,6 +74,6 @@ def onednn(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 
 def readable(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix whose rows or columns are without gaps and do not overlap: oneDNN refuses others, such as expanded ones."""
-    (rows, columns), (down, right) = matrix.shape, matrix.stride()
-    return matrix if (right == 1 and down >= columns) or (down == 1 and right >= rows) else matrix.contiguous()
+    """Return a matrix whose rows or columns follow each other in memory. Others, such as parts of larger ones, oneDNN would multiply ten
+    times slower, by its reference implementation, or refuse."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
