@@ -39,7 +39,7 @@ help:  ## list the targets
 setup: $(VENV)/ready $(GGUF)  ## build the environments and download the demo's model; does nothing the second time
 	@$(BIN)/tuneline setup
 
-demo: setup  ## start a server and run the pipeline `demo` on it: ten minutes on two idle CPU cores
+demo: setup  ## start a server and run the pipeline `demo` on it: eight minutes on two idle CPU cores
 	@$(BIN)/tuneline up
 	$(BIN)/tuneline run demo
 	@echo "every run has its page there; the server stays, \`tuneline down\` ends it" >&2

@@ -47,6 +47,7 @@ GOALS = {  # highest ratios of our time to a peer's
 }
 WORDS = "red blue green house tree river stone cloud light water paper glass metal winter summer".split()
 WAYS = ("ours", "TRL", "LLaMA-Factory")
+OUR_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # as in flows/run/supervisor.py; the others have their defaults
 
 
 @dataclass
@@ -121,10 +122,10 @@ def measured(way: str, folder: Path, number: int, peer: Path, attempt: int) -> R
     model, printed = folder / "model" / "out" / "payload", ("output.txt", "{'loss':")
     if way == "TRL":
         script = str(ROOT / "benchmarks" / "training_trl.py")
-        return run([sys.executable, script, str(model), f"trl{number}.jsonl", "trl"], folder, *printed)
+        return run([sys.executable, script, str(model), f"trl{number}.jsonl", "trl"], folder, *printed, {})
     if way == "LLaMA-Factory":
         shutil.rmtree(folder / "factory", ignore_errors=True)  # it would resume
-        return run([str(peer), "-m", "llamafactory.cli", "train", f"factory{number}.yaml"], folder, *printed)
+        return run([str(peer), "-m", "llamafactory.cli", "train", f"factory{number}.yaml"], folder, *printed, {})
     config = {
         "kind": "sft", "model": "base", "dataset": "rows", "lora": {"r": 16, "lora_alpha": 32}, "dtype": "float32", "max_steps": STEPS,
         "learning_rate": 2e-4, "global_batch_size": BATCH, "resources": {"micro_batch_size": MICRO},
@@ -135,12 +136,12 @@ def measured(way: str, folder: Path, number: int, peer: Path, attempt: int) -> R
     }
     request = make_request(folder / f"ours{number}-{attempt}", config, inputs)
     request.write(request.work / "request.json")
-    return run([sys.executable, "-m", "tasks", "request.json"], request.work, "events.jsonl", '"type": "progress"')
+    return run([sys.executable, "-m", "tasks", "request.json"], request.work, "events.jsonl", '"type": "progress"', OUR_THREADS)
 
 
-def run(command: list[str], folder: Path, steps: str, mark: str) -> Run:
-    """Measure a training. A step ends when another `mark` is in the file `steps`. Uses the supervisor's threads and settings."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+def run(command: list[str], folder: Path, steps: str, mark: str, settings: dict[str, str]) -> Run:
+    """Measure a training. A step ends when another `mark` is in the file `steps`."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **settings}
     ends, begun, ended = [(0.0, 0.0)], time.perf_counter(), 0
     with (folder / "output.txt").open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)

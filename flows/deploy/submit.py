@@ -163,7 +163,7 @@ class LogReader:
         self._offset, self.waits = min([*waiting, offset]), bool(waiting)
 
     def _stage(self, client: SyncPrefectClient, log: Log) -> str | None:
-        """Return None for a task run that the server does not know: Prefect records task runs from events, later than their logs or never."""
+        """Return None for a task run that the server does not know: Prefect records them from events, later than their logs or never."""
         if self._stage_of_run is not None:
             return f"{self._stage_of_run}: "
         if log.task_run_id is None:

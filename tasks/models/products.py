@@ -43,20 +43,20 @@ def replace() -> torch.library.Library:
 def suited(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether both are float32 matrices that fit each other, and neither is a vector. MKL is as fast for vectors, and oneDNN
     compiles code for each new shape: GPTQ's outer products have hundreds."""
-    fit = a.dtype == b.dtype == torch.float32 and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] > 1
+    fit: bool = a.dtype == b.dtype == torch.float32 and a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] > 1
     return fit and a.shape[0] > 1 and b.shape[1] > 1
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if suited(a, b):
         return product(a, b, None)
-    return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # type: ignore[no-any-return]
+    return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     if suited(a, b) and beta == alpha == 1 and c.shape == b.shape[1:]:
         return product(a, b, c)
-    return torch.ops.aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))  # type: ignore[no-any-return]
+    return torch.ops.aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -122,7 +122,7 @@ def train_and_save(
 
     base, found, first = request.inputs["model"], start.targets, trainer.args.process_index == 0
     settings = stage.adapter_settings()
-    before = initial.begin(trainer, settings, found, start.train, request.work) if found else {}
+    before = initial.begin(trainer, base, settings, found, start.train, request.work) if found else {}
     trainable, parameters = trainer.model.get_nb_trainable_parameters() if found else (methods.parameters(start.model),) * 2
     parameters -= sum(each.numel() for name, each in trainer.model.named_parameters() if ".ref." in f"{name}.")  # TRL's copy of an adapter
     sizes = {"trainable_parameters": trainable, "all_parameters": parameters}

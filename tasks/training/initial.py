@@ -1,8 +1,9 @@
-"""Computes first weights of LoRA that depend on the base's weights or on data: PiSSA, OLoRA and EVA, by PEFT.
+"""Computes first weights of LoRA that depend on the base's weights or on data: PiSSA, OLoRA and EVA, by PEFT, and LoftQ.
 
 They are computed once for a training, from float32, and kept in its work folder, so that every attempt and every process starts from
-the same ones. PiSSA and OLoRA move the principal part of each weight into the adapter: in training the base has the rest. The saved
-adapter must fit the unchanged base, so it gets twice the rank: the trained part minus the initial one.
+the same ones. PiSSA and OLoRA move the principal part of each weight into the adapter: in training the base has the rest. LoftQ puts
+what a base in 4 bits has lost into the adapter. The saved adapter must fit the unchanged base, so it gets twice the rank: the trained
+part minus the initial one. LoftQ is not PEFT's, which needs a GPU, finds no weights under other names, and ignores the scaling.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import torch
 from peft import EvaConfig, PeftModel
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.layer import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tasks.models.adapters import configuration
 from tasks.models.targets import Targets
+from tasks.models.weights import read_header, weight_files
 from tasks.training import shared as training
 from tuneline.errors import StageFailed
 from tuneline.files import sync
 from tuneline.kinds.adapters import Lora, Places
+from tuneline.workspace.protocol import Input
+from tuneline.workspace.reference import folder_of as model_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,18 +39,18 @@ BATCH_TOKENS = 2048  # at least, for EVA; independent of micro-batches, as the r
 PASSES = 20  # over the rows, after which EVA is given up
 
 
-def begin(trainer: Trainer, settings: Places, found: Targets, rows: Dataset, folder: Path) -> dict[str, torch.Tensor]:
+def begin(trainer: Trainer, base: Input, settings: Places, found: Targets, rows: Dataset, folder: Path) -> dict[str, torch.Tensor]:
     """Initialize the adapter, run the hand-over's checks of its form, and return its first weights."""
-    initialize(trainer, settings, found, rows, folder)
+    initialize(trainer, base, settings, found, rows, folder)
     before = training.adapter_tensors(trainer.model)
     training.check_before(trainer.model, settings, found, before)
     return before
 
 
-def initialize(trainer: Trainer, settings: Places, found: Targets, rows: Dataset, folder: Path) -> None:
+def initialize(trainer: Trainer, base: Input, settings: Places, found: Targets, rows: Dataset, folder: Path) -> None:
     """Give the adapter its first weights, and take PiSSA's and OLoRA's from the base. `folder` keeps them between attempts.
 
-    Raises StageFailed(config) where PEFT cannot do it.
+    Raises StageFailed(config) where they cannot be computed.
     """
     if not isinstance(settings, Lora) or settings.init_lora_weights in (True, "gaussian"):
         return
@@ -57,9 +62,10 @@ def initialize(trainer: Trainer, settings: Places, found: Targets, rows: Dataset
         if not file.exists():  # the first process of the first attempt
             with torch.random.fork_rng():  # a later attempt does not draw these numbers
                 torch.manual_seed(trainer.args.seed)
-                first = (
-                    of_data(model, lora, found, rows, trainer.args.seed) if lora.init_lora_weights == "eva" else of_weights(lora, layers)
-                )
+                if lora.init_lora_weights == "eva":
+                    first = of_data(model, lora, found, rows, trainer.args.seed)
+                else:
+                    first = of_lost_bits(base, layers) if lora.init_lora_weights == "loftq" else of_weights(lora, layers)
             part = file.with_suffix(".part")
             save_file({name: tensor.float().cpu().contiguous() for name, tensor in first.items()}, part)
             sync(part)
@@ -100,6 +106,33 @@ def of_weights(lora: Lora, layers: dict[str, LoraLayer]) -> dict[str, torch.Tens
             layer.pissa_init("default", lora.init_lora_weights)
         base.weight.data = weight
         first |= {f"{name}.A": layer.lora_A["default"].weight, f"{name}.B": layer.lora_B["default"].weight}
+    return first
+
+
+def of_lost_bits(base: Input, layers: dict[str, LoraLayer]) -> dict[str, torch.Tensor]:
+    """Return A and B of each layer whose product is closest to what its weights have lost in 4 bits: one step of LoftQ. A layer that is
+    not quantized starts as usual."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    files = {name: file for file in weight_files(model_folder(base.path)) for name in read_header(file)}
+    first: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        quantized = layer.get_base_layer()
+        if isinstance(quantized, Linear4bit):
+            stored = f"{name.removeprefix('base_model.model.')}.weight"
+            if stored not in files:
+                message = f"lora.init_lora_weights: found loftq, and no {stored} in the base's files: transformers renames its weights"
+                raise StageFailed("config", message, "remove it")
+            with safe_open(files[stored], "pt") as file:
+                weight = file.get_tensor(stored).to(a.device).float()
+            lost = weight - dequantize_4bit(quantized.weight.data, quantized.weight.quant_state).float()
+            left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
+            rank = layer.r["default"]
+            root = (sizes[:rank] / layer.scaling["default"]).sqrt()
+            a, b = root[:, None] * right[:rank], left[:, :rank] * root
+        first |= {f"{name}.A": a, f"{name}.B": b}
     return first
 
 
@@ -153,7 +186,7 @@ class Batches:
 def as_saved(tensors: dict[str, torch.Tensor], settings: Places, folder: Path) -> dict[str, torch.Tensor]:
     """Return the adapter for the unchanged base: A over A0 and B beside -B0, whose product is BA - B0 A0 (`subtract_mutated_init` of
     peft/tuners/lora/model.py)."""
-    if not isinstance(settings, Lora) or not settings.changes_base():
+    if not isinstance(settings, Lora) or not settings.starts_apart():
         return tensors
     first = load_file(folder / NAME)
     saved = {}

@@ -27,9 +27,10 @@ REFUSED = {
     "a name for a list": ("lora: {target_modules: q_proj}", AFTER, "demo.sft.lora.target_modules: found the name q_proj, expected a list of names, all-linear, attention, mlp, attention+mlp or a regular expression that matches full names\n\nhint: write `target_modules: [q_proj]`"),
     "names with commas": ('vera: {exclude_modules: "q_proj, v_proj"}', AFTER, "demo.sft.vera.exclude_modules: found the name q_proj, v_proj, expected a list of names or a regular expression that matches full names\n\nhint: write `exclude_modules: [q_proj, v_proj]`"),
     "no expression": ("lora: {target_modules: '(q'}", AFTER, "demo.sft.lora.target_modules: found (q, which is no regular expression (missing ), unterminated subpattern at position 0), expected a list of names, all-linear, attention, mlp, attention+mlp or a regular expression that matches full names"),
-    "another start": ("lora: {init_lora_weights: pisa}", AFTER, "demo.sft.lora.init_lora_weights: found pisa, expected true, gaussian, pissa, pissa_niter_N, olora or eva"),
-    "no start": ("lora: {init_lora_weights: false}", AFTER, "demo.sft.lora.init_lora_weights: found false, expected true, gaussian, pissa, pissa_niter_N, olora or eva"),
-    "loftq": ("method: qlora, lora: {init_lora_weights: loftq}", AFTER, "demo.sft.lora.init_lora_weights: found loftq, expected true, gaussian, pissa, pissa_niter_N, olora or eva\n\nhint: PEFT computes LoftQ on GPUs only; with `method: qlora` plain LoRA starts from the same quantized base"),
+    "another start": ("lora: {init_lora_weights: pisa}", AFTER, "demo.sft.lora.init_lora_weights: found pisa, expected true, gaussian, pissa, pissa_niter_N, olora, eva or loftq"),
+    "no start": ("lora: {init_lora_weights: false}", AFTER, "demo.sft.lora.init_lora_weights: found false, expected true, gaussian, pissa, pissa_niter_N, olora, eva or loftq"),
+    "loftq": ("lora: {init_lora_weights: loftq}", AFTER, "demo.sft.lora.init_lora_weights: found loftq with `method: lora`, expected `method: qlora` with 4 bits\n\nhint: it starts from what these lose"),
+    "loftq in 8 bits": ("method: qlora, bits: 8, lora: {init_lora_weights: loftq}", AFTER, "demo.sft.lora.init_lora_weights: found loftq with `method: qlora`, expected `method: qlora` with 4 bits\n\nhint: it starts from what these lose"),
     "pissa with dora": ("lora: {init_lora_weights: pissa, use_dora: true}", AFTER, "demo.sft.lora.init_lora_weights: found pissa with use_dora, whose magnitudes PEFT cannot convert\n\nhint: remove one of them"),
     "pissa with patterns": ("lora: {init_lora_weights: pissa_niter_4, use_rslora: true, rank_pattern: {q_proj: 4}}", AFTER, "demo.sft.lora.init_lora_weights: found pissa_niter_4 with use_rslora and rank_pattern or alpha_pattern, which PEFT cannot convert\n\nhint: remove use_rslora, or the patterns"),
     "pissa with qlora": ("method: qlora, lora: {init_lora_weights: olora}", AFTER, "demo.sft.lora.init_lora_weights: found olora with `method: qlora`, which cannot subtract from quantized weights\n\nhint: set `method: lora`"),
@@ -61,6 +62,7 @@ REFUSED = {
 TAKEN = [
     ("lora: {target_modules: attention+mlp, layers_to_transform: [0], rank_pattern: {q_proj: 64}}", VLLM),
     ("lora: {init_lora_weights: pissa, r: 256}", VLLM),
+    ("method: qlora, lora: {init_lora_weights: loftq}", VLLM),
     ("vera: {}", "kind: sft, model: base, dataset: data, adapter: sft, vera: {vera_dropout: 0.1}"),
     ("lora: {modules_to_save: [embed_tokens]}, add_tokens: []", "kind: merge, adapters: [sft]"),
 ]

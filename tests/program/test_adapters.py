@@ -11,7 +11,9 @@ import evaluate_tools
 import pytest
 import torch
 from adapter_variants import LORA, VARIANTS
+from bitsandbytes.functional import dequantize_4bit
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit
 from pico import save_pico
 from process_tools import finish, losses
 from program_tools import make_request, payload_digest, run_program, run_until
@@ -157,6 +159,43 @@ def test_adalora_that_leaves_no_rank_ends_with_a_reason(base: Input, tmp_path: P
     fields = {"adalora": {"init_r": 4, "target_r": 2, "orth_reg_weight": 0}, "learning_rate": 1e-38}
     with pytest.raises(StageFailed, match="the training left no rank"):
         run_program(request_for(tmp_path, base, **fields))
+
+
+def test_loftq_starts_near_the_base_and_resumes(base: Input, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(base.path)
+    seen: list[tuple[float, float, float]] = []
+    trained: list[torch.Tensor] = []
+    real = answers.trained_weights
+
+    def train(trainer: Any, *args: Any) -> Any:
+        with torch.no_grad():
+            for name, layer in trainer.model.named_modules():
+                if isinstance(layer, Linear4bit):
+                    weight, quantized = plain.get_submodule(name.removeprefix("base_model.model.")).weight, layer.get_base_layer().weight
+                    lost = weight - dequantize_4bit(quantized.data, quantized.quant_state)
+                    rest = torch.linalg.svdvals(lost)[layer.r["default"] :].norm()
+                    seen.append((float(lost.norm()), float((lost - layer.get_delta_weight("default")).norm()), float(rest)))
+        return keeping_logits(real, trained)(trainer, *args)
+
+    monkeypatch.setattr(answers, "trained_weights", train)
+    fields = {"method": "qlora", "lora": {**LORA, "lora_alpha": 16, "rank_pattern": {"down_proj": 8}, "init_lora_weights": "loftq"}}
+    whole, killed = (request_for(tmp_path / each, base, **fields, resources={"checkpoint_steps": 2}) for each in ("whole", "killed"))
+    run_program(whole)
+    assert len(seen) == 14
+    for lost, left, least in seen:
+        assert left == pytest.approx(least, rel=1e-4)
+        assert left < lost
+    run_until(killed, 5)
+    run_program(killed)
+    assert payload_digest(killed) == payload_digest(whole)
+    assert min(losses(whole).values()) < losses(whole)[1]
+
+    usual = request_for(tmp_path / "usual", base, method="qlora", lora={**LORA, "lora_alpha": 16, "rank_pattern": {"down_proj": 8}})
+    run_program(usual)
+    with torch.no_grad():  # the full base with its adapter is closer to the model that was trained than without LoftQ
+        apart = [float((PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), request.payload)(IDS).logits - logits).norm())
+                 for request, logits in ((whole, trained[0]), (usual, trained[-1]))]  # fmt: skip
+    assert apart[0] < apart[1]
 
 
 @pytest.mark.full

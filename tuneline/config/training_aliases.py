@@ -118,7 +118,7 @@ TRAINING_ALIASES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("new_special_tokens", "add_special_tokens", "new_special_tokens_config"), "write `add_tokens: [...]`"),
         **dict.fromkeys(("vera_rank", "vera_d_initial", "vera_dropout", "vera_projection_prng_key"), "write `vera: {r: 256}`"),
         **dict.fromkeys(("oft_block_size", "oft_rank", "oft_target", "oft_eps", "oft_coft"), "write `oft: {oft_block_size: 32}`"),
-        "loftq_config": "remove it: PEFT computes LoftQ on GPUs only",
+        "loftq_config": "write `lora: {init_lora_weights: loftq}`, with `method: qlora`: one step, in 4 bits",
         "resize_vocab": "write `add_tokens: [...]`",
         **dict.fromkeys(("adalora_target_r", "adalora_init_r"), "write `adalora: {target_r: 8, init_r: 12}`, and max_steps"),
         "adalora": "remove it: only `sft` trains AdaLoRA; `lora: {rank_pattern: {...}}` gives layers different ranks",

@@ -125,6 +125,7 @@ TABLE: Table = {
     "gradient_checkpointing": to("train.resources.gradient_checkpointing", by=lambda value: (
         value in ("offload", "offload_disk") or true(value))),
     "gradient_checkpointing_kwargs.*": TRAINING["gradient_checkpointing_kwargs"],
+    "peft.loftq_config.*": Refused("LoftQ is `lora: {init_lora_weights: loftq}` with `method: qlora`, in 4 bits"),
     **each("gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama model_quantization_config model_quantization_config_kwargs.*", Refused(
         "a training takes a model in full precision: `method: qlora` quantizes it")),
     **each("bnb_config_kwargs.* bnb_config_kwargs", Without("4 bits are NF4 with double quantization")),

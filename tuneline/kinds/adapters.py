@@ -18,7 +18,7 @@ ALL = "all-linear"
 PRESETS = {"attention": {"attention"}, "mlp": {"mlp"}, "attention+mlp": {"attention", "mlp"}}
 """Presets of target_modules, and the parts of a decoder layer that each selects."""
 NAMES = re.compile(r"\w[\w-]*(\s*,\s*\w[\w-]*)*")  # names where a regular expression is expected
-INITS = re.compile(r"gaussian|pissa(_niter_[1-9]\d*)?|olora|eva")
+INITS = re.compile(r"gaussian|pissa(_niter_[1-9]\d*)?|olora|eva|loftq")
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -112,8 +112,8 @@ class Lora(Places):
     init_lora_weights: bool | str = True
     """First weights: `true`, random A and B of zeros; `gaussian`, another distribution of A; `pissa` (arXiv:2404.02948) and `olora`
     (arXiv:2406.01775), the principal part of the base's weights, `pissa_niter_N` by a fast approximation of N iterations; `eva`
-    (arXiv:2410.07170), A from activations on the train split. The saved adapter fits the unchanged base; that of pissa and olora has
-    twice the rank."""
+    (arXiv:2410.07170), A from activations on the train split; `loftq` (arXiv:2310.08659), of `method: qlora`, what 4 bits lose of the
+    base's weights. The saved adapter fits the unchanged base; that of pissa, olora and loftq has twice the rank."""
     lora_plus_ratio: float = Field(1.0, ge=1)
     """Learning rate of B divided by that of A (LoRA+, arXiv:2402.12354); the authors use 16, and a lower learning_rate."""
     use_rslora: bool = False
@@ -135,11 +135,8 @@ class Lora(Places):
     def _init_problems(self) -> Iterator[Problem]:
         init, field = self.init_lora_weights, "init_lora_weights"
         if init is not True and not (isinstance(init, str) and INITS.fullmatch(init)):
-            expected = "expected true, gaussian, pissa, pissa_niter_N, olora or eva"
-            # peft/utils/loftq_utils.py, loftq_init, moves weights to "cuda", whatever the device.
-            hint = "PEFT computes LoftQ on GPUs only; with `method: qlora` plain LoRA starts from the same quantized base"
-            yield Problem(field, f"found {str(init).lower()}, {expected}", hint if init == "loftq" else "")
-        if self.changes_base():
+            yield Problem(field, f"found {str(init).lower()}, expected true, gaussian, pissa, pissa_niter_N, olora, eva or loftq")
+        if self.starts_apart():
             if self.use_dora:  # peft/tuners/lora/model.py, subtract_mutated_init, keeps only A and B
                 yield Problem(field, f"found {init} with use_dora, whose magnitudes PEFT cannot convert", "remove one of them")
             if self.use_rslora and (self.rank_pattern or self.alpha_pattern):  # _convert_state_dict_for_initial_model, same file
@@ -150,10 +147,14 @@ class Lora(Places):
         """Return whether the adapter starts with a part of the base's weights, which the base then lacks in training."""
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
+    def starts_apart(self) -> bool:
+        """Return whether the first weights are not for the unchanged base: with them it would be another model."""
+        return self.changes_base() or self.init_lora_weights == "loftq"
+
     def as_saved(self) -> Self:
-        """Double the ranks if the base has changed: beside the trained part, the saved adapter subtracts the initial one, as by PEFT's
+        """Double the ranks if the adapter starts apart: beside the trained part, the saved adapter subtracts the initial one, as by PEFT's
         `path_initial_model_for_weight_conversion`."""
-        if not self.changes_base():
+        if not self.starts_apart():
             return self
         doubled = {
             "r": 2 * self.r,
