@@ -30,7 +30,7 @@ DTYPES = get_args(ExportStage.model_fields["dtype"].annotation)
 @click.option("--sbom", is_flag=True, help="Also write a bill of materials, sbom.cdx.json (CycloneDX).")
 @click.option("--push", metavar="OWNER/NAME", help="Push the folder to this repository on the hub. HF_TOKEN is the token.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to. By default main.")
-@click.option("--public", is_flag=True, help="Make a repository that the push creates public.")
+@click.option("--public", is_flag=True, help="Push to a public repository; one that the push creates is public.")
 @click.option("--force", is_flag=True, help="Replace DIR whatever it holds.")
 @json_option
 def export_command(

@@ -6,58 +6,19 @@ Everything in it comes from manifests, so the same artifacts give the same card.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from tasks.convert.usage import Adapter, usage
+from tasks.convert.card_results import eval_results, evaluated, results_table
+from tasks.convert.made import Made, sources
+from tasks.convert.usage import usage
 from tuneline.config.spec import STAGES
 from tuneline.kinds.adapters import Lora
-from tuneline.kinds.export import ExportStage
-from tuneline.kinds.stage import ProgramStage
+from tuneline.kinds.sft import OTHER_ADAPTERS
 from tuneline.wording import markdown_table
 from tuneline.workspace.artifact import Manifest
 from tuneline.workspace.cards import HEAD, TAG, TO_BE_WRITTEN, license_name
 from tuneline.workspace.recipe import recipe
-
-CERTAIN = 1.96  # standard errors on each side of a value, for a confidence of 95%
-
-
-@dataclass(frozen=True)
-class Made:
-    """What was exported, and how it was made: manifests and names of stages by `kind/key`."""
-
-    stage: ExportStage
-    manifests: dict[str, Manifest]
-    names: dict[str, str]
-    adapter: Adapter | None
-    """None for a model."""
-    own_code: bool
-    """Whether the model brings Python files."""
-    merged: float | None
-    """Maximum difference of logits of a merge while exporting."""
-
-    @property
-    def exported(self) -> Manifest:
-        return next(manifest for artifact, manifest in self.manifests.items() if self.names[artifact] == self.stage.of)
-
-    def of_kind(self, *kinds: str) -> Iterator[tuple[str, Manifest]]:
-        yield from ((self.names[artifact], manifest) for artifact, manifest in self.manifests.items() if manifest.kind in kinds)
-
-    def trained(self) -> Iterator[tuple[str, Manifest]]:
-        yield from self.of_kind(*(kind for kind, stage in STAGES.items() if issubclass(stage, ProgramStage) and stage.trains))
-
-    @property
-    def quantized(self) -> bool:
-        return STAGES[self.exported.kind].quantized
-
-    def base(self) -> Manifest | None:
-        """Return the manifest of the model where the chain of models begins; None if it is no longer in the store."""
-        found: Manifest | None = self.exported
-        while found is not None and found.kind != "model":
-            found = self.manifests.get(found.parents.get("model") or found.parents.get("adapters.0", ""))
-        return found
 
 
 def model_card(made: Made) -> str:
@@ -118,10 +79,6 @@ def base_license(base: Manifest | None) -> dict[str, str]:
 # --- data and settings ------------------------------------------------------------------------------------------------
 
 
-def sources(dataset: Manifest) -> list[dict[str, Any]]:
-    return list(dataset.document["config"]["sources"])
-
-
 def data_table(made: Made) -> str:
     """Return datasets, and the stages that read them: some only measure."""
     rows = []
@@ -153,7 +110,7 @@ def settings_table(made: Made) -> str:
     rows = []
     for name, manifest in made.trained():
         settings = manifest.document["config"]
-        if manifest.type == "Adapter" and not settings.keys() & {"vera", "oft", "ia3"}:
+        if manifest.type == "Adapter" and settings.keys().isdisjoint(OTHER_ADAPTERS):
             settings = settings | {"lora": Lora().model_dump(include={"r", "lora_alpha"}) | settings.get("lora", {})}
         rows += [(name, field, f"`{json.dumps(value)}`") for field, value in sorted(settings.items())]
         figures = ("loss", "eval_loss", "steps", "trained_tokens", "trainable_parameters", "all_parameters")
@@ -164,95 +121,6 @@ def settings_table(made: Made) -> str:
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value.is_integer() else f"{value:,.4g}"
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A value of an evaluation. `model`: the evaluated stage; `subject`: dataset or benchmark."""
-
-    model: str
-    subject: str
-    figure: str
-    value: float
-    error: float | None
-    rows: int | None
-    source: str
-    """The dataset's repository on the hub, or the subject."""
-
-    def interval(self) -> list[float] | None:
-        """Return the bounds for a confidence of 95%; those of a share of answers are from 0 to 1."""
-        if self.error is None:
-            return None
-        most = 1.0 if self.value <= 1 and self.figure != "bits_per_byte" else math.inf
-        low, high = (self.value + side * CERTAIN * self.error for side in (-1, 1))
-        return [round(max(low, 0.0), 6), round(min(high, most), 6)]
-
-    def shown(self) -> str:
-        return f"{self.value:.4g}" + ("" if self.error is None else f" ± {CERTAIN * self.error:.2g}")
-
-
-def evaluated(made: Made) -> Iterator[Metric]:
-    for name, report in made.of_kind("evaluate"):
-        if name not in made.stage.evaluations:
-            continue
-        datasets = {f"dataset{slot.rpartition('.')[2]}": p for slot, p in report.parents.items() if slot.startswith("datasets.")}
-        for metric, value in sorted(report.metrics.items()):
-            subject, _, figure = metric.partition("/")
-            if figure.endswith("_stderr"):
-                continue
-            repositories = [source.get("repo") for source in sources(made.manifests[datasets[subject]])] if subject in datasets else []
-            shown = made.names[datasets[subject]] if subject in datasets else subject
-            known = repositories[0] if len(repositories) == 1 and repositories[0] else shown
-            error = report.metrics.get(f"{metric}_stderr") or None  # equal scores of all rows tell no error, as in `tuneline show`
-            rows = report.info.get("rows", {}).get(subject)
-            yield Metric(made.names[report.parents["model"]], shown, figure, value, error, rows, known)
-
-
-def eval_results(made: Made, results: list[Metric]) -> Iterator[Any]:
-    """Yield the hub's results of the exported model."""
-    from huggingface_hub import EvalResult
-
-    for result in results:
-        if result.model != made.stage.of:
-            continue
-        facts = {"confidence_interval_95": result.interval(), "rows": result.rows}
-        yield EvalResult(
-            task_type="text-generation",
-            dataset_type=result.source,
-            dataset_name=result.subject,
-            dataset_split="test",
-            metric_type=result.figure,
-            metric_value=round(result.value, 6),
-            metric_name=result.figure,
-            metric_args={name: value for name, value in facts.items() if value is not None} or None,
-        )
-
-
-def results_table(made: Made, results: list[Metric]) -> str:
-    """Return metrics by model, the exported one first, and the number of rows; numbers if the models were asked different ones.
-    Intervals are 95%."""
-    of, models = made.stage.of, sorted({result.model for result in results}, key=lambda model: (model != made.stage.of, model))
-    if not models:
-        return ""
-    found: dict[tuple[str, str], dict[str, Metric]] = {}
-    for result in results:
-        found.setdefault((result.subject, result.figure), {})[result.model] = result
-    lines = []
-    for (subject, figure), each in found.items():
-        asked = dict.fromkeys(str(each[model].rows or "?") for model in models if model in each)
-        values = (each[model].shown() if model in each else "" for model in models)
-        lines.append((f"{subject}/{figure}", *values, ", ".join(asked)))
-    notes = ["Intervals are for a confidence of 95%. Datasets are scored on their test splits, which no training saw."]
-    if of not in models:
-        notes.append(f"`{of}` itself was not evaluated.")
-    elif made.merged is not None:
-        notes.append(f"Measured before the merge, whose logits differ by at most {made.merged:.2g}.")
-    elif made.stage.dtype != "auto":
-        notes.append(f"Measured before the weights were cast to {made.stage.dtype}.")
-    return markdown_table(("metric", *models, "rows"), lines, right=True) + "\n\n" + " ".join(notes)
 
 
 # --- how it was made --------------------------------------------------------------------------------------------------

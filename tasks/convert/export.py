@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 from tasks.convert import merge
-from tasks.convert.card import Made, model_card
+from tasks.convert.card import model_card
+from tasks.convert.made import Made
 from tasks.convert.merge_checks import check_tensors
 from tasks.convert.push import open_repository
 from tasks.convert.usage import Adapter
@@ -44,7 +45,7 @@ def run(request: Request, stage: ExportStage, events: Events) -> Result:
     if stage.push and source.type == "Adapter" and not (stage.merge or hub):
         found = f"push: the base of the adapter `{stage.of}` is not on the hub, so that others could not load it from there"
         raise StageFailed("config", found, "set `merge: true`, or take the base from the hub")
-    push = open_repository(stage) if stage.push else None
+    push = open_repository(stage, events) if stage.push else None
     metrics: dict[str, float] = {}
     adapter = None
     if stage.merge:

@@ -17,6 +17,7 @@ from tuneline.kinds.export import ExportStage
 from tuneline.workspace.artifact import sizes
 from tuneline.workspace.cards import author_text, with_author_text
 from tuneline.workspace.file_names import BASE, CARD
+from tuneline.workspace.protocol import Events
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,11 +28,12 @@ AGAIN = "a run retries it, `tuneline export` can be repeated: files that were up
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "generation_config.json", "chat_template.jinja")
 
 
-def open_repository(stage: ExportStage) -> Callable[[Path], dict[str, str]]:
+def open_repository(stage: ExportStage, events: Events) -> Callable[[Path], dict[str, str]]:
     """Create the repository and the branch if they are missing. Return the function that pushes a folder into them, and returns where
     it is.
 
-    Called before anything is written, so that a token without access costs no time. Raises StageFailed: auth, config or transient.
+    Called before anything is written, so that a token without access costs no time. Raises StageFailed: auth, config (also for a
+    public repository, unless the stage allows it) or transient.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
@@ -45,6 +47,12 @@ def open_repository(stage: ExportStage) -> Callable[[Path], dict[str, str]]:
 
     def prepare() -> None:
         api.create_repo(repository, private=stage.private, exist_ok=True)
+        private = api.repo_info(repository).private
+        if stage.private and not private:
+            hint = "`private: false`, or `--public`, pushes to it; its settings on the hub make it private"
+            raise StageFailed("config", f"push: found the public repository {repository}, expected a private one", hint)
+        if private and not stage.private:
+            events.warning(f"push: the repository {repository} exists, and stays private: its settings on the hub make it public")
         if stage.revision != "main":
             api.create_branch(repository, branch=stage.revision, exist_ok=True)
 

@@ -24,6 +24,7 @@ from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_asking
 from tasks.models.loading import check_device, compute_type, load_tokenizer, save_tokenizer, saved_tokenizer, template_hash
 from tasks.scoring.rewards import check_rows, reward_functions
+from tasks.training.frequencies import check_frequencies
 from tasks.training.head_checks import check_log_probs
 from tuneline.errors import StageFailed
 from tuneline.estimates.architectures import reach
@@ -78,6 +79,7 @@ def run(request: Request, stage: GrpoStage, events: Events) -> Result:
     model = strategies.load_base(base, stage, compute_type(stage))
     model.generation_config.eos_token_id = ends(tokenizer, model.generation_config.eos_token_id)  # TRL and vLLM stop at these tokens
     longest = check_lengths(rows, prompts, stage, reach(model.config.get_text_config().to_dict()))
+    check_frequencies(model, [*map(len, prompts.values()), longest], "lower max_completion_length")
     found = targets.adapted(model, stage.lora)
     if arguments.process_index == 0:
         for warning in targets.warnings(model, found, stage.lora):

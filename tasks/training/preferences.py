@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tasks.data import special_tokens
@@ -10,6 +11,7 @@ from tasks.data.rows import Row, read_split
 from tasks.data.unrendered import complete, lost_in_training
 from tasks.training import methods
 from tasks.training.answers import ANSWERS, Start
+from tasks.training.frequencies import check_frequencies
 from tasks.training.head_checks import check_loss
 from tuneline.errors import StageFailed
 from tuneline.kinds.preferences import PreferenceTraining
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tasks.training.shared import Report
 
 AnyTrainer = TypeVar("AnyTrainer", bound="RowWeighted")
+TRAINED = re.compile(r"\.default(?=\.|$)")  # PEFT's name of the adapter in that of a weight; TRL's reference is named `ref`
 
 
 def rows_of(request: Request, stage: PreferenceTraining, tokenizer: PreTrainedTokenizerBase, split: str, events: Events) -> list[Row]:
@@ -65,6 +68,9 @@ def make_trainer(
     from tasks.training import shared as training
     from tasks.training.trackers import Trackers
 
+    for data in filter(None, (start.train, start.validation)):
+        columns = [name for name in ANSWERS if name in data.column_names]
+        check_frequencies(start.model, [len(row["prompt_ids"]) + len(row[name]) for row in data for name in columns], "")
     training.score_only_trained_tokens()
     base, earlier, settings = request.inputs["model"], request.inputs.get("adapter"), stage.adapter_settings()
     callbacks = [report, Trackers(request, report.events), checkpoints.Checkpoints(request, stage.resources)]
@@ -109,8 +115,8 @@ def copy_to_reference(model: Any) -> None:
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
-            if (kept := weights.get(f"{name}.".replace(".default.", ".ref.").removesuffix("."))) is not weight and kept is not None:
-                kept.copy_(weight)
+            if TRAINED.search(name) and (reference := weights.get(TRAINED.sub(".ref", name))) is not None:
+                reference.copy_(weight)
 
 
 # --- checks of the trainer --------------------------------------------------------------------------------------------

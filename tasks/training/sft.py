@@ -20,7 +20,8 @@ from tasks.data.unrendered import complete, lost_in_training
 from tasks.models import added_tokens
 from tasks.models.loading import check_device, load_tokenizer
 from tasks.training import methods
-from tasks.training.answers import Start, evaluated, evaluation_arguments, info, load, save_unchanged, train_and_save
+from tasks.training.answers import Start, evaluated, evaluation_arguments, info, lengths, load, save_unchanged, train_and_save
+from tasks.training.frequencies import ALONE, check_frequencies
 from tasks.training.head_checks import check_loss
 from tasks.training.noise import add_noise
 from tasks.training.sft_checks import check_every_row_trained, check_nothing_lost
@@ -98,6 +99,9 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from tasks.training.sft_trainer import TokenWeightedTrainer
     from tasks.training.trackers import Trackers
 
+    if stage.packing or stage.micro_batch_size() > 1:
+        of_rows = [length for data in (start.train, start.validation) if data for length in lengths(data)]
+        check_frequencies(start.model, of_rows, "set `packing: false`" if stage.packing else ALONE)
     training.score_only_trained_tokens()
     if stage.neftune_noise_alpha:
         add_noise(start.model, stage.neftune_noise_alpha)

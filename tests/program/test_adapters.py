@@ -197,6 +197,13 @@ def test_loftq_starts_near_the_base_and_resumes(base: Input, tmp_path: Path, mon
                  for request, logits in ((whole, trained[0]), (usual, trained[-1]))]  # fmt: skip
     assert apart[0] < apart[1]
 
+    adapter = Input(path=whole.payload, digest="a" * 64, type="Adapter", base=base)
+    request = make_request(tmp_path / "merge", {"kind": "merge", "adapters": ["sft"]}, {"adapters.0": adapter})
+    run_program(request)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(request.payload)(IDS).logits
+        torch.testing.assert_close(merged, PeftModel.from_pretrained(plain, whole.payload)(IDS).logits, atol=1e-4, rtol=1e-4)
+
 
 @pytest.mark.full
 def test_an_adapter_of_a_changed_base_is_trained_further_at_its_saved_rank(base: Input, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_what_would_be_silently_wrong_is_stopped(base: Input, tmp_path: Path) ->
     assert "tuneline verify" in fails(request_for(tmp_path / "b", other, CHATS), "data", "chat template").hint
     fails(request_for(tmp_path / "c", base, []), "data", "test split of data0 is empty")
     fails(request_for(tmp_path / "d", base, CHATS, max_new_tokens=2040), "config", "expected at most 2048")
-    fails(request_for(tmp_path / "e", base, [Row(source="s", prompt="?", id="r")]), "data", "no test row of dataset0")
+    fails(request_for(tmp_path / "e", base, [Row(source="s", prompt="?", id="r")]), "data", "no test row of data0")
     broken = tmp_path / "broken"
     model = AutoModelForCausalLM.from_pretrained(base.path)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_rows_without_a_reference_are_counted_out(base: Input, tmp_path: Path) -
     request = request_for(tmp_path, base, [CHATS[0], silent, untaught])
     result, events = run_program(request)
     assert [event["message"] for event in events if event["type"] == "warning"] == [
-        "dataset0: 2 of 3 test rows have no answer to compare with, and are left out"
+        "data0: 2 of 3 test rows have no answer to compare with, and are left out"
     ]
     assert result.info == {"rows": {"dataset0": 1}, "dtype": "float32"}
     assert set(result.metrics) == {

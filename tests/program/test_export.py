@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from program_tools import make_request, payload_digest, run_program
 from safetensors.torch import load_file
 from silent_tools import World
 
+from tasks.convert.card import settings_table
 from tasks.models.licenses import of_card
 from tasks.models.loading import load_model
 from tuneline.errors import StageFailed
+from tuneline.kinds.sft import OTHER_ADAPTERS
 from tuneline.workspace.artifact import Base, Manifest
 from tuneline.workspace.cards import SECTIONS, TO_BE_WRITTEN, author_text, is_export
 from tuneline.workspace.protocol import Input, Request
@@ -125,6 +128,13 @@ def test_the_card_says_what_the_manifests_say(here: tuple[World, dict[str, str]]
     assert re.findall(r"^## (.+)$", card.text, re.MULTILINE) == ["Use", "Intended use", *SECTIONS]
 
 
+@pytest.mark.parametrize("config", [{"lora": {"r": 4}}, {}, *({name: {}} for name in OTHER_ADAPTERS)], ids=str)
+def test_the_card_names_the_kind_of_adapter(config: dict[str, Any]) -> None:
+    trained = SimpleNamespace(document={"config": config}, type="Adapter", metrics={})
+    made: Any = SimpleNamespace(trained=lambda: [("sft", trained)])
+    assert re.findall(r"\| sft \| (\w+) \|", settings_table(made)) == list(config or ["lora"])
+
+
 def test_weights_cast_and_merged(here: tuple[World, dict[str, str]], tmp_path: Path) -> None:
     merged, cast, small = (tmp_path / name for name in ("merged", "cast", "small"))
     request = request_for(*here, merged, merge=True)
@@ -186,6 +196,14 @@ def test_a_push_and_back(world: World, hub: LocalHub, tmp_path: Path) -> None:
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/pico", COMMIT)
     back = Path(snapshot_download("me/model", revision="v1", cache_dir=tmp_path / "cache"))
     assert (back / "adapter_model.safetensors").read_bytes() == (request.payload / "adapter_model.safetensors").read_bytes()
+
+    hub.private["me/model"] = False
+    with pytest.raises(StageFailed, match="push: found the public repository me/model, expected a private one"):
+        run_program(request_for(*there, tmp_path / "public", push="me/model", revision="v1"))
+    hub.private["me/model"] = True
+    request = request_for(*there, tmp_path / "public too", push="me/model", revision="v1", private=False)
+    _, events = run_program(request)
+    assert any("the repository me/model exists, and stays private" in str(event) for event in events)
 
     run_program(request_for(*there, tmp_path / "three", push="me/model", revision="v1"))
     assert len(hub.repositories["me/model"]["v1"]) == 1, "the same files are no commit"

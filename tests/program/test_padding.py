@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from architecture_table import Trial, save
 from lm_eval.api.instance import Instance
 from pico import tokenizer
 from program_tools import make_request, run_program
+from sft_tools import chat, request_for
 
 from tasks.data.thoughts import written
 from tasks.evaluation import prefixes
 from tasks.evaluation.harness import LanguageModel
 from tasks.evaluation.sharing import Share
 from tasks.models.padding import padding_matters
-from tuneline.workspace.protocol import Events
+from tasks.training.frequencies import check_frequencies
+from tuneline.errors import StageFailed
+from tuneline.workspace.protocol import Events, Input
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 
@@ -69,6 +73,36 @@ def test_frequencies_that_depend_on_the_longest_row_of_a_batch(tmp_path: Path) -
         ids = tokenizer()(text, return_tensors="pt")
         new = model.generate(**ids, max_new_tokens=16, do_sample=False, use_cache=False)[0, ids["input_ids"].shape[1] :]
         assert answer == written(new.tolist(), tokenizer(), lm.ends)
+
+
+def test_trainings_whose_micro_batches_would_decide_about_frequencies_are_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    factors: dict[str, Any] = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 40}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    save(tmp_path / "model", "phi3", rope_parameters=rope, original_max_position_embeddings=40)
+    base = Input(path=tmp_path / "model", digest="b" * 64, type="Model")
+    rows, message = [chat(i, turns) for i, turns in enumerate((1, 4, 1, 4))], "the longest row would decide for all"
+    pairs = [replace(row, rejected={"role": "assistant", "content": "No."}) for row in rows]
+    refused = {
+        "sft": request_for(tmp_path / "sft", base, rows),
+        "packed": request_for(tmp_path / "packed", base, rows, packing=True),
+        "dpo": request_for(tmp_path / "dpo", base, pairs, kind="dpo", resources={"micro_batch_size": 1}),
+    }
+    hints = {}
+    for name, request in refused.items():
+        with pytest.raises(StageFailed, match=message) as failed:
+            run_program(request)
+        hints[name] = failed.value.hint
+    assert "micro_batch_size: 1" in hints["sft"]
+    assert "packing: false" in hints["packed"]
+    assert all("`max_length: 40` in the dataset stage" in hint for hint in hints.values())
+    run_program(request_for(tmp_path / "alone", base, rows, resources={"micro_batch_size": 1}))
+    run_program(request_for(tmp_path / "short", base, rows[::2]))
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    check_frequencies(model, [41, 60], "")
+    with pytest.raises(StageFailed, match=message):  # as grpo asks: prompts, and the longest completion
+        check_frequencies(model, [20, 30, 41], "lower max_completion_length")
 
 
 @pytest.mark.parametrize("model_type", ["rwkv", "recurrent_gemma"])

@@ -136,7 +136,7 @@ def test_calls_are_refused_where_the_template_leaves_them_out(tmp_path: Path) ->
         line.sft(data, **FULL)
     with pytest.raises(StageFailed, match=lost):
         line.evaluate(line.base, data)
-    with pytest.raises(StageFailed, match="no test row of dataset0 has an answer to compare with"):
+    with pytest.raises(StageFailed, match="no test row of data has an answer to compare with"):
         line.evaluate(line.base, data, "kept", on_unrendered="keep")
 
 

@@ -41,6 +41,9 @@ def wrong(cron: str) -> tuple[str, str]:
         for item in part.lower().split(","):
             if problem := _wrong_item(field, item, alone=item == part.lower()):
                 return f"found {problem[0]} for the {field.name} in '{cron}', expected {problem[1]}", problem[2]
+    if _mixes(parts[4].lower()):
+        found = f"found days beside counted days for the day of the week in '{cron}', expected one of both"
+        return found, "give each its own schedule: `L5` and `5#2` are counted days"
     if not _comes(*parts[2:]):
         return f"found day {parts[2]} of month {parts[3]} in '{cron}', expected a date that exists", "write `L` for the last day of a month"
     return "", ""
@@ -73,16 +76,27 @@ def _comes(day: str, month: str, weekday: str) -> bool:
         return True
     ranges = [list(map(int, item.split("-"))) for item in day.split(",")]
     least = min(1 if bounds[0] > bounds[-1] else bounds[0] for bounds in ranges)
-    return any(least <= monthrange(LEAP_YEAR, number)[1] for number in _months(month.lower()))
+    return any(least <= monthrange(LEAP_YEAR, number)[1] for number in _numbers(FIELDS[3], month.lower()))
 
 
-def _months(part: str) -> set[int]:
-    field, found = FIELDS[3], set[int]()
+def _mixes(weekday: str) -> bool:
+    """Return whether plain days are listed beside counted ones (`L5`, `fri#2`). Prefect refuses that unless they are the same days, or all."""
+    days: dict[bool, set[int]] = {True: set(), False: set()}  # by whether they are counted
+    items = weekday.split(",")
+    for item in (item for item in items if item not in ("*", "?")):
+        found = re.fullmatch(r"l(\d)|(\w+)#\d", item)
+        days[found is not None] |= {number % 7 for number in _numbers(FIELDS[4], (found[1] or found[2]) if found else item)}
+    return bool(days[True] and days[False] - days[True]) and (len(days[True] | days[False]) < 7 or "*" in items)
+
+
+def _numbers(field: Field, part: str) -> set[int]:
+    """Return the months of a list of months, or the days of the week, where 0 and 7 are Sunday."""
+    found = set[int]()
     for item in part.split(","):
         span, _, step = item.partition("/")
         first, _, last = span.partition("-")
         start = field.least if first == "*" else _number(field, first) or field.least
         end = field.most if first == "*" or (step and not last) else _number(field, last) or start
-        end += field.most if end < start else 0  # the range wraps around the end of the year
+        end += field.most if end < start else 0  # the range wraps around the end of the year, or of the week
         found |= {(number - 1) % field.most + 1 for number in range(start, end + 1, int(step or 1))}
     return found

@@ -13,8 +13,8 @@ from tuneline.imports.launch import share
 from tuneline.imports.translation import Ref, Translation, exists
 from tuneline.imports.values import names, number, true, whole
 from tuneline.kinds.other_adapters import AdaLora
+from tuneline.kinds.sft import OTHER_ADAPTERS
 
-OTHER_ADAPTERS = {"adalora", "vera", "oft", "ia3"}
 SCHEDULE = {"min_lr_rate": "min_lr_ratio", "num_decay_steps": "lr_decay_steps", "power": "lr_power"}
 ALONE = "import its training with it: `tuneline import TRAINING EXPORT`, or name a training stage of yours in `adapters:`"
 EPOCHS = "write `eval_steps:` with a number of steps; an epoch has (rows of the train split) / global_batch_size steps"
@@ -163,7 +163,7 @@ def finish_adapter(translation: Translation) -> None:
         train["adalora"] = {name: value for name, value in lora.items() if name in AdaLora.model_fields} | train["adalora"]
         if "lora_rank" in translation.job.given:
             translation.note("lora_rank", Without("AdaLoRA's ranks are init_r and target_r"))
-    if (train.get("method") == "full" or OTHER_ADAPTERS & train.keys()) and train.pop("lora", None):
+    if (train.get("method") == "full" or train.keys() & set(OTHER_ADAPTERS)) and train.pop("lora", None):
         for key in [key for (role, field), key in translation.origins.items() if (role, field) == ("train", "lora")]:
             translation.note(key, Without("it has no effect with what is trained here"))
 

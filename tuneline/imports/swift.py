@@ -10,7 +10,6 @@ from tuneline.imports.fates import Refused, each, to
 from tuneline.imports.launch import drop_unused, note_environment, place_on_devices, write_batch, write_deepspeed
 from tuneline.imports.rl import fit_to_engine, whole_groups, write_engine, write_rewards
 from tuneline.imports.stages import (
-    OTHER_ADAPTERS,
     begin_training,
     continue_adapter,
     finish_adapter,
@@ -28,6 +27,7 @@ from tuneline.imports.swift_keys import DEFAULTS, GRPO, OTHER_TUNER, PREFERENCE,
 from tuneline.imports.texts import read_text
 from tuneline.imports.translation import Job, Ref, Translation, exists
 from tuneline.imports.values import dtype, whole
+from tuneline.kinds.sft import OTHER_ADAPTERS
 
 METHODS = {"lora": "lora", "full": "full"}
 

@@ -43,7 +43,7 @@ class ExportStage(ProgramStage):
     revision: Annotated[str, Field(pattern=REVISION)] = "main"
     """Branch of the repository to push to; created if missing."""
     private: bool = True
-    """Whether a repository that the push creates is private."""
+    """Whether a repository that the push creates is private. A push to a public one needs `false`."""
 
     def output_type(self) -> ArtifactType:
         return "Report"
