@@ -80,7 +80,7 @@ def _comes(day: str, month: str, weekday: str) -> bool:
 
 
 def _mixes(weekday: str) -> bool:
-    """Return whether plain days are listed beside counted ones (`L5`, `fri#2`). Prefect refuses that unless they are the same days, or all."""
+    """Return whether plain days are listed beside counted ones (`L5`, `fri#2`), which Prefect refuses unless they are the same or all."""
     days: dict[bool, set[int]] = {True: set(), False: set()}  # by whether they are counted
     items = weekday.split(",")
     for item in (item for item in items if item not in ("*", "?")):
