@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
+BLOCK = 32
 
 
 def use_fastest() -> None:
@@ -50,19 +51,34 @@ def suited(a: torch.Tensor, b: torch.Tensor) -> bool:
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if suited(a, b):
         return product(a, b, None)
-    return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    return torch.ops.aten.mm.out(a, b, out=a.new_empty(0))
 
 
 def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
-    if suited(a, b) and beta == alpha == 1 and c.shape == b.shape[1:]:
+    if suited(a, b) and beta == alpha == 1 and c.shape == b.shape[1:] and c.dtype == a.dtype:
         return product(a, b, c)
-    return torch.ops.aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))
+    return torch.ops.aten.addmm.out(c, a, b, beta=beta, alpha=alpha, out=a.new_empty(0))
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return a b + bias. oneDNN copies a left matrix that is transposed, so the product is transposed instead if that copies less, as
-    in the gradients of an adapter's narrow matrices."""
-    if bias is None and not a.is_contiguous() and a.numel() > b.numel() + a.shape[0] * b.shape[1]:
+    """Return a b + bias. Rows, or numbers to sum, beyond a multiple of BLOCK are left to MKL: oneDNN keeps code for each shape, megabytes
+    of it, and micro-batches have hundreds of lengths."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    if rows > BLOCK and rows % BLOCK:
+        cut = rows - rows % BLOCK
+        result = a.new_empty(rows, columns)
+        result[:cut] = product(a[:cut], b, bias)
+        if bias is None:
+            torch.ops.aten.mm.out(a[cut:], b, out=result[cut:])
+        else:
+            torch.ops.aten.addmm.out(bias, a[cut:], b, out=result[cut:])
+        return result
+    if inner > BLOCK and inner % BLOCK:
+        cut = inner - inner % BLOCK
+        return product(a[:, :cut], b[:cut], bias).addmm_(a[:, cut:], b[cut:])
+    # oneDNN copies a left matrix that is transposed, so the product is transposed instead if that copies less, as in the gradients of an
+    # adapter's narrow matrices.
+    if bias is None and not a.is_contiguous() and a.numel() > b.numel() + rows * columns:
         return onednn(b.t(), a, None).t().contiguous()
     return onednn(a, b.t(), bias if bias is None else bias.contiguous())
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 NAME = "initial_adapter.safetensors"
 BATCH_TOKENS = 2048  # at least, for EVA; independent of micro-batches, as the result must be
+MOST_LOST = 0.5  # of a weight's norm; 4 bits lose a tenth
 PASSES = 20  # over the rows, after which EVA is given up
 
 
@@ -65,7 +66,11 @@ def initialize(trainer: Trainer, base: Input, settings: Places, found: Targets, 
                 if lora.init_lora_weights == "eva":
                     first = of_data(model, lora, found, rows, trainer.args.seed)
                 else:
-                    first = of_lost_bits(base, layers) if lora.init_lora_weights == "loftq" else of_weights(lora, layers)
+                    first = (
+                        of_lost_bits(base, layers, model.get_base_model().base_model_prefix)
+                        if lora.init_lora_weights == "loftq"
+                        else of_weights(lora, layers)
+                    )
             part = file.with_suffix(".part")
             save_file({name: tensor.float().cpu().contiguous() for name, tensor in first.items()}, part)
             sync(part)
@@ -109,11 +114,12 @@ def of_weights(lora: Lora, layers: dict[str, LoraLayer]) -> dict[str, torch.Tens
     return first
 
 
-def of_lost_bits(base: Input, layers: dict[str, LoraLayer]) -> dict[str, torch.Tensor]:
+def of_lost_bits(base: Input, layers: dict[str, LoraLayer], prefix: str) -> dict[str, torch.Tensor]:
     """Return A and B of each layer whose product is closest to what its weights have lost in 4 bits: one step of LoftQ. A layer that is
-    not quantized starts as usual."""
+    not quantized starts as usual. `prefix`: of transformers' names, which files of a bare model lack."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
 
     files = {name: file for file in weight_files(model_folder(base.path)) for name in read_header(file)}
     first: dict[str, torch.Tensor] = {}
@@ -122,12 +128,18 @@ def of_lost_bits(base: Input, layers: dict[str, LoraLayer]) -> dict[str, torch.T
         quantized = layer.get_base_layer()
         if isinstance(quantized, Linear4bit):
             stored = f"{name.removeprefix('base_model.model.')}.weight"
+            stored = stored if stored in files else stored.removeprefix(f"{prefix}.")
             if stored not in files:
                 message = f"lora.init_lora_weights: found loftq, and no {stored} in the base's files: transformers renames its weights"
                 raise StageFailed("config", message, "remove it")
             with safe_open(files[stored], "pt") as file:
                 weight = file.get_tensor(stored).to(a.device).float()
+            weight = weight.T if issubclass(quantized.source_cls, Conv1D) else weight
             lost = weight - dequantize_4bit(quantized.weight.data, quantized.weight.quant_state).float()
+            if lost.norm() > MOST_LOST * weight.norm():
+                raise StageFailed(
+                    "bug", f"{stored} of the base's files is not what was quantized", "please report this, with the model's name"
+                )
             left, sizes, right = torch.linalg.svd(lost, full_matrices=False)
             rank = layer.r["default"]
             root = (sizes[:rank] / layer.scaling["default"]).sqrt()

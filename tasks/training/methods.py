@@ -48,6 +48,9 @@ def load_base(base: Input, stage: AnswerTraining) -> PreTrainedModel:
         return model
     check_bits(stage.bits, dtype)
     model = strategies.load_base(base, stage, dtype, quantization(stage.bits, dtype))
+    if not any(isinstance(module, torch.nn.Linear) and type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+        message = f"method: qlora: found no layer that bitsandbytes quantizes in a model of type {model.config.model_type}"
+        raise StageFailed("config", message, "set `method: lora`: nothing would be saved")
     keep_differentiable(model)
     return model
 

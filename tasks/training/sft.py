@@ -100,8 +100,8 @@ def make_trainer(request: Request, stage: Supervised, arguments: SFTConfig, star
     from tasks.training.trackers import Trackers
 
     if stage.packing or stage.micro_batch_size() > 1:
-        of_rows = [length for data in (start.train, start.validation) if data for length in lengths(data)]
-        check_frequencies(start.model, of_rows, "set `packing: false`" if stage.packing else ALONE)
+        for data in filter(None, (start.train, start.validation)):
+            check_frequencies(start.model, lengths(data), "set `packing: false`" if stage.packing else ALONE)
     training.score_only_trained_tokens()
     if stage.neftune_noise_alpha:
         add_noise(start.model, stage.neftune_noise_alpha)

@@ -58,7 +58,7 @@ def test_what_is_accepted_runs(cron: str) -> None:
 
 RIGHT = [
     "0 2 * * *", "*/15 * * * *", "0 22-4 * * *", "0 2 * nov-feb *", "0 2 * * FRI-mon", "0 2 L * *", "0 2 1,L * *", "0 2 * * L5", "0 2 * * fri#2",
-    "0 2 1 * ?", "0 2 ? * 1", "5/10 2 1-10/3 * 1,fri", "0 2 29 2 *", "0 2 31 2 1", "0 2 * * 5,L5", "0 2 * * 0-6,L5", "0 2 * * *,fri#2", "0 2 * * L5,5#2", "0 2 30-3 feb *", "0 2 31 */2 *", "0 2 31 1/2 *",
+    "0 2 1 * ?", "0 2 ? * 1", "5/10 2 1-10/3 * 1,fri", "0 2 29 2 *", "0 2 31 1 1", "0 2 * * 5,L5", "0 2 * * 0-6,L5", "0 2 * * *,fri#2", "0 2 * * L5,5#2", "0 2 30-3 feb *", "0 2 31 */2 *", "0 2 31 1/2 *",
 ]  # fmt: skip
 WRONG = {
     "0 2 * *": "found '0 2 * *', expected a cron expression such as `0 2 * * *`",
@@ -70,8 +70,12 @@ WRONG = {
     "0 2 ?,1 * *": "found `?` for the day of the month in '0 2 ?,1 * *', expected numbers, ranges, lists and steps, such as `5`, `1-5`, `1,15`, `*/10`",
     "0 2 31 2 *": "found day 31 of month 2 in '0 2 31 2 *', expected a date that exists",
     "0 2 31 apr,6 ?": "found day 31 of month apr,6 in '0 2 31 apr,6 ?', expected a date that exists",
-    "* 2 * * 0,L5": "found days beside counted days for the day of the week in '* 2 * * 0,L5', expected one of both",
-    "0 2 * * fri-mon,wed#2": "found days beside counted days for the day of the week in '0 2 * * fri-mon,wed#2', expected one of both",
+    "* 2 * * 0,L5": "found `0,L5` for the day of the week in '* 2 * * 0,L5', expected days of every week, or those of one week of a month",
+    "0 2 * * fri-mon,wed#2": "found `fri-mon,wed#2` for the day of the week in '0 2 * * fri-mon,wed#2', expected days of every week, or those of one week of a month",
+    "0 2 1-5 * L5": "found `1-5` for the day of the month beside `L5` in '0 2 1-5 * L5', expected `*`",
+    "0 2 31 2 1": "found day 31 of month 2 in '0 2 31 2 1', expected a date that exists",
+    "0 2 31,L 4 *": "found day 31,L of month 4 in '0 2 31,L 4 *', expected a date that exists",
+    "0 2 * * fri-5": "found `fri-5`, which Prefect reads as all values for the day of the week in '0 2 * * fri-5', expected `fri`",
     "0 2 30-31 FEB *": "found day 30-31 of month FEB in '0 2 30-31 FEB *', expected a date that exists",
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import architecture_table
 import evaluate_tools
 import pytest
 import torch
@@ -17,6 +18,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from pico import save_pico
 from process_tools import finish, losses
 from program_tools import make_request, payload_digest, run_program, run_until
+from safetensors.torch import load_file, save_file
 from sft_tools import furthest, request_for, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -203,6 +205,20 @@ def test_loftq_starts_near_the_base_and_resumes(base: Input, tmp_path: Path, mon
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(request.payload)(IDS).logits
         torch.testing.assert_close(merged, PeftModel.from_pretrained(plain, whole.payload)(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_loftq_of_transposed_weights_under_published_names(tmp_path: Path) -> None:
+    base = architecture_table.save(tmp_path / "model", "gpt2")
+    file = base.path / "model.safetensors"
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    fields: dict[str, Any] = {"method": "qlora", "max_steps": 2, "lora": {**LORA, "init_lora_weights": "loftq"}}
+    run_program(request_for(tmp_path / "sft", base, **fields))
+
+
+def test_a_base_that_bitsandbytes_leaves_as_it_is_is_refused(tmp_path: Path) -> None:
+    base = architecture_table.save(tmp_path / "model", "falcon")
+    with pytest.raises(StageFailed, match="method: qlora: found no layer that bitsandbytes quantizes in a model of type falcon"):
+        run_program(request_for(tmp_path / "sft", base, method="qlora"))
 
 
 @pytest.mark.full

@@ -41,10 +41,14 @@ def wrong(cron: str) -> tuple[str, str]:
         for item in part.lower().split(","):
             if problem := _wrong_item(field, item, alone=item == part.lower()):
                 return f"found {problem[0]} for the {field.name} in '{cron}', expected {problem[1]}", problem[2]
-    if _mixes(parts[4].lower()):
-        found = f"found days beside counted days for the day of the week in '{cron}', expected one of both"
-        return found, "give each its own schedule: `L5` and `5#2` are counted days"
-    if not _comes(*parts[2:]):
+    weekday = parts[4].lower()
+    if _mixes(weekday):
+        found = f"found `{parts[4]}` for the day of the week in '{cron}', expected days of every week, or those of one week of a month"
+        return found, "`L5` and `5#2` are days of one week; write a schedule for each"
+    if re.search(r"l\d|#", weekday) and parts[2] not in ("*", "?"):  # Prefect would start runs on one of both at most, or never
+        found = f"found `{parts[2]}` for the day of the month beside `{parts[4]}` in '{cron}', expected `*`"
+        return found, "`L5` and `5#2` are days of one week of a month; write a schedule for each"
+    if not _comes(parts[2].lower(), parts[3].lower()):
         return f"found day {parts[2]} of month {parts[3]} in '{cron}', expected a date that exists", "write `L` for the last day of a month"
     return "", ""
 
@@ -61,6 +65,8 @@ def _wrong_item(field: Field, item: str, alone: bool) -> tuple[str, str, str] | 
         if number is None or not field.least <= number <= field.most:
             words = f", or {field.words[0]} to {field.words[-1]}" if field.words else ""
             return value, f"{field.least} to {field.most}{words}", ""
+    if parsed[3] and _number(field, parsed[2]) == _number(field, parsed[3]):
+        return f"`{item}`, which Prefect reads as all values", f"`{parsed[2]}`", ""
     return (f"`{item}`", "a step of at least 1", "") if parsed[4] and int(parsed[4]) == 0 else None
 
 
@@ -70,13 +76,13 @@ def _number(field: Field, value: str) -> int | None:
     return int(value) if value.isdecimal() and value.isascii() else None
 
 
-def _comes(day: str, month: str, weekday: str) -> bool:
-    """Return whether any date matches. With a day of the week, matching one of the two is enough."""
-    if weekday not in ("*", "?") or not re.fullmatch(r"[\d,-]+", day):
+def _comes(day: str, month: str) -> bool:
+    """Return whether a date has one of the days by number. Prefect looks for it even if `L` or a day of the week would match."""
+    if not re.fullmatch(r"(\d+(-\d+)?|l)(,(\d+(-\d+)?|l))*", day):  # with steps
         return True
-    ranges = [list(map(int, item.split("-"))) for item in day.split(",")]
-    least = min(1 if bounds[0] > bounds[-1] else bounds[0] for bounds in ranges)
-    return any(least <= monthrange(LEAP_YEAR, number)[1] for number in _numbers(FIELDS[3], month.lower()))
+    ranges = [list(map(int, item.split("-"))) for item in day.split(",") if item != "l"]
+    least = min((1 if bounds[0] > bounds[-1] else bounds[0] for bounds in ranges), default=1)
+    return any(least <= monthrange(LEAP_YEAR, number)[1] for number in _numbers(FIELDS[3], month))
 
 
 def _mixes(weekday: str) -> bool:

@@ -227,9 +227,11 @@ class Training(ComputingStage):
         if self.lora.changes_base() and self.training_method() == "qlora":
             # peft/tuners/lora/layer.py: pissa_init needs floating-point weights; olora_init quantizes again, so no adapter fits the base.
             yield Problem(field, f"found {init} with `method: qlora`, which cannot subtract from quantized weights", "set `method: lora`")
-        if init == "loftq" and (self.training_method(), self.base_bits()) != ("qlora", 4):
-            found = f"found loftq with `method: {self.training_method()}`, expected `method: qlora` with 4 bits"
-            yield Problem(field, found, "it starts from what these lose")
+        if init == "loftq" and (self.training_method() != "qlora" or self.base_bits() != 4):
+            found, hint = f"`method: {self.training_method()}`, expected `method: qlora`", "set `method: qlora`"
+            if self.training_method() == "qlora":
+                found, hint = f"`bits: {self.base_bits()}`, expected 4 bits", "remove `bits`"
+            yield Problem(field, f"found loftq with {found}", f"{hint}: LoftQ starts from what a base in 4 bits has lost")
         if self.resources.strategy in ("zero3", "fsdp") or (init == "eva" and self.resources.strategy == "device_map"):
             # peft/tuners/lora/eva.py and layer.py compute on one process's whole model, before it is sharded.
             found = f"found {self.resources.strategy} with lora.init_lora_weights: {init}, which needs the whole model in one place"
