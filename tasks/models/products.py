@@ -61,18 +61,13 @@ def addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1,
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return a b + bias. Rows, or numbers to sum, beyond a multiple of BLOCK are left to MKL: oneDNN keeps code for each shape, megabytes
-    of it, and micro-batches have hundreds of lengths."""
+    """Return a b + bias. oneDNN keeps code for each shape, megabytes of it, and micro-batches have hundreds of lengths: so rows are padded
+    to a multiple of BLOCK, and what is summed beyond one is left to MKL."""
     (rows, inner), columns = a.shape, b.shape[1]
     if rows > BLOCK and rows % BLOCK:
-        cut = rows - rows % BLOCK
-        result = a.new_empty(rows, columns)
-        result[:cut] = product(a[:cut], b, bias)
-        if bias is None:
-            torch.ops.aten.mm.out(a[cut:], b, out=result[cut:])
-        else:
-            torch.ops.aten.addmm.out(bias, a[cut:], b, out=result[cut:])
-        return result
+        whole = a.new_empty(rows + BLOCK - rows % BLOCK, inner)
+        whole[:rows], whole[rows:] = a, 0
+        return product(whole, b, bias)[:rows]
     if inner > BLOCK and inner % BLOCK:
         cut = inner - inner % BLOCK
         return product(a[:, :cut], b[:cut], bias).addmm_(a[:, cut:], b[cut:])

@@ -71,7 +71,7 @@ def test_lengths_of_micro_batches_share_the_code_of_few_shapes(monkeypatch: pyte
         rows = torch.randn(tokens, 64)
         products.mm(rows, weight.t())
         products.mm(rows.t(), torch.randn(tokens, 16))
-    assert len(shapes) <= 2 * (300 // products.BLOCK)
+    assert len(shapes) <= 2 * (300 // products.BLOCK + 1)
 
 
 SCRIPT = """
