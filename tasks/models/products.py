@@ -2,7 +2,7 @@
 
 MKL uses AVX-512 on Intel's CPUs only. On AMD's it stops at AVX2, and small products wait for threads that they do not need. oneDNN,
 which torch contains as well, uses what the CPU has: on a Zen 5, products of 160 rows take half the time, and those with an adapter's
-narrow matrices a sixth. A process that has called `use_fastest` multiplies so in `aten::mm` and `aten::addmm`, which linear layers and
+narrow matrices two thirds. A process that has called `use_fastest` multiplies so in `aten::mm` and `aten::addmm`, which linear layers and
 their gradients consist of. Left out: vectors, other types, batched products (attention), all of which stay with torch's own choice.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
-BLOCK = 32
+BLOCK = 32  # docs/log.md compares others
 
 
 def use_fastest() -> None:

@@ -79,8 +79,7 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 
 def check_bits(bits: int, dtype: torch.dtype) -> None:
     """Raises StageFailed(config) unless a quantized layer on this device gives about the output and gradient of full precision.
-    It is tried out, because bitsandbytes' support depends on device, driver and build.
-    It is tried, because what bitsandbytes can do depends on device, driver and how it was built.
+    It is tried, because bitsandbytes' support depends on device, driver and build.
     """
     try:
         wrong = errors_of_few_bits(bits, dtype)

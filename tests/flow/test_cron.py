@@ -72,6 +72,8 @@ WRONG = {
     "0 2 31 apr,6 ?": "found day 31 of month apr,6 in '0 2 31 apr,6 ?', expected a date that exists",
     "* 2 * * 0,L5": "found `0,L5` for the day of the week in '* 2 * * 0,L5', expected days of every week, or those of one week of a month",
     "0 2 * * fri-mon,wed#2": "found `fri-mon,wed#2` for the day of the week in '0 2 * * fri-mon,wed#2', expected days of every week, or those of one week of a month",
+    "0 2 * * abc#1": "found `abc#1` for the day of the week in '0 2 * * abc#1', expected numbers, ranges, lists and steps, such as `5`, `1-5`, `1,15`, `*/10`",
+    "0 2 * * 7-0": "found `7-0`, which Prefect reads as all values for the day of the week in '0 2 * * 7-0', expected `7`",
     "0 2 1-5 * L5": "found `1-5` for the day of the month beside `L5` in '0 2 1-5 * L5', expected `*`",
     "0 2 31 2 1": "found day 31 of month 2 in '0 2 31 2 1', expected a date that exists",
     "0 2 31,L 4 *": "found day 31,L of month 4 in '0 2 31,L 4 *', expected a date that exists",

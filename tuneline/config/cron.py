@@ -28,7 +28,7 @@ FIELDS = (
     Field("hour", 0, 23),
     Field("day of the month", 1, 31, further=r"\?|l"),
     Field("month", 1, 12, MONTHS),
-    Field("day of the week", 0, 7, DAYS, r"\?|l[0-7]|([0-7]|[a-z]{3})#[1-5]"),
+    Field("day of the week", 0, 7, DAYS, rf"\?|l[0-7]|([0-7]|{'|'.join(DAYS)})#[1-5]"),
 )
 
 
@@ -65,7 +65,8 @@ def _wrong_item(field: Field, item: str, alone: bool) -> tuple[str, str, str] | 
         if number is None or not field.least <= number <= field.most:
             words = f", or {field.words[0]} to {field.words[-1]}" if field.words else ""
             return value, f"{field.least} to {field.most}{words}", ""
-    if parsed[3] and _number(field, parsed[2]) == _number(field, parsed[3]):
+    first, last = (_number(field, value or "") for value in parsed.group(2, 3))
+    if first is not None and (first == last or (field.words == DAYS and (first, last) == (7, 0))):
         return f"`{item}`, which Prefect reads as all values", f"`{parsed[2]}`", ""
     return (f"`{item}`", "a step of at least 1", "") if parsed[4] and int(parsed[4]) == 0 else None
 
@@ -102,7 +103,7 @@ def _numbers(field: Field, part: str) -> set[int]:
         span, _, step = item.partition("/")
         first, _, last = span.partition("-")
         start = field.least if first == "*" else _number(field, first) or field.least
-        end = field.most if first == "*" or (step and not last) else _number(field, last) or start
+        end = field.most if first == "*" or (step and not last) else _number(field, last or first) or 0
         end += field.most if end < start else 0  # the range wraps around the end of the year, or of the week
         found |= {(number - 1) % field.most + 1 for number in range(start, end + 1, int(step or 1))}
     return found
